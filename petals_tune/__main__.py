@@ -1,0 +1,52 @@
+"""The command: fine-tune as a recipe says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import hydra
+from omegaconf import DictConfig
+
+from petals_tune.config import CONFIG_NAME, check_arguments, folder_of, register_recipes
+from petals_tune.errors import PetalsTuneError
+
+INTERRUPTED = 130  # what a shell calls 128 + SIGINT
+
+
+def main() -> None:
+    """python -m petals_tune recipe=NAME [key=value ...]"""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a bug keeps its traceback
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends a run as Ctrl-C does
+    register_recipes()
+    with errors_reported():
+        check_arguments(sys.argv[1:])
+        tune()
+
+
+@hydra.main(version_base="1.3", config_path=str(folder_of("conf")), config_name=CONFIG_NAME)
+def tune(cfg: DictConfig) -> None:
+    from petals_tune.train.run import run  # not above: --help and tab completion need no torch
+
+    with errors_reported():
+        run(cfg)
+
+
+@contextmanager
+def errors_reported() -> Iterator[None]:
+    """Our own errors print as one text and exit 2; Ctrl-C exits 130; anything else keeps its traceback."""
+    try:
+        yield
+    except PetalsTuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Everything that can go wrong, as one tree. Imports nothing, so that every room can raise from it.
+
+    PetalsTuneError
+    |-- ConfigError (ValueError)            yours: a key or a value; the text names what is allowed
+    |   |-- UnsupportedModel                yours: this architecture cannot be split, or its files are not there
+    |   `-- UnsupportedAdapter              yours: a tuning method that remote blocks cannot honour
+    |-- DataError (ValueError)              yours: a row, a column, a split
+    |-- ProtocolError (ValueError)          theirs: bytes that break the rules of the wire; the stream is closed
+    |-- RequestRefused (ValueError)         yours: the server says that this request is wrong everywhere
+    |-- SwarmError (RuntimeError)
+    |   |-- UncoveredBlocks                 the network's: nobody holds some blocks (yet)
+    |   |-- SwarmMismatch                   yours: the servers hold another model
+    |   `-- SwarmTimeout (TimeoutError)     the network's: every server tried, the deadline passed
+    `-- ServerError (RuntimeError)          theirs: one server; another one may do  (the only errors that are retried)
+        |-- ServerUnreachable (ConnectionError)
+        |-- ServerTimeout (TimeoutError)
+        |-- ServerBusy                      it has no room now: a queue, a budget
+        |-- BadReply                        wrong shapes, wrong dtypes, non-finite numbers
+        |-- LeaseLost                       the kept graph is gone: send the inputs along
+        |-- SessionLost                     the KV cache is gone: replay the inputs
+        `-- AdapterMissing                  the server does not know this version: upload it
+"""
+
+
+class PetalsTuneError(Exception):
+    """Base of all errors of this project. The text says what failed, what was seen, and what to type next."""
+
+
+class ConfigError(PetalsTuneError, ValueError):
+    """A configuration key or value that cannot work; raised before any server is started."""
+
+
+class UnsupportedModel(ConfigError):
+    """The model cannot be split into remote blocks, or its files cannot be read."""
+
+
+class UnsupportedAdapter(ConfigError):
+    """A tuning method that blocks on a server cannot honour; the text names what works instead."""
+
+
+class DataError(PetalsTuneError, ValueError):
+    """A row, a column or a split that cannot be used; the text names it."""
+
+
+class ProtocolError(PetalsTuneError, ValueError):
+    """Bytes from a peer that break the rules of the wire."""
+
+
+class RequestRefused(PetalsTuneError, ValueError):
+    """A server refused a request that no other server would accept either."""
+
+
+class SwarmError(PetalsTuneError, RuntimeError):
+    """The swarm as a whole cannot do what was asked."""
+
+
+class UncoveredBlocks(SwarmError):
+    """Nobody serves some of the blocks."""
+
+
+class SwarmMismatch(SwarmError):
+    """The servers of this swarm hold another model than the client."""
+
+
+class SwarmTimeout(SwarmError, TimeoutError):
+    """The deadline passed and no server that was tried could answer."""
+
+
+class ServerError(PetalsTuneError, RuntimeError):
+    """One server failed; the same work may succeed elsewhere. The only branch that is retried."""
+
+
+class ServerUnreachable(ServerError, ConnectionError):
+    """No stream to the server, or the stream ended."""
+
+
+class ServerTimeout(ServerError, TimeoutError):
+    """The server did not answer in time."""
+
+
+class ServerBusy(ServerError):
+    """The server has no room for this request now."""
+
+
+class BadReply(ServerError):
+    """The server answered with wrong shapes, wrong dtypes or non-finite numbers."""
+
+
+class LeaseLost(ServerError):
+    """The server no longer keeps the graph of this forward; the inputs must be sent along."""
+
+
+class SessionLost(ServerError):
+    """The server no longer keeps this session's caches; the inputs must be replayed."""
+
+
+class AdapterMissing(ServerError):
+    """The server does not hold this version of the adapter; it must be uploaded."""

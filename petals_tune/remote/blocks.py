@@ -1,0 +1,140 @@
+"""The remote blocks as a module: what a Hugging Face model finds in the place of its layer list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from petals_tune.errors import ConfigError
+from petals_tune.families import Family
+from petals_tune.remote.function import RemoteBlocksFunction, RemoteCall
+from petals_tune.remote.skeleton import Skeleton
+from petals_tune.swarm import loop
+from petals_tune.swarm.chain import CallContext, Chain
+from petals_tune.swarm.stats import SwarmStats
+from petals_tune.tuning.support import collect_adapter
+from petals_tune.wire.span import BlockSpan
+
+
+class RemoteBlocks(Skeleton):
+    """The block list of a grafted model. It still holds the blocks, without weights; it iterates as one remote module.
+
+    Indexing with an int gives a weightless block (PEFT and the library's own helpers walk them), a slice gives a module
+    that runs these blocks on the swarm.
+    """
+
+    def __init__(self, blocks: Any, *, family: Family, chain: Chain, micro_batch_rows: int):
+        super().__init__(blocks)
+        self.family, self.chain, self.micro_batch_rows = family, chain, micro_batch_rows
+        self.caught = CaughtArguments()
+
+    @property
+    def stats(self) -> SwarmStats:
+        """Bytes, calls, retries and waiting time so far."""
+        return self.chain.client.stats
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self[:])
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        start, stop, step = index.indices(len(self))
+        if step != 1 or start >= stop:
+            raise ConfigError(f"remote blocks are cut as start:stop with start < stop, not {index}")
+        return RemoteSpan(self, BlockSpan(start, stop))
+
+    def close(self) -> None:
+        """Leave the swarm. A call afterwards fails."""
+        loop.run(self.chain.client.close())
+
+
+class RemoteSpan:
+    """Blocks `span` of a grafted model, run on the swarm when called. Iterates as a list of one: itself."""
+
+    def __init__(self, blocks: RemoteBlocks, span: BlockSpan):
+        self.blocks, self.span = blocks, span
+
+    def __iter__(self) -> Iterator[RemoteSpan]:
+        return iter((self,))
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getattr__(self, name: str) -> Any:
+        # What a model's loop asks its layers, such as Gemma's `attention_type`, the first weightless block answers.
+        if name in ("blocks", "span"):
+            raise AttributeError(name)
+        return getattr(self.blocks[self.span.start], name)
+
+    def __call__(self, hidden: torch.Tensor, *_: Any, **__: Any) -> Any:
+        """(B, S, H) -> (B, S, H), or a tuple of it where the family's layers return tuples.
+
+        What the loop hands to its layers (4-D masks, rotary tables, ALiBi) is made again on the servers, from the
+        mask and the positions that the base model was called with.
+        """
+        caught = self.blocks.caught
+        adapter, tensors = collect_adapter(list(enumerate(nn.ModuleList.__iter__(self.blocks)))[self._slice])
+        training = self.blocks.training
+        call = RemoteCall(
+            chain=self.blocks.chain,
+            span=self.span,
+            context=CallContext(
+                padding=caught.padding,
+                positions=caught.positions,
+                adapter=adapter,
+                train=training,
+                seed=int(torch.randint(2**62, ())) if training else 0,
+            ),
+            rows=self.blocks.micro_batch_rows,
+        )
+        output = RemoteBlocksFunction.apply(call, hidden, *tensors)
+        return (output,) if self.blocks.family.returns_tuple else output
+
+    @property
+    def _slice(self) -> slice:
+        return slice(self.span.start, self.span.stop)
+
+
+class CaughtArguments:
+    """The padding mask and positions of the call that runs now.
+
+    Layers are handed 4-D masks; servers build these themselves, so the 2-D ones are caught before the base model runs.
+    """
+
+    def __init__(self) -> None:
+        self.padding: torch.Tensor | None = None
+        self.positions: torch.Tensor | None = None
+
+    def watch(self, base: PreTrainedModel) -> None:
+        """Catch the arguments of `base` from now on."""
+        base.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def _before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if len(args) > 1:
+            raise ConfigError("call the base model of remote blocks with keyword arguments (input_ids may be positional)")
+        if kwargs.get("output_attentions"):
+            raise ConfigError("output_attentions: servers do not send attention weights; leave it False")
+        if kwargs.get("output_hidden_states"):
+            raise ConfigError("output_hidden_states: the blocks run on servers; slice model.remote_blocks instead")
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise ConfigError("past_key_values: a local cache knows nothing of remote blocks; pass use_cache=False")
+        self.padding = _padding(kwargs.get("attention_mask"))
+        positions = kwargs.get("position_ids")
+        self.positions = None if positions is None else positions.long()
+        return args, {**kwargs, "past_key_values": None, "use_cache": False}
+
+
+def _padding(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The 2-D mask as bool, or None where it hides nothing."""
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        raise ConfigError(f"attention_mask: a 2-D mask (B, S) is needed, not {getattr(mask, 'shape', type(mask))}")
+    padding = mask.bool()
+    return None if bool(padding.all()) else padding

@@ -1,0 +1,262 @@
+"""Forward and backward along a route, with repair: the only place where work is tried again.
+
+Shapes: B rows, S positions, H hidden size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field, replace
+
+import msgspec
+import torch
+
+from petals_tune.errors import AdapterMissing, BadReply, LeaseLost, PetalsTuneError, ServerError, UncoveredBlocks
+from petals_tune.swarm.client import SwarmClient
+from petals_tune.swarm.retry import Attempts
+from petals_tune.swarm.route import Hop
+from petals_tune.wire.adapter import AdapterPart, AdapterVersion
+from petals_tune.wire.messages import (
+    Backward,
+    Forward,
+    Forwarded,
+    Gradients,
+    Message,
+    PutAdapter,
+    Release,
+)
+from petals_tune.wire.span import BlockSpan
+from petals_tune.wire.tensors import in_format
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallContext:
+    """What a call through the blocks carries besides the hidden states; cut by rows like them."""
+
+    padding: torch.Tensor | None = None  # (B, S) bool, True = attend
+    positions: torch.Tensor | None = None  # (B or 1, S) int64
+    adapter: AdapterVersion | None = None
+    train: bool = False
+    seed: int = 0
+
+    def rows(self, start: int, stop: int) -> CallContext:
+        """The context of rows start:stop; every cut has dropout masks of its own."""
+        padding = None if self.padding is None else self.padding[start:stop]
+        positions = self.positions
+        if positions is not None and positions.shape[0] > 1:
+            positions = positions[start:stop]
+        return replace(self, padding=padding, positions=positions, seed=self.seed + start)
+
+    def adapter_on(self, span: BlockSpan) -> list[AdapterPart]:
+        return [] if self.adapter is None else self.adapter.on(span)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leg:
+    """One hop that was gone forward, with all that its backward, or its repetition, needs."""
+
+    hop: Hop
+    request: Forward  # holds the input of the span
+    lease: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A forward through a whole chain."""
+
+    hidden: torch.Tensor  # (B, S, H)
+    context: CallContext
+    legs: tuple[Leg, ...]
+
+
+@dataclass
+class ChainGradients:
+    """Gradients at the input (B, S, H), and at the adapter's tensors by block, in the order of its parts."""
+
+    hidden: torch.Tensor | None = None
+    adapter: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+
+class Chain:
+    """Calls through the blocks of one model on one swarm. All methods run on the background loop."""
+
+    def __init__(self, client: SwarmClient, *, wire_format: str = "float32", grad_format: str = "float32"):
+        self.client = client
+        self._wire_format, self._grad_format = wire_format, grad_format
+
+    async def forward(
+        self,
+        hidden: torch.Tensor,
+        context: CallContext,
+        span: BlockSpan,
+        *,
+        keep: bool,
+        input_grad: bool,
+        attempts: Attempts | None = None,
+    ) -> Trace:
+        """Run blocks `span` on `hidden` (B, S, H). With `keep`, servers keep their graphs where these fit.
+
+        Raises UncoveredBlocks, SwarmMismatch, SwarmTimeout, or RequestRefused for what no server would accept.
+        """
+        attempts = attempts or Attempts(self.client.policy, time.monotonic())
+        work = hidden.shape[0] * hidden.shape[1]
+        legs: list[Leg] = []
+        current, start = hidden, span.start
+        while start < span.stop:
+            try:
+                route = await self.client.route(BlockSpan(start, span.stop), work=work)
+                with _reserved(self.client, route, work):
+                    for hop in route:
+                        leg, current = await self._go(hop, current, context, keep=keep, input_grad=input_grad)
+                        legs.append(leg)
+                        start = hop.span.stop
+                        input_grad = input_grad or leg.request.adapter is not None
+                        attempts.moved_on(time.monotonic())
+            except (ServerError, UncoveredBlocks) as error:
+                await self._pause(attempts, error)
+        return Trace(hidden=current, context=context, legs=tuple(legs))
+
+    async def _go(
+        self, hop: Hop, hidden: torch.Tensor, context: CallContext, *, keep: bool, input_grad: bool
+    ) -> tuple[Leg, torch.Tensor]:
+        adapted = bool(context.adapter_on(hop.span))
+        request = Forward(
+            span=hop.span,
+            hidden=hidden,
+            padding=context.padding,
+            positions=context.positions,
+            adapter=context.adapter.version if context.adapter and adapted else None,
+            keep=keep and (input_grad or adapted),
+            input_grad=input_grad,
+            train=context.train,
+            seed=context.seed,
+            reply_format=self._wire_format,
+        )
+        reply = await self._ask(hop, self._packed(request), context)
+        if not isinstance(reply, Forwarded):
+            raise self._bad(hop, f"a {type(reply).__name__} in answer to Forward")
+        output = self._checked(hop, reply.hidden, hidden)
+        self.client.load.measured(hop.server.peer, reply.compute_s, hidden.shape[0] * hidden.shape[1] * len(hop.span))
+        return Leg(hop=hop, request=request, lease=reply.lease), output
+
+    async def backward(self, trace: Trace, grad: torch.Tensor, *, attempts: Attempts | None = None) -> ChainGradients:
+        """Gradients for `grad` (B, S, H) at the output of `trace`. Raises as `forward` does.
+
+        A leg whose server lost the graph is computed again from its input; one whose server is gone, elsewhere.
+        """
+        attempts = attempts or Attempts(self.client.policy, time.monotonic())
+        total = ChainGradients(hidden=grad)
+        for leg in reversed(trace.legs):
+            if total.hidden is None:  # nothing below needs a gradient
+                break
+            gradients = await self._back(leg, trace.context, total.hidden, attempts)
+            total.adapter.update(gradients.adapter)
+            total.hidden = gradients.hidden
+        return total
+
+    async def _back(
+        self, leg: Leg, context: CallContext, grad: torch.Tensor, attempts: Attempts
+    ) -> ChainGradients:
+        request = leg.request
+        if not request.input_grad and request.adapter is None:
+            return ChainGradients()
+        packed_grad = in_format(grad, self._grad_format)
+        try:
+            if leg.lease is not None:
+                try:
+                    return await self._gradients(leg, context, Backward(lease=leg.lease, grad=packed_grad))
+                except LeaseLost:
+                    pass
+            self.client.stats.recomputations += 1
+            again = self._packed(msgspec.structs.replace(request, keep=False))
+            return await self._gradients(leg, context, Backward(again=again, grad=packed_grad))
+        except ServerError as error:
+            await self._pause(attempts, error)
+        self.client.stats.recomputations += 1
+        trace = await self.forward(
+            request.hidden, context, leg.hop.span, keep=True, input_grad=request.input_grad, attempts=attempts
+        )
+        return await self.backward(trace, grad, attempts=attempts)
+
+    async def _gradients(self, leg: Leg, context: CallContext, request: Backward) -> ChainGradients:
+        hop = leg.hop
+        request = msgspec.structs.replace(request, reply_format=self._grad_format)
+        reply = await self._ask(hop, request, context)
+        if not isinstance(reply, Gradients):
+            raise self._bad(hop, f"a {type(reply).__name__} in answer to Backward")
+        result = ChainGradients()
+        if leg.request.input_grad:
+            if reply.hidden is None:
+                raise self._bad(hop, "no gradient at the input")
+            result.hidden = self._checked(hop, reply.hidden, leg.request.hidden)
+        parts = context.adapter_on(hop.span)
+        if len(reply.adapter) != sum(len(part.tensors) for part in parts):
+            raise self._bad(hop, f"{len(reply.adapter)} gradients for the adapter")
+        gradients = iter(reply.adapter)
+        for part in parts:
+            result.adapter.setdefault(part.block, []).extend(
+                self._checked(hop, next(gradients), tensor) for tensor in part.tensors
+            )
+        return result
+
+    async def release(self, trace: Trace) -> None:
+        """Give the leases of `trace` back."""
+        for leg in trace.legs:
+            stream = self.client.open_stream(leg.hop.server)
+            if leg.lease is not None and stream is not None:
+                await stream.notify(Release(leases=[leg.lease]))
+
+    async def _ask(self, hop: Hop, request: Message, context: CallContext) -> Message:
+        """Ask the server of `hop`, which is given the adapter before, and again if it forgot it."""
+        parts = context.adapter_on(hop.span)
+        if not parts or context.adapter is None:
+            return await self.client.ask(hop.server, request)
+        put = PutAdapter(version=context.adapter.version, span=hop.span, parts=parts)
+        stream = await self.client.stream(hop.server)
+        name = (context.adapter.version, hop.span)
+        if name not in stream.adapters:
+            await self.client.ask(hop.server, put)
+            stream.adapters.add(name)
+        try:
+            return await self.client.ask(hop.server, request)
+        except AdapterMissing:
+            await self.client.ask(hop.server, put)
+            return await self.client.ask(hop.server, request)
+
+    async def _pause(self, attempts: Attempts, error: PetalsTuneError) -> None:
+        pause_s = attempts.failed(error, time.monotonic())
+        self.client.stats.retries += 1
+        await asyncio.sleep(pause_s)
+        await self.client.refresh()
+
+    def _packed(self, request: Forward) -> Forward:
+        return msgspec.structs.replace(request, hidden=in_format(request.hidden, self._wire_format))
+
+    def _checked(self, hop: Hop, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """`tensor` in the dtype of `like`. A server that answers with another shape or non-finite values is banned."""
+        if tensor.shape != like.shape or not tensor.is_floating_point():
+            raise self._bad(hop, f"{tuple(tensor.shape)} {tensor.dtype} where {tuple(like.shape)} floats were due")
+        if not torch.isfinite(tensor).all():
+            raise self._bad(hop, "non-finite numbers")
+        return tensor.to(like.dtype)
+
+    def _bad(self, hop: Hop, what: str) -> BadReply:
+        error = BadReply(f"server {hop.server.peer} returned {what} from blocks {hop.span}")
+        self.client.failed(hop.server, error)
+        return error
+
+
+class _reserved:
+    """While a route is gone, its servers count as busy with it, so that the next route may take another way."""
+
+    def __init__(self, client: SwarmClient, route: tuple[Hop, ...], work: int):
+        self._load, self._work = client.load, [(hop.server.peer, work * len(hop.span)) for hop in route]
+
+    def __enter__(self) -> None:
+        for peer, work in self._work:
+            self._load.take(peer, work)
+
+    def __exit__(self, *exc: object) -> None:
+        for peer, work in self._work:
+            self._load.give_back(peer, work)

@@ -1,0 +1,151 @@
+"""One client in one swarm: its daemon, its view of the servers, its open streams."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+from hivemind.dht.node import DHTNode
+from hivemind.p2p import P2P
+
+from petals_tune.errors import LeaseLost, ServerBusy, ServerError, UncoveredBlocks
+from petals_tune.swarm.directory import Directory, Snapshot
+from petals_tune.swarm.p2p import start_dht, start_p2p
+from petals_tune.swarm.retry import Attempts, Bans, Load, RetryPolicy
+from petals_tune.swarm.route import Hop, plan_route
+from petals_tune.swarm.stats import SwarmStats
+from petals_tune.swarm.stream import ServerStream
+from petals_tune.wire.messages import Hello, Message
+from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.span import BlockSpan
+
+logger = logging.getLogger(__name__)
+
+REFRESH_S = 15.0  # how old a snapshot may be when a route is planned
+JOIN_S = 5.0  # how long a new client looks for servers of all blocks before it says which are missing
+
+
+class SwarmClient:
+    """Knows the servers of one model and talks to them. All methods run on the background loop."""
+
+    def __init__(self, p2p: P2P, node: DHTNode, model: str, policy: RetryPolicy):
+        self.stats = SwarmStats()
+        self.policy = policy
+        self.load = Load()
+        self._p2p, self._node, self._model = p2p, node, model
+        self._directory = Directory(node)
+        self._snapshot: Snapshot | None = None
+        self._bans = Bans()
+        self._streams: dict[str, asyncio.Task[ServerStream]] = {}
+
+    @classmethod
+    async def join(
+        cls, initial_peers: Sequence[str], *, model: str, blocks: BlockSpan, policy: RetryPolicy
+    ) -> SwarmClient:
+        """Join the swarm and see that all `blocks` have a server.
+
+        Raises ConfigError, ServerUnreachable, SwarmMismatch, or UncoveredBlocks after a few seconds of looking.
+        """
+        p2p = await start_p2p(initial_peers, listens=False)
+        try:
+            node = await start_dht(p2p, initial_peers, client_mode=True)
+        except BaseException:
+            await p2p.shutdown()
+            raise
+        client = cls(p2p, node, model, policy)
+        attempts = Attempts(RetryPolicy(uncovered_s=JOIN_S, longest_pause_s=0.5), time.monotonic())
+        try:
+            while True:
+                try:
+                    await client.route(blocks, work=1)
+                    return client
+                except UncoveredBlocks as error:
+                    await asyncio.sleep(attempts.failed(error, time.monotonic()))
+                    await client.refresh()
+        except BaseException:
+            await client.close()
+            raise
+
+    async def refresh(self) -> None:
+        """Read the DHT again."""
+        self._snapshot = await self._directory.snapshot()
+
+    async def route(self, span: BlockSpan, *, work: int) -> tuple[Hop, ...]:
+        """The cheapest chain for `span`, where one block costs `work` (rows x positions).
+
+        Servers that failed lately are passed over unless nobody else holds their blocks.
+        """
+        now_s = time.monotonic()
+        if self._snapshot is None or now_s - self._snapshot.taken_at_s > REFRESH_S:
+            await self.refresh()
+        assert self._snapshot is not None
+
+        def plan(banned: frozenset[str]) -> tuple[Hop, ...]:
+            return plan_route(
+                self._snapshot.servers,  # type: ignore[union-attr]
+                span,
+                model=self._model,
+                banned=banned,
+                cost=lambda peer, blocks: self.load.cost(peer, round(work * blocks)),
+            )
+
+        banned = self._bans.active(now_s)
+        try:
+            return plan(banned)
+        except UncoveredBlocks:
+            if not banned:
+                raise
+            return plan(frozenset())
+
+    async def ask(self, server: ServerRecord, request: Message) -> Message:
+        """Send `request` to `server` and wait for the reply. A server that fails is banned for a while."""
+        try:
+            reply = await (await self.stream(server)).call(request, timeout_s=self.policy.reply_s)
+        except (LeaseLost, ServerBusy):
+            raise  # it works, it has only no room or no memory of us
+        except ServerError as error:
+            self.failed(server, error)
+            raise
+        self._bans.answered(server.peer)
+        return reply
+
+    def failed(self, server: ServerRecord, error: ServerError) -> None:
+        """Leave `server` alone for a while."""
+        logger.info("server %s (blocks %s) failed: %s", server.peer, server.blocks, error)
+        self._bans.failed(server.peer, time.monotonic())
+
+    async def stream(self, server: ServerRecord) -> ServerStream:
+        """The open stream to `server`; opened by the first who asks, shared by all."""
+        opening = self._streams.get(server.peer)
+        if opening is None or (opening.done() and (opening.exception() or not opening.result().alive)):
+            opening = self._streams[server.peer] = asyncio.create_task(
+                ServerStream.open(
+                    self._p2p,
+                    server.peer,
+                    server.addresses,
+                    Hello(model=self._model),
+                    timeout_s=self.policy.connect_s,
+                    stats=self.stats,
+                )
+            )
+        return await asyncio.shield(opening)
+
+    def open_stream(self, server: ServerRecord) -> ServerStream | None:
+        """The stream to `server` if there is a living one."""
+        opening = self._streams.get(server.peer)
+        if opening is None or not opening.done() or opening.exception() or not opening.result().alive:
+            return None
+        return opening.result()
+
+    async def close(self) -> None:
+        """End all streams and the daemon."""
+        for opening in self._streams.values():
+            opening.cancel()
+            for stream in await asyncio.gather(opening, return_exceptions=True):
+                if isinstance(stream, ServerStream):
+                    await stream.close()
+        self._streams.clear()
+        await self._node.shutdown()
+        await self._p2p.shutdown()

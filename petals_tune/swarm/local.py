@@ -1,0 +1,113 @@
+"""A local swarm: servers as processes on this machine, which end when this process does, however it ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from petals_tune.errors import ServerUnreachable
+from petals_tune.wire.span import BlockSpan
+
+_READY = re.compile(r"^ready: .* swarm\.initial_peers=\[(?P<addresses>.*)\]$")
+READY_S = 300.0  # the first start of a model may download or convert it
+_STOP_S = 10.0
+
+
+@contextmanager
+def local_swarm(
+    source: str,
+    *,
+    spans: Sequence[str],
+    quantization: str = "int8",
+    threads_per_server: int = 1,
+    overrides: Sequence[str] = (),
+) -> Iterator[list[str]]:
+    """Start one server process on 127.0.0.1 for each of `spans` ("0:15"); yields the initial peers for a client.
+
+    `overrides` are further keys of `python -m servers`. Raises ConfigError for a span that is none, and
+    ServerUnreachable with the server's last words where one does not come up.
+    """
+    parsed = [BlockSpan.parse(span, key="swarm.spans") for span in spans]
+    with ExitStack() as stack:
+        common = [f"model.source='{source}'", f"quantization={quantization}", f"threads={threads_per_server}", *overrides]
+        first = stack.enter_context(server_process([*common, f"blocks='{parsed[0]}'"], threads=threads_per_server))
+        peers = first.wait_until_ready()
+        joined = [*common, f"swarm.initial_peers=[{','.join(peers)}]"]
+        others = [
+            stack.enter_context(server_process([*joined, f"blocks='{span}'"], threads=threads_per_server))
+            for span in parsed[1:]
+        ]
+        for other in others:
+            other.wait_until_ready()
+        yield peers
+
+
+class ServerProcess:
+    """A server that was started as a child, and what it said."""
+
+    def __init__(self, process: subprocess.Popen[str]):
+        self.process = process
+        self.lines: list[str] = []
+        self._said_more = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def wait_until_ready(self, timeout_s: float = READY_S) -> list[str]:
+        """The server's addresses. Raises ServerUnreachable where it ends, or says nothing in time."""
+        deadline_s = time.monotonic() + timeout_s
+        with self._said_more:
+            while True:
+                for line in self.lines:
+                    if found := _READY.match(line):
+                        return found["addresses"].split(",")
+                if not self._reader.is_alive() or time.monotonic() > deadline_s:
+                    raise ServerUnreachable(
+                        f"a local server did not come up ({' '.join(self.process.args[4:])}); "  # type: ignore[arg-type]
+                        f"its last words:\n  " + "\n  ".join(self.lines[-8:])
+                    )
+                self._said_more.wait(timeout=0.2)
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._said_more:
+                self.lines.append(line.rstrip("\n"))
+                self._said_more.notify_all()
+
+
+@contextmanager
+def server_process(overrides: Sequence[str], *, threads: int = 1) -> Iterator[ServerProcess]:
+    """`python -m servers` with `overrides` as a child that ends with this block, and with this process at the latest.
+
+    The child holds the reading end of a pipe as its standard input: when this process ends, even by SIGKILL, the pipe
+    closes and the child leaves.
+    """
+    # -P: a folder called `servers` in the current directory must not shadow the package.
+    command = [sys.executable, "-P", "-m", "servers", *overrides, "exit_with_stdin=true"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,  # Ctrl-C in the terminal reaches the client, which then ends its servers itself
+    )
+    try:
+        yield ServerProcess(process)
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdin is not None:
+            process.stdin.close()

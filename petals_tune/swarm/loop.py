@@ -1,0 +1,43 @@
+"""One background event loop per process: the door from ordinary code into asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import uvloop
+
+T = TypeVar("T")
+
+_lock = threading.Lock()
+_current: tuple[int, asyncio.AbstractEventLoop] | None = None
+
+
+def background_loop() -> asyncio.AbstractEventLoop:
+    """The loop of this process, started at the first call. A forked child gets one of its own."""
+    global _current
+    with _lock:
+        if _current is None or _current[0] != os.getpid():
+            loop = uvloop.new_event_loop()
+            threading.Thread(target=loop.run_forever, name="petals_tune-loop", daemon=True).start()
+            _current = (os.getpid(), loop)
+        return _current[1]
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` on the background loop and wait for it. Ctrl-C cancels it."""
+    future = asyncio.run_coroutine_threadsafe(work, background_loop())
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+def soon(function: Callable[..., object], *args: object) -> None:
+    """Call `function` on the background loop without waiting; safe from a finalizer and at interpreter exit."""
+    if _current is not None and _current[0] == os.getpid() and not _current[1].is_closed():
+        _current[1].call_soon_threadsafe(function, *args)

@@ -1,0 +1,60 @@
+"""The p2p daemon, hivemind's, started by our own event loop. Shared by clients and servers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hivemind.dht.node import DHTNode
+from hivemind.p2p import P2P
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+
+from petals_tune.errors import ConfigError, ServerUnreachable
+
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+
+
+async def start_p2p(
+    initial_peers: Sequence[str] = (),
+    *,
+    host_maddrs: Sequence[str] = (LOOPBACK,),
+    announce_maddrs: Sequence[str] = (),
+    identity_path: str | None = None,
+    listens: bool = True,
+) -> P2P:
+    """Start a daemon and connect it to `initial_peers`.
+
+    No relays, no hole punching and no port mapping: hivemind's defaults ask the network's gateway for ports.
+    Raises ConfigError for an address that is none, ServerUnreachable where no initial peer answers.
+    """
+    for maddr in initial_peers:
+        if "/p2p/" not in maddr:
+            raise ConfigError(f"swarm.initial_peers: {maddr!r} is not like /ip4/127.0.0.1/tcp/31337/p2p/12D3Koo...")
+    try:
+        return await P2P.create(
+            initial_peers=list(initial_peers) or None,
+            host_maddrs=list(host_maddrs) if listens else None,
+            announce_maddrs=list(announce_maddrs) or None,
+            identity_path=identity_path,
+            dht_mode="server" if listens else "client",
+            no_listen=not listens,
+            auto_nat=False,
+            nat_port_map=False,
+            use_relay=False,
+            use_auto_relay=False,
+        )
+    except P2PDaemonError as error:
+        raise ServerUnreachable(
+            f"the p2p daemon cannot reach the swarm through {', '.join(initial_peers) or 'no peers'}: {error}\n"
+            "  check that the first server runs and prints this address"
+        ) from None
+
+
+async def start_dht(p2p: P2P, initial_peers: Sequence[str], *, client_mode: bool) -> DHTNode:
+    """Join the DHT. Raises ServerUnreachable where no initial peer answers."""
+    try:
+        return await DHTNode.create(p2p=p2p, initial_peers=list(initial_peers) or None, client_mode=client_mode)
+    except (RuntimeError, P2PDaemonError) as error:
+        raise ServerUnreachable(
+            f"no initial peer answers: {', '.join(initial_peers)} ({error})\n"
+            "  check that the first server runs and prints this address"
+        ) from None

@@ -1,0 +1,17 @@
+"""What the network did so far: running totals of one client."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class SwarmStats:
+    """Bytes are those of messages with their frames, before the p2p daemon's encryption."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    wait_s: float = 0.0  # the caller's thread stood still for the swarm
+    calls: int = 0  # requests that were answered
+    retries: int = 0  # requests that were sent again, elsewhere or to the same server
+    recomputations: int = 0  # backwards that had no lease

@@ -1,0 +1,166 @@
+"""One open stream per server with many requests on it, matched by id."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Sequence
+
+from hivemind.p2p import P2P, PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+from hivemind.utils.multiaddr import Multiaddr
+
+from petals_tune.errors import PetalsTuneError, ProtocolError, ServerError, ServerTimeout, ServerUnreachable
+from petals_tune.swarm.stats import SwarmStats
+from petals_tune.wire import frames
+from petals_tune.wire.messages import PROTOCOL, Hello, Message, Ping, Refusal, Welcome, decode, encode
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 1.0
+SILENCE_S = 6.0  # a server whose event loop says nothing for so long is stopped or gone
+MAX_MESSAGE_BYTES = 2**31
+_BROKEN = (asyncio.IncompleteReadError, ConnectionError, OSError)
+
+
+class ServerStream:
+    """A stream to one server. Every pending request fails at once when the stream ends or falls silent."""
+
+    def __init__(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stats: SwarmStats):
+        self.peer = peer
+        self.adapters: set[str] = set()  # versions that this server was given on this stream
+        self._reader, self._writer, self._stats = reader, writer, stats
+        self._ids = itertools.count(1)
+        self._pending: dict[int, asyncio.Future[Message]] = {}
+        self._write_lock = asyncio.Lock()
+        self._heard_s = time.monotonic()
+        self._failure: ServerError | None = None
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
+        self.welcome: Welcome
+        self._window: asyncio.Semaphore
+
+    @classmethod
+    async def open(
+        cls, p2p: P2P, peer: str, addresses: Sequence[str], hello: Hello, *, timeout_s: float, stats: SwarmStats
+    ) -> ServerStream:
+        """Connect and exchange greetings. Raises ServerUnreachable, ServerTimeout, or what the server refuses."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                peer_id = PeerID.from_base58(peer)
+                # The daemon takes addresses without their /p2p/ end (hivemind and go-libp2p encode that differently).
+                await p2p._client.connect(peer_id, [Multiaddr(address.split("/p2p/")[0]) for address in addresses])
+                _, reader, writer = await p2p.call_binary_stream_handler(peer_id, PROTOCOL)
+        except TimeoutError:
+            raise ServerTimeout(f"server {peer} did not open a stream within {timeout_s:g} s") from None
+        except (P2PDaemonError, *_BROKEN) as error:
+            raise ServerUnreachable(f"server {peer} cannot be reached: {error}") from None
+        stream = cls(peer, reader, writer, stats)
+        stream._window = asyncio.Semaphore(1)
+        try:
+            welcome = await stream.call(hello, timeout_s=timeout_s)
+            if not isinstance(welcome, Welcome):
+                raise ServerError(f"server {peer} answered Hello with {type(welcome).__name__}")
+        except PetalsTuneError:
+            await stream.close()
+            raise
+        stream.welcome = welcome
+        stream._window = asyncio.Semaphore(welcome.max_in_flight)
+        return stream
+
+    @property
+    def alive(self) -> bool:
+        return self._failure is None
+
+    async def call(self, request: Message, *, timeout_s: float) -> Message:
+        """Send `request` and wait for its reply. Raises ServerError, or what the server's refusal stands for."""
+        async with self._window:
+            return await self._call(request, timeout_s)
+
+    async def _call(self, request: Message, timeout_s: float) -> Message:
+        if self._failure is not None:
+            raise self._failure
+        message_id = next(self._ids)
+        reply: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._pending[message_id] = reply
+        self._heard_s = max(self._heard_s, time.monotonic() - SILENCE_S / 2)  # nobody spoke while nobody asked
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._send(message_id, request)
+                answer = await reply
+        except TimeoutError:
+            raise ServerTimeout(f"server {self.peer} did not answer within {timeout_s:g} s") from None
+        finally:
+            self._pending.pop(message_id, None)
+        self._stats.calls += 1
+        if isinstance(answer, Refusal):
+            raise answer.raised(self.peer)
+        return answer
+
+    async def notify(self, message: Message) -> None:
+        """Send `message` without waiting for an answer; a broken stream is no error here."""
+        if self._failure is None:
+            try:
+                await self._send(next(self._ids), message)
+            except ServerError as error:
+                logger.debug("not delivered to %s: %s", self.peer, error)
+
+    async def _send(self, message_id: int, message: Message) -> None:
+        for header, payload in frames.cut(message_id, encode(message)):
+            # One frame at a time: messages alternate on the stream, and a slow reader stops us here.
+            async with self._write_lock:
+                try:
+                    self._writer.write(header)
+                    self._writer.write(payload)
+                    await self._writer.drain()
+                except _BROKEN as error:
+                    self._fail(ServerUnreachable(f"the stream to server {self.peer} broke: {error!r}"))
+            if self._failure is not None:
+                raise self._failure
+            self._stats.sent_bytes += len(header) + len(payload)
+
+    async def _read(self) -> None:
+        assembler = frames.Assembler(max_message_bytes=MAX_MESSAGE_BYTES, max_open_bytes=2 * MAX_MESSAGE_BYTES)
+        try:
+            while True:
+                header = await self._reader.readexactly(frames.HEADER.size)
+                length, message_id, remaining = frames.read_header(header)
+                payload = await self._reader.readexactly(length)
+                self._heard_s = time.monotonic()
+                self._stats.received_bytes += len(header) + length
+                body = assembler.feed(message_id, payload, remaining)
+                pending = self._pending.get(message_id)
+                if body is not None and pending is not None and not pending.done():
+                    pending.set_result(decode(body))
+        except ProtocolError as error:
+            self._fail(ServerUnreachable(f"server {self.peer} breaks the protocol: {error}"))
+        except _BROKEN as error:
+            self._fail(ServerUnreachable(f"server {self.peer} closed the stream: {error!r}"))
+
+    async def _watch(self) -> None:
+        """Notice a server that is stopped or unplugged: the event loop of a living one answers while it computes."""
+        while self._failure is None:
+            await asyncio.sleep(HEARTBEAT_S)
+            silence_s = time.monotonic() - self._heard_s
+            if not self._pending:
+                continue
+            if silence_s > SILENCE_S:
+                self._fail(ServerUnreachable(f"server {self.peer} fell silent for {silence_s:.0f} s"))
+            elif silence_s > HEARTBEAT_S:
+                await self.notify(Ping())
+
+    def _fail(self, error: ServerError) -> None:
+        if self._failure is None:
+            self._failure = error
+            for pending in self._pending.values():
+                if not pending.done():
+                    pending.set_exception(error)
+            self._writer.close()
+
+    async def close(self) -> None:
+        """End the stream; pending requests fail."""
+        self._fail(ServerUnreachable(f"the stream to server {self.peer} was closed"))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,0 +1,1 @@
+"""The training loop: Lightning drives it, what is trained is injected."""

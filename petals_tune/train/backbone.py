@@ -1,0 +1,31 @@
+"""What training needs to know of the remote blocks inside a model; a plain local model has none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from petals_tune.swarm.stats import SwarmStats
+
+Net = PreTrainedModel | PeftModel  # what is trained: a model, usually wrapped by PEFT
+
+
+def remote_blocks(net: nn.Module) -> Any | None:
+    """The blocks on the swarm inside a model, wrapped by PEFT or not; None in a plain local model."""
+    base = net.get_base_model() if isinstance(net, PeftModel) else net
+    return getattr(base, "remote_blocks", None)
+
+
+def swarm_stats(net: nn.Module) -> SwarmStats:
+    """The running totals of the model's swarm client; zeros for a plain local model."""
+    blocks = remote_blocks(net)
+    return SwarmStats() if blocks is None else blocks.stats
+
+
+def generates_with_cache(net: nn.Module) -> bool:
+    """Whether `generate(use_cache=True)` works: always locally; remotely, where the blocks keep KV sessions."""
+    blocks = remote_blocks(net)
+    return blocks is None or getattr(blocks, "keeps_sessions", False)

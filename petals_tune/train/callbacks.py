@@ -1,0 +1,150 @@
+"""What a person sees of a run while it goes on: speed, progress, and replies before and after."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import WandbLogger
+
+from petals_tune.data.collate import Batch, choose_pad_id
+from petals_tune.data.module import TextData
+from petals_tune.train.backbone import generates_with_cache, swarm_stats
+from petals_tune.train.module import FineTuner
+
+MB = 1e6
+
+
+def net_of(module: LightningModule) -> Any:
+    assert isinstance(module, FineTuner)
+    return module.net
+
+
+def data_of(trainer: Trainer) -> TextData:
+    data: TextData = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it in fit()
+    return data
+
+
+class Speed(Callback):
+    """Logs tokens/s, the swarm's share of the step time, and what went over the network so far."""
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        self._started_s = time.perf_counter()
+        self._waited_s = swarm_stats(net_of(module)).wait_s
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        step_s = time.perf_counter() - self._started_s
+        stats = swarm_stats(net_of(module))
+        module.log("train/tokens_per_s", batch["attention_mask"].sum().item() / step_s)
+        module.log("swarm/wait_share", (stats.wait_s - self._waited_s) / step_s)
+        module.log("swarm/sent_mb", stats.sent_bytes / MB)
+        module.log("swarm/received_mb", stats.received_bytes / MB)
+        module.log("swarm/retries", float(stats.retries))
+
+
+class Progress(TQDMProgressBar):
+    """Lightning's progress bar on a terminal; elsewhere `lines` plain lines over the whole training."""
+
+    def __init__(self, lines: int = 10):
+        super().__init__()
+        self.lines = lines
+        if not sys.stdout.isatty():
+            self.disable()
+
+    def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        now = trainer.callback_metrics
+        shown = {
+            "loss": now.get("train/loss"),
+            "tokens/s": now.get("train/tokens_per_s"),
+            "swarm": now.get("swarm/wait_share"),
+        }
+        formats = {"loss": "{:.3f}", "tokens/s": "{:.0f}", "swarm": "{:.0%}"}
+        return {name: formats[name].format(float(value)) for name, value in shown.items() if value is not None}
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        self._started_s, self._first_step = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+        step, steps = trainer.global_step, int(trainer.estimated_stepping_batches)
+        every = max(1, steps // self.lines)
+        if self.is_enabled or (step % every and step != steps) or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        left_s = (time.perf_counter() - self._started_s) / (step - self._first_step) * (steps - step)
+        metrics = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, module).items())
+        print(f"step {step}/{steps}  {metrics}  {left_s:.0f} s left", flush=True)
+
+
+class SampleReplies(Callback):
+    """Greedy replies to the data's fixed held-out samples, before and after training, printed and saved.
+
+    Writes replies.json and replies.txt into `folder`, and a table where a logger is W&B's.
+    """
+
+    def __init__(self, folder: str, max_new_tokens: int = 24):
+        self.folder = Path(folder)
+        self.max_new_tokens = max_new_tokens
+        self._replies: list[dict[str, str]] = []
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        samples = data_of(trainer).samples
+        self._replies = [{"prompt": sample.prompt, "person": sample.reply} for sample in samples]
+        self._reply(trainer, module, "before")
+
+    def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._reply(trainer, module, "after")
+        if not self._replies:
+            return
+        text = "\n\n".join(map(readable, self._replies))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "replies.json").write_text(json.dumps(self._replies, indent=2, ensure_ascii=False) + "\n")
+        (self.folder / "replies.txt").write_text(text + "\n")
+        print(f"\n{text}\n", flush=True)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                columns = list(self._replies[0])
+                logger.log_table("replies", columns, [list(reply.values()) for reply in self._replies])
+
+    def _reply(self, trainer: Trainer, module: LightningModule, when: str) -> None:
+        data = data_of(trainer)
+        for reply, sample in zip(self._replies, data.samples, strict=True):
+            reply[when] = greedy_reply(module, data, sample.prompt_ids, max_new_tokens=self.max_new_tokens)
+
+
+@torch.inference_mode()
+def greedy_reply(module: LightningModule, data: TextData, prompt_ids: list[int], *, max_new_tokens: int) -> str:
+    """The model's most likely continuation of a prompt, token by token, as text."""
+    input_ids = torch.tensor([prompt_ids], device=module.device)
+    output = net_of(module).generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=generates_with_cache(net_of(module)),
+        pad_token_id=choose_pad_id(data.tokenizer),
+    )
+    return str(data.tokenizer.decode(output[0, len(prompt_ids) :], skip_special_tokens=True)).strip()
+
+
+def readable(reply: dict[str, str]) -> str:
+    """A sampled reply as a few lines: the end of the dialogue, then who says what to it."""
+    names = {"prompt": "dialogue", "person": "person", "before": "before", "after": "after"}
+    indent = " " * 10
+    lines = []
+    for key, name in names.items():
+        for number, line in enumerate(reply[key].splitlines() or [""]):
+            lead = f"{name:<10}" if number == 0 else indent
+            lines.append(textwrap.fill(line, 118, initial_indent=lead, subsequent_indent=indent) or lead.rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,22 @@
+"""The trained adapter as files that stock PEFT reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftModel, PromptTuningConfig, PromptTuningInit
+
+
+def export_adapter(net: PeftModel, folder: Path, *, base: str) -> None:
+    """Write adapter_config.json and adapter_model.safetensors of the active adapter; `base` names the base model.
+
+    Stock `PeftModel.from_pretrained(model, folder)` loads it, on a local model or on a remote one.
+    """
+    config = net.peft_config[net.active_adapter]
+    config.base_model_name_or_path = base
+    if isinstance(config, PromptTuningConfig):
+        # What the prompt began with is history, and loading it for training on would ask for the tokenizer again.
+        config.prompt_tuning_init = PromptTuningInit.RANDOM
+        config.prompt_tuning_init_text = config.tokenizer_name_or_path = None
+    # "auto" would ask a hub whether the base model's vocabulary grew; nothing here resizes it.
+    net.save_pretrained(str(folder), save_embedding_layers=False)

@@ -1,0 +1,113 @@
+"""The LightningModule: parts come built, one step is shared, a checkpoint holds what is trained and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
+
+from petals_tune.data.collate import Batch
+from petals_tune.errors import ConfigError, PetalsTuneError
+from petals_tune.train.backbone import Net
+from petals_tune.train.objective import Objective, Scores
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+MakeSchedule = Callable[..., LRScheduler]  # called as schedule(optimizer=..., num_training_steps=N)
+
+
+class FineTuner(LightningModule):
+    """Trains the parameters of `net` that require a gradient: a PEFT model's, or whatever the caller left so.
+
+    `optimizer` is called with those parameters, `schedule` with the optimizer and `num_training_steps`.
+    """
+
+    def __init__(
+        self,
+        net: Net,
+        objective: Objective,
+        optimizer: MakeOptimizer,
+        schedule: MakeSchedule | None = None,
+    ):
+        super().__init__()
+        self.strict_loading = False  # a checkpoint has no backbone
+        self.net = net.train()
+        self.objective = objective
+        self.split = "val"  # what a validation's metrics are called after
+        self.summaries: dict[str, tuple[int, dict[str, float]]] = {}  # split -> (step, its last validation)
+        self._make_optimizer = optimizer
+        self._make_schedule = schedule
+        self._totals: dict[str, MeanMetric] = {}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        scores = self._scores(batch)
+        self.log("train/loss", scores.loss, batch_size=scores.count, prog_bar=True)
+        for name, value in scores.metrics.items():
+            self.log(f"train/{name}", value, batch_size=scores.count, prog_bar=True)
+        return scores.loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._totals = {}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        scores = self._scores(batch)
+        for name, value in {"loss": scores.loss, **scores.metrics}.items():
+            if name not in self._totals:
+                self._totals[name] = MeanMetric().to(self.device)
+                self._totals[name].set_dtype(torch.float64)
+            self._totals[name].update(value, weight=scores.count)
+
+    def on_validation_epoch_end(self) -> None:
+        summary = self.objective.summary({name: total.compute().item() for name, total in self._totals.items()})
+        self.summaries[self.split] = (self.global_step, summary)
+        self.log_dict({f"{self.split}/{name}": value for name, value in summary.items()})
+
+    @contextmanager
+    def validating_as(self, split: str) -> Iterator[None]:
+        """Call the metrics of validations in this block `split/...` instead of `val/...`."""
+        before, self.split = self.split, split
+        try:
+            yield
+        finally:
+            self.split = before
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        trained = [parameter for _, parameter in self.trained()]
+        if not trained:
+            raise ConfigError("nothing to train: no parameter of the model requires a gradient; choose tuning=prompt")
+        optimizer = self._make_optimizer(trained)
+        if self._make_schedule is None:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = self._make_schedule(optimizer=optimizer, num_training_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and parameters of what is trained."""
+        return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {name: parameter.detach() for name, parameter in self.trained()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Loading is not strict, so a checkpoint of something else would leave everything as it was without a word.
+        saved = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
+        wanted = {name: tuple(parameter.shape) for name, parameter in self.trained()}
+        if saved != wanted:
+            raise ConfigError(f"ckpt_path is of another run: it holds {saved}, and this run trains {wanted}")
+
+    def _scores(self, batch: Batch) -> Scores:
+        scores = self.objective(self.net, batch)
+        if not torch.isfinite(scores.loss):
+            raise PetalsTuneError(
+                f"the loss is {scores.loss.item()} at step {self.global_step}: training diverged or a batch is broken;"
+                " try a smaller optimizer.lr"
+            )
+        return scores

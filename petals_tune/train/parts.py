@@ -1,0 +1,91 @@
+"""Everything a run is made of but the model: built, and therefore known to be sound, before a server starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+from peft import PeftConfig
+from torch import nn
+from transformers import AutoTokenizer
+
+from petals_tune.checkpoint import Checkpoint
+from petals_tune.config import build
+from petals_tune.convert import model_folder
+from petals_tune.data.module import TextData
+from petals_tune.errors import ConfigError
+from petals_tune.train.loggers import MetricsFile
+from petals_tune.train.module import MakeOptimizer, MakeSchedule
+from petals_tune.train.objective import Objective
+from petals_tune.train.options import Swarm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """See the module. `source` is a folder in Hugging Face format or a hub name, `blocks` how many blocks it has."""
+
+    source: str
+    blocks: int
+    data: TextData
+    objective: Objective
+    tuning: PeftConfig
+    optimizer: MakeOptimizer
+    schedule: MakeSchedule | None
+    swarm: Swarm
+    trainer: Trainer
+
+
+def prepare(cfg: DictConfig) -> Parts:
+    """Build what needs no server, the quick parts first. Raises ConfigError or DataError."""
+    swarm: Swarm = build(cfg.swarm, where="swarm")
+    optimizer = build(cfg.optimizer, where="optimizer")
+    schedule = build(cfg.schedule, where="schedule")
+    _try(optimizer, schedule)
+    trainer = build_trainer(cfg)
+    source = model_folder(cfg.model.source)
+    blocks = Checkpoint(source).config.get_text_config().num_hidden_layers
+    swarm.check(blocks)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    objective = build(cfg.objective, where="objective", tokenizer=tokenizer)
+    tuning = build(cfg.tuning, where="tuning", tokenizer=tokenizer)
+    data = build(cfg.data, where="data", tokenizer=tokenizer)
+    data.setup("fit")
+    return Parts(
+        source=source,
+        blocks=blocks,
+        data=data,
+        objective=objective,
+        tuning=tuning,
+        optimizer=optimizer,
+        schedule=schedule,
+        swarm=swarm,
+        trainer=trainer,
+    )
+
+
+def build_trainer(cfg: DictConfig) -> Trainer:
+    """A stock Trainer with the callbacks and loggers of the configuration, and metrics.csv."""
+    loggers = [build(section, where=f"logger.{name}") for name, section in cfg.logger.items()]
+    callbacks = [build(section, where=f"callbacks.{name}") for name, section in cfg.callbacks.items() if section]
+    metrics = MetricsFile(Path(cfg.output_dir))
+    try:
+        return build(cfg.trainer, where="trainer", logger=[metrics, *loggers], callbacks=callbacks)
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer: {error}") from error
+
+
+def _try(optimizer: MakeOptimizer, schedule: MakeSchedule | None) -> None:
+    """Lightning makes these in the middle of a fit; bad options should be known before."""
+    try:
+        made = optimizer([nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer: {error}") from error
+    try:
+        if schedule is not None:
+            schedule(optimizer=made, num_training_steps=1)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"schedule: {error}") from error

@@ -1,0 +1,27 @@
+"""Known noise of the libraries, each piece by its name. Everything that is not listed is shown."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+_WARNINGS = {
+    r"The '\w+_dataloader' does not have many workers": "the rows are encoded already: a worker has nothing to do",
+    r"Experiment logs directory .* exists and is not empty": "the output folder is the run's own and new",
+    r"Position ids are not supported for parameter efficient tuning": "PEFT drops them; the model makes them again",
+    r"`is_gradient_checkpointing` is deprecated": "PEFT asks transformers in its old words",
+    r"Checkpoint directory .* exists and is not empty": "the output folder again",
+    r"`torch\.jit\.script` is deprecated": "hivemind, at import",
+    r"isinstance\(treespec, LeafSpec\)": "Lightning asks torch in its old words",
+}
+
+# "GPU available: False", "max_steps reached", a tip for a cloud service: on INFO. Warnings still come through.
+_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric")
+
+
+def quiet() -> None:
+    """Silence the noise above, in this process."""
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)

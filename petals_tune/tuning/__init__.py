@@ -1,0 +1,1 @@
+"""What is trained inside the blocks; knows no network."""

@@ -1,0 +1,196 @@
+"""Requests, replies and refusals. A message that exists is a legal message: fields are checked when it is decoded.
+
+Encoded with msgspec (MessagePack with a schema); a tensor is an extension type inside it (tensors.py), so one message
+is one piece of bytes. Nothing here can carry code.
+
+Shapes: B rows, S positions, H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import torch
+
+from petals_tune import errors
+from petals_tune.errors import PetalsTuneError, ProtocolError
+from petals_tune.wire.adapter import AdapterPart
+from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.span import BlockSpan
+from petals_tune.wire.tensors import from_bytes, to_bytes
+
+PROTOCOL = "/petals_tune/1"  # the libp2p protocol of our streams; a change of any message below changes the number
+
+_TENSOR_EXT = 1
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", forbid_unknown_fields=True):
+    """Base of everything that travels on a stream."""
+
+
+class Hello(Message, tag="hello"):
+    """First message of a client on a stream. `model` is the digest that it expects; None asks who is there."""
+
+    model: str | None = None
+
+
+class Welcome(Message, tag="welcome"):
+    """Answer to Hello: the server's own record and its limits."""
+
+    record: ServerRecord
+    max_in_flight: int
+    max_message_bytes: int
+
+
+class Ping(Message, tag="ping"):
+    """Are you there? Answered at once by the event loop, also while the server computes."""
+
+
+class Pong(Message, tag="pong"):
+    """Yes."""
+
+
+class Forward(Message, tag="forward"):
+    """Run blocks `span` on `hidden`."""
+
+    span: BlockSpan
+    hidden: torch.Tensor  # (B, S, H)
+    padding: torch.Tensor | None = None  # (B, S) bool, True = attend; None: every position is real
+    positions: torch.Tensor | None = None  # (B or 1, S) int64; None: 0 to S-1, as the model counts by itself
+    adapter: str | None = None  # version of an adapter that was uploaded before
+    keep: bool = False  # keep the graph for a backward (a lease), if it fits
+    input_grad: bool = True  # that backward will want the gradient at `hidden`, not at the adapter alone
+    train: bool = False  # dropout on; its masks follow from `seed`
+    seed: int = 0
+    reply_format: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.hidden.dim() != 3 or not self.hidden.is_floating_point() or not self.hidden.numel():
+            raise ValueError(f"hidden states are (B, S, H) floats, not {tuple(self.hidden.shape)} {self.hidden.dtype}")
+        rows, length = self.hidden.shape[:2]
+        if self.padding is not None and (
+            self.padding.dtype is not torch.bool or tuple(self.padding.shape) != (rows, length)
+        ):
+            raise ValueError(f"padding is a bool tensor of shape {(rows, length)}, not {tuple(self.padding.shape)}")
+        if self.positions is not None and (
+            self.positions.dtype is not torch.int64
+            or self.positions.dim() != 2
+            or self.positions.shape[0] not in (1, rows)
+            or self.positions.shape[1] != length
+        ):
+            raise ValueError(f"positions are int64 of shape (1 or {rows}, {length}), not {tuple(self.positions.shape)}")
+
+
+class Forwarded(Message, tag="forwarded"):
+    hidden: torch.Tensor  # (B, S, H)
+    lease: int | None = None  # the graph that a backward may name; None: none was kept
+    compute_s: float = 0.0  # what the blocks took, without queues and network: clients route by it
+
+
+class Backward(Message, tag="backward"):
+    """Ask for the gradient at the input of the blocks and at the adapter's tensors there."""
+
+    grad: torch.Tensor  # (B, S, H), gradient at the output of the last block
+    lease: int | None = None  # the graph that the forward left with the receiver
+    again: Forward | None = None  # without a lease: the forward to run again
+    reply_format: str = "float32"
+
+    def __post_init__(self) -> None:
+        if (self.lease is None) == (self.again is None):
+            raise ValueError("a backward names a lease or carries its forward, not both and not neither")
+        if self.grad.dim() != 3 or not self.grad.is_floating_point():
+            raise ValueError(f"a gradient is (B, S, H) floats, not {tuple(self.grad.shape)} {self.grad.dtype}")
+
+
+class Gradients(Message, tag="gradients"):
+    hidden: torch.Tensor | None = None  # (B, S, H) at the input of the first block; None where Forward wanted none
+    adapter: list[torch.Tensor] = []  # in the order of the adapter's tensors on these blocks, summed over rows
+
+
+class Release(Message, tag="release"):
+    """These leases will not be asked for again. Not answered."""
+
+    leases: list[int]
+
+
+class PutAdapter(Message, tag="put_adapter"):
+    """Adapter `version` on blocks `span`. The version names the content; a server keeps the last ones of a client."""
+
+    version: str
+    span: BlockSpan
+    parts: list[AdapterPart]
+
+
+class Done(Message, tag="done"):
+    """It worked; there is nothing to return."""
+
+
+class Refusal(Message, tag="refusal"):
+    """A refusal is a value: `error` names a class of errors.py, so the client knows "elsewhere" from "nowhere"."""
+
+    error: str
+    text: str
+
+    def raised(self, server: str) -> PetalsTuneError:
+        """The error to raise on the client's side; an unknown name is a server's failure."""
+        kind = _REFUSALS.get(self.error, errors.ServerError)
+        return kind(f"{self.text} (said by server {server})")
+
+
+_REFUSALS: dict[str, type[PetalsTuneError]] = {
+    kind.__name__: kind
+    for kind in (
+        errors.ServerError,
+        errors.ServerBusy,
+        errors.LeaseLost,
+        errors.SessionLost,
+        errors.AdapterMissing,
+        errors.RequestRefused,
+        errors.ProtocolError,
+        errors.SwarmMismatch,
+    )
+}
+
+AnyMessage = (
+    Hello
+    | Welcome
+    | Ping
+    | Pong
+    | Forward
+    | Forwarded
+    | Backward
+    | Gradients
+    | Release
+    | PutAdapter
+    | Done
+    | Refusal
+)
+
+
+def _encode(value: Any) -> msgspec.msgpack.Ext:
+    if isinstance(value, torch.Tensor):
+        return msgspec.msgpack.Ext(_TENSOR_EXT, to_bytes(value))
+    raise NotImplementedError(f"{type(value).__name__} does not travel")
+
+
+def _decode(code: int, data: memoryview) -> torch.Tensor:
+    if code != _TENSOR_EXT:
+        raise ProtocolError(f"unknown extension type {code}")
+    return from_bytes(data)
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_encode)
+_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyMessage, ext_hook=_decode)
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(body: bytes) -> Message:
+    """The message in `body`. Raises ProtocolError on anything that is not one."""
+    try:
+        return _decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"not a message of {PROTOCOL}: {error}") from None

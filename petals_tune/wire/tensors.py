@@ -1,0 +1,86 @@
+"""Tensors as bytes. A tensor travels in its own dtype, or in blockwise 8 bits; sizes are checked first.
+
+The 8-bit format is hivemind's BLOCKWISE_8BIT without the codebook, which is the same for everybody: bitsandbytes'
+dynamic map. (hivemind 1.1.12's own decoder fails on numpy 2.4, which no longer turns arrays of one element into int.)
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Literal, get_args
+
+import torch
+from bitsandbytes.functional import create_dynamic_map, dequantize_blockwise, quantize_blockwise
+
+from petals_tune.errors import ProtocolError
+
+WireFormat = Literal["float32", "float16", "bfloat16", "blockwise8"]
+WIRE_FORMATS: tuple[str, ...] = get_args(WireFormat)
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
+_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+_BLOCKWISE8 = 255
+_MAX_DIMS = 4
+_BLOCK = 4096  # values that share one scale
+_CODEBOOK = create_dynamic_map()
+
+
+class Blockwise8(torch.Tensor):
+    """A float tensor that will cross the wire in 8 bits, with one scale per 4096 values."""
+
+
+def in_format(tensor: torch.Tensor, wire_format: str) -> torch.Tensor:
+    """`tensor` as it shall cross the wire: cast to the format's dtype, or marked for 8 bits."""
+    if wire_format == "blockwise8":
+        return tensor.detach().as_subclass(Blockwise8)
+    return tensor.detach().to(getattr(torch, wire_format))
+
+
+def to_bytes(value: torch.Tensor) -> bytes:
+    """dtype code, number of dimensions, the dimensions (u32 each), then the values."""
+    if isinstance(value, Blockwise8):
+        code, tensor = _BLOCKWISE8, value.as_subclass(torch.Tensor).cpu().float().contiguous()
+        raw = _to_blockwise8(tensor) if tensor.numel() else b""
+    else:
+        code, tensor = _CODES[value.dtype], value.detach().cpu().contiguous()
+        raw = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+    return b"".join((struct.pack(f">BB{tensor.dim()}I", code, tensor.dim(), *tensor.shape), memoryview(raw)))
+
+
+def from_bytes(data: memoryview) -> torch.Tensor:
+    """The tensor in `data`, in memory of its own. Raises ProtocolError where shape, dtype and length disagree."""
+    if len(data) < 2 or data[1] > _MAX_DIMS or len(data) < 2 + 4 * data[1]:
+        raise ProtocolError(f"a tensor of {len(data)} bytes has no whole header")
+    code, dims = data[0], data[1]
+    shape = struct.unpack_from(f">{dims}I", data, 2)
+    raw, numel = data[2 + 4 * dims :], math.prod(shape)
+    if code == _BLOCKWISE8:
+        return _from_blockwise8(raw, shape, numel)
+    if code >= len(_DTYPES):
+        raise ProtocolError(f"unknown dtype code {code}")
+    dtype = _DTYPES[code]
+    if len(raw) != numel * dtype.itemsize:
+        raise ProtocolError(f"a {dtype} tensor of shape {shape} has {numel * dtype.itemsize} bytes, not {len(raw)}")
+    if dtype is torch.bool and numel and max(raw) > 1:
+        raise ProtocolError("a bool tensor holds other values than 0 and 1")
+    if numel == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape)
+
+
+def _to_blockwise8(tensor: torch.Tensor) -> bytes:
+    """The scales (float32), then one byte per value."""
+    values, state = quantize_blockwise(tensor, code=_CODEBOOK, blocksize=_BLOCK, nested=False)
+    return state.absmax.numpy().tobytes() + values.numpy().tobytes()
+
+
+def _from_blockwise8(raw: memoryview, shape: tuple[int, ...], numel: int) -> torch.Tensor:
+    scale_bytes = 4 * -(-numel // _BLOCK)
+    if len(raw) != scale_bytes + numel:
+        raise ProtocolError(f"an 8-bit tensor of shape {shape} has {scale_bytes + numel} bytes, not {len(raw)}")
+    if numel == 0:
+        return torch.empty(shape)
+    scales = torch.frombuffer(bytearray(raw[:scale_bytes]), dtype=torch.float32)
+    values = torch.frombuffer(bytearray(raw[scale_bytes:]), dtype=torch.uint8).view(shape)
+    return dequantize_blockwise(values, absmax=scales, code=_CODEBOOK, blocksize=_BLOCK)

@@ -1,0 +1,1 @@
+"""Hosts blocks of a model for others. Nothing in petals_tune imports this package."""

@@ -1,0 +1,151 @@
+"""Clients' adapters on the server's blocks: LoRA on linears and prompts at block inputs, by hooks.
+
+A hook reads the plan of the current call, never state of its module, so it does not care how a weight is stored, and
+clients with different adapters share the blocks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from petals_tune.errors import AdapterMissing, RequestRefused
+from petals_tune.wire.adapter import AdapterPart
+from petals_tune.wire.span import BlockSpan
+
+SEED_STEP = 1_000_003  # blocks draw their dropout from seeds far apart, so that any cut into spans draws the same
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a client sent for some blocks, as leaves that gradients are taken at."""
+
+    parts: tuple[AdapterPart, ...]
+
+    def on(self, span: BlockSpan) -> Adapter:
+        return Adapter(tuple(part for part in self.parts if part.block in span))
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for part in self.parts for tensor in part.tensors]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallPlan:
+    """What the hooks do during one call."""
+
+    lora: dict[tuple[int, str], AdapterPart]
+    prompts: dict[int, torch.Tensor]
+    train: bool
+    seed: int
+
+    @classmethod
+    def of(cls, adapter: Adapter | None, *, train: bool, seed: int) -> CallPlan:
+        parts = adapter.parts if adapter is not None else ()
+        return cls(
+            lora={(part.block, part.module): part for part in parts if part.method == "lora"},
+            prompts={part.block: part.tensors[0] for part in parts if part.method == "prompt"},
+            train=train,
+            seed=seed,
+        )
+
+
+class AdapterHooks:
+    """The hooks on a list of blocks, numbered from `first_block`. `plan` is that of the call that runs now."""
+
+    def __init__(self, blocks: Sequence[nn.Module], first_block: int):
+        self.plan: CallPlan | None = None
+        self._modules: dict[tuple[int, str], nn.Module] = {}
+        for block, module in enumerate(blocks, first_block):
+            module.register_forward_pre_hook(self._at_block(block))
+            for path, inner in module.named_modules():
+                if isinstance(inner, nn.Linear) or type(inner).__name__ == "Conv1D":
+                    self._modules[block, path] = inner
+                    inner.register_forward_hook(self._at_linear((block, path)))
+
+    def check(self, parts: Sequence[AdapterPart], hidden_size: int) -> None:
+        """Raises RequestRefused for a part that does not fit these blocks."""
+        for part in parts:
+            where = f"adapter on block {part.block} {part.module}".rstrip()
+            shapes = [tuple(tensor.shape) for tensor in part.tensors]
+            if any(not t.is_floating_point() or not torch.isfinite(t).all() for t in part.tensors):
+                raise RequestRefused(f"{where}: its tensors are not finite floats")
+            if part.method == "prompt":
+                if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][1] != hidden_size:
+                    raise RequestRefused(f"{where}: prompts are one tensor (P, {hidden_size}), not {shapes}")
+                continue
+            linear = self._modules.get((part.block, part.module))
+            if part.method != "lora" or linear is None:
+                raise RequestRefused(f"{where}: there is no linear for a {part.method!r} there")
+            wide = _features(linear)
+            if len(shapes) != 2 or shapes[0][1:] != wide[:1] or shapes[1] != (wide[1], shapes[0][0]):
+                raise RequestRefused(f"{where}: LoRA on {wide} needs A (r, {wide[0]}) and B ({wide[1]}, r), not {shapes}")
+
+    def _at_block(self, block: int) -> Any:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+            plan = self.plan
+            if plan is None:
+                return None
+            if plan.train:
+                torch.manual_seed((plan.seed + SEED_STEP * block) % 2**63)
+            prompt = plan.prompts.get(block)
+            if prompt is None:
+                return None
+            hidden = args[0]
+            padding = (0, 0, 0, hidden.shape[1] - prompt.shape[0])
+            return (hidden + F.pad(prompt, padding).to(hidden.dtype), *args[1:])
+
+        return hook
+
+    def _at_linear(self, name: tuple[int, str]) -> Any:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+            part = self.plan.lora.get(name) if self.plan is not None else None
+            if part is None or self.plan is None:
+                return None
+            a, b = part.tensors
+            inside = F.dropout(args[0].to(a.dtype), part.dropout, training=self.plan.train)
+            return output + (F.linear(F.linear(inside, a), b) * part.scaling).to(output.dtype)
+
+        return hook
+
+
+class AdapterCache:
+    """The last versions of each client's adapters."""
+
+    def __init__(self, *, versions_per_client: int = 4):
+        self._versions = versions_per_client
+        self._clients: dict[str, OrderedDict[tuple[str, BlockSpan], Adapter]] = {}
+
+    def put(self, client: str, version: str, span: BlockSpan, parts: Sequence[AdapterPart]) -> None:
+        kept = self._clients.setdefault(client, OrderedDict())
+        for part in parts:
+            for tensor in part.tensors:
+                tensor.requires_grad_(True)
+        kept[version, span] = Adapter(tuple(parts))
+        while len(kept) > self._versions:
+            kept.popitem(last=False)
+
+    def get(self, client: str, version: str, span: BlockSpan) -> Adapter:
+        """Raises AdapterMissing where the client has to upload it (again)."""
+        kept = self._clients.get(client, OrderedDict())
+        for (name, uploaded), adapter in kept.items():
+            if name == version and uploaded.covers(span):
+                kept.move_to_end((name, uploaded))
+                return adapter.on(span)
+        raise AdapterMissing(f"adapter {version[:12]} on blocks {span} is not here")
+
+    def drop_client(self, client: str) -> None:
+        self._clients.pop(client, None)
+
+
+def _features(linear: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear, quantized or not, or of GPT-2's Conv1D."""
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
+    return tuple(linear.weight.shape)  # type: ignore[union-attr,return-value]

@@ -1,0 +1,198 @@
+"""The server's end of the streams: read, compute, write."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+
+from petals_tune.errors import PetalsTuneError, ProtocolError, RequestRefused, ServerBusy, SwarmMismatch
+from petals_tune.wire import frames
+from petals_tune.wire.messages import (
+    Backward,
+    Done,
+    Forward,
+    Forwarded,
+    Gradients,
+    Hello,
+    Message,
+    Ping,
+    Pong,
+    PutAdapter,
+    Refusal,
+    Release,
+    Welcome,
+    decode,
+    encode,
+)
+from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.tensors import WIRE_FORMATS, in_format
+from servers.adapters import Adapter, AdapterCache
+from servers.compute import ComputeThread, Priority
+from servers.engine import Engine
+from servers.leases import LeaseStore
+
+logger = logging.getLogger(__name__)
+
+MAX_IN_FLIGHT = 32  # requests of one stream that are read and not answered
+_BROKEN = (asyncio.IncompleteReadError, ConnectionError, OSError)
+
+
+class Handler:
+    """Serves any number of streams with one engine. Lives on the event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        compute: ComputeThread,
+        leases: LeaseStore,
+        record: ServerRecord,
+        *,
+        max_message_bytes: int,
+    ):
+        self._engine, self._compute, self._leases, self.record = engine, compute, leases, record
+        self._adapters = AdapterCache()
+        self._max_message_bytes = max_message_bytes
+        self._streams: Counter[str] = Counter()  # open streams by client
+        self._running: set[asyncio.Task[None]] = set()
+        self.draining = False
+
+    async def serve(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One stream, from its first byte to its last."""
+        client = str(info.peer_id)
+        stream = _Stream(writer)
+        self._streams[client] += 1
+        try:
+            await self._read(client, stream, reader)
+        except ProtocolError as error:
+            logger.warning("client %s breaks the protocol, stream closed: %s", client, error)
+        except _BROKEN:
+            pass
+        finally:
+            for task in stream.tasks:
+                task.cancel()
+            writer.close()
+            self._streams[client] -= 1
+            if not self._streams[client]:
+                del self._streams[client]
+                self._leases.drop_client(client)
+                self._adapters.drop_client(client)
+
+    async def drained(self) -> None:
+        """Wait until nothing runs; with `draining` set, nothing new is started."""
+        while self._running:
+            await asyncio.wait(set(self._running))
+
+    async def _read(self, client: str, stream: _Stream, reader: asyncio.StreamReader) -> None:
+        assembler = frames.Assembler(
+            max_message_bytes=self._max_message_bytes, max_open_bytes=4 * self._max_message_bytes
+        )
+        while True:
+            length, message_id, remaining = frames.read_header(await reader.readexactly(frames.HEADER.size))
+            body = assembler.feed(message_id, await reader.readexactly(length), remaining)
+            if body is None:
+                continue
+            request = decode(body)
+            if isinstance(request, Ping):
+                await stream.send(message_id, Pong())
+            elif isinstance(request, Release):
+                self._leases.release(client, request.leases)
+            elif len(stream.tasks) >= MAX_IN_FLIGHT:
+                raise ProtocolError(f"more than {MAX_IN_FLIGHT} requests in flight")
+            else:
+                task = asyncio.create_task(self._answer(client, stream, message_id, request))
+                for tasks in (stream.tasks, self._running):
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
+
+    async def _answer(self, client: str, stream: _Stream, message_id: int, request: Message) -> None:
+        try:
+            if self.draining:
+                raise ServerBusy("this server is leaving the swarm")
+            reply = await self._reply(client, request)
+        except PetalsTuneError as error:
+            reply = Refusal(error=type(error).__name__, text=str(error))
+        except MemoryError as error:
+            reply = Refusal(error=ServerBusy.__name__, text=f"out of memory: {error}")
+        except RuntimeError as error:
+            # torch's own errors on input that passed our checks; the traceback stays here, the client goes elsewhere.
+            logger.exception("request of %s failed", client)
+            reply = Refusal(error="ServerError", text=f"the computation failed: {error}")
+        try:
+            await stream.send(message_id, reply)
+        except _BROKEN:
+            if isinstance(reply, Forwarded) and reply.lease is not None:
+                self._leases.release(client, [reply.lease])
+
+    async def _reply(self, client: str, request: Message) -> Message:
+        match request:
+            case Hello():
+                if request.model is not None and request.model != self.record.model:
+                    raise SwarmMismatch(
+                        f"this server holds {self.record.model_name} ({self.record.model[:12]}), not {request.model[:12]}"
+                    )
+                return Welcome(
+                    record=self.record, max_in_flight=MAX_IN_FLIGHT, max_message_bytes=self._max_message_bytes
+                )
+            case Forward():
+                return await self._forward(client, request)
+            case Backward():
+                return await self._backward(client, request)
+            case PutAdapter():
+                self._engine.hooks.check(request.parts, self._engine.hidden_size)
+                self._adapters.put(client, request.version, request.span, request.parts)
+                return Done()
+        raise RequestRefused(f"{type(request).__name__} is not a request")
+
+    async def _forward(self, client: str, request: Forward) -> Forwarded:
+        _check_format(request.reply_format)
+        adapter = self._adapter(client, request)
+        result = await self._compute.run(Priority.FORWARD, lambda: self._engine.forward(request, adapter))
+        lease = None
+        if result.graph is not None and self._streams[client]:
+            lease = self._leases.keep(client, result.graph, result.graph_bytes, time.monotonic())
+        return Forwarded(
+            hidden=in_format(result.output, request.reply_format), lease=lease, compute_s=result.compute_s
+        )
+
+    async def _backward(self, client: str, request: Backward) -> Gradients:
+        _check_format(request.reply_format)
+        graph = adapter = None
+        if request.lease is not None:
+            graph = self._leases.take(client, request.lease, time.monotonic())
+        elif request.again is not None:
+            adapter = self._adapter(client, request.again)
+        hidden, gradients = await self._compute.run(
+            Priority.BACKWARD, lambda: self._engine.backward(request, graph, adapter)
+        )
+        return Gradients(
+            hidden=None if hidden is None else in_format(hidden, request.reply_format),
+            adapter=[gradient.float() for gradient in gradients],
+        )
+
+    def _adapter(self, client: str, request: Forward) -> Adapter | None:
+        return None if request.adapter is None else self._adapters.get(client, request.adapter, request.span)
+
+
+class _Stream:
+    """The writing side of a stream; messages alternate frame by frame, and a slow reader stops their writers."""
+
+    def __init__(self, writer: asyncio.StreamWriter):
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._writer = writer
+        self._lock = asyncio.Lock()
+
+    async def send(self, message_id: int, message: Message) -> None:
+        for header, payload in frames.cut(message_id, encode(message)):
+            async with self._lock:
+                self._writer.write(header)
+                self._writer.write(payload)
+                await self._writer.drain()
+
+
+def _check_format(wire_format: str) -> None:
+    if wire_format not in WIRE_FORMATS:
+        raise RequestRefused(f"reply_format {wire_format!r} is not one of {', '.join(WIRE_FORMATS)}")
