@@ -34,7 +34,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
-from yaml import YAMLError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from petals_tune.errors import ConfigError, PetalsTuneError
 
@@ -242,22 +242,24 @@ def _explained(error: Exception, overrides: Sequence[str], config_name: str) -> 
         key = found[1]
         kept = [text for text in overrides if _key(text) != key]
         if len(kept) < len(overrides):
-            return _unknown(key, _known_beside(key, composed(kept, config_name=config_name)))
+            return _no_option(key, composed(kept, config_name=config_name))
     if isinstance(error, OverrideParseException):
         return f"cannot read the argument {error.override!r}: {_first_line(error.__cause__ or error)}"
     return _first_line(error.__cause__ or error)
 
 
-def _known_beside(key: str, cfg: DictConfig) -> list[str]:
-    """The keys that stand where `key` was looked for."""
-    node: Any = cfg
-    for name in key.split(".")[:-1]:
-        child = node.get(name) if isinstance(node, DictConfig) else None
+def _no_option(key: str, cfg: DictConfig) -> str:
+    """What is wrong with a key that stands nowhere in `cfg`, and what stands there instead."""
+    section, path = cfg, key.split(".")
+    for depth, name in enumerate(path):
+        child = OmegaConf.select(cfg, ".".join(path[: depth + 1]), throw_on_missing=False)
         if not isinstance(child, DictConfig):
             break
-        node = child
-    keys = [str(name) for name in node if name not in _HYDRA_KEYS]
-    return [*keys, "recipe"] if node is cfg else keys
+        section = child
+    if "_target_" in section and name in inspect.signature(get_object(section["_target_"])).parameters:
+        return f"{key} stands in no file: to add it, write a plus sign before it, +{key}=..."
+    known = [str(option) for option in section if option not in _HYDRA_KEYS]
+    return _unknown(".".join(path[: depth + 1]), known if section is not cfg else [*known, "recipe"])
 
 
 def _key(override: str) -> str:

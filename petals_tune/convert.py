@@ -13,13 +13,16 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from petals_tune.errors import ConfigError, PetalsTuneError, UnsupportedModel
 from petals_tune.packaged import installed_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
@@ -82,6 +85,9 @@ def convert_gguf(source: Path, folder: Path, *, dtype: torch.dtype = torch.float
         raise ConfigError(f"cannot convert {source}: no such file")
     if folder.exists():
         raise ConfigError(f"cannot convert into {folder}: it is there already; name a new folder, or remove this one")
+    # Not above: whoever only asks for a folder that is there, such as a server, should not wait for this import.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     # A fixed name, so that an interrupted conversion leaves one such folder at most, and the next one clears it.
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -96,7 +102,7 @@ def convert_gguf(source: Path, folder: Path, *, dtype: torch.dtype = torch.float
     partial.rename(folder)
 
 
-def _forget_quantization(model: PreTrainedModel) -> None:
+def _forget_quantization(model: "PreTrainedModel") -> None:
     # The weights are plain floats by now, but save_pretrained refuses a model that says it was read from GGUF.
     del model.hf_quantizer
     del model.config.quantization_config

@@ -107,6 +107,7 @@ class Handler:
                 for tasks in (stream.tasks, self._running):
                     tasks.add(task)
                     task.add_done_callback(tasks.discard)
+                task.add_done_callback(stream.close_after_a_bug)
 
     async def _answer(self, client: str, stream: _Stream, message_id: int, request: Message) -> None:
         try:
@@ -184,6 +185,12 @@ class _Stream:
         self.tasks: set[asyncio.Task[None]] = set()
         self._writer = writer
         self._lock = asyncio.Lock()
+
+    def close_after_a_bug(self, task: asyncio.Task[None]) -> None:
+        """A request that ended in an error of ours will never be answered: say so by ending the stream."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a bug while serving a request; its stream is closed", exc_info=error)
+            self._writer.close()
 
     async def send(self, message_id: int, message: Message) -> None:
         for header, payload in frames.cut(message_id, encode(message)):

@@ -23,15 +23,16 @@ MAY_IMPORT = {
     "checkpoint": "errors",
     "packaged": "errors",
     "convert": "errors packaged",
-    "tuning": "errors",
+    "tuning": "errors wire.adapter",  # how an adapter's parts are named, no more
     "data": "errors packaged convert",
     "swarm": "errors wire",
+    "config": "errors",  # knows what it checks only by the names in the YAML
     "remote": "errors wire families checkpoint tuning swarm",
-    "train": "errors wire families checkpoint packaged convert tuning data swarm remote",
+    "train": "errors config wire families checkpoint packaged convert tuning data swarm remote",
     # The commands, and the package's own front, which imports what it offers on first use.
-    "petals_tune": "errors wire families checkpoint packaged convert tuning data swarm remote train",
-    # A server shares what crosses the network, and how a model is cut. Nobody imports a server: it is started.
-    "servers": "errors wire families checkpoint swarm.directory swarm.p2p",
+    "petals_tune": "errors config wire families checkpoint packaged convert tuning data swarm remote train",
+    # A server shares what crosses the network, and how a model is found. Nobody imports a server: it is started.
+    "servers": "errors wire families checkpoint convert swarm.directory swarm.p2p",
     "conf": "",
     "recipes": "",
 }
@@ -42,7 +43,7 @@ KNOWN_ONLY_TO = {
     "transformers": "families checkpoint convert data remote train petals_tune servers",
     "peft": "tuning remote train petals_tune",
     "lightning": "data train petals_tune",
-    "hydra": "train petals_tune servers",
+    "hydra": "config train petals_tune servers",
     "wandb": "train petals_tune",
 }
 

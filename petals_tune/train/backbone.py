@@ -13,7 +13,7 @@ from petals_tune.swarm.stats import SwarmStats
 Net = PreTrainedModel | PeftModel  # what is trained: a model, usually wrapped by PEFT
 
 
-def remote_blocks(net: nn.Module) -> Any | None:
+def remote_blocks(net: nn.Module) -> Any:
     """The blocks on the swarm inside a model, wrapped by PEFT or not; None in a plain local model."""
     base = net.get_base_model() if isinstance(net, PeftModel) else net
     return getattr(base, "remote_blocks", None)

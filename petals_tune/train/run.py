@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from petals_tune.config import check
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM
-from petals_tune.train.backbone import swarm_stats
+from petals_tune.train.backbone import remote_blocks, swarm_stats
 from petals_tune.train.callbacks import MB
 from petals_tune.train.curves import draw_curves
 from petals_tune.train.export import export_adapter
@@ -36,7 +36,7 @@ def remote_model(parts: Parts) -> Iterator[PreTrainedModel]:
         try:
             yield model
         finally:
-            model.remote_blocks.close()
+            remote_blocks(model).close()
 
 
 def run(cfg: DictConfig, connect: Connect = remote_model) -> dict[str, dict[str, float]]:
@@ -48,11 +48,11 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> dict[str, dict[str,
     started_s = time.monotonic()
     quiet()
     check(cfg)
+    seed_everything(cfg.seed, verbose=False)
+    parts = prepare(cfg)
     output = Path(cfg.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    seed_everything(cfg.seed, verbose=False)
-    parts = prepare(cfg)
     print(f"{parts.data.description}\n{parts.data.summary()}\n", flush=True)
 
     with connect(parts) as model:

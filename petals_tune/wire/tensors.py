@@ -11,7 +11,6 @@ import struct
 from typing import Literal, get_args
 
 import torch
-from bitsandbytes.functional import create_dynamic_map, dequantize_blockwise, quantize_blockwise
 
 from petals_tune.errors import ProtocolError
 
@@ -23,7 +22,6 @@ _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _BLOCKWISE8 = 255
 _MAX_DIMS = 4
 _BLOCK = 4096  # values that share one scale
-_CODEBOOK = create_dynamic_map()
 
 
 class Blockwise8(torch.Tensor):
@@ -71,7 +69,9 @@ def from_bytes(data: memoryview) -> torch.Tensor:
 
 def _to_blockwise8(tensor: torch.Tensor) -> bytes:
     """The scales (float32), then one byte per value."""
-    values, state = quantize_blockwise(tensor, code=_CODEBOOK, blocksize=_BLOCK, nested=False)
+    from bitsandbytes import functional as bnb  # takes a second to import, and few swarms use this format
+
+    values, state = bnb.quantize_blockwise(tensor, blocksize=_BLOCK, nested=False)
     return state.absmax.numpy().tobytes() + values.numpy().tobytes()
 
 
@@ -81,6 +81,8 @@ def _from_blockwise8(raw: memoryview, shape: tuple[int, ...], numel: int) -> tor
         raise ProtocolError(f"an 8-bit tensor of shape {shape} has {scale_bytes + numel} bytes, not {len(raw)}")
     if numel == 0:
         return torch.empty(shape)
+    from bitsandbytes import functional as bnb
+
     scales = torch.frombuffer(bytearray(raw[:scale_bytes]), dtype=torch.float32)
     values = torch.frombuffer(bytearray(raw[scale_bytes:]), dtype=torch.uint8).view(shape)
-    return dequantize_blockwise(values, absmax=scales, code=_CODEBOOK, blocksize=_BLOCK)
+    return bnb.dequantize_blockwise(values, absmax=scales, code=bnb.create_dynamic_map(), blocksize=_BLOCK)
