@@ -1,7 +1,8 @@
 # One image for both sides:
 #   docker build -t petals_tune .
-#   docker run -v petals_tune_cache:/cache petals_tune python -m servers model.source=NAME "blocks='0:15'"
-#   docker run -v petals_tune_cache:/cache -v "$PWD/outputs:/work/outputs" petals_tune python -m petals_tune recipe=personachat
+#   docker run -v petals_tune_cache:/cache -p 31337:31337 petals_tune petals-tune-server model.source=NAME blocks=0:15 \
+#     swarm.host_maddrs=[/ip4/0.0.0.0/tcp/31337] swarm.announce_maddrs=[/ip4/ADDRESS/tcp/31337]
+#   docker run -v petals_tune_cache:/cache petals_tune petals-tune recipe=personachat
 FROM python:3.12-slim
 
 # For a CPU-only torch: --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu

@@ -5,16 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import hydra
 from omegaconf import DictConfig
 
+from petals_tune.cli import errors_reported
 from petals_tune.config import CONFIG_NAME, check_arguments, folder_of, register_recipes
-from petals_tune.errors import PetalsTuneError
-
-INTERRUPTED = 130  # what a shell calls 128 + SIGINT
 
 
 def main() -> None:
@@ -33,19 +29,6 @@ def tune(cfg: DictConfig) -> None:
 
     with errors_reported():
         run(cfg)
-
-
-@contextmanager
-def errors_reported() -> Iterator[None]:
-    """Our own errors print as one text and exit 2; Ctrl-C exits 130; anything else keeps its traceback."""
-    try:
-        yield
-    except PetalsTuneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from pydoc import ErrorDuringImport, locate
 from typing import Annotated, Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
@@ -23,7 +24,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
@@ -69,7 +70,7 @@ class Run:
     objective: Section
     tuning: Section
     optimizer: Section
-    schedule: Section | None
+    schedule: Section
     swarm: Section
     trainer: Section
     callbacks: Section
@@ -78,6 +79,7 @@ class Run:
 
 # What to type where a value has no default.
 _MISSING = {
+    "blocks": 'say which blocks to host, as in blocks=0:12',
     "name": "choose a recipe, recipe=NAME with one of {recipes}, or name a run of your own",
     "swarm.initial_peers": "give the addresses that a running server prints, as in "
     "swarm.initial_peers=[/ip4/10.0.0.5/tcp/31337/p2p/Qm...]",
@@ -113,21 +115,25 @@ def composed(overrides: Sequence[str] = (), *, config_name: str = CONFIG_NAME) -
         raise ConfigError(_explained(error, overrides, config_name)) from None
 
 
-def check_arguments(arguments: Sequence[str]) -> None:
+def check_arguments(arguments: Sequence[str], *, config_name: str = CONFIG_NAME, schema: type = Run) -> None:
     """Compose and check what a command line asks for, every job of a sweep included. Raises ConfigError."""
     args = get_args_parser().parse_args(list(arguments))
     if args.help or args.hydra_help or args.info or args.shell_completion or args.config_path or args.config_name:
         return
     search = [f"hydra.searchpath=[file://{Path(args.config_dir).resolve()}]"] if args.config_dir else []
     for overrides in _jobs(args.overrides) if args.multirun else [args.overrides]:
-        cfg = composed([*search, *overrides])
+        cfg = composed([*search, *overrides], config_name=config_name)
         if not args.cfg:
-            cfg.output_dir = ""  # known once Hydra has made the folder
-            check(cfg)
+            if "output_dir" in cfg:
+                cfg.output_dir = ""  # known once Hydra has made the folder
+            check(cfg, schema=schema)
 
 
-def check(cfg: DictConfig) -> None:
-    """Every key is known and every value is of its type. Raises ConfigError with the first one that is not."""
+def check(cfg: DictConfig, *, schema: type = Run) -> None:
+    """Every key is known and every value is of its type, as the dataclass `schema` says.
+
+    Raises ConfigError with the first one that is not.
+    """
     if missing := _first_missing(OmegaConf.to_container(cfg)):
         hint = _MISSING.get(missing, f"give {missing}=...").format(recipes=", ".join(recipe_names()))
         raise ConfigError(f"{missing} has no value: {hint}")
@@ -135,16 +141,16 @@ def check(cfg: DictConfig) -> None:
         options: Any = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from None
-    _check_call(Run, options, where="")
+    _check_call(schema, options, where="")
+    if absent := [field.name for field in fields(schema) if field.name not in options]:
+        raise ConfigError(f"a run needs {absent[0]}, and it was taken out")
 
 
-def build(section: DictConfig | None, *, where: str, **given: Any) -> Any:
+def build(section: DictConfig, *, where: str, **given: Any) -> Any:
     """The object that a section describes; a `_partial_` one is completed with `given` where there is any.
 
     Raises ConfigError naming the section where its class refuses the values.
     """
-    if section is None:
-        return None
     try:
         made = instantiate(section, _convert_="all")
         return made(**given) if given and isinstance(made, partial) else made
@@ -181,7 +187,7 @@ def _check_call(target: Callable[..., Any], options: Mapping[str, Any], *, where
         if name not in parameters and not open_ended:
             raise ConfigError(_unknown(key, list(parameters), set_now=list(options)))
         hint = hints.get(name, Any)
-        if isinstance(hint, type) and issubclass(hint, Model):
+        if is_dataclass(hint) and isinstance(value, dict):
             _check_call(hint, value, where=key)
         elif isinstance(value, dict):
             _check_section(value, where=key)
@@ -191,17 +197,22 @@ def _check_call(target: Callable[..., Any], options: Mapping[str, Any], *, where
 
 def _check_section(section: Mapping[str, Any], *, where: str) -> None:
     if "_target_" in section:
-        try:
-            target = get_object(str(section["_target_"]))
-        except (ImportError, ValueError, AttributeError) as error:
-            raise ConfigError(
-                f"{where}._target_={section['_target_']} cannot be imported: {_first_line(error)}"
-            ) from None
-        _check_call(target, section, where=where)
+        _check_call(_target(section, where=where), section, where=where)
         return
     for name, value in section.items():
         if isinstance(value, dict):
             _check_section(value, where=f"{where}.{name}")
+
+
+def _target(section: Section, *, where: str) -> Callable[..., Any]:
+    name = str(section["_target_"])
+    try:
+        target: Any = locate(name)
+    except ErrorDuringImport as error:
+        raise ConfigError(f"{where}._target_={name} cannot be imported: {error.value}") from error
+    if not callable(target):
+        raise ConfigError(f"{where}._target_={name} is not there, or is nothing to call")
+    return target
 
 
 def _check_value(value: Any, hint: Any, key: str) -> None:
@@ -250,16 +261,15 @@ def _explained(error: Exception, overrides: Sequence[str], config_name: str) -> 
 
 def _no_option(key: str, cfg: DictConfig) -> str:
     """What is wrong with a key that stands nowhere in `cfg`, and what stands there instead."""
-    section, path = cfg, key.split(".")
-    for depth, name in enumerate(path):
-        child = OmegaConf.select(cfg, ".".join(path[: depth + 1]), throw_on_missing=False)
-        if not isinstance(child, DictConfig):
-            break
-        section = child
-    if "_target_" in section and name in inspect.signature(get_object(section["_target_"])).parameters:
+    section, where, (name, *below) = cfg, "", key.split(".")
+    while below and isinstance(section.get(name), DictConfig):
+        section, where, (name, *below) = section[name], f"{where}{name}.", below
+    if name in section:
+        return f"{where}{name} is a value: nothing stands below it"
+    if "_target_" in section and name in inspect.signature(_target(section, where=where)).parameters:
         return f"{key} stands in no file: to add it, write a plus sign before it, +{key}=..."
     known = [str(option) for option in section if option not in _HYDRA_KEYS]
-    return _unknown(".".join(path[: depth + 1]), known if section is not cfg else [*known, "recipe"])
+    return _unknown(f"{where}{name}", known if where else [*known, "recipe"])
 
 
 def _key(override: str) -> str:
@@ -272,7 +282,7 @@ def _unknown(key: str, known: Sequence[str], *, set_now: Sequence[str] = ()) -> 
     section, _, name = key.rpartition(".")
     meant = _meant(name, known, prefix=f"{section}." if section else "")
     listed = known if len(known) <= _MANY else [*(option for option in set_now if option in known), "more"]
-    return f"{key} is no option{meant}; {section or 'a run'} has {', '.join(listed)}"
+    return f"{key} is no option{meant}; {section or 'a run'} has {', '.join(listed) or 'none'}"
 
 
 def _unknown_choice(group: str, choice: str, known: Sequence[str]) -> str:

@@ -1,8 +1,9 @@
-"""python -m servers: host blocks of a model."""
+"""The command: host blocks of a model."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import signal
@@ -11,67 +12,62 @@ import threading
 import time
 
 import hydra
-import uvloop
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from petals_tune.cli import errors_reported
+from petals_tune.cli import errors_reported
+from petals_tune.config import Model, check_arguments, folder_of
 from petals_tune.convert import model_folder
-from petals_tune.errors import PetalsTuneError
-from petals_tune.wire.records import ServerRecord
-from petals_tune.wire.span import BlockSpan
-from servers.engine import Engine
-from servers.server import ServerOptions, serve
+from servers.options import Serve
 
-_GB, _MB = 2**30, 2**20
+CONFIG_NAME = "serve"
 
 
-def options_from(cfg: DictConfig) -> ServerOptions:
-    """The options of a composed configuration. Raises ConfigError naming the key that cannot work."""
-    return ServerOptions(
-        source=model_folder(cfg.model.source),
-        blocks=BlockSpan.parse(cfg.blocks),
-        initial_peers=tuple(cfg.swarm.initial_peers),
-        host_maddrs=tuple(cfg.swarm.host_maddrs),
-        announce_maddrs=tuple(cfg.swarm.announce_maddrs),
-        quantization=cfg.quantization,
-        dtype=cfg.dtype,
-        device=cfg.device,
-        threads=cfg.threads,
-        identity_path=cfg.identity_path,
-        max_lease_bytes=int(cfg.limits.max_lease_gb * _GB),
-        max_lease_age_s=cfg.limits.max_lease_age_s,
-        max_message_bytes=int(cfg.limits.max_message_mb * _MB),
-        drain_s=cfg.limits.drain_s,
-    )
+def main() -> None:
+    """python -m servers model=NAME blocks=START:STOP [key=value ...]"""
+    with errors_reported():
+        check_arguments(sys.argv[1:], config_name=CONFIG_NAME, schema=Serve)
+        host()
 
 
-@hydra.main(version_base="1.3", config_path="pkg://petals_tune.conf", config_name="serve")
-def main(cfg: DictConfig) -> None:
-    """Host blocks until SIGINT or SIGTERM; then withdraw, finish what runs, and exit 0."""
+@hydra.main(version_base="1.3", config_path=str(folder_of("conf")), config_name=CONFIG_NAME)
+def host(cfg: DictConfig) -> None:
+    """Host blocks until SIGINT or SIGTERM; then withdraw, finish what runs, and return."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if cfg.exit_with_stdin:
+    options = Serve.of(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]  # a section is a dict
+    if options.exit_with_stdin:
         threading.Thread(target=_exit_with_stdin, daemon=True).start()
-    try:
-        uvloop.run(_serve(options_from(cfg)))
-    except PetalsTuneError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2)
+    with errors_reported():
+        assert options.span  # a ConfigError comes before the slow imports
+        options = dataclasses.replace(options, model=Model(source=model_folder(options.model.source)))
+        run(options)
 
 
-async def _serve(options: ServerOptions) -> None:
+def run(options: Serve) -> None:
+    """Serve on an event loop of its own."""
+    import uvloop  # this and the imports below are slow; --help and a mistyped key should not wait for them
+
+    from petals_tune.wire.records import ServerRecord
+    from servers.engine import Engine
+    from servers.server import serve
+
     started_s = time.monotonic()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, options.stop.set)
 
     def ready(record: ServerRecord, engine: Engine) -> None:
         print(
             f"ready: blocks {record.blocks} of {record.model_name} in {record.quantization}, "
-            f"{engine.trimmed.weight_bytes / _MB:.0f} MB of weights, {time.monotonic() - started_s:.1f} s; "
+            f"{engine.trimmed.weight_bytes / 2**20:.0f} MB of weights, {time.monotonic() - started_s:.1f} s; "
             f"others join with swarm.initial_peers=[{','.join(record.addresses)}]",
             flush=True,
         )
 
-    await serve(options, ready)
+    async def until_stopped() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await serve(options, ready, stop)
+
+    uvloop.run(until_stopped())
 
 
 def _exit_with_stdin() -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from petals_tune.errors import RequestRefused
-from petals_tune.wire.messages import Backward, Forward
+from petals_tune.errors import PetalsTuneError, RequestRefused
+from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
 from servers.adapters import Adapter, AdapterHooks, CallPlan
 from servers.leases import Graph, KeptMemory
+from servers.sessions import Session, StepCache
 from servers.trim import TrimmedModel, set_training
 
 
@@ -42,6 +44,7 @@ class Engine:
         self._weights = frozenset(
             tensor.untyped_storage().data_ptr() for tensor in [*self._model.parameters(), *self._model.buffers()]
         )
+        self._takes_positions = "position_ids" in inspect.signature(self._model.forward).parameters
         self._int8 = [module for module in self._model.modules() if type(module).__name__ == "Linear8bitLt"]
         parameter = next(p for p in self._model.parameters() if p.is_floating_point())
         self._device, self._dtype = parameter.device, self._model.dtype
@@ -97,14 +100,71 @@ class Engine:
             raise RequestRefused("nothing on these blocks needs a gradient")
         return graph.gradients(request.grad.to(self._device))
 
+    @torch.no_grad()
+    def step(self, steps: Sequence[tuple[Session, Step]]) -> list[torch.Tensor | PetalsTuneError]:
+        """The next positions of one or more sessions on the same blocks; where several, one position each.
+
+        The result of a session whose step cannot be is the error that its client shall see.
+        """
+        outputs: list[torch.Tensor | PetalsTuneError] = []
+        good: list[tuple[int, Session, Step]] = []
+        for number, (session, step) in enumerate(steps):
+            try:
+                self._check(session.span, step.hidden)
+                session.prepare(step)
+                good.append((number, session, step))
+                outputs.append(step.hidden)  # replaced below
+            except PetalsTuneError as error:
+                outputs.append(error)
+        if good:
+            sessions = [session for _, session, _ in good]
+            plan = CallPlan.of(sessions[0].adapter if sessions[0].position == 0 else _after_prompts(sessions[0]), train=False, seed=0)
+            with self._ready(sessions[0].span, plan):
+                made = self._step(sessions, [step for _, _, step in good])
+            for (number, session, step), output in zip(good, made.split([s.rows for s in sessions]), strict=True):
+                session.position += step.hidden.shape[1]
+                outputs[number] = output
+        return outputs
+
+    def _step(self, sessions: Sequence[Session], steps: Sequence[Step]) -> torch.Tensor:
+        new = steps[0].hidden.shape[1]
+        cache = StepCache(sessions, new)
+        hidden = torch.cat([step.hidden for step in steps]).to(self._device, self._dtype)
+        mask = cache.mask()
+        options = {}
+        if self._takes_positions and (len(sessions) > 1 or steps[0].positions is not None):
+            options["position_ids"] = torch.cat([_positions(*each) for each in zip(sessions, steps, strict=True)])
+        return self._model(
+            inputs_embeds=hidden,
+            attention_mask=None if mask is None else mask.long(),
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        ).last_hidden_state
+
     def _run(self, request: Forward, hidden: torch.Tensor) -> torch.Tensor:
         options = {} if request.positions is None else {"position_ids": request.positions.to(self._device)}
         padding = None if request.padding is None else request.padding.to(self._device).long()
         return self._model(inputs_embeds=hidden, attention_mask=padding, use_cache=False, **options).last_hidden_state
 
-    def _check(self, span: BlockSpan, hidden: torch.Tensor) -> None:
+    def measure_token_bytes(self) -> int:
+        """What one position of one row takes in the caches of one block, seen in a step of one position."""
+        probe = Session(
+            client="", span=self.trimmed.span, rows=1, max_length=1, adapter=None, adapter_version=None, bytes=0, used_s=0
+        )
+        step = Step(session=0, hidden=torch.zeros(1, 1, self.hidden_size), position=0)
+        (output,) = self.step([(probe, step)])
+        if isinstance(output, PetalsTuneError):
+            raise output
+        return max(sum(t.numel() * t.element_size() for t in layer) for layer in probe.storage.values())
+
+    def check_span(self, span: BlockSpan) -> None:
+        """Raises RequestRefused for blocks that are not here."""
         if not self.trimmed.span.covers(span):
             raise RequestRefused(f"blocks {span} are not here; this server holds {self.trimmed.span}")
+
+    def _check(self, span: BlockSpan, hidden: torch.Tensor) -> None:
+        self.check_span(span)
         if hidden.shape[2] != self.hidden_size:
             raise RequestRefused(f"hidden size {hidden.shape[2]}, and the model's is {self.hidden_size}")
         if not torch.isfinite(hidden).all():
@@ -128,3 +188,19 @@ class Engine:
             yield
         finally:
             self.hooks.plan = None
+
+
+def _positions(session: Session, step: Step) -> torch.Tensor:
+    """(B, S) position ids of a step; counted from the session's position where the client gave none."""
+    length = step.hidden.shape[1]
+    given = step.positions
+    if given is None:
+        given = torch.arange(session.position, session.position + length)[None]
+    return given.expand(session.rows, length)
+
+
+def _after_prompts(session: Session) -> Adapter | None:
+    """A session's adapter past its first step: prompts were added to the first positions then."""
+    if session.adapter is None:
+        return None
+    return Adapter(tuple(part for part in session.adapter.parts if part.method != "prompt"))

@@ -13,17 +13,22 @@ from petals_tune.errors import PetalsTuneError, ProtocolError, RequestRefused, S
 from petals_tune.wire import frames
 from petals_tune.wire.messages import (
     Backward,
+    CloseSession,
     Done,
     Forward,
     Forwarded,
     Gradients,
     Hello,
     Message,
+    OpenSession,
     Ping,
     Pong,
     PutAdapter,
     Refusal,
     Release,
+    SessionOpened,
+    Step,
+    Stepped,
     Welcome,
     decode,
     encode,
@@ -34,6 +39,8 @@ from servers.adapters import Adapter, AdapterCache
 from servers.compute import ComputeThread, Priority
 from servers.engine import Engine
 from servers.leases import LeaseStore
+from servers.sessions import SessionStore
+from servers.stepping import StepBatcher
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +56,13 @@ class Handler:
         engine: Engine,
         compute: ComputeThread,
         leases: LeaseStore,
+        sessions: SessionStore,
         record: ServerRecord,
         *,
         max_message_bytes: int,
     ):
         self._engine, self._compute, self._leases, self.record = engine, compute, leases, record
+        self._sessions, self._steps = sessions, StepBatcher(engine, compute)
         self._adapters = AdapterCache()
         self._max_message_bytes = max_message_bytes
         self._streams: Counter[str] = Counter()  # open streams by client
@@ -79,6 +88,7 @@ class Handler:
             if not self._streams[client]:
                 del self._streams[client]
                 self._leases.drop_client(client)
+                self._sessions.drop_client(client)
                 self._adapters.drop_client(client)
 
     async def drained(self) -> None:
@@ -100,6 +110,8 @@ class Handler:
                 await stream.send(message_id, Pong())
             elif isinstance(request, Release):
                 self._leases.release(client, request.leases)
+            elif isinstance(request, CloseSession):
+                self._sessions.close(client, request.session)
             elif len(stream.tasks) >= MAX_IN_FLIGHT:
                 raise ProtocolError(f"more than {MAX_IN_FLIGHT} requests in flight")
             else:
@@ -142,6 +154,14 @@ class Handler:
                 return await self._forward(client, request)
             case Backward():
                 return await self._backward(client, request)
+            case Step():
+                _check_format(request.reply_format)
+                session = self._sessions.get(client, request.session, time.monotonic())
+                return Stepped(hidden=in_format(await self._steps.run(session, request), request.reply_format))
+            case OpenSession():
+                self._engine.check_span(request.span)
+                adapter = None if request.adapter is None else self._adapters.get(client, request.adapter, request.span)
+                return SessionOpened(session=self._sessions.open(client, request, adapter, time.monotonic()))
             case PutAdapter():
                 self._engine.hooks.check(request.parts, self._engine.hidden_size)
                 self._adapters.put(client, request.version, request.span, request.parts)

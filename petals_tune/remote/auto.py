@@ -14,6 +14,7 @@ from petals_tune.checkpoint import Checkpoint
 from petals_tune.errors import UnsupportedModel
 from petals_tune.families import family_of, hollow_base_model
 from petals_tune.remote.blocks import RemoteBlocks
+from petals_tune.remote.generation import with_remote_generation
 from petals_tune.remote.skeleton import hollow_out
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
@@ -80,13 +81,11 @@ class _AutoDistributed:
         )
         base = model.base_model
         setattr(base, family.blocks, blocks)
-        blocks.caught.watch(base)
+        blocks.caught.watch(base, blocks.new_session)
         model.remote_blocks = blocks
         model.config.num_hidden_layers = family.total_blocks
         model.name_or_path = model.config._name_or_path = str(source)
-        if model.generation_config is not None:
-            model.generation_config.use_cache = False
-        return model.requires_grad_(False).eval()
+        return with_remote_generation(model).requires_grad_(False).eval()
 
 
 def _without_blocks(

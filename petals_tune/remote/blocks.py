@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 from petals_tune.errors import ConfigError
 from petals_tune.families import Family
 from petals_tune.remote.function import RemoteBlocksFunction, RemoteCall
+from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
 from petals_tune.remote.skeleton import Skeleton
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import CallContext, Chain
 from petals_tune.swarm.stats import SwarmStats
 from petals_tune.tuning.support import collect_adapter
+from petals_tune.wire.adapter import AdapterVersion
 from petals_tune.wire.span import BlockSpan
 
 
@@ -48,6 +50,10 @@ class RemoteBlocks(Skeleton):
             raise ConfigError(f"remote blocks are cut as start:stop with start < stop, not {index}")
         return RemoteSpan(self, BlockSpan(start, stop))
 
+    def new_session(self, max_length: int) -> RemoteCache:
+        """A generation session for `max_length` text positions; caches on the servers are reserved at its first use."""
+        return RemoteCache(self.chain, BlockSpan(0, len(self)), max_length)
+
     def close(self) -> None:
         """Leave the swarm. A call afterwards fails."""
         loop.run(self.chain.client.close())
@@ -78,7 +84,18 @@ class RemoteSpan:
         mask and the positions that the base model was called with.
         """
         caught = self.blocks.caught
-        adapter, tensors = collect_adapter(list(enumerate(nn.ModuleList.__iter__(self.blocks)))[self._slice])
+        output = self._run(hidden, caught) if caught.session is None else self._step(hidden, caught, caught.session)
+        return (output,) if self.blocks.family.returns_tuple else output
+
+    def _step(self, hidden: torch.Tensor, caught: CaughtArguments, session: RemoteCache) -> torch.Tensor:
+        if session.span != self.span:
+            raise ConfigError(f"a generation session is for all blocks {session.span}, not for {self.span}")
+        return session.step(
+            hidden, padding=caught.padding, positions=caught.positions, adapter=lambda: self._adapter()[0]
+        )
+
+    def _run(self, hidden: torch.Tensor, caught: CaughtArguments) -> torch.Tensor:
+        adapter, tensors = self._adapter()
         training = self.blocks.training
         call = RemoteCall(
             chain=self.blocks.chain,
@@ -92,12 +109,11 @@ class RemoteSpan:
             ),
             rows=self.blocks.micro_batch_rows,
         )
-        output = RemoteBlocksFunction.apply(call, hidden, *tensors)
-        return (output,) if self.blocks.family.returns_tuple else output
+        return RemoteBlocksFunction.apply(call, hidden, *tensors)
 
-    @property
-    def _slice(self) -> slice:
-        return slice(self.span.start, self.span.stop)
+    def _adapter(self) -> tuple[AdapterVersion | None, list[torch.Tensor]]:
+        blocks = enumerate(nn.ModuleList.__iter__(self.blocks))
+        return collect_adapter(list(blocks)[self.span.start : self.span.stop])
 
 
 class CaughtArguments:
@@ -109,9 +125,11 @@ class CaughtArguments:
     def __init__(self) -> None:
         self.padding: torch.Tensor | None = None
         self.positions: torch.Tensor | None = None
+        self.session: RemoteCache | None = None
 
-    def watch(self, base: PreTrainedModel) -> None:
-        """Catch the arguments of `base` from now on."""
+    def watch(self, base: PreTrainedModel, new_session: Callable[[int], RemoteCache]) -> None:
+        """Catch the arguments of `base` from now on; a call with `use_cache=True` alone gets a session of its own."""
+        self._new_session = new_session
         base.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def _before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -121,13 +139,22 @@ class CaughtArguments:
             raise ConfigError("output_attentions: servers do not send attention weights; leave it False")
         if kwargs.get("output_hidden_states"):
             raise ConfigError("output_hidden_states: the blocks run on servers; slice model.remote_blocks instead")
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length():
-            raise ConfigError("past_key_values: a local cache knows nothing of remote blocks; pass use_cache=False")
+        self.session = self._session_for(kwargs.get("past_key_values"), kwargs.get("use_cache"))
         self.padding = _padding(kwargs.get("attention_mask"))
         positions = kwargs.get("position_ids")
         self.positions = None if positions is None else positions.long()
-        return args, {**kwargs, "past_key_values": None, "use_cache": False}
+        return args, {**kwargs, "past_key_values": self.session, "use_cache": self.session is not None}
+
+    def _session_for(self, cache: Any, use_cache: bool | None) -> RemoteCache | None:
+        if isinstance(cache, RemoteCache):
+            return cache
+        if cache is not None and cache.get_seq_length():
+            raise ConfigError(
+                "past_key_values: a local cache knows nothing of remote blocks; pass the one that the model returned, "
+                "or a session of model.inference_session()"
+            )
+        # A config says use_cache=True by default; only a caller who asks for a cache gets one.
+        return self._new_session(DEFAULT_MAX_LENGTH) if use_cache and not torch.is_grad_enabled() else None
 
 
 def _padding(mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -83,7 +83,7 @@ class Chain:
 
     def __init__(self, client: SwarmClient, *, wire_format: str = "float32", grad_format: str = "float32"):
         self.client = client
-        self._wire_format, self._grad_format = wire_format, grad_format
+        self.wire_format, self._grad_format = wire_format, grad_format
 
     async def forward(
         self,
@@ -114,7 +114,7 @@ class Chain:
                         input_grad = input_grad or leg.request.adapter is not None
                         attempts.moved_on(time.monotonic())
             except (ServerError, UncoveredBlocks) as error:
-                await self._pause(attempts, error)
+                await self.pause(attempts, error)
         return Trace(hidden=current, context=context, legs=tuple(legs))
 
     async def _go(
@@ -131,12 +131,12 @@ class Chain:
             input_grad=input_grad,
             train=context.train,
             seed=context.seed,
-            reply_format=self._wire_format,
+            reply_format=self.wire_format,
         )
-        reply = await self._ask(hop, self._packed(request), context)
+        reply = await self.ask(hop, self._packed(request), context)
         if not isinstance(reply, Forwarded):
-            raise self._bad(hop, f"a {type(reply).__name__} in answer to Forward")
-        output = self._checked(hop, reply.hidden, hidden)
+            raise self.bad_reply(hop, f"a {type(reply).__name__} in answer to Forward")
+        output = self.checked(hop, reply.hidden, hidden)
         self.client.load.measured(hop.server.peer, reply.compute_s, hidden.shape[0] * hidden.shape[1] * len(hop.span))
         return Leg(hop=hop, request=request, lease=reply.lease), output
 
@@ -172,7 +172,7 @@ class Chain:
             again = self._packed(msgspec.structs.replace(request, keep=False))
             return await self._gradients(leg, context, Backward(again=again, grad=packed_grad))
         except ServerError as error:
-            await self._pause(attempts, error)
+            await self.pause(attempts, error)
         self.client.stats.recomputations += 1
         trace = await self.forward(
             request.hidden, context, leg.hop.span, keep=True, input_grad=request.input_grad, attempts=attempts
@@ -182,21 +182,21 @@ class Chain:
     async def _gradients(self, leg: Leg, context: CallContext, request: Backward) -> ChainGradients:
         hop = leg.hop
         request = msgspec.structs.replace(request, reply_format=self._grad_format)
-        reply = await self._ask(hop, request, context)
+        reply = await self.ask(hop, request, context)
         if not isinstance(reply, Gradients):
-            raise self._bad(hop, f"a {type(reply).__name__} in answer to Backward")
+            raise self.bad_reply(hop, f"a {type(reply).__name__} in answer to Backward")
         result = ChainGradients()
         if leg.request.input_grad:
             if reply.hidden is None:
-                raise self._bad(hop, "no gradient at the input")
-            result.hidden = self._checked(hop, reply.hidden, leg.request.hidden)
+                raise self.bad_reply(hop, "no gradient at the input")
+            result.hidden = self.checked(hop, reply.hidden, leg.request.hidden)
         parts = context.adapter_on(hop.span)
         if len(reply.adapter) != sum(len(part.tensors) for part in parts):
-            raise self._bad(hop, f"{len(reply.adapter)} gradients for the adapter")
+            raise self.bad_reply(hop, f"{len(reply.adapter)} gradients for the adapter")
         gradients = iter(reply.adapter)
         for part in parts:
             result.adapter.setdefault(part.block, []).extend(
-                self._checked(hop, next(gradients), tensor) for tensor in part.tensors
+                self.checked(hop, next(gradients), tensor) for tensor in part.tensors
             )
         return result
 
@@ -207,7 +207,7 @@ class Chain:
             if leg.lease is not None and stream is not None:
                 await stream.notify(Release(leases=[leg.lease]))
 
-    async def _ask(self, hop: Hop, request: Message, context: CallContext) -> Message:
+    async def ask(self, hop: Hop, request: Message, context: CallContext) -> Message:
         """Ask the server of `hop`, which is given the adapter before, and again if it forgot it."""
         parts = context.adapter_on(hop.span)
         if not parts or context.adapter is None:
@@ -224,24 +224,24 @@ class Chain:
             await self.client.ask(hop.server, put)
             return await self.client.ask(hop.server, request)
 
-    async def _pause(self, attempts: Attempts, error: PetalsTuneError) -> None:
+    async def pause(self, attempts: Attempts, error: PetalsTuneError) -> None:
         pause_s = attempts.failed(error, time.monotonic())
         self.client.stats.retries += 1
         await asyncio.sleep(pause_s)
         await self.client.refresh()
 
     def _packed(self, request: Forward) -> Forward:
-        return msgspec.structs.replace(request, hidden=in_format(request.hidden, self._wire_format))
+        return msgspec.structs.replace(request, hidden=in_format(request.hidden, self.wire_format))
 
-    def _checked(self, hop: Hop, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def checked(self, hop: Hop, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """`tensor` in the dtype of `like`. A server that answers with another shape or non-finite values is banned."""
         if tensor.shape != like.shape or not tensor.is_floating_point():
-            raise self._bad(hop, f"{tuple(tensor.shape)} {tensor.dtype} where {tuple(like.shape)} floats were due")
+            raise self.bad_reply(hop, f"{tuple(tensor.shape)} {tensor.dtype} where {tuple(like.shape)} floats were due")
         if not torch.isfinite(tensor).all():
-            raise self._bad(hop, "non-finite numbers")
+            raise self.bad_reply(hop, "non-finite numbers")
         return tensor.to(like.dtype)
 
-    def _bad(self, hop: Hop, what: str) -> BadReply:
+    def bad_reply(self, hop: Hop, what: str) -> BadReply:
         error = BadReply(f"server {hop.server.peer} returned {what} from blocks {hop.span}")
         self.client.failed(hop.server, error)
         return error

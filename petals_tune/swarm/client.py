@@ -12,7 +12,7 @@ from hivemind.p2p import P2P
 
 from petals_tune.errors import LeaseLost, ServerBusy, ServerError, UncoveredBlocks
 from petals_tune.swarm.directory import Directory, Snapshot
-from petals_tune.swarm.p2p import start_dht, start_p2p
+from petals_tune.swarm.p2p import start_dht, start_p2p, stop_p2p
 from petals_tune.swarm.retry import Attempts, Bans, Load, RetryPolicy
 from petals_tune.swarm.route import Hop, plan_route
 from petals_tune.swarm.stats import SwarmStats
@@ -52,7 +52,7 @@ class SwarmClient:
         try:
             node = await start_dht(p2p, initial_peers, client_mode=True)
         except BaseException:
-            await p2p.shutdown()
+            await stop_p2p(p2p)
             raise
         client = cls(p2p, node, model, policy)
         attempts = Attempts(RetryPolicy(uncovered_s=JOIN_S, longest_pause_s=0.5), time.monotonic())
@@ -148,4 +148,4 @@ class SwarmClient:
                     await stream.close()
         self._streams.clear()
         await self._node.shutdown()
-        await self._p2p.shutdown()
+        await stop_p2p(self._p2p)

@@ -6,12 +6,14 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import wait
 from typing import Any, TypeVar
 
 import uvloop
 
 T = TypeVar("T")
 
+_WAKE_S = 1.0
 _lock = threading.Lock()
 _current: tuple[int, asyncio.AbstractEventLoop] | None = None
 
@@ -31,10 +33,27 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     """Run `work` on the background loop and wait for it. Ctrl-C cancels it."""
     future = asyncio.run_coroutine_threadsafe(work, background_loop())
     try:
+        # Not result() alone: a Ctrl-C that comes just before a thread blocks for good is seen only when it wakes.
+        while not wait([future], timeout=_WAKE_S).done:
+            pass
         return future.result()
     except BaseException:
         future.cancel()
         raise
+
+
+def soon_task(work: Callable[[], Coroutine[Any, Any, object]]) -> None:
+    """Start `work` on the background loop without waiting; safe from a finalizer and at interpreter exit."""
+
+    def start() -> None:
+        task = asyncio.get_running_loop().create_task(work())
+        _started.add(task)
+        task.add_done_callback(_started.discard)
+
+    soon(start)
+
+
+_started: set[asyncio.Task[object]] = set()  # asyncio keeps no strong reference to a task
 
 
 def soon(function: Callable[..., object], *args: object) -> None:

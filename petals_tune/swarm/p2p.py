@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P
@@ -58,3 +61,17 @@ async def start_dht(p2p: P2P, initial_peers: Sequence[str], *, client_mode: bool
             f"no initial peer answers: {', '.join(initial_peers)} ({error})\n"
             "  check that the first server runs and prints this address"
         ) from None
+
+
+async def stop_p2p(p2p: P2P) -> None:
+    """End the daemon and wait until it is gone.
+
+    Not by `p2p.shutdown()` alone: uvloop learns of a child's end through SIGCHLD, and whoever put that signal's handler
+    back meanwhile (Lightning does, after each fit) would make it wait for ever.
+    """
+    shutdown = asyncio.ensure_future(p2p.shutdown())
+    await asyncio.sleep(0)  # it sends the signal before it waits
+    if p2p._child is not None:
+        with suppress(ChildProcessError):  # the loop did notice
+            await asyncio.to_thread(os.waitpid, p2p._child.pid, 0)
+    shutdown.cancel()

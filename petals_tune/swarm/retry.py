@@ -24,7 +24,7 @@ class RetryPolicy:
 
     def pause_s(self, attempt: int) -> float:
         """Seconds before attempt number `attempt` (0 is the first, which does not wait)."""
-        return 0.0 if attempt == 0 else min(self.first_pause_s * 2 ** (attempt - 1), self.longest_pause_s)
+        return 0.0 if attempt == 0 else min(self.first_pause_s * 2 ** min(attempt - 1, 32), self.longest_pause_s)
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Bans:
 
     def failed(self, peer: str, now_s: float) -> None:
         count = self.failures[peer] = self.failures.get(peer, 0) + 1
-        self.until_s[peer] = now_s + min(FIRST_BAN_S * 2 ** (count - 1), LONGEST_BAN_S)
+        self.until_s[peer] = now_s + min(FIRST_BAN_S * 2 ** min(count - 1, 32), LONGEST_BAN_S)
 
     def answered(self, peer: str) -> None:
         self.failures.pop(peer, None)

@@ -93,6 +93,8 @@ class ServerStream:
             raise ServerTimeout(f"server {self.peer} did not answer within {timeout_s:g} s") from None
         finally:
             self._pending.pop(message_id, None)
+            if reply.done() and not reply.cancelled():
+                reply.exception()  # where sending failed first, nobody awaits it, and asyncio would complain
         self._stats.calls += 1
         if isinstance(answer, Refusal):
             raise answer.raised(self.peer)

@@ -23,9 +23,3 @@ def swarm_stats(net: nn.Module) -> SwarmStats:
     """The running totals of the model's swarm client; zeros for a plain local model."""
     blocks = remote_blocks(net)
     return SwarmStats() if blocks is None else blocks.stats
-
-
-def generates_with_cache(net: nn.Module) -> bool:
-    """Whether `generate(use_cache=True)` works: always locally; remotely, where the blocks keep KV sessions."""
-    blocks = remote_blocks(net)
-    return blocks is None or getattr(blocks, "keeps_sessions", False)

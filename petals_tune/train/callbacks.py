@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.loggers import WandbLogger
 
 from petals_tune.data.collate import Batch, choose_pad_id
 from petals_tune.data.module import TextData
-from petals_tune.train.backbone import generates_with_cache, swarm_stats
+from petals_tune.train.backbone import swarm_stats
 from petals_tune.train.module import FineTuner
 
 MB = 1e6
@@ -33,11 +33,12 @@ def data_of(trainer: Trainer) -> TextData:
 
 
 class Speed(Callback):
-    """Logs tokens/s, the swarm's share of the step time, and what went over the network so far."""
+    """Logs tokens/s, the swarm's share of the step time, what went over the network so far, and the learning rate."""
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, batch_idx: int) -> None:
         self._started_s = time.perf_counter()
         self._waited_s = swarm_stats(net_of(module)).wait_s
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # before the schedule moves it on
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -49,6 +50,7 @@ class Speed(Callback):
         module.log("swarm/sent_mb", stats.sent_bytes / MB)
         module.log("swarm/received_mb", stats.received_bytes / MB)
         module.log("swarm/retries", float(stats.retries))
+        module.log("train/lr", self._lr)
 
 
 class Progress(TQDMProgressBar):
@@ -85,6 +87,39 @@ class Progress(TQDMProgressBar):
         left_s = (time.perf_counter() - self._started_s) / (step - self._first_step) * (steps - step)
         metrics = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, module).items())
         print(f"step {step}/{steps}  {metrics}  {left_s:.0f} s left", flush=True)
+
+
+class NewestCheckpoint(Checkpoint):
+    """Keeps one checkpoint at `path`: every few steps, and when training ends, by Ctrl-C or an error too.
+
+    It is written during the fit: afterwards the data loader has forgotten its place in the epoch.
+    """
+
+    def __init__(self, path: str, every_n_steps: int = 50):
+        self.path = Path(path)
+        self.every_n_steps = every_n_steps
+        self._saved_step = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.global_step == self._saved_step:
+            return
+        self._saved_step = trainer.global_step
+        partial = self.path.with_suffix(".partial")  # a run that dies while it writes leaves the checkpoint before
+        trainer.save_checkpoint(partial)
+        if trainer.is_global_zero:
+            partial.replace(self.path)
 
 
 class SampleReplies(Callback):
@@ -132,7 +167,6 @@ def greedy_reply(module: LightningModule, data: TextData, prompt_ids: list[int],
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        use_cache=generates_with_cache(net_of(module)),
         pad_token_id=choose_pad_id(data.tokenizer),
     )
     return str(data.tokenizer.decode(output[0, len(prompt_ids) :], skip_special_tokens=True)).strip()

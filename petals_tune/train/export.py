@@ -6,6 +6,19 @@ from pathlib import Path
 
 from peft import PeftModel, PromptTuningConfig, PromptTuningInit
 
+_CARD = """---
+library_name: peft
+---
+A {method} adapter for the base model `{base}`, trained with petals_tune over remote blocks. To load it with PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "path/to/this/folder")
+```
+"""
+
 
 def export_adapter(net: PeftModel, folder: Path, *, base: str) -> None:
     """Write adapter_config.json and adapter_model.safetensors of the active adapter; `base` names the base model.
@@ -15,8 +28,10 @@ def export_adapter(net: PeftModel, folder: Path, *, base: str) -> None:
     config = net.peft_config[net.active_adapter]
     config.base_model_name_or_path = base
     if isinstance(config, PromptTuningConfig):
-        # What the prompt began with is history, and loading it for training on would ask for the tokenizer again.
+        # What the prompt began with is history (config.yaml has it), and the tokenizer's path is this machine's.
         config.prompt_tuning_init = PromptTuningInit.RANDOM
         config.prompt_tuning_init_text = config.tokenizer_name_or_path = None
     # "auto" would ask a hub whether the base model's vocabulary grew; nothing here resizes it.
     net.save_pretrained(str(folder), save_embedding_layers=False)
+    # PEFT's own card is a form to fill in, with this machine's paths.
+    (folder / "README.md").write_text(_CARD.format(method=type(config).__name__.removesuffix("Config"), base=base))

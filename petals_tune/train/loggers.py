@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import wandb
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 
 class MetricsFile(CSVLogger):
@@ -31,7 +32,15 @@ def wandb_logger(*, save_dir: str, name: str, project: str, **options: Any) -> W
     """
     mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_account() else "offline")
     settings = wandb.Settings(silent=True, console="off")
+    wandb.setup(settings)  # or it warns of an option that Lightning always passes
     return WandbLogger(save_dir=save_dir, name=name, project=project, mode=mode, settings=settings, **options)
+
+
+def finish(loggers: Iterable[Logger]) -> None:
+    """End W&B runs now, so that another run of this process gets its own."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
 
 
 def has_wandb_account() -> bool:

@@ -68,6 +68,8 @@ class FineTuner(LightningModule):
         summary = self.objective.summary({name: total.compute().item() for name, total in self._totals.items()})
         self.summaries[self.split] = (self.global_step, summary)
         self.log_dict({f"{self.split}/{name}": value for name, value in summary.items()})
+        # Inside a fit Lightning would log under the number of the last batch: one less than the steps that were taken.
+        self.log("step", float(self.global_step))
 
     @contextmanager
     def validating_as(self, split: str) -> Iterator[None]:

@@ -34,7 +34,7 @@ class Parts:
     objective: Objective
     tuning: PeftConfig
     optimizer: MakeOptimizer
-    schedule: MakeSchedule | None
+    schedule: MakeSchedule
     swarm: Swarm
     trainer: Trainer
 
@@ -78,14 +78,13 @@ def build_trainer(cfg: DictConfig) -> Trainer:
         raise ConfigError(f"trainer: {error}") from error
 
 
-def _try(optimizer: MakeOptimizer, schedule: MakeSchedule | None) -> None:
+def _try(optimizer: MakeOptimizer, schedule: MakeSchedule) -> None:
     """Lightning makes these in the middle of a fit; bad options should be known before."""
     try:
         made = optimizer([nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer: {error}") from error
     try:
-        if schedule is not None:
-            schedule(optimizer=made, num_training_steps=1)
+        schedule(optimizer=made, num_training_steps=1)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"schedule: {error}") from error

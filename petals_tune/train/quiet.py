@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import warnings
 
+from transformers.utils import logging as transformers_logging
+
 _WARNINGS = {
     r"The '\w+_dataloader' does not have many workers": "the rows are encoded already: a worker has nothing to do",
     r"Experiment logs directory .* exists and is not empty": "the output folder is the run's own and new",
@@ -12,11 +14,12 @@ _WARNINGS = {
     r"`is_gradient_checkpointing` is deprecated": "PEFT asks transformers in its old words",
     r"Checkpoint directory .* exists and is not empty": "the output folder again",
     r"`torch\.jit\.script` is deprecated": "hivemind, at import",
-    r"isinstance\(treespec, LeafSpec\)": "Lightning asks torch in its old words",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated": "Lightning asks torch in its old words",
+    r"'set_vital' is deprecated": "torchdata asks torch in its old words",
 }
 
 # "GPU available: False", "max_steps reached", a tip for a cloud service: on INFO. Warnings still come through.
-_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric")
+_LOGGERS = ("lightning.pytorch", "lightning.fabric")
 
 
 def quiet() -> None:
@@ -25,3 +28,4 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()  # reading a model's few local tensors takes no time worth a bar

@@ -19,6 +19,7 @@ from petals_tune.train.backbone import remote_blocks, swarm_stats
 from petals_tune.train.callbacks import MB
 from petals_tune.train.curves import draw_curves
 from petals_tune.train.export import export_adapter
+from petals_tune.train.loggers import finish
 from petals_tune.train.module import FineTuner
 from petals_tune.train.parts import Parts, prepare
 from petals_tune.train.quiet import quiet
@@ -64,7 +65,9 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> dict[str, dict[str,
         finally:
             # Also on Ctrl-C and when the swarm is gone: what was trained is on this machine.
             if parts.trainer.global_step:
-                save(parts.trainer, tuner, output, base=cfg.model.source, title=cfg.name)
+                export(parts.trainer, tuner, output, base=cfg.model.source, title=cfg.name)
+                print(f"saved step {parts.trainer.global_step}; to go on from it: ckpt_path={output}/checkpoint.ckpt")
+            finish(parts.trainer.loggers)
     stats = swarm_stats(net)
     print(
         f"{learned(measured, parts.objective.headline)} in {(time.monotonic() - started_s) / 60:.1f} min; "
@@ -115,14 +118,12 @@ def interrupts_raised(trainer: Trainer) -> Iterator[None]:
         raise KeyboardInterrupt from None
 
 
-def save(trainer: Trainer, tuner: FineTuner, output: Path, *, base: str, title: str) -> None:
-    """Leave the checkpoint, the adapter and the curves, and say where."""
-    trainer.save_checkpoint(output / "checkpoint.ckpt")
+def export(trainer: Trainer, tuner: FineTuner, output: Path, *, base: str, title: str) -> None:
+    """Leave the adapter and the curves."""
     export_adapter(tuner.net, output / "adapter", base=base)
     metrics = output / "metrics.csv"
     if metrics.exists():  # a fast_dev_run has none
         draw_curves(metrics, output / "curves.png", title=title)
-    print(f"saved checkpoint.ckpt and adapter/ of step {trainer.global_step} in {output}", flush=True)
 
 
 def trained_share(net: PeftModel) -> str:

@@ -8,7 +8,7 @@ Shapes: B rows, S positions, H hidden size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -51,6 +51,23 @@ class Pong(Message, tag="pong"):
     """Yes."""
 
 
+def _check_hidden(hidden: torch.Tensor, padding: torch.Tensor | None, positions: torch.Tensor | None) -> None:
+    if hidden.dim() != 3 or not hidden.is_floating_point() or not hidden.numel():
+        raise ValueError(f"hidden states are (B, S, H) floats, not {tuple(hidden.shape)} {hidden.dtype}")
+    rows, length = hidden.shape[:2]
+    if padding is not None and (
+        padding.dtype is not torch.bool or tuple(padding.shape) != (rows, length)
+    ):
+        raise ValueError(f"padding is a bool tensor of shape {(rows, length)}, not {tuple(padding.shape)}")
+    if positions is not None and (
+        positions.dtype is not torch.int64
+        or positions.dim() != 2
+        or positions.shape[0] not in (1, rows)
+        or positions.shape[1] != length
+    ):
+        raise ValueError(f"positions are int64 of shape (1 or {rows}, {length}), not {tuple(positions.shape)}")
+
+
 class Forward(Message, tag="forward"):
     """Run blocks `span` on `hidden`."""
 
@@ -66,20 +83,7 @@ class Forward(Message, tag="forward"):
     reply_format: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.hidden.dim() != 3 or not self.hidden.is_floating_point() or not self.hidden.numel():
-            raise ValueError(f"hidden states are (B, S, H) floats, not {tuple(self.hidden.shape)} {self.hidden.dtype}")
-        rows, length = self.hidden.shape[:2]
-        if self.padding is not None and (
-            self.padding.dtype is not torch.bool or tuple(self.padding.shape) != (rows, length)
-        ):
-            raise ValueError(f"padding is a bool tensor of shape {(rows, length)}, not {tuple(self.padding.shape)}")
-        if self.positions is not None and (
-            self.positions.dtype is not torch.int64
-            or self.positions.dim() != 2
-            or self.positions.shape[0] not in (1, rows)
-            or self.positions.shape[1] != length
-        ):
-            raise ValueError(f"positions are int64 of shape (1 or {rows}, {length}), not {tuple(self.positions.shape)}")
+        _check_hidden(self.hidden, self.padding, self.positions)
 
 
 class Forwarded(Message, tag="forwarded"):
@@ -120,6 +124,48 @@ class PutAdapter(Message, tag="put_adapter"):
     version: str
     span: BlockSpan
     parts: list[AdapterPart]
+
+
+class OpenSession(Message, tag="open_session"):
+    """Reserve KV caches on blocks `span` for `rows` rows of at most `max_length` positions."""
+
+    span: BlockSpan
+    rows: Annotated[int, msgspec.Meta(ge=1)]
+    max_length: Annotated[int, msgspec.Meta(ge=1)]
+    adapter: str | None = None  # version of an adapter that was uploaded before
+
+
+class SessionOpened(Message, tag="session_opened"):
+    session: int
+
+
+class Step(Message, tag="step"):
+    """Run the blocks of a session on the next positions of its rows."""
+
+    session: int
+    hidden: torch.Tensor  # (B, S, H)
+    position: Annotated[int, msgspec.Meta(ge=0)]  # of hidden[:, 0]; below the server's own: go back to there first
+    padding: torch.Tensor | None = None  # (B, S) bool of these positions, True = attend
+    positions: torch.Tensor | None = None  # (B or 1, S) int64
+    order: torch.Tensor | None = None  # (B,) int64: caches of row i become those of order[i] before the step (beams)
+    reply_format: str = "float32"
+
+    def __post_init__(self) -> None:
+        _check_hidden(self.hidden, self.padding, self.positions)
+        if self.order is not None and (
+            self.order.dtype is not torch.int64 or tuple(self.order.shape) != (self.hidden.shape[0],)
+        ):
+            raise ValueError(f"order is int64 of shape ({self.hidden.shape[0]},), not {tuple(self.order.shape)}")
+
+
+class Stepped(Message, tag="stepped"):
+    hidden: torch.Tensor  # (B, S, H)
+
+
+class CloseSession(Message, tag="close_session"):
+    """This session will not be used again. Not answered."""
+
+    session: int
 
 
 class Done(Message, tag="done"):
@@ -163,6 +209,11 @@ AnyMessage = (
     | Gradients
     | Release
     | PutAdapter
+    | OpenSession
+    | SessionOpened
+    | Step
+    | Stepped
+    | CloseSession
     | Done
     | Refusal
 )

@@ -42,5 +42,5 @@ def decode_record(data: bytes) -> ServerRecord:
     """Raises ProtocolError on anything that is not a record."""
     try:
         return _decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProtocolError(f"not a server's record: {error}") from None

@@ -21,6 +21,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int3
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _BLOCKWISE8 = 255
 _MAX_DIMS = 4
+_MAX_NUMEL = 2**48  # an empty tensor has strides too, and torch fails where they overflow
 _BLOCK = 4096  # values that share one scale
 
 
@@ -52,6 +53,8 @@ def from_bytes(data: memoryview) -> torch.Tensor:
         raise ProtocolError(f"a tensor of {len(data)} bytes has no whole header")
     code, dims = data[0], data[1]
     shape = struct.unpack_from(f">{dims}I", data, 2)
+    if math.prod(size or 1 for size in shape) > _MAX_NUMEL:
+        raise ProtocolError(f"a tensor of shape {shape} is larger than any memory")
     raw, numel = data[2 + 4 * dims :], math.prod(shape)
     if code == _BLOCKWISE8:
         return _from_blockwise8(raw, shape, numel)
@@ -72,6 +75,8 @@ def _to_blockwise8(tensor: torch.Tensor) -> bytes:
     from bitsandbytes import functional as bnb  # takes a second to import, and few swarms use this format
 
     values, state = bnb.quantize_blockwise(tensor, blocksize=_BLOCK, nested=False)
+    if not torch.isfinite(tensor).all():
+        state.absmax.fill_(torch.nan)  # a NaN becomes a finite code, and the receiver could not refuse it
     return state.absmax.numpy().tobytes() + values.numpy().tobytes()
 
 

@@ -1,0 +1,87 @@
+"""The library's own `generate()`, with its cache on the servers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
+
+
+class RemoteGeneration:
+    """Mixed into the class of a grafted model, in front of the library's `GenerationMixin`."""
+
+    remote_blocks: Any
+    _active_session: RemoteCache | None = None
+
+    @contextmanager
+    def inference_session(self, max_length: int = DEFAULT_MAX_LENGTH) -> Iterator[RemoteCache]:
+        """A session that all `generate()` calls in this block share, so that a chat sends only its new tokens.
+
+        Pass it as `past_key_values` to call the model step by step. `max_length` counts text tokens, prompt and
+        answers together. `session.rollback(position)` goes back; leaving the block frees the caches on the servers.
+        """
+        outer = self._active_session
+        with self.remote_blocks.new_session(max_length) as session:
+            self._active_session = session
+            try:
+                yield session
+            finally:
+                self._active_session = outer
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            max_length = generation_config.max_length or DEFAULT_MAX_LENGTH
+            session = self._active_session
+            # `or` would not do: the library's caches count their layers, and ours has none.
+            model_kwargs["past_key_values"] = self.remote_blocks.new_session(max_length) if session is None else session
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        whole_text = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
+        if isinstance(past_key_values, RemoteCache) and inputs_embeds is None and whole_text:
+            # The library counts the cache's positions, soft prompts included, as text tokens that need not be sent.
+            next_sequence_length = past_key_values.expect(input_ids).shape[1]
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+
+def with_remote_generation(model: PreTrainedModel) -> PreTrainedModel:
+    """Give `model` the methods above, in place: its class becomes a subclass of the library's own."""
+    model.__class__ = _class_of(type(model))
+    model.register_forward_pre_hook(_with_whole_input, with_kwargs=True)
+    return model
+
+
+@functools.cache
+def _class_of(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    return type(f"Distributed{model_class.__name__}", (RemoteGeneration, model_class), {})
+
+
+def _with_whole_input(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+    if isinstance(cache, RemoteCache) and ids is not None:
+        kwargs = {**kwargs, "input_ids": cache.whole_input(ids)}
+    return args, kwargs

@@ -1,0 +1,185 @@
+"""KV caches of clients that generate: each session's rows in storage of their own, inside a budget of bytes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from petals_tune.errors import RequestRefused, ServerBusy, SessionLost
+from petals_tune.wire.messages import OpenSession, Step
+from petals_tune.wire.span import BlockSpan
+from servers.adapters import Adapter
+
+
+@dataclass
+class Session:
+    """The caches of one client's rows on blocks `span`; `position` of `max_length` positions are filled."""
+
+    client: str
+    span: BlockSpan
+    rows: int
+    max_length: int
+    adapter: Adapter | None
+    adapter_version: str | None
+    bytes: int
+    used_s: float
+    position: int = 0
+    padding: torch.Tensor | None = None  # (B, max_length) bool; None: no position was ever padded
+    storage: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # layer -> keys, values: (B, heads, M, D)
+
+    def prepare(self, step: Step) -> None:
+        """Go back to the step's position, reorder rows, note its padding. Raises RequestRefused, SessionLost."""
+        rows, length = step.hidden.shape[:2]
+        if rows != self.rows:
+            raise RequestRefused(f"a step of {rows} rows in a session of {self.rows}")
+        if step.position > self.position:
+            raise SessionLost(f"the session is at position {self.position}, the step at {step.position}")
+        if step.position + length > self.max_length:
+            raise RequestRefused(
+                f"the session was opened for {self.max_length} positions and this step would reach "
+                f"{step.position + length}; open it with max_length={step.position + length} or more"
+            )
+        if step.order is not None:
+            if int(step.order.min()) < 0 or int(step.order.max()) >= rows:
+                raise RequestRefused(f"order names rows beyond 0:{rows}")
+            for tensors in self.storage.values():
+                for tensor in tensors:
+                    tensor[:, :, : step.position] = tensor[step.order, :, : step.position]
+            if self.padding is not None:
+                self.padding = self.padding[step.order]
+        self.position = step.position
+        if step.padding is not None and self.padding is None:
+            self.padding = torch.ones(rows, self.max_length, dtype=torch.bool)
+        if self.padding is not None:
+            new = slice(step.position, step.position + length)
+            self.padding[:, new] = True if step.padding is None else step.padding
+
+    def append(self, layer: int, new: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Store keys and values (B, heads, S, D) from `position` on; all of them until there, as views."""
+        if layer not in self.storage:
+            # Untouched pages of an empty tensor take no memory, so the whole length is reserved at once.
+            self.storage[layer] = [t.new_empty(t.shape[0], t.shape[1], self.max_length, t.shape[3]) for t in new]
+        stop = self.position + new[0].shape[2]
+        views = []
+        for kept, tensor in zip(self.storage[layer], new, strict=True):
+            kept[:, :, self.position : stop] = tensor
+            views.append(kept[:, :, :stop])
+        return views
+
+
+class StepCache(Cache):
+    """What the library's layers see as their cache during one step of one or more sessions.
+
+    Rows of all sessions stand behind each other, each filled from the left; the mask hides what lies behind a row's
+    own length, so that rows of different lengths share a step of one token.
+    """
+
+    def __init__(self, sessions: Sequence[Session], new_positions: int):
+        super().__init__(layers=[])
+        self._sessions, self._new = sessions, new_positions
+        self.total = max(session.position for session in sessions) + new_positions
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(self._sessions) == 1:
+            keys, values = self._sessions[0].append(layer_idx, (key_states, value_states))
+            return keys, values
+        joined = [t.new_zeros(t.shape[0], t.shape[1], self.total, t.shape[3]) for t in (key_states, value_states)]
+        first = 0
+        for session in self._sessions:
+            rows = slice(first, first + session.rows)
+            for whole, part in zip(
+                joined, session.append(layer_idx, (key_states[rows], value_states[rows])), strict=True
+            ):
+                whole[rows, :, : part.shape[2]] = part
+            first += session.rows
+        return joined[0], joined[1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.total - self._new
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.total, 0
+
+    def mask(self) -> torch.Tensor | None:
+        """(B, total) bool, True = attend; None where every position of every row is real."""
+        if all(session.padding is None and session.position + self._new == self.total for session in self._sessions):
+            return None
+        mask = torch.zeros(sum(session.rows for session in self._sessions), self.total, dtype=torch.bool)
+        first = 0
+        for session in self._sessions:
+            stop = session.position + self._new
+            mask[first : first + session.rows, :stop] = True if session.padding is None else session.padding[:, :stop]
+            first += session.rows
+        return mask
+
+
+class SessionStore:
+    """Sessions by id. Used by the event loop alone; the clock is an argument."""
+
+    def __init__(self, *, max_bytes: int, max_idle_s: float, token_bytes: int):
+        """`token_bytes`: what one position of one row takes in one block."""
+        self.max_bytes, self.max_idle_s, self._token_bytes = max_bytes, max_idle_s, token_bytes
+        self.used_bytes = 0
+        self._sessions: dict[int, Session] = {}
+        self._ids = itertools.count(1)
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def open(self, client: str, request: OpenSession, adapter: Adapter | None, now_s: float) -> int:
+        """Reserve a session. Raises ServerBusy with the length that would fit, RequestRefused if none ever will."""
+        self._drop_idle(now_s)
+        per_position = self._token_bytes * len(request.span) * request.rows
+        size = per_position * request.max_length
+        if size > self.max_bytes:
+            raise RequestRefused(
+                f"{request.rows} rows of {request.max_length} positions need {size / 2**20:.0f} MB of cache on blocks "
+                f"{request.span}, and this server has {self.max_bytes / 2**20:.0f} MB in all: "
+                f"max_length={self.max_bytes // per_position} would fit"
+            )
+        if self.used_bytes + size > self.max_bytes:
+            raise ServerBusy(
+                f"no room for {size / 2**20:.0f} MB of cache now: "
+                f"max_length={(self.max_bytes - self.used_bytes) // per_position} would fit"
+            )
+        session = next(self._ids)
+        self._sessions[session] = Session(
+            client=client,
+            span=request.span,
+            rows=request.rows,
+            max_length=request.max_length,
+            adapter=adapter,
+            adapter_version=request.adapter,
+            bytes=size,
+            used_s=now_s,
+        )
+        self.used_bytes += size
+        return session
+
+    def get(self, client: str, session: int, now_s: float) -> Session:
+        """Raises SessionLost where this client has no such session (any more)."""
+        found = self._sessions.get(session)
+        if found is None or found.client != client:
+            raise SessionLost(f"session {session} is not kept here (any more)")
+        found.used_s = now_s
+        return found
+
+    def close(self, client: str, session: int) -> None:
+        if session in self._sessions and self._sessions[session].client == client:
+            self.used_bytes -= self._sessions.pop(session).bytes
+
+    def drop_client(self, client: str) -> None:
+        for session in [session for session, kept in self._sessions.items() if kept.client == client]:
+            self.close(client, session)
+
+    def _drop_idle(self, now_s: float) -> None:
+        for session, kept in list(self._sessions.items()):
+            if now_s - kept.used_s > self.max_idle_s:
+                self.close(kept.client, session)

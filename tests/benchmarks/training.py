@@ -1,0 +1,197 @@
+"""One optimizer step in one process against the same step over a local swarm: seconds, bytes, memory.
+
+    python tests/benchmarks/training.py [--model default] [--quantization int8] [--skeleton bloom-176b]
+
+In-process means plain transformers + PEFT, at the best of 1 and 2 threads. The swarm is two server processes of one
+thread each, with real p2p daemons. All sides run the same objective on the same batch and take turns, so that a busy
+machine disturbs them alike. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import peft
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig
+from transformers.utils import logging
+
+from petals_tune.checkpoint import Checkpoint
+from petals_tune.convert import embedded_model
+from petals_tune.families import family_of, hollow_base_model
+from petals_tune.remote.auto import AutoDistributedModelForCausalLM
+from petals_tune.remote.skeleton import Skeleton, hollow_out
+from petals_tune.swarm.local import local_swarm
+from petals_tune.train.objective import CausalLM
+
+ROWS, PROMPT_TOKENS, TEXT_TOKENS = 8, 16, 128
+_MB = 2**20
+
+
+@dataclass
+class Side:
+    """A model that takes optimizer steps, and the seconds that they took."""
+
+    name: str
+    threads: int
+    net: Any
+    seconds: list[float]
+    losses: list[float]
+
+    def __init__(self, name: str, model: nn.Module, config: peft.PeftConfig, *, threads: int):
+        torch.manual_seed(0)
+        self.name, self.threads, self.seconds, self.losses = name, threads, [], []
+        self.net = peft.get_peft_model(model, config).train()
+        self._optimizer = torch.optim.AdamW([p for p in self.net.parameters() if p.requires_grad], lr=1e-3)
+
+    def step(self, batch: dict[str, torch.Tensor]) -> None:
+        torch.set_num_threads(self.threads)
+        started_s = time.perf_counter()
+        scores = CausalLM()(self.net, batch)
+        scores.loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self.seconds.append(time.perf_counter() - started_s)
+        self.losses.append(scores.loss.item())
+
+    def median_s(self, warm_up: int) -> float:
+        return statistics.median(self.seconds[warm_up:])
+
+
+def main() -> None:
+    options = arguments()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if options.skeleton:
+        print(json.dumps(skeleton_figures()))
+        return
+    with ExitStack() as stack:
+        source = model_source(options.model, stack)
+        figures = compared(source, options, stack)
+    print(json.dumps(figures))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", default="bloom", help="bloom (random, 12 x 512), default (the embedded), or a folder")
+    parser.add_argument("--quantization", default="none", choices=("none", "int8", "nf4"), help="of both sides' blocks")
+    parser.add_argument("--steps", type=int, default=7, help="measured steps of each side")
+    parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--micro-batch-rows", type=int, default=2)
+    parser.add_argument("--client-threads", type=int, default=2)
+    parser.add_argument("--methods", default="prompt,lora")
+    parser.add_argument("--no-lease", action=argparse.BooleanOptionalAction, default=True, help="also without leases")
+    parser.add_argument("--skeleton", choices=("bloom-176b",), help="only: build the client's part of a large model")
+    return parser.parse_args()
+
+
+def model_source(name: str, stack: ExitStack) -> str:
+    """A folder in Hugging Face format."""
+    if name == "default":
+        return str(embedded_model())
+    if name != "bloom":
+        return name
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    torch.manual_seed(0)
+    config = BloomConfig(n_layer=12, hidden_size=512, n_head=8, vocab_size=1024)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def method_config(method: str) -> peft.PeftConfig:
+    if method == "prompt":
+        return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PROMPT_TOKENS)
+    return peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
+
+
+def compared(source: str, options: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
+    blocks = Checkpoint(source).config.num_hidden_layers
+    spans = [f"0:{blocks // 2}", f"{blocks // 2}:{blocks}"]
+
+    def swarm(*overrides: str) -> list[str]:
+        return stack.enter_context(
+            local_swarm(source, spans=spans, quantization=options.quantization, overrides=overrides)
+        )
+
+    def remote(peers: list[str]) -> Any:
+        model = AutoDistributedModelForCausalLM.from_pretrained(
+            source, initial_peers=peers, micro_batch_rows=options.micro_batch_rows
+        )
+        stack.callback(model.remote_blocks.close)
+        return model
+
+    swarms = {"swarm": swarm()}
+    if options.no_lease:
+        swarms["swarm, no leases"] = swarm("limits.max_lease_gb=0")
+    vocabulary = Checkpoint(source).config.vocab_size
+    torch.manual_seed(1)
+    ids = torch.randint(vocabulary, (ROWS, TEXT_TOKENS))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    figures: dict[str, Any] = {
+        "model": options.model,
+        "quantization": options.quantization,
+        "micro_batch_rows": options.micro_batch_rows,
+        "load_average": os.getloadavg()[0],
+    }
+    for method in options.methods.split(","):
+        config = method_config(method)
+        sides = [Side(name, remote(peers), config, threads=options.client_threads) for name, peers in swarms.items()]
+        for threads in (1, 2):
+            sides.append(Side(f"in-process, {threads} threads", in_process(source, options), config, threads=threads))
+        stats = sides[0].net.get_base_model().remote_blocks.stats
+        before, waited_s = (stats.sent_bytes, stats.received_bytes), stats.wait_s
+        for _ in range(options.warm_up + options.steps):
+            for side in sides:
+                side.step(batch)
+        steps = options.warm_up + options.steps
+        seconds = {side.name: side.median_s(options.warm_up) for side in sides}
+        local_s = min(seconds[side.name] for side in sides if side.name.startswith("in-process"))
+        print(f"\n{method}: {ROWS} rows of {TEXT_TOKENS} text tokens, {options.quantization} blocks")
+        print("| side | s a step (median) | in-process / it | first loss | last loss |")
+        print("|---|---|---|---|---|")
+        for side in sides:
+            s = seconds[side.name]
+            print(f"| {side.name} | {s:.3f} | {local_s / s:.2f} | {side.losses[0]:.5f} | {side.losses[-1]:.5f} |")
+        figures[f"{method}_in_process_s"] = local_s
+        figures[f"{method}_swarm_s"] = seconds["swarm"]
+        figures[f"{method}_ratio"] = local_s / seconds["swarm"]
+        if options.no_lease:
+            figures["no_lease_ratio" if method == "prompt" else f"{method}_no_lease_ratio"] = (
+                local_s / seconds["swarm, no leases"]
+            )
+        sent, received = stats.sent_bytes - before[0], stats.received_bytes - before[1]
+        name = "bytes_per_step" if method == "prompt" else f"{method}_bytes_per_step"
+        figures[name] = (sent + received) // steps
+        figures[f"{method}_waiting_share"] = (stats.wait_s - waited_s) / sum(sides[0].seconds)
+        figures[f"{method}_recomputations"] = stats.recomputations
+    return figures
+
+
+def in_process(source: str, options: argparse.Namespace) -> Any:
+    quantized = {}
+    if options.quantization == "int8":
+        quantized["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    if options.quantization == "nf4":
+        quantized["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **quantized).requires_grad_(False)
+
+
+def skeleton_figures() -> dict[str, Any]:
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+import copy
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
+from transformers import get_scheduler
+
+from petals_tune.data.module import TextData
+from petals_tune.errors import ConfigError, PetalsTuneError
+from petals_tune.train.callbacks import NewestCheckpoint
+from petals_tune.train.module import FineTuner
+from petals_tune.train.objective import CausalLM, LabelWords
+from tests.train.tiny import WORDS, TinyReviews, TinyTalk, tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+ADAPTERS: dict[str, PeftConfig] = {
+    "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "lora": LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.1),
+    "lora and head": LoraConfig(task_type="CAUSAL_LM", r=2, modules_to_save=["lm_head"]),
+}
+
+
+def tuner(adapter: str = "prompt", *, lr: float = 1e-2) -> FineTuner:
+    torch.manual_seed(1)
+    return FineTuner(
+        get_peft_model(tiny_model(), copy.deepcopy(ADAPTERS[adapter])),
+        CausalLM(),
+        partial(torch.optim.AdamW, lr=lr),
+        partial(get_scheduler, name="linear", num_warmup_steps=2),
+    )
+
+
+def talk() -> TextData:
+    return TextData(TinyTalk(), tokenizer=tiny_tokenizer(), batch_size=3)
+
+
+def trainer(folder: Path, max_steps: int, **options) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        max_steps=max_steps,
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing="callbacks" in options,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        **options,
+    )
+
+
+def trained_tensors(module: FineTuner) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.trained()}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_checkpoint_holds_the_trained_tensors_alone(adapter: str, tmp_path: Path) -> None:
+    module = tuner(adapter)
+    before = trained_tensors(module)
+    keep = NewestCheckpoint(str(tmp_path / "a.ckpt"))
+    trainer(tmp_path, 2, callbacks=[keep]).fit(module, datamodule=talk())
+    saved = torch.load(keep.path, weights_only=True)["state_dict"]
+    assert saved.keys() == before.keys()
+    assert all(torch.equal(saved[name], value) for name, value in trained_tensors(module).items())
+    assert any(not torch.equal(saved[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("every_n_steps", [3, 50], ids=["saved between steps", "saved at the end"])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(every_n_steps: int, tmp_path: Path) -> None:
+    whole, part, resumed = tuner(), tuner(), tuner()
+    for module in (whole, part, resumed):
+        module._make_schedule = None  # a schedule depends on max_steps, which differs here
+    trainer(tmp_path, 6).fit(whole, datamodule=talk())
+    keep = NewestCheckpoint(str(tmp_path / "half.ckpt"), every_n_steps)
+    trainer(tmp_path, 3, callbacks=[keep]).fit(part, datamodule=talk())
+    trainer(tmp_path, 6).fit(resumed, datamodule=talk(), ckpt_path=keep.path)
+    for (_, left), (_, right) in zip(whole.trained(), resumed.trained(), strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    other = trainer(tmp_path, 1)
+    other.fit(tuner("lora"), datamodule=talk())
+    other.save_checkpoint(tmp_path / "lora.ckpt")
+    with pytest.raises(ConfigError, match="ckpt_path is of another run"):
+        trainer(tmp_path, 2).fit(tuner("prompt"), datamodule=talk(), ckpt_path=tmp_path / "lora.ckpt")
+
+
+def test_the_optimizer_gets_the_trained_parameters_alone(tmp_path: Path) -> None:
+    module, run = tuner("lora"), trainer(tmp_path, 1)
+    run.fit(module, datamodule=talk())
+    (group,) = run.optimizers[0].param_groups
+    assert {id(p) for p in group["params"]} == {id(p) for _, p in module.trained()}
+    assert all("lora_" in name for name, _ in module.trained())
+
+
+def test_nothing_to_train_is_an_error(tmp_path: Path) -> None:
+    module = FineTuner(tiny_model(), CausalLM(), torch.optim.SGD)
+    with pytest.raises(ConfigError, match="nothing to train"):
+        trainer(tmp_path, 1).fit(module, datamodule=talk())
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    module = tuner()
+    with torch.no_grad():
+        module.trained()[0][1][0, 0] = math.nan
+    with pytest.raises(PetalsTuneError, match=r"loss is nan at step 0.*optimizer\.lr"):
+        trainer(tmp_path, 1).fit(module, datamodule=talk())
+
+
+def test_validation_weighs_every_token_alike(tmp_path: Path) -> None:
+    module, run = tuner(), trainer(tmp_path, 1)
+    run.limit_val_batches = 1.0
+    data = talk()  # 7 rows in batches of 3, with other lengths in each
+    run.validate(module, datamodule=data, verbose=False)
+    step, summary = module.summaries["val"]
+
+    nats, tokens = 0.0, 0
+    with torch.no_grad():
+        for row in data.validation_split.rows:
+            ids = torch.tensor([row.input_ids])
+            loss = module.net(input_ids=ids, labels=torch.tensor([row.labels])).loss
+            nats, tokens = nats + loss.item() * row.supervised_tokens, tokens + row.supervised_tokens
+    assert step == 0
+    assert summary["loss"] == pytest.approx(nats / tokens, rel=1e-6)
+    assert summary["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+
+
+def test_accuracy_is_over_rows_not_over_batches(tmp_path: Path) -> None:
+    tokenizer, run = tiny_tokenizer(), trainer(tmp_path, 1)
+    run.limit_val_batches = 1.0
+    net = get_peft_model(tiny_model(), ADAPTERS["prompt"])
+    module = FineTuner(net, LabelWords(WORDS, tokenizer), torch.optim.SGD)
+    run.validate(module, datamodule=TextData(TinyReviews(), tokenizer=tokenizer, batch_size=4), verbose=False)
+    accuracy = module.summaries["val"][1]["accuracy"]
+    assert accuracy * 9 == pytest.approx(round(accuracy * 9))  # 9 rows, of which the last batch has one
+
+
+def test_metrics_can_be_called_after_another_split(tmp_path: Path) -> None:
+    module, run = tuner(), trainer(tmp_path, 1)
+    run.limit_val_batches = 1.0
+    with module.validating_as("zero_shot"):
+        run.validate(module, datamodule=talk(), verbose=False)
+    assert set(module.summaries) == {"zero_shot"}
+    assert module.split == "val"

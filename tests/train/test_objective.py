@@ -1,0 +1,94 @@
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch.nn import functional as F
+
+from petals_tune.data.collate import Batch, collate
+from petals_tune.data.rows import IGNORED, Row
+from petals_tune.errors import DataError
+from petals_tune.train.objective import CausalLM, LabelWords, supervised_logits
+from tests.train.tiny import WORDS, tiny_model, tiny_tokenizer
+
+ADAPTERS = {
+    "plain": None,
+    "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "lora": LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False),
+}
+
+
+def net_with(adapter: str):
+    config = ADAPTERS[adapter]
+    return tiny_model() if config is None else get_peft_model(tiny_model(), config).eval()
+
+
+def batch(padding_side: str, *, context: int = 2) -> Batch:
+    rows = []
+    for length in (5, 9, 7):
+        ids = torch.randint(1, 300, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+        rows.append(Row(input_ids=ids, labels=[IGNORED] * context + ids[context:]))
+    return collate(rows, pad_id=0, padding_side=padding_side)
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_loss_is_the_librarys_own(adapter: str, padding_side: str) -> None:
+    net, rows = net_with(adapter), batch(padding_side)
+    scores = CausalLM()(net, rows)
+    torch.testing.assert_close(scores.loss, net(**rows).loss, rtol=1e-6, atol=1e-6)
+    assert scores.count == (5 - 2) + (9 - 2) + (7 - 2)
+
+
+def test_a_soft_prompt_predicts_a_supervised_first_token_too() -> None:
+    rows = batch("right", context=0)
+    prompted, plain = net_with("prompt"), net_with("plain")
+    assert CausalLM()(prompted, rows).count == 5 + 9 + 7
+    assert CausalLM()(plain, rows).count == 4 + 8 + 6  # nothing comes before the first token
+    torch.testing.assert_close(CausalLM()(prompted, rows).loss, prompted(**rows).loss)
+
+
+def test_the_same_net_without_its_adapter() -> None:
+    net, rows = net_with("prompt"), batch("right")
+    with net.disable_adapter():
+        torch.testing.assert_close(CausalLM()(net, rows).loss, net_with("plain")(**rows).loss)
+
+
+def test_only_supervised_positions_reach_the_head_and_the_hook_is_gone_afterwards() -> None:
+    net, rows = net_with("prompt"), batch("right")
+    logits, targets = supervised_logits(net, rows)
+    assert logits.shape == (15, 320)
+    assert targets.tolist() == rows["labels"][rows["labels"] != IGNORED].tolist()
+    assert net(**rows).logits.shape == (3, 3 + 9, 320)
+
+
+def test_the_hook_is_gone_after_an_error() -> None:
+    net, rows = net_with("plain"), batch("right")
+    with pytest.raises(DataError, match="without a supervised token"):
+        CausalLM()(net, rows | {"labels": torch.full_like(rows["labels"], IGNORED)})
+    assert net(**rows).logits.shape == (3, 9, 320)
+
+
+def reviews(words: list[str]) -> Batch:
+    tokenizer = tiny_tokenizer()
+    rows = []
+    for number, word in enumerate(words):
+        prompt = tokenizer("ab" * (number + 1))["input_ids"]
+        (answer,) = tokenizer(word)["input_ids"]
+        rows.append(Row(input_ids=[*prompt, answer], labels=[IGNORED] * len(prompt) + [answer]))
+    return collate(rows, pad_id=0)
+
+
+def test_label_words_compares_the_words_alone() -> None:
+    net, rows = net_with("prompt"), reviews([WORDS[1], WORDS[0], WORDS[1]])
+    scores = LabelWords(WORDS, tiny_tokenizer())(net, rows)
+
+    ids = [tiny_tokenizer()(word)["input_ids"][0] for word in WORDS]
+    logits = net(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, 3:, ids]  # text alone
+    last = rows["attention_mask"].sum(dim=1) - 2  # the position before the label word
+    choices, labels = logits[torch.arange(3), last], torch.tensor([1, 0, 1])
+    torch.testing.assert_close(scores.loss, F.cross_entropy(choices, labels))
+    torch.testing.assert_close(scores.metrics["accuracy"], (choices.argmax(dim=1) == labels).float().mean())
+
+
+def test_label_words_refuses_a_label_that_is_none() -> None:
+    with pytest.raises(DataError, match="none of the label words"):
+        LabelWords(WORDS, tiny_tokenizer())(net_with("plain"), reviews(["a"]))

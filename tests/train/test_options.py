@@ -1,0 +1,47 @@
+import pytest
+
+from petals_tune.config import composed
+from petals_tune.errors import ConfigError
+from petals_tune.train.options import LocalSwarm, prompt_tuning
+from tests.train.tiny import tiny_tokenizer
+
+
+def spans(swarm: LocalSwarm, blocks: int) -> list[str]:
+    return [str(span) for span in swarm.spans_of(blocks)]
+
+
+def test_servers_get_equal_spans() -> None:
+    assert spans(LocalSwarm(), 30) == ["0:15", "15:30"]
+    assert spans(LocalSwarm(servers=3), 8) == ["0:2", "2:5", "5:8"]
+
+
+def test_named_spans_may_overlap() -> None:
+    assert spans(LocalSwarm(spans=["0:12", "8:24", "12:24"]), 24) == ["0:12", "8:24", "12:24"]
+
+
+@pytest.mark.parametrize(
+    ("swarm", "text"),
+    [
+        (LocalSwarm(servers=31), "swarm.servers=31 is more than the model has blocks"),
+        (LocalSwarm(spans=["0:15"]), "swarm.spans leaves blocks 15:30 of 0:30 without a server"),
+        (LocalSwarm(spans=["2:9", "11:30"]), "blocks 0:2, 9:11"),
+        (LocalSwarm(spans=["0:31"]), "swarm.spans has 0:31, and the model's blocks are 0:30"),
+        (LocalSwarm(spans=["0:12", 744]), '12:24 so; quote it'),
+        (LocalSwarm(spans=["0-30"]), "swarm.spans='0-30' is not a span"),
+    ],
+)  # fmt: skip
+def test_spans_that_cannot_work(swarm: LocalSwarm, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        swarm.check(30)
+
+
+def test_a_span_typed_on_the_command_line_needs_no_quotes() -> None:
+    assert composed(["recipe=sst2", "swarm.spans=[0:12,12:24]"]).swarm.spans == ["0:12", "12:24"]
+
+
+def test_a_prompt_starts_from_a_text_or_from_words() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.name_or_path = "somewhere"
+    text = prompt_tuning(tokenizer=tokenizer, tokens=3, init_text="count")
+    assert (text.prompt_tuning_init, text.tokenizer_name_or_path) == ("TEXT", "somewhere")
+    assert prompt_tuning(tokenizer=tokenizer, tokens=3).prompt_tuning_init == "SAMPLE_VOCAB"

@@ -1,0 +1,143 @@
+"""Whole runs on a tiny local model: what they leave, and how they end."""
+
+import csv
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from omegaconf import OmegaConf
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from petals_tune.errors import ConfigError, DataError, ServerUnreachable
+from petals_tune.train.run import run
+from tests.train.conftest import Compose
+from tests.train.tiny import LocalConnection
+
+
+def test_a_run_leaves_what_it_promises(
+    tiny_run: Compose, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    swarm = LocalConnection()
+    measured = run(tiny_run("personachat", "optimizer.lr=0.1"), swarm)
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "adapter", "checkpoint.ckpt", "config.yaml", "curves.png", "metrics.csv", "replies.json", "replies.txt",
+    ]  # fmt: skip
+    assert (swarm.opened, swarm.closed) == (1, 1)
+    assert measured["after"]["loss"] < measured["before"]["loss"]
+
+    assert OmegaConf.load(out / "config.yaml").tuning.tokens == 4
+    assert (out / "checkpoint.ckpt").stat().st_size < 100_000
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    with (out / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows if row["val/loss"]] == [0, 3, 6]
+    assert len([row for row in rows if row["train/loss"] and row["train/tokens_per_s"] and row["train/lr"]]) == 6
+    assert float(rows[0]["val/loss"]) == pytest.approx(measured["before"]["loss"])
+
+    replies = json.loads((out / "replies.json").read_text())
+    assert [set(reply) for reply in replies] == [{"prompt", "person", "before", "after"}] * 3
+    assert replies[0]["person"] == "51!"
+
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].startswith(f"perplexity {measured['before']['perplexity']:.3f} -> ")
+    assert str(out) in said[-1]
+
+
+def test_stock_peft_loads_the_adapter(tiny_run: Compose, tiny_folder: Path, tmp_path: Path) -> None:
+    """The logits of the exported adapter on the plain model are those of the trained tensors in the checkpoint."""
+    run(tiny_run("personachat", "optimizer.lr=0.1", "tuning.init_text=count"), LocalConnection())
+    adapter = tmp_path / "out" / "adapter"
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_folder)
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    loaded = PeftModel.from_pretrained(base, adapter).eval()
+    (trained,) = torch.load(tmp_path / "out" / "checkpoint.ckpt", weights_only=True)["state_dict"].values()
+    ids = torch.arange(1, 9)[None]
+    embedded = torch.cat([trained[None], base.get_input_embeddings()(ids)], dim=1)
+    torch.testing.assert_close(loaded(input_ids=ids).logits, base(inputs_embeds=embedded).logits, rtol=0, atol=0)
+
+
+def test_sst2_says_the_zero_shot_accuracy(tiny_run: Compose, tmp_path: Path) -> None:
+    measured = run(tiny_run("sst2", "trainer.max_steps=12", "optimizer.lr=0.1"), LocalConnection())
+    assert set(measured) == {"zero_shot", "before", "after"}
+    assert measured["zero_shot"] != measured["before"]
+    assert measured["after"]["loss"] < measured["before"]["loss"]
+    header = (tmp_path / "out" / "metrics.csv").read_text().split("\n", 1)[0].split(",")
+    assert {"zero_shot/accuracy", "val/accuracy", "train/accuracy"} <= set(header)
+
+
+def test_lora_trains_through_the_same_path(tiny_run: Compose, tmp_path: Path) -> None:
+    cfg = tiny_run("personachat", "optimizer.lr=0.01")
+    cfg.tuning = OmegaConf.create(
+        {"_target_": "peft.LoraConfig", "task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj", "v_proj"]}
+    )
+    measured = run(cfg, LocalConnection())
+    assert measured["after"]["loss"] < measured["before"]["loss"]
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ServerUnreachable, RuntimeError])
+def test_an_end_in_the_middle_closes_the_swarm_and_keeps_what_was_trained(
+    error: type[BaseException], tiny_run: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"{error.__module__}.{error.__qualname__}"
+    ends = f"+callbacks.ends={{_target_: tests.train.tiny.EndsAfterTwoSteps, error: {name}}}"
+    cfg, swarm, handler = tiny_run("personachat", ends), LocalConnection(), signal.getsignal(signal.SIGINT)
+    with pytest.raises(error):
+        run(cfg, swarm)
+    assert swarm.closed == 1
+    assert signal.getsignal(signal.SIGINT) is handler
+    out = tmp_path / "out"
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
+    assert torch.load(out / "checkpoint.ckpt", weights_only=True)["global_step"] == 2
+    assert f"saved step 2; to go on from it: ckpt_path={out}/checkpoint.ckpt" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_from_a_checkpoint(tiny_run: Compose, tmp_path: Path) -> None:
+    run(tiny_run("personachat", "trainer.max_steps=3"), LocalConnection())
+    checkpoint = tmp_path / "out" / "checkpoint.ckpt"
+    again = tiny_run("personachat", f"ckpt_path={checkpoint}", f"output_dir={tmp_path / 'again'}")
+    run(again, LocalConnection())
+    assert torch.load(tmp_path / "again" / "checkpoint.ckpt", weights_only=True)["global_step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "text"),
+    [
+        ("swarm.spans=['0:1']", ConfigError, "leaves blocks 1:2 of 0:2 without a server"),
+        ("swarm.servers=3", ConfigError, "swarm.servers=3 is more than the model has blocks"),
+        ("data.batch_size=0", ConfigError, "data.batch_size"),
+        ("data.max_tokens=2", DataError, "data.max_tokens=2"),
+        ("optimizer.lr=-1", ConfigError, "optimizer: Invalid learning rate: -1"),
+        ("schedule.name=liner", ConfigError, "liner"),
+        ("trainer.accelerator=abacus", ConfigError, "abacus"),
+        ("tuning.tokens=0", ConfigError, "tuning.tokens is 0"),
+        ("model.source=/nowhere", ConfigError, "/nowhere"),
+    ],
+)
+def test_mistakes_end_a_run_before_a_server_starts(
+    override: str, error: type[Exception], text: str, tiny_run: Compose
+) -> None:
+    swarm = LocalConnection()
+    with pytest.raises(error, match=text):
+        run(tiny_run("personachat", override), swarm)
+    assert swarm.opened == 0
+
+
+def test_an_offline_wandb_run_lies_in_the_output_folder(
+    tiny_run: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    tables = []
+    monkeypatch.setattr(WandbLogger, "log_table", lambda self, key, columns, data: tables.append((key, columns, data)))
+    run(tiny_run("personachat", "logger=wandb"), LocalConnection())
+    (folder,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
+    assert list(folder.glob("*.wandb"))
+    ((key, columns, data),) = tables
+    assert (key, columns, len(data)) == ("replies", ["prompt", "person", "before", "after"], 3)

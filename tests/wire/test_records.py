@@ -1,0 +1,70 @@
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from petals_tune.errors import ProtocolError
+from petals_tune.wire.records import ServerRecord, decode_record, dht_key, encode_record
+from petals_tune.wire.span import BlockSpan
+
+RECORD = ServerRecord(
+    peer="12D3KooW",
+    addresses=("/ip4/127.0.0.1/tcp/1/p2p/12D3KooW", "/ip6/::1/tcp/1/p2p/12D3KooW"),
+    model="digest",
+    model_name="a folder/or a name",
+    blocks=BlockSpan(0, 12),
+    total_blocks=24,
+    quantization="nf4",
+    dtype="bfloat16",
+)
+
+
+@pytest.mark.parametrize("record", [RECORD, msgspec.structs.replace(RECORD, state="offline", version="1.2")])
+def test_a_record_comes_out_as_it_went_in(record):
+    assert decode_record(encode_record(record)) == record
+
+
+def test_a_record_of_a_newer_version_is_read_without_what_is_new():
+    newer = {**msgspec.to_builtins(RECORD), "relay": True}
+    assert decode_record(msgspec.msgpack.encode(newer)) == RECORD
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"quantization": "int3"},
+        {"state": "asleep"},
+        {"blocks": [4, 4]},
+        {"blocks": [-1, 4]},
+        {"blocks": [0]},
+        {"peer": 3},
+        {"addresses": "/ip4"},
+        {"total_blocks": "many"},
+    ],
+    ids=str,
+)
+def test_a_record_that_breaks_the_schema_is_refused(change):
+    with pytest.raises(ProtocolError, match="not a server's record"):
+        decode_record(msgspec.msgpack.encode({**msgspec.to_builtins(RECORD), **change}))
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_record_or_a_protocol_error(data):
+    try:
+        assert isinstance(decode_record(data), ServerRecord)
+    except ProtocolError:
+        pass
+
+
+@given(st.integers(0, len(encode_record(RECORD)) - 1), st.binary(min_size=1, max_size=3))
+def test_a_damaged_record_is_a_record_or_a_protocol_error(place, damage):
+    body = bytearray(encode_record(RECORD))
+    body[place : place + len(damage)] = damage
+    try:
+        assert isinstance(decode_record(bytes(body)), ServerRecord)
+    except ProtocolError:
+        pass
+
+
+def test_swarms_have_keys_of_their_own():
+    assert dht_key("one") != dht_key("other")

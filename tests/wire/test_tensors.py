@@ -1,0 +1,127 @@
+import struct
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from petals_tune.errors import ProtocolError
+from petals_tune.wire.tensors import WIRE_FORMATS, from_bytes, in_format, to_bytes
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
+SHAPES = [(), (1,), (0,), (7,), (3, 5), (2, 0, 4), (2, 3, 4), (1, 2, 3, 4)]
+
+
+def sent(tensor: torch.Tensor) -> torch.Tensor:
+    return from_bytes(memoryview(to_bytes(tensor)))
+
+
+def some(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return (torch.randn(shape) * 3).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_tensor_comes_out_as_it_went_in(dtype, shape):
+    tensor = some(shape, dtype)
+    back = sent(tensor)
+    assert back.dtype is dtype
+    assert back.shape == tensor.shape
+    assert torch.equal(back, tensor)
+
+
+@pytest.mark.parametrize("wire_format", WIRE_FORMATS)
+def test_a_tensor_that_is_not_contiguous_is_sent_by_its_values(wire_format):
+    tensor = torch.randn(4, 6, 8)[:, ::2].transpose(0, 2)
+    assert not tensor.is_contiguous()
+    assert torch.equal(sent(in_format(tensor, wire_format)), sent(in_format(tensor.contiguous(), wire_format)))
+
+
+def test_special_floats_are_carried_bit_for_bit():
+    tensor = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])
+    assert torch.equal(sent(tensor).view(torch.int32), tensor.view(torch.int32))
+
+
+def test_what_comes_out_has_memory_of_its_own():
+    data = bytearray(to_bytes(torch.zeros(4)))
+    back = from_bytes(memoryview(data))
+    back += 1
+    assert torch.equal(from_bytes(memoryview(data)), torch.zeros(4))
+
+
+def test_a_gradient_is_not_carried():
+    assert not sent(torch.ones(2, requires_grad=True)).requires_grad
+    assert not in_format(torch.ones(2, requires_grad=True), "float32").requires_grad
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(3, 4), in_format(torch.zeros(3, 4), "blockwise8")], ids=["plain", "8bit"])
+@pytest.mark.parametrize("change", [-1, 1, 4, -4])
+def test_a_wrong_length_is_refused(tensor, change):
+    data = to_bytes(tensor)
+    wrong = data + bytes(change) if change > 0 else data[:change]
+    with pytest.raises(ProtocolError, match=r"shape \(3, 4\) has \d+ bytes, not \d+"):
+        from_bytes(memoryview(wrong))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "no whole header"),
+        (b"\x00", "no whole header"),
+        (struct.pack(">BBI", 0, 2, 1), "no whole header"),
+        (struct.pack(">BB5I", 0, 5, 1, 1, 1, 1, 1) + bytes(4), "no whole header"),
+        (struct.pack(">BB", 7, 0) + bytes(4), "unknown dtype code 7"),
+        (struct.pack(">BBI", 6, 1, 3) + b"\x00\x01\x02", "bool"),
+        (struct.pack(">BB4I", 0, 4, *[2**32 - 1] * 4), "larger than any memory"),
+        (struct.pack(">BB4I", 0, 4, 0, *[2**32 - 1] * 3), "larger than any memory"),
+        (struct.pack(">BB4I", 255, 4, 0, *[2**32 - 1] * 3), "larger than any memory"),
+        (struct.pack(">BB2I", 0, 2, 2**20, 2**20), "bytes, not 0"),
+    ],
+)
+def test_a_header_that_lies_is_refused_before_memory_is_taken(data, reason):
+    with pytest.raises(ProtocolError, match=reason):
+        from_bytes(memoryview(data))
+
+
+@given(st.binary(max_size=64))
+def test_any_bytes_are_a_tensor_or_a_protocol_error(data):
+    try:
+        assert isinstance(from_bytes(memoryview(data)), torch.Tensor)
+    except ProtocolError:
+        pass
+
+
+# Measured over normal and uniform values: 0.70 % of a block's largest value, 1.3 % over all values together.
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (4095,), (4096,), (4097,), (2, 3, 5000)], ids=str)
+def test_eight_bits_err_by_less_than_one_percent_of_a_blocks_largest_value(shape):
+    tensor = torch.randn(shape)
+    back = sent(in_format(tensor, "blockwise8"))
+    assert back.dtype is torch.float32
+    assert back.shape == tensor.shape
+    errors = (back - tensor).abs().flatten().split(4096)
+    largest = [block.abs().max() for block in tensor.flatten().split(4096)]
+    assert all(error.max() <= 0.008 * bound for error, bound in zip(errors, largest, strict=True))
+    assert torch.linalg.vector_norm(back - tensor) <= 0.02 * torch.linalg.vector_norm(tensor)
+
+
+def test_eight_bits_are_a_quarter_of_float32():
+    tensor = torch.randn(4, 128, 512)
+    assert len(to_bytes(in_format(tensor, "blockwise8"))) < 0.251 * len(to_bytes(tensor))
+
+
+def test_eight_bits_know_an_empty_tensor():
+    assert sent(in_format(torch.zeros(2, 0, 3), "blockwise8")).shape == (2, 0, 3)
+
+
+@pytest.mark.parametrize("wire_format", WIRE_FORMATS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_numbers_stay_non_finite_so_that_the_receiver_can_refuse_them(wire_format, value):
+    tensor = torch.ones(5000)
+    tensor[4321] = value
+    assert not torch.isfinite(sent(in_format(tensor, wire_format))).all()
+
+
+@pytest.mark.parametrize("wire_format", WIRE_FORMATS)
+def test_a_format_casts_from_any_float(wire_format):
+    tensor = torch.randn(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(sent(in_format(tensor, wire_format)).double(), tensor, atol=0.03, rtol=0.01)
