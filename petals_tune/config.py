@@ -187,7 +187,7 @@ def _check_call(target: Callable[..., Any], options: Mapping[str, Any], *, where
         if name not in parameters and not open_ended:
             raise ConfigError(_unknown(key, list(parameters), set_now=list(options)))
         hint = hints.get(name, Any)
-        if is_dataclass(hint) and isinstance(value, dict):
+        if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, dict):
             _check_call(hint, value, where=key)
         elif isinstance(value, dict):
             _check_section(value, where=key)

@@ -50,7 +50,7 @@ def family_of(base: PreTrainedModel) -> Family:
     The list is the one whose length is the number of blocks that the config states.
     """
     config = base.config
-    total = getattr(config, "num_hidden_layers", None)
+    total: int = getattr(config, "num_hidden_layers", 0)
     lists = [
         name
         for name, module in base.named_modules()

@@ -15,6 +15,7 @@ from petals_tune.errors import PetalsTuneError, RequestRefused
 from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
 from servers.adapters import Adapter, AdapterHooks, CallPlan
+from servers.kernels import use_fast_kernels
 from servers.leases import Graph, KeptMemory
 from servers.sessions import Session, StepCache
 from servers.trim import TrimmedModel, set_training
@@ -36,6 +37,7 @@ class Engine:
     def __init__(self, trimmed: TrimmedModel):
         self.trimmed = trimmed
         self._model = trimmed.model
+        use_fast_kernels(self._model)
         self._blocks = list(trimmed.blocks)
         self._layer_types = getattr(self._model.config, "layer_types", None)
         self._lists: dict[BlockSpan, nn.ModuleList] = {}

@@ -64,7 +64,8 @@ class StepBatcher:
         waiting = self._waiting
         if not waiting:
             return []
-        batch, rows = [], 0
+        batch: list[_Waiting] = []
+        rows = 0
         sessions: set[int] = set()
         for each in list(waiting):
             fits = rows + each.session.rows <= MAX_BATCH_ROWS and id(each.session) not in sessions

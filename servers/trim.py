@@ -57,9 +57,13 @@ def load_blocks(
             inside = name.removeprefix(f"{family.prefix}.").split(".", 2)[2]
             renamed[name] = f"{family.blocks}.{block - span.start}.{inside}"
     tensors = {renamed[name]: tensor for name, tensor in checkpoint.read(renamed, dtype).items()}
-    options = {"quantization_config": _quantization_config(quantization, dtype)} if quantization != "none" else {}
     model = type(hollow).from_pretrained(
-        None, config=trimmed_config(config, span), state_dict=tensors, dtype=dtype, device_map=device, **options
+        None,
+        config=trimmed_config(config, span),
+        state_dict=tensors,
+        dtype=dtype,
+        device_map=device,
+        quantization_config=_quantization_config(quantization, dtype),
     )
     del tensors
     _empty_the_rest(model, family)
@@ -92,7 +96,9 @@ def set_training(model: nn.Module, *, training: bool) -> None:
             module.train(True)
 
 
-def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if quantization == "none":
+        return None
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     if quantization == "nf4":

@@ -26,13 +26,14 @@ MAY_IMPORT = {
     "tuning": "errors wire.adapter",  # how an adapter's parts are named, no more
     "data": "errors packaged convert",
     "swarm": "errors wire",
+    "cli": "errors",
     "config": "errors",  # knows what it checks only by the names in the YAML
     "remote": "errors wire families checkpoint tuning swarm",
     "train": "errors config wire families checkpoint packaged convert tuning data swarm remote",
     # The commands, and the package's own front, which imports what it offers on first use.
-    "petals_tune": "errors config wire families checkpoint packaged convert tuning data swarm remote train",
+    "petals_tune": "errors cli config wire families checkpoint packaged convert tuning data swarm remote train",
     # A server shares what crosses the network, and how a model is found. Nobody imports a server: it is started.
-    "servers": "errors wire families checkpoint convert swarm.directory swarm.p2p",
+    "servers": "errors cli config wire families checkpoint convert swarm.directory swarm.p2p",
     "conf": "",
     "recipes": "",
 }

@@ -79,7 +79,7 @@ class _AutoDistributed:
             chain=Chain(client, wire_format=wire_format, grad_format=grad_format),
             micro_batch_rows=micro_batch_rows,
         )
-        base = model.base_model
+        base: Any = model.base_model
         setattr(base, family.blocks, blocks)
         blocks.caught.watch(base, blocks.new_session)
         model.remote_blocks = blocks

@@ -14,7 +14,9 @@ from petals_tune.wire.records import ServerRecord, decode_record, dht_key, encod
 
 logger = logging.getLogger(__name__)
 
-_OFFLINE_OUTLIVES_S = 30.0  # hivemind keeps the record that expires last: a withdrawal has to outlive what it withdraws
+# hivemind keeps the record that expires last: a withdrawal has to outlive what it withdraws, and no longer, or a server
+# that starts again under its address is not seen.
+_OFFLINE_OUTLIVES_S = 1.0
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -35,7 +37,8 @@ class Directory:
     async def announce(self, record: ServerRecord, *, lasts_s: float) -> None:
         """Say that this server is there for the next `lasts_s` seconds."""
         self._last_expiration = max(get_dht_time() + lasts_s, self._last_expiration)
-        await self._node.store(self._key, encode_record(record), self._last_expiration, subkey=record.peer)
+        if not await self._node.store(self._key, encode_record(record), self._last_expiration, subkey=record.peer):
+            logger.warning("the DHT did not take this server's announcement: others may not find it")
 
     async def withdraw(self, record: ServerRecord) -> None:
         """Replace the announcement by one that says offline (the DHT has no delete)."""

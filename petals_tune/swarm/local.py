@@ -68,7 +68,7 @@ class ServerProcess:
                         return found["addresses"].split(",")
                 if not self._reader.is_alive() or time.monotonic() > deadline_s:
                     raise ServerUnreachable(
-                        f"a local server did not come up ({' '.join(self.process.args[4:])}); "  # type: ignore[arg-type]
+                        f"a local server did not come up ({self.process.args}); "
                         f"its last words:\n  " + "\n  ".join(self.lines[-8:])
                     )
                 self._said_more.wait(timeout=0.2)

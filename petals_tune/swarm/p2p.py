@@ -10,6 +10,7 @@ from contextlib import suppress
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+from hivemind.utils.multiaddr import Multiaddr
 
 from petals_tune.errors import ConfigError, ServerUnreachable
 
@@ -30,8 +31,12 @@ async def start_p2p(
     Raises ConfigError for an address that is none, ServerUnreachable where no initial peer answers.
     """
     for maddr in initial_peers:
-        if "/p2p/" not in maddr:
-            raise ConfigError(f"swarm.initial_peers: {maddr!r} is not like /ip4/127.0.0.1/tcp/31337/p2p/12D3Koo...")
+        try:
+            Multiaddr(maddr)["p2p"]
+        except (ValueError, LookupError):
+            raise ConfigError(
+                f"swarm.initial_peers: {maddr!r} is not like /ip4/127.0.0.1/tcp/31337/p2p/12D3Koo..."
+            ) from None
     try:
         return await P2P.create(
             initial_peers=list(initial_peers) or None,

@@ -16,6 +16,7 @@ from petals_tune.errors import PetalsTuneError, ProtocolError, ServerError, Serv
 from petals_tune.swarm.stats import SwarmStats
 from petals_tune.wire import frames
 from petals_tune.wire.messages import PROTOCOL, Hello, Message, Ping, Refusal, Welcome, decode, encode
+from petals_tune.wire.span import BlockSpan
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class ServerStream:
 
     def __init__(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stats: SwarmStats):
         self.peer = peer
-        self.adapters: set[str] = set()  # versions that this server was given on this stream
+        self.adapters: set[tuple[str, BlockSpan]] = set()  # versions that this server was given on this stream
         self._reader, self._writer, self._stats = reader, writer, stats
         self._ids = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Message]] = {}

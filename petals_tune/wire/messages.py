@@ -29,13 +29,13 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", forbi
     """Base of everything that travels on a stream."""
 
 
-class Hello(Message, tag="hello"):
+class Hello(Message, frozen=True, tag="hello"):
     """First message of a client on a stream. `model` is the digest that it expects; None asks who is there."""
 
     model: str | None = None
 
 
-class Welcome(Message, tag="welcome"):
+class Welcome(Message, frozen=True, tag="welcome"):
     """Answer to Hello: the server's own record and its limits."""
 
     record: ServerRecord
@@ -43,11 +43,11 @@ class Welcome(Message, tag="welcome"):
     max_message_bytes: int
 
 
-class Ping(Message, tag="ping"):
+class Ping(Message, frozen=True, tag="ping"):
     """Are you there? Answered at once by the event loop, also while the server computes."""
 
 
-class Pong(Message, tag="pong"):
+class Pong(Message, frozen=True, tag="pong"):
     """Yes."""
 
 
@@ -68,7 +68,7 @@ def _check_hidden(hidden: torch.Tensor, padding: torch.Tensor | None, positions:
         raise ValueError(f"positions are int64 of shape (1 or {rows}, {length}), not {tuple(positions.shape)}")
 
 
-class Forward(Message, tag="forward"):
+class Forward(Message, frozen=True, tag="forward"):
     """Run blocks `span` on `hidden`."""
 
     span: BlockSpan
@@ -86,13 +86,13 @@ class Forward(Message, tag="forward"):
         _check_hidden(self.hidden, self.padding, self.positions)
 
 
-class Forwarded(Message, tag="forwarded"):
+class Forwarded(Message, frozen=True, tag="forwarded"):
     hidden: torch.Tensor  # (B, S, H)
     lease: int | None = None  # the graph that a backward may name; None: none was kept
     compute_s: float = 0.0  # what the blocks took, without queues and network: clients route by it
 
 
-class Backward(Message, tag="backward"):
+class Backward(Message, frozen=True, tag="backward"):
     """Ask for the gradient at the input of the blocks and at the adapter's tensors there."""
 
     grad: torch.Tensor  # (B, S, H), gradient at the output of the last block
@@ -107,18 +107,18 @@ class Backward(Message, tag="backward"):
             raise ValueError(f"a gradient is (B, S, H) floats, not {tuple(self.grad.shape)} {self.grad.dtype}")
 
 
-class Gradients(Message, tag="gradients"):
+class Gradients(Message, frozen=True, tag="gradients"):
     hidden: torch.Tensor | None = None  # (B, S, H) at the input of the first block; None where Forward wanted none
     adapter: list[torch.Tensor] = []  # in the order of the adapter's tensors on these blocks, summed over rows
 
 
-class Release(Message, tag="release"):
+class Release(Message, frozen=True, tag="release"):
     """These leases will not be asked for again. Not answered."""
 
     leases: list[int]
 
 
-class PutAdapter(Message, tag="put_adapter"):
+class PutAdapter(Message, frozen=True, tag="put_adapter"):
     """Adapter `version` on blocks `span`. The version names the content; a server keeps the last ones of a client."""
 
     version: str
@@ -126,7 +126,7 @@ class PutAdapter(Message, tag="put_adapter"):
     parts: list[AdapterPart]
 
 
-class OpenSession(Message, tag="open_session"):
+class OpenSession(Message, frozen=True, tag="open_session"):
     """Reserve KV caches on blocks `span` for `rows` rows of at most `max_length` positions."""
 
     span: BlockSpan
@@ -135,11 +135,11 @@ class OpenSession(Message, tag="open_session"):
     adapter: str | None = None  # version of an adapter that was uploaded before
 
 
-class SessionOpened(Message, tag="session_opened"):
+class SessionOpened(Message, frozen=True, tag="session_opened"):
     session: int
 
 
-class Step(Message, tag="step"):
+class Step(Message, frozen=True, tag="step"):
     """Run the blocks of a session on the next positions of its rows."""
 
     session: int
@@ -158,21 +158,21 @@ class Step(Message, tag="step"):
             raise ValueError(f"order is int64 of shape ({self.hidden.shape[0]},), not {tuple(self.order.shape)}")
 
 
-class Stepped(Message, tag="stepped"):
+class Stepped(Message, frozen=True, tag="stepped"):
     hidden: torch.Tensor  # (B, S, H)
 
 
-class CloseSession(Message, tag="close_session"):
+class CloseSession(Message, frozen=True, tag="close_session"):
     """This session will not be used again. Not answered."""
 
     session: int
 
 
-class Done(Message, tag="done"):
+class Done(Message, frozen=True, tag="done"):
     """It worked; there is nothing to return."""
 
 
-class Refusal(Message, tag="refusal"):
+class Refusal(Message, frozen=True, tag="refusal"):
     """A refusal is a value: `error` names a class of errors.py, so the client knows "elsewhere" from "nowhere"."""
 
     error: str
