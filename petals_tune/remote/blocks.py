@@ -78,14 +78,14 @@ class RemoteSpan:
         return getattr(self.blocks[self.span.start], name)
 
     def __call__(self, hidden: torch.Tensor, *_: Any, **__: Any) -> Any:
-        """(B, S, H) -> (B, S, H), or a tuple of it where the family's layers return tuples.
+        """(B, S, H) -> (B, S, H); inside the model's own loop as a tuple, where the family's layers return tuples.
 
         What the loop hands to its layers (4-D masks, rotary tables, ALiBi) is made again on the servers, from the
         mask and the positions that the base model was called with.
         """
         caught = self.blocks.caught
         output = self._run(hidden, caught) if caught.session is None else self._step(hidden, caught, caught.session)
-        return (output,) if self.blocks.family.returns_tuple else output
+        return (output,) if caught.in_model and self.blocks.family.returns_tuple else output
 
     def _step(self, hidden: torch.Tensor, caught: CaughtArguments, session: RemoteCache) -> torch.Tensor:
         if session.span != self.span:
@@ -123,6 +123,10 @@ class CaughtArguments:
     """
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self, *_: object) -> None:
+        self.in_model = False
         self.padding: torch.Tensor | None = None
         self.positions: torch.Tensor | None = None
         self.session: RemoteCache | None = None
@@ -131,6 +135,7 @@ class CaughtArguments:
         """Catch the arguments of `base` from now on; a call with `use_cache=True` alone gets a session of its own."""
         self._new_session = new_session
         base.register_forward_pre_hook(self._before, with_kwargs=True)
+        base.register_forward_hook(self._forget, always_call=True)  # blocks that are called by hand are not masked
 
     def _before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if len(args) > 1:
@@ -139,6 +144,7 @@ class CaughtArguments:
             raise ConfigError("output_attentions: servers do not send attention weights; leave it False")
         if kwargs.get("output_hidden_states"):
             raise ConfigError("output_hidden_states: the blocks run on servers; slice model.remote_blocks instead")
+        self.in_model = True
         self.session = self._session_for(kwargs.get("past_key_values"), kwargs.get("use_cache"))
         self.padding = _padding(kwargs.get("attention_mask"))
         positions = kwargs.get("position_ids")

@@ -6,6 +6,7 @@ Shapes: B rows, S positions, H hidden size.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass, field, replace
 
@@ -28,6 +29,10 @@ from petals_tune.wire.messages import (
 )
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import in_format
+
+logger = logging.getLogger(__name__)
+
+SAID_AT_ATTEMPT = 4  # a repair that takes longer than this is worth a line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +231,8 @@ class Chain:
 
     async def pause(self, attempts: Attempts, error: PetalsTuneError) -> None:
         pause_s = attempts.failed(error, time.monotonic())
+        if attempts.count == SAID_AT_ATTEMPT:
+            logger.warning("still trying, since %.0f s: %s", time.monotonic() - attempts.since_s, error)
         self.client.stats.retries += 1
         await asyncio.sleep(pause_s)
         await self.client.refresh()

@@ -7,8 +7,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from petals_tune.errors import LeaseLost
-from petals_tune.wire.span import BlockSpan
+from servers.engine import Engine
 from servers.leases import Graph, KeptMemory, LeaseStore
+from tests.servers.parts import forward, load
 
 
 def graph() -> Graph:
@@ -161,14 +162,11 @@ def test_what_the_int8_linear_hides_from_autograd_is_counted():
 @pytest.mark.parametrize("family", ["llama", "bloom", "gpt2"])
 def test_the_count_of_a_real_forward_is_the_memory_that_it_takes(model_folder, family, quantization):
     """Against torch's own account of what was allocated and not freed while the graph lives."""
-    from tests.servers.test_trim import forward, load
-    from servers.engine import Engine
-
     sizes = {"gpt2": {"n_embd": 128}}.get(family, {"hidden_size": 128})
     engine = Engine(load(model_folder(family, **sizes), "0:4", quantization))
     hidden = torch.randn(4, 32, 128)
-    request = forward(hidden, span=BlockSpan(0, 4), keep=True)
-    engine.forward(forward(hidden, span=BlockSpan(0, 4), keep=True), None)  # what is made once is made now
+    request = forward("0:4", hidden, keep=True)
+    engine.forward(forward("0:4", hidden, keep=True), None)  # what is made once is made now
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = engine.forward(request, None)
     events = profiled.key_averages()

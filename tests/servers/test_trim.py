@@ -9,11 +9,12 @@ from petals_tune import checkpoint as checkpoint_module
 from petals_tune.checkpoint import Checkpoint
 from petals_tune.errors import ConfigError, UnsupportedModel
 from petals_tune.families import family_of
-from petals_tune.wire.messages import Backward, Forward
+from petals_tune.wire.messages import Backward
 from petals_tune.wire.span import BlockSpan
 from servers.engine import Engine
-from servers.trim import TrimmedModel, load_blocks, set_training, torch_dtype
+from servers.trim import load_blocks, set_training, torch_dtype
 from tests.models import BLOCKS, masks, plain_model, relative_error
+from tests.servers.parts import forward, load
 
 FAMILIES = ["bloom", "llama", "gpt2"]
 # The proportions of SmolLM2-135M, the embedded default: the norms and scales weigh as much as there.
@@ -26,11 +27,6 @@ SMOLLM2 = {
     "initializer_range": 0.05,
 }
 BLOOM = {"hidden_size": 512, "n_layer": 2, "n_head": 8, "initializer_range": 0.05}
-
-
-def load(folder: Path, span: str, quantization: str = "none") -> TrimmedModel:
-    source = Checkpoint(str(folder))
-    return load_blocks(source, BlockSpan.parse(span), quantization=quantization, dtype=torch.float32)
 
 
 def block_values(model: PreTrainedModel, **inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -147,18 +143,14 @@ def test_quantized_weights_take_a_fraction_of_the_memory(model_folder, family, s
     assert small.weight_bytes >= sum(held.values()), "nothing is left out of the count"
 
 
-# Of what the two blocks add to their input. Measured on this model: int8 2.2 %, nf4 NF4 %.
+# Of what the two blocks add to their input. Measured on this model: int8 2.2 %, nf4 25 %.
 @pytest.mark.parametrize(("quantization", "bound"), [("int8", 0.04), ("nf4", 0.5)])
 def test_quantized_blocks_give_nearly_the_same(model_folder, quantization, bound):
     folder = model_folder("llama", **SMOLLM2)
     hidden = torch.randn(2, 9, 576, generator=torch.Generator().manual_seed(1))
-    wanted = Engine(load(folder, "0:2")).forward(forward(hidden), None).output
-    given = Engine(load(folder, "0:2", quantization)).forward(forward(hidden), None).output
+    wanted = Engine(load(folder, "0:2")).forward(forward("0:2", hidden), None).output
+    given = Engine(load(folder, "0:2", quantization)).forward(forward("0:2", hidden), None).output
     assert 0 < relative_error(given - hidden, wanted - hidden) < bound
-
-
-def forward(hidden: torch.Tensor, **fields) -> Forward:
-    return Forward(**{"span": BlockSpan(0, 2), "hidden": hidden.clone(), **fields})
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4", "none"])
@@ -167,8 +159,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(model_folder, quantization)
     engine = Engine(trimmed)
     rows = torch.randn(3, 9, 576, generator=torch.Generator().manual_seed(1))
     rows[2] *= 30  # an outlier beside it changes how a row would be quantized with the others
-    together = engine.forward(forward(rows), None).output
-    alone = torch.cat([engine.forward(forward(row[None]), None).output for row in rows])
+    together = engine.forward(forward("0:2", rows), None).output
+    alone = torch.cat([engine.forward(forward("0:2", row[None]), None).output for row in rows])
     assert relative_error(together[0], alone[0]) <= 1e-5
     assert relative_error(together, alone) <= 1e-5
 
@@ -199,16 +191,16 @@ def test_training_works_and_gives_the_same_after_evaluation(model_folder, quanti
     grad = torch.randn(2, 9, 576, generator=torch.Generator().manual_seed(2))
 
     def trained() -> torch.Tensor:
-        result = engine.forward(forward(hidden, keep=True, train=True, seed=5), None)
+        result = engine.forward(forward("0:2", hidden, keep=True, train=True, seed=5), None)
         gradient, _ = engine.backward(Backward(lease=1, grad=grad), result.graph, None)
         assert gradient is not None
         return gradient
 
     before = trained()
-    evaluated = engine.forward(forward(hidden), None).output
-    engine.forward(forward(hidden[:, :1]), None)  # as in generation, one token
+    evaluated = engine.forward(forward("0:2", hidden), None).output
+    engine.forward(forward("0:2", hidden[:, :1]), None)  # as in generation, one token
     assert torch.equal(trained(), before)
-    assert torch.equal(engine.forward(forward(hidden), None).output, evaluated)
+    assert torch.equal(engine.forward(forward("0:2", hidden), None).output, evaluated)
     assert torch.isfinite(before).all()
     assert before.abs().max() > 0
 
@@ -219,7 +211,7 @@ def test_a_quantized_gradient_points_where_the_plain_one_does(model_folder):
     gradients = []
     for quantization in ("none", "int8", "nf4"):
         engine = Engine(load(folder, "0:2", quantization))
-        result = engine.forward(forward(hidden, keep=True), None)
+        result = engine.forward(forward("0:2", hidden, keep=True), None)
         gradient, _ = engine.backward(Backward(lease=1, grad=hidden), result.graph, None)
         gradients.append((gradient - hidden).flatten())  # without the residual stream, which is exact
     assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.999

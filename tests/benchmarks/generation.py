@@ -1,0 +1,184 @@
+"""Tokens per second in one process against the same model over a local swarm.
+
+    python tests/benchmarks/generation.py [--model default] [--quantization int8]
+
+In-process means plain transformers, at the best of 1 and 2 threads. The swarm is two server processes of one thread
+each, with real p2p daemons. Both sides generate 64 tokens after 16, greedily, and take turns, so that a busy machine
+disturbs them alike. What one more server adds to a step is seen against a single server of all blocks. The eight
+clients are threads of this process, each with its model, connection and session. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig
+from transformers.utils import logging
+
+from petals_tune.checkpoint import Checkpoint
+from petals_tune.convert import embedded_model
+from petals_tune.remote.auto import AutoDistributedModelForCausalLM
+from petals_tune.swarm.local import local_swarm
+
+PROMPT_TOKENS, NEW_TOKENS = 16, 64
+ROWS = CLIENTS = 8
+
+
+class Side:
+    """Something that generates, and the seconds that it took each time."""
+
+    def __init__(self, name: str, generate: Callable[[], None], *, threads: int = 1):
+        self.name, self._generate, self._threads = name, generate, threads
+        self.seconds: list[float] = []
+
+    def turn(self) -> None:
+        torch.set_num_threads(self._threads)
+        started_s = time.perf_counter()
+        self._generate()
+        self.seconds.append(time.perf_counter() - started_s)
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def main() -> None:
+    options = arguments()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with ExitStack() as stack:
+        figures = compared(model_source(options.model, stack), options, stack)
+    print(json.dumps(figures))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", default="bloom", help="bloom (random, 12 x 512), default (the embedded), or a folder")
+    parser.add_argument("--quantization", default="none", choices=("none", "int8", "nf4"), help="of both sides' blocks")
+    parser.add_argument("--rounds", type=int, default=7, help="measured turns of each side")
+    parser.add_argument("--clients", action=argparse.BooleanOptionalAction, default=True, help="also eight at once")
+    return parser.parse_args()
+
+
+def model_source(name: str, stack: ExitStack) -> str:
+    """A folder in Hugging Face format."""
+    if name == "default":
+        return str(embedded_model())
+    if name != "bloom":
+        return name
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    torch.manual_seed(0)
+    config = BloomConfig(n_layer=12, hidden_size=512, n_head=8, vocab_size=1024)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def compared(source: str, options: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
+    config = Checkpoint(source).config
+    blocks = config.num_hidden_layers
+    halves = [f"0:{blocks // 2}", f"{blocks // 2}:{blocks}"]
+
+    def swarm(*spans: str) -> list[str]:
+        return stack.enter_context(local_swarm(source, spans=spans, quantization=options.quantization))
+
+    def remote(peers: list[str]) -> Any:
+        model = AutoDistributedModelForCausalLM.from_pretrained(source, initial_peers=peers)
+        stack.callback(model.remote_blocks.close)
+        return model
+
+    torch.manual_seed(1)
+    ids = torch.randint(config.vocab_size, (ROWS, PROMPT_TOKENS))
+    local, two, one = in_process(source, options), swarm(*halves), swarm(f"0:{blocks}")
+    chain, whole = remote(two), remote(one)
+
+    def rows(model: Any, count: int) -> Callable[[], None]:
+        return lambda: generate(model, ids[:count])
+
+    single = {
+        "in-process, 1 thread": Side("one stream, in-process, 1 thread", rows(local, 1)),
+        "in-process, 2 threads": Side("one stream, in-process, 2 threads", rows(local, 1), threads=2),
+        "two servers": Side("one stream, two servers", rows(chain, 1)),
+        "one server": Side("one stream, one server", rows(whole, 1)),
+    }
+    batch = {
+        "in-process, 1 thread": Side("batch of 8, in-process, 1 thread", rows(local, ROWS)),
+        "in-process, 2 threads": Side("batch of 8, in-process, 2 threads", rows(local, ROWS), threads=2),
+        "two servers": Side("batch of 8, two servers", rows(chain, ROWS)),
+    }
+    sides = [*single.values(), *batch.values()]
+    if options.clients:
+        clients = [remote(two) for _ in range(CLIENTS)]
+        pool = stack.enter_context(ThreadPoolExecutor(CLIENTS))
+
+        def all_clients() -> None:
+            list(pool.map(lambda each: generate(each[1], ids[each[0] : each[0] + 1]), enumerate(clients)))
+
+        at_once = Side("eight clients, two servers", all_clients)
+        sides.append(at_once)
+    for side in sides:
+        side.turn()
+        side.seconds.clear()
+    for _ in range(options.rounds):
+        for side in sides:
+            side.turn()
+
+    tokens = {id(side): NEW_TOKENS * (1 if side in single.values() else ROWS) for side in sides}
+    print(f"{NEW_TOKENS} new tokens after {PROMPT_TOKENS}, {options.quantization} blocks, medians of {options.rounds}")
+    print("| side | tokens/s | s |")
+    print("|---|---|---|")
+    for side in sides:
+        print(f"| {side.name} | {tokens[id(side)] / side.median_s:.1f} | {side.median_s:.3f} |")
+    alone_s = single["two servers"].median_s
+    figures = {
+        "model": options.model,
+        "quantization": options.quantization,
+        "load_average": os.getloadavg()[0],
+        "single_ratio": best_local_s(single) / alone_s,
+        "batch8_ratio": best_local_s(batch) / batch["two servers"].median_s,
+        "hop_ms": 1000 * (alone_s - single["one server"].median_s) / NEW_TOKENS,
+        "single_tokens_per_s": NEW_TOKENS / alone_s,
+    }
+    if options.clients:
+        figures["clients8_speedup"] = CLIENTS * alone_s / at_once.median_s
+    return figures
+
+
+def best_local_s(sides: dict[str, Side]) -> float:
+    return min(side.median_s for name, side in sides.items() if name.startswith("in-process"))
+
+
+def generate(model: Any, ids: torch.Tensor) -> None:
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    assert output.shape[1] == PROMPT_TOKENS + NEW_TOKENS
+
+
+def in_process(source: str, options: argparse.Namespace) -> Any:
+    quantized = {}
+    if options.quantization == "int8":
+        quantized["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    if options.quantization == "nf4":
+        quantized["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **quantized).requires_grad_(False).eval()
+
+
+if __name__ == "__main__":
+    main()
