@@ -40,7 +40,7 @@ class Adapter:
 class CallPlan:
     """What the hooks do during one call."""
 
-    lora: dict[tuple[int, str], AdapterPart]
+    lora: dict[tuple[int, str], list[AdapterPart]]  # several where several adapters are active
     prompts: dict[int, torch.Tensor]
     train: bool
     seed: int
@@ -48,8 +48,12 @@ class CallPlan:
     @classmethod
     def of(cls, adapter: Adapter | None, *, train: bool, seed: int) -> CallPlan:
         parts = adapter.parts if adapter is not None else ()
+        lora: dict[tuple[int, str], list[AdapterPart]] = {}
+        for part in parts:
+            if part.method == "lora":
+                lora.setdefault((part.block, part.module), []).append(part)
         return cls(
-            lora={(part.block, part.module): part for part in parts if part.method == "lora"},
+            lora=lora,
             prompts={part.block: part.tensors[0] for part in parts if part.method == "prompt"},
             train=train,
             seed=seed,
@@ -85,7 +89,9 @@ class AdapterHooks:
                 raise RequestRefused(f"{where}: there is no linear for a {part.method!r} there")
             wide = _features(linear)
             if len(shapes) != 2 or shapes[0][1:] != wide[:1] or shapes[1] != (wide[1], shapes[0][0]):
-                raise RequestRefused(f"{where}: LoRA on {wide} needs A (r, {wide[0]}) and B ({wide[1]}, r), not {shapes}")
+                raise RequestRefused(
+                    f"{where}: LoRA on {wide} needs A (r, {wide[0]}) and B ({wide[1]}, r), not {shapes}"
+                )
 
     def _at_block(self, block: int) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
@@ -105,12 +111,14 @@ class AdapterHooks:
 
     def _at_linear(self, name: tuple[int, str]) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
-            part = self.plan.lora.get(name) if self.plan is not None else None
-            if part is None or self.plan is None:
+            plan = self.plan
+            if plan is None or name not in plan.lora:
                 return None
-            a, b = part.tensors
-            inside = F.dropout(args[0].to(a.dtype), part.dropout, training=self.plan.train)
-            return output + (F.linear(F.linear(inside, a), b) * part.scaling).to(output.dtype)
+            for part in plan.lora[name]:
+                a, b = part.tensors
+                inside = F.dropout(args[0].to(a.dtype), part.dropout, training=plan.train)
+                output = output + (F.linear(F.linear(inside, a), b) * part.scaling).to(output.dtype)
+            return output
 
         return hook
 
@@ -139,6 +147,33 @@ class AdapterCache:
                 kept.move_to_end((name, uploaded))
                 return adapter.on(span)
         raise AdapterMissing(f"adapter {version[:12]} on blocks {span} is not here")
+
+    def drop_client(self, client: str) -> None:
+        self._clients.pop(client, None)
+
+
+class GradientSums:
+    """Sums of adapter gradients over a client's micro-batches, until it collects them.
+
+    Terms are added in the order of their places, so that a sum does not depend on what was computed first.
+    """
+
+    def __init__(self, *, sums_per_client: int = 8):
+        self._kept = sums_per_client
+        self._clients: dict[str, OrderedDict[int, dict[int, list[torch.Tensor]]]] = {}
+
+    def add(self, client: str, number: int, place: int, gradients: list[torch.Tensor]) -> None:
+        """Add a term, once. The oldest sum of a client that never collects is forgotten."""
+        sums = self._clients.setdefault(client, OrderedDict())
+        sums.setdefault(number, {}).setdefault(place, gradients)
+        if len(sums) > self._kept:
+            sums.popitem(last=False)
+
+    def collect(self, client: str, number: int) -> tuple[list[torch.Tensor], int]:
+        """(the sum, how many terms it has); ([], 0) where it is not here."""
+        terms = self._clients.get(client, {}).pop(number, {})
+        in_order = [terms[place] for place in sorted(terms)]
+        return [sum(same[1:], start=same[0]).float() for same in zip(*in_order, strict=True)], len(terms)
 
     def drop_client(self, client: str) -> None:
         self._clients.pop(client, None)

@@ -6,7 +6,9 @@ import asyncio
 import logging
 import time
 from collections import Counter
+from functools import partial
 
+import torch
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
 from petals_tune.errors import PetalsTuneError, ProtocolError, RequestRefused, ServerBusy, SwarmMismatch
@@ -14,6 +16,8 @@ from petals_tune.wire import frames
 from petals_tune.wire.messages import (
     Backward,
     CloseSession,
+    CollectedSum,
+    CollectSum,
     Done,
     Forward,
     Forwarded,
@@ -35,7 +39,7 @@ from petals_tune.wire.messages import (
 )
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.tensors import WIRE_FORMATS, in_format
-from servers.adapters import Adapter, AdapterCache
+from servers.adapters import Adapter, AdapterCache, GradientSums
 from servers.compute import ComputeThread, Priority
 from servers.engine import Engine
 from servers.leases import LeaseStore
@@ -63,7 +67,7 @@ class Handler:
     ):
         self._engine, self._compute, self._leases, self.record = engine, compute, leases, record
         self._sessions, self._steps = sessions, StepBatcher(engine, compute)
-        self._adapters = AdapterCache()
+        self._adapters, self._sums = AdapterCache(), GradientSums()
         self._max_message_bytes = max_message_bytes
         self._streams: Counter[str] = Counter()  # open streams by client
         self._running: set[asyncio.Task[None]] = set()
@@ -90,6 +94,7 @@ class Handler:
                 self._leases.drop_client(client)
                 self._sessions.drop_client(client)
                 self._adapters.drop_client(client)
+                self._sums.drop_client(client)
 
     async def drained(self) -> None:
         """Wait until nothing runs; with `draining` set, nothing new is started."""
@@ -158,6 +163,11 @@ class Handler:
                 _check_format(request.reply_format)
                 session = self._sessions.get(client, request.session, time.monotonic())
                 return Stepped(hidden=in_format(await self._steps.run(session, request), request.reply_format))
+            case CollectSum():
+                # On the computing thread, as the additions are: this one comes after them.
+                collect = partial(self._sums.collect, client, request.adapter_sum)
+                adapter_gradients, terms = await self._compute.run(Priority.BACKWARD, collect)
+                return CollectedSum(adapter=adapter_gradients, terms=terms)
             case OpenSession():
                 self._engine.check_span(request.span)
                 adapter = None if request.adapter is None else self._adapters.get(client, request.adapter, request.span)
@@ -186,12 +196,17 @@ class Handler:
             graph = self._leases.take(client, request.lease, time.monotonic())
         elif request.again is not None:
             adapter = self._adapter(client, request.again)
-        hidden, gradients = await self._compute.run(
-            Priority.BACKWARD, lambda: self._engine.backward(request, graph, adapter)
-        )
+
+        def on_the_computing_thread() -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+            hidden, gradients = self._engine.backward(request, graph, adapter)
+            if request.adapter_sum is None:
+                return hidden, [gradient.float() for gradient in gradients]
+            self._sums.add(client, request.adapter_sum, request.term, gradients)
+            return hidden, []
+
+        hidden, gradients = await self._compute.run(Priority.BACKWARD, on_the_computing_thread)
         return Gradients(
-            hidden=None if hidden is None else in_format(hidden, request.reply_format),
-            adapter=[gradient.float() for gradient in gradients],
+            hidden=None if hidden is None else in_format(hidden, request.reply_format), adapter=gradients
         )
 
     def _adapter(self, client: str, request: Forward) -> Adapter | None:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import CallContext, Chain, ChainGradients, Trace
+from petals_tune.swarm.sums import AdapterSums
 from petals_tune.wire.span import BlockSpan
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,37 +34,52 @@ class RemoteCall:
     def forward(self, hidden: torch.Tensor, *, keep: bool, input_grad: bool) -> list[Trace]:
         """Traces in the order of the rows."""
         cuts = [(start, min(start + self.rows, len(hidden))) for start in range(0, len(hidden), self.rows)]
-        return self._wait_for(
-            [
-                self.chain.forward(
-                    hidden[start:stop],
-                    self.context.rows(start, stop),
-                    self.span,
-                    keep=keep,
-                    input_grad=input_grad,
-                )
-                for start, stop in cuts
-            ]
-        )
+        forwards = [
+            self.chain.forward(
+                hidden[start:stop],
+                self.context.rows(start, stop),
+                self.span,
+                keep=keep,
+                input_grad=input_grad,
+            )
+            for start, stop in cuts
+        ]
+        return self._wait_for(_all(forwards))
 
-    def backward(self, traces: Sequence[Trace], grad: torch.Tensor) -> list[ChainGradients]:
-        """Gradients in the order of the rows."""
+    def backward(self, traces: Sequence[Trace], grad: torch.Tensor) -> tuple[torch.Tensor | None, list[ChainGradients]]:
+        """(gradient at the input (B, S, H) or None, the adapter's gradients as terms of a sum, in a fixed order)."""
         grads = grad.split([len(trace.hidden) for trace in traces])
-        return self._wait_for([self.chain.backward(trace, part) for trace, part in zip(traces, grads, strict=True)])
+        # A single micro-batch has nothing to be summed with: its gradients come back with the backward itself.
+        sums = AdapterSums() if self.context.adapter is not None and len(traces) > 1 else None
 
-    def _wait_for(self, work: Sequence[Any]) -> list[Any]:
-        async def all_of_it() -> list[Any]:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(each) for each in work]
-            return [task.result() for task in tasks]
+        async def back() -> tuple[torch.Tensor | None, list[ChainGradients]]:
+            parts = await _all(
+                [
+                    self.chain.backward(trace, part, sums=sums, term=number)
+                    for number, (trace, part) in enumerate(zip(traces, grads, strict=True))
+                ]
+            )
+            hidden = [part.hidden for part in parts if part.hidden is not None]
+            terms = [*parts, *(await self.chain.collect(sums) if sums is not None else [])]
+            return torch.cat(hidden) if len(hidden) == len(parts) else None, terms
 
+        return self._wait_for(back())
+
+    def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
         started_s = time.perf_counter()
         try:
-            return loop.run(all_of_it())
+            return loop.run(work)
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None  # the first micro-batch that failed; the others were cancelled
         finally:
             self.chain.client.stats.wait_s += time.perf_counter() - started_s
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results, in order. Where one fails, the others are cancelled."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(each) for each in work]
+    return [task.result() for task in tasks]
 
 
 class KeptTraces:
@@ -96,6 +114,7 @@ class RemoteBlocksFunction(torch.autograd.Function):
         output = torch.cat([trace.hidden for trace in traces])
         if keep:
             ctx.call, ctx.kept = call, KeptTraces(call.chain, traces)
+            ctx.save_for_backward(*adapter)
         return output
 
     @staticmethod
@@ -105,17 +124,18 @@ class RemoteBlocksFunction(torch.autograd.Function):
         # ctx stays as it is, so that retain_graph=True gives the same gradients twice. The leases are spent the first
         # time; the second time the blocks are computed again from the inputs that the traces hold.
         ctx.kept.leased = False
-        parts = call.backward(ctx.kept.traces, grad)
-        hidden = torch.cat([part.hidden for part in parts]) if ctx.needs_input_grad[1] else None
-        return None, hidden, *_summed(call, parts)
+        _ = ctx.saved_tensors  # raises where the adapter was changed in place since the forward, as torch does
+        hidden, terms = call.backward(ctx.kept.traces, grad)
+        return None, hidden, *_summed(call, terms)
 
 
-def _summed(call: RemoteCall, parts: Sequence[ChainGradients]) -> list[torch.Tensor]:
-    """The adapter's gradients in the order of its tensors, summed over micro-batches in the order of the rows."""
+def _summed(call: RemoteCall, terms: Sequence[ChainGradients]) -> list[torch.Tensor]:
+    """The adapter's gradients in the order of its tensors, summed in the order of `terms`."""
     adapter = call.context.adapter
     if adapter is None:
         return []
     total: list[torch.Tensor] = []
     for block in dict.fromkeys(part.block for part in adapter.parts):
-        total += [torch.stack(list(same)).sum(0) for same in zip(*(part.adapter[block] for part in parts), strict=True)]
+        found = [term.adapter[block] for term in terms if block in term.adapter]
+        total += [sum(same[1:], start=same[0]) for same in zip(*found, strict=True)]
     return total

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import msgspec
 import torch
@@ -17,9 +18,12 @@ from petals_tune.errors import AdapterMissing, BadReply, LeaseLost, PetalsTuneEr
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.retry import Attempts
 from petals_tune.swarm.route import Hop
+from petals_tune.swarm.sums import AdapterSums, PartialSum, Term
 from petals_tune.wire.adapter import AdapterPart, AdapterVersion
 from petals_tune.wire.messages import (
     Backward,
+    CollectedSum,
+    CollectSum,
     Forward,
     Forwarded,
     Gradients,
@@ -32,6 +36,7 @@ from petals_tune.wire.tensors import in_format
 
 logger = logging.getLogger(__name__)
 
+KEPT_UPLOADS = 8  # versions of adapters that a stream remembers to have carried; servers keep fewer
 SAID_AT_ATTEMPT = 4  # a repair that takes longer than this is worth a line
 
 
@@ -89,6 +94,7 @@ class Chain:
     def __init__(self, client: SwarmClient, *, wire_format: str = "float32", grad_format: str = "float32"):
         self.client = client
         self.wire_format, self._grad_format = wire_format, grad_format
+        self._background: set[asyncio.Task[Any]] = set()  # asyncio keeps no strong reference to a task
 
     async def forward(
         self,
@@ -112,6 +118,8 @@ class Chain:
             try:
                 route = await self.client.route(BlockSpan(start, span.stop), work=work)
                 with _reserved(self.client, route, work):
+                    for hop in route:
+                        self._upload_soon(hop, context)
                     for hop in route:
                         leg, current = await self._go(hop, current, context, keep=keep, input_grad=input_grad)
                         legs.append(leg)
@@ -145,46 +153,69 @@ class Chain:
         self.client.load.measured(hop.server.peer, reply.compute_s, hidden.shape[0] * hidden.shape[1] * len(hop.span))
         return Leg(hop=hop, request=request, lease=reply.lease), output
 
-    async def backward(self, trace: Trace, grad: torch.Tensor, *, attempts: Attempts | None = None) -> ChainGradients:
+    async def backward(
+        self,
+        trace: Trace,
+        grad: torch.Tensor,
+        *,
+        sums: AdapterSums | None = None,
+        term: int = 0,
+        attempts: Attempts | None = None,
+    ) -> ChainGradients:
         """Gradients for `grad` (B, S, H) at the output of `trace`. Raises as `forward` does.
 
         A leg whose server lost the graph is computed again from its input; one whose server is gone, elsewhere.
+        With `sums`, servers keep the adapter's gradients and add them up; see `collect`.
         """
         attempts = attempts or Attempts(self.client.policy, time.monotonic())
         total = ChainGradients(hidden=grad)
         for leg in reversed(trace.legs):
             if total.hidden is None:  # nothing below needs a gradient
                 break
-            gradients = await self._back(leg, trace.context, total.hidden, attempts)
+            gradients = await self._back(leg, trace.context, total.hidden, attempts, sums, term)
             total.adapter.update(gradients.adapter)
             total.hidden = gradients.hidden
         return total
 
     async def _back(
-        self, leg: Leg, context: CallContext, grad: torch.Tensor, attempts: Attempts
+        self,
+        leg: Leg,
+        context: CallContext,
+        grad: torch.Tensor,
+        attempts: Attempts,
+        sums: AdapterSums | None,
+        term: int,
     ) -> ChainGradients:
         request = leg.request
         if not request.input_grad and request.adapter is None:
             return ChainGradients()
         packed_grad = in_format(grad, self._grad_format)
+        partial = None
+        if sums is not None and request.adapter is not None:
+            partial = sums.on(leg.hop)
+        summed = {} if partial is None else {"adapter_sum": partial.number, "term": term}
         try:
             if leg.lease is not None:
                 try:
-                    return await self._gradients(leg, context, Backward(lease=leg.lease, grad=packed_grad))
+                    back = Backward(lease=leg.lease, grad=packed_grad, **summed)
+                    return await self._gradients(leg, context, back, partial, grad)
                 except LeaseLost:
                     pass
             self.client.stats.recomputations += 1
             again = self._packed(msgspec.structs.replace(request, keep=False))
-            return await self._gradients(leg, context, Backward(again=again, grad=packed_grad))
+            back = Backward(again=again, grad=packed_grad, **summed)
+            return await self._gradients(leg, context, back, partial, grad)
         except ServerError as error:
             await self.pause(attempts, error)
         self.client.stats.recomputations += 1
         trace = await self.forward(
             request.hidden, context, leg.hop.span, keep=True, input_grad=request.input_grad, attempts=attempts
         )
-        return await self.backward(trace, grad, attempts=attempts)
+        return await self.backward(trace, grad, sums=sums, term=term, attempts=attempts)
 
-    async def _gradients(self, leg: Leg, context: CallContext, request: Backward) -> ChainGradients:
+    async def _gradients(
+        self, leg: Leg, context: CallContext, request: Backward, partial: PartialSum | None, grad: torch.Tensor
+    ) -> ChainGradients:
         hop = leg.hop
         request = msgspec.structs.replace(request, reply_format=self._grad_format)
         reply = await self.ask(hop, request, context)
@@ -195,15 +226,48 @@ class Chain:
             if reply.hidden is None:
                 raise self.bad_reply(hop, "no gradient at the input")
             result.hidden = self.checked(hop, reply.hidden, leg.request.hidden)
-        parts = context.adapter_on(hop.span)
-        if len(reply.adapter) != sum(len(part.tensors) for part in parts):
-            raise self.bad_reply(hop, f"{len(reply.adapter)} gradients for the adapter")
-        gradients = iter(reply.adapter)
-        for part in parts:
-            result.adapter.setdefault(part.block, []).extend(
-                self.checked(hop, next(gradients), tensor) for tensor in part.tensors
-            )
+        if partial is None:
+            result.adapter = self._by_block(hop, context, reply.adapter)
+        else:
+            partial.terms.append(Term(leg=leg, context=context, grad=grad, place=request.term))
         return result
+
+    def _by_block(self, hop: Hop, context: CallContext, adapter: list[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
+        parts = context.adapter_on(hop.span)
+        if len(adapter) != sum(len(part.tensors) for part in parts):
+            raise self.bad_reply(hop, f"{len(adapter)} gradients for the adapter")
+        by_block: dict[int, list[torch.Tensor]] = {}
+        gradients = iter(adapter)
+        for part in parts:
+            checked = [self.checked(hop, next(gradients), tensor) for tensor in part.tensors]
+            by_block.setdefault(part.block, []).extend(checked)
+        return by_block
+
+    async def collect(self, sums: AdapterSums) -> list[ChainGradients]:
+        """The adapter's gradients that servers added up. What a lost server had is computed again elsewhere."""
+        collected = await asyncio.gather(*(self._collect(partial) for partial in sums.in_order()))
+        return [gradients for each in collected for gradients in each]
+
+    async def _collect(self, partial: PartialSum) -> list[ChainGradients]:
+        if not partial.terms:
+            return []
+        hop, context = partial.hop, partial.terms[0].context
+        try:
+            reply = await self.client.ask(hop.server, CollectSum(adapter_sum=partial.number))
+            if not isinstance(reply, CollectedSum):
+                raise self.bad_reply(hop, f"a {type(reply).__name__} in answer to CollectSum")
+            # A backward that we gave up and repeated elsewhere may be in the sum all the same: then it is not ours.
+            if reply.terms == len(partial.terms):
+                return [ChainGradients(adapter=self._by_block(hop, context, reply.adapter))]
+        except ServerError as error:
+            logger.info("sum of adapter gradients lost: %s", error)
+        again = []
+        for term in sorted(partial.terms, key=lambda term: term.place):
+            lost = msgspec.structs.replace(term.leg.request, input_grad=False)
+            leg = replace(term.leg, request=lost, lease=None)
+            attempts = Attempts(self.client.policy, time.monotonic())
+            again.append(await self._back(leg, term.context, term.grad, attempts, None, 0))
+        return again
 
     async def release(self, trace: Trace) -> None:
         """Give the leases of `trace` back."""
@@ -214,20 +278,41 @@ class Chain:
 
     async def ask(self, hop: Hop, request: Message, context: CallContext) -> Message:
         """Ask the server of `hop`, which is given the adapter before, and again if it forgot it."""
-        parts = context.adapter_on(hop.span)
-        if not parts or context.adapter is None:
+        if not context.adapter_on(hop.span):
             return await self.client.ask(hop.server, request)
-        put = PutAdapter(version=context.adapter.version, span=hop.span, parts=parts)
-        stream = await self.client.stream(hop.server)
-        name = (context.adapter.version, hop.span)
-        if name not in stream.adapters:
-            await self.client.ask(hop.server, put)
-            stream.adapters.add(name)
+        upload = await self._upload(hop, context)
         try:
             return await self.client.ask(hop.server, request)
         except AdapterMissing:
-            await self.client.ask(hop.server, put)
+            await self._upload(hop, context, instead_of=upload)
             return await self.client.ask(hop.server, request)
+
+    async def _upload(
+        self, hop: Hop, context: CallContext, *, instead_of: asyncio.Task[None] | None = None
+    ) -> asyncio.Task[None]:
+        """Give the server the adapter: once, however many micro-batches need it at the same time."""
+        assert context.adapter is not None
+        stream = await self.client.stream(hop.server)
+        name = (context.adapter.version, hop.span)
+        upload = stream.adapters.get(name)
+        if upload is None or upload is instead_of or (upload.done() and (upload.cancelled() or upload.exception())):
+            put = PutAdapter(version=context.adapter.version, span=hop.span, parts=context.adapter_on(hop.span))
+            upload = stream.adapters[name] = asyncio.create_task(self._put(hop, put))
+            if len(stream.adapters) > KEPT_UPLOADS:
+                del stream.adapters[next(iter(stream.adapters))]
+        await asyncio.shield(upload)
+        return upload
+
+    async def _put(self, hop: Hop, put: PutAdapter) -> None:
+        await self.client.ask(hop.server, put)
+
+    def _upload_soon(self, hop: Hop, context: CallContext) -> None:
+        """Start to give the adapter to a server further down the route, while those before it compute."""
+        if context.adapter_on(hop.span):
+            task = asyncio.create_task(self._upload(hop, context))
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # `ask` meets the error itself
 
     async def pause(self, attempts: Attempts, error: PetalsTuneError) -> None:
         pause_s = attempts.failed(error, time.monotonic())

@@ -98,6 +98,8 @@ class Backward(Message, frozen=True, tag="backward"):
     grad: torch.Tensor  # (B, S, H), gradient at the output of the last block
     lease: int | None = None  # the graph that the forward left with the receiver
     again: Forward | None = None  # without a lease: the forward to run again
+    adapter_sum: int | None = None  # add the adapter's gradients to this sum of the client's, and do not return them
+    term: Annotated[int, msgspec.Meta(ge=0)] = 0  # place in that sum, which is taken in this order
     reply_format: str = "float32"
 
     def __post_init__(self) -> None:
@@ -110,6 +112,17 @@ class Backward(Message, frozen=True, tag="backward"):
 class Gradients(Message, frozen=True, tag="gradients"):
     hidden: torch.Tensor | None = None  # (B, S, H) at the input of the first block; None where Forward wanted none
     adapter: list[torch.Tensor] = []  # in the order of the adapter's tensors on these blocks, summed over rows
+
+
+class CollectSum(Message, frozen=True, tag="collect_sum"):
+    """Return a sum of adapter gradients, and forget it."""
+
+    adapter_sum: int
+
+
+class CollectedSum(Message, frozen=True, tag="collected_sum"):
+    adapter: list[torch.Tensor]  # as in Gradients
+    terms: int  # backwards in the sum; 0: there is no such sum (any more)
 
 
 class Release(Message, frozen=True, tag="release"):
@@ -207,6 +220,8 @@ AnyMessage = (
     | Forwarded
     | Backward
     | Gradients
+    | CollectSum
+    | CollectedSum
     | Release
     | PutAdapter
     | OpenSession

@@ -1,0 +1,60 @@
+"""Adapter gradients that servers add up over the micro-batches of one backward: who sums what. Pure bookkeeping.
+
+They come back once per server instead of once per micro-batch. Whatever is in a sum can be computed again from here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from petals_tune.swarm.route import Hop
+from petals_tune.wire.span import BlockSpan
+
+if TYPE_CHECKING:
+    from petals_tune.swarm.chain import CallContext, Leg
+
+_numbers = itertools.count(1)  # a server tells the sums of one client apart by them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """A backward whose adapter gradients a server keeps."""
+
+    leg: Leg
+    context: CallContext
+    grad: torch.Tensor  # (B, S, H) at the output of the leg
+    place: int  # in the order of the rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartialSum:
+    """What one server sums on one span."""
+
+    number: int
+    hop: Hop
+    terms: list[Term] = field(default_factory=list)  # those that the server acknowledged
+
+
+class AdapterSums:
+    """The sums of one backward of a whole batch."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, BlockSpan], PartialSum] = {}
+
+    def on(self, hop: Hop) -> PartialSum:
+        """The sum of the server of `hop` on its span."""
+        key = (hop.server.peer, hop.span)
+        if key not in self._sums:
+            self._sums[key] = PartialSum(number=next(_numbers), hop=hop)
+        return self._sums[key]
+
+    def in_order(self) -> list[PartialSum]:
+        """By blocks, then by the first rows: what is added up from them does not depend on who answered first."""
+        return sorted(
+            self._sums.values(),
+            key=lambda partial: (partial.hop.span, min((term.place for term in partial.terms), default=0)),
+        )
