@@ -171,7 +171,7 @@ class GradientSums:
 
     def collect(self, client: str, number: int) -> tuple[list[torch.Tensor], int]:
         """(the sum, how many terms it has); ([], 0) where it is not here."""
-        terms = self._clients.get(client, {}).pop(number, {})
+        terms = self._clients.get(client, OrderedDict()).pop(number, {})
         in_order = [terms[place] for place in sorted(terms)]
         return [sum(same[1:], start=same[0]).float() for same in zip(*in_order, strict=True)], len(terms)
 
@@ -189,4 +189,5 @@ def _features(linear: nn.Module) -> tuple[int, int]:
     """(in, out) of a linear, quantized or not, or of GPT-2's Conv1D."""
     if isinstance(linear, nn.Linear):
         return linear.in_features, linear.out_features
-    return tuple(linear.weight.shape)  # type: ignore[union-attr,return-value]
+    wide_in, wide_out = linear.get_parameter("weight").shape
+    return wide_in, wide_out

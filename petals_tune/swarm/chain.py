@@ -190,20 +190,18 @@ class Chain:
         if not request.input_grad and request.adapter is None:
             return ChainGradients()
         packed_grad = in_format(grad, self._grad_format)
-        partial = None
-        if sums is not None and request.adapter is not None:
-            partial = sums.on(leg.hop)
-        summed = {} if partial is None else {"adapter_sum": partial.number, "term": term}
+        partial = None if sums is None or request.adapter is None else sums.on(leg.hop)
+        number = None if partial is None else partial.number
         try:
             if leg.lease is not None:
                 try:
-                    back = Backward(lease=leg.lease, grad=packed_grad, **summed)
+                    back = Backward(lease=leg.lease, grad=packed_grad, adapter_sum=number, term=term)
                     return await self._gradients(leg, context, back, partial, grad)
                 except LeaseLost:
                     pass
             self.client.stats.recomputations += 1
             again = self._packed(msgspec.structs.replace(request, keep=False))
-            back = Backward(again=again, grad=packed_grad, **summed)
+            back = Backward(again=again, grad=packed_grad, adapter_sum=number, term=term)
             return await self._gradients(leg, context, back, partial, grad)
         except ServerError as error:
             await self.pause(attempts, error)

@@ -7,10 +7,11 @@ import logging
 import time
 from collections.abc import Sequence
 
+import msgspec
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P
 
-from petals_tune.errors import LeaseLost, ServerBusy, ServerError, UncoveredBlocks
+from petals_tune.errors import AdapterMissing, LeaseLost, ServerError, SessionLost, UncoveredBlocks
 from petals_tune.swarm.directory import Directory, Snapshot
 from petals_tune.swarm.p2p import start_dht, start_p2p, stop_p2p
 from petals_tune.swarm.retry import Attempts, Bans, Load, RetryPolicy
@@ -69,8 +70,12 @@ class SwarmClient:
             raise
 
     async def refresh(self) -> None:
-        """Read the DHT again."""
-        self._snapshot = await self._directory.snapshot()
+        """Read the DHT again. Servers on open streams stay known where the DHT forgot them, its first peers gone."""
+        new = await self._directory.snapshot()
+        seen = {server.peer for server in new.servers}
+        before = () if self._snapshot is None else self._snapshot.servers
+        kept = [server for server in before if server.peer not in seen and self.open_stream(server)]
+        self._snapshot = msgspec.structs.replace(new, servers=(*new.servers, *kept))
 
     async def route(self, span: BlockSpan, *, work: int) -> tuple[Hop, ...]:
         """The cheapest chain for `span`, where one block costs `work` (rows x positions).
@@ -103,8 +108,8 @@ class SwarmClient:
         """Send `request` to `server` and wait for the reply. A server that fails is banned for a while."""
         try:
             reply = await (await self.stream(server)).call(request, timeout_s=self.policy.reply_s)
-        except (LeaseLost, ServerBusy):
-            raise  # it works, it has only no room or no memory of us
+        except (AdapterMissing, LeaseLost, SessionLost):
+            raise  # it works, and has only no memory of us
         except ServerError as error:
             self.failed(server, error)
             raise

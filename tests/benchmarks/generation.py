@@ -39,8 +39,8 @@ ROWS = CLIENTS = 8
 class Side:
     """Something that generates, and the seconds that it took each time."""
 
-    def __init__(self, name: str, generate: Callable[[], None], *, threads: int = 1):
-        self.name, self._generate, self._threads = name, generate, threads
+    def __init__(self, name: str, generate: Callable[[], None], *, rows: int = 1, threads: int = 1):
+        self.name, self._generate, self._rows, self._threads = name, generate, rows, threads
         self.seconds: list[float] = []
 
     def turn(self) -> None:
@@ -52,6 +52,10 @@ class Side:
     @property
     def median_s(self) -> float:
         return statistics.median(self.seconds)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self._rows * NEW_TOKENS / self.median_s
 
 
 def main() -> None:
@@ -68,6 +72,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="bloom", help="bloom (random, 12 x 512), default (the embedded), or a folder")
     parser.add_argument("--quantization", default="none", choices=("none", "int8", "nf4"), help="of both sides' blocks")
     parser.add_argument("--rounds", type=int, default=7, help="measured turns of each side")
+    parser.add_argument("--threads", default="1,2", help="of the in-process sides")
     parser.add_argument("--clients", action=argparse.BooleanOptionalAction, default=True, help="also eight at once")
     return parser.parse_args()
 
@@ -106,18 +111,15 @@ def compared(source: str, options: argparse.Namespace, stack: ExitStack) -> dict
     def rows(model: Any, count: int) -> Callable[[], None]:
         return lambda: generate(model, ids[:count])
 
-    single = {
-        "in-process, 1 thread": Side("one stream, in-process, 1 thread", rows(local, 1)),
-        "in-process, 2 threads": Side("one stream, in-process, 2 threads", rows(local, 1), threads=2),
-        "two servers": Side("one stream, two servers", rows(chain, 1)),
-        "one server": Side("one stream, one server", rows(whole, 1)),
-    }
-    batch = {
-        "in-process, 1 thread": Side("batch of 8, in-process, 1 thread", rows(local, ROWS)),
-        "in-process, 2 threads": Side("batch of 8, in-process, 2 threads", rows(local, ROWS), threads=2),
-        "two servers": Side("batch of 8, two servers", rows(chain, ROWS)),
-    }
-    sides = [*single.values(), *batch.values()]
+    def in_process_sides(what: str, count: int) -> list[Side]:
+        threads = [int(number) for number in options.threads.split(",")]
+        return [Side(f"{what}, in-process, {n} threads", rows(local, count), rows=count, threads=n) for n in threads]
+
+    single_local, batch_local = in_process_sides("one stream", 1), in_process_sides("batch of 8", ROWS)
+    single = Side("one stream, two servers", rows(chain, 1))
+    single_whole = Side("one stream, one server", rows(whole, 1))
+    batch = Side("batch of 8, two servers", rows(chain, ROWS), rows=ROWS)
+    sides = [*single_local, single, single_whole, *batch_local, batch]
     if options.clients:
         clients = [remote(two) for _ in range(CLIENTS)]
         pool = stack.enter_context(ThreadPoolExecutor(CLIENTS))
@@ -125,7 +127,7 @@ def compared(source: str, options: argparse.Namespace, stack: ExitStack) -> dict
         def all_clients() -> None:
             list(pool.map(lambda each: generate(each[1], ids[each[0] : each[0] + 1]), enumerate(clients)))
 
-        at_once = Side("eight clients, two servers", all_clients)
+        at_once = Side("eight clients, two servers", all_clients, rows=CLIENTS)
         sides.append(at_once)
     for side in sides:
         side.turn()
@@ -134,29 +136,22 @@ def compared(source: str, options: argparse.Namespace, stack: ExitStack) -> dict
         for side in sides:
             side.turn()
 
-    tokens = {id(side): NEW_TOKENS * (1 if side in single.values() else ROWS) for side in sides}
     print(f"{NEW_TOKENS} new tokens after {PROMPT_TOKENS}, {options.quantization} blocks, medians of {options.rounds}")
     print("| side | tokens/s | s |")
     print("|---|---|---|")
     for side in sides:
-        print(f"| {side.name} | {tokens[id(side)] / side.median_s:.1f} | {side.median_s:.3f} |")
-    alone_s = single["two servers"].median_s
+        print(f"| {side.name} | {side.tokens_per_s:.1f} | {side.median_s:.3f} |")
     figures = {
         "model": options.model,
         "quantization": options.quantization,
         "load_average": os.getloadavg()[0],
-        "single_ratio": best_local_s(single) / alone_s,
-        "batch8_ratio": best_local_s(batch) / batch["two servers"].median_s,
-        "hop_ms": 1000 * (alone_s - single["one server"].median_s) / NEW_TOKENS,
-        "single_tokens_per_s": NEW_TOKENS / alone_s,
+        "single_ratio": single.tokens_per_s / max(side.tokens_per_s for side in single_local),
+        "batch8_ratio": batch.tokens_per_s / max(side.tokens_per_s for side in batch_local),
+        "hop_ms": 1000 * (single.median_s - single_whole.median_s) / NEW_TOKENS,
     }
     if options.clients:
-        figures["clients8_speedup"] = CLIENTS * alone_s / at_once.median_s
+        figures["clients8_speedup"] = at_once.tokens_per_s / single.tokens_per_s
     return figures
-
-
-def best_local_s(sides: dict[str, Side]) -> float:
-    return min(side.median_s for name, side in sides.items() if name.startswith("in-process"))
 
 
 def generate(model: Any, ids: torch.Tensor) -> None:

@@ -11,44 +11,51 @@ from tests.models import plain_model, save_model
 
 
 class Swarms:
-    """Swarms that host one small model, and the models of a client in each; begun at once, ended together."""
+    """Swarms that host one small model, by their number of servers, and the same model in this process."""
 
-    def __init__(self, folder: Path, stack: ExitStack):
-        self.folder, self._stack = folder, stack
-        self.plain = plain_model(folder)
-        self._peers: dict[int, list[str]] = {}
+    def __init__(self, folder: Path):
+        self.folder, self.plain = folder, plain_model(folder)
+        self.peers: dict[int, list[str]] = {}
         self._remote: dict[int, PreTrainedModel] = {}
-
-    def start(self, cuts: Sequence[Sequence[str]], pool: ThreadPoolExecutor) -> None:
-        def start_one(cut: Sequence[str]) -> None:
-            self._peers[len(cut)] = self._stack.enter_context(
-                local_swarm(str(self.folder), spans=cut, quantization="none")
-            )
-
-        for done in [pool.submit(start_one, cut) for cut in cuts]:
-            done.result()
 
     def remote(self, servers: int) -> PreTrainedModel:
         """The model on the swarm of that many servers."""
         if servers not in self._remote:
-            model = AutoDistributedModelForCausalLM.from_pretrained(
-                str(self.folder), initial_peers=self._peers[servers], micro_batch_rows=2
+            self._remote[servers] = AutoDistributedModelForCausalLM.from_pretrained(
+                str(self.folder), initial_peers=self.peers[servers], micro_batch_rows=2
             )
-            self._stack.callback(model.remote_blocks.close)
-            self._remote[servers] = model
         return self._remote[servers]
+
+    def close(self) -> None:
+        for model in self._remote.values():
+            model.remote_blocks.close()
+
+
+@contextmanager
+def running_swarms(folder: Path, *cuts: Sequence[str], quantization: str = "none") -> Iterator[Swarms]:
+    """One swarm for each of `cuts`, all started at once and ended at once."""
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor())
+        swarms = Swarms(folder)
+        stacks = [ExitStack() for _ in cuts]
+        # First in, last out: the clients leave before the servers do.
+        stack.callback(lambda: [done.result() for done in [pool.submit(each.close) for each in stacks]])
+        stack.callback(swarms.close)
+
+        def start(own: ExitStack, cut: Sequence[str]) -> None:
+            swarms.peers[len(cut)] = own.enter_context(local_swarm(str(folder), spans=cut, quantization=quantization))
+
+        for done in [pool.submit(start, own, cut) for own, cut in zip(stacks, cuts, strict=True)]:
+            done.result()
+        yield swarms
 
 
 @pytest.fixture(scope="module")
 def start_swarms(tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """Starts swarms with the given cuts of a family's model: a context manager."""
+    """Starts swarms of a family's small model with the given cuts: a context manager."""
 
-    @contextmanager
-    def start(family: str, *cuts: Sequence[str], **changes) -> Iterator[Swarms]:
+    def start(family: str, *cuts: Sequence[str], quantization: str = "none", **changes):
         folder = save_model(tmp_path_factory.mktemp("models") / family, family, **changes)
-        with ExitStack() as stack, ThreadPoolExecutor() as pool:
-            swarms = Swarms(folder, stack)
-            swarms.start(cuts, pool)
-            yield swarms
+        return running_swarms(folder, *cuts, quantization=quantization)
 
     return start
