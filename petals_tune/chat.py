@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import hydra
@@ -14,7 +15,7 @@ from omegaconf import DictConfig
 from pydantic import Field
 
 from petals_tune.cli import errors_reported
-from petals_tune.config import Model, Section, build, check_arguments, folder_of
+from petals_tune.config import Section, build, check_arguments, folder_of
 from petals_tune.errors import ConfigError
 
 CONFIG_NAME = "chat"
@@ -24,8 +25,8 @@ CONFIG_NAME = "chat"
 class Chat:
     """All options of a chat; conf/chat.yaml says what each is for."""
 
-    model: Model
     adapter: str | None
+    model: str | None
     swarm: Section
     persona: list[str]
     prompt: str | None
@@ -37,10 +38,8 @@ class Chat:
 
 
 def main() -> None:
-    """python -m petals_tune.chat adapter=FOLDER [key=value ...]"""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    arguments = [_as_override(argument) for argument in sys.argv[1:]]
-    sys.argv[1:] = arguments
+    """python -m petals_tune.chat adapter=FOLDER [--prompt TEXT] [key=value ...]"""
+    sys.argv[1:] = arguments = with_prompt_key(sys.argv[1:])
     with errors_reported():
         check_arguments(arguments, config_name=CONFIG_NAME, schema=Chat)
         chat()
@@ -48,38 +47,131 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(folder_of("conf")), config_name=CONFIG_NAME)
 def chat(cfg: DictConfig) -> None:
-    """Read turns from the terminal or a pipe, and answer each; one turn only with `prompt`."""
-    with errors_reported(), _opened(cfg) as (model, tokenizer):
-        turns = _turns(cfg.prompt)
-        with model.inference_session(max_length=cfg.max_length) as session:
-            talk(model.answering, tokenizer, session, cfg, turns)
+    """Answer the prompt, or every line of the terminal or the pipe until it ends."""
+    with errors_reported():
+        adapter = None if cfg.adapter is None else Path(cfg.adapter)
+        base = cfg.model or base_of(adapter)
+        with opened(cfg, adapter, base) as (model, tokenizer):
+            talk(model, tokenizer, cfg, turns(cfg.prompt))
 
 
-def talk(model: Any, tokenizer: Any, session: Any, cfg: DictConfig, turns: Iterator[str]) -> None:
-    """Answer every turn. The session keeps its caches from turn to turn, and only new tokens are sent."""
-    from transformers import TextStreamer, set_seed
+def with_prompt_key(arguments: Sequence[str]) -> list[str]:
+    """`--prompt TEXT` and `--prompt=TEXT` as Hydra's key, quoted so that any text can stand in it."""
+    rest, found = iter(arguments), []
+    for argument in rest:
+        flag, equals, text = argument.partition("=")
+        if flag == "--prompt":
+            text = text if equals else next(rest, "")
+            quoted = text.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${")
+            argument = f"prompt='{quoted}'"
+        found.append(argument)
+    return found
 
-    from petals_tune.data.rows import chat_ids, persona_message
+
+def base_of(adapter: Path | None) -> str:
+    """The model that an adapter was trained on. Raises ConfigError where there is no adapter that says so."""
+    if adapter is None:
+        raise ConfigError("say what to talk to: adapter=outputs/.../adapter, or model=embedded for the base model alone")
+    try:
+        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"adapter={adapter}: no readable adapter_config.json there ({error}); "
+            "a run leaves its adapter as outputs/NAME/DATE/adapter"
+        ) from None
+    if not base:
+        raise ConfigError(f"adapter={adapter} does not name its base model; add model=NAME")
+    return str(base)
+
+
+@contextmanager
+def opened(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[Any, Any]]:
+    """(model, tokenizer) over the swarm of `cfg`; a local swarm ends with the block."""
+    from peft import PeftModel  # this and the imports below are slow; a mistyped key should not wait for them
+    from transformers import AutoTokenizer
+
+    from petals_tune.checkpoint import Checkpoint
+    from petals_tune.convert import model_folder
+    from petals_tune.families import family_of, hollow_base_model
+    from petals_tune.remote.auto import AutoDistributedModelForCausalLM
+    from petals_tune.train.quiet import quiet
+
+    quiet()
+    source = model_folder(base)
+    blocks = family_of(hollow_base_model(Checkpoint(source).config)).total_blocks
+    swarm = build(cfg.swarm, where="swarm")
+    swarm.check(blocks)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model={base} has no tokenizer to talk with: {error}") from None
+    with swarm.opened(source, blocks) as peers:
+        model = AutoDistributedModelForCausalLM.from_pretrained(source, initial_peers=peers, **swarm.client_options())
+        try:
+            yield model if adapter is None else PeftModel.from_pretrained(model, adapter).eval(), tokenizer
+        finally:
+            model.remote_blocks.close()
+
+
+def turns(prompt: str | None) -> Iterator[str]:
+    """The one turn of `prompt`, all of a pipe as one turn, or the lines of a terminal until Ctrl-D or Ctrl-C."""
+    if prompt is not None:
+        yield prompt
+        return
+    if not sys.stdin.isatty():
+        yield sys.stdin.read().strip()
+        return
+    print("Say something; Ctrl-D ends the chat.", flush=True)
+    while True:
+        try:
+            line = input("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line:
+            yield line
+
+
+def talk(model: Any, tokenizer: Any, cfg: DictConfig, said: Iterator[str]) -> None:
+    """Answer every turn, token by token. One session keeps the caches, so that only new tokens are sent.
+
+    Raises ConfigError where the chat has no room for another answer.
+    """
+    import torch
+    from transformers import GenerationConfig, TextStreamer, set_seed
+
+    from petals_tune.data.chitchat import persona_message
+    from petals_tune.data.rows import context_ids
 
     set_seed(cfg.seed)
-    messages = persona_message(list(cfg.persona))
+    messages = [persona_message(cfg.persona)]
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    for turn in turns:
-        messages.append({"role": "user", "content": turn})
-        ids = chat_ids(messages, tokenizer)
-        if ids.shape[1] + cfg.max_new_tokens > cfg.max_length:
-            raise ConfigError(
-                f"this chat has {ids.shape[1]} tokens and may have max_length={cfg.max_length}; "
-                f"start anew, or with max_length={2 * cfg.max_length}"
-            )
-        sampling = {"temperature": cfg.temperature, "top_p": cfg.top_p} if cfg.temperature else {}
-        output = model.generate(
-            input_ids=ids,
-            max_new_tokens=cfg.max_new_tokens,
-            do_sample=cfg.temperature > 0,
-            streamer=streamer,
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-            **sampling,
-        )
-        answer = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        messages.append({"role": "assistant", "content": answer.strip()})
+    sampling = {"do_sample": True, "temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": 0}
+    generation = GenerationConfig(
+        max_new_tokens=cfg.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        **(sampling if cfg.temperature else {"do_sample": False}),
+    )
+    with base_model(model).inference_session(max_length=cfg.max_length):
+        for turn in said:
+            messages.append({"role": "user", "content": turn})
+            ids = torch.tensor([context_ids(messages, tokenizer)])
+            length = ids.shape[1] + cfg.max_new_tokens
+            if length > cfg.max_length:
+                raise ConfigError(
+                    f"the chat is {ids.shape[1]} tokens long and the next answer may take {cfg.max_new_tokens}: "
+                    f"start again, with max_length={2 * length} for a longer one"
+                )
+            output = model.generate(input_ids=ids, generation_config=generation, streamer=streamer)
+            answer = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+            messages.append({"role": "assistant", "content": answer.strip()})
+
+
+def base_model(model: Any) -> Any:
+    """The grafted model inside, where PEFT wraps it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+if __name__ == "__main__":
+    main()

@@ -30,14 +30,22 @@ class ComputeThread:
     def __init__(self, threads: int | None = None):
         self._queue: queue.PriorityQueue[tuple[Priority, int, Any]] = queue.PriorityQueue()
         self._order = itertools.count()
-        self._threads = threads
+        if threads is not None:
+            torch.set_num_threads(threads)  # of the thread below, and of the event loop's, which computes short steps
+        self._unfinished = 0
         self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
         self._thread.start()
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs or waits. It stays so while the event loop, which alone hands work over, does something else."""
+        return not self._unfinished
 
     async def run(self, priority: Priority, function: Callable[[], T]) -> T:
         """Run `function` on the thread. Where the caller is cancelled before its turn, it does not run."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
+        self._unfinished += 1
         self._queue.put((priority, next(self._order), (function, future, loop)))
         return await future
 
@@ -47,26 +55,25 @@ class ComputeThread:
         self._thread.join()
 
     def _work(self) -> None:
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
         while True:
             _, _, item = self._queue.get()
             if item is None:
                 return
             function, future, loop = item
-            if future.cancelled():
-                continue
+            result: Any = None
+            error: BaseException | None = None
             try:
-                result, error = function(), None
+                if not future.cancelled():
+                    result = function()
             except BaseException as raised:  # noqa: BLE001  # it is raised again where it was asked for
-                result, error = None, raised
-            loop.call_soon_threadsafe(_settle, future, result, error)
+                error = raised
+            loop.call_soon_threadsafe(self._settle, future, result, error)
 
-
-def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-    if future.cancelled():
-        return
-    if error is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(result)
+    def _settle(self, future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+        self._unfinished -= 1
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)

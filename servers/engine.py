@@ -102,7 +102,7 @@ class Engine:
             raise RequestRefused("nothing on these blocks needs a gradient")
         return graph.gradients(request.grad.to(self._device))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, steps: Sequence[tuple[Session, Step]]) -> list[torch.Tensor | PetalsTuneError]:
         """The next positions of one or more sessions on the same blocks; where several, one position each.
 

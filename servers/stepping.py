@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,7 @@ from servers.engine import Engine
 from servers.sessions import Session
 
 MAX_BATCH_ROWS = 64
+INLINE_S = 0.05  # shorter steps run on the event loop itself: handing one over to a thread and back takes 1 ms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,38 +35,47 @@ class _Waiting:
 
 
 class StepBatcher:
-    """Collects steps while the computing thread is busy. Lives on the event loop."""
+    """Collects steps while the blocks are busy. Lives on the event loop."""
 
     def __init__(self, engine: Engine, compute: ComputeThread):
         self._engine, self._compute = engine, compute
         self._waiting: list[_Waiting] = []
+        self._batches: asyncio.Task[None] | None = None
+        self._single_s = math.inf  # what the last batch of one position took
 
     async def run(self, session: Session, step: Step) -> torch.Tensor:
         """The output (B, S, H) of the blocks of `session` for `step`. Raises RequestRefused, SessionLost."""
         waiting = _Waiting(session=session, step=step, done=asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
-        await self._compute.run(Priority.STEP, self._run_next_batch(asyncio.get_running_loop()))
+        if self._batches is None or self._batches.done():
+            # A task starts when the loop has gone round: the other steps that were read just now come along.
+            self._batches = asyncio.create_task(self._run_batches())
         return await waiting.done
 
-    def _run_next_batch(self, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
-        def on_the_computing_thread() -> None:
-            batch = self._take()
-            if not batch:
-                return  # an earlier turn took it along
-            outputs: Sequence[torch.Tensor | BaseException]
-            try:
-                outputs = self._engine.step([(waiting.session, waiting.step) for waiting in batch])
-            except BaseException as error:  # noqa: BLE001  # it is raised again where each step was asked for
-                outputs = [error] * len(batch)
-            loop.call_soon_threadsafe(_deliver, batch, outputs)
+    async def _run_batches(self) -> None:
+        while self._waiting:
+            short = self._single_s < INLINE_S and self._waiting[0].step.hidden.shape[1] == 1
+            if short and self._compute.idle:
+                _deliver(*self._run_batch())
+                await asyncio.sleep(0)  # the answers leave
+            else:
+                _deliver(*await self._compute.run(Priority.STEP, self._run_batch))
 
-        return on_the_computing_thread
+    def _run_batch(self) -> tuple[list[_Waiting], Sequence[torch.Tensor | BaseException]]:
+        batch = self._take()
+        started_s = time.perf_counter()
+        outputs: Sequence[torch.Tensor | BaseException]
+        try:
+            outputs = self._engine.step([(waiting.session, waiting.step) for waiting in batch])
+        except BaseException as error:  # noqa: BLE001  # it is raised again where each step was asked for
+            outputs = [error] * len(batch)
+        if batch[0].step.hidden.shape[1] == 1:
+            self._single_s = time.perf_counter() - started_s
+        return batch, outputs
 
     def _take(self) -> list[_Waiting]:
         """The steps that go together with the one that waited longest."""
         waiting = self._waiting
-        if not waiting:
-            return []
         batch: list[_Waiting] = []
         rows = 0
         sessions: set[int] = set()

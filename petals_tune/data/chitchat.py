@@ -163,12 +163,17 @@ def is_telling(line: str) -> bool:
     return "?" not in line and len(line.split()) in PERSONA_WORDS and TELLING.match(line) is not None
 
 
+def persona_message(persona: Sequence[str]) -> Message:
+    """The system message of a dialogue: what the one who answers has said before."""
+    # Always a system message: without one a chat template may put in its own, "You are a helpful AI assistant".
+    before = [" You have said before:", *(f"\n- {line}" for line in persona)] if persona else []
+    return {"role": "system", "content": "".join(["You are chatting.", *before])}
+
+
 def example(conversation: Conversation, position: int, persona: Sequence[str], *, history_turns: int) -> Example:
     """The turn at `position` as the answer, the turns before it as history, the persona as the system message."""
     answer = conversation.turns[position]
-    # Always a system message: without one a chat template may put in its own, "You are a helpful AI assistant".
-    before = [" You have said before:", *(f"\n- {line}" for line in persona)] if persona else []
-    context: list[Message] = [{"role": "system", "content": "".join(["You are chatting.", *before])}]
+    context = [persona_message(persona)]
     for turn in conversation.turns[max(0, position - history_turns) : position]:
         role = "assistant" if turn.speaker == answer.speaker else "user"
         context.append({"role": role, "content": "\n".join(turn.lines)})

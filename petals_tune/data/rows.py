@@ -94,6 +94,14 @@ def _token_ids(
             yield from (as_ids(shorter, answer, tokenizer) for shorter in _shortened(context))
 
 
+def context_ids(context: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A chat as the token ids that its next answer follows: those that training saw before the answer."""
+    if tokenizer.chat_template:
+        text = _chat_text(list(context), tokenizer, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(f"{transcript(context)}{SPEAKERS['assistant']}:")["input_ids"]
+
+
 def word_id(word: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """The one token of a label word. Raises DataError, with the tokens seen, where it is not exactly one."""
     ids = tokenizer(word, add_special_tokens=False)["input_ids"]
@@ -127,7 +135,7 @@ def _template_ids(
     # The template may go on after the end of the turn (a line break): no model should learn to say that.
     reply = chat[len(prompt) :].rstrip()
     # The text is cut where generation starts, so that training and generation see the same tokens.
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    prompt_ids = context_ids(context, tokenizer)
     reply_ids = tokenizer(reply, add_special_tokens=False)["input_ids"]
     return prompt_ids, reply_ids + _end_ids(tokenizer) if reply.endswith(answer) else reply_ids
 
@@ -145,9 +153,8 @@ def _chat_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, a
 def _transcript_ids(
     context: list[Message], answer: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    prompt = f"{transcript(context)}{SPEAKERS['assistant']}:"
     return (
-        tokenizer(prompt)["input_ids"],
+        context_ids(context, tokenizer),
         tokenizer(f" {answer}", add_special_tokens=False)["input_ids"] + _end_ids(tokenizer),
     )
 

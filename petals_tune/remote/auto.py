@@ -36,7 +36,7 @@ class _AutoDistributed:
         *,
         initial_peers: Sequence[str],
         dtype: torch.dtype = torch.float32,
-        micro_batch_rows: int = 2,
+        micro_batch_rows: int | None = None,
         wire_format: str = "float32",
         grad_format: str = "float32",
         policy: RetryPolicy | None = None,
@@ -44,7 +44,8 @@ class _AutoDistributed:
         """A Hugging Face model whose blocks run on the swarm of `initial_peers`; the rest is local and frozen.
 
         `source` is a folder in Hugging Face format or a hub name: what the servers host. Hidden states travel as
-        `wire_format` and their gradients as `grad_format`, in micro-batches of `micro_batch_rows` rows. The blocks
+        `wire_format` and their gradients as `grad_format`, in micro-batches of `micro_batch_rows` rows (None: as many
+        as make 128 positions). The blocks
         are `model.remote_blocks`; its `close()` leaves the swarm. Everything is frozen: wrap the model with PEFT.
 
         Raises UnsupportedModel, SwarmMismatch where servers hold another model, UncoveredBlocks with the command

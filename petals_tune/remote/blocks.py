@@ -22,6 +22,10 @@ from petals_tune.wire.adapter import AdapterVersion
 from petals_tune.wire.span import BlockSpan
 
 
+# Small micro-batches keep all servers of a chain busy; below this size a linear runs noticeably slower per position.
+MICRO_BATCH_POSITIONS = 128
+
+
 class RemoteBlocks(Skeleton):
     """The block list of a grafted model. It still holds the blocks, without weights; it iterates as one remote module.
 
@@ -29,7 +33,7 @@ class RemoteBlocks(Skeleton):
     that runs these blocks on the swarm.
     """
 
-    def __init__(self, blocks: Any, *, family: Family, chain: Chain, micro_batch_rows: int):
+    def __init__(self, blocks: Any, *, family: Family, chain: Chain, micro_batch_rows: int | None):
         super().__init__(blocks)
         self.family, self.chain, self.micro_batch_rows = family, chain, micro_batch_rows
         self.caught = CaughtArguments()
@@ -107,7 +111,7 @@ class RemoteSpan:
                 train=training,
                 seed=int(torch.randint(2**62, ())) if training else 0,
             ),
-            rows=self.blocks.micro_batch_rows,
+            rows=self.blocks.micro_batch_rows or -(-MICRO_BATCH_POSITIONS // hidden.shape[1]),
         )
         return RemoteBlocksFunction.apply(call, hidden, *tensors)
 

@@ -81,7 +81,7 @@ class RemoteCache(Cache):
         self.ids = None if self.ids is None else self.ids[order]
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.rollback(self.position - tokens_to_remove)
+        self.rollback(self.position - abs(tokens_to_remove))  # the library passes -n to remove n
 
     def reset(self) -> None:
         self.close()

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from petals_tune.errors import UnsupportedAdapter
-from petals_tune.tuning.deep_prompt import BlockPrompt
+from petals_tune.tuning.deep_prompt import BlockPrompt, DeepPromptConfig, with_deep_prompts
 from petals_tune.wire.adapter import AdapterPart, AdapterVersion
 
 # They change what enters the blocks, or the embeddings: tensors that the client has.
@@ -42,6 +44,10 @@ class _Rule:
     what: str
     why: str
     instead: str
+
+
+def _option(name: str, config: LoraConfig) -> object:
+    return getattr(config, name, None)  # younger than the oldest PEFT that works
 
 
 _READS_WEIGHTS = "reads the blocks' weights, which are on the servers"
@@ -69,7 +75,7 @@ _RULES = (
     ),
     _Rule(lambda c: c.megatron_config, "megatron_config", "is for Megatron's own layers", "megatron_config=null"),
     *(
-        _Rule(lambda c, name=name: getattr(c, name, None), name, "changes what LoRA computes", f"{name} left out")
+        _Rule(partial(_option, name), name, "changes what LoRA computes", f"{name} to its default")
         for name in (
             "use_qalora",
             "use_bdlora",
@@ -96,6 +102,12 @@ def check_config(config: PeftConfig) -> None:
         if rule.broken(config):
             what = rule.what.format(config=config)
             raise UnsupportedAdapter(f"tuning.{what} {rule.why}; set {rule.instead}")
+
+
+def tune(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """`model`, with local or remote blocks, wrapped for training as `config` says. Raises as `check_config` does."""
+    check_config(config)
+    return with_deep_prompts(model, config) if isinstance(config, DeepPromptConfig) else get_peft_model(model, config)
 
 
 def collect_adapter(blocks: Sequence[tuple[int, nn.Module]]) -> tuple[AdapterVersion | None, list[torch.Tensor]]:
@@ -174,7 +186,7 @@ def _check_layer(where: str, layer: Any) -> None:
         )
     if layer.merged:
         raise UnsupportedAdapter(
-            f"{where}: LoRA was merged, and the weights are on the servers; call unmerge_adapter()"
+            f"{where}: LoRA was merged, and the block's weights are on the servers; call unmerge_adapter()"
         )
     variants = {name: variant for name, variant in layer.lora_variant.items() if variant is not None}
     if variants:

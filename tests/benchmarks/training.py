@@ -15,8 +15,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from petals_tune.remote.auto import AutoDistributedModelForCausalLM
 from petals_tune.remote.skeleton import Skeleton, hollow_out
 from petals_tune.swarm.local import local_swarm
 from petals_tune.train.objective import CausalLM
+from petals_tune.tuning.support import collect_adapter, tune
 
 ROWS, PROMPT_TOKENS, TEXT_TOKENS = 8, 16, 128
 _MB = 2**20
@@ -54,7 +54,7 @@ class Side:
     def __init__(self, name: str, model: nn.Module, config: peft.PeftConfig, *, threads: int):
         torch.manual_seed(0)
         self.name, self.threads, self.seconds, self.losses = name, threads, [], []
-        self.net = peft.get_peft_model(model, config).train()
+        self.net = tune(model, config).train()
         self._optimizer = torch.optim.AdamW([p for p in self.net.parameters() if p.requires_grad], lr=1e-3)
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
@@ -86,12 +86,14 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default="bloom", help="bloom (random, 12 x 512), default (the embedded), or a folder")
+    parser.add_argument(
+        "--model", default="bloom", help="bloom (random, 12 x 512), default (the embedded), or a folder"
+    )
     parser.add_argument("--quantization", default="none", choices=("none", "int8", "nf4"), help="of both sides' blocks")
     parser.add_argument("--steps", type=int, default=7, help="measured steps of each side")
     parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--micro-batch-rows", type=int, default=2)
-    parser.add_argument("--client-threads", type=int, default=2)
+    parser.add_argument("--micro-batch-rows", type=int, help="by default as many as the client chooses")
+    parser.add_argument("--client-threads", type=int, default=2, help="for embeddings, head and loss")
     parser.add_argument("--methods", default="prompt,lora")
     parser.add_argument("--no-lease", action=argparse.BooleanOptionalAction, default=True, help="also without leases")
     parser.add_argument("--skeleton", choices=("bloom-176b",), help="only: build the client's part of a large model")
@@ -173,11 +175,25 @@ def compared(source: str, options: argparse.Namespace, stack: ExitStack) -> dict
                 local_s / seconds["swarm, no leases"]
             )
         sent, received = stats.sent_bytes - before[0], stats.received_bytes - before[1]
-        name = "bytes_per_step" if method == "prompt" else f"{method}_bytes_per_step"
-        figures[name] = (sent + received) // steps
+        prefix = "" if method == "prompt" else f"{method}_"
+        figures[f"{prefix}bytes_per_step"] = (sent + received) // steps
+        figures[f"{prefix}bytes_per_step_by_formula"] = expected_bytes(sides[0].net, method, len(spans))
         figures[f"{method}_waiting_share"] = (stats.wait_s - waited_s) / sum(sides[0].seconds)
         figures[f"{method}_recomputations"] = stats.recomputations
     return figures
+
+
+def expected_bytes(net: Any, method: str, servers: int) -> int:
+    """4 B S H float32 values a server (hidden states and gradients, each in and out), and the adapter there and back.
+
+    The blocks' input needs no gradient where LoRA alone is trained: one tensor less at the first server.
+    """
+    positions = TEXT_TOKENS + (PROMPT_TOKENS if method == "prompt" else 0)
+    hidden_bytes = 4 * ROWS * positions * net.get_base_model().config.hidden_size
+    if method == "prompt":
+        return 4 * servers * hidden_bytes
+    adapter_bytes = 4 * sum(p.numel() for p in net.parameters() if p.requires_grad)
+    return (4 * servers - 1) * hidden_bytes + 2 * adapter_bytes
 
 
 def in_process(source: str, options: argparse.Namespace) -> Any:
@@ -190,7 +206,34 @@ def in_process(source: str, options: argparse.Namespace) -> Any:
 
 
 def skeleton_figures() -> dict[str, Any]:
-    raise NotImplementedError
+    """What the client builds for BLOOM-176B beside the embeddings: 70 weightless blocks, LoRA r=8 on the attention."""
+    config = BloomConfig(n_layer=70, hidden_size=14336, n_head=112, vocab_size=250880)
+    before_mb, started_s = resident_mb(), time.perf_counter()
+    hollow = hollow_base_model(config)
+    family = family_of(hollow)
+    blocks = getattr(hollow, family.blocks)
+    hollow_out(blocks, torch.bfloat16)
+    hollow.h = Skeleton(blocks.children())
+    for name in ("word_embeddings", "word_embeddings_layernorm", "ln_f"):
+        setattr(hollow, name, nn.Identity())  # the client loads these; they are not what is measured
+    net = tune(hollow, peft.LoraConfig(r=8, target_modules=["query_key_value"]))
+    seconds = time.perf_counter() - started_s
+    trainable, total = net.get_nb_trainable_parameters()
+    started_s = time.perf_counter()
+    collect_adapter(list(enumerate(hollow.h.children())))
+    return {
+        "skeleton_s": round(seconds, 2),
+        "skeleton_mb": round(resident_mb() - before_mb),
+        "process_mb": round(resident_mb()),
+        "trainable": trainable,
+        "parameters": total,
+        "version_s": round(time.perf_counter() - started_s, 3),
+    }
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / _MB
 
 
 if __name__ == "__main__":

