@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -62,10 +63,15 @@ def with_prompt_key(arguments: Sequence[str]) -> list[str]:
         flag, equals, text = argument.partition("=")
         if flag == "--prompt":
             text = text if equals else next(rest, "")
-            quoted = text.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${")
-            argument = f"prompt='{quoted}'"
+            argument = f"prompt='{_quoted(text)}'"
         found.append(argument)
     return found
+
+
+def _quoted(text: str) -> str:
+    """`text` inside single quotes: OmegaConf reads `${`, Hydra the quote, and a backslash counts only before these."""
+    without_interpolation = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+    return re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (found[2] and "\\'"), without_interpolation)
 
 
 def base_of(adapter: Path | None) -> str:

