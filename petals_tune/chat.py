@@ -77,7 +77,7 @@ def _quoted(text: str) -> str:
 def base_of(adapter: Path | None) -> str:
     """The model that an adapter was trained on. Raises ConfigError where there is no adapter that says so."""
     if adapter is None:
-        raise ConfigError("say what to talk to: adapter=outputs/.../adapter, or model=embedded for the base model alone")
+        raise ConfigError("say whom to talk to: adapter=outputs/.../adapter, or model=embedded for the bare model")
     try:
         base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError) as error:
@@ -112,7 +112,8 @@ def opened(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[A
     except (OSError, ValueError) as error:
         raise ConfigError(f"model={base} has no tokenizer to talk with: {error}") from None
     with swarm.opened(source, blocks) as peers:
-        model = AutoDistributedModelForCausalLM.from_pretrained(source, initial_peers=peers, **swarm.client_options())
+        options = swarm.client_options()
+        model: Any = AutoDistributedModelForCausalLM.from_pretrained(source, initial_peers=peers, **options)
         try:
             yield model if adapter is None else PeftModel.from_pretrained(model, adapter).eval(), tokenizer
         finally:

@@ -1,24 +1,24 @@
 """Everything that can go wrong, as one tree. Imports nothing, so that every room can raise from it.
 
-    PetalsTuneError
-    |-- ConfigError (ValueError)            yours: a key or a value; the text names what is allowed
-    |   |-- UnsupportedModel                yours: this architecture cannot be split, or its files are not there
-    |   `-- UnsupportedAdapter              yours: a tuning method that remote blocks cannot honour
-    |-- DataError (ValueError)              yours: a row, a column, a split
-    |-- ProtocolError (ValueError)          theirs: bytes that break the rules of the wire; the stream is closed
-    |-- RequestRefused (ValueError)         yours: the server says that this request is wrong everywhere
-    |-- SwarmError (RuntimeError)
-    |   |-- UncoveredBlocks                 the network's: nobody holds some blocks (yet)
-    |   |-- SwarmMismatch                   yours: the servers hold another model
-    |   `-- SwarmTimeout (TimeoutError)     the network's: every server tried, the deadline passed
-    `-- ServerError (RuntimeError)          theirs: one server; another one may do  (the only errors that are retried)
-        |-- ServerUnreachable (ConnectionError)
-        |-- ServerTimeout (TimeoutError)
-        |-- ServerBusy                      it has no room now: a queue, a budget
-        |-- BadReply                        wrong shapes, wrong dtypes, non-finite numbers
-        |-- LeaseLost                       the kept graph is gone: send the inputs along
-        |-- SessionLost                     the KV cache is gone: replay the inputs
-        `-- AdapterMissing                  the server does not know this version: upload it
+PetalsTuneError
+|-- ConfigError (ValueError)            yours: a key or a value; the text names what is allowed
+|   |-- UnsupportedModel                yours: this architecture cannot be split, or its files are not there
+|   `-- UnsupportedAdapter              yours: a tuning method that remote blocks cannot honour
+|-- DataError (ValueError)              yours: a row, a column, a split
+|-- ProtocolError (ValueError)          theirs: bytes that break the rules of the wire; the stream is closed
+|-- RequestRefused (ValueError)         yours: the server says that this request is wrong everywhere
+|-- SwarmError (RuntimeError)
+|   |-- UncoveredBlocks                 the network's: nobody holds some blocks (yet)
+|   |-- SwarmMismatch                   yours: the servers hold another model
+|   `-- SwarmTimeout (TimeoutError)     the network's: every server tried, the deadline passed
+`-- ServerError (RuntimeError)          theirs: one server; another one may do  (the only errors that are retried)
+    |-- ServerUnreachable (ConnectionError)
+    |-- ServerTimeout (TimeoutError)
+    |-- ServerBusy                      it has no room now: a queue, a budget
+    |-- BadReply                        wrong shapes, wrong dtypes, non-finite numbers
+    |-- LeaseLost                       the kept graph is gone: send the inputs along
+    |-- SessionLost                     the KV cache is gone: replay the inputs
+    `-- AdapterMissing                  the server does not know this version: upload it
 """
 
 

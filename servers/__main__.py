@@ -15,7 +15,6 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from petals_tune.cli import errors_reported
-from petals_tune.cli import errors_reported
 from petals_tune.config import Model, check_arguments, folder_of
 from petals_tune.convert import model_folder
 from servers.options import Serve

@@ -120,7 +120,8 @@ class Engine:
                 outputs.append(error)
         if good:
             sessions = [session for _, session, _ in good]
-            plan = CallPlan.of(sessions[0].adapter if sessions[0].position == 0 else _after_prompts(sessions[0]), train=False, seed=0)
+            adapter = sessions[0].adapter if sessions[0].position == 0 else _after_prompts(sessions[0])
+            plan = CallPlan.of(adapter, train=False, seed=0)
             with self._ready(sessions[0].span, plan):
                 made = self._step(sessions, [step for _, _, step in good])
             for (number, session, step), output in zip(good, made.split([s.rows for s in sessions]), strict=True):
@@ -152,7 +153,14 @@ class Engine:
     def measure_token_bytes(self) -> int:
         """What one position of one row takes in the caches of one block, seen in a step of one position."""
         probe = Session(
-            client="", span=self.trimmed.span, rows=1, max_length=1, adapter=None, adapter_version=None, bytes=0, used_s=0
+            client="",
+            span=self.trimmed.span,
+            rows=1,
+            max_length=1,
+            adapter=None,
+            adapter_version=None,
+            bytes=0,
+            used_s=0,
         )
         step = Step(session=0, hidden=torch.zeros(1, 1, self.hidden_size), position=0)
         (output,) = self.step([(probe, step)])

@@ -185,9 +185,7 @@ class Handler:
         lease = None
         if result.graph is not None and self._streams[client]:
             lease = self._leases.keep(client, result.graph, result.graph_bytes, time.monotonic())
-        return Forwarded(
-            hidden=in_format(result.output, request.reply_format), lease=lease, compute_s=result.compute_s
-        )
+        return Forwarded(hidden=in_format(result.output, request.reply_format), lease=lease, compute_s=result.compute_s)
 
     async def _backward(self, client: str, request: Backward) -> Gradients:
         _check_format(request.reply_format)
@@ -205,9 +203,7 @@ class Handler:
             return hidden, []
 
         hidden, gradients = await self._compute.run(Priority.BACKWARD, on_the_computing_thread)
-        return Gradients(
-            hidden=None if hidden is None else in_format(hidden, request.reply_format), adapter=gradients
-        )
+        return Gradients(hidden=None if hidden is None else in_format(hidden, request.reply_format), adapter=gradients)
 
     def _adapter(self, client: str, request: Forward) -> Adapter | None:
         return None if request.adapter is None else self._adapters.get(client, request.adapter, request.span)

@@ -26,9 +26,7 @@ _GB = 2**30
 ANNOUNCE_S = 60.0  # an announcement lasts so long, and is renewed three times in it
 
 
-async def serve(
-    options: Serve, on_ready: Callable[[ServerRecord, Engine], None], stop: asyncio.Event
-) -> None:
+async def serve(options: Serve, on_ready: Callable[[ServerRecord, Engine], None], stop: asyncio.Event) -> None:
     """Run a server until `stop` is set; then withdraw, finish what runs, and leave."""
     limits, initial_peers = options.limits, options.swarm.initial_peers
     async with AsyncExitStack() as stack:
@@ -71,7 +69,9 @@ async def serve(
             quantization=options.quantization,
             dtype=str(dtype).removeprefix("torch."),
         )
-        handler = Handler(engine, compute, leases, sessions, record, max_message_bytes=int(limits.max_message_mb * 2**20))
+        handler = Handler(
+            engine, compute, leases, sessions, record, max_message_bytes=int(limits.max_message_mb * 2**20)
+        )
         await p2p.add_binary_stream_handler(PROTOCOL, handler.serve)
         directory = Directory(node)
         await directory.announce(record, lasts_s=ANNOUNCE_S)

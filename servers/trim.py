@@ -121,7 +121,9 @@ def _empty_the_rest(model: PreTrainedModel, family: Family) -> None:
 def _weight_bytes(model: nn.Module) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     states = [getattr(module, "state", None) for module in model.modules()]  # int8: where the scales live
-    tensors += [t for state in states for t in (getattr(state, "CB", None), getattr(state, "SCB", None)) if t is not None]
+    tensors += [
+        t for state in states for t in (getattr(state, "CB", None), getattr(state, "SCB", None)) if t is not None
+    ]
     return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 

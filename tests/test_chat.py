@@ -3,14 +3,14 @@
 import io
 import json
 import sys
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from omegaconf import DictConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from petals_tune.chat import CONFIG_NAME, Chat, base_of, talk, turns, with_prompt_key
 from petals_tune.config import check, composed
@@ -26,7 +26,7 @@ def config(*overrides: str) -> DictConfig:
     return cfg
 
 
-@pytest.mark.parametrize("text", ["Hi!", "it's \"me\", a=b", "${x} [1, {2}] \\ \\${y} \\' end\\", "two\nlines", ""])
+@pytest.mark.parametrize("text", ["Hi!", 'it\'s "me", a=b', "${x} [1, {2}] \\ \\${y} \\' end\\", "two\nlines", ""])
 @pytest.mark.parametrize("form", ["two words", "one word"])
 def test_any_text_can_be_a_prompt(text, form):
     arguments = ["--prompt", text] if form == "two words" else [f"--prompt={text}"]
@@ -82,8 +82,6 @@ class Local:
         self.seen: list[torch.Tensor] = []
 
     def inference_session(self, max_length: int) -> Any:
-        from contextlib import nullcontext
-
         return nullcontext()
 
     def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -92,11 +90,9 @@ class Local:
 
 
 @pytest.fixture(scope="module")
-def spoken() -> Iterator[tuple[Local, Any]]:
-    from transformers import AutoTokenizer
-
+def spoken() -> tuple[Local, Any]:
     folder = embedded_model()
-    yield Local(AutoModelForCausalLM.from_pretrained(folder).eval()), AutoTokenizer.from_pretrained(folder)
+    return Local(AutoModelForCausalLM.from_pretrained(folder).eval()), AutoTokenizer.from_pretrained(folder)
 
 
 def test_turns_are_added_up_in_the_format_of_training_and_answers_are_printed(spoken, capsys):

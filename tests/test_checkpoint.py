@@ -37,7 +37,8 @@ def test_only_the_tensors_asked_for_are_read(folder):
     checkpoint = Checkpoint(str(folder))
     name = "model.layers.1.mlp.up_proj.weight"
     tensors = checkpoint.read([name], torch.float16)
-    assert list(tensors) == [name] and tensors[name].dtype is torch.float16
+    assert list(tensors) == [name]
+    assert tensors[name].dtype is torch.float16
 
 
 def test_the_digest_names_the_architecture_not_the_place(folder, tmp_path):

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "checkpoint": "errors",
     "packaged": "errors",
     "convert": "errors packaged",
-    "tuning": "errors wire.adapter",  # how an adapter's parts are named, no more
+    "tuning": "errors wire.adapter families",  # how an adapter's parts are named, no more of the wire
     "data": "errors packaged convert",
     "swarm": "errors wire",
     "cli": "errors",
@@ -41,7 +41,7 @@ MAY_IMPORT = {
 # A library, and the only rooms that may know it.
 KNOWN_ONLY_TO = {
     "hivemind": "wire swarm servers",
-    "transformers": "families checkpoint convert data remote train petals_tune servers",
+    "transformers": "families checkpoint convert data tuning remote train petals_tune servers",
     "peft": "tuning remote train petals_tune",
     "lightning": "data train petals_tune",
     "hydra": "config train petals_tune servers",

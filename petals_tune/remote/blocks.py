@@ -15,12 +15,12 @@ from petals_tune.remote.function import RemoteBlocksFunction, RemoteCall
 from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
 from petals_tune.remote.skeleton import Skeleton
 from petals_tune.swarm import loop
-from petals_tune.swarm.chain import CallContext, Chain
+from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.stats import SwarmStats
+from petals_tune.swarm.trace import CallContext
 from petals_tune.tuning.support import collect_adapter
 from petals_tune.wire.adapter import AdapterVersion
 from petals_tune.wire.span import BlockSpan
-
 
 # Small micro-batches keep all servers of a chain busy; below this size a linear runs noticeably slower per position.
 MICRO_BATCH_POSITIONS = 128
@@ -143,7 +143,9 @@ class CaughtArguments:
 
     def _before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if len(args) > 1:
-            raise ConfigError("call the base model of remote blocks with keyword arguments (input_ids may be positional)")
+            raise ConfigError(
+                "call the base model of remote blocks with keyword arguments (input_ids may be positional)"
+            )
         if kwargs.get("output_attentions"):
             raise ConfigError("output_attentions: servers do not send attention weights; leave it False")
         if kwargs.get("output_hidden_states"):

@@ -15,8 +15,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from petals_tune.swarm import loop
-from petals_tune.swarm.chain import CallContext, Chain, ChainGradients, Trace
+from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.sums import AdapterSums
+from petals_tune.swarm.trace import CallContext, ChainGradients, Trace
 from petals_tune.wire.span import BlockSpan
 
 T = TypeVar("T")

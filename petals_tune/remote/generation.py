@@ -76,7 +76,7 @@ def with_remote_generation(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @functools.cache
-def _class_of(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _class_of(model_class: Any) -> type[PreTrainedModel]:
     return type(f"Distributed{model_class.__name__}", (RemoteGeneration, model_class), {})
 
 

@@ -93,7 +93,7 @@ class SwarmClient:
                 span,
                 model=self._model,
                 banned=banned,
-                cost=lambda peer, blocks: self.load.cost(peer, round(work * blocks)),
+                cost=lambda peer, blocks: self.load.cost(peer, work * blocks),
             )
 
         banned = self._bans.active(now_s)

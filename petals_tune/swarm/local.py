@@ -35,7 +35,12 @@ def local_swarm(
     """
     parsed = [BlockSpan.parse(span, key="swarm.spans") for span in spans]
     with ExitStack() as stack:
-        common = [f"model.source='{source}'", f"quantization={quantization}", f"threads={threads_per_server}", *overrides]
+        common = [
+            f"model.source='{source}'",
+            f"quantization={quantization}",
+            f"threads={threads_per_server}",
+            *overrides,
+        ]
         first = stack.enter_context(server_process([*common, f"blocks='{parsed[0]}'"], threads=threads_per_server))
         peers = first.wait_until_ready()
         joined = [*common, f"swarm.initial_peers=[{','.join(peers)}]"]
@@ -68,7 +73,7 @@ class ServerProcess:
                         return found["addresses"].split(",")
                 if not self._reader.is_alive() or time.monotonic() > deadline_s:
                     raise ServerUnreachable(
-                        f"a local server did not come up ({self.process.args}); "
+                        f"a local server did not come up ({self.process.args!r}); "
                         f"its last words:\n  " + "\n  ".join(self.lines[-8:])
                     )
                 self._said_more.wait(timeout=0.2)

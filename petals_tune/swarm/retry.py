@@ -92,7 +92,7 @@ class Load:
         old = self.speed_s.get(peer, new)
         self.speed_s[peer] = old + SMOOTHING * (new - old)
 
-    def cost(self, peer: str, work: int) -> float:
+    def cost(self, peer: str, work: float) -> float:
         """Expected seconds until `peer` has done `work` more. An unmeasured server counts as the fastest known."""
         speed_s = self.speed_s.get(peer) or min(self.speed_s.values(), default=1.0)
         return speed_s * (self.in_hand.get(peer, 0) + work)

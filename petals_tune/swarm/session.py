@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 import torch
 
 from petals_tune.errors import RequestRefused, ServerError, UncoveredBlocks
-from petals_tune.swarm.chain import CallContext, Chain
+from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.retry import Attempts
 from petals_tune.swarm.route import Hop
+from petals_tune.swarm.trace import CallContext
 from petals_tune.wire.adapter import AdapterVersion
 from petals_tune.wire.messages import CloseSession, OpenSession, SessionOpened, Step, Stepped
 from petals_tune.wire.span import BlockSpan

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 
 from petals_tune.swarm.route import Hop
+from petals_tune.swarm.trace import CallContext, Leg
 from petals_tune.wire.span import BlockSpan
-
-if TYPE_CHECKING:
-    from petals_tune.swarm.chain import CallContext, Leg
 
 _numbers = itertools.count(1)  # a server tells the sums of one client apart by them
 

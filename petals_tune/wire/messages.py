@@ -55,9 +55,7 @@ def _check_hidden(hidden: torch.Tensor, padding: torch.Tensor | None, positions:
     if hidden.dim() != 3 or not hidden.is_floating_point() or not hidden.numel():
         raise ValueError(f"hidden states are (B, S, H) floats, not {tuple(hidden.shape)} {hidden.dtype}")
     rows, length = hidden.shape[:2]
-    if padding is not None and (
-        padding.dtype is not torch.bool or tuple(padding.shape) != (rows, length)
-    ):
+    if padding is not None and (padding.dtype is not torch.bool or tuple(padding.shape) != (rows, length)):
         raise ValueError(f"padding is a bool tensor of shape {(rows, length)}, not {tuple(padding.shape)}")
     if positions is not None and (
         positions.dtype is not torch.int64

@@ -47,7 +47,9 @@ class BlockSpan(msgspec.Struct, frozen=True, order=True, array_like=True):
             start, stop = (int(part) for part in str(text).split(":"))
             return cls(start, stop)
         except ValueError:
-            raise ConfigError(f'{key}={text!r} is not a span; write start:stop with start < stop, as in "0:12"') from None
+            raise ConfigError(
+                f'{key}={text!r} is not a span; write start:stop with start < stop, as in "0:12"'
+            ) from None
 
 
 def gaps(spans: Iterable[BlockSpan], wanted: BlockSpan) -> list[BlockSpan]:

@@ -69,7 +69,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default="bloom", help="bloom (random, 12 x 512), default (the embedded), or a folder")
+    parser.add_argument("--model", default="bloom", help="bloom (random, 12 x 512), default (embedded), or a folder")
     parser.add_argument("--quantization", default="none", choices=("none", "int8", "nf4"), help="of both sides' blocks")
     parser.add_argument("--rounds", type=int, default=7, help="measured turns of each side")
     parser.add_argument("--threads", default="1,2", help="of the in-process sides")

@@ -125,7 +125,8 @@ def test_a_stopped_server_is_left_and_its_blocks_are_replayed_elsewhere(folder):
                     swarm.send(peer, signal.SIGCONT)
             ((_, peer),) = stations(session)
         assert torch.equal(found, expected)
-        assert stopped and peer not in stopped
+        assert stopped
+        assert peer not in stopped
         assert swarm.remote.remote_blocks.stats.retries >= 1
 
 

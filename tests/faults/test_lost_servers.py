@@ -76,7 +76,9 @@ def swarm(folder: Path) -> Iterator[Swarm]:
 @pytest.fixture
 def remote(swarm: Swarm) -> Iterator[PreTrainedModel]:
     swarm.only_server()
-    model = AutoDistributedModelForCausalLM.from_pretrained(str(swarm.folder), initial_peers=swarm.peers, policy=PATIENT)
+    model = AutoDistributedModelForCausalLM.from_pretrained(
+        str(swarm.folder), initial_peers=swarm.peers, policy=PATIENT
+    )
     yield model
     model.remote_blocks.close()
 

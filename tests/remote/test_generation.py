@@ -130,7 +130,8 @@ def test_three_turns_in_one_session_equal_a_full_recomputation(swarms, remote, m
             assert torch.equal(found, generated(here, turn, do_sample=False, use_cache=False))
     finally:
         if method == "lora":
-            here.unload(), there.unload()
+            here.unload()
+            there.unload()
 
 
 @pytest.mark.parametrize("method", ["prompt", "lora"])
@@ -143,7 +144,8 @@ def test_tuned_models_with_left_padding(swarms, remote, method, beams):
         assert torch.equal(generated(there, text(ROWS, LENGTH), left_padding(), **options), expected)
     finally:
         if method == "lora":
-            here.unload(), there.unload()
+            here.unload()
+            there.unload()
 
 
 def test_a_second_turn_sends_only_what_is_new(remote):
@@ -176,7 +178,7 @@ def test_step_by_step_with_rollback(swarms, remote):
 
 def test_a_session_that_is_full_says_so_and_the_servers_go_on(swarms, remote):
     ids = text(1, LENGTH)
-    with remote.inference_session(max_length=12), pytest.raises(RequestRefused, match="max_length=12 .* reach 13"):
+    with remote.inference_session(max_length=12), pytest.raises(RequestRefused, match=r"max_length=12 .* reach 13"):
         generated(remote, ids, do_sample=False)
     assert torch.equal(generated(remote, ids, do_sample=False), generated(swarms.plain, ids, do_sample=False))
 
@@ -204,4 +206,4 @@ def test_training_works_after_generation(remote):
     ids = text(2, LENGTH)
     there(input_ids=ids, labels=ids).loss.backward()
     gradient = there.prompt_encoder["default"].embedding.weight.grad
-    assert gradient is not None and gradient.abs().sum() > 0
+    assert gradient.abs().sum() > 0

@@ -62,7 +62,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert relative_error(found[name], gradient) <= TOLERANCE, name
 
 
-@pytest.mark.parametrize("rows", [8, 2, 1], ids=lambda rows: f"{ROWS // rows} micro-batches")
+@pytest.mark.parametrize("rows", [8, 2], ids=lambda rows: f"{ROWS // rows} micro-batches")
 @pytest.mark.parametrize(
     "options",
     [

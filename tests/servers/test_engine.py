@@ -57,7 +57,9 @@ def prompts(*blocks: int) -> Adapter:
     generator = torch.Generator().manual_seed(4)
     return Adapter(
         tuple(
-            AdapterPart(block=block, method="prompt", tensors=[torch.randn(3, 32, generator=generator).requires_grad_()])
+            AdapterPart(
+                block=block, method="prompt", tensors=[torch.randn(3, 32, generator=generator).requires_grad_()]
+            )
             for block in blocks
         )
     )

@@ -120,7 +120,8 @@ def test_no_session_grows_beyond_its_length(engine):
     kept = session()
     outputs(engine, (kept, step(hidden(1, 30, 0), 0)))
     (refused,) = engine.step([(kept, step(hidden(1, 3, 0), 30))])
-    assert isinstance(refused, RequestRefused) and "max_length=33" in str(refused)
+    assert isinstance(refused, RequestRefused)
+    assert "max_length=33" in str(refused)
     outputs(engine, (kept, step(hidden(1, 2, 0), 30)))
 
 
@@ -129,7 +130,7 @@ def test_waiting_steps_go_together_and_adapters_do_not_mix(engine, family, monke
     loras = {"a": lora(family, 1), "b": lora(family, 2)}
 
     def started() -> list[Session]:
-        made = [session(), session(), session(adapter=loras["a"], version="a"), session(adapter=loras["b"], version="b")]
+        made = [session(), session(), *(session(adapter=each, version=name) for name, each in loras.items())]
         for number, each in enumerate(made):
             outputs(engine, (each, step(hidden(1, 2 + number, number), 0)))
         return made

@@ -80,7 +80,9 @@ async def test_a_server_that_starts_again_under_its_address_is_seen(nodes, name)
     await before.announce(record("a"), lasts_s=60)
     await before.withdraw(record("a"))
     assert (await Directory(client, name).snapshot()).servers == ()
-    await Directory(server, name).announce(record("a", 2, 6), lasts_s=60 + 3)  # as if 3 s later: no server starts faster
+    await Directory(server, name).announce(
+        record("a", 2, 6), lasts_s=60 + 3
+    )  # as if 3 s later: no server starts faster
     assert (await Directory(client, name).snapshot()).servers == (record("a", 2, 6),)
 
 

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -29,7 +31,9 @@ def test_what_is_no_span_is_refused_naming_the_key(text):
 def test_an_unquoted_span_in_a_yaml_file_is_a_number_and_refused_with_that_reason(load, written, number):
     read = load(f"blocks: {written}\n")["blocks"]
     assert read == number
-    with pytest.raises(ConfigError, match=rf'blocks={number} is a number.*YAML reads {written} so.*blocks: "{written}"'):
+    with pytest.raises(
+        ConfigError, match=rf'blocks={number} is a number.*YAML reads {written} so.*blocks: "{written}"'
+    ):
         BlockSpan.parse(read)
 
 
@@ -55,4 +59,4 @@ def test_gaps_are_exactly_the_blocks_that_no_span_holds(held, wanted):
     found = gaps(held, wanted)
     missing = [block for block in range(wanted.start, wanted.stop) if not any(block in span for span in held)]
     assert [block for span in found for block in range(span.start, span.stop)] == missing
-    assert all(left.stop < right.start for left, right in zip(found, found[1:], strict=False)), "whole gaps, in order"
+    assert all(left.stop < right.start for left, right in itertools.pairwise(found)), "whole gaps, in order"
