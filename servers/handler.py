@@ -150,7 +150,8 @@ class Handler:
             case Hello():
                 if request.model is not None and request.model != self.record.model:
                     raise SwarmMismatch(
-                        f"this server holds {self.record.model_name} ({self.record.model[:12]}), not {request.model[:12]}"
+                        f"this server holds {self.record.model_name} ({self.record.model[:12]}), not "
+                        f"{request.model[:12]}"
                     )
                 return Welcome(
                     record=self.record, max_in_flight=MAX_IN_FLIGHT, max_message_bytes=self._max_message_bytes

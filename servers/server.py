@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 
 from petals_tune.checkpoint import Checkpoint
 from petals_tune.swarm.directory import Directory
-from petals_tune.swarm.p2p import start_dht, start_p2p, stop_p2p
+from petals_tune.swarm.p2p import start_dht, start_p2p, stop_dht, stop_p2p
 from petals_tune.wire.messages import PROTOCOL
 from petals_tune.wire.records import ServerRecord
 from servers.compute import ComputeThread, Priority
@@ -38,7 +38,7 @@ async def serve(options: Serve, on_ready: Callable[[ServerRecord, Engine], None]
         )
         stack.push_async_callback(stop_p2p, p2p)
         node = await start_dht(p2p, initial_peers, client_mode=False)
-        stack.push_async_callback(node.shutdown)
+        stack.push_async_callback(stop_dht, node)
 
         checkpoint = Checkpoint(options.model.source)
         dtype = torch_dtype(options.dtype, checkpoint.config, options.device)

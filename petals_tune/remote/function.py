@@ -1,4 +1,4 @@
-"""The autograd.Function over the network: thin on purpose. A batch is cut by rows into micro-batches that travel at once.
+"""The autograd.Function over the network. A batch is cut by rows into micro-batches that travel at once.
 
 Shapes: B rows, S positions, H hidden size.
 """

@@ -70,13 +70,14 @@ class RemoteGeneration:
 
 def with_remote_generation(model: PreTrainedModel) -> PreTrainedModel:
     """Give `model` the methods above, in place: its class becomes a subclass of the library's own."""
-    model.__class__ = _class_of(type(model))
+    plain: Any = type(model)
+    model.__class__ = _class_of(plain)
     model.register_forward_pre_hook(_with_whole_input, with_kwargs=True)
     return model
 
 
 @functools.cache
-def _class_of(model_class: Any) -> type[PreTrainedModel]:
+def _class_of(model_class: Any) -> Any:
     return type(f"Distributed{model_class.__name__}", (RemoteGeneration, model_class), {})
 
 

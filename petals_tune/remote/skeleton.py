@@ -29,7 +29,7 @@ def hollow_out(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 class Skeleton(nn.ModuleList):
-    """A list of hollow blocks. `.to()`, `.half()` and `state_dict()` see what PEFT put there and leave the rest alone."""
+    """A list of hollow blocks. `.to()`, `.half()` and `state_dict()` see only what PEFT put there."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Skeleton:
         def unless_hollow(tensor: torch.Tensor) -> torch.Tensor:

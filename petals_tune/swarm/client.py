@@ -13,7 +13,7 @@ from hivemind.p2p import P2P
 
 from petals_tune.errors import AdapterMissing, LeaseLost, ServerError, SessionLost, UncoveredBlocks
 from petals_tune.swarm.directory import Directory, Snapshot
-from petals_tune.swarm.p2p import start_dht, start_p2p, stop_p2p
+from petals_tune.swarm.p2p import start_dht, start_p2p, stop_dht, stop_p2p
 from petals_tune.swarm.retry import Attempts, Bans, Load, RetryPolicy
 from petals_tune.swarm.route import Hop, plan_route
 from petals_tune.swarm.stats import SwarmStats
@@ -152,5 +152,5 @@ class SwarmClient:
                 if isinstance(stream, ServerStream):
                     await stream.close()
         self._streams.clear()
-        await self._node.shutdown()
+        await stop_dht(self._node)
         await stop_p2p(self._p2p)

@@ -68,6 +68,13 @@ async def start_dht(p2p: P2P, initial_peers: Sequence[str], *, client_mode: bool
         ) from None
 
 
+async def stop_dht(node: DHTNode) -> None:
+    """Leave the DHT. Its own `shutdown` forgets the task that refreshes its cache."""
+    await node.shutdown()
+    if node.cache_refresh_task is not None:
+        node.cache_refresh_task.cancel()
+
+
 async def stop_p2p(p2p: P2P) -> None:
     """End the daemon and wait until it is gone.
 

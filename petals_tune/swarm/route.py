@@ -31,7 +31,8 @@ def plan_route(
     """The cheapest chain of servers that covers `wanted`.
 
     `cost(peer, blocks)` is the price of running that many blocks there, queue included. Equal routes are told apart
-    by peer id: the result is deterministic. Raises UncoveredBlocks naming every gap, SwarmMismatch where all servers hold another model.
+    by peer id: the result is deterministic. Raises UncoveredBlocks naming every gap, SwarmMismatch where all servers
+    hold another model.
     """
     ours = [server for server in servers if server.model == model]
     if servers and not ours:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -40,7 +40,7 @@ def to_bytes(value: torch.Tensor) -> bytes:
     """dtype code, number of dimensions, the dimensions (u32 each), then the values."""
     if isinstance(value, Blockwise8):
         code, tensor = _BLOCKWISE8, value.as_subclass(torch.Tensor).cpu().float().contiguous()
-        raw = _to_blockwise8(tensor) if tensor.numel() else b""
+        raw: Any = _to_blockwise8(tensor) if tensor.numel() else b""
     else:
         code, tensor = _CODES[value.dtype], value.detach().cpu().contiguous()
         raw = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""

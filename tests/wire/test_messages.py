@@ -205,7 +205,7 @@ def test_what_breaks_the_schema_is_refused(raw):
         decode(msgspec.msgpack.encode(raw))
 
 
-# ConfigError and DataError are raised before anything is sent; an answer that breaks our own checks is our own BadReply.
+# ConfigError and DataError are raised before anything is sent; an answer that breaks our checks is our own BadReply.
 LOCAL = {"ConfigError", "DataError", "UnsupportedModel", "UnsupportedAdapter", "BadReply", "UncoveredBlocks"}
 LOCAL |= {"SwarmError", "SwarmTimeout", "ServerUnreachable", "ServerTimeout", "PetalsTuneError"}
 ALL = {
