@@ -98,6 +98,8 @@ class Engine:
             )
         if request.grad.shape != graph.output.shape:
             raise RequestRefused(f"a gradient {tuple(request.grad.shape)} for an output {tuple(graph.output.shape)}")
+        if not torch.isfinite(request.grad).all():
+            raise RequestRefused("non-finite numbers in the gradient")
         if graph.hidden is None and not graph.adapter:
             raise RequestRefused("nothing on these blocks needs a gradient")
         return graph.gradients(request.grad.to(self._device))

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch.autograd.function import once_differentiable
 
+from petals_tune.errors import RequestRefused
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.sums import AdapterSums
@@ -48,7 +49,15 @@ class RemoteCall:
         return self._wait_for(_all(forwards))
 
     def backward(self, traces: Sequence[Trace], grad: torch.Tensor) -> tuple[torch.Tensor | None, list[ChainGradients]]:
-        """(gradient at the input (B, S, H) or None, the adapter's gradients as terms of a sum, in a fixed order)."""
+        """(gradient at the input (B, S, H) or None, the adapter's gradients as terms of a sum, in a fixed order).
+
+        Raises RequestRefused for a gradient that is not finite.
+        """
+        if not torch.isfinite(grad).all():
+            raise RequestRefused(
+                f"non-finite numbers in the gradient at the output of blocks {self.span}: the loss or what follows the "
+                "blocks made them, no server; lower the learning rate, or clip"
+            )
         grads = grad.split([len(trace.hidden) for trace in traces])
         # A single micro-batch has nothing to be summed with: its gradients come back with the backward itself.
         sums = AdapterSums() if self.context.adapter is not None and len(traces) > 1 else None

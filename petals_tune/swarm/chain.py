@@ -158,9 +158,8 @@ class Chain:
         except ServerError as error:
             await self.pause(attempts, error)
         self.client.stats.recomputations += 1
-        trace = await self.forward(
-            request.hidden, context, leg.hop.span, keep=True, input_grad=request.input_grad, attempts=attempts
-        )
+        # Attempts of its own: a server that goes forward and never back would put the deadline off each time.
+        trace = await self.forward(request.hidden, context, leg.hop.span, keep=True, input_grad=request.input_grad)
         return await self.backward(trace, grad, sums=sums, term=term, attempts=attempts)
 
     async def _gradients(

@@ -11,7 +11,7 @@ import msgspec
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P
 
-from petals_tune.errors import AdapterMissing, LeaseLost, ServerError, SessionLost, UncoveredBlocks
+from petals_tune.errors import AdapterMissing, LeaseLost, ServerError, SessionLost, SwarmError, UncoveredBlocks
 from petals_tune.swarm.directory import Directory, Snapshot
 from petals_tune.swarm.p2p import start_dht, start_p2p, stop_dht, stop_p2p
 from petals_tune.swarm.retry import Attempts, Bans, Load, RetryPolicy
@@ -40,6 +40,7 @@ class SwarmClient:
         self._snapshot: Snapshot | None = None
         self._bans = Bans()
         self._streams: dict[str, asyncio.Task[ServerStream]] = {}
+        self._closed = False
 
     @classmethod
     async def join(
@@ -82,6 +83,7 @@ class SwarmClient:
 
         Servers that failed lately are passed over unless nobody else holds their blocks.
         """
+        self._check_open()
         now_s = time.monotonic()
         if self._snapshot is None or now_s - self._snapshot.taken_at_s > REFRESH_S:
             await self.refresh()
@@ -123,6 +125,7 @@ class SwarmClient:
 
     async def stream(self, server: ServerRecord) -> ServerStream:
         """The open stream to `server`; opened by the first who asks, shared by all."""
+        self._check_open()
         opening = self._streams.get(server.peer)
         if opening is None or (opening.done() and (opening.exception() or not opening.result().alive)):
             opening = self._streams[server.peer] = asyncio.create_task(
@@ -144,8 +147,13 @@ class SwarmClient:
             return None
         return opening.result()
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SwarmError("this model has left the swarm (remote_blocks.close()); load it again to go on")
+
     async def close(self) -> None:
         """End all streams and the daemon."""
+        self._closed = True
         for opening in self._streams.values():
             opening.cancel()
             for stream in await asyncio.gather(opening, return_exceptions=True):

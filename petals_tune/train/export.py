@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel, PromptTuningConfig, PromptTuningInit
+
+from petals_tune.tuning.deep_prompt import DeepPromptConfig, save_deep_prompts
 
 _CARD = """---
 library_name: peft
@@ -33,5 +36,8 @@ def export_adapter(net: PeftModel, folder: Path, *, base: str) -> None:
         config.prompt_tuning_init_text = config.tokenizer_name_or_path = None
     # "auto" would ask a hub whether the base model's vocabulary grew; nothing here resizes it.
     net.save_pretrained(str(folder), save_embedding_layers=False)
+    if isinstance(config, DeepPromptConfig):
+        base_model: Any = net.get_base_model()
+        save_deep_prompts(base_model, folder)
     # PEFT's own card is a form to fill in, with this machine's paths.
     (folder / "README.md").write_text(_CARD.format(method=type(config).__name__.removesuffix("Config"), base=base))

@@ -37,7 +37,7 @@ class Swarm(Protocol):
 class ClientOptions:
     """How the client talks to any swarm."""
 
-    micro_batch_rows: Count = 2  # of a batch, that travel together; smaller ones keep more servers busy at once
+    micro_batch_rows: Count | None = None  # of a batch, that travel together; None: rows of 128 positions in all
     wire_format: WireFormat = "float32"  # of hidden states
     grad_format: WireFormat = "float32"  # of their gradients
 

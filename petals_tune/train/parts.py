@@ -22,6 +22,7 @@ from petals_tune.train.loggers import MetricsFile
 from petals_tune.train.module import MakeOptimizer, MakeSchedule
 from petals_tune.train.objective import Objective
 from petals_tune.train.options import Swarm
+from petals_tune.tuning.support import check_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ def prepare(cfg: DictConfig) -> Parts:
     tokenizer = AutoTokenizer.from_pretrained(source)
     objective = build(cfg.objective, where="objective", tokenizer=tokenizer)
     tuning = build(cfg.tuning, where="tuning", tokenizer=tokenizer)
+    check_config(tuning)
     data = build(cfg.data, where="data", tokenizer=tokenizer)
     data.setup("fit")
     return Parts(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from petals_tune.config import check
@@ -23,6 +23,7 @@ from petals_tune.train.loggers import finish
 from petals_tune.train.module import FineTuner
 from petals_tune.train.parts import Parts, prepare
 from petals_tune.train.quiet import quiet
+from petals_tune.tuning.support import tune
 
 Connect = Callable[[Parts], AbstractContextManager[PreTrainedModel]]
 
@@ -57,7 +58,7 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> dict[str, dict[str,
     print(f"{parts.data.description}\n{parts.data.summary()}\n", flush=True)
 
     with connect(parts) as model:
-        net = get_peft_model(model, parts.tuning)
+        net = tune(model, parts.tuning)
         tuner = FineTuner(net, parts.objective, parts.optimizer, parts.schedule)
         print(f"trains {trained_share(net)}", flush=True)
         try:

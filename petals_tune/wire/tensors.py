@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from petals_tune.errors import ProtocolError
+from petals_tune.errors import ConfigError, ProtocolError
 
 WireFormat = Literal["float32", "float16", "bfloat16", "blockwise8"]
 WIRE_FORMATS: tuple[str, ...] = get_args(WireFormat)
@@ -42,6 +42,8 @@ def to_bytes(value: torch.Tensor) -> bytes:
         code, tensor = _BLOCKWISE8, value.as_subclass(torch.Tensor).cpu().float().contiguous()
         raw: Any = _to_blockwise8(tensor) if tensor.numel() else b""
     else:
+        if value.dtype not in _CODES:
+            raise ConfigError(f"{value.dtype} does not travel; float32, float16 and bfloat16 do")
         code, tensor = _CODES[value.dtype], value.detach().cpu().contiguous()
         raw = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
     return b"".join((struct.pack(f">BB{tensor.dim()}I", code, tensor.dim(), *tensor.shape), memoryview(raw)))

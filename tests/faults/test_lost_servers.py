@@ -33,15 +33,17 @@ class Swarm:
 
     def __init__(self, folder: Path, stack: ExitStack):
         self.folder, self._stack = folder, stack
-        self._common = [f"model.source='{folder}'", "quantization=none"]
-        first = stack.enter_context(server_process([*self._common, "blocks='0:3'", "limits.max_lease_gb=0"]))
+        options = [f"model.source='{folder}'", "blocks='0:3'", "quantization=none", "limits.max_lease_gb=0"]
+        first = stack.enter_context(server_process(options))
         self.peers = first.wait_until_ready()
         self.second_half: list[ServerProcess] = []  # those that live
 
-    def begin(self) -> ServerProcess:
+    def begin(self, *overrides: str) -> ServerProcess:
         """One more server of the second half; it is not up yet."""
-        peers = f"swarm.initial_peers=[{','.join(self.peers)}]"
-        server = self._stack.enter_context(server_process([*self._common, "blocks='3:6'", peers]))
+        if not overrides:
+            peers = f"swarm.initial_peers=[{','.join(self.peers)}]"
+            overrides = (f"model.source='{self.folder}'", "blocks='3:6'", peers)
+        server = self._stack.enter_context(server_process([*overrides, "quantization=none"]))
         self.second_half.append(server)
         return server
 
@@ -77,7 +79,7 @@ def swarm(folder: Path) -> Iterator[Swarm]:
 def remote(swarm: Swarm) -> Iterator[PreTrainedModel]:
     swarm.only_server()
     model = AutoDistributedModelForCausalLM.from_pretrained(
-        str(swarm.folder), initial_peers=swarm.peers, policy=PATIENT
+        str(swarm.folder), initial_peers=swarm.peers, micro_batch_rows=ROWS // 2, policy=PATIENT
     )
     yield model
     model.remote_blocks.close()
@@ -105,13 +107,12 @@ def test_a_missing_server_is_named_with_the_command_that_hosts_its_blocks_and_th
     (command,) = [line for line in str(caught.value).splitlines() if "python -m servers" in line]
     python, dash_m, servers, *overrides = shlex.split(command.partition("start one:")[2])
     assert (python, dash_m, servers) == ("python", "-m", "servers")
-    with server_process([*overrides, "quantization=none"]) as server:
-        server.wait_until_ready()
-        model = AutoDistributedModelForCausalLM.from_pretrained(str(swarm.folder), initial_peers=swarm.peers)
-        with torch.no_grad():
-            logits = model(**batch()).logits
-            assert relative_error(logits, plain_model(swarm.folder)(**batch()).logits) <= TOLERANCE
-        model.remote_blocks.close()
+    swarm.begin(*overrides).wait_until_ready()
+    model = AutoDistributedModelForCausalLM.from_pretrained(str(swarm.folder), initial_peers=swarm.peers)
+    with torch.no_grad():
+        logits = model(**batch()).logits
+        assert relative_error(logits, plain_model(swarm.folder)(**batch()).logits) <= TOLERANCE
+    model.remote_blocks.close()
 
 
 def test_a_server_without_room_for_graphs_computes_again(swarm, remote):

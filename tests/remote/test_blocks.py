@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from petals_tune import AutoDistributedModelForCausalLM
-from petals_tune.errors import ConfigError, SwarmMismatch
+from petals_tune.errors import ConfigError, PetalsTuneError, SwarmMismatch
 from tests.models import BLOCKS, VOCABULARY, plain_model, relative_error, save_model
 from tests.remote.conftest import Swarms
 
@@ -140,3 +140,16 @@ def test_another_model_than_the_swarms_is_refused_by_name(swarms, tmp_path):
     other = save_model(tmp_path / "other", "llama", hidden_size=64)
     with pytest.raises(SwarmMismatch, match="load the model that the swarm serves"):
         AutoDistributedModelForCausalLM.from_pretrained(str(other), initial_peers=swarms.peers[2])
+
+
+def test_a_gradient_that_is_not_finite_is_refused_at_once(swarms):
+    output = swarms.remote(2).remote_blocks[:](hidden_states().requires_grad_())
+    with pytest.raises(PetalsTuneError, match="non-finite numbers in the gradient"):
+        output.backward(torch.full_like(output, float("nan")))
+
+
+def test_a_model_that_has_left_the_swarm_says_so(swarms):
+    model = AutoDistributedModelForCausalLM.from_pretrained(str(swarms.folder), initial_peers=swarms.peers[2])
+    model.remote_blocks.close()
+    with pytest.raises(PetalsTuneError, match="left the swarm"):
+        model(IDS)
