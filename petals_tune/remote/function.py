@@ -6,6 +6,7 @@ Shapes: B rows, S positions, H hidden size.
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
@@ -101,17 +102,12 @@ class KeptTraces:
 
     def __del__(self) -> None:
         if self.leased:
-            loop.soon(_release_all, self.chain, self.traces)
+            loop.soon_task(functools.partial(_release_all, self.chain, self.traces))
 
 
-def _release_all(chain: Chain, traces: list[Trace]) -> None:
+async def _release_all(chain: Chain, traces: list[Trace]) -> None:
     for trace in traces:
-        task = asyncio.get_running_loop().create_task(chain.release(trace))
-        _releasing.add(task)
-        task.add_done_callback(_releasing.discard)
-
-
-_releasing: set[asyncio.Task[None]] = set()  # asyncio keeps no strong reference to a task
+        await chain.release(trace)
 
 
 class RemoteBlocksFunction(torch.autograd.Function):

@@ -88,10 +88,11 @@ class SwarmClient:
         if self._snapshot is None or now_s - self._snapshot.taken_at_s > REFRESH_S:
             await self.refresh()
         assert self._snapshot is not None
+        servers = self._snapshot.servers
 
         def plan(banned: frozenset[str]) -> tuple[Hop, ...]:
             return plan_route(
-                self._snapshot.servers,  # type: ignore[union-attr]
+                servers,
                 span,
                 model=self._model,
                 banned=banned,
