@@ -12,6 +12,7 @@ import torch
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
 from petals_tune.errors import PetalsTuneError, ProtocolError, RequestRefused, ServerBusy, SwarmMismatch
+from petals_tune.swarm.writer import BROKEN, MessageWriter
 from petals_tune.wire import frames
 from petals_tune.wire.messages import (
     Backward,
@@ -35,7 +36,6 @@ from petals_tune.wire.messages import (
     Stepped,
     Welcome,
     decode,
-    encode,
 )
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.tensors import WIRE_FORMATS, in_format
@@ -49,7 +49,6 @@ from servers.stepping import StepBatcher
 logger = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT = 32  # requests of one stream that are read and not answered
-_BROKEN = (asyncio.IncompleteReadError, ConnectionError, OSError)
 
 
 class Handler:
@@ -82,12 +81,12 @@ class Handler:
             await self._read(client, stream, reader)
         except ProtocolError as error:
             logger.warning("client %s breaks the protocol, stream closed: %s", client, error)
-        except _BROKEN:
+        except BROKEN:
             pass
         finally:
             for task in stream.tasks:
                 task.cancel()
-            writer.close()
+            stream.close()
             self._streams[client] -= 1
             if not self._streams[client]:
                 del self._streams[client]
@@ -141,7 +140,7 @@ class Handler:
             reply = Refusal(error="ServerError", text=f"the computation failed: {error}")
         try:
             await stream.send(message_id, reply)
-        except _BROKEN:
+        except BROKEN:
             if isinstance(reply, Forwarded) and reply.lease is not None:
                 self._leases.release(client, [reply.lease])
 
@@ -210,26 +209,18 @@ class Handler:
         return None if request.adapter is None else self._adapters.get(client, request.adapter, request.span)
 
 
-class _Stream:
-    """The writing side of a stream; messages alternate frame by frame, and a slow reader stops their writers."""
+class _Stream(MessageWriter):
+    """The writing side of a stream, and the requests on it that are not answered yet."""
 
     def __init__(self, writer: asyncio.StreamWriter):
+        super().__init__(writer)
         self.tasks: set[asyncio.Task[None]] = set()
-        self._writer = writer
-        self._lock = asyncio.Lock()
 
     def close_after_a_bug(self, task: asyncio.Task[None]) -> None:
         """A request that ended in an error of ours will never be answered: say so by ending the stream."""
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a bug while serving a request; its stream is closed", exc_info=error)
-            self._writer.close()
-
-    async def send(self, message_id: int, message: Message) -> None:
-        for header, payload in frames.cut(message_id, encode(message)):
-            async with self._lock:
-                self._writer.write(header)
-                self._writer.write(payload)
-                await self._writer.drain()
+            self.close()
 
 
 def _check_format(wire_format: str) -> None:

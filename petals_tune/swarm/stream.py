@@ -14,8 +14,9 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from petals_tune.errors import PetalsTuneError, ProtocolError, ServerError, ServerTimeout, ServerUnreachable
 from petals_tune.swarm.stats import SwarmStats
+from petals_tune.swarm.writer import BROKEN, MessageWriter
 from petals_tune.wire import frames
-from petals_tune.wire.messages import PROTOCOL, Hello, Message, Ping, Refusal, Welcome, decode, encode
+from petals_tune.wire.messages import PROTOCOL, Hello, Message, Ping, Refusal, Welcome, decode
 from petals_tune.wire.span import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,6 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 SILENCE_S = 6.0  # a server whose event loop says nothing for so long is stopped or gone
 MAX_MESSAGE_BYTES = 2**31
-_BROKEN = (asyncio.IncompleteReadError, ConnectionError, OSError)
 
 
 class ServerStream:
@@ -32,10 +32,9 @@ class ServerStream:
     def __init__(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stats: SwarmStats):
         self.peer = peer
         self.adapters: dict[tuple[str, BlockSpan], asyncio.Task[None]] = {}  # uploads on this stream, by version
-        self._reader, self._writer, self._stats = reader, writer, stats
+        self._reader, self._writer, self._stats = reader, MessageWriter(writer), stats
         self._ids = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Message]] = {}
-        self._write_lock = asyncio.Lock()
         self._heard_s = time.monotonic()
         self._failure: ServerError | None = None
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
@@ -55,7 +54,7 @@ class ServerStream:
                 _, reader, writer = await p2p.call_binary_stream_handler(peer_id, PROTOCOL)
         except TimeoutError:
             raise ServerTimeout(f"server {peer} did not open a stream within {timeout_s:g} s") from None
-        except (P2PDaemonError, *_BROKEN) as error:
+        except (P2PDaemonError, *BROKEN) as error:
             raise ServerUnreachable(f"server {peer} cannot be reached: {error}") from None
         stream = cls(peer, reader, writer, stats)
         stream._window = asyncio.Semaphore(1)
@@ -110,18 +109,12 @@ class ServerStream:
                 logger.debug("not delivered to %s: %s", self.peer, error)
 
     async def _send(self, message_id: int, message: Message) -> None:
-        for header, payload in frames.cut(message_id, encode(message)):
-            # One frame at a time: messages alternate on the stream, and a slow reader stops us here.
-            async with self._write_lock:
-                try:
-                    self._writer.write(header)
-                    self._writer.write(payload)
-                    await self._writer.drain()
-                except _BROKEN as error:
-                    self._fail(ServerUnreachable(f"the stream to server {self.peer} broke: {error!r}"))
-            if self._failure is not None:
-                raise self._failure
-            self._stats.sent_bytes += len(header) + len(payload)
+        try:
+            self._stats.sent_bytes += await self._writer.send(message_id, message)
+        except BROKEN as error:
+            self._fail(ServerUnreachable(f"the stream to server {self.peer} broke: {error!r}"))
+        if self._failure is not None:
+            raise self._failure
 
     async def _read(self) -> None:
         assembler = frames.Assembler(max_message_bytes=MAX_MESSAGE_BYTES, max_open_bytes=2 * MAX_MESSAGE_BYTES)
@@ -138,7 +131,7 @@ class ServerStream:
                     pending.set_result(decode(body))
         except ProtocolError as error:
             self._fail(ServerUnreachable(f"server {self.peer} breaks the protocol: {error}"))
-        except _BROKEN as error:
+        except BROKEN as error:
             self._fail(ServerUnreachable(f"server {self.peer} closed the stream: {error!r}"))
 
     async def _watch(self) -> None:

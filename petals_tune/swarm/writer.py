@@ -1,0 +1,33 @@
+"""The writing end of a stream, as client and server have it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from petals_tune.wire import frames
+from petals_tune.wire.messages import Message, encode
+
+BROKEN = (asyncio.IncompleteReadError, ConnectionError, OSError)  # what reading and writing raise when a stream ends
+
+
+class MessageWriter:
+    """Writes messages frame by frame: they alternate on the stream, and a slow reader stops their writers."""
+
+    def __init__(self, writer: asyncio.StreamWriter):
+        self._writer = writer
+        self._lock = asyncio.Lock()
+
+    async def send(self, message_id: int, message: Message) -> int:
+        """Write `message`; returns its bytes, frames included. Raises one of BROKEN where the stream has ended."""
+        sent = 0
+        for header, payload in frames.cut(message_id, encode(message)):
+            async with self._lock:
+                if self._writer.is_closing():  # uvloop raises a RuntimeError at a write, as it does at bugs
+                    raise ConnectionResetError("the stream was closed")
+                self._writer.writelines((header, payload))  # one system call
+                await self._writer.drain()
+            sent += len(header) + len(payload)
+        return sent
+
+    def close(self) -> None:
+        self._writer.close()
