@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from torch import nn
 
 from petals_tune.errors import PetalsTuneError, RequestRefused
@@ -47,7 +48,7 @@ class Engine:
             tensor.untyped_storage().data_ptr() for tensor in [*self._model.parameters(), *self._model.buffers()]
         )
         self._takes_positions = "position_ids" in inspect.signature(self._model.forward).parameters
-        self._int8 = [module for module in self._model.modules() if type(module).__name__ == "Linear8bitLt"]
+        self._int8 = [module for module in self._model.modules() if type(module) is Linear8bitLt]
         parameter = next(p for p in self._model.parameters() if p.is_floating_point())
         self._device, self._dtype = parameter.device, self._model.dtype
         self.hidden_size: int = self._model.config.hidden_size

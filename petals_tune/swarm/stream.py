@@ -110,9 +110,11 @@ class ServerStream:
 
     async def _send(self, message_id: int, message: Message) -> None:
         try:
-            self._stats.sent_bytes += await self._writer.send(message_id, message)
+            sent_bytes = await self._writer.send(message_id, message)
         except BROKEN as error:
             self._fail(ServerUnreachable(f"the stream to server {self.peer} broke: {error!r}"))
+        else:
+            self._stats.sent_bytes += sent_bytes
         if self._failure is not None:
             raise self._failure
 

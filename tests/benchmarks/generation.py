@@ -5,20 +5,21 @@
 In-process means plain transformers, at the best of 1 and 2 threads. The swarm is two server processes of one thread
 each, with real p2p daemons. Both sides generate 64 tokens after 16, greedily, and take turns, so that a busy machine
 disturbs them alike. What one more server adds to a step is seen against a single server of all blocks. The eight
-clients are threads of this process, each with its model, connection and session. The last line is JSON.
+clients are processes, as they are in life, each with its model, connection and session. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -121,11 +122,13 @@ def compared(source: str, options: argparse.Namespace, stack: ExitStack) -> dict
     batch = Side("batch of 8, two servers", rows(chain, ROWS), rows=ROWS)
     sides = [*single_local, single, single_whole, *batch_local, batch]
     if options.clients:
-        clients = [remote(two) for _ in range(CLIENTS)]
-        pool = stack.enter_context(ThreadPoolExecutor(CLIENTS))
+        clients = [stack.enter_context(client_process(source, two, ids[row : row + 1])) for row in range(CLIENTS)]
 
         def all_clients() -> None:
-            list(pool.map(lambda each: generate(each[1], ids[each[0] : each[0] + 1]), enumerate(clients)))
+            for client in clients:
+                client.send("generate")
+            for client in clients:
+                client.recv()
 
         at_once = Side("eight clients, two servers", all_clients, rows=CLIENTS)
         sides.append(at_once)
@@ -152,6 +155,34 @@ def compared(source: str, options: argparse.Namespace, stack: ExitStack) -> dict
     if options.clients:
         figures["clients8_speedup"] = at_once.tokens_per_s / single.tokens_per_s
     return figures
+
+
+@contextmanager
+def client_process(source: str, peers: list[str], ids: torch.Tensor) -> Iterator[Connection]:
+    """A client in a process of its own, which generates once for each message on the connection, and then answers."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=client, args=(theirs, source, peers, ids.tolist()))
+    process.start()
+    theirs.close()
+    try:
+        yield ours
+    finally:
+        ours.close()
+        process.join()
+
+
+def client(connection: Connection, source: str, peers: list[str], ids: list[list[int]]) -> None:
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model = AutoDistributedModelForCausalLM.from_pretrained(source, initial_peers=peers)
+    try:
+        while True:
+            connection.recv()
+            generate(model, torch.tensor(ids))
+            connection.send("done")
+    except EOFError:
+        model.remote_blocks.close()
 
 
 def generate(model: Any, ids: torch.Tensor) -> None:
