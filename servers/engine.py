@@ -59,9 +59,7 @@ class Engine:
         started_s = time.perf_counter()
         hidden = request.hidden.to(self._device, self._dtype)
         plan = CallPlan.of(adapter, train=request.train, seed=request.seed)
-        for prompt in plan.prompts.values():
-            if prompt.shape[0] > hidden.shape[1]:
-                raise RequestRefused(f"a prompt of {prompt.shape[0]} positions in a sequence of {hidden.shape[1]}")
+        _check_prompts(plan, hidden)
         with self._ready(request.span, plan):
             if not request.keep:
                 with torch.no_grad():
@@ -117,6 +115,8 @@ class Engine:
             try:
                 self._check(session.span, step.hidden)
                 session.prepare(step)
+                if session.position == 0:
+                    _check_prompts(CallPlan.of(session.adapter, train=False, seed=0), step.hidden)
                 good.append((number, session, step))
                 outputs.append(step.hidden)  # replaced below
             except PetalsTuneError as error:
@@ -210,6 +210,16 @@ def _positions(session: Session, step: Step) -> torch.Tensor:
     if given is None:
         given = torch.arange(session.position, session.position + length)[None]
     return given.expand(session.rows, length)
+
+
+def _check_prompts(plan: CallPlan, hidden: torch.Tensor) -> None:
+    """Raises RequestRefused where prompts are longer than the positions (B, S, H) that they are added to."""
+    for prompt in plan.prompts.values():
+        if prompt.shape[0] > hidden.shape[1]:
+            raise RequestRefused(
+                f"a prompt of {prompt.shape[0]} positions in a sequence of {hidden.shape[1]}; a session's first step "
+                "has to hold the whole prompt"
+            )
 
 
 def _after_prompts(session: Session) -> Adapter | None:

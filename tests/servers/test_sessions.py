@@ -7,7 +7,7 @@ import torch
 
 from petals_tune.errors import PetalsTuneError, RequestRefused, ServerBusy, SessionLost
 from petals_tune.wire.adapter import AdapterPart
-from petals_tune.wire.messages import OpenSession, Step
+from petals_tune.wire.messages import Backward, OpenSession, Step
 from petals_tune.wire.span import BlockSpan
 from servers.adapters import Adapter
 from servers.compute import ComputeThread
@@ -15,7 +15,7 @@ from servers.engine import Engine
 from servers.sessions import Session, SessionStore
 from servers.stepping import StepBatcher
 from tests.models import relative_error
-from tests.servers.parts import load
+from tests.servers.parts import forward, load
 
 SPAN = BlockSpan(1, 4)
 TOLERANCE = 1e-5
@@ -209,3 +209,29 @@ def test_sessions_of_clients_that_left_or_fell_silent_are_dropped():
     with pytest.raises(SessionLost):
         kept.get("b", mine, 111)
     assert kept.used_bytes == 2 * 200
+
+
+def test_a_first_step_that_is_shorter_than_a_prompt_is_refused_and_the_session_goes_on(engine):
+    prompt = AdapterPart(block=2, method="prompt", tensors=[torch.randn(3, 32)])
+    chat = session(adapter=Adapter((prompt,)), version="deep")
+    (refused,) = engine.step([(chat, step(hidden(1, 2, 0), 0))])
+    assert isinstance(refused, RequestRefused)
+    assert "the whole prompt" in str(refused)
+    (whole,) = engine.step([(chat, step(hidden(1, 4, 0), 0))])
+    assert whole.shape == (1, 4, 32)
+    assert chat.position == 4
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantized_blocks_train_after_they_generated_with_the_same_gradient(family, model_folder, quantization):
+    engine = Engine(load(model_folder(family), str(SPAN), quantization))
+    request = forward(str(SPAN), hidden(2, 5, 0), keep=True)
+    grad = hidden(2, 5, 1)
+
+    def gradient() -> torch.Tensor:
+        graph = engine.forward(request, None).graph
+        return engine.backward(Backward(lease=1, grad=grad), graph, None)[0]
+
+    before = gradient()
+    engine.step([(session(), step(hidden(1, 4, 2), 0))])
+    assert torch.equal(gradient(), before)
