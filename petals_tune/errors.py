@@ -10,12 +10,15 @@ PetalsTuneError
 |-- SwarmError (RuntimeError)
 |   |-- UncoveredBlocks                 the network's: nobody holds some blocks (yet)
 |   |-- SwarmMismatch                   yours: the servers hold another model
+|   |-- AccessDenied                    yours: the swarm is private, and your token does not let you in
+|   |-- ClockSkew                       yours: this machine's clock is more than 3 s off the swarm's
 |   `-- SwarmTimeout (TimeoutError)     the network's: every server tried, the deadline passed
 `-- ServerError (RuntimeError)          theirs: one server; another one may do  (the only errors that are retried)
     |-- ServerUnreachable (ConnectionError)
     |-- ServerTimeout (TimeoutError)
     |-- ServerBusy                      it has no room now: a queue, a budget
     |-- BadReply                        wrong shapes, wrong dtypes, non-finite numbers
+    |-- UntrustedServer                 it has no valid token of this private swarm
     |-- LeaseLost                       the kept graph is gone: send the inputs along
     |-- SessionLost                     the KV cache is gone: replay the inputs
     `-- AdapterMissing                  the server does not know this version: upload it
@@ -62,6 +65,14 @@ class SwarmMismatch(SwarmError):
     """The servers of this swarm hold another model than the client."""
 
 
+class AccessDenied(SwarmError):
+    """A private swarm does not let this peer in: no token, or one that is expired, revoked, or another's."""
+
+
+class ClockSkew(SwarmError):
+    """This machine's clock and the swarm's differ by more than the DHT allows."""
+
+
 class SwarmTimeout(SwarmError, TimeoutError):
     """The deadline passed and no server that was tried could answer."""
 
@@ -84,6 +95,10 @@ class ServerBusy(ServerError):
 
 class BadReply(ServerError):
     """The server answered with wrong shapes, wrong dtypes or non-finite numbers."""
+
+
+class UntrustedServer(ServerError):
+    """The server could not show that it belongs to this private swarm; nothing was sent to it."""
 
 
 class LeaseLost(ServerError):

@@ -6,18 +6,19 @@ clients with different adapters share the blocks.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from petals_tune.errors import AdapterMissing, RequestRefused
+from petals_tune.errors import AdapterMissing, RequestRefused, ServerBusy
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.span import BlockSpan
+from servers.gate import Shares
 
 SEED_STEP = 1_000_003  # blocks draw their dropout from seeds far apart, so that any cut into spans draws the same
 
@@ -34,6 +35,10 @@ class Adapter:
     @property
     def tensors(self) -> list[torch.Tensor]:
         return [tensor for part in self.parts for tensor in part.tensors]
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,20 +100,27 @@ class AdapterHooks:
 
     def check(self, parts: Sequence[AdapterPart], hidden_size: int) -> None:
         """Raises RequestRefused for a part that does not fit these blocks."""
+        prompted: set[int] = set()
         for part in parts:
             where = f"adapter on block {part.block} {part.module}".rstrip()
             shapes = [tuple(tensor.shape) for tensor in part.tensors]
             if any(not t.is_floating_point() or not torch.isfinite(t).all() for t in part.tensors):
                 raise RequestRefused(f"{where}: its tensors are not finite floats")
+            if not math.isfinite(part.scaling):
+                raise RequestRefused(f"{where}: its scaling is {part.scaling}")
             if part.method == "prompt":
                 if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][1] != hidden_size:
                     raise RequestRefused(f"{where}: prompts are one tensor (P, {hidden_size}), not {shapes}")
+                if part.block in prompted:
+                    raise RequestRefused(f"{where}: prompts twice")
+                prompted.add(part.block)
                 continue
             linear = self._modules.get((part.block, part.module))
             if part.method != "lora" or linear is None:
                 raise RequestRefused(f"{where}: there is no linear for a {part.method!r} there")
             wide = _features(linear)
-            if len(shapes) != 2 or shapes[0][1:] != wide[:1] or shapes[1] != (wide[1], shapes[0][0]):
+            fits = len(shapes) == 2 and shapes[0][1:] == wide[:1] and shapes[1] == (wide[1], shapes[0][0])
+            if not fits or not shapes[0][0]:
                 raise RequestRefused(
                     f"{where}: LoRA on {wide} needs A (r, {wide[0]}) and B ({wide[1]}, r), not {shapes}"
                 )
@@ -144,59 +156,126 @@ class AdapterHooks:
 
 
 class AdapterCache:
-    """The last versions of each client's adapters."""
+    """The last versions of each client's adapters, in fair shares of a budget of bytes."""
 
-    def __init__(self, *, versions_per_client: int = 4):
+    def __init__(self, *, max_bytes: int, versions_per_client: int = 4):
         self._versions = versions_per_client
-        self._clients: dict[str, OrderedDict[tuple[str, BlockSpan], Adapter]] = {}
+        self._shares: Shares[_Upload] = Shares(max_bytes)
+        self._adapters: dict[_Upload, Adapter] = {}
 
     def put(self, client: str, version: str, span: BlockSpan, parts: Sequence[AdapterPart]) -> None:
-        kept = self._clients.setdefault(client, OrderedDict())
-        for part in parts:
-            for tensor in part.tensors:
-                tensor.requires_grad_(True)
-        kept[version, span] = Adapter(tuple(parts))
-        while len(kept) > self._versions:
-            kept.popitem(last=False)
+        """Keep an adapter, and forget the client's oldest ones for it.
+
+        Raises RequestRefused where it never fits, ServerBusy where others have the room now.
+        """
+        adapter, upload = Adapter(tuple(parts)), _Upload(client, version, span)
+        if adapter.bytes > self._shares.max_bytes:
+            raise RequestRefused(
+                f"an adapter of {adapter.bytes / 2**20:.0f} MB on blocks {span}, and this server keeps "
+                f"{self._shares.max_bytes / 2**20:.0f} MB of adapters"
+            )
+        if upload in self._adapters:
+            self._drop(upload)
+        while (leaving := self._shares.make_room(client, adapter.bytes)) is None:
+            if not (own := self._shares.of(client)):
+                raise ServerBusy(f"no room for an adapter of {adapter.bytes / 2**20:.0f} MB now")
+            self._drop(own[0])
+        for other in leaving:
+            self._drop(other)
+        for tensor in adapter.tensors:
+            tensor.requires_grad_(True)
+        self._keep(upload, adapter)
+        for oldest in self._shares.of(client)[: -self._versions]:
+            self._drop(oldest)
 
     def get(self, client: str, version: str, span: BlockSpan) -> Adapter:
         """Raises AdapterMissing where the client has to upload it (again)."""
-        kept = self._clients.get(client, OrderedDict())
-        for (name, uploaded), adapter in kept.items():
-            if name == version and uploaded.covers(span):
-                kept.move_to_end((name, uploaded))
+        for upload in self._shares.of(client):
+            if upload.version == version and upload.span.covers(span):
+                adapter = self._drop(upload)
+                self._keep(upload, adapter)  # as the newest
                 return adapter.on(span)
         raise AdapterMissing(f"adapter {version[:12]} on blocks {span} is not here")
 
     def drop_client(self, client: str) -> None:
-        self._clients.pop(client, None)
+        for upload in self._shares.of(client):
+            self._drop(upload)
+
+    def _keep(self, upload: _Upload, adapter: Adapter) -> None:
+        self._adapters[upload] = adapter
+        self._shares.hold(upload, upload.client, adapter.bytes)
+
+    def _drop(self, upload: _Upload) -> Adapter:
+        self._shares.drop(upload)
+        return self._adapters.pop(upload)
+
+
+class _Upload(NamedTuple):
+    client: str
+    version: str
+    span: BlockSpan
 
 
 class GradientSums:
-    """Sums of adapter gradients over a client's micro-batches, until it collects them.
+    """Adapter gradients of a client's micro-batches, to be summed when it collects them.
 
     Terms are added in the order of their places, so that a sum does not depend on what was computed first.
     """
 
-    def __init__(self, *, sums_per_client: int = 8):
+    def __init__(self, *, max_bytes: int, sums_per_client: int = 8):
         self._kept = sums_per_client
-        self._clients: dict[str, OrderedDict[int, dict[int, list[torch.Tensor]]]] = {}
+        self._shares: Shares[_Term] = Shares(max_bytes)
+        self._terms: dict[_Term, list[torch.Tensor]] = {}
 
     def add(self, client: str, number: int, place: int, gradients: list[torch.Tensor]) -> None:
-        """Add a term, once. The oldest sum of a client that never collects is forgotten."""
-        sums = self._clients.setdefault(client, OrderedDict())
-        sums.setdefault(number, {}).setdefault(place, gradients)
-        if len(sums) > self._kept:
-            sums.popitem(last=False)
+        """Add a term, once. The oldest sum of a client that never collects is forgotten.
 
-    def collect(self, client: str, number: int) -> tuple[list[torch.Tensor], int]:
-        """(the sum, how many terms it has); ([], 0) where it is not here."""
-        terms = self._clients.get(client, OrderedDict()).pop(number, {})
-        in_order = [terms[place] for place in sorted(terms)]
-        return [sum(same[1:], start=same[0]).float() for same in zip(*in_order, strict=True)], len(terms)
+        Raises RequestRefused for a term that is no like of the others, ServerBusy where it does not fit.
+        """
+        new = _Term(client, number, place)
+        if new in self._terms:
+            return
+        mine = self._shares.of(client)
+        for term in (term for term in mine if term.number == number):
+            if [t.shape for t in self._terms[term]] != [t.shape for t in gradients]:
+                raise RequestRefused(f"the terms of sum {number} have not the same shapes")
+            break
+        size = sum(tensor.nbytes for tensor in gradients)
+        leaving = self._shares.make_room(client, size)
+        if leaving is None:
+            raise ServerBusy(f"no room for {size / 2**20:.0f} MB of adapter gradients now")
+        for other in leaving:
+            self._drop(other)
+        self._terms[new] = gradients
+        self._shares.hold(new, client, size)
+        numbers = list(dict.fromkeys(term.number for term in [*mine, new]))
+        for term in mine:
+            if term.number in numbers[: -self._kept]:
+                self._drop(term)
+
+    def take(self, client: str, number: int) -> list[list[torch.Tensor]]:
+        """The terms of a sum in their order, which ends with this; none where it is not here."""
+        terms = sorted(term for term in self._shares.of(client) if term.number == number)
+        return [self._drop(term) for term in terms]
 
     def drop_client(self, client: str) -> None:
-        self._clients.pop(client, None)
+        for term in self._shares.of(client):
+            self._drop(term)
+
+    def _drop(self, term: _Term) -> list[torch.Tensor]:
+        self._shares.drop(term)
+        return self._terms.pop(term)
+
+
+class _Term(NamedTuple):
+    client: str
+    number: int
+    place: int
+
+
+def summed(terms: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """The tensors of all terms, added up in their order."""
+    return [sum(same[1:], start=same[0]).float() for same in zip(*terms, strict=True)]
 
 
 def _seed(device: torch.device, seed: int) -> None:

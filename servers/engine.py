@@ -59,7 +59,7 @@ class Engine:
         started_s = time.perf_counter()
         hidden = request.hidden.to(self._device, self._dtype)
         plan = CallPlan.of(adapter, train=request.train, seed=request.seed)
-        _check_prompts(plan, hidden)
+        _check_prompts(adapter, hidden.shape[1])
         with self._ready(request.span, plan):
             if not request.keep:
                 with torch.no_grad():
@@ -87,6 +87,7 @@ class Engine:
             assert request.again is not None
             again = request.again
             self._check(again.span, again.hidden)
+            _check_prompts(adapter, again.hidden.shape[1])
             hidden = again.hidden.to(self._device, self._dtype).requires_grad_(again.input_grad)
             with self._ready(again.span, CallPlan.of(adapter, train=again.train, seed=again.seed)), torch.enable_grad():
                 output = self._run(again, hidden)
@@ -114,9 +115,9 @@ class Engine:
         for number, (session, step) in enumerate(steps):
             try:
                 self._check(session.span, step.hidden)
+                if step.position == 0:
+                    _check_prompts(session.adapter, step.hidden.shape[1])
                 session.prepare(step)
-                if session.position == 0:
-                    _check_prompts(CallPlan.of(session.adapter, train=False, seed=0), step.hidden)
                 good.append((number, session, step))
                 outputs.append(step.hidden)  # replaced below
             except PetalsTuneError as error:
@@ -203,6 +204,16 @@ class Engine:
             self.hooks.plan = None
 
 
+def _check_prompts(adapter: Adapter | None, positions: int) -> None:
+    """Raises RequestRefused for prompts that are longer than the positions they are added to."""
+    for part in adapter.parts if adapter is not None else ():
+        if part.method == "prompt" and part.tensors[0].shape[0] > positions:
+            raise RequestRefused(
+                f"a prompt of {part.tensors[0].shape[0]} positions in a sequence of {positions}; a session's first step "
+                "has to hold the whole prompt"
+            )
+
+
 def _positions(session: Session, step: Step) -> torch.Tensor:
     """(B, S) position ids of a step; counted from the session's position where the client gave none."""
     length = step.hidden.shape[1]
@@ -210,16 +221,6 @@ def _positions(session: Session, step: Step) -> torch.Tensor:
     if given is None:
         given = torch.arange(session.position, session.position + length)[None]
     return given.expand(session.rows, length)
-
-
-def _check_prompts(plan: CallPlan, hidden: torch.Tensor) -> None:
-    """Raises RequestRefused where prompts are longer than the positions (B, S, H) that they are added to."""
-    for prompt in plan.prompts.values():
-        if prompt.shape[0] > hidden.shape[1]:
-            raise RequestRefused(
-                f"a prompt of {prompt.shape[0]} positions in a sequence of {hidden.shape[1]}; a session's first step "
-                "has to hold the whole prompt"
-            )
 
 
 def _after_prompts(session: Session) -> Adapter | None:

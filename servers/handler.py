@@ -5,15 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
-from petals_tune.errors import PetalsTuneError, ProtocolError, RequestRefused, ServerBusy, SwarmMismatch
-from petals_tune.swarm.writer import BROKEN, MessageWriter
-from petals_tune.wire import frames
+from petals_tune.errors import (
+    PetalsTuneError,
+    ProtocolError,
+    RequestRefused,
+    ServerBusy,
+    ServerError,
+    SwarmMismatch,
+)
+from petals_tune.swarm.members import Members
+from petals_tune.swarm.writer import BROKEN
+from petals_tune.wire.frames import Dropped
 from petals_tune.wire.messages import (
     Backward,
     CloseSession,
@@ -23,7 +32,6 @@ from petals_tune.wire.messages import (
     Forward,
     Forwarded,
     Gradients,
-    Hello,
     Message,
     OpenSession,
     Ping,
@@ -38,17 +46,31 @@ from petals_tune.wire.messages import (
     decode,
 )
 from petals_tune.wire.records import ServerRecord
-from petals_tune.wire.tensors import WIRE_FORMATS, in_format
-from servers.adapters import Adapter, AdapterCache, GradientSums
+from petals_tune.wire.tensors import in_format
+from servers.adapters import Adapter, AdapterCache, GradientSums, summed
 from servers.compute import ComputeThread, Priority
 from servers.engine import Engine
+from servers.gate import Gate, RequestLimits
 from servers.leases import LeaseStore
 from servers.sessions import SessionStore
 from servers.stepping import StepBatcher
+from servers.streams import ClientStream, OpenStreams
 
 logger = logging.getLogger(__name__)
 
-MAX_IN_FLIGHT = 32  # requests of one stream that are read and not answered
+
+@dataclass(frozen=True, kw_only=True)
+class Stores:
+    """What a server keeps for its clients between requests, each kind in fair shares of its own budget."""
+
+    leases: LeaseStore
+    sessions: SessionStore
+    adapters: AdapterCache
+    sums: GradientSums
+
+    def drop_client(self, client: str) -> None:
+        for store in (self.leases, self.sessions, self.adapters, self.sums):
+            store.drop_client(client)
 
 
 class Handler:
@@ -58,171 +80,185 @@ class Handler:
         self,
         engine: Engine,
         compute: ComputeThread,
-        leases: LeaseStore,
-        sessions: SessionStore,
+        stores: Stores,
         record: ServerRecord,
-        *,
-        max_message_bytes: int,
+        limits: RequestLimits,
+        members: Members | None = None,
     ):
-        self._engine, self._compute, self._leases, self.record = engine, compute, leases, record
-        self._sessions, self._steps = sessions, StepBatcher(engine, compute)
-        self._adapters, self._sums = AdapterCache(), GradientSums()
-        self._max_message_bytes = max_message_bytes
-        self._streams: Counter[str] = Counter()  # open streams by client
+        """`members` of a private swarm are served alone; None: everybody is."""
+        self._engine, self._compute, self._stores, self.record = engine, compute, stores, record
+        self._steps = StepBatcher(engine, compute)
+        self._limits, self._members = limits, members
+        self._gate = Gate(limits)
+        self._streams = OpenStreams(self._gate)
         self._running: set[asyncio.Task[None]] = set()
         self.draining = False
 
     async def serve(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One stream, from its first byte to its last."""
         client = str(info.peer_id)
-        stream = _Stream(writer)
-        self._streams[client] += 1
         try:
-            await self._read(client, stream, reader)
-        except ProtocolError as error:
-            logger.warning("client %s breaks the protocol, stream closed: %s", client, error)
+            stream = self._streams.enter(client, reader, writer)
+        except ServerBusy as error:
+            logger.info("a stream of client %s refused: %s", client, error)
+            writer.close()
+            return
+        try:
+            await self._greet(stream)
+            while True:
+                await self._take(stream, *await stream.next_message())
+        except PetalsTuneError as error:
+            logger.info("a stream of client %s closed: %s", client, error)
+            with suppress(*BROKEN):
+                await stream.send(stream.message_id, _refusal(error))
         except BROKEN:
             pass
         finally:
-            for task in stream.tasks:
-                task.cancel()
-            stream.close()
-            self._streams[client] -= 1
-            if not self._streams[client]:
-                del self._streams[client]
-                self._leases.drop_client(client)
-                self._sessions.drop_client(client)
-                self._adapters.drop_client(client)
-                self._sums.drop_client(client)
+            self._streams.leave(stream)
+            if client not in self._gate:
+                self._stores.drop_client(client)
 
     async def drained(self) -> None:
         """Wait until nothing runs; with `draining` set, nothing new is started."""
         while self._running:
             await asyncio.wait(set(self._running))
 
-    async def _read(self, client: str, stream: _Stream, reader: asyncio.StreamReader) -> None:
-        assembler = frames.Assembler(
-            max_message_bytes=self._max_message_bytes, max_open_bytes=4 * self._max_message_bytes
+    async def _greet(self, stream: ClientStream) -> None:
+        """Read the Hello, and answer it. Raises AccessDenied before anything else of a stranger is read."""
+        hello = await stream.hello()
+        if (members := self._members) is not None:
+            token = members.admit(hello.token, stream.client)
+            stream.check_still_in = lambda: members.check_still_in(token)
+        if self.draining:
+            raise ServerBusy("this server is leaving the swarm")
+        if hello.model is not None and hello.model != self.record.model:
+            raise SwarmMismatch(
+                f"this server holds {self.record.model_name} ({self.record.model[:12]}), not {hello.model[:12]}"
+            )
+        welcome = Welcome(
+            record=self.record,
+            max_in_flight=self._limits.max_in_flight,
+            max_message_bytes=self._limits.max_message_bytes,
+            token=None if members is None else members.own_token(),
         )
-        while True:
-            length, message_id, remaining = frames.read_header(await reader.readexactly(frames.HEADER.size))
-            body = assembler.feed(message_id, await reader.readexactly(length), remaining)
-            if body is None:
-                continue
+        await stream.send(stream.message_id, welcome)
+
+    async def _take(self, stream: ClientStream, message_id: int, body: bytes | Dropped) -> None:
+        """Answer a message, or start to. A bad one is refused, and the stream goes on."""
+        if isinstance(body, Dropped):
+            await stream.send(message_id, _refusal(ServerBusy(f"no room for a request of {body.total} bytes now")))
+            return
+        try:
             request = decode(body)
+            if not isinstance(request, Ping | Release | CloseSession):
+                stream.begin(message_id)
+                task = asyncio.create_task(self._answer(stream, message_id, request))
+                stream.started(message_id, task, len(body))
+                self._running.add(task)
+                task.add_done_callback(self._running.discard)
+                return
             if isinstance(request, Ping):
                 await stream.send(message_id, Pong())
             elif isinstance(request, Release):
-                self._leases.release(client, request.leases)
-            elif isinstance(request, CloseSession):
-                self._sessions.close(client, request.session)
-            elif len(stream.tasks) >= MAX_IN_FLIGHT:
-                raise ProtocolError(f"more than {MAX_IN_FLIGHT} requests in flight")
+                self._stores.leases.release(stream.client, request.leases)
             else:
-                task = asyncio.create_task(self._answer(client, stream, message_id, request))
-                for tasks in (stream.tasks, self._running):
-                    tasks.add(task)
-                    task.add_done_callback(tasks.discard)
-                task.add_done_callback(stream.close_after_a_bug)
+                self._stores.sessions.close(stream.client, request.session)
+        except (ProtocolError, ServerBusy) as error:
+            if message_id in stream.tasks:
+                raise  # a refusal under this id would answer another request
+            await stream.send(message_id, _refusal(error))
+        stream.give_back(len(body))
 
-    async def _answer(self, client: str, stream: _Stream, message_id: int, request: Message) -> None:
+    async def _answer(self, stream: ClientStream, message_id: int, request: Message) -> None:
+        reply: Message
         try:
             if self.draining:
                 raise ServerBusy("this server is leaving the swarm")
-            reply = await self._reply(client, request)
+            reply = await self._reply(stream.client, request)
         except PetalsTuneError as error:
-            reply = Refusal(error=type(error).__name__, text=str(error))
+            reply = _refusal(error)
         except MemoryError as error:
-            reply = Refusal(error=ServerBusy.__name__, text=f"out of memory: {error}")
+            reply = _refusal(ServerBusy(f"out of memory: {error}"))
         except RuntimeError as error:
             # torch's own errors on input that passed our checks; the traceback stays here, the client goes elsewhere.
-            logger.exception("request of %s failed", client)
-            reply = Refusal(error="ServerError", text=f"the computation failed: {error}")
+            logger.exception("request of %s failed", stream.client)
+            reply = _refusal(ServerError(f"the computation failed: {error}"))
         try:
             await stream.send(message_id, reply)
         except BROKEN:
             if isinstance(reply, Forwarded) and reply.lease is not None:
-                self._leases.release(client, [reply.lease])
+                self._stores.leases.release(stream.client, [reply.lease])
 
     async def _reply(self, client: str, request: Message) -> Message:
         match request:
-            case Hello():
-                if request.model is not None and request.model != self.record.model:
-                    raise SwarmMismatch(
-                        f"this server holds {self.record.model_name} ({self.record.model[:12]}), not "
-                        f"{request.model[:12]}"
-                    )
-                return Welcome(
-                    record=self.record, max_in_flight=MAX_IN_FLIGHT, max_message_bytes=self._max_message_bytes
-                )
             case Forward():
                 return await self._forward(client, request)
             case Backward():
                 return await self._backward(client, request)
             case Step():
-                _check_format(request.reply_format)
-                session = self._sessions.get(client, request.session, time.monotonic())
+                self._check_size(request.hidden)
+                session = self._stores.sessions.get(client, request.session, time.monotonic())
                 return Stepped(hidden=in_format(await self._steps.run(session, request), request.reply_format))
             case CollectSum():
-                # On the computing thread, as the additions are: this one comes after them.
-                collect = partial(self._sums.collect, client, request.adapter_sum)
-                adapter_gradients, terms = await self._compute.run(Priority.BACKWARD, collect)
-                return CollectedSum(adapter=adapter_gradients, terms=terms)
+                terms = self._stores.sums.take(client, request.adapter_sum)
+                total = await self._compute.run(Priority.BACKWARD, partial(summed, terms))
+                return CollectedSum(adapter=total, terms=len(terms))
             case OpenSession():
                 self._engine.check_span(request.span)
-                adapter = None if request.adapter is None else self._adapters.get(client, request.adapter, request.span)
-                return SessionOpened(session=self._sessions.open(client, request, adapter, time.monotonic()))
+                adapter = self._adapter(client, request)
+                return SessionOpened(session=self._stores.sessions.open(client, request, adapter, time.monotonic()))
             case PutAdapter():
-                self._engine.hooks.check(request.parts, self._engine.hidden_size)
-                self._adapters.put(client, request.version, request.span, request.parts)
+                self._engine.check_span(request.span)
+                check = partial(self._engine.hooks.check, request.parts, self._engine.hidden_size)
+                await self._compute.run(Priority.FORWARD, check)
+                self._stores.adapters.put(client, request.version, request.span, request.parts)
                 return Done()
         raise RequestRefused(f"{type(request).__name__} is not a request")
 
     async def _forward(self, client: str, request: Forward) -> Forwarded:
-        _check_format(request.reply_format)
+        self._check_size(request.hidden)
         adapter = self._adapter(client, request)
         result = await self._compute.run(Priority.FORWARD, lambda: self._engine.forward(request, adapter))
         lease = None
-        if result.graph is not None and self._streams[client]:
-            lease = self._leases.keep(client, result.graph, result.graph_bytes, time.monotonic())
+        if result.graph is not None and client in self._gate:
+            lease = self._stores.leases.keep(client, result.graph, result.graph_bytes, time.monotonic())
         return Forwarded(hidden=in_format(result.output, request.reply_format), lease=lease, compute_s=result.compute_s)
 
     async def _backward(self, client: str, request: Backward) -> Gradients:
-        _check_format(request.reply_format)
         graph = adapter = None
         if request.lease is not None:
-            graph = self._leases.take(client, request.lease, time.monotonic())
+            graph = self._stores.leases.take(client, request.lease, time.monotonic())
         elif request.again is not None:
+            self._check_size(request.again.hidden)
             adapter = self._adapter(client, request.again)
-
-        def on_the_computing_thread() -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-            hidden, gradients = self._engine.backward(request, graph, adapter)
-            if request.adapter_sum is None:
-                return hidden, [gradient.float() for gradient in gradients]
-            self._sums.add(client, request.adapter_sum, request.term, gradients)
-            return hidden, []
-
-        hidden, gradients = await self._compute.run(Priority.BACKWARD, on_the_computing_thread)
+        backward = partial(self._engine.backward, request, graph, adapter)
+        hidden, gradients = await self._compute.run(Priority.BACKWARD, backward)
+        if request.adapter_sum is None:
+            gradients = [gradient.float() for gradient in gradients]
+        elif client in self._gate:
+            self._stores.sums.add(client, request.adapter_sum, request.term, gradients)
+            gradients = []
         return Gradients(hidden=None if hidden is None else in_format(hidden, request.reply_format), adapter=gradients)
 
-    def _adapter(self, client: str, request: Forward) -> Adapter | None:
-        return None if request.adapter is None else self._adapters.get(client, request.adapter, request.span)
+    def _adapter(self, client: str, request: Forward | OpenSession) -> Adapter | None:
+        if request.adapter is None:
+            return None
+        return self._stores.adapters.get(client, request.adapter, request.span)
+
+    def _check_size(self, hidden: torch.Tensor) -> None:
+        """Raises RequestRefused for more than one request may compute; attention's memory grows with S squared."""
+        rows, positions, _ = hidden.shape
+        if positions > self._limits.max_positions:
+            raise RequestRefused(
+                f"{positions} positions a row, and this server takes {self._limits.max_positions} at once "
+                "(its limits.max_positions)"
+            )
+        if rows * positions > self._limits.max_tokens:
+            raise RequestRefused(
+                f"{rows} rows of {positions} positions, and this server takes {self._limits.max_tokens} positions in "
+                "all at once (its limits.max_tokens): send fewer rows, swarm.micro_batch_rows"
+            )
 
 
-class _Stream(MessageWriter):
-    """The writing side of a stream, and the requests on it that are not answered yet."""
-
-    def __init__(self, writer: asyncio.StreamWriter):
-        super().__init__(writer)
-        self.tasks: set[asyncio.Task[None]] = set()
-
-    def close_after_a_bug(self, task: asyncio.Task[None]) -> None:
-        """A request that ended in an error of ours will never be answered: say so by ending the stream."""
-        if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("a bug while serving a request; its stream is closed", exc_info=error)
-            self.close()
-
-
-def _check_format(wire_format: str) -> None:
-    if wire_format not in WIRE_FORMATS:
-        raise RequestRefused(f"reply_format {wire_format!r} is not one of {', '.join(WIRE_FORMATS)}")
+def _refusal(error: PetalsTuneError) -> Refusal:
+    return Refusal(error=type(error).__name__, text=str(error))

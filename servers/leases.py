@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from petals_tune.errors import LeaseLost
+from servers.gate import Shares
 
 
 @dataclass
@@ -60,67 +61,66 @@ class Graph:
     def gradients(self, grad: torch.Tensor) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """(gradient at the input or None, gradients of the adapter's tensors); frees the graph."""
         inputs = [*([] if self.hidden is None else [self.hidden]), *self.adapter]
-        found = list(torch.autograd.grad(self.output, inputs, grad.to(self.output.dtype)))
+        # A linear that this forward did not pass has a gradient too: zero.
+        found = list(torch.autograd.grad(self.output, inputs, grad.to(self.output.dtype), materialize_grads=True))
         return (None if self.hidden is None else found.pop(0)), found
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Lease:
-    client: str
-    graph: Graph
-    bytes: int
-    since_s: float
-
-
 class LeaseStore:
-    """Graphs by lease id. Used by the event loop alone; the clock is an argument."""
+    """Graphs by lease id, in fair shares. Used by the event loop alone; the clock is an argument."""
 
     def __init__(self, *, max_bytes: int, max_age_s: float):
-        self.max_bytes, self.max_age_s = max_bytes, max_age_s
-        self.used_bytes = 0
-        self._leases: dict[int, _Lease] = {}  # oldest first
+        self.max_age_s = max_age_s
+        self._shares: Shares[int] = Shares(max_bytes)
+        self._leases: dict[int, tuple[Graph, float]] = {}  # graph, since when; oldest first
         self._ids = itertools.count(1)
 
     def __len__(self) -> int:
         return len(self._leases)
 
+    @property
+    def used_bytes(self) -> int:
+        return self._shares.used_bytes
+
     def keep(self, client: str, graph: Graph, size_bytes: int, now_s: float) -> int | None:
-        """Keep `graph`; None where it does not fit. A living lease never makes room for a new one:
+        """Keep `graph`; None where it does not fit. A client's lease never makes room for another of its own:
 
         forwards 0..M, then backwards 0..M would find the first ones evicted every time.
         """
         self.drop_old(now_s)
-        if self.used_bytes + size_bytes > self.max_bytes:
+        leaving = self._shares.make_room(client, size_bytes)
+        if leaving is None:
             return None
+        for lease in leaving:
+            self._drop(lease)
         lease = next(self._ids)
-        self._leases[lease] = _Lease(client=client, graph=graph, bytes=size_bytes, since_s=now_s)
-        self.used_bytes += size_bytes
+        self._leases[lease] = (graph, now_s)
+        self._shares.hold(lease, client, size_bytes)
         return lease
 
     def take(self, client: str, lease: int, now_s: float) -> Graph:
         """The graph of a lease, which ends with this. Raises LeaseLost, for another client's lease too."""
         self.drop_old(now_s)
-        found = self._leases.get(lease)
-        if found is None or found.client != client:
+        if self._shares.holder(lease) != client:
             raise LeaseLost(f"lease {lease} is not kept here (any more)")
-        self._drop(lease)
-        return found.graph
+        return self._drop(lease)
 
     def release(self, client: str, leases: Iterable[int]) -> None:
         for lease in leases:
-            if lease in self._leases and self._leases[lease].client == client:
+            if self._shares.holder(lease) == client:
                 self._drop(lease)
 
     def drop_client(self, client: str) -> None:
-        for lease in [lease for lease, kept in self._leases.items() if kept.client == client]:
+        for lease in self._shares.of(client):
             self._drop(lease)
 
     def drop_old(self, now_s: float) -> None:
         while self._leases:
             oldest = next(iter(self._leases))
-            if now_s - self._leases[oldest].since_s <= self.max_age_s:
+            if now_s - self._leases[oldest][1] <= self.max_age_s:
                 return
             self._drop(oldest)
 
-    def _drop(self, lease: int) -> None:
-        self.used_bytes -= self._leases.pop(lease).bytes
+    def _drop(self, lease: int) -> Graph:
+        self._shares.drop(lease)
+        return self._leases.pop(lease)[0]

@@ -9,12 +9,15 @@ from contextlib import AsyncExitStack
 
 from petals_tune.checkpoint import Checkpoint
 from petals_tune.swarm.directory import Directory
+from petals_tune.swarm.members import Members, load_identity
 from petals_tune.swarm.p2p import start_dht, start_p2p, stop_dht, stop_p2p
 from petals_tune.wire.messages import PROTOCOL
 from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.signing import SigningKey
+from servers.adapters import AdapterCache, GradientSums
 from servers.compute import ComputeThread, Priority
 from servers.engine import Engine
-from servers.handler import Handler
+from servers.handler import Handler, Stores
 from servers.leases import LeaseStore
 from servers.options import Serve
 from servers.sessions import SessionStore
@@ -30,14 +33,20 @@ async def serve(options: Serve, on_ready: Callable[[ServerRecord, Engine], None]
     """Run a server until `stop` is set; then withdraw, finish what runs, and leave."""
     limits, initial_peers = options.limits, options.swarm.initial_peers
     async with AsyncExitStack() as stack:
+        identity = SigningKey.new()
+        if options.identity_path is not None:
+            identity = load_identity(options.identity_path, make=True)
+        members = None
+        if options.swarm.key is not None:
+            members = Members.with_key(options.swarm.key, options.swarm.token, identity)
         p2p = await start_p2p(
             initial_peers,
             host_maddrs=options.swarm.host_maddrs,
             announce_maddrs=options.swarm.announce_maddrs,
-            identity_path=options.identity_path,
+            identity=identity,
         )
         stack.push_async_callback(stop_p2p, p2p)
-        node = await start_dht(p2p, initial_peers, client_mode=False)
+        node = await start_dht(p2p, initial_peers, client_mode=False, identity=identity, members=members)
         stack.push_async_callback(stop_dht, node)
 
         checkpoint = Checkpoint(options.model.source)
@@ -53,11 +62,15 @@ async def serve(options: Serve, on_ready: Callable[[ServerRecord, Engine], None]
         engine = Engine(trimmed)
         compute = ComputeThread(options.threads)
         stack.callback(compute.stop)
-        leases = LeaseStore(max_bytes=int(limits.max_lease_gb * _GB), max_age_s=limits.max_lease_age_s)
-        sessions = SessionStore(
-            max_bytes=int(limits.max_cache_gb * _GB),
-            max_idle_s=limits.max_session_idle_s,
-            token_bytes=await compute.run(Priority.STEP, engine.measure_token_bytes),
+        stores = Stores(
+            leases=LeaseStore(max_bytes=int(limits.max_lease_gb * _GB), max_age_s=limits.max_lease_age_s),
+            sessions=SessionStore(
+                max_bytes=int(limits.max_cache_gb * _GB),
+                max_idle_s=limits.max_session_idle_s,
+                token_bytes=await compute.run(Priority.STEP, engine.measure_token_bytes),
+            ),
+            adapters=AdapterCache(max_bytes=int(limits.max_adapter_gb * _GB)),
+            sums=GradientSums(max_bytes=int(limits.max_adapter_gb * _GB)),
         )
         record = ServerRecord(
             peer=str(p2p.peer_id),
@@ -69,9 +82,7 @@ async def serve(options: Serve, on_ready: Callable[[ServerRecord, Engine], None]
             quantization=options.quantization,
             dtype=str(dtype).removeprefix("torch."),
         )
-        handler = Handler(
-            engine, compute, leases, sessions, record, max_message_bytes=int(limits.max_message_mb * 2**20)
-        )
+        handler = Handler(engine, compute, stores, record, limits.of_requests(), members)
         await p2p.add_binary_stream_handler(PROTOCOL, handler.serve)
         directory = Directory(node)
         await directory.announce(record, lasts_s=ANNOUNCE_S)

@@ -33,7 +33,9 @@ MAY_IMPORT = {
     # The commands, and the package's own front, which imports what it offers on first use.
     "petals_tune": "errors cli config wire families checkpoint packaged convert tuning data swarm remote train",
     # A server shares what crosses the network, and how a model is found. Nobody imports a server: it is started.
-    "servers": "errors cli config wire families checkpoint convert swarm.directory swarm.p2p swarm.writer",
+    "servers": (
+        "errors cli config wire families checkpoint convert swarm.directory swarm.members swarm.p2p swarm.writer"
+    ),
     "conf": "",
     "recipes": "",
 }

@@ -19,8 +19,10 @@ from petals_tune.remote.skeleton import hollow_out
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
+from petals_tune.swarm.members import Members, identity_beside
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.wire.span import BlockSpan
+from petals_tune.wire.tensors import WireFormat
 
 
 class _AutoDistributed:
@@ -37,8 +39,10 @@ class _AutoDistributed:
         initial_peers: Sequence[str],
         dtype: torch.dtype = torch.float32,
         micro_batch_rows: int | None = None,
-        wire_format: str = "float32",
-        grad_format: str = "float32",
+        wire_format: WireFormat = "float32",
+        grad_format: WireFormat = "float32",
+        token: str | None = None,
+        identity_path: str | None = None,
         policy: RetryPolicy | None = None,
     ) -> PreTrainedModel:
         """A Hugging Face model whose blocks run on the swarm of `initial_peers`; the rest is local and frozen.
@@ -47,9 +51,11 @@ class _AutoDistributed:
         `wire_format` and their gradients as `grad_format`, in micro-batches of `micro_batch_rows` rows (None: as many
         as make 128 positions). The blocks
         are `model.remote_blocks`; its `close()` leaves the swarm. Everything is frozen: wrap the model with PEFT.
+        A private swarm wants the file `token` that its owner issued, and the identity that it names (None: beside it).
 
         Raises UnsupportedModel, SwarmMismatch where servers hold another model, UncoveredBlocks with the command
-        that would host what is missing, ServerUnreachable where no initial peer answers.
+        that would host what is missing, ServerUnreachable where no initial peer answers, AccessDenied where a private
+        swarm does not let us in.
         Source: Borzunov et al. 2022, arXiv:2209.01188 (clients own the trained parameters, servers stay frozen).
         """
         checkpoint = Checkpoint(str(source))
@@ -64,6 +70,7 @@ class _AutoDistributed:
                 model=checkpoint.digest,
                 blocks=BlockSpan(0, family.total_blocks),
                 policy=policy or RetryPolicy(),
+                members=None if token is None else Members.with_token(token, identity_beside(token, identity_path)),
             )
         )
         try:

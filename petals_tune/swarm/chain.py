@@ -32,7 +32,7 @@ from petals_tune.wire.messages import (
     Release,
 )
 from petals_tune.wire.span import BlockSpan
-from petals_tune.wire.tensors import in_format
+from petals_tune.wire.tensors import WireFormat, in_format
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,9 @@ SAID_AT_ATTEMPT = 4  # a repair that takes longer than this is worth a line
 class Chain:
     """Calls through the blocks of one model on one swarm. All methods run on the background loop."""
 
-    def __init__(self, client: SwarmClient, *, wire_format: str = "float32", grad_format: str = "float32"):
+    def __init__(
+        self, client: SwarmClient, *, wire_format: WireFormat = "float32", grad_format: WireFormat = "float32"
+    ):
         self.client = client
         self.wire_format, self._grad_format = wire_format, grad_format
         self._background: set[asyncio.Task[Any]] = set()  # asyncio keeps no strong reference to a task

@@ -6,19 +6,29 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import msgspec
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P
 
-from petals_tune.errors import AdapterMissing, LeaseLost, ServerError, SessionLost, SwarmError, UncoveredBlocks
+from petals_tune.errors import (
+    AdapterMissing,
+    LeaseLost,
+    ServerError,
+    ServerUnreachable,
+    SessionLost,
+    SwarmError,
+    UncoveredBlocks,
+)
 from petals_tune.swarm.directory import Directory, Snapshot
+from petals_tune.swarm.members import Members
 from petals_tune.swarm.p2p import start_dht, start_p2p, stop_dht, stop_p2p
 from petals_tune.swarm.retry import Attempts, Bans, Load, RetryPolicy
 from petals_tune.swarm.route import Hop, plan_route
 from petals_tune.swarm.stats import SwarmStats
 from petals_tune.swarm.stream import ServerStream
-from petals_tune.wire.messages import Hello, Message
+from petals_tune.wire.messages import Message
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 
@@ -31,11 +41,11 @@ JOIN_S = 5.0  # how long a new client looks for servers of all blocks before it 
 class SwarmClient:
     """Knows the servers of one model and talks to them. All methods run on the background loop."""
 
-    def __init__(self, p2p: P2P, node: DHTNode, model: str, policy: RetryPolicy):
+    def __init__(self, p2p: P2P, node: DHTNode, model: str, policy: RetryPolicy, members: Members | None = None):
         self.stats = SwarmStats()
         self.policy = policy
         self.load = Load()
-        self._p2p, self._node, self._model = p2p, node, model
+        self._p2p, self._node, self._model, self._members = p2p, node, model, members
         self._directory = Directory(node)
         self._snapshot: Snapshot | None = None
         self._bans = Bans()
@@ -44,19 +54,26 @@ class SwarmClient:
 
     @classmethod
     async def join(
-        cls, initial_peers: Sequence[str], *, model: str, blocks: BlockSpan, policy: RetryPolicy
+        cls,
+        initial_peers: Sequence[str],
+        *,
+        model: str,
+        blocks: BlockSpan,
+        policy: RetryPolicy,
+        members: Members | None = None,
     ) -> SwarmClient:
-        """Join the swarm and see that all `blocks` have a server.
+        """Join the swarm, a private one as one of its `members`, and see that all `blocks` have a server.
 
-        Raises ConfigError, ServerUnreachable, SwarmMismatch, or UncoveredBlocks after a few seconds of looking.
+        Raises ConfigError, ServerUnreachable, ClockSkew, AccessDenied, SwarmMismatch, or UncoveredBlocks after a few
+        seconds of looking.
         """
-        p2p = await start_p2p(initial_peers, listens=False)
+        p2p = await start_p2p(initial_peers, listens=False, identity=None if members is None else members.identity)
         try:
-            node = await start_dht(p2p, initial_peers, client_mode=True)
+            node = await _start_dht(p2p, initial_peers, members, timeout_s=policy.connect_s)
         except BaseException:
             await stop_p2p(p2p)
             raise
-        client = cls(p2p, node, model, policy)
+        client = cls(p2p, node, model, policy, members)
         attempts = Attempts(RetryPolicy(uncovered_s=JOIN_S, longest_pause_s=0.5), time.monotonic())
         try:
             while True:
@@ -134,7 +151,8 @@ class SwarmClient:
                     self._p2p,
                     server.peer,
                     server.addresses,
-                    Hello(model=self._model),
+                    self._model,
+                    members=self._members,
                     timeout_s=self.policy.connect_s,
                     stats=self.stats,
                 )
@@ -163,3 +181,18 @@ class SwarmClient:
         self._streams.clear()
         await stop_dht(self._node)
         await stop_p2p(self._p2p)
+
+
+async def _start_dht(p2p: P2P, initial_peers: Sequence[str], members: Members | None, *, timeout_s: float) -> DHTNode:
+    """Join the DHT as a client. A private one says nothing to whom it refuses, so a server there is asked why."""
+    try:
+        return await start_dht(p2p, initial_peers, client_mode=True, members=members)
+    except ServerUnreachable:
+        for address in initial_peers:
+            with suppress(ServerError):
+                peer = address.rpartition("/p2p/")[2]
+                opened = ServerStream.open(
+                    p2p, peer, [address], None, members=members, timeout_s=timeout_s, stats=SwarmStats()
+                )
+                await (await opened).close()
+        raise

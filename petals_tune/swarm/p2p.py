@@ -6,13 +6,19 @@ import asyncio
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hivemind.dht.node import DHTNode
+from hivemind.dht.protocol import ValidationError
 from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils.multiaddr import Multiaddr
 
-from petals_tune.errors import ConfigError, ServerUnreachable
+from petals_tune.errors import ClockSkew, ConfigError, ServerUnreachable
+from petals_tune.swarm.guards import MembersOnly, SignedRecords
+from petals_tune.swarm.members import Members, write_private
+from petals_tune.wire.signing import SigningKey, identity_bytes
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
@@ -22,10 +28,10 @@ async def start_p2p(
     *,
     host_maddrs: Sequence[str] = (LOOPBACK,),
     announce_maddrs: Sequence[str] = (),
-    identity_path: str | None = None,
+    identity: SigningKey | None = None,
     listens: bool = True,
 ) -> P2P:
-    """Start a daemon and connect it to `initial_peers`.
+    """Start a daemon and connect it to `initial_peers`. Its peer id is that of `identity`, or a new one.
 
     No relays, no hole punching and no port mapping: hivemind's defaults ask the network's gateway for ports.
     Raises ConfigError for an address that is none, ServerUnreachable where no initial peer answers.
@@ -37,34 +43,67 @@ async def start_p2p(
             raise ConfigError(
                 f"swarm.initial_peers: {maddr!r} is not like /ip4/127.0.0.1/tcp/31337/p2p/12D3Koo..."
             ) from None
+    with TemporaryDirectory() as folder:  # the daemon reads its key from a file, and only when it starts
+        identity_path = None
+        if identity is not None:
+            identity_path = Path(folder, "identity")
+            write_private(identity_path, identity_bytes(identity))
+        try:
+            return await P2P.create(
+                initial_peers=list(initial_peers) or None,
+                host_maddrs=list(host_maddrs) if listens else None,
+                announce_maddrs=list(announce_maddrs) or None,
+                identity_path=None if identity_path is None else str(identity_path),
+                check_if_identity_free=False,  # it would start a daemon that asks the network's gateway for ports
+                dht_mode="server" if listens else "client",
+                no_listen=not listens,
+                auto_nat=False,
+                nat_port_map=False,
+                use_relay=False,
+                use_auto_relay=False,
+            )
+        except P2PDaemonError as error:
+            raise ServerUnreachable(
+                f"the p2p daemon cannot reach the swarm through {', '.join(initial_peers) or 'no peers'}: {error}\n"
+                "  check that the first server runs and prints this address"
+            ) from None
+
+
+async def start_dht(
+    p2p: P2P,
+    initial_peers: Sequence[str],
+    *,
+    client_mode: bool,
+    identity: SigningKey | None = None,
+    members: Members | None = None,
+) -> DHTNode:
+    """Join the DHT; what is announced there is signed by `identity`, and a private one is for `members` only.
+
+    Raises ServerUnreachable where no initial peer answers, ClockSkew where the clocks differ too much for the DHT.
+    """
     try:
-        return await P2P.create(
+        return await DHTNode.create(
+            p2p=p2p,
             initial_peers=list(initial_peers) or None,
-            host_maddrs=list(host_maddrs) if listens else None,
-            announce_maddrs=list(announce_maddrs) or None,
-            identity_path=identity_path,
-            dht_mode="server" if listens else "client",
-            no_listen=not listens,
-            auto_nat=False,
-            nat_port_map=False,
-            use_relay=False,
-            use_auto_relay=False,
+            client_mode=client_mode,
+            record_validator=SignedRecords(identity),
+            authorizer=None if members is None else MembersOnly(members),
         )
-    except P2PDaemonError as error:
+    except ValidationError as error:
+        if "local time" in str(error):
+            raise ClockSkew(
+                f"this machine's clock and the swarm's differ by more than 3 s: {error}\n"
+                "  set it:  timedatectl set-ntp true"
+            ) from None
         raise ServerUnreachable(
-            f"the p2p daemon cannot reach the swarm through {', '.join(initial_peers) or 'no peers'}: {error}\n"
-            "  check that the first server runs and prints this address"
+            f"the swarm cannot reach this server: {error}\n"
+            "  check swarm.host_maddrs, and behind a firewall a forwarded port and swarm.announce_maddrs"
         ) from None
-
-
-async def start_dht(p2p: P2P, initial_peers: Sequence[str], *, client_mode: bool) -> DHTNode:
-    """Join the DHT. Raises ServerUnreachable where no initial peer answers."""
-    try:
-        return await DHTNode.create(p2p=p2p, initial_peers=list(initial_peers) or None, client_mode=client_mode)
     except (RuntimeError, P2PDaemonError) as error:
         raise ServerUnreachable(
             f"no initial peer answers: {', '.join(initial_peers)} ({error})\n"
-            "  check that the first server runs and prints this address"
+            "  check that the first server runs and prints this address; a private swarm answers only those who give "
+            "swarm.token=FILE"
         ) from None
 
 

@@ -12,7 +12,16 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils.multiaddr import Multiaddr
 
-from petals_tune.errors import PetalsTuneError, ProtocolError, ServerError, ServerTimeout, ServerUnreachable
+from petals_tune.errors import (
+    AccessDenied,
+    PetalsTuneError,
+    ProtocolError,
+    ServerError,
+    ServerTimeout,
+    ServerUnreachable,
+    UntrustedServer,
+)
+from petals_tune.swarm.members import Members
 from petals_tune.swarm.stats import SwarmStats
 from petals_tune.swarm.writer import BROKEN, MessageWriter
 from petals_tune.wire import frames
@@ -43,9 +52,20 @@ class ServerStream:
 
     @classmethod
     async def open(
-        cls, p2p: P2P, peer: str, addresses: Sequence[str], hello: Hello, *, timeout_s: float, stats: SwarmStats
+        cls,
+        p2p: P2P,
+        peer: str,
+        addresses: Sequence[str],
+        model: str | None,
+        *,
+        members: Members | None = None,
+        timeout_s: float,
+        stats: SwarmStats,
     ) -> ServerStream:
-        """Connect and exchange greetings. Raises ServerUnreachable, ServerTimeout, or what the server refuses."""
+        """Connect and exchange greetings: the server shall hold `model` and, where we are `members`, be one too.
+
+        Raises ServerUnreachable, ServerTimeout, UntrustedServer, or what the server refuses.
+        """
         try:
             async with asyncio.timeout(timeout_s):
                 peer_id = PeerID.from_base58(peer)
@@ -59,9 +79,12 @@ class ServerStream:
         stream = cls(peer, reader, writer, stats)
         stream._window = asyncio.Semaphore(1)
         try:
+            hello = Hello(model=model, token=None if members is None else members.own_token())
             welcome = await stream.call(hello, timeout_s=timeout_s)
             if not isinstance(welcome, Welcome):
                 raise ServerError(f"server {peer} answered Hello with {type(welcome).__name__}")
+            if members is not None:
+                _check_host(members, welcome.token, peer)
         except PetalsTuneError:
             await stream.close()
             raise
@@ -128,6 +151,7 @@ class ServerStream:
                 self._heard_s = time.monotonic()
                 self._stats.received_bytes += len(header) + length
                 body = assembler.feed(message_id, payload, remaining)
+                assert not isinstance(body, frames.Dropped)  # all is admitted here
                 pending = self._pending.get(message_id)
                 if body is not None and pending is not None and not pending.done():
                     pending.set_result(decode(body))
@@ -162,3 +186,11 @@ class ServerStream:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _check_host(members: Members, token: bytes | None, peer: str) -> None:
+    """Raises UntrustedServer for a server of our private swarm that has no token for hosting in it."""
+    try:
+        members.admit(token, peer, hosts=True)
+    except AccessDenied as error:
+        raise UntrustedServer(f"server {peer} is not one of this private swarm: {error}") from None

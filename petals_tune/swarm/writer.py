@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from petals_tune.wire import frames
 from petals_tune.wire.messages import Message, encode
@@ -16,6 +17,7 @@ class MessageWriter:
     def __init__(self, writer: asyncio.StreamWriter):
         self._writer = writer
         self._lock = asyncio.Lock()
+        self.blocked_since_s: float | None = None  # time.monotonic() since when the reader takes nothing
 
     async def send(self, message_id: int, message: Message) -> int:
         """Write `message`; returns its bytes, frames included. Raises one of BROKEN where the stream has ended."""
@@ -25,9 +27,15 @@ class MessageWriter:
                 if self._writer.is_closing():  # uvloop raises a RuntimeError at a write, as it does at bugs
                     raise ConnectionResetError("the stream was closed")
                 self._writer.writelines((header, payload))  # one system call
+                self.blocked_since_s = time.monotonic()
                 await self._writer.drain()
+                self.blocked_since_s = None
             sent += len(header) + len(payload)
         return sent
 
     def close(self) -> None:
         self._writer.close()
+
+    def abort(self) -> None:
+        """Close without waiting for the reader to take what was written."""
+        self._writer.transport.abort()

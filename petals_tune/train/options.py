@@ -89,6 +89,11 @@ class JoinedSwarm(ClientOptions):
     """A swarm that runs already."""
 
     initial_peers: Annotated[Sequence[str], Field(min_length=1)]
+    token: str | None = None  # file, of a private swarm
+    identity_path: str | None = None  # file that the token was issued for; None: beside it, NAME.identity
+
+    def client_options(self) -> dict[str, Any]:
+        return {**super().client_options(), "token": self.token, "identity_path": self.identity_path}
 
     def check(self, blocks: int) -> None:
         """Who serves which blocks is known once we are in."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import msgspec
 import torch
@@ -14,11 +15,11 @@ class AdapterPart(msgspec.Struct, frozen=True, kw_only=True):
     """What one block gets from its client: LoRA on a linear, or prompts at the block's input."""
 
     block: int
-    method: str  # "lora" | "prompt"
-    module: str = ""  # of a LoRA: the linear's path inside the block
+    method: Literal["lora", "prompt"]
+    module: Annotated[str, msgspec.Meta(max_length=256)] = ""  # of a LoRA: the linear's path inside the block
     scaling: float = 1.0
-    dropout: float = 0.0
-    tensors: list[torch.Tensor]  # lora: A (r, in), B (out, r); prompt: (P, H)
+    dropout: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
+    tensors: Annotated[list[torch.Tensor], msgspec.Meta(max_length=2)]  # lora: A (r, in), B (out, r); prompt: (P, H)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,14 @@ messages may alternate, so a large one never holds up a small one.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from petals_tune.errors import ProtocolError
 
 HEADER = struct.Struct(">IQI")
 MAX_FRAME_BYTES = 256 * 1024  # bulk speed is flat from here up (measured on loopback: design)
+MAX_OPEN_MESSAGES = 128  # unfinished ones on a stream; more would cost memory however small they are
 
 
 def cut(message_id: int, body: bytes) -> Iterator[tuple[bytes, memoryview]]:
@@ -32,33 +34,62 @@ def read_header(header: bytes) -> tuple[int, int, int]:
     return length, message_id, remaining
 
 
+@dataclass(frozen=True)
+class Dropped:
+    """A message that was not admitted: its bytes were read, and forgotten as they came."""
+
+    total: int
+
+
 class Assembler:
     """Puts the frames of one stream together. Memory is bounded by `max_message_bytes` and `max_open_bytes`."""
 
-    def __init__(self, *, max_message_bytes: int, max_open_bytes: int):
+    def __init__(
+        self, *, max_message_bytes: int, max_open_bytes: int, admit: Callable[[int], bool] = lambda total: True
+    ):
+        """`admit` is asked at the first frame of each message whether there is room for its `total` bytes."""
         self._max_message_bytes = max_message_bytes
         self._max_open_bytes = max_open_bytes
-        self._open: dict[int, tuple[bytearray, int]] = {}
-        self._open_bytes = 0
+        self._admit = admit
+        self._open: dict[int, tuple[bytearray | None, int, int]] = {}  # body, bytes still to come, total
+        self.open_bytes = 0  # of admitted messages that are not whole yet, by what they claim
 
-    def feed(self, message_id: int, payload: bytes, remaining: int) -> bytes | None:
+    def __len__(self) -> int:
+        """Messages that are not whole yet."""
+        return len(self._open)
+
+    def feed(self, message_id: int, payload: bytes, remaining: int) -> bytes | Dropped | None:
         """The whole message once its last frame is here, else None. Raises ProtocolError on a frame out of place."""
         if message_id not in self._open:
-            total = len(payload) + remaining
-            if total > self._max_message_bytes:
-                raise ProtocolError(f"a message of {total} bytes; at most {self._max_message_bytes} are allowed")
+            admitted = self._begin(message_id, len(payload) + remaining)
             if not remaining:
-                return payload
-            if self._open_bytes + total > self._max_open_bytes:
-                raise ProtocolError(f"more than {self._max_open_bytes} bytes of unfinished messages on one stream")
-            self._open[message_id] = (bytearray(), total)
-            self._open_bytes += total
-        body, total = self._open[message_id]
-        if not payload or len(body) + len(payload) + remaining != total:
+                return payload if admitted else Dropped(len(payload))
+            self._open[message_id] = (
+                bytearray() if admitted else None,
+                len(payload) + remaining,
+                len(payload) + remaining,
+            )
+            self.open_bytes += len(payload) + remaining if admitted else 0
+        body, due, total = self._open[message_id]
+        if not payload or len(payload) + remaining != due:
             raise ProtocolError(f"a frame of message {message_id} does not continue the one before")
-        body += payload
+        if body is not None:
+            body += payload
         if remaining:
+            self._open[message_id] = (body, remaining, total)
             return None
         del self._open[message_id]
-        self._open_bytes -= total
+        if body is None:
+            return Dropped(total)
+        self.open_bytes -= total
         return body  # type: ignore[return-value]  # a bytearray reads like bytes; a copy of it would cost as much again
+
+    def _begin(self, message_id: int, total: int) -> bool:
+        """Whether a new message is kept. Raises ProtocolError where it breaks a limit of this stream."""
+        if total > self._max_message_bytes:
+            raise ProtocolError(f"a message of {total} bytes; at most {self._max_message_bytes} are allowed")
+        if len(self._open) >= MAX_OPEN_MESSAGES:
+            raise ProtocolError(f"more than {MAX_OPEN_MESSAGES} unfinished messages on one stream")
+        if self.open_bytes + total > self._max_open_bytes:
+            raise ProtocolError(f"more than {self._max_open_bytes} bytes of unfinished messages on one stream")
+        return self._admit(total)

@@ -18,11 +18,21 @@ from petals_tune.errors import PetalsTuneError, ProtocolError
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
-from petals_tune.wire.tensors import from_bytes, to_bytes
+from petals_tune.wire.tensors import WireFormat, from_bytes, to_bytes
+from petals_tune.wire.tokens import MAX_TOKEN_BYTES
 
-PROTOCOL = "/petals_tune/1"  # the libp2p protocol of our streams; a change of any message below changes the number
+PROTOCOL = "/petals_tune/2"  # the libp2p protocol of our streams; a change of any message below changes the number
+
+MAX_HELLO_BYTES = 4096  # the first message of a stream, read before anybody knows who sent it
+MAX_PARTS = 100_000  # of an adapter: 100 blocks with 10 adapted linears each make 1000
+MAX_LEASES = 10_000  # released at once
+MAX_POSITION = 2**24  # of any model, by far
+_TEXT_IN_ERRORS = 300
 
 _TENSOR_EXT = 1
+
+Name = Annotated[str, msgspec.Meta(max_length=128)]
+TokenBytes = Annotated[bytes, msgspec.Meta(max_length=MAX_TOKEN_BYTES)]
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", forbid_unknown_fields=True):
@@ -32,15 +42,17 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", forbi
 class Hello(Message, frozen=True, tag="hello"):
     """First message of a client on a stream. `model` is the digest that it expects; None asks who is there."""
 
-    model: str | None = None
+    model: Name | None = None
+    token: TokenBytes | None = None  # what lets the client into a private swarm (tokens.py)
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
     """Answer to Hello: the server's own record and its limits."""
 
     record: ServerRecord
-    max_in_flight: int
-    max_message_bytes: int
+    max_in_flight: Annotated[int, msgspec.Meta(ge=1)]
+    max_message_bytes: Annotated[int, msgspec.Meta(ge=1)]
+    token: TokenBytes | None = None  # what makes the server a host of a private swarm
 
 
 class Ping(Message, frozen=True, tag="ping"):
@@ -64,6 +76,8 @@ def _check_hidden(hidden: torch.Tensor, padding: torch.Tensor | None, positions:
         or positions.shape[1] != length
     ):
         raise ValueError(f"positions are int64 of shape (1 or {rows}, {length}), not {tuple(positions.shape)}")
+    if positions is not None and not (positions.min() >= 0 and positions.max() < MAX_POSITION):
+        raise ValueError(f"positions count from 0 and stay below {MAX_POSITION}")
 
 
 class Forward(Message, frozen=True, tag="forward"):
@@ -73,12 +87,12 @@ class Forward(Message, frozen=True, tag="forward"):
     hidden: torch.Tensor  # (B, S, H)
     padding: torch.Tensor | None = None  # (B, S) bool, True = attend; None: every position is real
     positions: torch.Tensor | None = None  # (B or 1, S) int64; None: 0 to S-1, as the model counts by itself
-    adapter: str | None = None  # version of an adapter that was uploaded before
+    adapter: Name | None = None  # version of an adapter that was uploaded before
     keep: bool = False  # keep the graph for a backward (a lease), if it fits
     input_grad: bool = True  # that backward will want the gradient at `hidden`, not at the adapter alone
     train: bool = False  # dropout on; its masks follow from `seed`
     seed: int = 0
-    reply_format: str = "float32"
+    reply_format: WireFormat = "float32"
 
     def __post_init__(self) -> None:
         _check_hidden(self.hidden, self.padding, self.positions)
@@ -87,7 +101,9 @@ class Forward(Message, frozen=True, tag="forward"):
 class Forwarded(Message, frozen=True, tag="forwarded"):
     hidden: torch.Tensor  # (B, S, H)
     lease: int | None = None  # the graph that a backward may name; None: none was kept
-    compute_s: float = 0.0  # what the blocks took, without queues and network: clients route by it
+    compute_s: Annotated[float, msgspec.Meta(ge=0.0, le=1e6)] = (
+        0.0  # what the blocks took, without queues and network: clients route by it
+    )
 
 
 class Backward(Message, frozen=True, tag="backward"):
@@ -98,7 +114,7 @@ class Backward(Message, frozen=True, tag="backward"):
     again: Forward | None = None  # without a lease: the forward to run again
     adapter_sum: int | None = None  # add the adapter's gradients to this sum of the client's, and do not return them
     term: Annotated[int, msgspec.Meta(ge=0)] = 0  # place in that sum, which is taken in this order
-    reply_format: str = "float32"
+    reply_format: WireFormat = "float32"
 
     def __post_init__(self) -> None:
         if (self.lease is None) == (self.again is None):
@@ -126,15 +142,19 @@ class CollectedSum(Message, frozen=True, tag="collected_sum"):
 class Release(Message, frozen=True, tag="release"):
     """These leases will not be asked for again. Not answered."""
 
-    leases: list[int]
+    leases: Annotated[list[int], msgspec.Meta(max_length=MAX_LEASES)]
 
 
 class PutAdapter(Message, frozen=True, tag="put_adapter"):
     """Adapter `version` on blocks `span`. The version names the content; a server keeps the last ones of a client."""
 
-    version: str
+    version: Name
     span: BlockSpan
-    parts: list[AdapterPart]
+    parts: Annotated[list[AdapterPart], msgspec.Meta(max_length=MAX_PARTS)]
+
+    def __post_init__(self) -> None:
+        if outside := [part.block for part in self.parts if part.block not in self.span]:
+            raise ValueError(f"an adapter for blocks {self.span} with a part on block {outside[0]}")
 
 
 class OpenSession(Message, frozen=True, tag="open_session"):
@@ -143,7 +163,7 @@ class OpenSession(Message, frozen=True, tag="open_session"):
     span: BlockSpan
     rows: Annotated[int, msgspec.Meta(ge=1)]
     max_length: Annotated[int, msgspec.Meta(ge=1)]
-    adapter: str | None = None  # version of an adapter that was uploaded before
+    adapter: Name | None = None  # version of an adapter that was uploaded before
 
 
 class SessionOpened(Message, frozen=True, tag="session_opened"):
@@ -159,7 +179,7 @@ class Step(Message, frozen=True, tag="step"):
     padding: torch.Tensor | None = None  # (B, S) bool of these positions, True = attend
     positions: torch.Tensor | None = None  # (B or 1, S) int64
     order: torch.Tensor | None = None  # (B,) int64: caches of row i become those of order[i] before the step (beams)
-    reply_format: str = "float32"
+    reply_format: WireFormat = "float32"
 
     def __post_init__(self) -> None:
         _check_hidden(self.hidden, self.padding, self.positions)
@@ -206,6 +226,7 @@ _REFUSALS: dict[str, type[PetalsTuneError]] = {
         errors.RequestRefused,
         errors.ProtocolError,
         errors.SwarmMismatch,
+        errors.AccessDenied,
     )
 }
 
@@ -246,6 +267,7 @@ def _decode(code: int, data: memoryview) -> torch.Tensor:
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=_encode)
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyMessage, ext_hook=_decode)
+_hello_decoder = msgspec.msgpack.Decoder(Hello)
 
 
 def encode(message: Message) -> bytes:
@@ -254,7 +276,19 @@ def encode(message: Message) -> bytes:
 
 def decode(body: bytes) -> Message:
     """The message in `body`. Raises ProtocolError on anything that is not one."""
+    return _decoded(_decoder, body)
+
+
+def decode_hello(body: bytes) -> Hello:
+    """The first message of a stream, before its sender is known: nothing else is read. Raises ProtocolError."""
+    if len(body) > MAX_HELLO_BYTES:
+        raise ProtocolError(f"a Hello of {len(body)} bytes; at most {MAX_HELLO_BYTES} are allowed")
+    return _decoded(_hello_decoder, body)
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[Any], body: bytes) -> Any:
     try:
-        return _decoder.decode(body)
+        return decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"not a message of {PROTOCOL}: {error}") from None
+        # What a stranger wrote may stand in it, at any length.
+        raise ProtocolError(f"not a message of {PROTOCOL}: {str(error)[:_TEXT_IN_ERRORS]}") from None

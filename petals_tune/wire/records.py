@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -14,7 +14,7 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One server of a swarm, as it announces itself."""
 
     peer: str  # libp2p peer id, base58
-    addresses: tuple[str, ...]  # multiaddrs with /p2p/<peer>
+    addresses: Annotated[tuple[str, ...], msgspec.Meta(max_length=16)]  # multiaddrs with /p2p/<peer>
     model: str  # digest of the checkpoint (checkpoint.py): equal for all servers of a swarm
     model_name: str
     blocks: BlockSpan

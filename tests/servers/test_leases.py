@@ -36,13 +36,31 @@ def test_a_lease_gives_its_graph_once_to_the_client_that_left_it():
 def test_what_does_not_fit_is_not_kept_and_what_is_there_stays():
     leases = store(max_bytes=100)
     first = leases.keep("me", graph(), 60, now_s=0)
-    assert leases.keep("another", graph(), 41, now_s=1) is None
-    assert leases.keep("another", graph(), 101, now_s=1) is None
+    assert leases.keep("me", graph(), 41, now_s=1) is None
+    assert leases.keep("another", graph(), 51, now_s=1) is None, "more than its share"
     second = leases.keep("another", graph(), 40, now_s=1)
     assert leases.used_bytes == 100
     leases.take("me", first, now_s=2)
     leases.take("another", second, now_s=2)
     assert (leases.used_bytes, len(leases)) == (0, 0)
+
+
+def test_one_greedy_client_neither_keeps_the_others_out_nor_evicts_them():
+    leases = store(max_bytes=100)
+    greedy = [leases.keep("greedy", graph(), 10, now_s=0) for _ in range(12)]
+    assert greedy[10:] == [None, None]
+    shy = [leases.keep("shy", graph(), 10, now_s=1) for _ in range(5)]
+    assert None not in shy
+    assert leases.keep("shy", graph(), 10, now_s=1) is None, "beyond its half, and nobody else is"
+    for _ in range(20):
+        assert leases.keep("greedy", graph(), 10, now_s=1) is None
+    for lease in shy:
+        leases.take("shy", lease, now_s=2)
+    for lease in greedy[:5]:
+        leases.take("greedy", lease, now_s=2)  # the oldest are needed soonest
+    for lease in greedy[5:10]:
+        with pytest.raises(LeaseLost):
+            leases.take("greedy", lease, now_s=2)
 
 
 def test_of_eight_micro_batches_in_a_budget_for_three_three_find_their_graphs():

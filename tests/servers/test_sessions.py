@@ -186,11 +186,36 @@ def test_what_does_not_fit_now_may_fit_elsewhere():
     kept = store()
     first = kept.open("a", open_request(max_length=40), None, 0)
     with pytest.raises(ServerBusy, match="max_length=10 would fit"):
-        kept.open("b", open_request(max_length=11), None, 0)
+        kept.open("a", open_request(max_length=11), None, 0)
+    with pytest.raises(ServerBusy, match="max_length=25 would fit"):
+        kept.open("b", open_request(max_length=26), None, 0)
     kept.close("b", first)  # not theirs to close
     assert len(kept) == 1
     kept.close("a", first)
     kept.open("b", open_request(max_length=50), None, 0)
+
+
+def test_a_client_that_holds_all_makes_room_for_another_and_has_no_claim_on_it_again():
+    kept = store()
+    greedy = [kept.open("greedy", open_request(), None, 0) for _ in range(5)]
+    other = kept.open("other", open_request(max_length=20), None, 0)
+    for session in greedy[:3]:
+        kept.get("greedy", session, 0)
+    for session in greedy[3:]:
+        with pytest.raises(SessionLost):
+            kept.get("greedy", session, 0)
+    with pytest.raises(ServerBusy):
+        kept.open("greedy", open_request(), None, 0)
+    assert kept.get("other", other, 0).rows == 1
+
+
+def test_a_session_is_charged_for_the_adapter_that_it_keeps():
+    adapter = Adapter((AdapterPart(block=0, method="prompt", tensors=[torch.zeros(5, 10)]),))
+    with pytest.raises(RequestRefused, match="max_length=40 would fit"):
+        store().open("a", open_request(max_length=41), adapter, 0)
+    kept = store()
+    kept.open("a", open_request(max_length=40), adapter, 0)
+    assert kept.used_bytes == 1000
 
 
 def test_sessions_of_clients_that_left_or_fell_silent_are_dropped():

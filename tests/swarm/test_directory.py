@@ -1,21 +1,32 @@
 """Real DHT nodes on 127.0.0.1: a server that announces, and a client that looks."""
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
 import pytest
 import pytest_asyncio
 from hivemind.dht.node import DHTNode
+from hivemind.dht.validation import DHTRecord
+from hivemind.utils import MSGPackSerializer
 from hivemind.utils.timed_storage import get_dht_time
 
 from petals_tune.swarm.directory import Directory
+from petals_tune.swarm.guards import SignedRecords
 from petals_tune.swarm.p2p import start_dht, start_p2p, stop_p2p
 from petals_tune.wire.records import ServerRecord, dht_key, encode_record
+from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.span import BlockSpan
 
 
-def record(peer: str, start: int = 0, stop: int = 4) -> ServerRecord:
+def key_of(name: str) -> SigningKey:
+    """The identity of the server that a test calls so."""
+    return SigningKey(name.encode().ljust(32)[:32])
+
+
+def record(name: str, start: int = 0, stop: int = 4) -> ServerRecord:
+    peer = key_of(name).peer
     return ServerRecord(
         peer=peer,
         addresses=(f"/ip4/127.0.0.1/tcp/1/p2p/{peer}",),
@@ -56,6 +67,18 @@ async def nodes() -> AsyncIterator[tuple[DHTNode, DHTNode]]:
         await stop_p2p(server_p2p)
 
 
+class Speaker(Directory):
+    """Announces as the server of one name; the nodes of all servers are one here."""
+
+    def __init__(self, node: DHTNode, swarm: str, name: str):
+        super().__init__(node, swarm)
+        self._guard = SignedRecords(key_of(name))
+
+    async def announce(self, announced: ServerRecord, *, lasts_s: float) -> None:
+        self._node.protocol.record_validator = self._guard
+        await super().announce(announced, lasts_s=lasts_s)
+
+
 async def eventually(holds: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(60):
         while not await holds():
@@ -64,23 +87,23 @@ async def eventually(holds: Callable[[], Awaitable[bool]]) -> None:
 
 async def test_what_servers_announce_is_seen_in_the_order_of_the_blocks_until_they_withdraw(nodes, name):
     server, client = nodes
-    directory, view = Directory(server, name), Directory(client, name)
+    speakers, view = {each: Speaker(server, name, each) for each in "abc"}, Directory(client, name)
+    records = {"c": record("c", 4, 8), "a": record("a"), "b": record("b", 1, 4)}
     assert (await view.snapshot()).servers == ()
-    for announced in (record("c", 4, 8), record("a"), record("b")):
-        await directory.announce(announced, lasts_s=60)
-    assert [seen.peer for seen in (await view.snapshot()).servers] == ["a", "b", "c"]
-    assert (await view.snapshot()).servers[0] == record("a")
-    await directory.withdraw(record("b"))
-    assert [seen.peer for seen in (await view.snapshot()).servers] == ["a", "c"]
+    for each, announced in records.items():
+        await speakers[each].announce(announced, lasts_s=60)
+    assert (await view.snapshot()).servers == (records["a"], records["b"], records["c"])
+    await speakers["b"].withdraw(records["b"])
+    assert (await view.snapshot()).servers == (records["a"], records["c"])
 
 
 async def test_a_server_that_starts_again_under_its_address_is_seen(nodes, name):
     server, client = nodes
-    before = Directory(server, name)
+    before = Speaker(server, name, "a")
     await before.announce(record("a"), lasts_s=60)
     await before.withdraw(record("a"))
     assert (await Directory(client, name).snapshot()).servers == ()
-    await Directory(server, name).announce(
+    await Speaker(server, name, "a").announce(
         record("a", 2, 6), lasts_s=60 + 3
     )  # as if 3 s later: no server starts faster
     assert (await Directory(client, name).snapshot()).servers == (record("a", 2, 6),)
@@ -88,13 +111,13 @@ async def test_a_server_that_starts_again_under_its_address_is_seen(nodes, name)
 
 async def test_an_announcement_that_the_dht_does_not_take_is_not_lost_without_a_word(nodes, name, caplog):
     server, _ = nodes
-    await Directory(server, name).announce(record("a"), lasts_s=-60)  # as from a machine whose clock is behind
+    await Speaker(server, name, "a").announce(record("a"), lasts_s=-60)  # as from a machine whose clock is behind
     assert "did not take this server's announcement" in caplog.text
 
 
 async def test_an_announcement_that_is_not_renewed_ends_by_itself(nodes, name):
     server, client = nodes
-    await Directory(server, name).announce(record("a"), lasts_s=1)
+    await Speaker(server, name, "a").announce(record("a"), lasts_s=1)
 
     async def gone() -> bool:
         return (await Directory(client, name).snapshot()).servers == ()
@@ -104,7 +127,7 @@ async def test_an_announcement_that_is_not_renewed_ends_by_itself(nodes, name):
 
 async def test_a_renewal_replaces_the_record(nodes, name):
     server, client = nodes
-    directory = Directory(server, name)
+    directory = Speaker(server, name, "a")
     await directory.announce(record("a"), lasts_s=60)
     await directory.announce(record("a", 2, 6), lasts_s=60)
     assert [seen.blocks for seen in (await Directory(client, name).snapshot()).servers] == [BlockSpan(2, 6)]
@@ -113,7 +136,7 @@ async def test_a_renewal_replaces_the_record(nodes, name):
 async def test_records_that_are_malformed_or_speak_for_another_peer_are_left_out(nodes, name):
     server, client = nodes
     key, until = dht_key(name), get_dht_time() + 60
-    await Directory(server, name).announce(record("honest"), lasts_s=60)
+    await Speaker(server, name, "honest").announce(record("honest"), lasts_s=60)
     foreign = {
         "thief": encode_record(record("honest", 0, 8)),
         "bytes": b"\xc1",
@@ -122,20 +145,62 @@ async def test_records_that_are_malformed_or_speak_for_another_peer_are_left_out
         "none": None,
         "old": msgspec.msgpack.encode({"peer": "old"}),
     }
-    for peer, value in foreign.items():
-        assert await server.store(key, value, until, subkey=peer)
+    for each, value in foreign.items():  # each signed by the peer under whose name it stands
+        server.protocol.record_validator = SignedRecords(key_of(each))
+        assert await server.store(key, value, until, subkey=key_of(each).peer)
     assert len((await client.get(key, latest=True)).value) == 1 + len(foreign), "they are there to be left out"
     assert (await Directory(client, name).snapshot()).servers == (record("honest"),)
 
 
-async def test_a_value_where_records_should_be_is_an_empty_swarm(nodes, name):
+async def test_nobody_announces_or_withdraws_anothers_blocks(nodes, name):
+    """What another signed, or nobody, no node takes, whoever asks it; nor does a client that is shown it."""
     server, client = nodes
-    assert await server.store(dht_key(name), b"no dictionary", get_dht_time() + 60)
-    assert (await Directory(client, name).snapshot()).servers == ()
+    key, until, honest = dht_key(name), get_dht_time() + 120, record("honest")
+    await Speaker(server, name, "honest").announce(honest, lasts_s=60)
+    withdrawn = encode_record(msgspec.structs.replace(honest, state="offline"))
+    for identity in (key_of("thief"), None):
+        for node in nodes:  # the server's own node, and a client that asks it over the network
+            node.protocol.record_validator = SignedRecords(identity)
+            assert not await node.store(key, withdrawn, until, subkey=honest.peer)
+    assert (await Directory(client, name).snapshot()).servers == (honest,)
+
+    class Believer(SignedRecords):
+        def validate(self, record: object) -> bool:
+            return True
+
+    server.protocol.record_validator = Believer(key_of("thief"))
+    assert await server.store(key, withdrawn, until, subkey=honest.peer), "a node of the thief's own takes it"
+    assert (await Directory(client, name).snapshot()).servers == (honest,), "the client goes on with what it knew"
+
+
+async def test_an_old_record_is_not_put_back_under_a_later_end_or_another_key():
+    guard, until = SignedRecords(key_of("a")), get_dht_time() + 60
+    subkey = MSGPackSerializer.dumps(key_of("a").peer)
+    signed = DHTRecord(b"key", subkey, guard.sign_value(DHTRecord(b"key", subkey, b"value", until)), until)
+    assert guard.validate(signed)
+    assert guard.strip_value(signed) == b"value"
+    changes = {"key": b"yek", "subkey": MSGPackSerializer.dumps(key_of("b").peer), "value": signed.value + b"x"}
+    for field, value in {**changes, "expiration_time": until + 1}.items():
+        assert not guard.validate(dataclasses.replace(signed, **{field: value})), field
+
+
+@pytest.mark.parametrize(
+    "subkey", [b"", b"\xd9", b"\xc4\x01a", MSGPackSerializer.dumps("QmRSA"), b"\xd9\x34" + bytes(52)]
+)
+async def test_a_record_under_anything_but_a_peer_id_is_refused(subkey):
+    assert not SignedRecords(None).validate(DHTRecord(b"key", subkey, bytes(100), get_dht_time() + 60))
+
+
+async def test_records_that_are_large_or_would_stay_for_ever_are_refused():
+    guard, subkey = SignedRecords(key_of("a")), MSGPackSerializer.dumps(key_of("a").peer)
+    for size, lasts_s, taken in ((100, 60, True), (5000, 60, False), (100, 10**6, False)):
+        until = get_dht_time() + lasts_s
+        value = guard.sign_value(DHTRecord(b"key", subkey, bytes(size), until))
+        assert guard.validate(DHTRecord(b"key", subkey, value, until)) is taken
 
 
 async def test_swarms_of_other_names_do_not_see_each_other(nodes):
     server, client = nodes
-    await Directory(server, "one").announce(record("a"), lasts_s=60)
+    await Speaker(server, "one", "a").announce(record("a"), lasts_s=60)
     assert (await Directory(client, "other").snapshot()).servers == ()
     assert (await Directory(client, "one").snapshot()).servers == (record("a"),)

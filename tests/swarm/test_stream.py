@@ -107,7 +107,7 @@ class FakeP2P:
 
 
 def opening(p2p: FakeP2P, *, timeout_s: float = LONG_S, stats: SwarmStats | None = None) -> asyncio.Task[ServerStream]:
-    work = ServerStream.open(p2p, PEER, (), Hello(model="m"), timeout_s=timeout_s, stats=stats or SwarmStats())  # type: ignore[arg-type]
+    work = ServerStream.open(p2p, PEER, (), "m", timeout_s=timeout_s, stats=stats or SwarmStats())  # type: ignore[arg-type]
     return asyncio.create_task(work)
 
 

@@ -1,4 +1,5 @@
 import contextlib
+import tracemalloc
 import typing
 
 import msgspec
@@ -33,6 +34,7 @@ from petals_tune.wire.messages import (
     Stepped,
     Welcome,
     decode,
+    decode_hello,
     encode,
 )
 from petals_tune.wire.records import ServerRecord
@@ -141,10 +143,35 @@ def decodes_or_refuses(data: bytes) -> None:
         assert isinstance(decode(data), Message)
 
 
-@pytest.mark.parametrize("length", [b"\xdd\xff\xff\xff\xff", b"\xdd\x00\x01\x00\x00"], ids=["array", "smaller"])
-def test_a_list_that_claims_more_than_arrived_is_refused(length):
-    with pytest.raises(ProtocolError, match="truncated"):
+@pytest.mark.parametrize(
+    ("length", "why"), [(b"\xdd\xff\xff\xff\xff", "of length <= 10000"), (b"\xdc\x10\x00", "truncated")]
+)
+def test_a_list_that_claims_more_than_is_allowed_or_arrived_is_refused(length, why):
+    with pytest.raises(ProtocolError, match=why):
         decode(encode(Release(leases=[])).removesuffix(b"\x90") + length)
+
+
+def test_a_long_list_is_refused_before_memory_is_taken_for_it():
+    body = encode(Release(leases=[])).removesuffix(b"\x90") + b"\xdd\x00\x98\x96\x80" + bytes(10_000_000)
+    tracemalloc.start()
+    with pytest.raises(ProtocolError):
+        decode(body)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000, f"{peak} bytes for 10,000,000 numbers that nobody asked for"
+
+
+def test_what_a_stranger_wrote_is_not_repeated_at_any_length():
+    with pytest.raises(ProtocolError) as caught:
+        decode(msgspec.msgpack.encode({"kind": "x" * 1_000_000}))
+    assert len(str(caught.value)) < 1000
+
+
+def test_before_a_peer_is_known_nothing_but_a_small_hello_is_read():
+    assert decode_hello(encode(Hello(model="digest", token=b"t"))) == Hello(model="digest", token=b"t")
+    for other in (encode(Ping()), encode(FORWARD), b"", b"\xc1", encode(Hello()) + bytes(4096)):
+        with pytest.raises(ProtocolError):
+            decode_hello(other)
 
 
 def test_deep_nesting_is_refused():
@@ -164,16 +191,18 @@ def test_deep_nesting_is_refused():
         {"positions": torch.zeros(3, 3, dtype=torch.int64)},
         {"positions": torch.zeros(1, 4, dtype=torch.int64)},
         {"positions": torch.zeros(1, 3)},
+        {"positions": torch.tensor([[0, 1, -1]])},
+        {"positions": torch.tensor([[0, 1, 2**40]])},
     ],
     ids=lambda fields: "-".join(f"{name}{tuple(tensor.shape)}" for name, tensor in fields.items()),
 )
 def test_a_forward_whose_tensors_do_not_fit_together_cannot_be_made_and_is_refused_from_the_wire(fields):
-    with pytest.raises(ValueError, match=r"not \("):
+    with pytest.raises(ValueError, match=r"not \(|count from 0"):
         Forward(**{"span": SPAN, "hidden": HIDDEN, **fields})
     # The same on the wire, past our own constructor.
     legal = Forward(span=SPAN, hidden=HIDDEN, padding=FORWARD.padding, positions=FORWARD.positions)
     raw = {"kind": "forward", **msgspec.structs.asdict(legal), **fields}
-    with pytest.raises(ProtocolError, match=r"not \("):
+    with pytest.raises(ProtocolError, match=r"not \(|count from 0"):
         decode(messages._encoder.encode(raw))
 
 
@@ -190,6 +219,21 @@ def test_a_backward_names_a_lease_or_carries_its_forward(fields):
         {"kind": "ping", "extra": 1},
         {"kind": "release", "leases": ["one"]},
         {"kind": "open_session", "span": [0, 2], "rows": 0, "max_length": 4},
+        {"kind": "hello", "token": bytes(513)},
+        {"kind": "put_adapter", "version": "v" * 129, "span": [0, 2], "parts": []},
+        {"kind": "put_adapter", "version": "v", "span": [0, 2], "parts": [{"block": 1, "method": "x", "tensors": []}]},
+        {
+            "kind": "put_adapter",
+            "version": "v",
+            "span": [0, 2],
+            "parts": [{"block": 2, "method": "lora", "tensors": []}],
+        },
+        {
+            "kind": "put_adapter",
+            "version": "v",
+            "span": [0, 2],
+            "parts": [{"block": 1, "method": "lora", "dropout": float("nan"), "tensors": []}],
+        },
         {"kind": "open_session", "span": [2, 2], "rows": 1, "max_length": 4},
         {"kind": "open_session", "span": [-1, 2], "rows": 1, "max_length": 4},
         {"kind": "forwarded", "hidden": [1.0, 2.0]},
@@ -208,6 +252,7 @@ def test_what_breaks_the_schema_is_refused(raw):
 # ConfigError and DataError are raised before anything is sent; an answer that breaks our checks is our own BadReply.
 LOCAL = {"ConfigError", "DataError", "UnsupportedModel", "UnsupportedAdapter", "BadReply", "UncoveredBlocks"}
 LOCAL |= {"SwarmError", "SwarmTimeout", "ServerUnreachable", "ServerTimeout", "PetalsTuneError"}
+LOCAL |= {"UntrustedServer", "ClockSkew"}
 ALL = {
     name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, PetalsTuneError)
 }

@@ -1,0 +1,189 @@
+"""Who this process is, and who else may be in its private swarm: keys and tokens from their files."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from petals_tune.errors import AccessDenied, ConfigError, ProtocolError
+from petals_tune.wire.signing import SigningKey, identity_bytes, identity_from
+from petals_tune.wire.tokens import (
+    Token,
+    check,
+    decode_token,
+    encode_token,
+    issue,
+    key_from,
+    looks_like_a_key,
+    token_from,
+)
+
+REVOKED_READ_S = 1.0  # how often the list of revoked names is looked at
+OWN_TOKEN_S = 24 * 3600  # of a server that has the swarm's secret key and issues its token itself
+OWN_NAME = "holder-of-the-key"
+
+
+class Members:
+    """One private swarm as one of its peers sees it."""
+
+    def __init__(
+        self,
+        swarm: bytes,
+        identity: SigningKey,
+        own_token: Callable[[float], Token],
+        *,
+        revoked: RevokedNames | None = None,
+        clock: Callable[[], float] = time.time,
+    ):
+        self.identity = identity
+        self._swarm, self._own_token, self._revoked, self._clock = swarm, own_token, revoked, clock
+
+    @classmethod
+    def with_token(cls, token_path: str | Path, identity: SigningKey) -> Members:
+        """A member that checks others by its own token. Raises AccessDenied where that is no (longer) good one."""
+        token = token_from(read_text(token_path, key="swarm.token"))
+        check(token, swarm=token.swarm, peer=identity.peer, now_s=time.time())
+        return cls(token.swarm, identity, lambda _: token)
+
+    @classmethod
+    def with_key(cls, key_path: str | Path, token_path: str | Path | None, identity: SigningKey) -> Members:
+        """A server's view. With the secret key it issues its own token; with the public one it brings one.
+
+        Names in the file beside the key, NAME.revoked, are not let in. Raises ConfigError, AccessDenied.
+        """
+        key = key_from(read_text(key_path, key="swarm.key"))
+        revoked = RevokedNames(Path(key_path).with_suffix(".revoked"))
+        if isinstance(key, SigningKey):
+            return cls(key.public, identity, _self_issued(key, identity.peer), revoked=revoked)
+        if token_path is None:
+            raise ConfigError(
+                f"swarm.key={key_path} is the public key, which issues nothing: this server needs a token of its own, "
+                f"swarm.token=FILE\n  the swarm's owner makes it:  python -m servers.keys issue --name NAME --hosts "
+                f"--peer {identity.peer}"
+            )
+        token = token_from(read_text(token_path, key="swarm.token"))
+        check(token, swarm=key, peer=identity.peer, now_s=time.time(), hosts=True)
+        return cls(key, identity, lambda _: token, revoked=revoked)
+
+    def own_token(self) -> bytes:
+        return encode_token(self._own_token(self._clock()))
+
+    def admit(self, token: bytes | None, peer: str | None = None, *, hosts: bool = False) -> Token:
+        """What is in `token`, if it is a good one. Raises AccessDenied.
+
+        `peer` is the one who showed it; None where a signature will be checked against the peer in the token.
+        """
+        if not token:
+            raise AccessDenied("this swarm is private: ask its owner for a token, and give swarm.token=FILE")
+        try:
+            found = decode_token(token)
+        except ProtocolError as error:
+            raise AccessDenied(str(error)) from None
+        peer = found.peer if peer is None else peer
+        check(found, swarm=self._swarm, peer=peer, now_s=self._clock(), revoked=self._names(), hosts=hosts)
+        return found
+
+    def check_still_in(self, token: Token) -> None:
+        """Raises AccessDenied where a token that was good has expired, or its name was revoked meanwhile."""
+        if self._clock() >= token.expires_s or token.name in self._names():
+            check(token, swarm=self._swarm, peer=token.peer, now_s=self._clock(), revoked=self._names())
+
+    def _names(self) -> frozenset[str]:
+        return frozenset() if self._revoked is None else self._revoked.names()
+
+
+class RevokedNames:
+    """A file with one name a line, read again when it has changed. No file: nobody is revoked."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._looked_s = -REVOKED_READ_S
+        self._seen: tuple[int, int] | None = None
+        self._names: frozenset[str] = frozenset()
+
+    def names(self) -> frozenset[str]:
+        now_s = time.monotonic()
+        if now_s - self._looked_s >= REVOKED_READ_S:
+            self._looked_s = now_s
+            try:
+                stat = self._path.stat()
+            except FileNotFoundError:
+                self._seen, self._names = None, frozenset()
+                return self._names
+            if (stat.st_mtime_ns, stat.st_ino) != self._seen:
+                self._seen = stat.st_mtime_ns, stat.st_ino
+                self._names = frozenset(revoked_in(self._path.read_text(encoding="utf-8")))
+        return self._names
+
+
+def revoked_in(text: str) -> list[str]:
+    """Names, one a line; what follows a # is a comment."""
+    return [name for line in text.splitlines() if (name := line.partition("#")[0].strip())]
+
+
+def _self_issued(key: SigningKey, peer: str) -> Callable[[float], Token]:
+    """A token that is renewed before it expires."""
+
+    def new(now_s: float) -> Token:
+        return issue(key, name=OWN_NAME, peer=peer, hosts=True, expires_s=int(now_s) + OWN_TOKEN_S)
+
+    current = new(time.time())
+
+    def own(now_s: float) -> Token:
+        nonlocal current
+        if now_s > current.expires_s - OWN_TOKEN_S / 2:
+            current = new(now_s)
+        return current
+
+    return own
+
+
+def load_identity(path: str | Path, *, make: bool) -> SigningKey:
+    """The key in an identity file; with `make`, a new one where there is no file. Raises ConfigError."""
+    path = Path(path)
+    if make and not path.exists():
+        key = SigningKey.new()
+        write_private(path, identity_bytes(key))
+        return key
+    try:
+        return identity_from(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"identity_path={path} cannot be read: {error.strerror}") from None
+    except ConfigError as error:
+        raise ConfigError(f"identity_path={path}: {error}") from None
+
+
+def identity_beside(token_path: str | Path, path: str | Path | None) -> SigningKey:
+    """The identity in `path`, or in NAME.identity beside a token that is called NAME.token. Raises ConfigError."""
+    return load_identity(path or Path(token_path).with_suffix(".identity"), make=False)
+
+
+def read_text(path: str | Path, *, key: str) -> str:
+    """The text of a small file. Raises ConfigError naming `key`; a secret given in place of a path is not repeated."""
+    if looks_like_a_key(str(path)):
+        raise ConfigError(
+            f"{key} is a key itself, where the name of its file is due. Others on this machine can read a command "
+            "line: write it to a file, and make a new key if it was secret"
+        )
+    try:
+        return Path(path).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ConfigError(f"{key}={path} cannot be read: {why}") from None
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a file that its owner alone can read, whole or not at all. Raises ConfigError where it cannot be."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None

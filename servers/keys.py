@@ -1,0 +1,112 @@
+"""Keys of a private swarm: make one, issue tokens to its members, revoke them (docs/private-swarms.md)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from petals_tune.cli import errors_reported
+from petals_tune.errors import ConfigError
+from petals_tune.swarm.members import load_identity, read_text, revoked_in, write_private
+from petals_tune.wire.signing import SigningKey
+from petals_tune.wire.tokens import issue, key_from, public_text, secret_text, token_text
+
+DAY_S = 24 * 3600
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """python -m servers.keys {new,issue,revoke,identity} ..."""
+    parser = argparse.ArgumentParser(prog="python -m servers.keys", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("new", help="make the key of a new swarm: FILE (secret) and its public half")
+    command.set_defaults(run=new)
+
+    issuing = commands.add_parser("issue", help="let somebody in: NAME.token, and an identity unless --peer is given")
+    issuing.add_argument("--name", required=True, help="of the member; a token is revoked by it")
+    issuing.add_argument("--days", type=float, default=30, help="how long the token is good (30)")
+    issuing.add_argument("--hosts", action="store_true", help="the member may host blocks, not only use them")
+    issuing.add_argument("--peer", help="peer id of an identity that the member made; else one is made, NAME.identity")
+    issuing.set_defaults(run=issue_token)
+
+    revoking = commands.add_parser("revoke", help="let somebody in no longer: adds the name to FILE's list, *.revoked")
+    revoking.add_argument("--name", required=True)
+    revoking.set_defaults(run=revoke)
+
+    for each in (command, issuing, revoking):
+        each.add_argument("--key", type=Path, default=Path("swarm.key"), help="FILE, the swarm's key (swarm.key)")
+
+    own = commands.add_parser(
+        "identity", help="make an identity of one's own, and print its peer id for `issue --peer`"
+    )
+    own.add_argument("file", type=Path)
+    own.set_defaults(run=identity)
+
+    given = parser.parse_args(arguments)
+    with errors_reported():
+        given.run(given)
+
+
+def new(given: argparse.Namespace) -> None:
+    """Refuses to replace a key: every token of its swarm would be void."""
+    key, public = SigningKey.new(), given.key.with_suffix(".pub")
+    for path in (given.key, public):
+        if path.exists():
+            raise ConfigError(f"{path} is there already; for another swarm:  --key OTHER.key")
+    write_private(given.key, f"{secret_text(key)}\n".encode())
+    write_private(public, f"{public_text(key)}\n".encode())
+    print(f"{given.key}: the secret key, with which tokens are issued; keep it to yourself")
+    print(f"{public}: its public half, for servers of people who shall issue none: swarm.key={public}")
+
+
+def issue_token(given: argparse.Namespace) -> None:
+    key = _secret_key(given.key)
+    if given.name in _revoked(given.key):
+        raise ConfigError(f"{given.name} is revoked: choose another name, or take it out of {_revoked_path(given.key)}")
+    if not given.days > 0:
+        raise ConfigError(f"--days {given.days:g}: a token is good for more than 0 days")
+    own, path = Path(f"{given.name}.identity"), Path(f"{given.name}.token")
+    peer = given.peer
+    if peer is None:
+        issue(key, name=given.name, peer=SigningKey.new().peer, hosts=False, expires_s=0)  # a bad name makes no file
+        peer = load_identity(own, make=True).peer
+    token = issue(key, name=given.name, peer=peer, hosts=given.hosts, expires_s=int(time.time() + given.days * DAY_S))
+    write_private(path, f"{token_text(token)}\n".encode())
+    print(f"{path}: lets peer {peer} {'host and use' if given.hosts else 'use'} blocks for {given.days:g} days")
+    if given.peer is None:
+        print(f"{own}: the identity that it is good for; give {given.name} both, this one in secret")
+
+
+def revoke(given: argparse.Namespace) -> None:
+    _secret_key(given.key)  # or a misspelt --key would make a list that nobody reads
+    path, names = _revoked_path(given.key), _revoked(given.key)
+    if given.name not in names:
+        before = path.read_text(encoding="utf-8") if names else ""
+        write_private(path, f"{before}{given.name}\n".encode())
+    print(f"{path}: {given.name} is out as soon as this file lies beside the key of every server of the swarm")
+
+
+def identity(given: argparse.Namespace) -> None:
+    print(load_identity(given.file, make=True).peer)
+
+
+def _secret_key(path: Path) -> SigningKey:
+    key = key_from(read_text(path, key="--key"))
+    if not isinstance(key, SigningKey):
+        raise ConfigError(f"--key {path} is the public half; tokens are issued with the secret key")
+    return key
+
+
+def _revoked_path(key: Path) -> Path:
+    return key.with_suffix(".revoked")
+
+
+def _revoked(key: Path) -> list[str]:
+    path = _revoked_path(key)
+    return revoked_in(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
