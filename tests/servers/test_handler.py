@@ -1,0 +1,518 @@
+"""Whatever a client sends, the next request is served. Real blocks, real streams, no daemon between them."""
+
+import asyncio
+import dataclasses
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from petals_tune.swarm.members import Members
+from petals_tune.wire import frames
+from petals_tune.wire.adapter import AdapterPart
+from petals_tune.wire.frames import HEADER
+from petals_tune.wire.messages import (
+    MAX_HELLO_BYTES,
+    Backward,
+    CloseSession,
+    CollectedSum,
+    CollectSum,
+    Done,
+    Forward,
+    Forwarded,
+    Gradients,
+    Hello,
+    Message,
+    OpenSession,
+    Ping,
+    Pong,
+    PutAdapter,
+    Refusal,
+    Release,
+    SessionOpened,
+    Step,
+    Stepped,
+    Welcome,
+    encode,
+)
+from petals_tune.wire.signing import SigningKey
+from petals_tune.wire.span import BlockSpan
+from petals_tune.wire.tokens import encode_token, issue
+from servers import streams
+from servers.compute import ComputeThread
+from servers.engine import Engine
+from tests.servers.peers import HIDDEN, LIMITS, SPAN, House, engine_of, forward, stores
+
+Parts = tuple[Engine, ComputeThread]
+FRAME = struct.Struct(">IQI")
+
+
+@pytest.fixture(scope="module")
+def engine(model_folder: Any) -> Iterator[Parts]:
+    with engine_of(model_folder("llama")) as parts:
+        yield parts
+
+
+def lora(rank: int = 2, **fields: Any) -> AdapterPart:
+    a, b = torch.ones(rank, HIDDEN), torch.ones(48, rank)
+    return AdapterPart(**{"block": 1, "method": "lora", "module": "mlp.gate_proj", "tensors": [a, b], **fields})
+
+
+def prompt(positions: int = 2, **fields: Any) -> AdapterPart:
+    return AdapterPart(**{"block": 1, "method": "prompt", "tensors": [torch.ones(positions, HIDDEN)], **fields})
+
+
+def put(*parts: AdapterPart, version: str = "v", span: BlockSpan = SPAN) -> PutAdapter:
+    return PutAdapter(version=version, span=span, parts=list(parts))
+
+
+NAN = torch.full((1, 2, HIDDEN), float("nan"))
+INF = torch.full((1, 2, HIDDEN), float("inf"))
+
+# What is wrong -> (what is sent, the error in the refusal, a piece of its text)
+BAD_REQUESTS: dict[str, tuple[Message, str, str]] = {
+    "blocks of another server": (forward(span=BlockSpan(0, 2)), "RequestRefused", "blocks 0:2 are not here"),
+    "blocks beyond the model": (forward(span=BlockSpan(1, 2**40)), "RequestRefused", "are not here"),
+    "wrong hidden size": (Forward(span=SPAN, hidden=torch.ones(1, 2, 31)), "RequestRefused", "hidden size 31"),
+    "NaN in hidden states": (Forward(span=SPAN, hidden=NAN), "RequestRefused", "non-finite"),
+    "Inf in hidden states": (Forward(span=SPAN, hidden=INF), "RequestRefused", "non-finite"),
+    "NaN in a forward to run again": (
+        Backward(again=Forward(span=SPAN, hidden=NAN), grad=torch.ones(1, 2, HIDDEN)),
+        "RequestRefused",
+        "non-finite",
+    ),
+    "NaN in a gradient": (Backward(again=forward(), grad=NAN), "RequestRefused", "non-finite"),
+    "a gradient of another shape": (
+        Backward(again=forward(), grad=torch.ones(1, 3, HIDDEN)),
+        "RequestRefused",
+        "(1, 3",
+    ),
+    "more positions than allowed": (forward(positions=65), "RequestRefused", "limits.max_positions"),
+    "more rows than allowed": (forward(rows=9, positions=32), "RequestRefused", "limits.max_tokens"),
+    "the same in a backward": (
+        Backward(again=forward(positions=65), grad=torch.ones(1, 65, HIDDEN)),
+        "RequestRefused",
+        "limits.max_positions",
+    ),
+    "nothing that needs a gradient": (
+        Backward(again=forward(input_grad=False), grad=torch.ones(1, 2, HIDDEN)),
+        "RequestRefused",
+        "nothing on these blocks",
+    ),
+    "an unknown adapter": (forward(adapter="v9"), "AdapterMissing", "v9"),
+    "an unknown lease": (Backward(lease=2**60, grad=torch.ones(1, 2, HIDDEN)), "LeaseLost", "is not kept here"),
+    "a negative lease": (Backward(lease=-1, grad=torch.ones(1, 2, HIDDEN)), "LeaseLost", "is not kept here"),
+    "an unknown session": (Step(session=2**60, hidden=torch.ones(1, 1, HIDDEN), position=0), "SessionLost", "not kept"),
+    "a session for ever": (OpenSession(span=SPAN, rows=2**62, max_length=2**62), "RequestRefused", "would fit"),
+    "a session on other blocks": (OpenSession(span=BlockSpan(4, 6), rows=1, max_length=4), "RequestRefused", "4:6"),
+    "a session with an unknown adapter": (
+        OpenSession(span=SPAN, rows=1, max_length=4, adapter="v9"),
+        "AdapterMissing",
+        "v9",
+    ),
+    "LoRA on a linear that is not there": (put(lora(module="mlp.eval")), "RequestRefused", "no linear"),
+    "LoRA of the wrong shape": (put(lora(tensors=[torch.ones(2, 31), torch.ones(48, 2)])), "RequestRefused", "needs A"),
+    "LoRA of rank 0": (put(lora(rank=0)), "RequestRefused", "needs A"),
+    "LoRA without tensors": (put(lora(tensors=[])), "RequestRefused", "needs A"),
+    "LoRA with an infinite scaling": (put(lora(scaling=float("inf"))), "RequestRefused", "scaling"),
+    "LoRA of integers": (put(lora(tensors=[torch.ones(2, HIDDEN).long()] * 2)), "RequestRefused", "finite floats"),
+    "a prompt of NaN": (
+        put(prompt(tensors=[torch.full((2, HIDDEN), float("nan"))])),
+        "RequestRefused",
+        "finite floats",
+    ),
+    "two prompts on a block": (put(prompt(), prompt()), "RequestRefused", "twice"),
+    "an adapter on other blocks": (put(span=BlockSpan(0, 6)), "RequestRefused", "0:6 are not here"),
+    "an answer in place of a request": (Done(), "RequestRefused", "Done is not a request"),
+    "a second Hello": (Hello(), "RequestRefused", "Hello is not a request"),
+}
+
+# Messages that are none: nothing of them is a request, and the stream goes on.
+GARBAGE: dict[str, bytes] = {
+    "no bytes": b"",
+    "random bytes": bytes(range(256)),
+    "a truncated message": encode(forward())[:-7],
+    "a message with more behind it": encode(Ping()) + b"\0",
+    "an unknown kind": msgspec.msgpack.encode({"kind": "exec", "code": "1"}),
+    "an unknown field": msgspec.msgpack.encode({"kind": "ping", "path": "/etc/passwd"}),
+    "a pickle": b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94.",
+    "a tensor that claims more than it has": encode(forward()).replace(struct.pack(">I", HIDDEN), b"\x7f\xff\xff\xff"),
+    "a tensor of integers": msgspec.msgpack.encode({"kind": "forward", "span": [1, 4], "hidden": 7}),
+    "positions below 0": encode(forward(positions=2)).replace(b"hidden", b"Hidden"),
+    "rows of an order that are not there": encode(
+        Step(session=1, hidden=torch.ones(1, 1, HIDDEN), position=0, order=torch.tensor([0]))
+    ).replace(b"order", b"ordre"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_REQUESTS)
+async def test_a_bad_request_is_refused_by_name_and_the_next_one_is_served(engine, what):
+    request, error, text = BAD_REQUESTS[what]
+    async with House(engine).client() as peer:
+        refusal = await peer.refused(request)
+        assert (refusal.error, text in refusal.text) == (error, True), refusal
+        assert isinstance(await peer.ask(forward()), Forwarded)
+
+
+@pytest.mark.parametrize("what", GARBAGE)
+async def test_garbage_in_a_frame_is_refused_and_the_next_request_is_served(engine, what):
+    async with House(engine).client() as peer:
+        assert (await peer.refused(GARBAGE[what])).error == "ProtocolError"
+        assert isinstance(await peer.ask(forward()), Forwarded)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (FRAME.pack(frames.MAX_FRAME_BYTES + 1, 7, 0), "a frame of"),
+        (FRAME.pack(2**32 - 1, 7, 0), "a frame of"),
+        (FRAME.pack(1, 7, 2**31) + b"x", "a message of"),
+        (FRAME.pack(0, 7, 10), "does not continue"),
+        (FRAME.pack(1, 7, 10) + b"x" + FRAME.pack(1, 7, 10) + b"x", "does not continue"),
+        (FRAME.pack(1, 7, 10) + b"x" + FRAME.pack(2, 7, 9) + b"xx", "does not continue"),
+        (b"".join(FRAME.pack(1, number, 1) + b"x" for number in range(10, 140)), "unfinished messages"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "a frame of"),
+    ],
+    ids=["long", "longest", "large message", "empty", "duplicate", "overlap", "never ended", "http"],
+)
+async def test_frames_that_cannot_be_followed_end_the_stream_alone(engine, data, said):
+    house = House(engine)
+    async with house.client("alice") as other, house.client() as peer:
+        peer.write(data)
+        (refusal,) = await peer.last_words()
+        assert isinstance(refusal, Refusal)
+        assert (refusal.error, said in refusal.text) == ("ProtocolError", True), refusal
+        assert isinstance(await other.ask(forward()), Forwarded)
+    async with house.client() as again:
+        assert isinstance(await again.ask(forward()), Forwarded)
+
+
+async def test_a_request_under_the_id_of_one_that_runs_ends_the_stream(engine):
+    house = House(engine)
+    async with house.client() as peer:
+        peer.write(b"".join(header + bytes(payload) for _ in range(2) for header, payload in cut_twice(forward(8, 32))))
+        said = await peer.last_words()
+        assert [message.error for message in said if isinstance(message, Refusal)] == ["ProtocolError"]
+
+
+def cut_twice(message: Message) -> list[tuple[bytes, memoryview]]:
+    return list(frames.cut(5, encode(message)))
+
+
+async def test_a_request_that_was_served_is_served_again_and_a_lease_only_once(engine):
+    async with House(engine).client() as peer:
+        first, second = await peer.ask(forward(keep=True)), await peer.ask(forward(keep=True))
+        assert isinstance(first, Forwarded)
+        assert isinstance(second, Forwarded)
+        assert torch.equal(first.hidden, second.hidden)
+        back = Backward(lease=first.lease, grad=torch.ones(1, 2, HIDDEN))
+        assert isinstance(await peer.ask(back), Gradients)
+        assert (await peer.refused(back)).error == "LeaseLost"
+
+
+async def test_what_is_anothers_is_not_there(engine):
+    """Leases, sessions, adapters and sums of one client, asked for by another."""
+    house = House(engine)
+    grad = torch.ones(1, 2, HIDDEN)
+    async with house.client("alice") as alice, house.client() as mallory:
+        kept = await alice.ask(forward(keep=True))
+        opened = await alice.ask(OpenSession(span=SPAN, rows=1, max_length=4))
+        assert isinstance(kept, Forwarded)
+        assert isinstance(opened, SessionOpened)
+        assert isinstance(await alice.ask(put(lora())), Done)
+        summed = Backward(again=forward(adapter="v"), grad=grad, adapter_sum=3)
+        assert isinstance(await alice.ask(summed), Gradients)
+
+        step = Step(session=opened.session, hidden=torch.ones(1, 1, HIDDEN), position=0)
+        mallory.send(Release(leases=[kept.lease]))  # type: ignore[list-item]
+        mallory.send(CloseSession(session=opened.session))
+        assert (await mallory.refused(Backward(lease=kept.lease, grad=grad))).error == "LeaseLost"
+        assert (await mallory.refused(step)).error == "SessionLost"
+        assert (await mallory.refused(forward(adapter="v"))).error == "AdapterMissing"
+        assert (await mallory.ask(CollectSum(adapter_sum=3))) == CollectedSum(adapter=[], terms=0)
+
+        assert isinstance(await alice.ask(step), Stepped)
+        assert isinstance(await alice.ask(Backward(lease=kept.lease, grad=grad)), Gradients)
+        assert isinstance(await alice.ask(forward(adapter="v")), Forwarded)
+        collected = await alice.ask(CollectSum(adapter_sum=3))
+        assert isinstance(collected, CollectedSum)
+        assert collected.terms == 1
+
+
+async def test_a_session_refuses_steps_that_do_not_continue_it(engine):
+    async with House(engine).client() as peer:
+        opened = await peer.ask(OpenSession(span=SPAN, rows=2, max_length=4))
+        assert isinstance(opened, SessionOpened)
+
+        def step(rows: int = 2, positions: int = 1, position: int = 0, **fields: Any) -> Step:
+            hidden = torch.ones(rows, positions, HIDDEN)
+            return Step(session=opened.session, hidden=hidden, position=position, **fields)
+
+        for bad, error in [
+            (step(rows=1), "RequestRefused"),
+            (step(positions=5), "RequestRefused"),
+            (step(position=3), "SessionLost"),
+            (step(position=2**60), "SessionLost"),
+            (step(order=torch.tensor([0, 2])), "RequestRefused"),
+            (step(order=torch.tensor([0, -1])), "RequestRefused"),
+        ]:
+            assert (await peer.refused(bad)).error == error
+        assert isinstance(await peer.ask(step()), Stepped)
+
+
+async def test_a_prompt_longer_than_the_sequence_is_refused_wherever_it_is_used(engine):
+    async with House(engine).client() as peer:
+        assert isinstance(await peer.ask(put(prompt(positions=3))), Done)
+        opened = await peer.ask(OpenSession(span=SPAN, rows=1, max_length=4, adapter="v"))
+        assert isinstance(opened, SessionOpened)
+        grad = torch.ones(1, 2, HIDDEN)
+        for request in (
+            forward(adapter="v"),
+            Backward(again=forward(adapter="v"), grad=grad),
+            Step(session=opened.session, hidden=grad, position=0),
+        ):
+            refusal = await peer.refused(request)
+            assert (refusal.error, "a prompt of 3 positions" in refusal.text) == ("RequestRefused", True), refusal
+
+
+async def test_terms_of_a_sum_that_are_not_alike_are_refused(engine):
+    async with House(engine).client() as peer:
+        for version, rank in (("a", 2), ("b", 3)):
+            assert isinstance(await peer.ask(put(lora(rank=rank), version=version)), Done)
+        grad = torch.ones(1, 2, HIDDEN)
+        first = Backward(again=forward(adapter="a"), grad=grad, adapter_sum=1)
+        assert isinstance(await peer.ask(first), Gradients)
+        other = Backward(again=forward(adapter="b"), grad=grad, adapter_sum=1, term=1)
+        assert "not the same shapes" in (await peer.refused(other)).text
+        collected = await peer.ask(CollectSum(adapter_sum=1))
+        assert isinstance(collected, CollectedSum)
+        assert collected.terms == 1
+
+
+# The greeting
+
+
+@pytest.mark.parametrize(
+    "first",
+    [encode(Ping()), encode(forward()), b"", bytes(100), encode(Hello()) + bytes(MAX_HELLO_BYTES)],
+    ids=["ping", "forward", "nothing", "zeros", "large"],
+)
+async def test_a_stream_that_does_not_begin_with_a_hello_is_closed(engine, first):
+    async with House(engine).stranger() as peer:
+        peer.send(first)
+        (refusal,) = await peer.last_words()
+        assert isinstance(refusal, Refusal)
+        assert refusal.error == "ProtocolError"
+
+
+async def test_a_hello_that_announces_more_is_not_waited_for(engine):
+    async with House(engine).stranger() as peer:
+        peer.write(HEADER.pack(10, 1, 2**31 - 1))
+        assert len(await peer.last_words()) == 1
+
+
+async def test_a_stream_without_a_word_is_closed(engine, monkeypatch):
+    monkeypatch.setattr(streams, "GREETING_S", 0.0)
+    monkeypatch.setattr(streams, "_WATCH_S", 0.01)
+    house = House(engine)
+    async with house.stranger() as silent:
+        assert await silent.last_words() == []
+    assert isinstance(await _served(house), Forwarded)
+
+
+async def test_a_client_of_another_model_learns_so(engine):
+    async with House(engine).stranger() as peer:
+        peer.send(Hello(model="other"))
+        (refusal,) = await peer.last_words()
+        assert isinstance(refusal, Refusal)
+        assert (refusal.error, "holds tiny" in refusal.text) == ("SwarmMismatch", True)
+
+
+async def _served(house: House) -> Message:
+    async with house.client("honest") as peer:
+        return await peer.ask(forward())
+
+
+# Private swarms
+
+OWNER, ALICE, MALLORY, HOST = (SigningKey(bytes([number]) * 32) for number in range(4))
+
+
+class Clock:
+    now_s = 1000.0
+
+
+def private(revoked: set[str], clock: type[Clock] = Clock) -> Members:
+    class Names:
+        def names(self) -> frozenset[str]:
+            return frozenset(revoked)
+
+    own = issue(OWNER, name="host", peer=HOST.peer, hosts=True, expires_s=10**9)
+    return Members(OWNER.public, HOST, lambda _: own, revoked=Names(), clock=lambda: clock.now_s)  # type: ignore[arg-type]
+
+
+def token_of(key: SigningKey, name: str = "alice", owner: SigningKey = OWNER, expires_s: int = 2000) -> bytes:
+    return encode_token(issue(owner, name=name, peer=key.peer, hosts=False, expires_s=expires_s))
+
+
+@pytest.mark.parametrize(
+    ("token", "text"),
+    [
+        (None, "this swarm is private"),
+        (b"", "this swarm is private"),
+        (b"garbage", "not a token"),
+        (token_of(MALLORY, owner=MALLORY), "not signed by this swarm's key"),
+        (token_of(ALICE), "was issued to peer"),
+        (token_of(MALLORY, expires_s=1000), "has expired"),
+        (token_of(MALLORY, name="mallory"), "was revoked"),
+    ],
+    ids=["none", "empty", "garbage", "forged", "copied", "expired", "revoked"],
+)
+async def test_a_private_server_reads_nothing_of_a_peer_before_its_token_is_checked(engine, token, text, monkeypatch):
+    read = []
+    monkeypatch.setattr("servers.handler.decode", lambda body: read.append(body))
+    async with House(engine, members=private({"mallory"})).stranger(MALLORY.peer) as peer:
+        peer.send(Hello(model="digest", token=token))
+        peer.send(Ping())
+        peer.send(forward())
+        (refusal,) = await peer.last_words()
+        assert isinstance(refusal, Refusal)
+        assert (refusal.error, text in refusal.text) == ("AccessDenied", True), refusal
+    assert read == []
+
+
+async def test_a_member_is_served_and_sees_the_servers_token(engine):
+    async with House(engine, members=private(set())).stranger(ALICE.peer) as peer:
+        welcome = await peer.ask(Hello(model="digest", token=token_of(ALICE)))
+        assert isinstance(welcome, Welcome)
+        assert welcome.token == private(set()).own_token()
+        assert isinstance(await peer.ask(forward()), Forwarded)
+
+
+async def test_who_is_revoked_or_expires_meanwhile_is_out_at_the_next_frame(engine):
+    revoked: set[str] = set()
+
+    class Later(Clock):
+        pass
+
+    house = House(engine, members=private(revoked, Later))
+    for lose in (lambda: revoked.add("alice"), lambda: setattr(Later, "now_s", 2000.0)):
+        async with house.client(ALICE.peer, token_of(ALICE)) as peer:
+            assert isinstance(await peer.ask(forward()), Forwarded)
+            lose()
+            assert (await peer.refused(forward())).error == "AccessDenied"
+            assert await peer.last_words() == []
+        revoked.clear()
+
+
+# Limits
+
+
+async def test_streams_beyond_the_limit_of_a_client_are_closed_and_others_are_served(engine):
+    house = House(engine)
+    async with house.client(), house.client(), house.client():
+        async with house.stranger() as fourth:
+            assert await fourth.last_words() == []
+        assert isinstance(await _served(house), Forwarded)
+    async with house.client() as again:
+        assert isinstance(await again.ask(Ping()), Pong)
+
+
+async def test_where_all_streams_are_taken_the_one_that_idles_longest_goes(engine, monkeypatch):
+    monkeypatch.setattr(streams, "IDLE_S", -1.0)
+    house = House(engine, limits=dataclasses.replace(LIMITS, max_streams=2))
+    async with house.client("idle") as idle, house.client("busy") as busy:
+        assert isinstance(await busy.ask(Ping()), Pong)
+        assert isinstance(await _served(house), Forwarded)
+        assert await idle.last_words() == []
+        assert isinstance(await busy.ask(forward()), Forwarded)
+
+
+async def test_requests_beyond_those_in_flight_are_refused_as_busy_and_the_others_answered(engine):
+    house = House(engine)
+    async with house.client() as greedy, house.client("alice") as alice:
+        for _ in range(12):
+            greedy.send(forward(4, 64))
+        answers = [(await greedy.read())[1] for _ in range(12)]
+        busy = [answer.text for answer in answers if isinstance(answer, Refusal)]
+        assert busy
+        assert set(busy) == {"more than 4 requests in flight"}
+        assert sum(isinstance(answer, Forwarded) for answer in answers) == 12 - len(busy) >= 4
+        assert isinstance(await alice.ask(forward()), Forwarded)
+        assert isinstance(await greedy.ask(forward()), Forwarded)
+
+
+async def test_a_request_without_room_is_dropped_as_it_comes_and_the_next_one_is_served(engine):
+    house = House(engine, limits=dataclasses.replace(LIMITS, max_receiving_bytes=100_000))
+    async with house.client("greedy") as greedy, house.client("alice") as alice:
+        large = Forward(span=SPAN, hidden=torch.ones(4, 64, 2 * HIDDEN))  # 64 KiB
+        assert "no room for a request of" in (await greedy.refused(large)).text
+        assert isinstance(await greedy.ask(forward()), Forwarded)
+        greedy.write(FRAME.pack(1, 99, 49_000) + b"x")  # half of the memory, and no more comes
+        assert isinstance(await greedy.ask(Ping()), Refusal | Pong)
+        assert isinstance(await alice.ask(forward()), Forwarded)
+        assert house.handler._gate.receiving_bytes >= 49_000
+    assert house.handler._gate.receiving_bytes == 0, "a stream that ended gives all of it back"
+
+
+async def test_a_sender_that_stops_in_the_middle_of_a_message_is_closed(engine, monkeypatch):
+    monkeypatch.setattr(streams, "_WATCH_S", 0.01)
+    house = House(engine)
+    for half in (HEADER.pack(100, 7, 0), HEADER.pack(3, 7, 10) + b"abc"):
+        async with house.client() as peer:
+            await peer.ask(Ping())
+            monkeypatch.setattr(streams, "STALL_S", 0.05)
+            peer.write(half)
+            assert await peer.last_words() == []
+        monkeypatch.setattr(streams, "STALL_S", 60.0)
+        assert isinstance(await _served(house), Forwarded)
+
+
+async def test_a_client_that_never_reads_its_answers_is_closed(engine, monkeypatch):
+    monkeypatch.setattr(streams, "_WATCH_S", 0.01)
+    house = House(engine)
+    async with house.client() as deaf:
+        monkeypatch.setattr(streams, "STALL_S", 0.2)
+        for _ in range(4000):  # until no buffer between us takes any more
+            deaf.send(forward(1, 64))
+            if deaf.serving.done():
+                break
+            await asyncio.sleep(0)
+        async with asyncio.timeout(60):
+            await deaf.serving
+    monkeypatch.setattr(streams, "STALL_S", 60.0)
+    assert isinstance(await _served(house), Forwarded)
+
+
+async def test_a_client_that_asks_too_often_is_read_no_faster(engine):
+    house = House(engine, limits=dataclasses.replace(LIMITS, max_requests_per_s=20.0))
+    async with house.client() as hasty:
+        started_s = asyncio.get_running_loop().time()
+        for _ in range(30):
+            hasty.send(Ping())
+        for _ in range(30):
+            assert isinstance((await hasty.read())[1], Pong)
+        assert asyncio.get_running_loop().time() - started_s >= 0.4, "20 at once, 10 more at 20 a second"
+
+
+async def test_an_adapter_that_never_fits_is_refused_with_what_would(engine):
+    async with House(engine, kept=stores(adapters=1000)).client() as peer:
+        refusal = await peer.refused(put(prompt(positions=32)))
+        assert (refusal.error, "of adapters" in refusal.text) == ("RequestRefused", True)
+
+
+async def test_a_client_that_leaves_takes_everything_along(engine):
+    house = House(engine)
+    async with house.client() as peer:
+        await peer.ask(forward(keep=True))
+        await peer.ask(OpenSession(span=SPAN, rows=1, max_length=4))
+        await peer.ask(put(lora()))
+        await peer.ask(Backward(again=forward(adapter="v"), grad=torch.ones(1, 2, HIDDEN), adapter_sum=1))
+        kept = house.stores
+        held = [kept.leases.used_bytes, kept.sessions.used_bytes, kept.adapters._shares.used_bytes]
+        assert all(size > 0 for size in [*held, kept.sums._shares.used_bytes])
+    left = [kept.leases.used_bytes, kept.sessions.used_bytes, kept.adapters._shares.used_bytes]
+    assert [*left, kept.sums._shares.used_bytes, len(house.handler._streams)] == [0] * 5
