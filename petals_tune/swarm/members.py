@@ -161,17 +161,22 @@ def identity_beside(token_path: str | Path, path: str | Path | None) -> SigningK
 
 
 def read_text(path: str | Path, *, key: str) -> str:
-    """The text of a small file. Raises ConfigError naming `key`; a secret given in place of a path is not repeated."""
-    if looks_like_a_key(str(path)):
-        raise ConfigError(
-            f"{key} is a key itself, where the name of its file is due. Others on this machine can read a command "
-            "line: write it to a file, and make a new key if it was secret"
-        )
+    """The text of a small file. Raises ConfigError naming `key`."""
+    refuse_keys(path, key=key)
     try:
         return Path(path).read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no text"
         raise ConfigError(f"{key}={path} cannot be read: {why}") from None
+
+
+def refuse_keys(path: str | Path | None, *, key: str) -> None:
+    """Raises ConfigError where a key itself stands in place of the name of its file; it is not repeated."""
+    if looks_like_a_key(str(path)):
+        raise ConfigError(
+            f"{key} is a key itself, where the name of its file is due. Others on this machine can read a command "
+            "line: write it to a file, and make a new key if it was secret"
+        )
 
 
 def write_private(path: Path, data: bytes) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from petals_tune.errors import ConfigError
 from petals_tune.swarm.local import local_swarm
+from petals_tune.swarm.members import refuse_keys
 from petals_tune.wire.span import BlockSpan, gaps
 from petals_tune.wire.tensors import WireFormat
 
@@ -91,6 +92,9 @@ class JoinedSwarm(ClientOptions):
     initial_peers: Annotated[Sequence[str], Field(min_length=1)]
     token: str | None = None  # file, of a private swarm
     identity_path: str | None = None  # file that the token was issued for; None: beside it, NAME.identity
+
+    def __post_init__(self) -> None:
+        refuse_keys(self.token, key="swarm.token")  # before the configuration of the run is written anywhere
 
     def client_options(self) -> dict[str, Any]:
         return {**super().client_options(), "token": self.token, "identity_path": self.identity_path}

@@ -1,0 +1,168 @@
+"""A private swarm of two real servers: members are served, nobody else is, and no secret is to be seen anywhere."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from petals_tune import AutoDistributedModelForCausalLM
+from petals_tune.checkpoint import Checkpoint
+from petals_tune.errors import AccessDenied, ServerUnreachable
+from petals_tune.swarm import loop
+from petals_tune.swarm.client import SwarmClient
+from petals_tune.swarm.local import ServerProcess, server_process
+from petals_tune.swarm.members import Members, load_identity
+from petals_tune.swarm.p2p import start_dht, start_p2p, stop_dht, stop_p2p
+from petals_tune.swarm.retry import RetryPolicy
+from petals_tune.wire.records import dht_key
+from petals_tune.wire.signing import SigningKey
+from petals_tune.wire.span import BlockSpan
+from petals_tune.wire.tokens import token_from
+from servers.keys import main as keys
+from tests.models import plain_model, relative_error, save_model
+from tests.processes import LONG_S, descendants
+
+pytestmark = pytest.mark.swarm
+IDS = torch.tensor([[1, 2, 3, 4]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swarm:
+    """The servers, and the folder with the model and with everybody's keys and tokens."""
+
+    folder: Path
+    servers: list[ServerProcess]
+    peers: list[str]
+
+    def model(self, name: str) -> PreTrainedModel:
+        token = str(self.folder / f"{name}.token")
+        return AutoDistributedModelForCausalLM.from_pretrained(
+            str(self.folder / "llama"), initial_peers=self.peers, token=token
+        )
+
+    def join(self, members: Members | None) -> SwarmClient:
+        model = Checkpoint(str(self.folder / "llama")).digest
+        joining = SwarmClient.join(
+            self.peers, model=model, blocks=BlockSpan(0, 6), policy=RetryPolicy(), members=members
+        )
+        return loop.run(joining)
+
+
+@pytest.fixture(scope="module")
+def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
+    """The first server holds the swarm's secret key, the second one the public half and a token of its own."""
+    folder = tmp_path_factory.mktemp("private")
+    source = save_model(folder / "llama", "llama")
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.chdir(folder)
+        for command in ("new", "issue --name alice", "issue --name carol", "issue --name host --hosts"):
+            keys(command.split())
+        common = [f"model.source='{source}'", "quantization=none"]
+        own_key = [f"swarm.key='{folder}/swarm.key'", "blocks='0:3'"]
+        first = stack.enter_context(server_process([*common, *own_key]))
+        peers = first.wait_until_ready()
+        own_token = [f"swarm.key='{folder}/swarm.pub'", f"swarm.token='{folder}/host.token'", "blocks='3:6'"]
+        identity = f"identity_path='{folder}/host.identity'"
+        joined = [*common, *own_token, identity, f"swarm.initial_peers=[{','.join(peers)}]"]
+        second = stack.enter_context(server_process(joined))
+        second.wait_until_ready()
+        yield Swarm(folder=folder, servers=[first, second], peers=peers)
+
+
+def test_members_are_served_by_both_servers(swarm):
+    model = swarm.model("alice")
+    with torch.no_grad():
+        expected = plain_model(swarm.folder / "llama")(IDS).logits
+        assert relative_error(model(IDS).logits, expected) < 1e-5
+    model.remote_blocks.close()
+
+
+def test_who_has_no_token_is_told_what_to_do(swarm):
+    with pytest.raises(AccessDenied, match=r"this swarm is private.*give swarm\.token=FILE"):
+        swarm.join(None)
+
+
+def test_a_copied_token_is_useless_elsewhere(swarm):
+    """Past the check that the thief's own client would make: the servers refuse it."""
+    token = token_from((swarm.folder / "alice.token").read_text())
+    with pytest.raises(AccessDenied, match=r"the token of alice was issued to peer .*said by server"):
+        swarm.join(Members(token.swarm, SigningKey.new(), lambda _: token))
+
+
+def test_a_token_of_another_swarm_is_useless_here(swarm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys(["new"])
+    keys(["issue", "--name", "alice"])
+    with pytest.raises(AccessDenied, match="not signed by this swarm's key"):
+        swarm.join(Members.with_token("alice.token", load_identity("alice.identity", make=False)))
+
+
+def test_a_server_without_the_key_does_not_get_into_the_directory(swarm):
+    """A stranger that knows the address can neither read the DHT nor write to it."""
+
+    async def intrude() -> None:
+        identity = SigningKey.new()
+        p2p = await start_p2p(swarm.peers, identity=identity)
+        try:
+            with pytest.raises(ServerUnreachable, match="a private swarm answers only those"):
+                await stop_dht(await start_dht(p2p, swarm.peers, client_mode=False, identity=identity))
+        finally:
+            await stop_p2p(p2p)
+
+    loop.run(intrude())
+    client = swarm.join(Members.with_token(*_files(swarm, "carol")))
+    assert {str(server.blocks) for server in client._snapshot.servers} == {"0:3", "3:6"}
+    loop.run(client.close())
+
+
+def _files(swarm: Swarm, name: str) -> tuple[Path, SigningKey]:
+    return swarm.folder / f"{name}.token", load_identity(swarm.folder / f"{name}.identity", make=False)
+
+
+def use_until(deadline_s: float, model: PreTrainedModel) -> None:
+    while time.monotonic() < deadline_s:
+        model(IDS)
+
+
+def test_who_is_revoked_is_out_in_the_middle_of_its_work_and_others_are_not(swarm):
+    alice, carol = swarm.model("alice"), swarm.model("carol")
+    with torch.no_grad():
+        alice(IDS)
+        keys(["revoke", "--name", "alice", "--key", str(swarm.folder / "swarm.key")])
+        with pytest.raises(AccessDenied, match="the token of alice was revoked"):
+            use_until(time.monotonic() + LONG_S, alice)  # servers look at the list once a second
+        carol(IDS)
+    for model in (alice, carol):
+        model.remote_blocks.close()
+    with pytest.raises(AccessDenied, match="the token of alice was revoked"):
+        swarm.model("alice")
+
+
+def test_no_secret_is_to_be_seen(swarm):
+    """In process lists, environments, logs and the DHT."""
+    secrets = {name: (swarm.folder / f"{name}.identity").read_bytes()[4:36] for name in ("alice", "host")}
+    written = (swarm.folder / "swarm.key").read_text().strip().partition(":")[2]
+    seen: dict[str, bytes] = {}
+    for server in swarm.servers:
+        family = [server.process.pid, *(child.id for child in descendants(server.process.pid))]
+        assert len(family) == 2, "a server and its daemon"
+        for process in family:
+            for file in ("cmdline", "environ"):
+                seen[f"{process} {file}"] = Path(f"/proc/{process}/{file}").read_bytes()
+        seen[f"log of {server.process.pid}"] = "\n".join(server.lines).encode()
+    client = swarm.join(Members.with_token(*_files(swarm, "carol")))
+    found = loop.run(client._node.get(dht_key("servers"), latest=True))
+    assert len(found.value) == 2
+    seen["announcements"] = repr(found.value).encode()
+    loop.run(client.close())
+    assert all(seen.values())
+    for where, text in seen.items():
+        assert written.encode() not in text, where
+        for name, secret in secrets.items():
+            for shape in (secret, secret.hex().encode(), repr(secret)[2:-1].encode()):
+                assert shape not in text, f"{name} in {where}"
