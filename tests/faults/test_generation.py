@@ -148,7 +148,11 @@ def test_a_cache_that_is_too_small_says_what_would_fit_and_a_client_that_leaves_
                 generated(first)
             with first.inference_session(max_length=CACHE_POSITIONS - 5):
                 assert torch.equal(generated(first), expected)
-                with pytest.raises(SwarmTimeout, match="max_length=5 would fit"):
+                half = CACHE_POSITIONS // 2  # its fair share, for which the first would have to make room
+                with (
+                    second.inference_session(max_length=half + 1),
+                    pytest.raises(SwarmTimeout, match=f"max_length={half} would fit"),
+                ):
                     generated(second)
                 first.remote_blocks.close()  # it vanishes: its session was never given back
             assert torch.equal(generated(second), expected)

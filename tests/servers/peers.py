@@ -115,7 +115,10 @@ class House:
 class Peer:
     """The other end of a stream."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, serving: asyncio.Task[None]):
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, serving: asyncio.Task[None] | None = None
+    ):
+        """`serving` is what the handler does on this stream, where it runs in this process."""
         self.reader, self.writer, self.serving = reader, writer, serving
         self._assembler = Assembler(max_message_bytes=2**30, max_open_bytes=2**30)
         self._next_id = 0
