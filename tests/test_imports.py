@@ -50,9 +50,28 @@ KNOWN_ONLY_TO = {
     "wandb": "train petals_tune",
 }
 
-# Bytes of a stranger must never become code: no unpickling, no evaluation, anywhere.
-FORBIDDEN_IMPORTS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
-FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "torch.serialization.load", "builtins.eval", "builtins.exec"}
+# Bytes of a stranger must never become code: no unpickling, no evaluation, no shell, anywhere.
+FORBIDDEN_IMPORTS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "ctypes"}
+FORBIDDEN_CALLS = {
+    *("eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec", "builtins.compile"),
+    *("torch.load", "torch.serialization.load", "torch.jit.load", "np.load", "numpy.load"),
+    *("yaml.load", "yaml.unsafe_load", "yaml.full_load", "pd.read_pickle", "pandas.read_pickle"),
+    *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
+}
+
+# Who handles what strangers sent opens no file and starts no process: no path of theirs can be one.
+HANDLES_STRANGERS = (
+    "petals_tune.wire",
+    *(
+        "petals_tune.swarm.stream",
+        "petals_tune.swarm.writer",
+        "petals_tune.swarm.guards",
+        "petals_tune.swarm.directory",
+    ),
+    *("servers.handler", "servers.streams", "servers.gate", "servers.leases", "servers.sessions", "servers.stepping"),
+    *("servers.adapters", "servers.compute", "servers.engine", "servers.kernels"),
+)
+OPENS_FILES = {"pathlib", "os", "io", "shutil", "tempfile", "glob", "subprocess", "importlib", "runpy", "urllib"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +189,21 @@ def dangers(sources: dict[str, Source]) -> list[str]:
     return found
 
 
-RULES = [wrong_directions, circles, strangers, dangers]
+def openers(sources: dict[str, Source]) -> list[str]:
+    """Ways to a file where bytes of strangers are handled."""
+    found = []
+    for source in sources.values():
+        if any(within(source.name, room) for room in HANDLES_STRANGERS):
+            found += [
+                f"{source.name}:{line} imports {target}"
+                for line, target in source.imports()
+                if target.partition(".")[0] in OPENS_FILES
+            ]
+            found += [f"{source.name}:{line} calls {call}()" for line, call in source.calls() if call == "open"]
+    return found
+
+
+RULES = [wrong_directions, circles, strangers, dangers, openers]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -195,6 +228,9 @@ def test_the_house_keeps_the_rule(rule):
         (dangers, "petals_tune/wire/tensors.py", "import pickle"),
         (dangers, "petals_tune/train/run.py", "torch.load('x')"),
         (dangers, "servers/handler.py", "eval('1')"),
+        (dangers, "servers/server.py", "os.system('ls')"),
+        (openers, "servers/handler.py", "from pathlib import Path"),
+        (openers, "petals_tune/wire/records.py", "def read(path): return open(path)"),
     ],
 )
 def test_a_breach_is_seen(rule, path, text, tmp_path):

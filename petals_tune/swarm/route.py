@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from shlex import quote
 
 from petals_tune.errors import SwarmMismatch, UncoveredBlocks
 from petals_tune.wire.records import ServerRecord
@@ -72,10 +73,9 @@ def _uncovered_text(missing: Sequence[BlockSpan], servers: Sequence[ServerRecord
         return f"{server.blocks}{' (failed lately)' if server.peer in banned else ''}"
 
     seen = ", ".join(shown(server) for server in servers) or "none"
-    peers = next((server.addresses[0] for server in servers if server.addresses), "ADDRESS")
-    name = servers[0].model_name if servers else "MODEL"
-    commands = "\n".join(
-        f'  start one:  python -m servers model.source={name} blocks={span} swarm.initial_peers=["{peers}"]'
-        for span in missing
-    )
+    address = next((server.addresses[0] for server in servers if server.addresses), "ADDRESS")
+    # What some server wrote is quoted: it shall be safe to copy into a shell.
+    model = quote(f"model.source={servers[0].model_name if servers else 'MODEL'}")
+    peers = quote(f"swarm.initial_peers=[{address}]")
+    commands = "\n".join(f"  start one:  python -m servers {model} blocks={span} {peers}" for span in missing)
     return f"no server holds blocks {', '.join(map(str, missing))}; servers seen: {seen}\n{commands}"

@@ -1,7 +1,13 @@
+from typing import Any
+
 import pytest
 
-from petals_tune.errors import ConfigError, ServerUnreachable
-from petals_tune.swarm.p2p import start_p2p
+from petals_tune.errors import ClockSkew, ConfigError, ServerUnreachable
+from petals_tune.swarm.guards import MembersOnly
+from petals_tune.swarm.members import Members
+from petals_tune.swarm.p2p import start_dht, start_p2p, stop_dht, stop_p2p
+from petals_tune.wire.signing import SigningKey
+from petals_tune.wire.tokens import issue
 
 NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWGRUaaqTyQ3mjBWbfu8yVaaWHXtmtzBqbLa9kGDGnkZBi"
 
@@ -18,3 +24,28 @@ async def test_what_is_no_address_is_refused_before_a_daemon_is_started(address)
 async def test_a_swarm_that_does_not_answer_is_named():
     with pytest.raises(ServerUnreachable, match=f"{NOBODY}.*\n  check that the first server runs"):
         await start_p2p([NOBODY], listens=False)
+
+
+async def test_a_clock_that_is_off_is_an_error_of_its_own(monkeypatch):
+    """A swarm whose first server believes that it is a minute later."""
+    owner, identity = SigningKey.new(), SigningKey.new()
+    token = issue(owner, name="all", peer=identity.peer, hosts=True, expires_s=2**39)
+    members = Members(owner.public, identity, lambda _: token)
+    sign_response = MembersOnly.sign_response
+
+    async def sign_a_minute_later(self: MembersOnly, response: Any, request: Any) -> None:
+        response.dht_time += 60  # only a ping's response has a time
+        await sign_response(self, response, request)
+
+    monkeypatch.setattr(MembersOnly, "sign_response", sign_a_minute_later)
+    first = await start_p2p(identity=identity)
+    node = await start_dht(first, (), client_mode=False, identity=identity, members=members)
+    peers = [str(address) for address in await first.get_visible_maddrs()]
+    second = await start_p2p(peers, listens=False)
+    try:
+        with pytest.raises(ClockSkew, match="differ by more than 3 s"):
+            await start_dht(second, peers, client_mode=True, members=members)
+    finally:
+        await stop_p2p(second)
+        await stop_dht(node)
+        await stop_p2p(first)

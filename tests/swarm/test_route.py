@@ -1,5 +1,7 @@
+import shlex
 from collections.abc import Iterator, Sequence
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -103,7 +105,17 @@ def test_all_gaps_are_named_with_the_commands_that_would_fill_them():
     assert "no server holds blocks 0:2, 4:6, 8:12; servers seen: 2:4, 6:8" in text
     for span in ("0:2", "4:6", "8:12"):
         start = f"python -m servers model.source=name-of-mmm blocks={span}"
-        assert f'{start} swarm.initial_peers=["/ip4/10.0.0.1/tcp/1/p2p/a"]' in text
+        assert f"{start} 'swarm.initial_peers=[/ip4/10.0.0.1/tcp/1/p2p/a]'" in text
+
+
+def test_a_command_that_a_server_had_a_hand_in_is_safe_to_copy():
+    wicked = msgspec.structs.replace(server("a", 0, 4), model_name="x; rm -rf ~", addresses=("$(reboot)`reboot`'",))
+    with pytest.raises(UncoveredBlocks) as caught:
+        planned([wicked])
+    _, _, command = str(caught.value).partition("start one:")
+    *_, source, blocks, peers = shlex.split(command)
+    assert (source, blocks) == ("model.source=x; rm -rf ~", "blocks=4:12")
+    assert peers == "swarm.initial_peers=[$(reboot)`reboot`']"
 
 
 def test_a_gap_made_by_a_ban_says_so():
