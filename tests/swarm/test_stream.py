@@ -20,8 +20,10 @@ from petals_tune.errors import (
     ServerTimeout,
     ServerUnreachable,
     SwarmMismatch,
+    UntrustedServer,
 )
 from petals_tune.swarm import stream as stream_module
+from petals_tune.swarm.members import Members
 from petals_tune.swarm.stats import SwarmStats
 from petals_tune.swarm.stream import ServerStream
 from petals_tune.wire import frames
@@ -41,7 +43,9 @@ from petals_tune.wire.messages import (
     encode,
 )
 from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.span import BlockSpan
+from petals_tune.wire.tokens import Token, encode_token, issue
 
 PEER = "12D3KooWGRUaaqTyQ3mjBWbfu8yVaaWHXtmtzBqbLa9kGDGnkZBi"
 RECORD = ServerRecord(
@@ -106,8 +110,16 @@ class FakeP2P:
         return (None, *self._ends)
 
 
-def opening(p2p: FakeP2P, *, timeout_s: float = LONG_S, stats: SwarmStats | None = None) -> asyncio.Task[ServerStream]:
-    work = ServerStream.open(p2p, PEER, (), "m", timeout_s=timeout_s, stats=stats or SwarmStats())  # type: ignore[arg-type]
+def opening(
+    p2p: FakeP2P,
+    *,
+    timeout_s: float = LONG_S,
+    stats: SwarmStats | None = None,
+    peer: str = PEER,
+    members: Members | None = None,
+) -> asyncio.Task[ServerStream]:
+    more = {"members": members, "timeout_s": timeout_s, "stats": stats or SwarmStats()}
+    work = ServerStream.open(p2p, peer, (), "m", **more)  # type: ignore[arg-type]
     return asyncio.create_task(work)
 
 
@@ -366,6 +378,38 @@ async def test_a_greeting_that_goes_wrong_is_an_error_and_leaves_nothing_open(an
         await task
     if answer is not None:
         assert await peer.reader.read() == b"", "our end is closed"
+
+
+OWNER, ALICE, HOST, IMPOSTOR = (SigningKey(bytes([number]) * 32) for number in range(4))
+
+
+def token_of(key: SigningKey, owner: SigningKey = OWNER, *, hosts: bool = True, expires_s: int = 2**39) -> Token:
+    return issue(owner, name="somebody", peer=key.peer, hosts=hosts, expires_s=expires_s)
+
+
+@pytest.mark.parametrize(
+    ("shown", "text"),
+    [
+        (None, "this swarm is private"),
+        (token_of(HOST), "was issued to peer"),
+        (token_of(IMPOSTOR, IMPOSTOR), "not signed by this swarm's key"),
+        (token_of(IMPOSTOR, hosts=False), "does not let it host"),
+        (token_of(IMPOSTOR, expires_s=1), "has expired"),
+    ],
+    ids=["none", "copied", "forged", "client's", "expired"],
+)
+async def test_a_member_sends_nothing_to_a_server_without_a_good_token(shown, text):
+    ends, peer = await joined_ends()
+    mine = token_of(ALICE, hosts=False)
+    members = Members(OWNER.public, ALICE, lambda _: mine)
+    task = opening(FakeP2P(ends), peer=IMPOSTOR.peer, members=members)
+    message_id, hello = await peer.receive()
+    assert hello == Hello(model="m", token=encode_token(mine))
+    token = None if shown is None else encode_token(shown)
+    await peer.send(message_id, Welcome(record=RECORD, max_in_flight=1, max_message_bytes=1, token=token))
+    with pytest.raises(UntrustedServer, match=text):
+        await task
+    assert await peer.reader.read() == b"", "our end is closed, and nothing came after the Hello"
 
 
 async def test_a_server_that_does_not_greet_in_time_is_given_up():

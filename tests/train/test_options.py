@@ -2,7 +2,9 @@ import pytest
 
 from petals_tune.config import composed
 from petals_tune.errors import ConfigError
-from petals_tune.train.options import LocalSwarm, prompt_tuning
+from petals_tune.train.options import JoinedSwarm, LocalSwarm, prompt_tuning
+from petals_tune.wire.signing import SigningKey
+from petals_tune.wire.tokens import secret_text
 from tests.train.tiny import tiny_tokenizer
 
 
@@ -45,3 +47,11 @@ def test_a_prompt_starts_from_a_text_or_from_words() -> None:
     text = prompt_tuning(tokenizer=tokenizer, tokens=3, init_text="count")
     assert (text.prompt_tuning_init, text.tokenizer_name_or_path) == ("TEXT", "somewhere")
     assert prompt_tuning(tokenizer=tokenizer, tokens=3).prompt_tuning_init == "SAMPLE_VOCAB"
+
+
+def test_a_key_in_place_of_its_file_is_refused_before_it_is_written_anywhere_and_not_repeated() -> None:
+    secret = secret_text(SigningKey(bytes(32)))
+    with pytest.raises(ConfigError, match=r"swarm\.token is a key itself") as caught:
+        JoinedSwarm(initial_peers=["x"], token=secret)
+    assert secret not in str(caught.value)
+    assert JoinedSwarm(initial_peers=["x"], token="a.token").client_options()["token"] == "a.token"
