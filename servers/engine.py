@@ -163,7 +163,6 @@ class Engine:
             max_length=1,
             adapter=None,
             adapter_version=None,
-            bytes=0,
             used_s=0,
         )
         step = Step(session=0, hidden=torch.zeros(1, 1, self.hidden_size), position=0)

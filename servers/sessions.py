@@ -27,7 +27,6 @@ class Session:
     max_length: int
     adapter: Adapter | None
     adapter_version: str | None
-    bytes: int
     used_s: float
     position: int = 0
     padding: torch.Tensor | None = None  # (B, max_length) bool; None: no position was ever padded
@@ -166,7 +165,6 @@ class SessionStore:
             max_length=request.max_length,
             adapter=adapter,
             adapter_version=request.adapter,
-            bytes=size,
             used_s=now_s,
         )
         self._shares.hold(session, client, size)

@@ -37,6 +37,7 @@ from tests.wire.test_messages import EXAMPLES
 
 IDLE_STREAMS = 1000
 ANSWER_S = 30.0
+AFTER_PING_S = 0.2  # for what is computed; messages that are not answered cost this much
 Bad = Callable[[random.Random], bytes]
 
 
@@ -66,7 +67,9 @@ def check_alive(server: ServerProcess) -> None:
     assert not bugs, "\n".join(server.lines[-40:])
 
 
-async def fuzz(addresses: Sequence[str], inputs: int, chance: random.Random) -> dict[str, Counter[str]]:
+async def fuzz(
+    addresses: Sequence[str], inputs: int, chance: random.Random, *, idle: int = IDLE_STREAMS
+) -> dict[str, Counter[str]]:
     """What senders were told, by kind. Raises AssertionError where the honest client is not served as before."""
     told: dict[str, Counter[str]] = {}
     honest_p2p, bad_p2p = await start_p2p(addresses, listens=False), await start_p2p(addresses, listens=False)
@@ -77,7 +80,7 @@ async def fuzz(addresses: Sequence[str], inputs: int, chance: random.Random) -> 
             for kind, (bad, whole) in KINDS.items():
                 told[kind] = await tried(bad_p2p, addresses, bad, inputs, chance, whole=whole)
                 await same(honest, expected)
-            told["streams without a word"] = await idle_streams(bad_p2p, addresses)
+            told["streams without a word"] = await idle_streams(bad_p2p, addresses, idle)
             await same(honest, expected)
     finally:
         await stop_p2p(bad_p2p)
@@ -114,11 +117,10 @@ async def tried(
             while told.total() < inputs:
                 data = bad(chance)
                 try:
-                    if whole:
-                        answer = await answered(peer, peer.send(data), peer.send(Ping()))
-                    else:
+                    number = peer.send(data) if whole else None
+                    if not whole:
                         peer.write(data)
-                        answer = await answered(peer, None, peer.send(Ping()))
+                    answer = await answered(peer, number, peer.send(Ping()))
                 except BROKEN:
                     told["closed"] += 1
                     break
@@ -127,36 +129,34 @@ async def tried(
 
 
 async def answered(peer: Peer, number: int | None, ping: int) -> str:
-    """What the server says to message `number`, or at all, before it answers the ping behind it."""
-    said = "no answer due"
-    async with asyncio.timeout(ANSWER_S):
-        while True:
-            try:
-                answered, answer = await peer.read()
-            except BROKEN:
-                if said == "no answer due":
-                    raise
-                return f"{said}, closed"
-            if number is None or answered == number:
-                said = answer.error if isinstance(answer, Refusal) else "served"
-                if number is not None:
-                    return said
-            elif answered == ping and number is None:
-                return said
-            elif answered == ping:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(0.05 if said == "no answer due" else 0):
-                        while answered != number:
-                            answered, answer = await peer.read()
-                        return answer.error if isinstance(answer, Refusal) else "served"
-                return said
+    """What the server says to message `number`, or at all, before it ends the stream or answers the ping behind it.
+
+    A ping is answered at once, and a request when it was computed; messages without an answer are followed by it alone.
+    """
+    said, heard_ping = "no answer due", False
+    while True:
+        try:
+            async with asyncio.timeout(AFTER_PING_S if heard_ping else ANSWER_S):
+                found, answer = await peer.read()
+        except TimeoutError:
+            assert heard_ping, "the server no longer answers"
+            return said
+        except BROKEN:
+            if said == "no answer due":
+                raise
+            return f"{said}, closed"
+        if found == number or (number is None and found != ping):
+            said = answer.error if isinstance(answer, Refusal) else "served"
+        heard_ping = heard_ping or found == ping
+        if heard_ping and said != "no answer due":
+            return said
 
 
-async def idle_streams(p2p: P2P, addresses: Sequence[str]) -> Counter[str]:
+async def idle_streams(p2p: P2P, addresses: Sequence[str], count: int) -> Counter[str]:
     """Open as many streams as we can and say nothing on them."""
     told: Counter[str] = Counter()
     async with contextlib.AsyncExitStack() as stack:
-        for _ in range(IDLE_STREAMS):
+        for _ in range(count):
             try:
                 peer = await stack.enter_async_context(opened(p2p, addresses, greet=False))
                 async with asyncio.timeout(0.005):

@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from petals_tune.swarm.members import Members
 from petals_tune.wire import frames
@@ -45,6 +47,7 @@ from servers import streams
 from servers.compute import ComputeThread
 from servers.engine import Engine
 from tests.servers.peers import HIDDEN, LIMITS, SPAN, House, engine_of, forward, stores
+from tests.wire.test_messages import EXAMPLES
 
 Parts = tuple[Engine, ComputeThread]
 FRAME = struct.Struct(">IQI")
@@ -162,6 +165,25 @@ async def test_garbage_in_a_frame_is_refused_and_the_next_request_is_served(engi
     async with House(engine).client() as peer:
         assert (await peer.refused(GARBAGE[what])).error == "ProtocolError"
         assert isinstance(await peer.ask(forward()), Forwarded)
+
+
+@given(data=st.data())
+@settings(max_examples=60)
+def test_a_message_that_was_changed_on_the_way_costs_nobody_anything(engine, data):
+    body = bytearray(encode(data.draw(st.sampled_from(EXAMPLES))))
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(body)))
+        body[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+
+    async def sent() -> None:
+        house = House(engine)
+        async with house.client() as peer, house.client("alice") as alice:
+            peer.send(bytes(body))
+            assert isinstance(await peer.ask(Ping()), Pong)
+            assert isinstance(await peer.ask(forward()), Forwarded)
+            assert isinstance(await alice.ask(forward()), Forwarded)
+
+    asyncio.run(sent())
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,6 @@ def session(rows: int = 1, *, adapter: Adapter | None = None, version: str | Non
         max_length=32,
         adapter=adapter,
         adapter_version=version,
-        bytes=0,
         used_s=0,
     )
 
