@@ -208,8 +208,8 @@ def _check_prompts(adapter: Adapter | None, positions: int) -> None:
     for part in adapter.parts if adapter is not None else ():
         if part.method == "prompt" and part.tensors[0].shape[0] > positions:
             raise RequestRefused(
-                f"a prompt of {part.tensors[0].shape[0]} positions in a sequence of {positions}; a session's first step "
-                "has to hold the whole prompt"
+                f"a prompt of {part.tensors[0].shape[0]} positions in a sequence of {positions}; a session's first "
+                "step has to hold the whole prompt"
             )
 
 
