@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "errors": "",
     "wire": "errors",
     "families": "errors",
-    "checkpoint": "errors",
+    "disk": "errors",
+    "checkpoint": "errors disk",
     "packaged": "errors",
     "convert": "errors packaged",
     "tuning": "errors wire.adapter families",  # how an adapter's parts are named, no more of the wire
@@ -33,7 +34,8 @@ MAY_IMPORT = {
     # The commands, and the package's own front, which imports what it offers on first use.
     "petals_tune": "errors cli config wire families checkpoint packaged convert tuning data swarm remote train",
     # A server shares what crosses the network, and how a model is found. Nobody imports a server: it is started.
-    "servers": "errors cli config wire families checkpoint convert swarm.directory swarm.p2p swarm.writer",
+    "servers": "errors cli config wire families disk checkpoint convert swarm.directory swarm.p2p swarm.writer "
+    "swarm.stream swarm.stats",  # it measures the line to another server as a client would
     "conf": "",
     "recipes": "",
 }
