@@ -20,7 +20,7 @@ from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import from_bytes, to_bytes
 
-PROTOCOL = "/petals_tune/1"  # the libp2p protocol of our streams; a change of any message below changes the number
+PROTOCOL = "/petals_tune/2"  # the libp2p protocol of our streams; a change of any message below changes the number
 
 _TENSOR_EXT = 1
 
@@ -44,7 +44,12 @@ class Welcome(Message, frozen=True, tag="welcome"):
 
 
 class Ping(Message, frozen=True, tag="ping"):
-    """Are you there? Answered at once by the event loop, also while the server computes."""
+    """Are you there? Answered at once by the event loop, also while the server computes.
+
+    Whoever measures the line between them puts something into it.
+    """
+
+    filler: bytes = b""
 
 
 class Pong(Message, frozen=True, tag="pong"):
