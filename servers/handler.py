@@ -37,7 +37,7 @@ from petals_tune.wire.messages import (
     Welcome,
     decode,
 )
-from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.records import ServerRecord, mismatch_text, same_model
 from petals_tune.wire.tensors import WIRE_FORMATS, in_format
 from servers.adapters import Adapter, AdapterCache, GradientSums
 from servers.compute import ComputeThread, Priority
@@ -49,6 +49,7 @@ from servers.stepping import StepBatcher
 logger = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT = 32  # requests of one stream that are read and not answered
+CLOSING_S = 5.0  # for streams to notice that they were closed
 
 
 class Handler:
@@ -70,6 +71,7 @@ class Handler:
         self._max_message_bytes = max_message_bytes
         self._streams: Counter[str] = Counter()  # open streams by client
         self._running: set[asyncio.Task[None]] = set()
+        self._open: dict[_Stream, asyncio.Task[None] | None] = {}  # streams, and who reads them
         self.draining = False
 
     async def serve(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -77,6 +79,7 @@ class Handler:
         client = str(info.peer_id)
         stream = _Stream(writer)
         self._streams[client] += 1
+        self._open[stream] = asyncio.current_task()
         try:
             await self._read(client, stream, reader)
         except ProtocolError as error:
@@ -87,6 +90,7 @@ class Handler:
             for task in stream.tasks:
                 task.cancel()
             stream.close()
+            del self._open[stream]
             self._streams[client] -= 1
             if not self._streams[client]:
                 del self._streams[client]
@@ -99,6 +103,13 @@ class Handler:
         """Wait until nothing runs; with `draining` set, nothing new is started."""
         while self._running:
             await asyncio.wait(set(self._running))
+
+    async def close(self) -> None:
+        """End all streams; their clients go elsewhere, and nothing of theirs is kept."""
+        for stream in self._open:
+            stream.close()
+        if readers := [task for task in self._open.values() if task is not None]:
+            await asyncio.wait(readers, timeout=CLOSING_S)
 
     async def _read(self, client: str, stream: _Stream, reader: asyncio.StreamReader) -> None:
         assembler = frames.Assembler(
@@ -147,11 +158,8 @@ class Handler:
     async def _reply(self, client: str, request: Message) -> Message:
         match request:
             case Hello():
-                if request.model is not None and request.model != self.record.model:
-                    raise SwarmMismatch(
-                        f"this server holds {self.record.model_name} ({self.record.model[:12]}), not "
-                        f"{request.model[:12]}"
-                    )
+                if request.model is not None and not same_model(request.model, self.record.model):
+                    raise SwarmMismatch(mismatch_text([self.record], request.model, whose="the client's model"))
                 return Welcome(
                     record=self.record, max_in_flight=MAX_IN_FLIGHT, max_message_bytes=self._max_message_bytes
                 )
