@@ -15,6 +15,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from petals_tune.errors import ConfigError, ServerUnreachable
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+LEAVING_S = 3.0
 
 
 async def start_p2p(
@@ -69,8 +70,12 @@ async def start_dht(p2p: P2P, initial_peers: Sequence[str], *, client_mode: bool
 
 
 async def stop_dht(node: DHTNode) -> None:
-    """Leave the DHT. Its own `shutdown` forgets the task that refreshes its cache."""
-    await node.shutdown()
+    """Leave the DHT. Its own `shutdown` forgets the task that refreshes its cache, and waits for a daemon that is gone.
+
+    Whoever stops a whole group of processes, as systemd does, has ended the daemon by now.
+    """
+    with suppress(TimeoutError):
+        await asyncio.wait_for(node.shutdown(), LEAVING_S)
     if node.cache_refresh_task is not None:
         node.cache_refresh_task.cancel()
 
