@@ -4,32 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils.hub import cached_file
 
+from petals_tune.disk import DiskCache
 from petals_tune.errors import UnsupportedModel
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`source` is a folder with config.json and safetensors files, or the name of a model on a hub."""
+    """`source` is a folder with config.json and safetensors files, or the name of a model on a hub.
+
+    What a hub gives is kept in `disk`, or in the library's own cache where there is none.
+    """
 
     source: str
+    disk: DiskCache | None = None
 
     @cached_property
     def config(self) -> PretrainedConfig:
         """Raises UnsupportedModel where there is none."""
         try:
-            return AutoConfig.from_pretrained(self.source)
+            return AutoConfig.from_pretrained(self._config_folder)
         except (OSError, ValueError) as error:
             raise UnsupportedModel(
                 f"model.source={self.source!r} is neither a folder with a config.json nor a model that the hub gave: "
@@ -37,18 +47,54 @@ class Checkpoint:
             ) from None
 
     @cached_property
+    def revision(self) -> str:
+        """The commit on the hub; "" for a local folder. All files are of this one."""
+        _ = self.config  # an error that says what is wrong with the source
+        return "" if Path(self.source).is_dir() else self._config_folder.name
+
+    @cached_property
+    def _config_folder(self) -> Path:
+        """Where config.json is; of a hub's model, the folder is called like the commit."""
+        if Path(self.source).is_dir():
+            return Path(self.source)
+        try:
+            found = cached_file(self.source, "config.json", **self._place)
+            assert found is not None  # it raises where there is none
+            return Path(found).parent
+        except OSError:
+            here = try_to_load_from_cache(self.source, "config.json")  # the library's, when there is no network
+            if not isinstance(here, str):
+                raise
+            return Path(here).parent
+
+    @cached_property
     def digest(self) -> str:
-        """Names the model: equal for all servers and clients of a swarm. Source: the architecture's part of config.json
-        and the names of its tensors."""
+        """Names the model: `records.same_model` of all servers and clients of a swarm.
+
+        Of the architecture's part of config.json and the names of its tensors; where a hub tells the SHA-256 sums of
+        the weights, a dot follows and a digest of those.
+        """
         config = self.config.to_diff_dict()
         for local in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"):
             config.pop(local, None)
-        text = json.dumps([config, sorted(self._files)], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
+        digest = _digest([config, sorted(self._files)])
+        sums = self._sums_of_weights()
+        return f"{digest}.{_digest(sums)}" if sums else digest
 
     @property
     def tensor_names(self) -> list[str]:
         return list(self._files)
+
+    def file_of(self, name: str) -> str:
+        """The name of the file that holds the tensor `name`."""
+        return self._files[name]
+
+    def state_of(self, names: Iterable[str]) -> list[Any]:
+        """What changes when the values of these tensors do. Reads and downloads none of them."""
+        if self.revision:
+            return [self.source, self.revision]
+        paths = [self._path(file).resolve() for file in sorted({self._files[name] for name in names})]
+        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
     def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """These tensors; floating ones as `dtype`. Opens only the files that hold them."""
@@ -89,6 +135,10 @@ class Checkpoint:
         except SafetensorError as error:
             raise UnsupportedModel(f"{single} is damaged: {error}") from None
 
+    @property
+    def _place(self) -> dict[str, str]:
+        return {} if self.disk is None else {"cache_dir": str(self.disk.hub)}
+
     def _path(self, file: str) -> Path:
         path = self._find(file)
         if path is None:
@@ -99,11 +149,58 @@ class Checkpoint:
         if Path(self.source).is_dir():
             path = Path(self.source) / file
             return path if path.is_file() else None
+        revision = self.revision or None
+        for place in (self._place, {}):  # what the library's cache has need not come again
+            here = try_to_load_from_cache(self.source, file, revision=revision, **place)
+            if isinstance(here, str):
+                if self.disk is not None:
+                    self.disk.used(Path(here).resolve())
+                return Path(here)
         try:
-            found = cached_file(self.source, file, _raise_exceptions_for_missing_entries=False)
+            return self._downloaded(file, revision)
         except OSError as error:
             raise UnsupportedModel(f"model.source={self.source!r}: {_first_line(error)}") from None
-        return Path(found) if found else None
+
+    def _downloaded(self, file: str, revision: str | None) -> Path | None:
+        """Ask the hub. A connection that is cut is taken up again where it was; a wrong file is not kept."""
+
+        def download() -> str | None:
+            return cached_file(
+                self.source, file, revision=revision, _raise_exceptions_for_missing_entries=False, **self._place
+            )
+
+        if self.disk is None or self.disk.max_bytes is None or not file.endswith(".safetensors"):
+            found = download()
+        else:
+            size_bytes = get_hf_file_metadata(hf_hub_url(self.source, file, revision=revision)).size or 0
+            with self.disk.room_for(size_bytes, f"{self.source}: {file}"):
+                found = download()
+        if found is None:
+            return None
+        blob = Path(found).resolve()
+        if _SHA256.fullmatch(blob.name):  # large files are kept under their checksums
+            with blob.open("rb") as opened:
+                seen = hashlib.file_digest(opened, "sha256").hexdigest()
+            if seen != blob.name:
+                blob.unlink()
+                raise UnsupportedModel(f"{file} of {self.source} came damaged (SHA-256 {seen}): start again to get it")
+        return Path(found)
+
+    def _sums_of_weights(self) -> list[str]:
+        """The SHA-256 of each file of weights, in order; none where the hub does not tell all of them."""
+        if not self.revision:
+            return []
+        try:
+            info = HfApi().model_info(self.source, revision=self.revision, files_metadata=True, timeout=10)
+        except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+            return []
+        sums = {file.rfilename: file.lfs.sha256 for file in info.siblings or () if file.lfs is not None}
+        files = sorted({*self._files.values()})
+        return [sums[file] for file in files] if sums.keys() >= {*files} else []
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

@@ -79,7 +79,6 @@ class Run:
 
 # What to type where a value has no default.
 _MISSING = {
-    "blocks": "say which blocks to host, as in blocks=0:12",
     "name": "choose a recipe, recipe=NAME with one of {recipes}, or name a run of your own",
     "swarm.initial_peers": "give the addresses that a running server prints, as in "
     "swarm.initial_peers=[/ip4/10.0.0.5/tcp/31337/p2p/Qm...]",

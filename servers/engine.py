@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from bitsandbytes.nn import Linear8bitLt
+from bitsandbytes.nn.modules import Linear8bitLt
 from torch import nn
 
 from petals_tune.errors import PetalsTuneError, RequestRefused
@@ -156,15 +156,7 @@ class Engine:
 
     def measure_token_bytes(self) -> int:
         """What one position of one row takes in the caches of one block, seen in a step of one position."""
-        probe = Session(
-            client="",
-            span=self.trimmed.span,
-            rows=1,
-            max_length=1,
-            adapter=None,
-            adapter_version=None,
-            used_s=0,
-        )
+        probe = Session.of_nobody(self.trimmed.span)
         step = Step(session=0, hidden=torch.zeros(1, 1, self.hidden_size), position=0)
         (output,) = self.step([(probe, step)])
         if isinstance(output, PetalsTuneError):

@@ -45,7 +45,7 @@ from petals_tune.wire.messages import (
     Welcome,
     decode,
 )
-from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.records import ServerRecord, mismatch_text, same_model
 from petals_tune.wire.tensors import in_format
 from servers.adapters import Adapter, AdapterCache, GradientSums, summed
 from servers.compute import ComputeThread, Priority
@@ -57,6 +57,8 @@ from servers.stepping import StepBatcher
 from servers.streams import ClientStream, OpenStreams
 
 logger = logging.getLogger(__name__)
+
+CLOSING_S = 5.0  # for streams to notice that they were closed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,7 @@ class Handler:
         self._gate = Gate(limits)
         self._streams = OpenStreams(self._gate)
         self._running: set[asyncio.Task[None]] = set()
+        self._readers: set[asyncio.Task[None]] = set()  # one for each open stream
         self.draining = False
 
     async def serve(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -103,6 +106,9 @@ class Handler:
             logger.info("a stream of client %s refused: %s", client, error)
             writer.close()
             return
+        reader_task = asyncio.current_task()
+        assert reader_task is not None
+        self._readers.add(reader_task)
         try:
             await self._greet(stream)
             while True:
@@ -114,6 +120,7 @@ class Handler:
         except BROKEN:
             pass
         finally:
+            self._readers.discard(reader_task)
             self._streams.leave(stream)
             if client not in self._gate:
                 self._stores.drop_client(client)
@@ -123,6 +130,12 @@ class Handler:
         while self._running:
             await asyncio.wait(set(self._running))
 
+    async def close(self) -> None:
+        """End all streams; their clients go elsewhere, and nothing of theirs is kept."""
+        self._streams.close()
+        if self._readers:
+            await asyncio.wait(set(self._readers), timeout=CLOSING_S)
+
     async def _greet(self, stream: ClientStream) -> None:
         """Read the Hello, and answer it. Raises AccessDenied before anything else of a stranger is read."""
         hello = await stream.hello()
@@ -131,10 +144,8 @@ class Handler:
             stream.check_still_in = lambda: members.check_still_in(token)
         if self.draining:
             raise ServerBusy("this server is leaving the swarm")
-        if hello.model is not None and hello.model != self.record.model:
-            raise SwarmMismatch(
-                f"this server holds {self.record.model_name} ({self.record.model[:12]}), not {hello.model[:12]}"
-            )
+        if hello.model is not None and not same_model(hello.model, self.record.model):
+            raise SwarmMismatch(mismatch_text([self.record], hello.model, whose="the client's model"))
         welcome = Welcome(
             record=self.record,
             max_in_flight=self._limits.max_in_flight,

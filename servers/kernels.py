@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear8bitLt
+from bitsandbytes.nn.modules import Linear8bitLt
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -57,6 +57,9 @@ class Int8Linear(Linear8bitLt):
 
     bitsandbytes scales the whole matrix anew in each call, and keeps its input for a gradient that nobody wants.
     """
+
+    weight: Any  # bitsandbytes' Int8Params
+    state: Any
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight.CB is not None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
 from petals_tune.config import Model
+from petals_tune.convert import cache_folder
+from petals_tune.disk import DiskCache
+from petals_tune.errors import ConfigError
 from petals_tune.wire.span import BlockSpan
 from servers.gate import RequestLimits
+
+_GB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +25,7 @@ class Swarm:
     announce_maddrs: list[str]
     key: str | None
     token: str | None
+    announce_s: Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +59,21 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Disk:
+    folder: str | None
+    max_disk_gb: Annotated[float, Field(gt=0)] | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Serve:
     """All options of one server; conf/serve.yaml says what each is for."""
 
     model: Model
     blocks: Any  # as BlockSpan.parse reads it; `span` is the result
+    num_blocks: Annotated[int, Field(ge=1)] | None
+    balance_period_s: Annotated[float, Field(gt=0)]
+    balance_quality: Annotated[float, Field(ge=0, le=1)]
+    throughput: Literal["auto", "measure"] | Annotated[float, Field(gt=0)]
     quantization: Literal["int8", "nf4", "none"]
     dtype: Literal["auto", "float32", "float16", "bfloat16"]
     device: str
@@ -64,12 +81,28 @@ class Serve:
     identity_path: str | None
     swarm: Swarm
     limits: Limits
+    disk: Disk
     exit_with_stdin: bool
 
     @property
-    def span(self) -> BlockSpan:
-        """Raises ConfigError for what is no span."""
-        return BlockSpan.parse(self.blocks)
+    def span(self) -> BlockSpan | None:
+        """The blocks that it was told to host; None where it chooses. Raises ConfigError for what is no span."""
+        if self.blocks is None:
+            return None
+        span = BlockSpan.parse(self.blocks)
+        if self.num_blocks not in (None, len(span)):
+            raise ConfigError(
+                f"blocks={span} are {len(span)} blocks and num_blocks={self.num_blocks}: give one of them"
+            )
+        return span
+
+    @property
+    def disk_cache(self) -> DiskCache:
+        max_gb = self.disk.max_disk_gb
+        return DiskCache(
+            folder=cache_folder() if self.disk.folder is None else Path(self.disk.folder).expanduser(),
+            max_bytes=None if max_gb is None else int(max_gb * _GB),
+        )
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> Serve:

@@ -1,19 +1,31 @@
-"""One server: join, load, announce, serve, drain, leave."""
+"""One server: join, choose blocks, load, announce, serve, move, drain, leave."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import msgspec
+from hivemind.p2p import P2P
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from petals_tune.checkpoint import Checkpoint
+from petals_tune.errors import SwarmMismatch
 from petals_tune.swarm.directory import Directory
 from petals_tune.swarm.members import Members, load_identity
 from petals_tune.swarm.p2p import start_dht, start_p2p, stop_dht, stop_p2p
 from petals_tune.wire.messages import PROTOCOL
-from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.records import ServerRecord, ServerState, Throughput, mismatch_text, same_model
 from petals_tune.wire.signing import SigningKey
+from petals_tune.wire.span import BlockSpan
+from servers import memory, placement, throughput
 from servers.adapters import AdapterCache, GradientSums
 from servers.compute import ComputeThread, Priority
 from servers.engine import Engine
@@ -21,17 +33,23 @@ from servers.handler import Handler, Stores
 from servers.leases import LeaseStore
 from servers.options import Serve
 from servers.sessions import SessionStore
-from servers.trim import load_blocks, torch_dtype
+from servers.trim import Parts, load_blocks, torch_dtype
 
 logger = logging.getLogger(__name__)
 
 _GB = 2**30
-ANNOUNCE_S = 60.0  # an announcement lasts so long, and is renewed three times in it
+PLACING_ROUNDS = 5  # how often a server changes its mind before it loads
+LOOKS_AGAIN_S = (0.5, 2.0)  # after announcing where it will be: who chose the same meanwhile?
+
+OnReady = Callable[[ServerRecord, Engine], None]
 
 
-async def serve(options: Serve, on_ready: Callable[[ServerRecord, Engine], None], stop: asyncio.Event) -> None:
-    """Run a server until `stop` is set; then withdraw, finish what runs, and leave."""
-    limits, initial_peers = options.limits, options.swarm.initial_peers
+async def serve(options: Serve, on_ready: OnReady, stop: asyncio.Event) -> None:
+    """Run a server until `stop` is set; then withdraw, finish what runs, and leave. `on_ready` is told of each load.
+
+    Raises ConfigError, UnsupportedModel, ServerUnreachable, or SwarmMismatch where the swarm serves another model.
+    """
+    initial_peers = options.swarm.initial_peers
     async with AsyncExitStack() as stack:
         identity = SigningKey.new()
         if options.identity_path is not None:
@@ -48,53 +66,275 @@ async def serve(options: Serve, on_ready: Callable[[ServerRecord, Engine], None]
         stack.push_async_callback(stop_p2p, p2p)
         node = await start_dht(p2p, initial_peers, client_mode=False, identity=identity, members=members)
         stack.push_async_callback(stop_dht, node)
-
-        checkpoint = Checkpoint(options.model.source)
-        dtype = torch_dtype(options.dtype, checkpoint.config, options.device)
-        trimmed = await asyncio.to_thread(
-            load_blocks,
-            checkpoint,
-            options.span,
-            quantization=options.quantization,
-            dtype=dtype,
-            device=options.device,
-        )
-        engine = Engine(trimmed)
         compute = ComputeThread(options.threads)
         stack.callback(compute.stop)
-        stores = Stores(
+        announcer = _Announcer(Directory(node), lasts_s=options.swarm.announce_s)
+        server = _Server(options, p2p, compute, announcer, members)
+        stack.push_async_callback(announcer.withdraw)
+        await server.run(on_ready, stop)
+
+
+class _Stopped(Exception):
+    """The server was told to stop while it loaded."""
+
+
+class _Announcer:
+    """This server's record in the DHT, renewed until it is withdrawn."""
+
+    def __init__(self, directory: Directory, *, lasts_s: float):
+        self.directory, self._lasts_s = directory, lasts_s
+        self.record: ServerRecord | None = None
+        self._renewal: asyncio.Task[None] | None = None
+
+    async def say(self, record: ServerRecord) -> None:
+        self.record = record
+        await self.directory.announce(record, lasts_s=self._lasts_s)
+        if self._renewal is None:
+            self._renewal = asyncio.create_task(self._renew())
+
+    async def _renew(self) -> None:
+        while self.record is not None:
+            await asyncio.sleep(self._lasts_s / 3)
+            if self.record is not None:
+                await self.directory.announce(self.record, lasts_s=self._lasts_s)
+
+    async def withdraw(self) -> None:
+        if self.record is not None:
+            record, self.record = self.record, None
+            await self.directory.withdraw(record)
+        if self._renewal is not None:
+            self._renewal.cancel()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """What stays the same while a server lives."""
+
+    parts: Parts
+    model: str
+    length: int  # blocks that it hosts
+    throughput: Throughput
+    addresses: tuple[str, ...]
+
+
+class _Server:
+    """Hosts one span after the other. Lives on the event loop."""
+
+    def __init__(
+        self, options: Serve, p2p: P2P, compute: ComputeThread, announcer: _Announcer, members: Members | None
+    ):
+        self._options, self._p2p, self._compute, self._announcer = options, p2p, compute, announcer
+        self._members = members
+        self._peer = str(p2p.peer_id)
+        self._checkpoint = Checkpoint(options.model.source, options.disk_cache)
+        self._dtype = torch_dtype(options.dtype, self._checkpoint.config, options.device)
+        self._facts: _Facts
+        self._handler: Handler | None = None
+
+    async def run(self, on_ready: OnReady, stop: asyncio.Event) -> None:
+        self._facts = await self._found()
+        await self._p2p.add_binary_stream_handler(PROTOCOL, self._stream)
+        here: BlockSpan | None = self._options.span or await self._placed(None)
+        while here is not None:
+            here = await self._host(here, on_ready, stop)
+
+    async def _found(self) -> _Facts:
+        """Look at the model, the swarm and this machine."""
+        options, checkpoint = self._options, self._checkpoint
+        parts = await asyncio.to_thread(Parts.of, checkpoint)
+        model = await asyncio.to_thread(lambda: checkpoint.digest)
+        ours = await self._others(model)
+        total_blocks = parts.family.total_blocks
+        length = options.num_blocks or (len(options.span) if options.span else None)
+        if length is None:
+            length = self._as_many_as_fit(parts)
+        return _Facts(
+            parts=parts,
+            model=model,
+            length=min(length, total_blocks),
+            throughput=await self._throughput(ours, model, parts.hollow.config.hidden_size),
+            addresses=tuple(str(address) for address in await self._p2p.get_visible_maddrs()),
+        )
+
+    async def _throughput(self, others: Sequence[ServerRecord], model: str, hidden_size: int) -> Throughput:
+        options = self._options
+        if isinstance(options.throughput, float):
+            return Throughput(step=options.throughput, batch=options.throughput)
+        measure = partial(
+            throughput.computing,
+            self._checkpoint,
+            quantization=options.quantization,
+            dtype=self._dtype,
+            device=options.device,
+            folder=options.disk_cache.folder / "throughput",
+            again=options.throughput == "measure",
+        )
+        measured = await self._compute.run(Priority.FORWARD, measure)
+        network = await throughput.sending(self._p2p, others, model, self._members, hidden_size)
+        return msgspec.structs.replace(measured, network=network)
+
+    def _as_many_as_fit(self, parts: Parts) -> int:
+        limits = self._options.limits
+        sizes = partial(memory.block_bytes, parts.hollow_block(0), dtype=self._dtype)
+        one = sizes(quantization=self._options.quantization)
+        if self._options.quantization == "none" and self._options.device == "cpu":
+            one *= 2  # kernels.FloatLinear keeps a weight a second time once somebody generates
+        return memory.blocks_that_fit(
+            memory.free_bytes(self._options.device),
+            int((limits.max_lease_gb + limits.max_cache_gb + limits.max_adapter_gb) * _GB),
+            one,
+            sizes(quantization="none"),
+            parts.family.total_blocks,
+        )
+
+    async def _others(self, model: str) -> list[ServerRecord]:
+        """The other servers of `model` that are online. Raises SwarmMismatch where there are only those of another."""
+        snapshot = await self._announcer.directory.snapshot()
+        servers = [server for server in (*snapshot.servers, *snapshot.joining) if server.peer != self._peer]
+        if servers and not any(same_model(server.model, model) for server in servers):
+            raise SwarmMismatch(
+                f"{mismatch_text(servers, model, whose=f'model.source={self._options.model.source}')}\n"
+                "  host the model that the swarm serves, or start another swarm: leave swarm.initial_peers out"
+            )
+        return [server for server in snapshot.servers if server.peer != self._peer and same_model(server.model, model)]
+
+    async def _placed(self, here: BlockSpan | None) -> BlockSpan:
+        """The blocks that this server shall host, `here` or others, announced.
+
+        It looks again after announcing, a random moment later: servers that chose the same at the same time part.
+        """
+        announced = here
+        for _ in range(PLACING_ROUNDS):
+            target = await self._wish(here, announced)
+            if target == announced:
+                break
+            announced = target
+            await self._say(target, "online" if target == here else "joining")
+            if self._options.swarm.initial_peers or here is not None:
+                await asyncio.sleep(random.uniform(*LOOKS_AGAIN_S))
+        assert announced is not None
+        return announced
+
+    async def _wish(self, here: BlockSpan | None, announced: BlockSpan | None) -> BlockSpan:
+        snapshot = await self._announcer.directory.snapshot()
+        ours = [
+            [s for s in servers if s.peer != self._peer and same_model(s.model, self._facts.model)]
+            for servers in (snapshot.servers, snapshot.joining)
+        ]
+        total_blocks = self._facts.parts.family.total_blocks
+        others = placement.block_throughputs([*ours[0], *ours[1]], total_blocks)
+        if here is None:
+            return placement.best_span(others, self._facts.length, otherwise=announced)
+        return (
+            placement.better_span(
+                others,
+                placement.block_replicas(ours[0], total_blocks),
+                here,
+                self._facts.throughput.of_span(len(here)),
+                balance_quality=self._options.balance_quality,
+            )
+            or here
+        )
+
+    async def _host(self, span: BlockSpan, on_ready: OnReady, stop: asyncio.Event) -> BlockSpan | None:
+        """Load `span` and serve it. Returns the span to host next; None where `stop` was set."""
+        await self._say(span, "joining")
+        try:
+            engine = await self._loaded(span, stop)
+        except _Stopped:
+            return None
+        record = self._record(span, "online")
+        self._handler = handler = Handler(
+            engine,
+            self._compute,
+            await self._stores(engine),
+            record,
+            self._options.limits.of_requests(),
+            self._members,
+        )
+        await self._announcer.say(record)
+        on_ready(record, engine)
+        there = await self._until_moved(span, stop)
+        handler.draining = True
+        if there is None:
+            await self._announcer.withdraw()
+        else:
+            logger.warning("moves from blocks %s to %s, which need this server more", span, there)
+        try:
+            await asyncio.wait_for(handler.drained(), self._options.limits.drain_s)
+        except TimeoutError:
+            logger.warning(
+                "requests that ran for more than %g s after the stop were left unfinished", self._options.limits.drain_s
+            )
+        self._handler = None
+        await handler.close()
+        return there
+
+    async def _loaded(self, span: BlockSpan, stop: asyncio.Event) -> Engine:
+        """Raises _Stopped after the block during which `stop` was set."""
+
+        def on_block(block: int) -> None:
+            bar.update()
+            if stop.is_set():
+                raise _Stopped
+
+        gc.collect()  # the blocks before these, where there were any
+        with tqdm(total=len(span), desc=f"loading blocks {span}", unit="block", disable=None) as bar:
+            load = partial(
+                load_blocks,
+                self._checkpoint,
+                span,
+                quantization=self._options.quantization,
+                dtype=self._dtype,
+                device=self._options.device,
+                disk=self._options.disk_cache,
+                on_block=on_block,
+            )
+            return Engine(await self._compute.run(Priority.FORWARD, load))
+
+    async def _until_moved(self, here: BlockSpan, stop: asyncio.Event) -> BlockSpan | None:
+        while True:
+            pause_s = None if self._options.span else self._options.balance_period_s * random.uniform(0.5, 1.5)
+            try:
+                await asyncio.wait_for(stop.wait(), pause_s)
+                return None
+            except TimeoutError:
+                if (there := await self._placed(here)) != here:
+                    return there
+
+    async def _stores(self, engine: Engine) -> Stores:
+        limits = self._options.limits
+        return Stores(
             leases=LeaseStore(max_bytes=int(limits.max_lease_gb * _GB), max_age_s=limits.max_lease_age_s),
             sessions=SessionStore(
                 max_bytes=int(limits.max_cache_gb * _GB),
                 max_idle_s=limits.max_session_idle_s,
-                token_bytes=await compute.run(Priority.STEP, engine.measure_token_bytes),
+                token_bytes=await self._compute.run(Priority.STEP, engine.measure_token_bytes),
             ),
             adapters=AdapterCache(max_bytes=int(limits.max_adapter_gb * _GB)),
             sums=GradientSums(max_bytes=int(limits.max_adapter_gb * _GB)),
         )
-        record = ServerRecord(
-            peer=str(p2p.peer_id),
-            addresses=tuple(str(address) for address in await p2p.get_visible_maddrs()),
-            model=checkpoint.digest,
-            model_name=options.model.source,
-            blocks=options.span,
-            total_blocks=trimmed.family.total_blocks,
-            quantization=options.quantization,
-            dtype=str(dtype).removeprefix("torch."),
+
+    async def _say(self, span: BlockSpan, state: ServerState) -> None:
+        await self._announcer.say(self._record(span, state))
+
+    def _record(self, span: BlockSpan, state: ServerState) -> ServerRecord:
+        return ServerRecord(
+            peer=self._peer,
+            addresses=self._facts.addresses,
+            model=self._facts.model,
+            model_name=self._options.model.source,
+            revision=self._checkpoint.revision,
+            blocks=span,
+            total_blocks=self._facts.parts.family.total_blocks,
+            quantization=self._options.quantization,
+            dtype=str(self._dtype).removeprefix("torch."),
+            throughput=self._facts.throughput,
+            state=state,
         )
-        handler = Handler(engine, compute, stores, record, limits.of_requests(), members)
-        await p2p.add_binary_stream_handler(PROTOCOL, handler.serve)
-        directory = Directory(node)
-        await directory.announce(record, lasts_s=ANNOUNCE_S)
-        on_ready(record, engine)
-        while not stop.is_set():
-            try:
-                await asyncio.wait_for(stop.wait(), ANNOUNCE_S / 3)
-            except TimeoutError:
-                await directory.announce(record, lasts_s=ANNOUNCE_S)
-        handler.draining = True
-        await directory.withdraw(record)
-        try:
-            await asyncio.wait_for(handler.drained(), limits.drain_s)
-        except TimeoutError:
-            logger.warning("requests that ran for more than %g s after the stop were left unfinished", limits.drain_s)
+
+    async def _stream(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._handler is None:
+            writer.close()  # it loads: whoever comes now read an old announcement
+        else:
+            await self._handler.serve(info, reader, writer)

@@ -149,6 +149,11 @@ class OpenStreams:
             stream.end()
             self._gate.leave(stream.client)
 
+    def close(self) -> None:
+        """Close all streams; those who read them notice."""
+        for stream in self._open:
+            stream.close()
+
     def _end_idle(self, now_s: float) -> None:
         longest = max(self._open, key=lambda stream: stream.idle_s(now_s))
         if longest.idle_s(now_s) > IDLE_S:

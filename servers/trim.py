@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from petals_tune.checkpoint import Checkpoint
-from petals_tune.errors import ConfigError
+from petals_tune.disk import DiskCache
+from petals_tune.errors import ConfigError, UnsupportedModel
 from petals_tune.families import Family, family_of, hollow_base_model
 from petals_tune.wire.span import BlockSpan
+from servers.memory import give_back_freed_memory
+from servers.quantized import QuantizedBlocks
 
 QUANTIZATIONS = ("int8", "nf4", "none")
 
@@ -39,37 +44,154 @@ class TrimmedModel:
 
 
 def load_blocks(
-    checkpoint: Checkpoint, span: BlockSpan, *, quantization: str, dtype: torch.dtype, device: str = "cpu"
+    checkpoint: Checkpoint,
+    span: BlockSpan,
+    *,
+    quantization: str,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    disk: DiskCache | None = None,
+    on_block: Callable[[int], None] = lambda block: None,
 ) -> TrimmedModel:
-    """Read the tensors of blocks `span` and build the model around them.
+    """Read blocks `span` one by one, quantize each, and build the model around them.
 
-    Raises UnsupportedModel for files that cannot be used, ConfigError for a span that the model does not have.
+    No more than one block is in memory in full. Quantized blocks are kept in `disk` and taken from there. `on_block` is
+    told each block that is there. Raises UnsupportedModel for files that cannot be used, ConfigError for a span that
+    the model does not have.
     """
-    config = checkpoint.config
-    hollow = hollow_base_model(config)
-    family = family_of(hollow)
-    if span.stop > family.total_blocks:
-        raise ConfigError(f"blocks={span}: {checkpoint.source} has blocks 0:{family.total_blocks}")
-    renamed = {}
-    for name in checkpoint.tensor_names:
-        block = family.block_index(name)
-        if block is not None and block in span:
-            inside = name.removeprefix(f"{family.prefix}.").split(".", 2)[2]
-            renamed[name] = f"{family.blocks}.{block - span.start}.{inside}"
-    tensors = {renamed[name]: tensor for name, tensor in checkpoint.read(renamed, dtype).items()}
-    model = type(hollow).from_pretrained(
+    parts = Parts.of(checkpoint)
+    if span.stop > parts.family.total_blocks:
+        raise ConfigError(f"blocks={span}: {checkpoint.source} has blocks 0:{parts.family.total_blocks}")
+    kept = None
+    if disk is not None and quantization != "none":
+        kept = QuantizedBlocks(disk=disk, checkpoint=checkpoint, quantization=quantization, dtype=dtype)
+    blocks = []
+    for block in range(span.start, span.stop):
+        blocks.append(_load_block(parts, block, quantization, dtype, device, kept))
+        give_back_freed_memory()
+        on_block(block)
+    return _around(blocks, parts, span, dtype, device)
+
+
+def made_up_block(checkpoint: Checkpoint, *, quantization: str, dtype: torch.dtype, device: str) -> TrimmedModel:
+    """A block 0 of the right shapes and of no meaning: it computes as fast as the real one."""
+    parts = Parts.of(checkpoint)
+    span = BlockSpan(0, 1)
+    made_up = {
+        f"{parts.family.blocks}.0.{name}": torch.full(parameter.shape, 0.01, dtype=dtype)
+        for name, parameter in parts.hollow_block(0).named_parameters()
+    }
+    model = _built(parts, 0, made_up, quantization, dtype, device)[0]
+    return _around([getattr(model, parts.family.blocks)[0]], parts, span, dtype, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A checkpoint taken apart: which tensors belong to which block."""
+
+    checkpoint: Checkpoint
+    hollow: PreTrainedModel  # all modules of the base model, none of its memory
+    family: Family
+    names: dict[int, dict[str, str]]  # block -> name in the checkpoint -> name inside the block
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Parts:
+        hollow = hollow_base_model(checkpoint.config)
+        family = family_of(hollow)
+        names: dict[int, dict[str, str]] = {block: {} for block in range(family.total_blocks)}
+        for name in checkpoint.tensor_names:
+            block = family.block_index(name)
+            if block is not None:
+                names[block][name] = name.removeprefix(f"{family.prefix}.").split(".", 2)[2]
+        return cls(checkpoint=checkpoint, hollow=hollow, family=family, names=names)
+
+    def hollow_block(self, block: int) -> nn.Module:
+        return getattr(self.hollow, self.family.blocks)[block]
+
+
+def _load_block(
+    parts: Parts, block: int, quantization: str, dtype: torch.dtype, device: str, kept: QuantizedBlocks | None
+) -> nn.Module:
+    renamed, place = parts.names[block], f"{parts.family.blocks}.0."
+    state = None if kept is None else kept.get(block, list(renamed))
+    if state is not None:
+        inside = {place + name: tensor for name, tensor in state.items()}
+        model, _ = _built(parts, block, inside, quantization, dtype, device, is_quantized=True)
+        return getattr(model, parts.family.blocks)[0]
+    tensors = parts.checkpoint.read(renamed, dtype)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parts.hollow_block(block).named_parameters()}
+    for name, tensor in tensors.items():
+        wanted = shapes.get(renamed[name], tuple(tensor.shape))
+        if tuple(tensor.shape) != wanted:
+            raise UnsupportedModel(
+                f"{parts.checkpoint.source}: {parts.checkpoint.file_of(name)} does not fit config.json: {name} is "
+                f"{tuple(tensor.shape)} there, and should be {wanted}"
+            )
+    full = {place + renamed[name]: tensors.pop(name) for name in list(tensors)}
+    model, missing = _built(parts, block, full, quantization, dtype, device)
+    if missing:
+        raise UnsupportedModel(
+            f"{parts.checkpoint.source} lacks tensors of block {block}: {', '.join(sorted(missing)[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}"
+        )
+    made = getattr(model, parts.family.blocks)[0]
+    if quantization != "none":
+        for parameter in made.parameters():
+            if parameter.is_floating_point():  # a view that would keep the whole file in memory
+                parameter.data = parameter.data.clone()
+    if kept is not None:
+        kept.put(block, list(renamed), made.state_dict())
+    return made
+
+
+def _built(
+    parts: Parts,
+    block: int,
+    state: dict[str, torch.Tensor],
+    quantization: str,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    is_quantized: bool = False,
+) -> tuple[PreTrainedModel, list[str]]:
+    """(the library's base model with `block` alone, the names of its tensors that `state` lacks)."""
+    config = trimmed_config(parts.checkpoint.config, BlockSpan(block, block + 1))
+    how = _quantization_config(quantization, dtype)
+    if is_quantized and how is not None:
+        config.quantization_config, how = how.to_dict(), None  # as in a checkpoint that was saved quantized
+    loaded: Any = type(parts.hollow).from_pretrained(
         None,
-        config=trimmed_config(config, span),
-        state_dict=tensors,
+        config=config,
+        state_dict=state,
         dtype=dtype,
         device_map=device,
-        quantization_config=_quantization_config(quantization, dtype),
+        quantization_config=how,
+        output_loading_info=True,
     )
-    del tensors
-    _empty_the_rest(model, family)
+    model, info = loaded
+    return model, [name for name in info["missing_keys"] if name.startswith(f"{parts.family.blocks}.")]
+
+
+def _around(
+    blocks: Sequence[nn.Module], parts: Parts, span: BlockSpan, dtype: torch.dtype, device: str
+) -> TrimmedModel:
+    """The library's base model with `blocks` for its own."""
+    config = trimmed_config(parts.checkpoint.config, span)
+    config.num_hidden_layers = 0  # made without blocks: masks, rotary tables of each layer type, the loop
+    model = type(parts.hollow).from_pretrained(None, config=config, state_dict={}, dtype=dtype, device_map=device)
+    model.config.num_hidden_layers = len(span)
+    for place, block in enumerate(blocks):
+        module: Any
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = place  # where the caches of this block are
+            if isinstance(getattr(module, "config", None), PretrainedConfig):
+                module.config = model.config
+    setattr(model, parts.family.blocks, nn.ModuleList(blocks))
+    _empty_the_rest(model, parts.family)
     model.requires_grad_(False)
     set_training(model, training=False)
-    return TrimmedModel(model=model, family=family, span=span, weight_bytes=_weight_bytes(model))
+    return TrimmedModel(model=model, family=parts.family, span=span, weight_bytes=_weight_bytes(model))
 
 
 def trimmed_config(config: PretrainedConfig, span: BlockSpan) -> PretrainedConfig:
@@ -119,12 +241,10 @@ def _empty_the_rest(model: PreTrainedModel, family: Family) -> None:
 
 
 def _weight_bytes(model: nn.Module) -> int:
-    tensors = [*model.parameters(), *model.buffers()]
-    states = [getattr(module, "state", None) for module in model.modules()]  # int8: where the scales live
-    tensors += [
-        t for state in states for t in (getattr(state, "CB", None), getattr(state, "SCB", None)) if t is not None
-    ]
-    return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    tensors: list[torch.Tensor | None] = [*model.parameters(), *model.buffers()]
+    for weight in model.parameters():  # bitsandbytes keeps the scales beside the weights: int8's, nf4's
+        tensors += [getattr(weight, "SCB", None), getattr(getattr(weight, "quant_state", None), "absmax", None)]
+    return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}.values())
 
 
 def torch_dtype(name: str, config: PretrainedConfig, device: str) -> torch.dtype:

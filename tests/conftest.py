@@ -1,8 +1,12 @@
 """For all tests: one thread, no hub, no timed assertions, and no process left behind."""
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch is imported, and inherited by the servers that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,9 +15,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 from hypothesis import settings
 
+from petals_tune.convert import EMBEDDED_NAME, cache_folder
 from tests.processes import mark_this_run, servers_of_this_run, wait_until
 
 mark_this_run()
+
+
+def keep_caches_apart() -> None:
+    """What servers of this run measure and quantize goes when it ends; the embedded model, slow to convert, stays."""
+    converted = cache_folder() / EMBEDDED_NAME
+    if converted.is_dir():  # the first run on a machine converts it, to where the next one finds it
+        own = Path(tempfile.mkdtemp(prefix="petals_tune-"))
+        atexit.register(shutil.rmtree, own, ignore_errors=True)
+        (own / EMBEDDED_NAME).symlink_to(converted)
+        os.environ["PETALS_TUNE_CACHE"] = str(own)
+
+
+keep_caches_apart()
 
 settings.register_profile("petals_tune", deadline=None, derandomize=True)
 settings.load_profile("petals_tune")

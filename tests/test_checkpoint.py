@@ -3,10 +3,12 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 from collections import Counter
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from petals_tune.checkpoint import Checkpoint
 from petals_tune.errors import UnsupportedModel
+from petals_tune.wire.records import same_model
 
 COMMIT = "a" * 40
 
@@ -74,12 +77,31 @@ def test_a_folder_without_weights_says_what_to_do(folder, tmp_path):
         _ = Checkpoint(str(tmp_path)).tensor_names
 
 
+@dataclass(kw_only=True)
+class Hub:
+    """A hub on 127.0.0.1 with one model, tiny/llama: what it was asked for, and how it misbehaves."""
+
+    address: str = ""
+    downloads: Counter[str] = field(default_factory=Counter)  # answered requests by file, parts included
+    parts: list[tuple[str, int]] = field(default_factory=list)  # (file, first byte) where only the rest was wanted
+    cuts: set[str] = field(default_factory=set)  # files whose next answer ends in the middle
+    damages: set[str] = field(default_factory=set)  # files whose next answer has wrong bytes
+
+    @property
+    def shards(self) -> set[str]:
+        """The files of weights that were downloaded."""
+        return {file for file in self.downloads if file.endswith(".safetensors")}
+
+
+def sha256(body: bytes) -> str:
+    return hashlib.sha256(body).hexdigest()
+
+
 @pytest.fixture
 def hub(folder):
-    """(address, downloads by file) of a hub with one model, tiny/llama."""
-    downloads: Counter[str] = Counter()
+    state = Hub()
 
-    class Hub(BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             self.answer(with_body=False)
 
@@ -87,55 +109,156 @@ def hub(folder):
             self.answer(with_body=True)
 
         def answer(self, *, with_body: bool) -> None:
-            prefix, path = "/tiny/llama/resolve/main/", self.path
-            file = folder / path.removeprefix(prefix)
-            if not path.startswith(prefix) or not file.is_file():
-                self.send_response(404)
-                self.send_header("X-Error-Code", "EntryNotFound")
-                self.send_header("X-Repo-Commit", COMMIT)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
+            if self.path.startswith("/api/models/tiny/llama/revision/"):
+                self.tell_about_the_files()
+                return
+            found = re.fullmatch(f"/tiny/llama/resolve/(?:main|{COMMIT})/(.*)", self.path)
+            file = folder / found[1] if found else None
+            if file is None or not file.is_file():
+                self.headed(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT, "Content-Length": "0"})
                 return
             body = file.read_bytes()
-            self.send_response(200)
-            self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
+            tag = sha256(body) if file.suffix == ".safetensors" else hashlib.sha1(body).hexdigest()
+            status, first = 200, 0
+            if wanted := self.headers.get("Range"):
+                first = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
+                status = 206
+                state.parts.append((file.name, first))
+            headers = {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT, "Content-Length": str(len(body) - first)}
+            if status == 206:
+                headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
+            self.headed(status, headers)
             if with_body:
-                downloads[file.name] += 1
-                self.wfile.write(body)
+                state.downloads[file.name] += 1
+                if file.name in state.damages:
+                    state.damages.discard(file.name)
+                    body = body[:-1] + bytes([body[-1] ^ 1])
+                stop = len(body)
+                if file.name in state.cuts:
+                    state.cuts.discard(file.name)
+                    stop = len(body) // 2
+                    self.close_connection = True
+                self.wfile.write(body[first:stop])
+
+        def tell_about_the_files(self) -> None:
+            siblings = []
+            for file in sorted(folder.iterdir()):
+                body = file.read_bytes()
+                told = {"rfilename": file.name, "size": len(body)}
+                if file.suffix == ".safetensors":
+                    told["lfs"] = {"sha256": sha256(body), "size": len(body), "pointerSize": 134}
+                siblings.append(told)
+            answer = json.dumps({"id": "tiny/llama", "sha": COMMIT, "siblings": siblings}).encode()
+            self.headed(200, {"Content-Type": "application/json", "Content-Length": str(len(answer))})
+            self.wfile.write(answer)
+
+        def headed(self, status: int, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
 
         def log_message(self, *args: object) -> None: ...
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", downloads
+    state.address = f"http://127.0.0.1:{server.server_port}"
+    yield state
     server.shutdown()
     server.server_close()
 
 
-def test_from_a_hub_only_the_shards_that_are_needed_come(hub, folder, tmp_path):
-    address, downloads = hub
-    names = ["model.layers.2.mlp.up_proj.weight"]
-    script = (
-        "import sys, torch; from petals_tune.checkpoint import Checkpoint; c = Checkpoint('tiny/llama');"
-        f"print(c.digest, c.read({names!r}, torch.float32)[{names[0]!r}].sum().item())"
-    )
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+from petals_tune.checkpoint import Checkpoint
+from petals_tune.disk import DiskCache
+from petals_tune.errors import PetalsTuneError
+from petals_tune.wire.span import BlockSpan
+from servers.trim import load_blocks
+
+def checkpoint(max_bytes=None, folder="disk"):
+    return Checkpoint("tiny/llama", DiskCache(folder=Path(sys.argv[1]) / folder, max_bytes=max_bytes))
+
+def load(block, source=None):
+    source = source or checkpoint()
+    span = BlockSpan(block, block + 1)
+    return load_blocks(source, span, quantization="int8", dtype=torch.float32, disk=source.disk).weight_bytes
+
+"""
+
+
+def with_hub(hub: Hub, script: str, folder: Path) -> list[str]:
+    """What `script` prints, in a process that knows `hub` for its hub."""
     environment = {
         **os.environ,
-        "HF_ENDPOINT": address,
-        "HF_HOME": str(tmp_path),
+        "HF_ENDPOINT": hub.address,
+        "HF_HOME": str(folder / "library"),
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     ran = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", SCRIPT + script, str(folder)],
+        env=environment,
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    local = Checkpoint(str(folder))
-    assert ran.stdout.split() == [local.digest, str(local.read(names, torch.float32)[names[0]].sum().item())]
+    return ran.stdout.splitlines()
+
+
+def shards_of(folder: Path, *blocks: int) -> set[str]:
     weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    shards = {file for file in downloads if file.endswith(".safetensors")}
-    assert shards == {weight_map[name] for name in names}
+    return {file for name, file in weight_map.items() if any(f".layers.{block}." in name for block in blocks)}
+
+
+def test_from_a_hub_only_the_shards_that_are_needed_come_and_they_come_once(hub, folder, tmp_path):
+    (digest,) = with_hub(hub, "print(checkpoint().digest); load(2); load(2); load(3)", tmp_path)
+    local = Checkpoint(str(folder)).digest
+    assert same_model(local, digest)
+    assert local != digest, "a hub tells the checksums of the weights"
+    assert hub.shards == shards_of(folder, 2, 3)
+    assert len(hub.shards) < len({*folder.glob("*.safetensors")})
+    assert {hub.downloads[shard] for shard in hub.shards} == {1}
+
+
+def test_a_download_that_is_cut_goes_on_where_it_was(hub, folder, tmp_path):
+    (shard, *_) = shards_of(folder, 1)
+    hub.cuts.add(shard)
+    small_pieces = "import huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = 1024\n"  # it keeps whole ones
+    (size,) = with_hub(hub, small_pieces + "print(load(1))", tmp_path)
+    assert not hub.cuts, "it was cut"
+    ((file, first),) = hub.parts
+    assert file == shard
+    assert 0 < first <= (folder / shard).stat().st_size // 2
+    assert int(size) > 0
+
+
+def test_a_file_with_wrong_bytes_is_named_and_not_kept(hub, folder, tmp_path):
+    (shard, *_) = shards_of(folder, 1)
+    hub.damages.add(shard)
+    script = "try: load(1)\nexcept PetalsTuneError as error: print(error)\nprint(load(1))"
+    text, size = with_hub(hub, script, tmp_path)
+    assert text.startswith(f"{shard} of tiny/llama came damaged")
+    assert int(size) > 0
+    assert hub.downloads[shard] == 2
+
+
+def test_a_server_stays_inside_its_disk_budget(hub, folder, tmp_path):
+    shards = [file.stat().st_size for file in folder.glob("*.safetensors")]
+    budget = 3 * max(shards)
+    assert sum(shards) > budget, "not all would fit"
+    script = f"for block in range(4): load(block, checkpoint({budget}))\n"
+    script += "try: load(0, checkpoint(1000, 'another'))\nexcept PetalsTuneError as error: print(error)"
+    (text,) = with_hub(hub, script, tmp_path)
+    assert hub.shards == shards_of(folder, 0, 1, 2, 3)
+    files = [file for file in (tmp_path / "disk").rglob("*") if file.is_file() and not file.is_symlink()]
+    weights = [file.stat().st_size for file in files if file.stat().st_size > 1000]
+    assert 0 < sum(weights) <= budget
+    assert "tiny/llama: model-" in text
+    assert "max_disk_gb=" in text

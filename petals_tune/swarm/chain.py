@@ -104,7 +104,8 @@ class Chain:
         if not isinstance(reply, Forwarded):
             raise self.bad_reply(hop, f"a {type(reply).__name__} in answer to Forward")
         output = self.checked(hop, reply.hidden, hidden)
-        self.client.load.measured(hop.server.peer, reply.compute_s, hidden.shape[0] * hidden.shape[1] * len(hop.span))
+        tokens = hidden.shape[0] * hidden.shape[1]
+        self.client.load.measured(hop.server, reply.compute_s, tokens, len(hop.span))
         return Leg(hop=hop, request=request, lease=reply.lease), output
 
     async def backward(

@@ -113,7 +113,7 @@ class SwarmClient:
                 span,
                 model=self._model,
                 banned=banned,
-                cost=lambda peer, blocks: self.load.cost(peer, work * blocks),
+                cost=lambda server, blocks: self.load.cost(server, work, blocks),
             )
 
         banned = self._bans.active(now_s)

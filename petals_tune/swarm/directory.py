@@ -24,6 +24,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 
     servers: tuple[ServerRecord, ...]
     taken_at_s: float  # time.monotonic()
+    joining: tuple[ServerRecord, ...] = ()  # those that load their blocks, and will serve them soon
 
 
 class Directory:
@@ -46,7 +47,7 @@ class Directory:
         await self.announce(offline, lasts_s=self._last_expiration - get_dht_time() + _OFFLINE_OUTLIVES_S)
 
     async def snapshot(self) -> Snapshot:
-        """Every server that is online. A record that is malformed or speaks for another peer is left out."""
+        """Every server that is online or joining. A record that is malformed or speaks for another peer is left out."""
         found = await self._node.get(self._key, latest=True)
         entries = found.value if found is not None and isinstance(found.value, dict) else {}
         servers = []
@@ -56,6 +57,11 @@ class Directory:
             except (ProtocolError, TypeError) as error:
                 logger.debug("record of %s left out: %s", peer, error)
                 continue
-            if record.peer == peer and record.state == "online":
+            if record.peer == peer:
                 servers.append(record)
-        return Snapshot(tuple(sorted(servers, key=lambda r: (r.blocks, r.peer))), time.monotonic())
+        servers.sort(key=lambda record: (record.blocks, record.peer))
+        return Snapshot(
+            servers=tuple(record for record in servers if record.state == "online"),
+            joining=tuple(record for record in servers if record.state == "joining"),
+            taken_at_s=time.monotonic(),
+        )

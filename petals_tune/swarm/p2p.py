@@ -21,6 +21,7 @@ from petals_tune.swarm.members import Members, write_private
 from petals_tune.wire.signing import SigningKey, identity_bytes
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+LEAVING_S = 3.0
 
 
 async def start_p2p(
@@ -108,8 +109,12 @@ async def start_dht(
 
 
 async def stop_dht(node: DHTNode) -> None:
-    """Leave the DHT. Its own `shutdown` forgets the task that refreshes its cache."""
-    await node.shutdown()
+    """Leave the DHT. Its own `shutdown` forgets the task that refreshes its cache, and waits for a daemon that is gone.
+
+    Whoever stops a whole group of processes, as systemd does, has ended the daemon by now.
+    """
+    with suppress(TimeoutError):
+        await asyncio.wait_for(node.shutdown(), LEAVING_S)
     if node.cache_refresh_task is not None:
         node.cache_refresh_task.cancel()
 

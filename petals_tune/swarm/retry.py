@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from petals_tune.errors import PetalsTuneError, SwarmTimeout, UncoveredBlocks
+from petals_tune.wire.records import ServerRecord
 
 SMOOTHING = 0.3  # weight of the newest measurement
 FIRST_BAN_S = 5.0  # a server that restarts under its address is back in about this time
@@ -73,12 +74,12 @@ class Attempts:
 
 @dataclass
 class Load:
-    """What each server costs us: its measured speed, and the work of ours that it has in hand.
+    """What each server costs us: what it announces, corrected by what we measured, and our work that it has in hand.
 
-    Work is counted in rows x positions x blocks.
+    Work is counted in tokens (rows x positions) x blocks.
     """
 
-    speed_s: dict[str, float] = field(default_factory=dict)  # seconds per unit of work, smoothed
+    correction: dict[str, float] = field(default_factory=dict)  # measured / announced seconds, smoothed
     in_hand: dict[str, int] = field(default_factory=dict)
 
     def take(self, peer: str, work: int) -> None:
@@ -87,12 +88,13 @@ class Load:
     def give_back(self, peer: str, work: int) -> None:
         self.in_hand[peer] -= work
 
-    def measured(self, peer: str, compute_s: float, work: int) -> None:
-        new = compute_s / work
-        old = self.speed_s.get(peer, new)
-        self.speed_s[peer] = old + SMOOTHING * (new - old)
+    def measured(self, server: ServerRecord, compute_s: float, tokens: int, blocks: int) -> None:
+        new = compute_s / server.throughput.computing_s(tokens, blocks)
+        old = self.correction.get(server.peer, new)
+        self.correction[server.peer] = old + SMOOTHING * (new - old)
 
-    def cost(self, peer: str, work: float) -> float:
-        """Expected seconds until `peer` has done `work` more. An unmeasured server counts as the fastest known."""
-        speed_s = self.speed_s.get(peer) or min(self.speed_s.values(), default=1.0)
-        return speed_s * (self.in_hand.get(peer, 0) + work)
+    def cost(self, server: ServerRecord, tokens: float, blocks: float) -> float:
+        """Expected seconds until `server` has taken `tokens` more through so many blocks."""
+        speed = server.throughput
+        computing_s = speed.computing_s(tokens, blocks) + self.in_hand.get(server.peer, 0) / speed.batch
+        return computing_s * self.correction.get(server.peer, 1.0) + speed.sending_s(tokens)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from shlex import quote
 
 from petals_tune.errors import SwarmMismatch, UncoveredBlocks
-from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.records import ServerRecord, mismatch_text, same_model
 from petals_tune.wire.span import BlockSpan, gaps
 
 HOP_COST_BLOCKS = 0.5  # one more server in a chain costs about as much as half a block
@@ -27,17 +27,20 @@ def plan_route(
     *,
     model: str,
     banned: Collection[str] = (),
-    cost: Callable[[str, float], float] = lambda peer, blocks: blocks,
+    cost: Callable[[ServerRecord, float], float] = lambda server, blocks: blocks,
 ) -> tuple[Hop, ...]:
     """The cheapest chain of servers that covers `wanted`.
 
-    `cost(peer, blocks)` is the price of running that many blocks there, queue included. Equal routes are told apart
+    `cost(server, blocks)` is the price of running that many blocks there, queue included. Equal routes are told apart
     by peer id: the result is deterministic. Raises UncoveredBlocks naming every gap, SwarmMismatch where all servers
     hold another model.
     """
-    ours = [server for server in servers if server.model == model]
+    ours = [server for server in servers if same_model(server.model, model)]
     if servers and not ours:
-        raise SwarmMismatch(mismatch_text(servers, model))
+        raise SwarmMismatch(
+            mismatch_text(servers, model, whose="the client's model")
+            + "\n  load the model that the swarm serves, or join another swarm: swarm.initial_peers=[...]"
+        )
     usable = [server for server in ours if server.peer not in banned]
     missing = gaps([server.blocks for server in usable], wanted)
     if missing:
@@ -53,19 +56,11 @@ def plan_route(
             if start not in server.blocks:
                 continue
             for stop in (cut for cut in cuts if start < cut <= server.blocks.stop):
-                total = spent + cost(server.peer, stop - start + HOP_COST_BLOCKS)
+                total = spent + cost(server, stop - start + HOP_COST_BLOCKS)
                 candidate = (total, (*peers, server.peer), (*hops, Hop(server, BlockSpan(start, stop))))
                 if stop not in best or candidate[:2] < best[stop][:2]:
                     best[stop] = candidate
     return best[wanted.stop][2]
-
-
-def mismatch_text(servers: Sequence[ServerRecord], model: str) -> str:
-    held = ", ".join(sorted({f"{server.model_name} ({server.model[:12]})" for server in servers}))
-    return (
-        f"this swarm serves {held}, and the client's model is {model[:12]}\n"
-        "  load the model that the swarm serves, or join another swarm: swarm.initial_peers=[...]"
-    )
 
 
 def _uncovered_text(missing: Sequence[BlockSpan], servers: Sequence[ServerRecord], banned: Collection[str]) -> str:

@@ -56,7 +56,12 @@ class Welcome(Message, frozen=True, tag="welcome"):
 
 
 class Ping(Message, frozen=True, tag="ping"):
-    """Are you there? Answered at once by the event loop, also while the server computes."""
+    """Are you there? Answered at once by the event loop, also while the server computes.
+
+    Whoever measures the line between them puts something into it.
+    """
+
+    filler: bytes = b""
 
 
 class Pong(Message, frozen=True, tag="pong"):

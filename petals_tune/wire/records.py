@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -10,18 +12,48 @@ from petals_tune.errors import ProtocolError
 from petals_tune.wire.span import BlockSpan
 
 
+class Throughput(msgspec.Struct, frozen=True, kw_only=True):
+    """How fast a server is, as it was measured or given at its start; one token/s where it does not say."""
+
+    step: float = 1.0  # tokens/s through one block, one token at a time: generation
+    batch: float = 1.0  # tokens/s through one block, many at once: training
+    network: float | None = None  # tokens/s whose hidden states its line carries; None: not measured
+
+    def __post_init__(self) -> None:
+        for rate in (self.step, self.batch, 1.0 if self.network is None else self.network):
+            if not 0 < rate < 1e12:
+                raise ValueError(f"{rate} tokens/s is no throughput")
+
+    def of_span(self, blocks: int) -> float:
+        """Tokens/s through so many blocks, many tokens at once; computing and the line work at the same time."""
+        return min(self.batch / blocks, math.inf if self.network is None else self.network)
+
+    def computing_s(self, tokens: float, blocks: float) -> float:
+        """Seconds of computing for `tokens` (rows x positions) through so many blocks."""
+        return blocks * max(1 / self.step, tokens / self.batch)
+
+    def sending_s(self, tokens: float) -> float:
+        """Seconds on the line for `tokens`; 0 where it was not measured."""
+        return 0.0 if self.network is None else tokens / self.network
+
+
+ServerState = Literal["joining", "online", "offline"]  # joining: it loads its blocks now
+
+
 class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One server of a swarm, as it announces itself."""
 
     peer: str  # libp2p peer id, base58
     addresses: Annotated[tuple[str, ...], msgspec.Meta(max_length=16)]  # multiaddrs with /p2p/<peer>
-    model: str  # digest of the checkpoint (checkpoint.py): equal for all servers of a swarm
+    model: str  # digest of the checkpoint (checkpoint.py): `same_model` for all servers of a swarm
     model_name: str
+    revision: str = ""  # commit on the hub; "" for a local folder
     blocks: BlockSpan
     total_blocks: int
     quantization: Literal["int8", "nf4", "none"]
     dtype: str  # of the computation
-    state: Literal["online", "offline"] = "online"
+    throughput: Throughput = Throughput()
+    state: ServerState = "online"
     version: str = ""
 
 
@@ -32,6 +64,21 @@ _decoder = msgspec.msgpack.Decoder(ServerRecord)
 def dht_key(swarm: str) -> str:
     """The DHT key under which all servers of a swarm announce themselves; the subkey is the peer id."""
     return f"petals_tune.{swarm}"
+
+
+def same_model(one: str, other: str) -> bool:
+    """Are two digests of the same model? One may go on, after a dot, with one of the weights that the other lacks."""
+    return all(left == right for left, right in zip(one.split("."), other.split("."), strict=False))
+
+
+def mismatch_text(servers: Sequence[ServerRecord], model: str, whose: str) -> str:
+    """What to say where `servers` hold another model than `model`, which is `whose`."""
+    held = ", ".join(sorted({f"{server.model_name} ({_short(server.model)})" for server in servers}))
+    return f"this swarm serves {held}, and {whose} is {_short(model)}"
+
+
+def _short(model: str) -> str:
+    return ".".join(part[:12] for part in model.split("."))
 
 
 def encode_record(record: ServerRecord) -> bytes:

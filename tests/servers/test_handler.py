@@ -350,7 +350,7 @@ async def test_a_client_of_another_model_learns_so(engine):
         peer.send(Hello(model="other"))
         (refusal,) = await peer.last_words()
         assert isinstance(refusal, Refusal)
-        assert (refusal.error, "holds tiny" in refusal.text) == ("SwarmMismatch", True)
+        assert (refusal.error, "serves tiny" in refusal.text) == ("SwarmMismatch", True)
 
 
 async def _served(house: House) -> Message:

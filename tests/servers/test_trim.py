@@ -3,16 +3,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from petals_tune import checkpoint as checkpoint_module
 from petals_tune.checkpoint import Checkpoint
+from petals_tune.disk import DiskCache
 from petals_tune.errors import ConfigError, UnsupportedModel
 from petals_tune.families import family_of
 from petals_tune.wire.messages import Backward
 from petals_tune.wire.span import BlockSpan
 from servers.engine import Engine
-from servers.trim import load_blocks, set_training, torch_dtype
+from servers.trim import load_blocks, made_up_block, set_training, torch_dtype
 from tests.models import BLOCKS, masks, plain_model, relative_error
 from tests.servers.parts import forward, load
 
@@ -260,3 +262,120 @@ def test_the_dtype_of_the_computation(model_folder, name, stored, device, dtype)
 def test_an_unknown_dtype_is_refused(model_folder):
     with pytest.raises(ConfigError, match="dtype='int8' is not one of auto, float32"):
         torch_dtype("int8", Checkpoint(str(model_folder("llama"))).config, "cpu")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> DiskCache:
+    return DiskCache(folder=tmp_path / "disk")
+
+
+def kept_blocks(disk: DiskCache) -> list[Path]:
+    return sorted(disk.quantized.rglob("*.safetensors"), key=lambda path: path.name)
+
+
+WIDE = {"llama": SMOLLM2, "bloom": BLOOM, "gpt2": {"n_embd": 256, "n_layer": 2, "n_head": 8}}
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize("family", sorted(WIDE))
+def test_a_second_start_takes_the_quantized_blocks_and_reads_no_others(
+    model_folder, read_names, disk, family, quantization
+):
+    source = Checkpoint(str(model_folder(family, **WIDE[family])))
+    hidden = torch.randn(2, 5, source.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    outputs, sizes = [], []
+    for _ in range(2):
+        read_names.clear()
+        span = BlockSpan(0, 2)
+        trimmed = load_blocks(source, span, quantization=quantization, dtype=torch.float32, disk=disk)
+        outputs.append(Engine(trimmed).forward(forward("0:2", hidden), None).output)
+        sizes.append(trimmed.weight_bytes)
+    assert not read_names
+    assert len(kept_blocks(disk)) == 2
+    assert torch.equal(*outputs)
+    assert sizes[0] == sizes[1]
+
+
+def test_other_weights_in_the_same_place_are_quantized_anew(model_folder, read_names, disk, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in model_folder("llama").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    source = Checkpoint(str(folder))
+
+    def loaded(quantization: str = "int8") -> int:
+        read_names.clear()
+        load_blocks(source, BlockSpan(0, 1), quantization=quantization, dtype=torch.float32, disk=disk)
+        return len(read_names)
+
+    assert [loaded(), loaded(), loaded("nf4"), loaded("nf4")] == [9, 0, 9, 0]
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())  # and another time
+    assert loaded() == 9
+
+
+def test_a_quantized_block_that_is_damaged_is_named_and_made_again(model_folder, disk, caplog):
+    source = Checkpoint(str(model_folder("llama")))
+
+    def loaded() -> torch.Tensor:
+        trimmed = load_blocks(source, BlockSpan(0, 1), quantization="int8", dtype=torch.float32, disk=disk)
+        return next(iter(trimmed.blocks.parameters()))
+
+    wanted = loaded()
+    (path,) = kept_blocks(disk)
+    path.write_bytes(path.read_bytes()[:300])
+    assert torch.equal(loaded(), wanted)
+    assert str(path) in caplog.text
+    assert path.stat().st_size > 300
+
+
+def test_a_disk_that_takes_nothing_costs_no_more_than_time(model_folder, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    disk = DiskCache(folder=tmp_path / "file")
+    trimmed = load_blocks(
+        Checkpoint(str(model_folder("llama"))), BlockSpan(0, 1), quantization="int8", dtype=torch.float32, disk=disk
+    )
+    assert len(trimmed.blocks) == 1
+    assert "not kept for the next start" in caplog.text
+
+
+def copied(folder: Path, copy: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """The model with other weights."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    copy.mkdir()
+    (copy / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file(tensors, copy / "model.safetensors")
+    return copy
+
+
+def test_weights_that_do_not_fit_the_config_are_refused_with_the_file_and_the_shapes(model_folder, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def halve(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name][:24].clone()
+
+    folder = copied(model_folder("llama"), tmp_path / "copy", halve)
+    assert len(load(folder, "0:1").blocks) == 1
+    with pytest.raises(UnsupportedModel, match=rf"model\.safetensors does not fit config\.json: {name} is \(24, 32\)"):
+        load(folder, "1:2")
+
+
+def test_a_tensor_that_is_not_there_is_named_and_not_made_up(model_folder, tmp_path):
+    folder = copied(
+        model_folder("llama"), tmp_path / "copy", lambda tensors: tensors.pop("model.layers.2.mlp.up_proj.weight")
+    )
+    with pytest.raises(UnsupportedModel, match=r"lacks tensors of block 2: layers\.0\.mlp\.up_proj\.weight"):
+        load(folder, "1:3", "int8")
+
+
+def test_a_made_up_block_has_the_shapes_and_the_size_of_a_real_one(model_folder):
+    folder = model_folder("llama", **SMOLLM2)
+    made_up = made_up_block(Checkpoint(str(folder)), quantization="int8", dtype=torch.float32, device="cpu")
+    real = load(folder, "0:1", "int8")
+    assert made_up.weight_bytes == real.weight_bytes
+    assert {n: p.shape for n, p in made_up.blocks.named_parameters()} == {
+        n: p.shape for n, p in real.blocks.named_parameters()
+    }
+    hidden = torch.randn(1, 3, 576)
+    assert torch.isfinite(Engine(made_up).forward(forward("0:1", hidden), None).output).all()

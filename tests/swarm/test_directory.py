@@ -97,6 +97,18 @@ async def test_what_servers_announce_is_seen_in_the_order_of_the_blocks_until_th
     assert (await view.snapshot()).servers == (records["a"], records["c"])
 
 
+async def test_a_server_that_loads_is_seen_by_other_servers_and_sent_no_clients(nodes, name):
+    server, client = nodes
+    joining = msgspec.structs.replace(record("a"), state="joining")
+    directory, view = Speaker(server, name, "a"), Directory(client, name)
+    await directory.announce(joining, lasts_s=60)
+    seen = await view.snapshot()
+    assert (seen.servers, seen.joining) == ((), (joining,))
+    await directory.announce(record("a"), lasts_s=60)
+    seen = await view.snapshot()
+    assert (seen.servers, seen.joining) == ((record("a"),), ())
+
+
 async def test_a_server_that_starts_again_under_its_address_is_seen(nodes, name):
     server, client = nodes
     before = Speaker(server, name, "a")

@@ -2,6 +2,8 @@ import pytest
 
 from petals_tune.errors import ServerUnreachable, SwarmTimeout, UncoveredBlocks
 from petals_tune.swarm.retry import FIRST_BAN_S, LONGEST_BAN_S, Attempts, Bans, Load, RetryPolicy
+from petals_tune.wire.records import ServerRecord, Throughput
+from petals_tune.wire.span import BlockSpan
 
 POLICY = RetryPolicy(timeout_s=100, uncovered_s=10, first_pause_s=1, longest_pause_s=5)
 
@@ -67,31 +69,51 @@ def test_blocks_that_nobody_holds_are_waited_for_a_shorter_time_and_named_at_the
     assert caught.value is error
 
 
-def test_a_server_that_was_never_measured_counts_as_the_fastest_known():
-    load = Load()
-    assert load.cost("new", 6) == 6.0
-    load.measured("slow", 4.0, 2)
-    load.measured("fast", 1.0, 2)
-    assert load.cost("new", 6) == load.cost("fast", 6) == 3.0
-    assert load.cost("slow", 6) == 12.0
+def server(peer: str, **throughput: float) -> ServerRecord:
+    return ServerRecord(
+        peer=peer,
+        addresses=(),
+        model="digest",
+        model_name="tiny",
+        blocks=BlockSpan(0, 6),
+        total_blocks=6,
+        quantization="none",
+        dtype="float32",
+        throughput=Throughput(**throughput),
+    )
+
+
+def test_a_server_that_was_never_measured_costs_what_it_announces():
+    load, announced = Load(), server("new", step=10.0, batch=100.0)
+    assert load.cost(announced, 1, 6) == pytest.approx(0.6), "one token at a time"
+    assert load.cost(announced, 50, 6) == pytest.approx(3.0), "many at once"
+    assert load.cost(server("near", step=10.0, batch=100.0, network=25.0), 50, 6) == pytest.approx(5.0)
+
+
+def test_what_was_measured_corrects_what_is_announced():
+    load, announced = Load(), server("a", step=10.0, batch=100.0)
+    load.measured(announced, 6.0, 50, 6)  # half as fast
+    assert load.cost(announced, 50, 6) == pytest.approx(6.0)
+    assert load.cost(announced, 1, 6) == pytest.approx(1.2), "so is a single token"
+    assert load.cost(server("b", step=10.0, batch=100.0), 50, 6) == pytest.approx(3.0)
 
 
 def test_speed_follows_the_newest_measurements_smoothly():
-    load = Load()
-    load.measured("a", 1.0, 1)
-    load.measured("a", 2.0, 1)
-    assert 1.0 < load.cost("a", 1) < 1.5
+    load, one = Load(), server("a")
+    load.measured(one, 1.0, 1, 1)
+    load.measured(one, 2.0, 1, 1)
+    assert 1.0 < load.cost(one, 1, 1) < 1.5
     for _ in range(50):
-        load.measured("a", 2.0, 1)
-    assert load.cost("a", 1) == pytest.approx(2.0)
+        load.measured(one, 2.0, 1, 1)
+    assert load.cost(one, 1, 1) == pytest.approx(2.0)
 
 
 def test_work_in_hand_is_paid_before_ours_and_given_back():
-    load = Load()
-    load.measured("a", 0.5, 1)
+    load, one = Load(), server("a")
+    load.measured(one, 0.5, 1, 1)
     load.take("a", 10)
     load.take("a", 4)
-    assert load.cost("a", 2) == 8.0
+    assert load.cost(one, 1, 2) == 8.0
     load.give_back("a", 10)
     load.give_back("a", 4)
-    assert load.cost("a", 2) == 1.0
+    assert load.cost(one, 1, 2) == 1.0

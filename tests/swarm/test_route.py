@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from petals_tune.errors import SwarmMismatch, UncoveredBlocks
 from petals_tune.swarm.retry import Load
 from petals_tune.swarm.route import HOP_COST_BLOCKS, Hop, plan_route
-from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.records import ServerRecord, Throughput
 from petals_tune.wire.span import BlockSpan
 
 MODEL = "m" * 64
@@ -48,7 +48,7 @@ def test_spans_are_joined():
 @pytest.mark.parametrize(("slow", "route"), [("b", ["a=0:8", "b=8:12"]), ("a", ["a=0:4", "b=4:12"])])
 def test_where_two_spans_overlap_the_faster_server_takes_the_blocks_of_both(slow, route):
     servers = [server("a", 0, 8), server("b", 4, 12)]
-    assert planned(servers, cost=lambda peer, blocks: blocks * (2 if peer == slow else 1)) == route
+    assert planned(servers, cost=lambda server, blocks: blocks * (2 if server.peer == slow else 1)) == route
 
 
 def test_fewer_servers_are_cheaper_at_equal_speed():
@@ -57,13 +57,20 @@ def test_fewer_servers_are_cheaper_at_equal_speed():
 
 def test_a_slow_server_is_passed_over_where_two_fast_ones_cost_less():
     servers = [server("a", 0, 6), server("b", 6, 12), server("slow", 0, 12)]
-    assert planned(servers, cost=lambda peer, blocks: blocks * (3 if peer == "slow" else 1)) == ["a=0:6", "b=6:12"]
+    assert planned(servers, cost=lambda server, blocks: blocks * (3 if server.peer == "slow" else 1)) == [
+        "a=0:6",
+        "b=6:12",
+    ]
 
 
 def test_a_fast_server_takes_as_many_blocks_as_it_holds():
     servers = [server("fast", 2, 10), server("slow", 0, 12)]
     cost = {"fast": 0.1, "slow": 1.0}
-    assert planned(servers, cost=lambda peer, blocks: cost[peer] * blocks) == ["slow=0:2", "fast=2:10", "slow=10:12"]
+    assert planned(servers, cost=lambda server, blocks: cost[server.peer] * blocks) == [
+        "slow=0:2",
+        "fast=2:10",
+        "slow=10:12",
+    ]
 
 
 def test_banned_servers_are_not_used():
@@ -80,7 +87,9 @@ def test_work_in_hand_sends_the_next_micro_batch_to_a_replica():
     servers, load = [server("a", 0, 12), server("b", 0, 12)], Load()
     used = []
     for _ in range(4):
-        (hop,) = plan_route(servers, BlockSpan(0, 12), model=MODEL, cost=lambda peer, blocks: load.cost(peer, blocks))
+        (hop,) = plan_route(
+            servers, BlockSpan(0, 12), model=MODEL, cost=lambda server, blocks: load.cost(server, 1, blocks)
+        )
         load.take(hop.server.peer, len(hop.span))
         used.append(hop.server.peer)
     assert used == ["a", "b", "a", "b"]
@@ -88,11 +97,13 @@ def test_work_in_hand_sends_the_next_micro_batch_to_a_replica():
 
 def test_a_replica_of_twice_the_speed_gets_twice_the_work():
     servers, load = [server("fast", 0, 12), server("slow", 0, 12)], Load()
-    load.measured("fast", 1.0, 100)
-    load.measured("slow", 2.0, 100)
+    load.measured(servers[0], 1.0, 10, 10)
+    load.measured(servers[1], 2.0, 10, 10)
     used = []
     for _ in range(30):
-        (hop,) = plan_route(servers, BlockSpan(0, 12), model=MODEL, cost=lambda peer, blocks: load.cost(peer, blocks))
+        (hop,) = plan_route(
+            servers, BlockSpan(0, 12), model=MODEL, cost=lambda server, blocks: load.cost(server, 1, blocks)
+        )
         load.take(hop.server.peer, len(hop.span))
         used.append(hop.server.peer)
     assert used.count("fast") == 20
@@ -135,6 +146,30 @@ def test_servers_of_another_model_are_not_used_and_named_where_there_are_no_othe
         planned([other])
 
 
+def test_servers_that_were_never_tried_are_told_apart_by_what_they_announce():
+    slow, fast = (
+        msgspec.structs.replace(server(peer, 0, 12), throughput=Throughput(step=step, batch=batch))
+        for peer, step, batch in [("a", 40.0, 1000.0), ("b", 20.0, 3000.0)]
+    )
+    load = Load()
+
+    def chosen(tokens: int) -> list[str]:
+        return planned([slow, fast], cost=lambda server, blocks: load.cost(server, tokens, blocks))
+
+    assert chosen(128) == ["b=0:12"]
+    assert chosen(1) == ["a=0:12"], "the one that is faster with a single token"
+    load.measured(fast, 128 * 12 / 500, 128, 12)  # six times slower than it says
+    assert chosen(128) == ["a=0:12"]
+
+
+def test_a_model_whose_weights_only_one_side_knows_is_the_same_and_other_weights_are_another():
+    known, other = (server(peer, 0, 12, model=f"{MODEL}.{peer * 64}") for peer in "vw")
+    assert planned([known]) == ["v=0:12"]
+    assert shown(plan_route([known, other], BlockSpan(0, 12), model=other.model)) == ["w=0:12"]
+    with pytest.raises(SwarmMismatch, match=r"mmmm\.vvvv.* is mmmm.*\.wwww"):
+        plan_route([known], BlockSpan(0, 12), model=other.model)
+
+
 def every_chain(servers: Sequence[ServerRecord], start: int, stop: int) -> Iterator[list[tuple[str, int]]]:
     if start == stop:
         yield []
@@ -158,7 +193,7 @@ def test_no_chain_is_cheaper_than_the_one_planned(drawn, wanted):
 
     possible = list(every_chain(servers, span.start, span.stop))
     try:
-        route = plan_route(servers, span, model=MODEL, cost=lambda peer, blocks: speeds[peer] * blocks)
+        route = plan_route(servers, span, model=MODEL, cost=lambda server, blocks: speeds[server.peer] * blocks)
     except UncoveredBlocks:
         assert not possible
         return

@@ -1,4 +1,5 @@
 import contextlib
+import math
 
 import msgspec
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals_tune.errors import ProtocolError
-from petals_tune.wire.records import ServerRecord, decode_record, dht_key, encode_record
+from petals_tune.wire.records import ServerRecord, Throughput, decode_record, dht_key, encode_record
 from petals_tune.wire.span import BlockSpan
 
 RECORD = ServerRecord(
@@ -18,6 +19,8 @@ RECORD = ServerRecord(
     total_blocks=24,
     quantization="nf4",
     dtype="bfloat16",
+    throughput=Throughput(step=3.5, batch=900.0, network=2e4),
+    revision="c0ffee",
 )
 
 
@@ -42,6 +45,10 @@ def test_a_record_of_a_newer_version_is_read_without_what_is_new():
         {"peer": 3},
         {"addresses": "/ip4"},
         {"total_blocks": "many"},
+        {"throughput": {"step": 0.0}},
+        {"throughput": {"batch": math.nan}},
+        {"throughput": {"batch": math.inf}},
+        {"throughput": {"network": -1.0}},
     ],
     ids=str,
 )

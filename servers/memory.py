@@ -1,0 +1,72 @@
+"""How many blocks fit into this machine's free memory."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from torch import nn
+
+from petals_tune.errors import ConfigError
+
+_GB = 2**30
+SPARE = 0.1  # of the free memory: what computing takes for itself, and the rest of the machine
+# A control group's limit and use, of version 2 and of version 1, as a container sees its own.
+_CGROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
+
+
+def free_bytes(device: str) -> int:
+    """Memory that is free on `device` now; inside a container, of what the container may use."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    for limit, used in _CGROUPS:
+        if limit.is_file() and (limit_bytes := limit.read_text().strip()) != "max":
+            free = min(free, int(limit_bytes) - int(used.read_text()))
+    return max(free, 0)
+
+
+def give_back_freed_memory() -> None:
+    """Return to the system what was freed: glibc keeps it, and a block in full is worth having back."""
+    if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        malloc_trim(0)
+
+
+def block_bytes(block: nn.Module, *, quantization: str, dtype: torch.dtype) -> int:
+    """What a block (on the meta device) takes once it is quantized."""
+    quantized = 0.0
+    inside: set[int] = set()
+    for module in block.modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            weight = module.get_parameter("weight")
+            inside.add(id(weight))
+            match quantization:
+                case "int8":  # a byte each, and a float32 scale for each output
+                    quantized += weight.numel() + 4 * max(weight.shape)
+                case "nf4":  # half a byte each, and a float32 scale for 64 of them
+                    quantized += weight.numel() / 2 + 4 * weight.numel() / 64
+                case _:
+                    quantized += weight.numel() * dtype.itemsize
+    others = [tensor for tensor in (*block.parameters(), *block.buffers()) if id(tensor) not in inside]
+    return int(quantized) + sum(tensor.numel() for tensor in others) * dtype.itemsize
+
+
+def blocks_that_fit(free: int, budgets: int, one_block: int, full_block: int, total_blocks: int) -> int:
+    """How many blocks of `one_block` bytes fit into `free` beside `budgets` for leases and caches.
+
+    While it loads, a server also holds one block in full. Raises ConfigError where not even one block fits.
+    """
+    room = int(free * (1 - SPARE)) - budgets - full_block
+    if room < one_block:
+        raise ConfigError(
+            f"{free / _GB:.1f} GB of memory are free, and a server of one block needs "
+            f"{(one_block + full_block + budgets) / (1 - SPARE) / _GB:.1f} GB: {budgets / _GB:.1f} GB for leases and "
+            f"caches, {one_block / _GB:.2f} GB for the block and {full_block / _GB:.2f} GB more while it loads\n"
+            "  lower limits.max_lease_gb or limits.max_cache_gb, or say num_blocks=1 to try all the same"
+        )
+    return min(room // one_block, total_blocks)

@@ -1,0 +1,70 @@
+"""Which blocks to host. Pure: a snapshot of the swarm goes in, a span comes out; no clock, no sockets.
+
+A block's throughput is what all servers of it compute together, in tokens/s; a swarm is as fast as its worst block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.span import BlockSpan
+
+
+def block_throughputs(servers: Sequence[ServerRecord], total_blocks: int) -> np.ndarray:
+    """(L,) tokens/s of each block."""
+    rates = np.zeros(total_blocks)
+    for server in servers:
+        rates[server.blocks.start : server.blocks.stop] += server.throughput.of_span(len(server.blocks))
+    return rates
+
+
+def block_replicas(servers: Sequence[ServerRecord], total_blocks: int) -> np.ndarray:
+    """(L,) how many of `servers` hold each block."""
+    counts = np.zeros(total_blocks, dtype=int)
+    for server in servers:
+        counts[server.blocks.start : server.blocks.stop] += 1
+    return counts
+
+
+def best_span(others: np.ndarray, length: int, *, otherwise: BlockSpan | None = None) -> BlockSpan:
+    """The `length` blocks that need one more server most: the worst one, then the next worst, and so on.
+
+    `others` are the throughputs (L,) without this server. Of equal spans, `otherwise` or the first.
+    Source: Petals' rule for a server that joins (Borzunov et al. 2023, arXiv:2312.08361, appendix D).
+    """
+    length = min(length, len(others))
+    windows = np.sort(sliding_window_view(others, length), axis=1)
+    start = int(np.lexsort(windows.T[::-1])[0])
+    if otherwise is not None and np.array_equal(windows[otherwise.start], windows[start]):
+        return otherwise
+    return BlockSpan(start, start + length)
+
+
+def better_span(
+    others: np.ndarray, replicas: np.ndarray, here: BlockSpan, rate: float, *, balance_quality: float
+) -> BlockSpan | None:
+    """Where a server of `rate` tokens/s that holds `here` should move to; None where it should stay.
+
+    `others` are the throughputs (L,) without this server, `replicas` how many others are online for each block (L,):
+    those that still load are no help yet. It compares the worst of the blocks that it would leave or take up, before
+    and after: a move is worth the reload where that was below `balance_quality` of what it would be. Every move makes
+    the sorted throughputs better, so servers that move one after the other come to rest. What is left keeps a server,
+    and two where no gap is closed: one of them may go while this one loads.
+    """
+    there = best_span(others, len(here))
+    left, taken = _outside(here, there), _outside(there, here)
+    if not len(left) or replicas[left].min() < (1 if others[taken].min() == 0 else 2):
+        return None
+    before = min(others[left].min() + rate, others[taken].min())
+    after = min(others[left].min(), others[taken].min() + rate)
+    return there if before < balance_quality * after else None
+
+
+def _outside(span: BlockSpan, other: BlockSpan) -> np.ndarray:
+    """Indices of the blocks of `span` that `other` lacks."""
+    blocks = np.arange(span.start, span.stop)
+    return blocks[(blocks < other.start) | (blocks >= other.stop)]

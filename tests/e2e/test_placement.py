@@ -1,0 +1,116 @@
+"""Real servers that are not told which blocks to host."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from petals_tune import AutoDistributedModelForCausalLM
+from petals_tune.errors import ServerUnreachable
+from petals_tune.swarm import loop
+from petals_tune.swarm.directory import Directory
+from petals_tune.swarm.local import ServerProcess, server_process
+from petals_tune.swarm.p2p import start_dht, start_p2p, stop_dht, stop_p2p
+from petals_tune.wire.records import ServerRecord, Throughput
+from petals_tune.wire.span import BlockSpan, gaps
+from tests.models import BLOCKS, plain_model, relative_error, save_model
+from tests.processes import wait_until
+
+pytestmark = pytest.mark.swarm
+OPTIONS = [
+    "num_blocks=3",
+    "quantization=none",
+    "throughput=1000",
+    "balance_period_s=1",
+    "swarm.announce_s=3",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model") / "llama", "llama")
+
+
+@pytest.fixture
+def start(folder: Path) -> Iterator[Callable[..., ServerProcess]]:
+    with ExitStack() as stack:
+
+        def started(*overrides: str, source: Path = folder) -> ServerProcess:
+            return stack.enter_context(server_process([f"model.source='{source}'", *OPTIONS, *overrides]))
+
+        yield started
+
+
+def test_three_servers_cover_the_model_by_themselves_and_close_the_gap_that_one_leaves(folder, start):
+    first = start()
+    peers = first.wait_until_ready()
+    join = f"swarm.initial_peers=[{','.join(peers)}]"
+    others = [start(join), start(join)]  # at once: each has to see what the other chose
+    addresses = {server: server.wait_until_ready()[0] for server in (first, *others)}
+    with watched(peers) as servers:
+        wait_until(lambda: len(servers()) == 3, "three servers")
+        held = {peer: record.blocks for peer, record in servers().items()}
+        assert not gaps(held.values(), BlockSpan(0, BLOCKS))
+
+        model = AutoDistributedModelForCausalLM.from_pretrained(str(folder), initial_peers=peers)
+        ids = torch.arange(12).reshape(2, 6)
+        with torch.no_grad():
+            wanted = plain_model(folder)(ids).logits
+            assert relative_error(model(ids).logits, wanted) <= 1e-5
+
+        def peer(server: ServerProcess) -> str:
+            return addresses[server].rpartition("/p2p/")[2]
+
+        alone = next(server for server in others if sum(blocks == held[peer(server)] for blocks in held.values()) == 1)
+        lost = held[peer(alone)]
+        alone.process.kill()
+
+        def moved() -> bool:
+            now = servers()
+            return peer(alone) not in now and not gaps([s.blocks for s in now.values()], BlockSpan(0, BLOCKS))
+
+        wait_until(moved, f"somebody else on {lost}")
+        assert any(held[peer] != record.blocks for peer, record in servers().items())
+        with torch.no_grad():
+            assert relative_error(model(ids).logits, wanted) <= 1e-5
+        model.remote_blocks.close()
+
+
+def test_a_server_announces_what_it_was_given_or_what_it_measured(start):
+    peers = start().wait_until_ready()
+    start(f"swarm.initial_peers=[{','.join(peers)}]", "throughput=auto").wait_until_ready()
+    with watched(peers) as servers:
+        given, measured = sorted((s.throughput for s in servers().values()), key=lambda t: t.batch != 1000)
+    assert given == Throughput(step=1000.0, batch=1000.0)
+    assert measured.step > 1
+    assert measured.batch > 1
+    assert measured.network is not None, "it sent something to the first server"
+    assert measured.network > 1
+
+
+def test_a_server_of_another_model_is_told_what_the_swarm_serves(start, folder, tmp_path):
+    peers = start().wait_until_ready()
+    other = start(f"swarm.initial_peers=[{','.join(peers)}]", source=save_model(tmp_path / "bloom", "bloom"))
+    told = rf"error: this swarm serves {folder} \(\w+\), and model\.source=.*bloom is \w+\n"
+    with pytest.raises(ServerUnreachable, match=told):
+        other.wait_until_ready()
+    assert other.process.wait() == 2
+
+
+class watched:
+    """Eyes that are no server's: the servers that are online, by peer id."""
+
+    def __init__(self, peers: list[str]):
+        self._peers = peers
+
+    def __enter__(self) -> Callable[[], dict[str, ServerRecord]]:
+        self._p2p = loop.run(start_p2p(self._peers, listens=False))
+        self._node = loop.run(start_dht(self._p2p, self._peers, client_mode=True))
+        directory = Directory(self._node)
+        return lambda: {server.peer: server for server in loop.run(directory.snapshot()).servers}
+
+    def __exit__(self, *error: object) -> None:
+        loop.run(stop_dht(self._node))
+        loop.run(stop_p2p(self._p2p))
