@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -11,17 +10,18 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from petals_tune.checkpoint import Checkpoint
 from petals_tune.errors import ConfigError
-from petals_tune.families import Family, family_of, hollow_base_model
+from petals_tune.families import (
+    Family,
+    empty_the_rest,
+    family_of,
+    hollow_base_model,
+    load_part,
+    trimmed_class,
+    trimmed_config,
+)
 from petals_tune.wire.span import BlockSpan
 
 QUANTIZATIONS = ("int8", "nf4", "none")
-
-
-class Nothing(nn.Module):
-    """Stands where position embeddings were: the client has added them."""
-
-    def forward(self, positions: torch.Tensor) -> torch.Tensor:
-        return torch.zeros((), device=positions.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class TrimmedModel:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return getattr(self.model, self.family.blocks)
+        return self.family.blocks_of(self.model)
 
 
 def load_blocks(
@@ -52,37 +52,23 @@ def load_blocks(
         raise ConfigError(f"blocks={span}: {checkpoint.source} has blocks 0:{family.total_blocks}")
     renamed = {}
     for name in checkpoint.tensor_names:
-        block = family.block_index(name)
-        if block is not None and block in span:
-            inside = name.removeprefix(f"{family.prefix}.").split(".", 2)[2]
+        block, inside = family.block_index(name), family.inside(name)
+        if block is not None and inside is not None and block in span:
             renamed[name] = f"{family.blocks}.{block - span.start}.{inside}"
     tensors = {renamed[name]: tensor for name, tensor in checkpoint.read(renamed, dtype).items()}
-    model = type(hollow).from_pretrained(
-        None,
-        config=trimmed_config(config, span),
-        state_dict=tensors,
+    model, _ = load_part(
+        trimmed_class(hollow, family, span),
+        trimmed_config(config),
+        tensors,
         dtype=dtype,
         device_map=device,
         quantization_config=_quantization_config(quantization, dtype),
     )
     del tensors
-    _empty_the_rest(model, family)
+    empty_the_rest(model, family)
     model.requires_grad_(False)
     set_training(model, training=False)
     return TrimmedModel(model=model, family=family, span=span, weight_bytes=_weight_bytes(model))
-
-
-def trimmed_config(config: PretrainedConfig, span: BlockSpan) -> PretrainedConfig:
-    """`config` of a model that has blocks `span` alone, and no vocabulary."""
-    trimmed = copy.deepcopy(config)
-    layer_types = getattr(config, "layer_types", None)
-    trimmed.num_hidden_layers = len(span)
-    if layer_types is not None:
-        trimmed.layer_types = list(layer_types[span.start : span.stop])
-    trimmed.vocab_size = 1
-    trimmed.pad_token_id = None
-    trimmed.use_cache = False
-    return trimmed
 
 
 def set_training(model: nn.Module, *, training: bool) -> None:
@@ -104,18 +90,6 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesC
     if quantization == "nf4":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     raise ConfigError(f"quantization={quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
-
-
-def _empty_the_rest(model: PreTrainedModel, family: Family) -> None:
-    """What the base model does before and after its blocks belongs to the client: make it do nothing here.
-
-    Rotary tables stay: they are computed from positions. Token embeddings stay unused, with one row.
-    """
-    for name, child in model.named_children():
-        if name == family.position_embeddings:
-            setattr(model, name, Nothing())
-        elif name != family.blocks and not isinstance(child, nn.Embedding) and "Rotary" not in type(child).__name__:
-            setattr(model, name, nn.Identity())
 
 
 def _weight_bytes(model: nn.Module) -> int:

@@ -1,0 +1,110 @@
+"""A family that nobody tried is tried on a tiny model of its own; what cannot work is refused with the reason."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    PretrainedConfig,
+    T5Config,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from petals_tune import AutoDistributedModelForCausalLM
+from petals_tune.errors import UnsupportedModel
+from petals_tune.families import family_of, hollow_base_model
+from petals_tune.remote.selftest import self_test, tiny
+
+
+def tested(model_type: str) -> bool:
+    config = CONFIG_MAPPING[model_type]()
+    return self_test(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "falcon", "gptj"])
+def test_layers_that_return_tuples_are_found(model_type):
+    assert tested(model_type)
+
+
+# At the sizes that their configs have by default, none of which this project was written for.
+@pytest.mark.parametrize("model_type", ["persimmon", "olmo", "biogpt", "minicpm3", "seed_oss", "arcee", "nanochat"])
+def test_families_that_no_line_of_ours_names_pass(model_type):
+    assert not tested(model_type)
+
+
+def test_a_tiny_model_has_all_kinds_of_blocks_and_few_parameters():
+    config = Gemma3TextConfig(num_hidden_layers=26)
+    small = tiny(config)
+    assert set(small.layer_types) == set(config.layer_types)
+    assert len(small.layer_types) == small.num_hidden_layers < 10
+    assert sum(p.numel() for p in hollow_base_model(small).parameters()) < 20_000_000
+    assert config.num_hidden_layers == 26, "the config itself stays as it is"
+
+
+def test_a_self_test_leaves_the_random_numbers_and_threads_alone():
+    torch.manual_seed(3)
+    wanted, threads = torch.rand(4), torch.get_num_threads()
+    torch.manual_seed(3)
+    assert not tested("llama")
+    assert torch.equal(torch.rand(4), wanted)
+    assert torch.get_num_threads() == threads
+
+
+class ScalesItsInput(LlamaForCausalLM):
+    """Its base model does something before the blocks that no server would leave out."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.model.__class__ = type("Scaled", (LlamaModel,), {"forward": scaled})
+
+
+def scaled(self: Any, input_ids: Any = None, inputs_embeds: Any = None, **options: Any) -> Any:
+    embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+    return LlamaModel.forward(self, inputs_embeds=2 * embeds, **options)
+
+
+def test_a_model_whose_numbers_differ_is_refused(monkeypatch):
+    from petals_tune import families
+
+    base = ScalesItsInput(LlamaConfig(num_hidden_layers=2, hidden_size=8, intermediate_size=8, vocab_size=8)).model
+    monkeypatch.setattr(families.AutoModel, "from_config", lambda config: _of(type(base), config))
+    with pytest.raises(UnsupportedModel, match=r"'llama': with its blocks apart and no padding, .* another logits"):
+        self_test(ScalesItsInput, LlamaConfig())
+
+
+def _of(base_class: Any, config: PretrainedConfig) -> Any:
+    model = LlamaModel(config)
+    model.__class__ = base_class
+    return model
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (T5Config(num_layers=2), "is an encoder and a decoder"),
+        (MambaConfig(num_hidden_layers=2), r"blocks with a state of their own"),
+        (CONFIG_MAPPING["lfm2"](layer_types=["conv", "full_attention"], num_hidden_layers=2), r"\(conv\)"),
+        (CONFIG_MAPPING["xlm"](n_layers=2), "has 4 lists of 2 blocks"),
+    ],
+    ids=["t5", "mamba", "lfm2", "xlm"],
+)
+def test_what_is_no_decoder_of_attention_blocks_is_refused_with_the_reason(config, words):
+    with pytest.raises(UnsupportedModel, match=words):
+        family_of(hollow_base_model(config))
+
+
+def test_attention_in_both_directions_is_refused(tmp_path: Path):
+    """Refused before a swarm is looked for: there is no initial peer here."""
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"model_type='bert'"):
+        AutoDistributedModelForCausalLM.from_pretrained(str(tmp_path), initial_peers=[])
