@@ -67,7 +67,7 @@ def hollow_base_model(config: PretrainedConfig) -> PreTrainedModel:
     """The base model of `config` on the meta device: all its modules, none of its memory."""
     try:
         with torch.device("meta"):
-            return AutoModel.from_config(config)
+            return AutoModel.from_config(copy.deepcopy(config))  # the library writes into it
     except ValueError as error:
         raise UnsupportedModel(f"transformers knows no model for model_type={config.model_type!r}: {error}") from None
 

@@ -21,7 +21,7 @@ from petals_tune.errors import ConfigError, UnsupportedModel
 from petals_tune.families import family_of, hollow_base_model, without_blocks
 from petals_tune.remote.blocks import Backbone, graft
 from petals_tune.remote.generation import RemoteGeneration, with_whole_input
-from petals_tune.remote.prompted import prompted
+from petals_tune.remote.prompted import check_tuning_mode, prompted
 from petals_tune.remote.selftest import self_test
 from petals_tune.remote.skeleton import hollow_out
 from petals_tune.swarm import loop
@@ -69,6 +69,7 @@ class DistributedModel:
         that would host what is missing, ServerUnreachable where no initial peer answers.
         Source: Borzunov et al. 2022, arXiv:2209.01188 (clients own the trained parameters, servers stay frozen).
         """
+        check_tuning_mode(tuning_mode, pre_seq_len)
         checkpoint = Checkpoint(str(source))
         config = _changed(checkpoint.config, config_changes)
         if not isinstance(config, cls.plain_class.config_class):
@@ -100,7 +101,7 @@ class DistributedModel:
             model.register_forward_pre_hook(
                 _check_pooling if _is_classifier(cls) else with_whole_input, with_kwargs=True
             )
-            return prompted(model, tuning_mode, pre_seq_len)
+            return model if tuning_mode is None or pre_seq_len is None else prompted(model, tuning_mode, pre_seq_len)
         except BaseException:
             loop.run(client.close())
             raise

@@ -30,17 +30,16 @@ class TextPositions:
         return output
 
 
-def prompted(model: Any, tuning_mode: str | None, pre_seq_len: int | None) -> Any:
-    """`model` itself without a `tuning_mode`, else a PeftModel around it with `pre_seq_len` trained positions.
-
-    Raises ConfigError where one is given without the other.
-    """
+def check_tuning_mode(tuning_mode: str | None, pre_seq_len: int | None) -> None:
+    """Raises ConfigError for an unknown mode, and where one is given without the other."""
     if (tuning_mode is None) != (pre_seq_len is None):
         raise ConfigError(f"tuning_mode={tuning_mode!r} and pre_seq_len={pre_seq_len} go together: give both, or none")
-    if tuning_mode is None:
-        return model
-    if tuning_mode not in TUNING_MODES:
+    if tuning_mode is not None and tuning_mode not in TUNING_MODES:
         raise ConfigError(f"tuning_mode={tuning_mode!r} is not one of {', '.join(TUNING_MODES)}")
+
+
+def prompted(model: Any, tuning_mode: str, pre_seq_len: int) -> Any:
+    """A PeftModel around `model`, with `pre_seq_len` trained positions."""
     config = TUNING_MODES[tuning_mode](task_type=_task(model), num_virtual_tokens=pre_seq_len)
     net: Any = tune(model, config)
     net.__class__ = _with_text_positions(type(net))

@@ -41,6 +41,32 @@ def test_families_that_no_line_of_ours_names_pass(model_type):
     assert not tested(model_type)
 
 
+# What config.json says of published models, where it matters for making them small.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "bloom": {"hidden_size": 14336, "n_head": 112, "n_layer": 70},
+    "llama": {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": 80},
+    "mistral": {"sliding_window": None, "head_dim": 128},
+    "qwen2": {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "num_hidden_layers": 28},
+    "qwen3": {"hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
+    "qwen3_moe": {"hidden_size": 2048, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128},
+    "gemma2": {"hidden_size": 3584, "num_attention_heads": 16, "num_key_value_heads": 8, "query_pre_attn_scalar": 256},
+    "gemma3_text": {"hidden_size": 1152, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256},
+    "falcon": {"hidden_size": 8192, "num_attention_heads": 128, "num_kv_heads": 8, "new_decoder_architecture": True},
+    "gpt_neox": {"hidden_size": 6144, "num_attention_heads": 64, "num_hidden_layers": 44},
+    "gpt2": {"n_embd": 1600, "n_head": 25, "n_layer": 48},
+    "opt": {"hidden_size": 1024, "num_attention_heads": 16, "word_embed_proj_dim": 512, "do_layer_norm_before": False},
+    "phi": {"hidden_size": 2560, "num_attention_heads": 32, "partial_rotary_factor": 0.4},
+    "starcoder2": {"hidden_size": 3072, "num_attention_heads": 24, "num_key_value_heads": 2, "sliding_window": 4096},
+    "granite": {"hidden_size": 4096, "num_key_value_heads": 8, "embedding_multiplier": 12.0, "logits_scaling": 16.0},
+}
+
+
+@pytest.mark.parametrize("model_type", PUBLISHED)
+def test_published_sizes_can_be_made_small(model_type):
+    config = CONFIG_MAPPING[model_type](**PUBLISHED[model_type])
+    self_test(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
+
+
 def test_a_tiny_model_has_all_kinds_of_blocks_and_few_parameters():
     config = Gemma3TextConfig(num_hidden_layers=26)
     small = tiny(config)
