@@ -140,9 +140,9 @@ def without_blocks(
     return model.eval()
 
 
-def trimmed_config(config: PretrainedConfig) -> PretrainedConfig:
-    """`config` for `trimmed_class`: no vocabulary, no caches of the library's own."""
-    trimmed = copy.deepcopy(config)
+def trimmed_config(hollow: PreTrainedModel) -> PretrainedConfig:
+    """For `trimmed_class`: the config of `hollow` without a vocabulary, and no caches of the library's own."""
+    trimmed = copy.deepcopy(hollow.config)  # with what its blocks wrote into it
     trimmed.vocab_size = 1
     trimmed.pad_token_id = None
     trimmed.use_cache = False
@@ -168,9 +168,14 @@ def trimmed_class(hollow: PreTrainedModel, family: Family, span: BlockSpan) -> t
             if getattr(config, "layer_types", None) is not None:
                 config.layer_types = list(config.layer_types[span.start : span.stop])  # read as the loop goes
             blocks = list(family.blocks_of(hollow))[span.start : span.stop]
-            family.put_blocks(self, copy.deepcopy(nn.ModuleList(blocks), {id(hollow.config): config}))
+            kept = copy.deepcopy(nn.ModuleList(blocks), {id(hollow.config): config})
+            for parameter in kept.parameters():
+                if parameter.is_floating_point():  # the library sets the default while it loads
+                    parameter.data = parameter.data.to(torch.get_default_dtype())
+            family.put_blocks(self, kept)
 
-    Trimmed.__name__ = model_class.__name__
+    # By these the library finds how a checkpoint's experts are fused.
+    Trimmed.__name__, Trimmed.__module__ = model_class.__name__, model_class.__module__
     return Trimmed
 
 

@@ -58,7 +58,7 @@ def load_blocks(
     tensors = {renamed[name]: tensor for name, tensor in checkpoint.read(renamed, dtype).items()}
     model, _ = load_part(
         trimmed_class(hollow, family, span),
-        trimmed_config(config),
+        trimmed_config(hollow),
         tensors,
         dtype=dtype,
         device_map=device,

@@ -54,8 +54,10 @@ def _training(model: Any, plain: Any) -> dict[str, float]:
     """One step of LoRA on all linears, with the gradient at the embeddings, for each side of padding."""
     worst = dict.fromkeys(("logits", "loss", "input gradient", "LoRA gradients"), 0.0)
     blocks = family_of(plain.base_model).blocks_of(plain.base_model)
-    # Not "all-linear": PEFT takes experts for linears, and these are no modules that a hook could adapt.
     linears = {name for name, module in blocks.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
+    if any("Experts" in type(module).__name__ for module in blocks.modules()):
+        # PEFT takes fused experts for linears of the same names; these are refused.
+        linears = {name for name in linears if "attn" in name}
     nets = []
     for each in (model, plain):
         torch.manual_seed(1)
@@ -109,14 +111,15 @@ def _step(net: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
 def _hidden_states(model: Any, plain: Any) -> dict[str, float]:
     """At every block, and the gradient there of the last one's: output_hidden_states=True as the library has it."""
     batch, states, gradients = list(_batches())[1], [], []
+    real = batch["attention_mask"].bool()
     for each in (model, plain):
         embeddings = each.get_input_embeddings()
         hook = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
         output = each(**batch, use_cache=False, output_hidden_states=True)
         hook.remove()
         states.append(output.hidden_states)
-        gradients.append(torch.autograd.grad(output.hidden_states[-1].square().sum(), output.hidden_states[2])[0])
-    real = batch["attention_mask"].bool()
+        last = output.hidden_states[-1][real].square().sum()
+        gradients.append(torch.autograd.grad(last, output.hidden_states[2])[0])
     assert len(states[0]) == len(states[1]) == 7
     errors = [relative_error(given[real], wanted[real]) for given, wanted in zip(*states, strict=True)]
     return {"hidden states": max(*errors, relative_error(gradients[0][real], gradients[1][real]))}

@@ -42,7 +42,8 @@ def prompted(model: Any, tuning_mode: str, pre_seq_len: int) -> Any:
     """A PeftModel around `model`, with `pre_seq_len` trained positions."""
     config = TUNING_MODES[tuning_mode](task_type=_task(model), num_virtual_tokens=pre_seq_len)
     net: Any = tune(model, config)
-    net.__class__ = _with_text_positions(type(net))
+    plain: Any = type(net)
+    net.__class__ = _with_text_positions(plain)
     return net.eval()
 
 

@@ -162,7 +162,7 @@ def swapped_twin(plain: Any, config: PretrainedConfig, family: Family, *, return
             for name, tensor in tensors.items()
             if (block := family.block_index(name)) is not None and block in span
         }
-        part, _ = load_part(trimmed_class(hollow, family, span), trimmed_config(config), found, dtype=torch.float32)
+        part, _ = load_part(trimmed_class(hollow, family, span), trimmed_config(hollow), found, dtype=torch.float32)
         empty_the_rest(part, family)
         parts.append((span, part))
     backbone = _LocalBackbone(chain=None, returns_tuple=returns_tuple)  # type: ignore[arg-type]  # it has no network

@@ -25,20 +25,21 @@ from petals_tune.families import family_of, hollow_base_model
 from petals_tune.remote.selftest import self_test, tiny
 
 
-def tested(model_type: str) -> bool:
+def passes(model_type: str) -> bool:
+    """Whether its layers return tuples."""
     config = CONFIG_MAPPING[model_type]()
     return self_test(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "falcon", "gptj"])
 def test_layers_that_return_tuples_are_found(model_type):
-    assert tested(model_type)
+    assert passes(model_type)
 
 
 # At the sizes that their configs have by default, none of which this project was written for.
 @pytest.mark.parametrize("model_type", ["persimmon", "olmo", "biogpt", "minicpm3", "seed_oss", "arcee", "nanochat"])
 def test_families_that_no_line_of_ours_names_pass(model_type):
-    assert not tested(model_type)
+    assert not passes(model_type)
 
 
 # What config.json says of published models, where it matters for making them small.
@@ -80,7 +81,7 @@ def test_a_self_test_leaves_the_random_numbers_and_threads_alone():
     torch.manual_seed(3)
     wanted, threads = torch.rand(4), torch.get_num_threads()
     torch.manual_seed(3)
-    assert not tested("llama")
+    assert not passes("llama")
     assert torch.equal(torch.rand(4), wanted)
     assert torch.get_num_threads() == threads
 
@@ -101,7 +102,8 @@ def scaled(self: Any, input_ids: Any = None, inputs_embeds: Any = None, **option
 def test_a_model_whose_numbers_differ_is_refused(monkeypatch):
     from petals_tune import families
 
-    base = ScalesItsInput(LlamaConfig(num_hidden_layers=2, hidden_size=8, intermediate_size=8, vocab_size=8)).model
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 8}
+    base = ScalesItsInput(LlamaConfig(**sizes)).model
     monkeypatch.setattr(families.AutoModel, "from_config", lambda config: _of(type(base), config))
     with pytest.raises(UnsupportedModel, match=r"'llama': with its blocks apart and no padding, .* another logits"):
         self_test(ScalesItsInput, LlamaConfig())
