@@ -56,7 +56,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "initializer_range": 0.1},
     "falcon alibi": {"alibi": True, "multi_query": False, "initializer_range": 0.1},
     "gpt_neox": {"intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.1},
-    "gpt_neo": {"attention_types": [[["global", "local"], 3]], "window_size": 4, "initializer_range": 0.05},
     "gptj": {"rotary_dim": 4, "n_positions": 64, "initializer_range": 0.1},
     "gpt2": _OF_GPT2,
     "gpt_bigcode": _OF_GPT2,

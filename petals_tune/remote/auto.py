@@ -117,7 +117,8 @@ def distributed_class(plain: type[PreTrainedModel]) -> Any:
 def distributed_class_named(name: str) -> Any:
     """`DistributedBloomForCausalLM` and its like. Raises AttributeError where the library has no such class."""
     plain: Any = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
-    if not (isinstance(plain, type) and issubclass(plain, PreTrainedModel)):
+    is_model = isinstance(plain, type) and issubclass(plain, PreTrainedModel)
+    if not is_model:
         raise AttributeError(f"transformers has no model class for {name!r}")
     return distributed_class(plain)
 
