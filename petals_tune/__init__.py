@@ -4,19 +4,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from petals_tune.remote.auto import AutoDistributedModelForCausalLM
+    from petals_tune.remote.auto import (
+        AutoDistributedModel,
+        AutoDistributedModelForCausalLM,
+        AutoDistributedModelForSequenceClassification,
+    )
     from petals_tune.swarm.local import local_swarm
 
-__all__ = ["AutoDistributedModelForCausalLM", "local_swarm"]
+__all__ = [
+    "AutoDistributedModel",
+    "AutoDistributedModelForCausalLM",
+    "AutoDistributedModelForSequenceClassification",
+    "local_swarm",
+]
 
 _WHERE = {
+    "AutoDistributedModel": "petals_tune.remote.auto",
     "AutoDistributedModelForCausalLM": "petals_tune.remote.auto",
+    "AutoDistributedModelForSequenceClassification": "petals_tune.remote.auto",
     "local_swarm": "petals_tune.swarm.local",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: servers and `--help` need little of this package."""
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_WHERE[name]), name)
+    """Import on first use: servers and `--help` need little of this package.
+
+    `DistributedBloomForCausalLM` and its like are there for every model class of transformers.
+    """
+    if name in _WHERE:
+        return getattr(import_module(_WHERE[name]), name)
+    if name.startswith("Distributed"):
+        return import_module("petals_tune.remote.auto").distributed_class_named(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

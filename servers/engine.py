@@ -181,7 +181,7 @@ class Engine:
         first, last = span.start - self.trimmed.span.start, span.stop - self.trimmed.span.start
         if span not in self._lists:
             self._lists[span] = nn.ModuleList(self._blocks[first:last])
-        setattr(self._model, self.trimmed.family.blocks, self._lists[span])
+        self.trimmed.family.put_blocks(self._model, self._lists[span])
         self._model.config.num_hidden_layers = len(span)
         if self._layer_types is not None:
             self._model.config.layer_types = self._layer_types[first:last]

@@ -44,10 +44,11 @@ def block_bytes(block: nn.Module, *, quantization: str, dtype: torch.dtype) -> i
     for module in block.modules():
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             weight = module.get_parameter("weight")
+            outputs = weight.shape[0] if isinstance(module, nn.Linear) else weight.shape[1]
             inside.add(id(weight))
             match quantization:
                 case "int8":  # a byte each, and a float32 scale for each output
-                    quantized += weight.numel() + 4 * max(weight.shape)
+                    quantized += weight.numel() + 4 * outputs
                 case "nf4":  # half a byte each, and a float32 scale for 64 of them
                     quantized += weight.numel() / 2 + 4 * weight.numel() / 64
                 case _:

@@ -24,6 +24,7 @@ class _Waiting:
     session: Session
     step: Step
     done: asyncio.Future[torch.Tensor]
+    position: int | None  # that others in a batch must have too
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -31,7 +32,7 @@ class _Waiting:
         alone = id(self) if self.step.hidden.shape[1] > 1 else None
         session = self.session
         adapter = session.adapter_version and (session.client, session.adapter_version)
-        return alone, session.span, adapter
+        return alone, session.span, adapter, self.position
 
 
 class StepBatcher:
@@ -45,7 +46,10 @@ class StepBatcher:
 
     async def run(self, session: Session, step: Step) -> torch.Tensor:
         """The output (B, S, H) of the blocks of `session` for `step`. Raises RequestRefused, SessionLost."""
-        waiting = _Waiting(session=session, step=step, done=asyncio.get_running_loop().create_future())
+        # A batch fills its rows from the left, and the library measures a window from the end of the longest one.
+        position = step.position if self._engine.trimmed.family.windowed else None
+        done = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(session=session, step=step, done=done, position=position)
         self._waiting.append(waiting)
         if self._batches is None or self._batches.done():
             # A task starts when the loop has gone round: the other steps that were read just now come along.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,19 +13,20 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from petals_tune.checkpoint import Checkpoint
 from petals_tune.disk import DiskCache
 from petals_tune.errors import ConfigError, UnsupportedModel
-from petals_tune.families import Family, family_of, hollow_base_model
+from petals_tune.families import (
+    Family,
+    empty_the_rest,
+    family_of,
+    hollow_base_model,
+    load_part,
+    trimmed_class,
+    trimmed_config,
+)
 from petals_tune.wire.span import BlockSpan
 from servers.memory import give_back_freed_memory
 from servers.quantized import QuantizedBlocks
 
 QUANTIZATIONS = ("int8", "nf4", "none")
-
-
-class Nothing(nn.Module):
-    """Stands where position embeddings were: the client has added them."""
-
-    def forward(self, positions: torch.Tensor) -> torch.Tensor:
-        return torch.zeros((), device=positions.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class TrimmedModel:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        return getattr(self.model, self.family.blocks)
+        return self.family.blocks_of(self.model)
 
 
 def load_blocks(
@@ -82,7 +82,7 @@ def made_up_block(checkpoint: Checkpoint, *, quantization: str, dtype: torch.dty
         for name, parameter in parts.hollow_block(0).named_parameters()
     }
     model = _built(parts, 0, made_up, quantization, dtype, device)[0]
-    return _around([getattr(model, parts.family.blocks)[0]], parts, span, dtype, device)
+    return _around([parts.family.blocks_of(model)[0]], parts, span, dtype, device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +100,13 @@ class Parts:
         family = family_of(hollow)
         names: dict[int, dict[str, str]] = {block: {} for block in range(family.total_blocks)}
         for name in checkpoint.tensor_names:
-            block = family.block_index(name)
-            if block is not None:
-                names[block][name] = name.removeprefix(f"{family.prefix}.").split(".", 2)[2]
+            block, inside = family.block_index(name), family.inside(name)
+            if block is not None and inside is not None:
+                names[block][name] = inside
         return cls(checkpoint=checkpoint, hollow=hollow, family=family, names=names)
 
     def hollow_block(self, block: int) -> nn.Module:
-        return getattr(self.hollow, self.family.blocks)[block]
+        return self.family.blocks_of(self.hollow)[block]
 
 
 def _load_block(
@@ -117,7 +117,7 @@ def _load_block(
     if state is not None:
         inside = {place + name: tensor for name, tensor in state.items()}
         model, _ = _built(parts, block, inside, quantization, dtype, device, is_quantized=True)
-        return getattr(model, parts.family.blocks)[0]
+        return parts.family.blocks_of(model)[0]
     tensors = parts.checkpoint.read(renamed, dtype)
     shapes = {name: tuple(parameter.shape) for name, parameter in parts.hollow_block(block).named_parameters()}
     for name, tensor in tensors.items():
@@ -134,7 +134,7 @@ def _load_block(
             f"{parts.checkpoint.source} lacks tensors of block {block}: {', '.join(sorted(missing)[:3])}"
             f"{', ...' if len(missing) > 3 else ''}"
         )
-    made = getattr(model, parts.family.blocks)[0]
+    made = parts.family.blocks_of(model)[0]
     if quantization != "none":
         for parameter in made.parameters():
             if parameter.is_floating_point():  # a view that would keep the whole file in memory
@@ -155,56 +155,41 @@ def _built(
     is_quantized: bool = False,
 ) -> tuple[PreTrainedModel, list[str]]:
     """(the library's base model with `block` alone, the names of its tensors that `state` lacks)."""
-    config = trimmed_config(parts.checkpoint.config, BlockSpan(block, block + 1))
+    config = trimmed_config(parts.hollow)
     how = _quantization_config(quantization, dtype)
     if is_quantized and how is not None:
         config.quantization_config, how = how.to_dict(), None  # as in a checkpoint that was saved quantized
-    loaded: Any = type(parts.hollow).from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
+    model, loading = load_part(
+        trimmed_class(parts.hollow, parts.family, BlockSpan(block, block + 1)),
+        config,
+        state,
         dtype=dtype,
         device_map=device,
         quantization_config=how,
-        output_loading_info=True,
     )
-    model, info = loaded
-    return model, [name for name in info["missing_keys"] if name.startswith(f"{parts.family.blocks}.")]
+    return model, [name for name in loading["missing_keys"] if name.startswith(f"{parts.family.blocks}.")]
 
 
 def _around(
     blocks: Sequence[nn.Module], parts: Parts, span: BlockSpan, dtype: torch.dtype, device: str
 ) -> TrimmedModel:
-    """The library's base model with `blocks` for its own."""
-    config = trimmed_config(parts.checkpoint.config, span)
+    """The library's base model with `blocks` for its own; they keep their numbers, which some families compute with."""
+    config = trimmed_config(parts.hollow)
     config.num_hidden_layers = 0  # made without blocks: masks, rotary tables of each layer type, the loop
-    model = type(parts.hollow).from_pretrained(None, config=config, state_dict={}, dtype=dtype, device_map=device)
+    model, _ = load_part(type(parts.hollow), config, {}, dtype=dtype, device_map=device)
     model.config.num_hidden_layers = len(span)
-    for place, block in enumerate(blocks):
+    if getattr(model.config, "layer_types", None) is not None:
+        model.config.layer_types = list(model.config.layer_types[span.start : span.stop])  # read as the loop goes
+    for block in blocks:
         module: Any
         for module in block.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = place  # where the caches of this block are
             if isinstance(getattr(module, "config", None), PretrainedConfig):
                 module.config = model.config
-    setattr(model, parts.family.blocks, nn.ModuleList(blocks))
-    _empty_the_rest(model, parts.family)
+    parts.family.put_blocks(model, nn.ModuleList(blocks))
+    empty_the_rest(model, parts.family)
     model.requires_grad_(False)
     set_training(model, training=False)
     return TrimmedModel(model=model, family=parts.family, span=span, weight_bytes=_weight_bytes(model))
-
-
-def trimmed_config(config: PretrainedConfig, span: BlockSpan) -> PretrainedConfig:
-    """`config` of a model that has blocks `span` alone, and no vocabulary."""
-    trimmed = copy.deepcopy(config)
-    layer_types = getattr(config, "layer_types", None)
-    trimmed.num_hidden_layers = len(span)
-    if layer_types is not None:
-        trimmed.layer_types = list(layer_types[span.start : span.stop])
-    trimmed.vocab_size = 1
-    trimmed.pad_token_id = None
-    trimmed.use_cache = False
-    return trimmed
 
 
 def set_training(model: nn.Module, *, training: bool) -> None:
@@ -226,18 +211,6 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesC
     if quantization == "nf4":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     raise ConfigError(f"quantization={quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
-
-
-def _empty_the_rest(model: PreTrainedModel, family: Family) -> None:
-    """What the base model does before and after its blocks belongs to the client: make it do nothing here.
-
-    Rotary tables stay: they are computed from positions. Token embeddings stay unused, with one row.
-    """
-    for name, child in model.named_children():
-        if name == family.position_embeddings:
-            setattr(model, name, Nothing())
-        elif name != family.blocks and not isinstance(child, nn.Embedding) and "Rotary" not in type(child).__name__:
-            setattr(model, name, nn.Identity())
 
 
 def _weight_bytes(model: nn.Module) -> int:

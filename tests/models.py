@@ -1,38 +1,106 @@
-"""Small random models of several families, as folders; and how far two tensors are apart."""
+"""Small random models of many families, as folders; and how far two tensors are apart."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    GPT2Config,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 BLOCKS = 6
 VOCABULARY = 96
 
+# Without dropout. The weights are large, so that a block that is left out or twice there is seen.
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GROUPED = {"num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
+_HEAD_DIM = {**_GROUPED, "head_dim": 8}
+_OF_GPT2 = {"n_positions": 64, "initializer_range": 0.1, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_OF_OPT = {"ffn_dim": 48, "max_position_embeddings": 64, "dropout": 0.0, "initializer_range": 0.1}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_MIXED = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2, "sliding_window": 4}
+
+# What a family, or a variant of one, has besides: a model type of transformers, then what tells it from its siblings.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bloom": {"initializer_range": 0.1},
+    "llama": _GROUPED,
+    "llama tied": {
+        **_GROUPED,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "mistral": {**_GROUPED, "sliding_window": 4},
+    "mixtral": {**_GROUPED, "num_local_experts": 4},
+    "qwen2": {**_GROUPED, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3},
+    "qwen2_moe": {**_GROUPED, **_EXPERTS, "shared_expert_intermediate_size": 16, "decoder_sparse_step": 2},
+    "qwen3": _HEAD_DIM,
+    "qwen3_moe": {**_HEAD_DIM, **_EXPERTS, "mlp_only_layers": [0, 3]},
+    "gemma": _HEAD_DIM,
+    "gemma2": {**_HEAD_DIM, **_MIXED},
+    "gemma3_text": {**_HEAD_DIM, **_MIXED},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "initializer_range": 0.1},
+    "falcon alibi": {"alibi": True, "multi_query": False, "initializer_range": 0.1},
+    "gpt_neox": {"intermediate_size": 48, "max_position_embeddings": 64, "initializer_range": 0.1},
+    "gptj": {"rotary_dim": 4, "n_positions": 64, "initializer_range": 0.1},
+    "gpt2": _OF_GPT2,
+    "gpt_bigcode": _OF_GPT2,
+    "opt": _OF_OPT,
+    "opt projected": {**_OF_OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    "xglm": {**_OF_OPT, "initializer_range": 0.1, "attention_dropout": 0.0, "activation_dropout": 0.0},
+    "mpt": {"max_seq_len": 64, "initializer_range": 0.1},
+    "phi": {**_GROUPED, "initializer_range": 0.1},
+    "phi3": {**_GROUPED, "original_max_position_embeddings": 64, "sliding_window": 4},
+    "olmo2": _GROUPED,
+    "olmo3": {**_GROUPED, **_MIXED},
+    "starcoder2": {**_GROUPED, "sliding_window": 4},
+    "stablelm": {**_GROUPED, "initializer_range": 0.1},
+    "granite": {
+        **_GROUPED,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 4.0,
+        "attention_multiplier": 0.2,
+    },
+    "cohere2": {**_GROUPED, **_MIXED},
+    "smollm3": {**_GROUPED, "no_rope_layers": [1, 1, 0, 1, 0, 1]},
+    "glm4": {**_HEAD_DIM, "initializer_range": 0.1},
+    "gpt_oss": {**_HEAD_DIM, **_MIXED, "num_local_experts": 4, "intermediate_size": 32, "rope_scaling": None},
+    "deepseek_v3": {
+        **_GROUPED,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 3,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+}
+
 
 def config_of(family: str, **changes: Any) -> PretrainedConfig:
-    """Without dropout. The weights are large, so that a block that is left out or twice there is seen."""
-    match family:
-        case "bloom":
-            sizes = {"hidden_size": 32, "n_layer": BLOCKS, "n_head": 4, "initializer_range": 0.1}
-            return BloomConfig(**{"vocab_size": VOCABULARY, **sizes, **changes})
-        case "llama":
-            sizes = {"hidden_size": 32, "num_hidden_layers": BLOCKS, "num_attention_heads": 4, "num_key_value_heads": 2}
-            more = {"intermediate_size": 48, "initializer_range": 0.2, "max_position_embeddings": 64}
-            return LlamaConfig(**{"vocab_size": VOCABULARY, **sizes, **more, **changes})
-        case "gpt2":
-            sizes = {"n_embd": 32, "n_layer": BLOCKS, "n_head": 4, "n_positions": 64, "initializer_range": 0.1}
-            dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-            ends = {"bos_token_id": 0, "eos_token_id": 0}
-            return GPT2Config(**{"vocab_size": VOCABULARY, **sizes, **dropout, **ends, **changes})
-    raise ValueError(family)
+    """The config of a small model of one of FAMILIES, with other values where `changes` has some."""
+    return CONFIG_MAPPING[family.split()[0]](**{**_SIZES, **FAMILIES[family], **changes})
 
 
 def save_model(folder: Path, family: str, *, max_shard_size: str = "1GB", **changes: Any) -> Path:

@@ -19,7 +19,7 @@ TOP = ("petals_tune", "servers", "conf", "recipes")
 MAY_IMPORT = {
     "errors": "",
     "wire": "errors",
-    "families": "errors",
+    "families": "errors wire.span",
     "disk": "errors",
     "checkpoint": "errors disk",
     "packaged": "errors",

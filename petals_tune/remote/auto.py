@@ -1,20 +1,28 @@
-"""`from_pretrained` for models with remote blocks."""
+"""`from_pretrained` for models with remote blocks, by the library's own class names."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
+)
 
 from petals_tune.checkpoint import Checkpoint
-from petals_tune.errors import UnsupportedModel
-from petals_tune.families import family_of, hollow_base_model
-from petals_tune.remote.blocks import RemoteBlocks
-from petals_tune.remote.generation import with_remote_generation
+from petals_tune.errors import ConfigError, UnsupportedModel
+from petals_tune.families import family_of, hollow_base_model, without_blocks
+from petals_tune.remote.blocks import Backbone, graft
+from petals_tune.remote.generation import RemoteGeneration, with_whole_input
+from petals_tune.remote.prompted import check_tuning_mode, prompted
+from petals_tune.remote.selftest import self_test
 from petals_tune.remote.skeleton import hollow_out
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
@@ -24,12 +32,13 @@ from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WireFormat
 
+_PREFIX = "Distributed"
 
-class _AutoDistributed:
-    """Loads the library's own class, and puts remote blocks in the place of its layer list."""
 
-    _mapping: ClassVar[Any]
-    _needs: ClassVar[str]
+class DistributedModel:
+    """Mixed into one of the library's model classes: the same model, with remote blocks."""
+
+    plain_class: ClassVar[Any]
 
     @classmethod
     def from_pretrained(
@@ -37,6 +46,8 @@ class _AutoDistributed:
         source: str,
         *,
         initial_peers: Sequence[str],
+        tuning_mode: str | None = None,
+        pre_seq_len: int | None = None,
         dtype: torch.dtype = torch.float32,
         micro_batch_rows: int | None = None,
         wire_format: WireFormat = "float32",
@@ -44,13 +55,20 @@ class _AutoDistributed:
         token: str | None = None,
         identity_path: str | None = None,
         policy: RetryPolicy | None = None,
-    ) -> PreTrainedModel:
+        **config_changes: Any,
+    ) -> Any:
         """A Hugging Face model whose blocks run on the swarm of `initial_peers`; the rest is local and frozen.
 
         `source` is a folder in Hugging Face format or a hub name: what the servers host. Hidden states travel as
         `wire_format` and their gradients as `grad_format`, in micro-batches of `micro_batch_rows` rows (None: as many
-        as make 128 positions). The blocks
-        are `model.remote_blocks`; its `close()` leaves the swarm. Everything is frozen: wrap the model with PEFT.
+        as make 128 positions). The blocks are `model.remote_blocks`; its `close()` leaves the swarm. `config_changes`
+        are fields of the config that concern the client's part, such as `num_labels=3`.
+
+        All that the checkpoint holds is frozen: wrap the model with PEFT, or let `tuning_mode="ptune"` (a soft prompt
+        of `pre_seq_len` tokens) or `"deep_ptune"` (one at every block as well) do it: then the result is a PeftModel
+        whose outputs are those of the text's positions alone. A head that the checkpoint lacks starts at random and is
+        trainable.
+
         A private swarm wants the file `token` that its owner issued, and the identity that it names (None: beside it).
 
         Raises UnsupportedModel, SwarmMismatch where servers hold another model, UncoveredBlocks with the command
@@ -58,12 +76,14 @@ class _AutoDistributed:
         swarm does not let us in.
         Source: Borzunov et al. 2022, arXiv:2209.01188 (clients own the trained parameters, servers stay frozen).
         """
+        check_tuning_mode(tuning_mode, pre_seq_len)
         checkpoint = Checkpoint(str(source))
-        config = checkpoint.config
-        if type(config) not in cls._mapping:
-            raise UnsupportedModel(f"transformers has no {cls._needs} for model_type={config.model_type!r}")
+        config = _changed(checkpoint.config, config_changes)
+        if not isinstance(config, cls.plain_class.config_class):
+            raise UnsupportedModel(f"{cls.__name__} cannot load {source}: its model_type is {config.model_type!r}")
         hollow = hollow_base_model(config)
         family = family_of(hollow)
+        returns_tuple = self_test(cls.plain_class, config)
         client = loop.run(
             SwarmClient.join(
                 initial_peers,
@@ -75,38 +95,99 @@ class _AutoDistributed:
         )
         try:
             outside = [name for name in checkpoint.tensor_names if family.block_index(name) is None]
-            model = _without_blocks(cls._mapping[type(config)], config, checkpoint.read(outside, dtype), dtype)
+            model: Any = without_blocks(cls.plain_class, config, checkpoint.read(outside, dtype), dtype)
+            skeleton = family.blocks_of(hollow)
+            hollow_out(skeleton, dtype)
+            backbone = Backbone(
+                chain=Chain(client, wire_format=wire_format, grad_format=grad_format),
+                returns_tuple=returns_tuple,
+                micro_batch_rows=micro_batch_rows,
+            )
+            graft(model, family, skeleton, backbone)
+            model.name_or_path = model.config._name_or_path = str(source)
+            model.__class__ = cls
+            model.register_forward_pre_hook(
+                _check_pooling if _is_classifier(cls) else with_whole_input, with_kwargs=True
+            )
+            return model if tuning_mode is None or pre_seq_len is None else prompted(model, tuning_mode, pre_seq_len)
         except BaseException:
             loop.run(client.close())
             raise
-        skeleton = getattr(hollow, family.blocks)
-        hollow_out(skeleton, dtype)
-        blocks = RemoteBlocks(
-            skeleton.children(),
-            family=family,
-            chain=Chain(client, wire_format=wire_format, grad_format=grad_format),
-            micro_batch_rows=micro_batch_rows,
-        )
-        base: Any = model.base_model
-        setattr(base, family.blocks, blocks)
-        blocks.caught.watch(base, blocks.new_session)
-        model.remote_blocks = blocks
-        model.config.num_hidden_layers = family.total_blocks
-        model.name_or_path = model.config._name_or_path = str(source)
-        return with_remote_generation(model).requires_grad_(False).eval()
 
 
-def _without_blocks(
-    model_class: type[PreTrainedModel], config: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype
-) -> PreTrainedModel:
-    """The client's part, loaded by the library as a model of no blocks: rotary tables are real, heads stay tied."""
-    zero = copy.deepcopy(config)
-    zero.num_hidden_layers = 0
-    return model_class.from_pretrained(None, config=zero, state_dict=tensors, dtype=dtype)
+@functools.cache
+def distributed_class(plain: type[PreTrainedModel]) -> Any:
+    """The class `Distributed...` of a model class of the library."""
+    bases = (DistributedModel, RemoteGeneration, plain) if plain.can_generate() else (DistributedModel, plain)
+    return type(f"{_PREFIX}{plain.__name__}", bases, {"plain_class": plain, "__doc__": plain.__doc__})
+
+
+def distributed_class_named(name: str) -> Any:
+    """`DistributedBloomForCausalLM` and its like. Raises AttributeError where the library has no such class."""
+    plain: Any = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
+    is_model = isinstance(plain, type) and issubclass(plain, PreTrainedModel)
+    if not is_model:
+        raise AttributeError(f"transformers has no model class for {name!r}")
+    return distributed_class(plain)
+
+
+class _AutoDistributed:
+    """Chooses the class by the config of a checkpoint."""
+
+    _mapping: ClassVar[Any]
+
+    @classmethod
+    def from_pretrained(cls, source: str, **options: Any) -> Any:
+        """As `DistributedModel.from_pretrained`, of the class that the library's auto class would choose."""
+        config = Checkpoint(str(source)).config
+        if type(config) not in cls._mapping:
+            needed = cls.__name__.replace(_PREFIX, "")
+            raise UnsupportedModel(f"transformers has no {needed} for model_type={config.model_type!r}")
+        found = cls._mapping[type(config)]
+        plain = found[0] if isinstance(found, tuple) else found
+        return distributed_class(plain).from_pretrained(source, **options)
+
+
+class AutoDistributedModel(_AutoDistributed):
+    """`transformers.AutoModel` with remote blocks."""
+
+    _mapping = MODEL_MAPPING
 
 
 class AutoDistributedModelForCausalLM(_AutoDistributed):
     """`transformers.AutoModelForCausalLM` with remote blocks."""
 
     _mapping = MODEL_FOR_CAUSAL_LM_MAPPING
-    _needs = AutoModelForCausalLM.__name__
+
+
+class AutoDistributedModelForSequenceClassification(_AutoDistributed):
+    """`transformers.AutoModelForSequenceClassification` with remote blocks; a head that is new is trainable."""
+
+    _mapping = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+
+def _changed(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
+    """A copy of `config` with other values. Raises ConfigError for a name that it does not have."""
+    if unknown := [name for name in changes if not hasattr(config, name)]:
+        raise ConfigError(f"from_pretrained: {unknown[0]} is no option, and no field of {type(config).__name__}")
+    changed = copy.deepcopy(config)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
+
+
+def _is_classifier(cls: Any) -> bool:
+    return cls.__name__.endswith("ForSequenceClassification")
+
+
+def _check_pooling(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Without token ids the library's heads pool the last position, whatever it holds."""
+    mask = kwargs.get("attention_mask")
+    if kwargs.get("inputs_embeds") is None or mask is None or mask[:, -1].all():
+        return
+    heads = [child for child in model.children() if child is not model.base_model]
+    if not any(head._forward_pre_hooks for head in heads):  # else somebody chooses what the head sees
+        raise ConfigError(
+            "a soft prompt with a classification head reads the last position of a row, and here it is padding: "
+            'pad on the left, tokenizer.padding_side = "left"'
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,25 +27,64 @@ from petals_tune.wire.span import BlockSpan
 MICRO_BATCH_POSITIONS = 128
 
 
-class RemoteBlocks(Skeleton):
-    """The block list of a grafted model. It still holds the blocks, without weights; it iterates as one remote module.
+@dataclass(kw_only=True)
+class ModelCall:
+    """What the model was called with that runs now.
 
-    Indexing with an int gives a weightless block (PEFT and the library's own helpers walk them), a slice gives a module
-    that runs these blocks on the swarm.
+    Layers are handed 4-D masks; servers build these themselves, so the 2-D ones are caught before the model runs.
     """
 
-    def __init__(self, blocks: Any, *, family: Family, chain: Chain, micro_batch_rows: int | None):
-        super().__init__(blocks)
-        self.family, self.chain, self.micro_batch_rows = family, chain, micro_batch_rows
-        self.caught = CaughtArguments()
+    padding: torch.Tensor | None  # (B, S) bool, True = attend
+    positions: torch.Tensor | None  # (B or 1, S) int64
+    session: RemoteCache | None
+    hidden_states: list[torch.Tensor] | None  # what entered each block, where the caller wants to see it
 
-    @property
-    def stats(self) -> SwarmStats:
-        """Bytes, calls, retries and waiting time so far."""
-        return self.chain.client.stats
+
+@dataclass(kw_only=True)
+class Backbone:
+    """What all spans of one model share: who runs them, and the call of the model that they are part of."""
+
+    chain: Chain
+    returns_tuple: bool  # a layer of this family returns (hidden, ...) instead of hidden
+    micro_batch_rows: int | None = None
+    call: ModelCall | None = field(default=None, init=False)  # None: the blocks are called by hand
+
+    def run(
+        self, span: RemoteSpan, hidden: torch.Tensor, padding: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(B, S, H) -> (B, S, H), differentiable in `hidden` and in the adapter on the blocks of `span`."""
+        adapter, tensors = span.adapter()
+        call = RemoteCall(
+            chain=self.chain,
+            span=span.span,
+            context=CallContext(
+                padding=padding,
+                positions=positions,
+                adapter=adapter,
+                train=span.training,
+                seed=int(torch.randint(2**62, ())) if span.training else 0,
+            ),
+            rows=self.micro_batch_rows or -(-MICRO_BATCH_POSITIONS // hidden.shape[1]),
+        )
+        return RemoteBlocksFunction.apply(call, hidden, *tensors)
+
+
+class RemoteSpan(Skeleton):
+    """Blocks `span` of a model: no weights here, and calling them runs them on the swarm.
+
+    A slice is the module that runs these blocks, so that `nn.Sequential(blocks[:3], adapter, blocks[3:])` is a path of
+    its own. Iterating gives one module for each block; in the model's own loop one for all, since a call costs a round
+    trip. An int gives a weightless block, as PEFT and the library's helpers walk them.
+    """
+
+    def __init__(self, blocks: Any, *, span: BlockSpan, backbone: Backbone):
+        super().__init__(blocks)
+        self.span, self.backbone = span, backbone
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self[:])
+        if self.backbone.call is not None:
+            return iter((self,))
+        return (self[number : number + 1] for number in range(len(self)))
 
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, slice):
@@ -52,110 +92,115 @@ class RemoteBlocks(Skeleton):
         start, stop, step = index.indices(len(self))
         if step != 1 or start >= stop:
             raise ConfigError(f"remote blocks are cut as start:stop with start < stop, not {index}")
-        return RemoteSpan(self, BlockSpan(start, stop))
-
-    def new_session(self, max_length: int) -> RemoteCache:
-        """A generation session for `max_length` text positions; caches on the servers are reserved at its first use."""
-        return RemoteCache(self.chain, BlockSpan(0, len(self)), max_length)
-
-    def close(self) -> None:
-        """Leave the swarm. A call afterwards fails."""
-        loop.run(self.chain.client.close())
-
-
-class RemoteSpan:
-    """Blocks `span` of a grafted model, run on the swarm when called. Iterates as a list of one: itself."""
-
-    def __init__(self, blocks: RemoteBlocks, span: BlockSpan):
-        self.blocks, self.span = blocks, span
-
-    def __iter__(self) -> Iterator[RemoteSpan]:
-        return iter((self,))
-
-    def __len__(self) -> int:
-        return 1
+        first = self.span.start
+        cut = RemoteSpan(
+            list(self.children())[index], span=BlockSpan(first + start, first + stop), backbone=self.backbone
+        )
+        cut.training = self.training  # not train(): the blocks stay as they are
+        return cut
 
     def __getattr__(self, name: str) -> Any:
         # What a model's loop asks its layers, such as Gemma's `attention_type`, the first weightless block answers.
-        if name in ("blocks", "span"):
-            raise AttributeError(name)
-        return getattr(self.blocks[self.span.start], name)
+        if not name.startswith("_") and name not in self._modules and len(self):
+            return getattr(super().__getitem__(0), name)
+        return super().__getattr__(name)
 
-    def __call__(self, hidden: torch.Tensor, *_: Any, **__: Any) -> Any:
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        *_: Any,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **__: Any,
+    ) -> Any:
         """(B, S, H) -> (B, S, H); inside the model's own loop as a tuple, where the family's layers return tuples.
 
-        What the loop hands to its layers (4-D masks, rotary tables, ALiBi) is made again on the servers, from the
-        mask and the positions that the base model was called with.
+        By hand, `attention_mask` (B, S) hides padding and `position_ids` (B or 1, S) says where the text stands. What
+        the model's loop hands to its layers instead (4-D masks, rotary tables, ALiBi) is made again on the servers.
         """
-        caught = self.blocks.caught
-        output = self._run(hidden, caught) if caught.session is None else self._step(hidden, caught, caught.session)
-        return (output,) if caught.in_model and self.blocks.family.returns_tuple else output
+        call = self.backbone.call
+        if call is None:
+            return self.backbone.run(self, hidden, _padding(attention_mask), position_ids)
+        if call.session is not None:
+            output = self._step(hidden, call, call.session)
+        elif call.hidden_states is None:
+            output = self.backbone.run(self, hidden, call.padding, call.positions)
+        else:
+            output = hidden
+            for number in range(len(self)):  # one call for each block: servers send what leaves a span, no more
+                call.hidden_states.append(output)
+                output = self.backbone.run(self[number : number + 1], output, call.padding, call.positions)
+        return (output,) if self.backbone.returns_tuple else output
 
-    def _step(self, hidden: torch.Tensor, caught: CaughtArguments, session: RemoteCache) -> torch.Tensor:
+    def adapter(self) -> tuple[AdapterVersion | None, list[torch.Tensor]]:
+        """What is trained inside these blocks. Raises UnsupportedAdapter for what servers would not run."""
+        return collect_adapter(list(enumerate(self.children(), start=self.span.start)))
+
+    def _step(self, hidden: torch.Tensor, call: ModelCall, session: RemoteCache) -> torch.Tensor:
         if session.span != self.span:
             raise ConfigError(f"a generation session is for all blocks {session.span}, not for {self.span}")
-        return session.step(
-            hidden, padding=caught.padding, positions=caught.positions, adapter=lambda: self._adapter()[0]
-        )
-
-    def _run(self, hidden: torch.Tensor, caught: CaughtArguments) -> torch.Tensor:
-        adapter, tensors = self._adapter()
-        training = self.blocks.training
-        call = RemoteCall(
-            chain=self.blocks.chain,
-            span=self.span,
-            context=CallContext(
-                padding=caught.padding,
-                positions=caught.positions,
-                adapter=adapter,
-                train=training,
-                seed=int(torch.randint(2**62, ())) if training else 0,
-            ),
-            rows=self.blocks.micro_batch_rows or -(-MICRO_BATCH_POSITIONS // hidden.shape[1]),
-        )
-        return RemoteBlocksFunction.apply(call, hidden, *tensors)
-
-    def _adapter(self) -> tuple[AdapterVersion | None, list[torch.Tensor]]:
-        blocks = enumerate(nn.ModuleList.__iter__(self.blocks))
-        return collect_adapter(list(blocks)[self.span.start : self.span.stop])
+        return session.step(hidden, padding=call.padding, positions=call.positions, adapter=lambda: self.adapter()[0])
 
 
-class CaughtArguments:
-    """The padding mask and positions of the call that runs now.
+class RemoteBlocks(RemoteSpan):
+    """All blocks of a grafted model, in the place of its layer list."""
 
-    Layers are handed 4-D masks; servers build these themselves, so the 2-D ones are caught before the base model runs.
-    """
+    def __init__(self, blocks: Any, *, backbone: Backbone):
+        blocks = list(blocks)
+        super().__init__(blocks, span=BlockSpan(0, len(blocks)), backbone=backbone)
+        for number, block in enumerate(blocks):
+            block.register_forward_pre_hook(_Weightless(number))
 
-    def __init__(self) -> None:
-        self._forget()
+    @property
+    def stats(self) -> SwarmStats:
+        """Bytes, calls, retries and waiting time so far."""
+        return self.backbone.chain.client.stats
 
-    def _forget(self, *_: object) -> None:
-        self.in_model = False
-        self.padding: torch.Tensor | None = None
-        self.positions: torch.Tensor | None = None
-        self.session: RemoteCache | None = None
+    def new_session(self, max_length: int) -> RemoteCache:
+        """A generation session for `max_length` text positions; caches on the servers are reserved at its first use."""
+        return RemoteCache(self.backbone.chain, self.span, max_length)
 
-    def watch(self, base: PreTrainedModel, new_session: Callable[[int], RemoteCache]) -> None:
-        """Catch the arguments of `base` from now on; a call with `use_cache=True` alone gets a session of its own."""
-        self._new_session = new_session
-        base.register_forward_pre_hook(self._before, with_kwargs=True)
-        base.register_forward_hook(self._forget, always_call=True)  # blocks that are called by hand are not masked
+    def close(self) -> None:
+        """Leave the swarm. A call afterwards fails."""
+        loop.run(self.backbone.chain.client.close())
 
-    def _before(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def watch(self, owner: nn.Module) -> None:
+        """Catch the arguments of `owner`, the module whose forward loops over these blocks.
+
+        A call with `use_cache=True` alone gets a session of its own.
+        """
+        owner.register_forward_pre_hook(self._before, with_kwargs=True)
+        owner.register_forward_hook(self._after, always_call=True)
+
+    def _before(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if len(args) > 1:
             raise ConfigError(
                 "call the base model of remote blocks with keyword arguments (input_ids may be positional)"
             )
-        if kwargs.get("output_attentions"):
+        if _asked(owner, kwargs, "output_attentions"):
             raise ConfigError("output_attentions: servers do not send attention weights; leave it False")
-        if kwargs.get("output_hidden_states"):
-            raise ConfigError("output_hidden_states: the blocks run on servers; slice model.remote_blocks instead")
-        self.in_model = True
-        self.session = self._session_for(kwargs.get("past_key_values"), kwargs.get("use_cache"))
-        self.padding = _padding(kwargs.get("attention_mask"))
+        wants_states = _asked(owner, kwargs, "output_hidden_states")
+        session = self._session_for(kwargs.get("past_key_values"), kwargs.get("use_cache"))
+        if wants_states and session is not None:
+            raise ConfigError("output_hidden_states: a generation session has none; pass use_cache=False")
+        if wants_states and (wants_states is not True or kwargs.get("return_dict") is False):
+            raise ConfigError("output_hidden_states: pass True, and leave return_dict as it is")
         positions = kwargs.get("position_ids")
-        self.positions = None if positions is None else positions.long()
-        return args, {**kwargs, "past_key_values": self.session, "use_cache": self.session is not None}
+        self.backbone.call = ModelCall(
+            padding=_padding(kwargs.get("attention_mask")),
+            positions=None if positions is None else positions.long(),
+            session=session,
+            hidden_states=[] if wants_states else None,
+        )
+        # The library's own capture would wait for hooks on layers that never run here.
+        given = {"past_key_values": session, "use_cache": session is not None, "output_hidden_states": False}
+        return args, {**kwargs, **given}
+
+    def _after(self, owner: nn.Module, args: Any, output: Any) -> None:
+        call, self.backbone.call = self.backbone.call, None
+        if call is not None and call.hidden_states is not None and output is not None:
+            # As the library has it: what enters each block, then the end with the final norm.
+            output["hidden_states"] = (*call.hidden_states, output.last_hidden_state)
 
     def _session_for(self, cache: Any, use_cache: bool | None) -> RemoteCache | None:
         if isinstance(cache, RemoteCache):
@@ -166,7 +211,36 @@ class CaughtArguments:
                 "or a session of model.inference_session()"
             )
         # A config says use_cache=True by default; only a caller who asks for a cache gets one.
-        return self._new_session(DEFAULT_MAX_LENGTH) if use_cache and not torch.is_grad_enabled() else None
+        return self.new_session(DEFAULT_MAX_LENGTH) if use_cache and not torch.is_grad_enabled() else None
+
+
+def graft(model: PreTrainedModel, family: Family, skeleton: nn.ModuleList, backbone: Backbone) -> RemoteBlocks:
+    """Put remote blocks into `model`, which was loaded without any, in place. `skeleton` is hollow."""
+    base: Any = model.base_model
+    blocks: Any = RemoteBlocks(skeleton.children(), backbone=backbone)
+    family.put_blocks(base, blocks)
+    blocks.watch(family.owner(base))
+    model.remote_blocks = blocks
+    model.config.num_hidden_layers = family.total_blocks
+    return blocks
+
+
+@dataclass(frozen=True)
+class _Weightless:
+    """Refuses a call of one block, whose weights would all be zero."""
+
+    number: int
+
+    def __call__(self, block: nn.Module, args: Any) -> None:
+        raise ConfigError(
+            f"block {self.number} has no weights here: run it on the swarm with "
+            f"remote_blocks[{self.number}:{self.number + 1}](hidden)"
+        )
+
+
+def _asked(owner: Any, kwargs: dict[str, Any], name: str) -> Any:
+    value = kwargs.get(name)
+    return getattr(owner.config, name, False) if value is None else value
 
 
 def _padding(mask: torch.Tensor | None) -> torch.Tensor | None:

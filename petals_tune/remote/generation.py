@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
 
@@ -68,20 +67,8 @@ class RemoteGeneration:
         )
 
 
-def with_remote_generation(model: PreTrainedModel) -> PreTrainedModel:
-    """Give `model` the methods above, in place: its class becomes a subclass of the library's own."""
-    plain: Any = type(model)
-    model.__class__ = _class_of(plain)
-    model.register_forward_pre_hook(_with_whole_input, with_kwargs=True)
-    return model
-
-
-@functools.cache
-def _class_of(model_class: Any) -> Any:
-    return type(f"Distributed{model_class.__name__}", (RemoteGeneration, model_class), {})
-
-
-def _with_whole_input(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def with_whole_input(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """As a forward pre-hook of a model that generates: the ids that its session waits for."""
     cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
     if isinstance(cache, RemoteCache) and ids is not None:
         kwargs = {**kwargs, "input_ids": cache.whole_input(ids)}

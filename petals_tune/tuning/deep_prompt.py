@@ -102,4 +102,4 @@ def _blocks(model: PreTrainedModel) -> list[nn.Module]:
     if remote is not None:
         return list(remote.children())
     base: Any = model.base_model
-    return list(getattr(base, family_of(base).blocks).children())
+    return list(family_of(base).blocks_of(base).children())

@@ -75,13 +75,13 @@ def test_a_second_order_gradient_is_refused(swarms):
 def test_the_cut_into_micro_batches_does_not_change_the_numbers(swarms, rows):
     model = swarms.remote(2)
     ids = torch.randint(VOCABULARY, (7, 8), generator=torch.Generator().manual_seed(3))
-    kept = model.remote_blocks.micro_batch_rows
+    kept = model.remote_blocks.backbone.micro_batch_rows
     try:
-        model.remote_blocks.micro_batch_rows = rows
+        model.remote_blocks.backbone.micro_batch_rows = rows
         with torch.no_grad():
             assert relative_error(model(ids).logits, swarms.plain(ids).logits) <= 1e-5
     finally:
-        model.remote_blocks.micro_batch_rows = kept
+        model.remote_blocks.backbone.micro_batch_rows = kept
 
 
 def test_graphs_of_outputs_that_are_thrown_away_are_given_back(swarms):

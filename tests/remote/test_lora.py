@@ -50,7 +50,7 @@ def lora_gradients(model, rows: int | None = None, **options) -> dict[str, torch
     torch.manual_seed(1)
     net = peft.get_peft_model(model, lora(**options))
     if rows is not None:
-        model.remote_blocks.micro_batch_rows = rows
+        model.remote_blocks.backbone.micro_batch_rows = rows
     found = gradients(net)
     net.unload()
     return found

@@ -180,8 +180,7 @@ def test_what_the_int8_linear_hides_from_autograd_is_counted():
 @pytest.mark.parametrize("family", ["llama", "bloom", "gpt2"])
 def test_the_count_of_a_real_forward_is_the_memory_that_it_takes(model_folder, family, quantization):
     """Against torch's own account of what was allocated and not freed while the graph lives."""
-    sizes = {"gpt2": {"n_embd": 128}}.get(family, {"hidden_size": 128})
-    engine = Engine(load(model_folder(family, **sizes), "0:4", quantization))
+    engine = Engine(load(model_folder(family, hidden_size=128), "0:4", quantization))
     hidden = torch.randn(4, 32, 128)
     request = forward("0:4", hidden, keep=True)
     engine.forward(forward("0:4", hidden, keep=True), None)  # what is made once is made now

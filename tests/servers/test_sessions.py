@@ -166,6 +166,35 @@ def test_waiting_steps_go_together_and_adapters_do_not_mix(engine, family, monke
         compute.stop()
 
 
+def test_where_attention_has_a_window_only_equal_positions_share_a_step(model_folder):
+    """Windows of four, rows of 9 and 3 positions: a batch would measure the window from the end of the longest row."""
+    engine = Engine(load(model_folder("mistral"), str(SPAN)))
+
+    def started() -> list[Session]:
+        made = [session(), session(), session()]
+        for each, length in zip(made, (9, 3, 3), strict=True):
+            outputs(engine, (each, step(hidden(1, length, length), 0)))
+        return made
+
+    def steps() -> list[Step]:
+        return [step(hidden(1, 1, 1), 9), step(hidden(1, 1, 2), 3), step(hidden(1, 1, 3), 3)]
+
+    wanted = [outputs(engine, pair)[0] for pair in zip(started(), steps(), strict=True)]
+    wrong = outputs(engine, *zip(started(), steps(), strict=True))
+    assert relative_error(wrong[1], wanted[1]) > 1e-3, "the trap is there"
+    compute = ComputeThread(1)
+    batcher = StepBatcher(engine, compute)
+
+    async def all_at_once() -> list[torch.Tensor]:
+        return list(await asyncio.gather(*map(batcher.run, started(), steps())))
+
+    try:
+        for found, expected in zip(asyncio.run(all_at_once()), wanted, strict=True):
+            assert relative_error(found, expected) < TOLERANCE
+    finally:
+        compute.stop()
+
+
 def open_request(rows: int = 1, max_length: int = 10) -> OpenSession:
     return OpenSession(span=BlockSpan(0, 2), rows=rows, max_length=max_length)
 

@@ -1,0 +1,208 @@
+"""A family's self-test: a tiny random model of its own config, swapped against plain, before anything is trained."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from petals_tune.errors import UnsupportedModel
+from petals_tune.families import (
+    Family,
+    empty_the_rest,
+    family_of,
+    hollow_base_model,
+    load_part,
+    trimmed_class,
+    trimmed_config,
+    without_blocks,
+)
+from petals_tune.remote.blocks import Backbone, RemoteSpan, graft
+from petals_tune.remote.skeleton import hollow_out
+from petals_tune.wire.span import BlockSpan
+
+TOLERANCE = 1e-4  # of the largest value; float32, and what is wrong is wrong by much more
+_BLOCKS, _MOST_BLOCKS = 4, 8
+_VOCABULARY = 64
+_MOST_PARAMETERS = 300_000_000
+_ROWS, _POSITIONS = 2, 7
+_passed: dict[tuple[Any, str], bool] = {}  # what was tried in this process
+_one_at_a_time = threading.Lock()
+# What a library's code raises on a config that it does not expect.
+_FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def self_test(model_class: Any, config: PretrainedConfig) -> bool:
+    """Does the loop of this family take `outputs[0]` of a layer? Found on a tiny model, whose swapped twin must agree.
+
+    The twin's blocks run in two parts, as servers build them; logits and the gradient at the embeddings are compared,
+    with padding on either side. Raises UnsupportedModel with what differed or failed.
+    """
+    key = (model_class, config.to_json_string())
+    with _one_at_a_time:  # it sets what the whole process shares
+        if key not in _passed:
+            _passed[key] = _guarded(model_class, config)
+        return _passed[key]
+
+
+def _guarded(model_class: Any, config: PretrainedConfig) -> bool:
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        torch.set_num_threads(1)  # threads that wait for each other take longer than matrices of this size
+        try:
+            return _tested(model_class, config)
+        except _FAILURES as error:
+            if isinstance(error, UnsupportedModel):
+                raise
+            said = str(error).strip().split("\n", 1)[0]
+            raise UnsupportedModel(
+                f"model_type={config.model_type!r}: a tiny model of this architecture does not run with its blocks "
+                f"apart: {type(error).__name__}: {said}"
+            ) from error
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _tested(model_class: Any, config: PretrainedConfig) -> bool:
+    small = tiny(config)
+    parameters = sum(parameter.numel() for parameter in hollow_base_model(small).parameters())
+    if parameters > _MOST_PARAMETERS:
+        raise UnsupportedModel(
+            f"model_type={config.model_type!r}: no small model of this architecture could be made to try it on; the "
+            f"smallest found has {parameters:,} parameters"
+        )
+    plain = model_class(copy.deepcopy(small)).eval()
+    for parameter in plain.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.02)  # nothing is at zero, where nobody would miss it
+    family = family_of(plain.base_model)
+    returns_tuple = False
+
+    def look(block: nn.Module, args: Any, output: Any) -> None:
+        nonlocal returns_tuple
+        returns_tuple = isinstance(output, tuple)
+
+    family.blocks_of(plain.base_model)[0].register_forward_hook(look)
+    for side, mask in _masks().items():
+        wanted = _values(plain, mask)
+        if side == "no":  # the first: now it is known what layers return
+            swapped = swapped_twin(plain, small, family, returns_tuple=returns_tuple)
+        given = _values(swapped, mask)
+        for what, left, right in zip(("logits", "gradient at the embeddings"), given, wanted, strict=True):
+            error = ((left - right).abs().max() / right.abs().max()).item()
+            if not error <= TOLERANCE:
+                raise UnsupportedModel(
+                    f"model_type={config.model_type!r}: with its blocks apart and {side} padding, a tiny model of this "
+                    f"architecture gives another {what}: {error:.1e} of the largest value where {TOLERANCE:g} would do"
+                )
+    return returns_tuple
+
+
+def _values(model: PreTrainedModel, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits where `mask` is real, and the gradient of a weighted sum of them at the embeddings' output."""
+    ids = torch.arange(mask.numel()).reshape(mask.shape) % (_VOCABULARY - 3) + 3
+    seen: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        seen.append(output.detach().requires_grad_())
+        return seen[0]
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        output = model(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        hook.remove()
+    logits = output[0]
+    logits = logits[mask.bool()] if logits.dim() == 3 else logits
+    weights = torch.linspace(-1, 1, logits.numel()).reshape(logits.shape)
+    (logits * weights).sum().backward()
+    grad = seen[0].grad
+    assert grad is not None
+    return logits.detach(), grad
+
+
+def _masks() -> dict[str, torch.Tensor]:
+    full = torch.ones(_ROWS, _POSITIONS, dtype=torch.int64)
+    left = full.clone()
+    left[1, :3] = 0
+    return {"no": full, "left": left, "right": left.flip(1)}
+
+
+class _LocalBackbone(Backbone):
+    """Runs the blocks here, as servers run theirs."""
+
+    parts: Sequence[tuple[BlockSpan, PreTrainedModel]]
+
+    def run(
+        self, span: RemoteSpan, hidden: torch.Tensor, padding: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        options = {} if positions is None else {"position_ids": positions}
+        mask = None if padding is None else padding.long()
+        for _, part in self.parts:
+            hidden = part(inputs_embeds=hidden, attention_mask=mask, use_cache=False, **options).last_hidden_state
+        return hidden
+
+
+def swapped_twin(plain: Any, config: PretrainedConfig, family: Family, *, returns_tuple: bool) -> Any:
+    """The model of `plain`, taken apart as clients and servers do it, in two parts, and put together again."""
+    tensors = plain.state_dict()
+    outside = {name: tensor for name, tensor in tensors.items() if family.block_index(name) is None}
+    twin = without_blocks(type(plain), config, outside, torch.float32)
+    hollow = hollow_base_model(config)
+    middle = family.total_blocks // 2
+    parts = []
+    for span in (BlockSpan(0, middle), BlockSpan(middle, family.total_blocks)):
+        found = {
+            f"{family.blocks}.{block - span.start}.{family.inside(name)}": tensor
+            for name, tensor in tensors.items()
+            if (block := family.block_index(name)) is not None and block in span
+        }
+        part, _ = load_part(trimmed_class(hollow, family, span), trimmed_config(hollow), found, dtype=torch.float32)
+        empty_the_rest(part, family)
+        parts.append((span, part))
+    backbone = _LocalBackbone(chain=None, returns_tuple=returns_tuple)  # type: ignore[arg-type]  # it has no network
+    backbone.parts = parts
+    skeleton = family.blocks_of(hollow)
+    hollow_out(skeleton, torch.float32)
+    graft(twin, family, skeleton, backbone)
+    return twin
+
+
+def tiny(config: PretrainedConfig) -> PretrainedConfig:
+    """A small model of the same family: the same kinds of blocks, fewer and narrower.
+
+    The width of a head stays as it is, since other sizes are derived from it.
+    """
+    small = copy.deepcopy(config)
+    total = config.num_hidden_layers
+    per_block = [name for name, value in vars(config).items() if isinstance(value, list) and len(value) == total]
+    kinds = list(zip(*(map(str, getattr(config, name)) for name in per_block), strict=True))
+    enough = (n for n in range(_BLOCKS, _MOST_BLOCKS) if set(kinds[:n]) == set(kinds))
+    small.num_hidden_layers = min(next(enough, _MOST_BLOCKS), total)
+    for name in per_block:
+        setattr(small, name, getattr(config, name)[: small.num_hidden_layers])
+    heads = config.num_attention_heads
+    small.num_attention_heads = min(2, heads)
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    small.hidden_size = small.num_attention_heads * head_width
+    small.vocab_size = _VOCABULARY
+    small.pad_token_id = 0  # classifiers take no batches without one
+    for name, value in vars(config).items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            continue
+        if "intermediate" in name or "ffn" in name or name == "n_inner":
+            setattr(small, name, 2 * head_width)
+        elif "kv_head" in name or "key_value_head" in name:
+            setattr(small, name, small.num_attention_heads if value == heads else 1)
+        elif "experts" in name and "tok" not in name:
+            setattr(small, name, min(value, 16))
+        elif name.endswith("_token_id"):
+            setattr(small, name, value % 3)
+        elif name == "sliding_window":
+            setattr(small, name, 3)  # shorter than the text of the test
+    return small

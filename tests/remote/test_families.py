@@ -1,0 +1,15 @@
+"""Every decoder family gives the numbers of the plain library, by clients' and servers' own code."""
+
+import pytest
+
+from tests.models import FAMILIES
+from tests.parity import parity
+
+TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_gives_the_numbers_of_the_plain_model(family, tmp_path):
+    figures = parity(family, tmp_path)
+    assert figures.pop("tokens") == 1, "greedy generation gives the same tokens"
+    assert {name: error for name, error in figures.items() if not error <= TOLERANCE} == {}
