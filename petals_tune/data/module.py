@@ -98,8 +98,10 @@ class TextData(LightningDataModule):
         return self._loader(self.train_split.rows, shuffle=True, generator=torch.Generator().manual_seed(self.seed))
 
     def val_dataloader(self) -> StatefulDataLoader:
-        # Rows of alike length side by side need the least padding, and their order is no matter here.
-        return self._loader(sorted(self.validation_split.rows, key=lambda row: len(row.input_ids)))
+        # Rows of alike length side by side need the least padding, and their order is no matter here. The generator
+        # is for a seed that every pass draws: training draws from the global one, validated in between or not.
+        rows = sorted(self.validation_split.rows, key=lambda row: len(row.input_ids))
+        return self._loader(rows, generator=torch.Generator().manual_seed(self.seed))
 
     @property
     def description(self) -> str:

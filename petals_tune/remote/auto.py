@@ -21,6 +21,7 @@ from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.members import Members, identity_beside
 from petals_tune.swarm.retry import RetryPolicy
+from petals_tune.swarm.verify import CheckedChain
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WireFormat
 
@@ -41,6 +42,7 @@ class _AutoDistributed:
         micro_batch_rows: int | None = None,
         wire_format: WireFormat = "float32",
         grad_format: WireFormat = "float32",
+        verify: float = 0.0,
         token: str | None = None,
         identity_path: str | None = None,
         policy: RetryPolicy | None = None,
@@ -49,8 +51,9 @@ class _AutoDistributed:
 
         `source` is a folder in Hugging Face format or a hub name: what the servers host. Hidden states travel as
         `wire_format` and their gradients as `grad_format`, in micro-batches of `micro_batch_rows` rows (None: as many
-        as make 128 positions). The blocks
-        are `model.remote_blocks`; its `close()` leaves the swarm. Everything is frozen: wrap the model with PEFT.
+        as make 128 positions). A share `verify` of the work is done by a second server too, to find wrong answers
+        (swarm/verify.py); which part of it follows from torch's seed. `policy` says how long work is tried again.
+        The blocks are `model.remote_blocks`; its `close()` leaves the swarm. Everything is frozen: wrap it with PEFT.
         A private swarm wants the file `token` that its owner issued, and the identity that it names (None: beside it).
 
         Raises UnsupportedModel, SwarmMismatch where servers hold another model, UncoveredBlocks with the command
@@ -81,10 +84,13 @@ class _AutoDistributed:
             raise
         skeleton = getattr(hollow, family.blocks)
         hollow_out(skeleton, dtype)
+        formats = {"wire_format": wire_format, "grad_format": grad_format}
+        seed = torch.initial_seed()
+        chain = CheckedChain(client, share=verify, seed=seed, **formats) if verify else Chain(client, **formats)
         blocks = RemoteBlocks(
             skeleton.children(),
             family=family,
-            chain=Chain(client, wire_format=wire_format, grad_format=grad_format),
+            chain=chain,
             micro_batch_rows=micro_batch_rows,
         )
         base: Any = model.base_model
