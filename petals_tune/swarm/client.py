@@ -27,7 +27,7 @@ from petals_tune.errors import (
 from petals_tune.swarm.directory import Directory, Snapshot
 from petals_tune.swarm.members import Members
 from petals_tune.swarm.p2p import start_dht, start_p2p, stop_dht, stop_p2p
-from petals_tune.swarm.retry import NOT_FINITE_S, OFFENCE_S, Attempts, Bans, Load, RetryPolicy
+from petals_tune.swarm.retry import Attempts, Bans, Load, RetryPolicy
 from petals_tune.swarm.route import Hop, plan_route
 from petals_tune.swarm.stats import SwarmStats
 from petals_tune.swarm.stream import ServerStream
@@ -196,9 +196,9 @@ class SwarmClient:
         now_s = time.monotonic()
         self._bans.failed(server.peer, now_s)
         if isinstance(error, BadReply):
-            for_s = NOT_FINITE_S if isinstance(error, NotFinite) else OFFENCE_S
-            logger.warning("server %s is not asked for %g s: %s", server.peer, for_s, error)
-            self._bans.offended(server.peer, now_s, for_s=for_s)
+            logger.warning("server %s gave a wrong answer and is left alone: %s", server.peer, error)
+            note = self._bans.not_finite if isinstance(error, NotFinite) else self._bans.offended
+            note(server.peer, now_s)
 
     async def stream(self, server: ServerRecord) -> ServerStream:
         """The open stream to `server`; opened by the first who asks, shared by all."""

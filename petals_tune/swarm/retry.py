@@ -38,12 +38,13 @@ class Bans:
     """Servers to pass over.
 
     One that failed is left alone for a while, longer with each ban in a row; then it is `doubtful`, and stays passed
-    over until somebody who does not hold up the work has reached it. One that returned wrong numbers (an offender) stays
-    out for its time, whatever it answers meanwhile.
+    over until somebody who does not hold up the work has reached it. One that returned NaN stays out for NOT_FINITE_S,
+    and one that returned what cannot be right (an offender) for OFFENCE_S, whatever they answer meanwhile.
     """
 
     until_s: dict[str, float] = field(default_factory=dict)
     failures: dict[str, int] = field(default_factory=dict)  # bans in a row
+    not_finite_until_s: dict[str, float] = field(default_factory=dict)
     offended_until_s: dict[str, float] = field(default_factory=dict)
 
     def failed(self, peer: str, now_s: float) -> None:
@@ -52,8 +53,11 @@ class Bans:
         count = self.failures[peer] = self.failures.get(peer, 0) + 1
         self.until_s[peer] = now_s + min(FIRST_BAN_S * 2 ** min(count - 1, 32), LONGEST_BAN_S)
 
-    def offended(self, peer: str, now_s: float, *, for_s: float) -> None:
-        self.offended_until_s[peer] = max(now_s + for_s, self.offended_until_s.get(peer, -math.inf))
+    def not_finite(self, peer: str, now_s: float) -> None:
+        self.not_finite_until_s[peer] = now_s + NOT_FINITE_S
+
+    def offended(self, peer: str, now_s: float) -> None:
+        self.offended_until_s[peer] = now_s + OFFENCE_S
 
     def reached(self, peer: str) -> None:
         """It is there; whether it works is still to be seen."""
@@ -65,7 +69,7 @@ class Bans:
 
     def active(self, now_s: float) -> frozenset[str]:
         """All to be passed over."""
-        return self.offenders(now_s) | self.until_s.keys()
+        return self.offenders(now_s) | _later(self.not_finite_until_s, now_s) | self.until_s.keys()
 
     def doubtful(self, now_s: float) -> frozenset[str]:
         """Those whose ban has ended, and who were not reached since."""
@@ -73,7 +77,11 @@ class Bans:
 
     def offenders(self, now_s: float) -> frozenset[str]:
         """Those whom not even the lack of any other server brings back."""
-        return frozenset(peer for peer, until in self.offended_until_s.items() if until > now_s)
+        return _later(self.offended_until_s, now_s)
+
+
+def _later(until_s: dict[str, float], now_s: float) -> frozenset[str]:
+    return frozenset(peer for peer, until in until_s.items() if until > now_s)
 
 
 @dataclass
@@ -100,7 +108,7 @@ class Attempts:
             if self.not_finite is not None:
                 raise Diverged(
                     f"{error}\n  and before that: {self.not_finite}\n  training diverged: lower optimizer.lr, "
-                    "or clip; or both servers are broken"
+                    "or clip; or the server is broken"
                 ) from error
             self.not_finite = error
         self.count += 1

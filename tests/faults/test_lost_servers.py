@@ -25,7 +25,7 @@ pytestmark = pytest.mark.swarm
 TOLERANCE = 1e-5
 ROWS, LENGTH = 4, 8
 # A busy machine may take a minute to start a server.
-PATIENT = RetryPolicy(uncovered_s=200, timeout_s=300)
+PATIENT = RetryPolicy(timeout_s=300)
 
 
 class Swarm:
