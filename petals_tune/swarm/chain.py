@@ -204,18 +204,21 @@ class Chain:
     async def _collect(self, partial: PartialSum) -> list[ChainGradients]:
         if not partial.terms:
             return []
+        attempts = Attempts(self.client.policy, time.monotonic())
         try:
             collected = await self._collected(partial)
             if collected is not None:
                 return [collected]
         except ServerError as error:
-            logger.info("sum of adapter gradients lost: %s", error)
+            attempts.failed(error, time.monotonic())  # no pause: its terms go elsewhere
+            self.client.stats.retries += 1
         again = []
         for term in sorted(partial.terms, key=lambda term: term.place):
             lost = msgspec.structs.replace(term.leg.request, input_grad=False)
             leg = replace(term.leg, request=lost, lease=None)
-            attempts = Attempts(self.client.policy, time.monotonic())
-            again.append(await self._back(leg, term.context, term.grad, attempts, None, 0))
+            anew = Attempts(self.client.policy, time.monotonic())
+            again.append(await self._back(leg, term.context, term.grad, anew, None, 0))
+        self.moved_on(attempts)
         return again
 
     async def _collected(self, partial: PartialSum) -> ChainGradients | None:

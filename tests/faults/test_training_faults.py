@@ -83,11 +83,12 @@ class TrainingStep:
         self.hidden_grad, terms = self._call.backward(self._traces, self._grad)
         self.adapter_grads = _summed(self._call, terms)
 
-    def run(self, between: Callable[[], object] = lambda: None) -> None:
+    def run(self, between: Callable[[], object] = lambda: None, after: Callable[[], object] = lambda: None) -> None:
         try:
             self.forward()
             between()
             self.backward()
+            after()
         finally:
             self.calls = self._network.calls.total()
             close_client(self.chain)
