@@ -51,9 +51,14 @@ def test_the_partial_name_keeps_the_ending_that_libraries_go_by(tmp_path):
 def test_an_error_in_the_middle_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "a.txt"
     write_text(path, "old")
-    with pytest.raises(type(error)), replacing(path) as partial:
-        partial.write_text("ne")
-        raise error
+
+    def broken_off() -> None:
+        with replacing(path) as partial:
+            partial.write_text("ne")
+            raise error
+
+    with pytest.raises(type(error)):
+        broken_off()
     assert contents(tmp_path) == {"a.txt": "old"}
 
 
@@ -82,9 +87,14 @@ def test_an_error_in_the_middle_leaves_the_old_folder(tmp_path):
     folder = tmp_path / "adapter"
     with filling(folder) as partial:
         (partial / "a").write_text("1")
-    with pytest.raises(OSError, match="No space"), filling(folder) as partial:
-        (partial / "a").write_text("2")
-        disk_full()
+
+    def broken_off() -> None:
+        with filling(folder) as partial:
+            (partial / "a").write_text("2")
+            disk_full()
+
+    with pytest.raises(OSError, match="No space"):
+        broken_off()
     assert contents(tmp_path) == {"adapter/a": "1"}
 
 

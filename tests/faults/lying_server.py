@@ -1,4 +1,4 @@
-"""A real server whose blocks return 1.01 times what they compute: python -P -m tests.faults.lying_server [key=value ...]"""
+"""A real server that returns 1.01 times what it computes: python -m tests.faults.lying_server [key=value ...]"""
 
 import dataclasses
 

@@ -100,15 +100,14 @@ def test_the_first_server_dies_another_restarts_at_its_address_and_a_third_is_re
 
 @contextmanager
 def lying_server(folder: Path, peers: list[str]) -> Iterator[ServerProcess]:
-    command = [sys.executable, "-P", "-c", "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); "
-               "runpy.run_module('tests.faults.lying_server', run_name='__main__', alter_sys=True)", str(ROOT)]  # fmt: skip
     options = [f"model.source='{folder}'", "blocks='0:6'", "quantization=none", "exit_with_stdin=true"]
     process = subprocess.Popen(
-        [*command, *options, f"swarm.initial_peers=[{','.join(peers)}]"],
+        [sys.executable, "-m", "tests.faults.lying_server", *options, f"swarm.initial_peers=[{','.join(peers)}]"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        cwd=ROOT,
     )
     try:
         yield ServerProcess(process)
