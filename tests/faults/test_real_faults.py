@@ -3,11 +3,9 @@
 import logging
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,12 +14,12 @@ from transformers import PreTrainedModel
 
 from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.swarm.local import ServerProcess, server_process
+from tests.faults.lying_server import lying_server
 from tests.faults.test_lost_servers import PATIENT, TOLERANCE, batch, prompt_gradient, tuned
 from tests.models import plain_model, relative_error, save_model
 from tests.processes import wait_until
 
 pytestmark = pytest.mark.swarm
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -96,24 +94,6 @@ def test_the_first_server_dies_another_restarts_at_its_address_and_a_third_is_re
     assert stats.retries >= 1
     assert stats.recomputations >= 2
     assert relative_error(prompt_gradient(model), gradient_of_plain(swarm.folder)) <= TOLERANCE
-
-
-@contextmanager
-def lying_server(folder: Path, peers: list[str]) -> Iterator[ServerProcess]:
-    options = [f"model.source='{folder}'", "blocks='0:6'", "quantization=none", "exit_with_stdin=true"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.faults.lying_server", *options, f"swarm.initial_peers=[{','.join(peers)}]"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-    )
-    try:
-        yield ServerProcess(process)
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_a_server_that_scales_its_output_is_found_among_three(swarm, caplog):
