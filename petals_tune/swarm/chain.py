@@ -145,26 +145,34 @@ class Chain:
         request = leg.request
         if not request.input_grad and request.adapter is None:
             return ChainGradients()
-        packed_grad = in_format(grad, self._grad_format)
-        partial = None if sums is None or request.adapter is None else sums.on(leg.hop)
-        number = None if partial is None else partial.number
-        try:
-            if leg.lease is not None:
-                try:
-                    back = Backward(lease=leg.lease, grad=packed_grad, adapter_sum=number, term=term)
-                    return await self._gradients(leg, context, back, partial, grad)
-                except LeaseLost:
-                    pass
-            self.client.stats.recomputations += 1
-            again = self._packed(msgspec.structs.replace(request, keep=False))
-            back = Backward(again=again, grad=packed_grad, adapter_sum=number, term=term)
-            return await self._gradients(leg, context, back, partial, grad)
-        except ServerError as error:
-            await self.pause(attempts, error)
+        if not self.client.lost(leg.hop.server):
+            try:
+                return await self._back_there(leg, context, grad, sums, term)
+            except ServerError as error:
+                await self.pause(attempts, error)
         self.client.stats.recomputations += 1
         # Attempts of its own: a server that goes forward and never back would put the deadline off each time.
         trace = await self.forward(request.hidden, context, leg.hop.span, keep=True, input_grad=request.input_grad)
         return await self.backward(trace, grad, sums=sums, term=term, attempts=attempts)
+
+    async def _back_there(
+        self, leg: Leg, context: CallContext, grad: torch.Tensor, sums: AdapterSums | None, term: int
+    ) -> ChainGradients:
+        """The gradients of a leg from the server that went forward, which computes it again where it kept no graph."""
+        request = leg.request
+        packed_grad = in_format(grad, self._grad_format)
+        partial = None if sums is None or request.adapter is None else sums.on(leg.hop)
+        number = None if partial is None else partial.number
+        if leg.lease is not None:
+            try:
+                back = Backward(lease=leg.lease, grad=packed_grad, adapter_sum=number, term=term)
+                return await self._gradients(leg, context, back, partial, grad)
+            except LeaseLost:
+                pass
+        self.client.stats.recomputations += 1
+        again = self._packed(msgspec.structs.replace(request, keep=False))
+        back = Backward(again=again, grad=packed_grad, adapter_sum=number, term=term)
+        return await self._gradients(leg, context, back, partial, grad)
 
     async def _gradients(
         self, leg: Leg, context: CallContext, request: Backward, partial: PartialSum | None, grad: torch.Tensor

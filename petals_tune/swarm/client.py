@@ -157,6 +157,10 @@ class SwarmClient:
         """Peers to be passed over now."""
         return self._bans.active(time.monotonic())
 
+    def lost(self, server: ServerRecord) -> bool:
+        """It failed and has not answered since: what it kept for us is gone, or takes long to come."""
+        return server.peer in self._bans.until_s
+
     def _age_s(self) -> float:
         assert self._snapshot is not None
         return time.monotonic() - self._snapshot.taken_at_s
