@@ -13,7 +13,7 @@ from petals_tune.swarm.verify import Answer, deviation, drawn, outvoted
 from petals_tune.wire.messages import CollectedSum, Forwarded, Gradients, Message
 from petals_tune.wire.span import BlockSpan
 from tests.faults.network import Network
-from tests.faults.test_training_faults import TrainingStep, check, expected, folder, short_silence  # noqa: F401
+from tests.faults.step import TrainingStep, check
 from tests.processes import LONG_S
 
 SPAN = BlockSpan(3, 6)
@@ -47,7 +47,7 @@ def test_a_third_answer_tells_who_is_wrong_or_that_nobody_knows():
 
 
 @pytest.fixture
-def network(folder: Path) -> Iterator[Network]:  # noqa: F811
+def network(folder: Path) -> Iterator[Network]:
     """Two servers of the first half, of which one holds another cut too, and three of the second."""
     network = Network(folder)
     for name, span in {"a": "0:3", "a2": "0:2", "a3": "2:3", "b": "3:6", "b2": "3:6", "b3": "3:6"}.items():
@@ -70,7 +70,7 @@ class Checked(TrainingStep):
             time.sleep(0.01)
 
 
-def test_honest_servers_are_checked_and_left_alone(network, expected, caplog):  # noqa: F811
+def test_honest_servers_are_checked_and_left_alone(network, expected, caplog):
     step = Checked(network)
     step.run(between=step.settle, after=step.settle)
     check(step, expected)

@@ -16,15 +16,10 @@ from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.swarm.local import ServerProcess, server_process
 from tests.faults.lying_server import lying_server
 from tests.faults.test_lost_servers import PATIENT, TOLERANCE, batch, prompt_gradient, tuned
-from tests.models import plain_model, relative_error, save_model
+from tests.models import plain_model, relative_error
 from tests.processes import wait_until
 
 pytestmark = pytest.mark.swarm
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model") / "llama", "llama")
 
 
 class Swarm:
