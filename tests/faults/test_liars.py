@@ -111,7 +111,8 @@ def test_servers_of_another_quantization_are_no_measure(network):
         network.kill(name)
         network.serve(name, "3:6", quantization="int8")
     step = Checked(network)
-    step.chain.client.load.speed_s[network.servers["b"].record.peer] = 1e-9
+    for name, speed_s in {"b": 1e-9, "b2": 1.0, "b3": 1.0}.items():
+        step.chain.client.load.speed_s[network.servers[name].record.peer] = speed_s
     step.run(between=step.settle, after=step.settle)
     assert network.calls["b", "Forward"] == 2
     assert not network.calls["b2", "Forward"] + network.calls["b3", "Forward"]
