@@ -19,7 +19,7 @@ class ShuffledRows(Sampler[int]):
     """Row numbers below `count`; the order follows from the seed and the number of the epoch alone."""
 
     def __init__(self, count: int, seed: int):
-        self._count, self._seed = count, seed
+        self._count, self.seed = count, seed
         self.epoch = 0  # of the next iterator
 
     def __len__(self) -> int:
@@ -29,7 +29,7 @@ class ShuffledRows(Sampler[int]):
         return _Epoch(self)
 
     def order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self._seed + _FAR * epoch)
+        generator = torch.Generator().manual_seed(self.seed + _FAR * epoch)
         return torch.randperm(self._count, generator=generator).tolist()
 
 
@@ -52,7 +52,8 @@ class _Epoch(Iterator[int]):
         return self._order[self._given - 1]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self._epoch, "given": self._given}
+        return {"seed": self._sampler.seed, "epoch": self._epoch, "given": self._given}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sampler.seed = state["seed"]
         self._begin(state["epoch"], state["given"])
