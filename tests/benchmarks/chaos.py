@@ -194,6 +194,8 @@ class Repairs(logging.Handler):
         if record.msg.startswith("went on after"):
             seconds, error = record.args  # type: ignore[misc]
             self.seen.append((record.created, float(seconds), str(error)))  # type: ignore[arg-type]
+        elif record.levelno >= logging.WARNING:
+            print(record.getMessage(), flush=True)
 
     def attribute(self, faults: Sequence[Fault]) -> None:
         """Tell each fault what it cost."""
