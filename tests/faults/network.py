@@ -30,9 +30,8 @@ from petals_tune.wire.span import BlockSpan
 from servers.compute import ComputeThread
 from servers.engine import Engine
 from servers.handler import Handler
-from servers.leases import LeaseStore
-from servers.sessions import SessionStore
 from tests.servers.parts import load
+from tests.servers.peers import LIMITS, stores
 
 MODEL = "m"
 GB = 2**30
@@ -171,12 +170,7 @@ class Network:
             **{"quantization": "none", "dtype": "float32", **changes},
         )
         handler = HeldHandler(
-            self.engine(span),
-            self._compute,
-            LeaseStore(max_bytes=GB, max_age_s=600),
-            SessionStore(max_bytes=GB, max_idle_s=600, token_bytes=256),
-            record,
-            max_message_bytes=GB,
+            self.engine(span), self._compute, stores(leases=GB, sessions=GB, adapters=GB, sums=GB), record, LIMITS
         )
         handler.network, handler.name = self, name
         self.servers[name] = FakeServer(handler, record)
