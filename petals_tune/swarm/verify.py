@@ -28,7 +28,7 @@ from petals_tune.swarm.trace import CallContext, ChainGradients, Leg
 from petals_tune.wire.messages import Backward
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
-from petals_tune.wire.tensors import in_format
+from petals_tune.wire.tensors import WireFormat, in_format
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,9 @@ def outvoted(first: Answer, second: Answer, third: Answer, tolerance: float) -> 
 class CheckedChain(Chain):
     """A chain that has `share` of its forwards, backwards and sums checked; which ones follows from `seed`."""
 
-    def __init__(self, client: SwarmClient, *, share: float, seed: int, wire_format: str, grad_format: str):
+    def __init__(
+        self, client: SwarmClient, *, share: float, seed: int, wire_format: WireFormat, grad_format: WireFormat
+    ):
         super().__init__(client, wire_format=wire_format, grad_format=grad_format)
         self._share, self._seed = share, seed
         self._checks: set[asyncio.Task[None]] = set()
