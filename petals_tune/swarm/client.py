@@ -38,7 +38,6 @@ from petals_tune.wire.span import BlockSpan
 logger = logging.getLogger(__name__)
 
 REFRESH_S = 15.0  # an older snapshot is renewed while work goes on with it
-KEPT_S = 60.0  # a server that the DHT named so lately stays known where the DHT misses it once
 STALE_S = 1.0  # an older one is renewed before anybody is told that blocks are missing
 JOIN_S = 5.0  # how long a new client looks for servers of all blocks before it says which are missing
 
@@ -55,7 +54,6 @@ class SwarmClient:
         self._snapshot: Snapshot | None = None
         self._bans = Bans()
         self._streams: dict[str, asyncio.Task[ServerStream]] = {}
-        self._seen_s: dict[str, float] = {}  # when the DHT named a server last
         self._refreshing: asyncio.Task[None] | None = None
         self._knocking: dict[str, asyncio.Task[None]] = {}
         self._closed = False
@@ -106,16 +104,11 @@ class SwarmClient:
         return self._refreshing
 
     async def _refresh(self) -> None:
-        """Servers on open streams, or seen lately, stay known where the DHT misses them: its own nodes die as well."""
+        """Servers on open streams stay known where the DHT forgot them, its first peers gone."""
         new = await self._directory.snapshot()
-        self._seen_s |= {server.peer: new.taken_at_s for server in new.servers}
         seen = {server.peer for server in new.servers}
-        kept = [server for server in self.servers if server.peer not in seen and self._stays_known(server)]
+        kept = [server for server in self.servers if server.peer not in seen and self.open_stream(server)]
         self._snapshot = msgspec.structs.replace(new, servers=(*new.servers, *kept))
-
-    def _stays_known(self, server: ServerRecord) -> bool:
-        lately = time.monotonic() - self._seen_s[server.peer] < KEPT_S
-        return self.open_stream(server) is not None or (lately and not self.lost(server))
 
     async def route(self, span: BlockSpan, *, work: int) -> tuple[Hop, ...]:
         """The cheapest chain for `span`, where one block costs `work` (rows x positions).
