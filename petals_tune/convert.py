@@ -8,7 +8,6 @@ folders, so the wheel's GGUF is converted once per machine and kept in the cache
 
 import argparse
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import torch
 from filelock import FileLock
 
 from petals_tune.errors import ConfigError, PetalsTuneError, UnsupportedModel
+from petals_tune.files import filling
 from petals_tune.packaged import installed_file
 
 if TYPE_CHECKING:
@@ -88,18 +88,15 @@ def convert_gguf(source: Path, folder: Path, *, dtype: torch.dtype = torch.float
     # Not above: whoever only asks for a folder that is there, such as a server, should not wait for this import.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # A fixed name, so that an interrupted conversion leaves one such folder at most, and the next one clears it.
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=dtype)
-        _forget_quantization(model)
-        tokenizer.save_pretrained(partial)
-        model.save_pretrained(partial)
+        with filling(folder) as partial:
+            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+            model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=dtype)
+            _forget_quantization(model)
+            tokenizer.save_pretrained(partial)
+            model.save_pretrained(partial)
     except ValueError as error:
         raise UnsupportedModel(f"cannot convert {source}: {error}") from error
-    partial.rename(folder)
 
 
 def _forget_quantization(model: "PreTrainedModel") -> None:

@@ -5,28 +5,45 @@ PetalsTuneError
 |   |-- UnsupportedModel                yours: this architecture cannot be split, or its files are not there
 |   `-- UnsupportedAdapter              yours: a tuning method that remote blocks cannot honour
 |-- DataError (ValueError)              yours: a row, a column, a split
-|-- ProtocolError (ValueError)          theirs: bytes that break the rules of the wire; the stream is closed
+|-- Diverged (ArithmeticError)          yours: a loss or a gradient that is not finite; nothing was applied
+|-- ProtocolError (ValueError)          the server's: bytes that break the rules of the wire; the stream is closed
 |-- RequestRefused (ValueError)         yours: the server says that this request is wrong everywhere
 |-- SwarmError (RuntimeError)
-|   |-- UncoveredBlocks                 the network's: nobody holds some blocks (yet)
 |   |-- SwarmMismatch                   yours: the servers hold another model
 |   |-- AccessDenied                    yours: the swarm is private, and your token does not let you in
 |   |-- ClockSkew                       yours: this machine's clock is more than 3 s off the swarm's
-|   `-- SwarmTimeout (TimeoutError)     the network's: every server tried, the deadline passed
-`-- ServerError (RuntimeError)          theirs: one server; another one may do  (the only errors that are retried)
-    |-- ServerUnreachable (ConnectionError)
+|   |-- SwarmTimeout (TimeoutError)     the network's: every server tried, the deadline passed
+|   `-- UncoveredBlocks *               the network's: nobody holds some blocks (yet)
+`-- ServerError * (RuntimeError)        the server's: one server; another one may do
+    |-- ServerUnreachable (ConnectionError)   the network's
     |-- ServerTimeout (TimeoutError)
     |-- ServerBusy                      it has no room now: a queue, a budget
-    |-- BadReply                        wrong shapes, wrong dtypes, non-finite numbers
+    |-- BadReply                        wrong shapes, wrong dtypes, or numbers that two others deny
+    |   `-- NotFinite                   NaN or Inf; where a second server says the same, it is `Diverged`
     |-- UntrustedServer                 it has no valid token of this private swarm
     |-- LeaseLost                       the kept graph is gone: send the inputs along
     |-- SessionLost                     the KV cache is gone: replay the inputs
     `-- AdapterMissing                  the server does not know this version: upload it
+
+`error.fault` says whose it is. Those with a star are `Retriable`: another server, or a later moment, may do, and they
+alone are tried again. Whatever is not in this tree is a bug of ours: it leaves at once, with its traceback.
 """
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+Fault = Literal["yours", "the server's", "the network's"]
 
 
 class PetalsTuneError(Exception):
     """Base of all errors of this project. The text says what failed, what was seen, and what to type next."""
+
+    fault: ClassVar[Fault] = "yours"
+
+
+class Retriable(PetalsTuneError):
+    """Work that failed so may succeed elsewhere, or later: the only branch that is tried again."""
 
 
 class ConfigError(PetalsTuneError, ValueError):
@@ -45,8 +62,14 @@ class DataError(PetalsTuneError, ValueError):
     """A row, a column or a split that cannot be used; the text names it."""
 
 
+class Diverged(PetalsTuneError, ArithmeticError):
+    """A loss or a gradient that is not finite; it was not applied to any weight."""
+
+
 class ProtocolError(PetalsTuneError, ValueError):
     """Bytes from a peer that break the rules of the wire."""
+
+    fault: ClassVar[Fault] = "the server's"
 
 
 class RequestRefused(PetalsTuneError, ValueError):
@@ -57,8 +80,10 @@ class SwarmError(PetalsTuneError, RuntimeError):
     """The swarm as a whole cannot do what was asked."""
 
 
-class UncoveredBlocks(SwarmError):
+class UncoveredBlocks(SwarmError, Retriable):
     """Nobody serves some of the blocks."""
+
+    fault: ClassVar[Fault] = "the network's"
 
 
 class SwarmMismatch(SwarmError):
@@ -76,13 +101,19 @@ class ClockSkew(SwarmError):
 class SwarmTimeout(SwarmError, TimeoutError):
     """The deadline passed and no server that was tried could answer."""
 
+    fault: ClassVar[Fault] = "the network's"
 
-class ServerError(PetalsTuneError, RuntimeError):
-    """One server failed; the same work may succeed elsewhere. The only branch that is retried."""
+
+class ServerError(Retriable, RuntimeError):
+    """One server failed; the same work may succeed elsewhere."""
+
+    fault: ClassVar[Fault] = "the server's"
 
 
 class ServerUnreachable(ServerError, ConnectionError):
     """No stream to the server, or the stream ended."""
+
+    fault: ClassVar[Fault] = "the network's"
 
 
 class ServerTimeout(ServerError, TimeoutError):
@@ -94,7 +125,11 @@ class ServerBusy(ServerError):
 
 
 class BadReply(ServerError):
-    """The server answered with wrong shapes, wrong dtypes or non-finite numbers."""
+    """The server answered with wrong shapes, wrong dtypes, or numbers that two others deny."""
+
+
+class NotFinite(BadReply):
+    """NaN or Inf came out of a server's blocks, where finite numbers went in."""
 
 
 class UntrustedServer(ServerError):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Linear8bitLt
 from torch import nn
 
-from petals_tune.errors import PetalsTuneError, RequestRefused
+from petals_tune.errors import NotFinite, PetalsTuneError, RequestRefused
 from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
 from servers.adapters import Adapter, AdapterHooks, CallPlan
@@ -64,6 +65,7 @@ class Engine:
             if not request.keep:
                 with torch.no_grad():
                     output = self._run(request, hidden)
+                self._check_output(output, request, hidden)
                 return Result(output=output, graph=None, graph_bytes=0, compute_s=time.perf_counter() - started_s)
             hidden.requires_grad_(request.input_grad)
             memory = KeptMemory(weights=self._weights)
@@ -71,6 +73,7 @@ class Engine:
             with torch.enable_grad(), memory.counting(self._int8):
                 output = self._run(request, hidden)
             memory.add(output)
+            self._check_output(output, request, hidden)
         graph = Graph(
             output=output,
             hidden=hidden if request.input_grad else None,
@@ -102,7 +105,10 @@ class Engine:
             raise RequestRefused("non-finite numbers in the gradient")
         if graph.hidden is None and not graph.adapter:
             raise RequestRefused("nothing on these blocks needs a gradient")
-        return graph.gradients(request.grad.to(self._device))
+        at_input, at_adapter = graph.gradients(request.grad.to(self._device))
+        if not all(gradient.isfinite().all() for gradient in (at_input, *at_adapter) if gradient is not None):
+            raise NotFinite(f"non-finite gradients come out of blocks {self.trimmed.span}, from finite ones")
+        return at_input, at_adapter
 
     @torch.inference_mode()
     def step(self, steps: Sequence[tuple[Session, Step]]) -> list[torch.Tensor | PetalsTuneError]:
@@ -153,6 +159,31 @@ class Engine:
         options = {} if request.positions is None else {"position_ids": request.positions.to(self._device)}
         padding = None if request.padding is None else request.padding.to(self._device).long()
         return self._model(inputs_embeds=hidden, attention_mask=padding, use_cache=False, **options).last_hidden_state
+
+    def _check_output(self, output: torch.Tensor, request: Forward, hidden: torch.Tensor) -> None:
+        """Raises NotFinite naming the first block whose output is not finite; it is found by running them again."""
+        if torch.isfinite(output).all():
+            return
+        first = self.trimmed.span.stop
+
+        def watched(number: int) -> Callable[..., None]:
+            def hook(block: nn.Module, args: object, output: Any) -> None:
+                nonlocal first
+                made = output[0] if isinstance(output, tuple) else output
+                if not torch.isfinite(made).all():
+                    first = min(first, number)
+
+            return hook
+
+        blocks = range(request.span.start, request.span.stop)
+        hooks = [self._blocks[n - self.trimmed.span.start].register_forward_hook(watched(n)) for n in blocks]
+        try:
+            with torch.no_grad():
+                self._run(request, hidden.detach())
+        finally:
+            for hook in hooks:
+                hook.remove()
+        raise NotFinite(f"non-finite numbers come out of block {first}, from finite ones")
 
     def measure_token_bytes(self) -> int:
         """What one position of one row takes in the caches of one block, seen in a step of one position."""

@@ -36,7 +36,7 @@ def test_embedded_folder_is_a_plain_chat_model(embedded: Path) -> None:
     assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("llama", 30, 576)
     assert not hasattr(config, "quantization_config")
     assert "<|im_start|>" in tokenizer.chat_template
-    assert not embedded.with_name(f"{embedded.name}.partial").exists()
+    assert not embedded.with_name(f".partial-{embedded.name}").exists()
 
 
 def test_model_folder_only_translates_the_name_embedded(embedded: Path) -> None:

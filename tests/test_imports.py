@@ -23,16 +23,17 @@ MAY_IMPORT = {
     "disk": "errors",
     "checkpoint": "errors disk",
     "packaged": "errors",
-    "convert": "errors packaged",
-    "tuning": "errors wire.adapter families",  # how an adapter's parts are named, no more of the wire
+    "files": "",
+    "convert": "errors files packaged",
+    "tuning": "errors files wire.adapter families",  # how an adapter's parts are named, no more of the wire
     "data": "errors packaged convert",
     "swarm": "errors wire",
     "cli": "errors",
     "config": "errors",  # knows what it checks only by the names in the YAML
     "remote": "errors wire families checkpoint tuning swarm",
-    "train": "errors config wire families checkpoint packaged convert tuning data swarm remote",
+    "train": "errors config wire families checkpoint files packaged convert tuning data swarm remote",
     # The commands, and the package's own front, which imports what it offers on first use.
-    "petals_tune": "errors cli config wire families checkpoint packaged convert tuning data swarm remote train",
+    "petals_tune": "errors cli config wire families checkpoint files packaged convert tuning data swarm remote train",
     # A server shares what crosses the network, and how a model is found. Nobody imports a server: it is started.
     "servers": (
         "errors cli config wire families disk checkpoint convert swarm.directory swarm.members swarm.p2p swarm.writer "

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from petals_tune.data.collate import PADDING_SIDES, PaddingSide, choose_pad_id, collate
 from petals_tune.data.rows import Example, LabelledText, Row, fit
+from petals_tune.data.shuffle import ShuffledRows
 from petals_tune.data.source import Source, whole_number
 from petals_tune.errors import ConfigError, DataError
 
@@ -95,7 +96,8 @@ class TextData(LightningDataModule):
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Shuffled by the seed: the same order for every new loader, another one in each of its epochs."""
-        return self._loader(self.train_split.rows, shuffle=True, generator=torch.Generator().manual_seed(self.seed))
+        rows = self.train_split.rows
+        return self._loader(rows, sampler=ShuffledRows(len(rows), self.seed))
 
     def val_dataloader(self) -> StatefulDataLoader:
         # Rows of alike length side by side need the least padding, and their order is no matter here.
@@ -150,7 +152,12 @@ class TextData(LightningDataModule):
     def _loader(self, rows: list[Row], **options: Any) -> StatefulDataLoader:
         pad = partial(collate, pad_id=choose_pad_id(self.tokenizer), padding_side=self.padding_side)
         return StatefulDataLoader(
-            rows, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=pad, **options
+            rows,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=pad,
+            generator=torch.Generator(),  # each pass draws a seed; the global generator is the training's own
+            **options,
         )
 
 

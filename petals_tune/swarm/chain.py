@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 import torch
 
-from petals_tune.errors import AdapterMissing, BadReply, LeaseLost, PetalsTuneError, ServerError, UncoveredBlocks
+from petals_tune.errors import AdapterMissing, BadReply, LeaseLost, NotFinite, Retriable, ServerError
 from petals_tune.swarm.client import SwarmClient
-from petals_tune.swarm.retry import Attempts
+from petals_tune.swarm.retry import Attempts, Notices
 from petals_tune.swarm.route import Hop
 from petals_tune.swarm.sums import AdapterSums, PartialSum, Term
 from petals_tune.swarm.trace import CallContext, ChainGradients, Leg, Trace
@@ -37,7 +37,6 @@ from petals_tune.wire.tensors import WireFormat, in_format
 logger = logging.getLogger(__name__)
 
 KEPT_UPLOADS = 8  # versions of adapters that a stream remembers to have carried; servers keep fewer
-SAID_AT_ATTEMPT = 4  # a repair that takes longer than this is worth a line
 
 
 class Chain:
@@ -48,6 +47,7 @@ class Chain:
     ):
         self.client = client
         self.wire_format, self._grad_format = wire_format, grad_format
+        self._notices = Notices()
         self._background: set[asyncio.Task[Any]] = set()  # asyncio keeps no strong reference to a task
 
     async def forward(
@@ -79,8 +79,8 @@ class Chain:
                         legs.append(leg)
                         start = hop.span.stop
                         input_grad = input_grad or leg.request.adapter is not None
-                        attempts.moved_on(time.monotonic())
-            except (ServerError, UncoveredBlocks) as error:
+                        self.moved_on(attempts)
+            except Retriable as error:
                 await self.pause(attempts, error)
         return Trace(hidden=current, context=context, legs=tuple(legs))
 
@@ -128,6 +128,7 @@ class Chain:
             if total.hidden is None:  # nothing below needs a gradient
                 break
             gradients = await self._back(leg, trace.context, total.hidden, attempts, sums, term)
+            self.moved_on(attempts)
             total.adapter.update(gradients.adapter)
             total.hidden = gradients.hidden
         return total
@@ -144,26 +145,34 @@ class Chain:
         request = leg.request
         if not request.input_grad and request.adapter is None:
             return ChainGradients()
-        packed_grad = in_format(grad, self._grad_format)
-        partial = None if sums is None or request.adapter is None else sums.on(leg.hop)
-        number = None if partial is None else partial.number
-        try:
-            if leg.lease is not None:
-                try:
-                    back = Backward(lease=leg.lease, grad=packed_grad, adapter_sum=number, term=term)
-                    return await self._gradients(leg, context, back, partial, grad)
-                except LeaseLost:
-                    pass
-            self.client.stats.recomputations += 1
-            again = self._packed(msgspec.structs.replace(request, keep=False))
-            back = Backward(again=again, grad=packed_grad, adapter_sum=number, term=term)
-            return await self._gradients(leg, context, back, partial, grad)
-        except ServerError as error:
-            await self.pause(attempts, error)
+        if not self.client.lost(leg.hop.server):
+            try:
+                return await self._back_there(leg, context, grad, sums, term)
+            except ServerError as error:
+                await self.pause(attempts, error)
         self.client.stats.recomputations += 1
         # Attempts of its own: a server that goes forward and never back would put the deadline off each time.
         trace = await self.forward(request.hidden, context, leg.hop.span, keep=True, input_grad=request.input_grad)
         return await self.backward(trace, grad, sums=sums, term=term, attempts=attempts)
+
+    async def _back_there(
+        self, leg: Leg, context: CallContext, grad: torch.Tensor, sums: AdapterSums | None, term: int
+    ) -> ChainGradients:
+        """The gradients of a leg from the server that went forward, which computes it again where it kept no graph."""
+        request = leg.request
+        packed_grad = in_format(grad, self._grad_format)
+        partial = None if sums is None or request.adapter is None else sums.on(leg.hop)
+        number = None if partial is None else partial.number
+        if leg.lease is not None:
+            try:
+                back = Backward(lease=leg.lease, grad=packed_grad, adapter_sum=number, term=term)
+                return await self._gradients(leg, context, back, partial, grad)
+            except LeaseLost:
+                pass
+        self.client.stats.recomputations += 1
+        again = self._packed(msgspec.structs.replace(request, keep=False))
+        back = Backward(again=again, grad=packed_grad, adapter_sum=number, term=term)
+        return await self._gradients(leg, context, back, partial, grad)
 
     async def _gradients(
         self, leg: Leg, context: CallContext, request: Backward, partial: PartialSum | None, grad: torch.Tensor
@@ -203,23 +212,33 @@ class Chain:
     async def _collect(self, partial: PartialSum) -> list[ChainGradients]:
         if not partial.terms:
             return []
-        hop, context = partial.hop, partial.terms[0].context
+        attempts = Attempts(self.client.policy, time.monotonic())
         try:
-            reply = await self.client.ask(hop.server, CollectSum(adapter_sum=partial.number))
-            if not isinstance(reply, CollectedSum):
-                raise self.bad_reply(hop, f"a {type(reply).__name__} in answer to CollectSum")
-            # A backward that we gave up and repeated elsewhere may be in the sum all the same: then it is not ours.
-            if reply.terms == len(partial.terms):
-                return [ChainGradients(adapter=self._by_block(hop, context, reply.adapter))]
+            collected = await self._collected(partial)
+            if collected is not None:
+                return [collected]
         except ServerError as error:
-            logger.info("sum of adapter gradients lost: %s", error)
+            attempts.failed(error, time.monotonic())  # no pause: its terms go elsewhere
+            self.client.stats.retries += 1
         again = []
         for term in sorted(partial.terms, key=lambda term: term.place):
             lost = msgspec.structs.replace(term.leg.request, input_grad=False)
             leg = replace(term.leg, request=lost, lease=None)
-            attempts = Attempts(self.client.policy, time.monotonic())
-            again.append(await self._back(leg, term.context, term.grad, attempts, None, 0))
+            anew = Attempts(self.client.policy, time.monotonic())
+            again.append(await self._back(leg, term.context, term.grad, anew, None, 0))
+        self.moved_on(attempts)
         return again
+
+    async def _collected(self, partial: PartialSum) -> ChainGradients | None:
+        """The sum that a server has; None where it is not the one of our terms."""
+        hop = partial.hop
+        reply = await self.client.ask(hop.server, CollectSum(adapter_sum=partial.number))
+        if not isinstance(reply, CollectedSum):
+            raise self.bad_reply(hop, f"a {type(reply).__name__} in answer to CollectSum")
+        # A backward that we gave up and repeated elsewhere may be in the sum all the same: then it is not ours.
+        if reply.terms != len(partial.terms):
+            return None
+        return ChainGradients(adapter=self._by_block(hop, partial.terms[0].context, reply.adapter))
 
     async def release(self, trace: Trace) -> None:
         """Give the leases of `trace` back."""
@@ -266,13 +285,26 @@ class Chain:
             task.add_done_callback(self._background.discard)
             task.add_done_callback(lambda done: done.cancelled() or done.exception())  # `ask` meets the error itself
 
-    async def pause(self, attempts: Attempts, error: PetalsTuneError) -> None:
-        pause_s = attempts.failed(error, time.monotonic())
-        if attempts.count == SAID_AT_ATTEMPT:
-            logger.warning("still trying, since %.0f s: %s", time.monotonic() - attempts.since_s, error)
-        self.client.stats.retries += 1
+    async def pause(self, attempts: Attempts, error: Retriable) -> None:
+        """Wait before the work that failed is tried again. Raises what `Attempts.failed` raises."""
+        now_s = time.monotonic()
+        pause_s = attempts.failed(error, now_s)
+        stats, stuck_s = self.client.stats, now_s - attempts.since_s
+        stats.retries += 1
+        if self._notices.due(attempts.since_s, now_s):
+            since = time.strftime("%H:%M:%S", time.localtime(time.time() - stuck_s))
+            logger.warning(
+                "waiting since %s, and until swarm.timeout_s=%g s are over: %s", since, attempts.policy.timeout_s, error
+            )
+        self.client.refresh_soon()
         await asyncio.sleep(pause_s)
-        await self.client.refresh()
+
+    def moved_on(self, attempts: Attempts) -> None:
+        """A server completed its part."""
+        now_s = time.monotonic()
+        if attempts.count:
+            logger.info("went on after %.2f s; what had failed: %s", now_s - attempts.since_s, attempts.server_error)
+        attempts.moved_on(now_s)
 
     def _packed(self, request: Forward) -> Forward:
         return msgspec.structs.replace(request, hidden=in_format(request.hidden, self.wire_format))
@@ -282,11 +314,11 @@ class Chain:
         if tensor.shape != like.shape or not tensor.is_floating_point():
             raise self.bad_reply(hop, f"{tuple(tensor.shape)} {tensor.dtype} where {tuple(like.shape)} floats were due")
         if not torch.isfinite(tensor).all():
-            raise self.bad_reply(hop, "non-finite numbers")
+            raise self.bad_reply(hop, "non-finite numbers", NotFinite)
         return tensor.to(like.dtype)
 
-    def bad_reply(self, hop: Hop, what: str) -> BadReply:
-        error = BadReply(f"server {hop.server.peer} returned {what} from blocks {hop.span}")
+    def bad_reply(self, hop: Hop, what: str, kind: type[BadReply] = BadReply) -> BadReply:
+        error = kind(f"server {hop.server.peer} returned {what} from blocks {hop.span}")
         self.client.failed(hop.server, error)
         return error
 

@@ -14,7 +14,10 @@ from hivemind.p2p import P2P
 
 from petals_tune.errors import (
     AdapterMissing,
+    BadReply,
     LeaseLost,
+    NotFinite,
+    PetalsTuneError,
     ServerError,
     ServerUnreachable,
     SessionLost,
@@ -34,7 +37,8 @@ from petals_tune.wire.span import BlockSpan
 
 logger = logging.getLogger(__name__)
 
-REFRESH_S = 15.0  # how old a snapshot may be when a route is planned
+REFRESH_S = 15.0  # an older snapshot is renewed while work goes on with it
+STALE_S = 1.0  # an older one is renewed before anybody is told that blocks are missing
 JOIN_S = 5.0  # how long a new client looks for servers of all blocks before it says which are missing
 
 
@@ -50,6 +54,8 @@ class SwarmClient:
         self._snapshot: Snapshot | None = None
         self._bans = Bans()
         self._streams: dict[str, asyncio.Task[ServerStream]] = {}
+        self._refreshing: asyncio.Task[None] | None = None
+        self._knocking: dict[str, asyncio.Task[None]] = {}
         self._closed = False
 
     @classmethod
@@ -74,7 +80,7 @@ class SwarmClient:
             await stop_p2p(p2p)
             raise
         client = cls(p2p, node, model, policy, members)
-        attempts = Attempts(RetryPolicy(uncovered_s=JOIN_S, longest_pause_s=0.5), time.monotonic())
+        attempts = Attempts(RetryPolicy(timeout_s=JOIN_S, longest_pause_s=0.5), time.monotonic())
         try:
             while True:
                 try:
@@ -88,41 +94,92 @@ class SwarmClient:
             raise
 
     async def refresh(self) -> None:
-        """Read the DHT again. Servers on open streams stay known where the DHT forgot them, its first peers gone."""
+        """Read the DHT again; all who ask meanwhile wait for the same answer."""
+        await asyncio.shield(self.refresh_soon())
+
+    def refresh_soon(self) -> asyncio.Task[None]:
+        """Begin to read the DHT again, which takes seconds where its nodes just died; nobody has to wait for it."""
+        if self._refreshing is None or self._refreshing.done():
+            self._refreshing = asyncio.create_task(self._refresh())
+        return self._refreshing
+
+    async def _refresh(self) -> None:
+        """Servers on open streams stay known where the DHT forgot them, its first peers gone."""
         new = await self._directory.snapshot()
         seen = {server.peer for server in new.servers}
-        before = () if self._snapshot is None else self._snapshot.servers
-        kept = [server for server in before if server.peer not in seen and self.open_stream(server)]
+        kept = [server for server in self.servers if server.peer not in seen and self.open_stream(server)]
         self._snapshot = msgspec.structs.replace(new, servers=(*new.servers, *kept))
 
     async def route(self, span: BlockSpan, *, work: int) -> tuple[Hop, ...]:
         """The cheapest chain for `span`, where one block costs `work` (rows x positions).
 
-        Servers that failed lately are passed over unless nobody else holds their blocks.
+        Servers that failed are passed over until they were reached again, unless nobody else holds their blocks. One
+        that returned wrong numbers is not asked even then.
         """
         self._check_open()
-        now_s = time.monotonic()
-        if self._snapshot is None or now_s - self._snapshot.taken_at_s > REFRESH_S:
+        if self._snapshot is None:
             await self.refresh()
-        assert self._snapshot is not None
-        servers = self._snapshot.servers
+        elif self._age_s() > REFRESH_S:
+            self.refresh_soon()
+        self._knock()
 
         def plan(banned: frozenset[str]) -> tuple[Hop, ...]:
-            return plan_route(
-                servers,
-                span,
-                model=self._model,
-                banned=banned,
-                cost=lambda server, blocks: self.load.cost(server, work, blocks),
-            )
+            return self.plan(span, work=work, banned=banned)
 
-        banned = self._bans.active(now_s)
         try:
-            return plan(banned)
+            return plan(self.banned())
         except UncoveredBlocks:
-            if not banned:
-                raise
-            return plan(frozenset())
+            if self._age_s() > STALE_S:
+                await self.refresh()
+        try:
+            return plan(self.banned())
+        except UncoveredBlocks:
+            return plan(self._bans.offenders(time.monotonic()))
+
+    def plan(self, span: BlockSpan, *, work: int, banned: frozenset[str]) -> tuple[Hop, ...]:
+        """The cheapest chain without the `banned`, as the last snapshot has it. Raises UncoveredBlocks."""
+        assert self._snapshot is not None
+        return plan_route(
+            self._snapshot.servers,
+            span,
+            model=self._model,
+            banned=banned,
+            cost=lambda server, blocks: self.load.cost(server, work, blocks),
+        )
+
+    @property
+    def servers(self) -> tuple[ServerRecord, ...]:
+        """Those that were seen last."""
+        return () if self._snapshot is None else self._snapshot.servers
+
+    def banned(self) -> frozenset[str]:
+        """Peers to be passed over now."""
+        return self._bans.active(time.monotonic())
+
+    def lost(self, server: ServerRecord) -> bool:
+        """It failed and has not answered since: what it kept for us is gone, or takes long to come."""
+        return server.peer in self._bans.until_s
+
+    def _age_s(self) -> float:
+        assert self._snapshot is not None
+        return time.monotonic() - self._snapshot.taken_at_s
+
+    def _knock(self) -> None:
+        """See whether servers whose ban has ended are there again. No work waits for it: a vanished host is silent."""
+        assert self._snapshot is not None
+        doubtful = self._bans.doubtful(time.monotonic())
+        for server in self._snapshot.servers:
+            if server.peer in doubtful and server.peer not in self._knocking:
+                task = self._knocking[server.peer] = asyncio.create_task(self._reach(server))
+                task.add_done_callback(lambda _, peer=server.peer: self._knocking.pop(peer))  # type: ignore[misc]
+
+    async def _reach(self, server: ServerRecord) -> None:
+        try:
+            await self.stream(server)
+        except PetalsTuneError as error:
+            self.failed(server, error)
+        else:
+            self._bans.reached(server.peer)
 
     async def ask(self, server: ServerRecord, request: Message) -> Message:
         """Send `request` to `server` and wait for the reply. A server that fails is banned for a while."""
@@ -136,10 +193,15 @@ class SwarmClient:
         self._bans.answered(server.peer)
         return reply
 
-    def failed(self, server: ServerRecord, error: ServerError) -> None:
+    def failed(self, server: ServerRecord, error: PetalsTuneError) -> None:
         """Leave `server` alone for a while."""
         logger.info("server %s (blocks %s) failed: %s", server.peer, server.blocks, error)
-        self._bans.failed(server.peer, time.monotonic())
+        now_s = time.monotonic()
+        self._bans.failed(server.peer, now_s)
+        if isinstance(error, BadReply):
+            logger.warning("server %s gave a wrong answer and is left alone: %s", server.peer, error)
+            note = self._bans.not_finite if isinstance(error, NotFinite) else self._bans.offended
+            note(server.peer, now_s)
 
     async def stream(self, server: ServerRecord) -> ServerStream:
         """The open stream to `server`; opened by the first who asks, shared by all."""
@@ -179,6 +241,9 @@ class SwarmClient:
                 if isinstance(stream, ServerStream):
                     await stream.close()
         self._streams.clear()
+        for task in (*self._knocking.values(), *([self._refreshing] if self._refreshing else [])):
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
         await stop_dht(self._node)
         await stop_p2p(self._p2p)
 

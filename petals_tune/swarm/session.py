@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from petals_tune.errors import RequestRefused, ServerError, UncoveredBlocks
+from petals_tune.errors import RequestRefused, Retriable, ServerError
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.retry import Attempts
 from petals_tune.swarm.route import Hop
@@ -145,7 +145,7 @@ class ChainSession:
                 continue
             station.history.add(inputs)
             inputs = inputs.with_hidden(output)
-            attempts.moved_on(time.monotonic())
+            self._chain.moved_on(attempts)
             number += 1
         return inputs.hidden
 
@@ -188,8 +188,8 @@ class ChainSession:
                         position += len(inputs)
                     self._stations.append(station)
                     replay, start = seen, hop.span.stop
-                    attempts.moved_on(time.monotonic())
-            except (ServerError, UncoveredBlocks) as error:
+                    self._chain.moved_on(attempts)
+            except Retriable as error:
                 await self._chain.pause(attempts, error)
 
     async def _open(self, hop: Hop) -> _Station:

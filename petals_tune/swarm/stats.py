@@ -15,3 +15,5 @@ class SwarmStats:
     calls: int = 0  # requests that were answered
     retries: int = 0  # requests that were sent again, elsewhere or to the same server
     recomputations: int = 0  # backwards that had no lease
+    checks: int = 0  # pieces of work that a second server did too (swarm.verify)
+    outvoted: int = 0  # servers that a second and a third one contradicted

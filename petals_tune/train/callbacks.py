@@ -6,6 +6,7 @@ import json
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from lightning.pytorch.loggers import WandbLogger
 
 from petals_tune.data.collate import Batch, choose_pad_id
 from petals_tune.data.module import TextData
+from petals_tune.files import replacing, write_text
 from petals_tune.train.backbone import swarm_stats
 from petals_tune.train.module import FineTuner
+from petals_tune.train.resume import Place, set_random_states
 
 MB = 1e6
 
@@ -92,17 +95,29 @@ class Progress(TQDMProgressBar):
 class NewestCheckpoint(Checkpoint):
     """Keeps one checkpoint at `path`: every few steps, and when training ends, by Ctrl-C or an error too.
 
-    It is written during the fit: afterwards the data loader has forgotten its place in the epoch.
+    It is written during the fit: afterwards the data loader has forgotten its place in the epoch. One that an error
+    writes in the middle of a step stands before that step: a run that goes on from it takes the step again, with the
+    same batches and random numbers.
     """
 
     def __init__(self, path: str, every_n_steps: int = 50):
         self.path = Path(path)
         self.every_n_steps = every_n_steps
         self._saved_step = 0
+        self._place: Place | None = None
+
+    def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._place = Place.loaded(checkpoint)
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._place is not None:
+            set_random_states(self._place.random_states)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
+        if self._place is None or self._place.step != trainer.global_step:
+            self._place = Place.of(trainer)
         if trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
 
@@ -112,14 +127,16 @@ class NewestCheckpoint(Checkpoint):
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         self._save(trainer)
 
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._place is not None and self._place.step == trainer.global_step:
+            self._place.put_into(checkpoint)
+
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self._saved_step:
             return
         self._saved_step = trainer.global_step
-        partial = self.path.with_suffix(".partial")  # a run that dies while it writes leaves the checkpoint before
-        trainer.save_checkpoint(partial)
-        if trainer.is_global_zero:
-            partial.replace(self.path)
+        with replacing(self.path) if trainer.is_global_zero else nullcontext(self.path) as path:
+            trainer.save_checkpoint(path)
 
 
 class SampleReplies(Callback):
@@ -144,8 +161,8 @@ class SampleReplies(Callback):
             return
         text = "\n\n".join(map(readable, self._replies))
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "replies.json").write_text(json.dumps(self._replies, indent=2, ensure_ascii=False) + "\n")
-        (self.folder / "replies.txt").write_text(text + "\n")
+        write_text(self.folder / "replies.json", json.dumps(self._replies, indent=2, ensure_ascii=False) + "\n")
+        write_text(self.folder / "replies.txt", text + "\n")
         print(f"\n{text}\n", flush=True)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):

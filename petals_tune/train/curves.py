@@ -8,6 +8,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from petals_tune.files import replacing
+
 UNITS = {"loss": "loss (nats per learned token)", "accuracy": "accuracy (share of rows)"}
 LABELS = {"train": "training batches", "val": "validation", "zero_shot": "zero-shot, nothing trained"}
 
@@ -35,7 +37,8 @@ def draw_curves(metrics: Path, picture: Path, *, title: str) -> None:
     panels[0].legend(frameon=False)
     panels[-1].set_xlabel("optimizer steps")
     figure.suptitle(title)
-    figure.savefig(picture, dpi=120)
+    with replacing(picture) as partial:
+        figure.savefig(partial, dpi=120)
 
 
 def _draw_kind(panel: Axes, kind: str, points: dict[str, list[tuple[int, float]]]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import PeftModel, PromptTuningConfig, PromptTuningInit
 
+from petals_tune.files import filling
 from petals_tune.tuning.deep_prompt import DeepPromptConfig, save_deep_prompts
 
 _CARD = """---
@@ -34,10 +35,12 @@ def export_adapter(net: PeftModel, folder: Path, *, base: str) -> None:
         # What the prompt began with is history (config.yaml has it), and the tokenizer's path is this machine's.
         config.prompt_tuning_init = PromptTuningInit.RANDOM
         config.prompt_tuning_init_text = config.tokenizer_name_or_path = None
-    # "auto" would ask a hub whether the base model's vocabulary grew; nothing here resizes it.
-    net.save_pretrained(str(folder), save_embedding_layers=False)
-    if isinstance(config, DeepPromptConfig):
-        base_model: Any = net.get_base_model()
-        save_deep_prompts(base_model, folder)
-    # PEFT's own card is a form to fill in, with this machine's paths.
-    (folder / "README.md").write_text(_CARD.format(method=type(config).__name__.removesuffix("Config"), base=base))
+    with filling(folder) as partial:
+        # "auto" would ask a hub whether the base model's vocabulary grew; nothing here resizes it.
+        net.save_pretrained(str(partial), save_embedding_layers=False)
+        if isinstance(config, DeepPromptConfig):
+            base_model: Any = net.get_base_model()
+            save_deep_prompts(base_model, partial)
+        # PEFT's own card is a form to fill in, with this machine's paths.
+        card = _CARD.format(method=type(config).__name__.removesuffix("Config"), base=base)
+        (partial / "README.md").write_text(card, encoding="utf-8")

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 from petals_tune.data.collate import Batch
-from petals_tune.errors import ConfigError, PetalsTuneError
+from petals_tune.errors import ConfigError, Diverged
 from petals_tune.train.backbone import Net
 from petals_tune.train.objective import Objective, Scores
 
@@ -52,6 +52,14 @@ class FineTuner(LightningModule):
         for name, value in scores.metrics.items():
             self.log(f"train/{name}", value, batch_size=scores.count, prog_bar=True)
         return scores.loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        for name, parameter in self.trained():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                raise Diverged(
+                    f"the gradient of {name} is not finite at step {self.global_step}; it was not applied: training "
+                    "diverged, try a smaller optimizer.lr"
+                )
 
     def on_validation_epoch_start(self) -> None:
         self._totals = {}
@@ -108,7 +116,7 @@ class FineTuner(LightningModule):
     def _scores(self, batch: Batch) -> Scores:
         scores = self.objective(self.net, batch)
         if not torch.isfinite(scores.loss):
-            raise PetalsTuneError(
+            raise Diverged(
                 f"the loss is {scores.loss.item()} at step {self.global_step}: training diverged or a batch is broken;"
                 " try a smaller optimizer.lr"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Protocol
 
@@ -15,10 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from petals_tune.errors import ConfigError
 from petals_tune.swarm.local import local_swarm
 from petals_tune.swarm.members import refuse_keys
+from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.wire.span import BlockSpan, gaps
 from petals_tune.wire.tensors import WireFormat
 
 Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Swarm(Protocol):
@@ -41,9 +44,15 @@ class ClientOptions:
     micro_batch_rows: Count | None = None  # of a batch, that travel together; None: rows of 128 positions in all
     wire_format: WireFormat = "float32"  # of hidden states
     grad_format: WireFormat = "float32"  # of their gradients
+    verify: Share = 0.0  # of the micro-batches that a second server computes too, to find wrong answers
+    timeout_s: Seconds = RetryPolicy.timeout_s  # see RetryPolicy
+    attempts: Count | None = RetryPolicy.attempts
+    reply_s: Seconds = RetryPolicy.reply_s
 
     def client_options(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(ClientOptions)}
+        options = {name: getattr(self, name) for name in ("micro_batch_rows", "wire_format", "grad_format", "verify")}
+        policy = RetryPolicy(timeout_s=self.timeout_s, attempts=self.attempts, reply_s=self.reply_s)
+        return {**options, "policy": policy}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from petals_tune.config import check
+from petals_tune.files import write_text
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM
 from petals_tune.train.backbone import remote_blocks, swarm_stats
 from petals_tune.train.callbacks import MB
@@ -54,7 +55,7 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> dict[str, dict[str,
     parts = prepare(cfg)
     output = Path(cfg.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    write_text(output / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     print(f"{parts.data.description}\n{parts.data.summary()}\n", flush=True)
 
     with connect(parts) as model:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from petals_tune.errors import ConfigError
 from petals_tune.families import family_of
+from petals_tune.files import replacing
 
 FILE = "deep_prompt.safetensors"
 _KEY = "prompts"
@@ -67,7 +68,8 @@ def save_deep_prompts(model: PreTrainedModel, folder: Path) -> None:
     prompts = deep_prompts(model)
     if prompts is None:
         raise ConfigError("this model has no deep prompts to save")
-    save_file({_KEY: prompts.contiguous().cpu()}, folder / FILE)
+    with replacing(folder / FILE) as partial:
+        save_file({_KEY: prompts.contiguous().cpu()}, partial)
 
 
 def load_deep_prompts(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> None:

@@ -19,13 +19,13 @@ from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.errors import UncoveredBlocks
 from petals_tune.swarm.local import ServerProcess, server_process
 from petals_tune.swarm.retry import RetryPolicy
-from tests.models import VOCABULARY, plain_model, relative_error, save_model
+from tests.models import VOCABULARY, plain_model, relative_error
 
 pytestmark = pytest.mark.swarm
 TOLERANCE = 1e-5
 ROWS, LENGTH = 4, 8
 # A busy machine may take a minute to start a server.
-PATIENT = RetryPolicy(uncovered_s=200, timeout_s=300)
+PATIENT = RetryPolicy(timeout_s=300)
 
 
 class Swarm:
@@ -62,11 +62,6 @@ class Swarm:
         else:
             self._stack.callback(server.process.kill)  # one that is stopped does not end by itself
         self.second_half.remove(server)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model") / "llama", "llama")
 
 
 @pytest.fixture(scope="module")

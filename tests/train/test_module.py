@@ -1,5 +1,6 @@
 import copy
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from transformers import get_scheduler
 
 from petals_tune.data.module import TextData
-from petals_tune.errors import ConfigError, PetalsTuneError
+from petals_tune.errors import ConfigError, Diverged
 from petals_tune.train.callbacks import NewestCheckpoint
 from petals_tune.train.module import FineTuner
 from petals_tune.train.objective import CausalLM, LabelWords
@@ -109,8 +110,18 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     module = tuner()
     with torch.no_grad():
         module.trained()[0][1][0, 0] = math.nan
-    with pytest.raises(PetalsTuneError, match=r"loss is nan at step 0.*optimizer\.lr"):
+    with pytest.raises(Diverged, match=r"loss is nan at step 0.*optimizer\.lr"):
         trainer(tmp_path, 1).fit(module, datamodule=talk())
+
+
+def test_a_gradient_that_is_not_finite_is_named_and_never_applied(tmp_path: Path) -> None:
+    module = tuner()
+    ((name, parameter),) = module.trained()
+    before = parameter.detach().clone()
+    parameter.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(Diverged, match=rf"the gradient of {re.escape(name)} is not finite at step 0"):
+        trainer(tmp_path, 1).fit(module, datamodule=talk())
+    torch.testing.assert_close(parameter.detach(), before, rtol=0, atol=0)
 
 
 def test_validation_weighs_every_token_alike(tmp_path: Path) -> None:

@@ -251,6 +251,7 @@ def test_what_breaks_the_schema_is_refused(raw):
 
 # ConfigError and DataError are raised before anything is sent; an answer that breaks our checks is our own BadReply.
 LOCAL = {"ConfigError", "DataError", "UnsupportedModel", "UnsupportedAdapter", "BadReply", "UncoveredBlocks"}
+LOCAL |= {"Diverged", "Retriable"}
 LOCAL |= {"SwarmError", "SwarmTimeout", "ServerUnreachable", "ServerTimeout", "PetalsTuneError"}
 LOCAL |= {"UntrustedServer", "ClockSkew"}
 ALL = {

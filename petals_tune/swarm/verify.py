@@ -1,0 +1,215 @@
+"""Spot checks: a share of the work is done by a second server too; one that deviates is outvoted by a third.
+
+The second server is asked after the first has answered, beside the way of the work, so the first cannot know which of
+its answers will be checked, and training waits for no check. What is found is therefore found late: the wrong answer
+was used, and the server that gave it is not asked again.
+
+Shapes: B rows, S positions, H hidden size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from petals_tune.errors import BadReply, PetalsTuneError, UncoveredBlocks
+from petals_tune.swarm.chain import Chain
+from petals_tune.swarm.client import SwarmClient
+from petals_tune.swarm.route import Hop
+from petals_tune.swarm.sums import PartialSum
+from petals_tune.swarm.trace import CallContext, ChainGradients, Leg
+from petals_tune.wire.messages import Backward
+from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.span import BlockSpan
+from petals_tune.wire.tensors import WireFormat, in_format
+
+logger = logging.getLogger(__name__)
+
+MAX_RUNNING = 4  # checks at a time; the work waits for one to end where it makes more
+_DRAWN_VALUES = 256  # of an input, that decide whether it is checked
+
+# Largest relative error between honest servers that compute in this dtype or answer in this format.
+TOLERANCE = {"float32": 1e-3, "float16": 4e-3, "bfloat16": 3e-2, "blockwise8": 3e-2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What one server, or a chain of several, says: outputs and gradients, in a fixed order."""
+
+    servers: tuple[ServerRecord, ...]
+    tensors: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """The results of some work."""
+
+    output: torch.Tensor | None = None  # (B, S, H)
+    gradients: Sequence[ChainGradients] = ()
+
+
+Pick = Callable[[Done], tuple[torch.Tensor, ...]]  # what of it is compared
+Work = tuple[Leg, CallContext, torch.Tensor | None]  # a forward, and the gradient (B, S, H) where it goes back too
+
+
+def drawn(share: float, *, seed: int, kind: str, span: BlockSpan, hidden: torch.Tensor) -> bool:
+    """Whether this piece of work is checked: the same for the same seed and input, whatever runs beside it."""
+    values = zlib.crc32(hidden.flatten()[:_DRAWN_VALUES].float().numpy().tobytes())
+    return share > 0 and random.Random(f"{seed} {kind} {span} {values}").random() < share
+
+
+def deviation(left: Answer, right: Answer) -> float:
+    """The largest relative error among their tensors."""
+    pairs = zip(left.tensors, right.tensors, strict=True)
+    return max((float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs), default=0.0)
+
+
+def outvoted(first: Answer, second: Answer, third: Answer, tolerance: float) -> Answer | None:
+    """Which of the first two a third one denies, where it agrees with the other; None where that is not clear."""
+    first_agrees, second_agrees = deviation(first, third) <= tolerance, deviation(second, third) <= tolerance
+    if first_agrees == second_agrees:
+        return None
+    return second if first_agrees else first
+
+
+class CheckedChain(Chain):
+    """A chain that has `share` of its forwards, backwards and sums checked; which ones follows from `seed`."""
+
+    def __init__(
+        self, client: SwarmClient, *, share: float, seed: int, wire_format: WireFormat, grad_format: WireFormat
+    ):
+        super().__init__(client, wire_format=wire_format, grad_format=grad_format)
+        self._share, self._seed = share, seed
+        self._checks: set[asyncio.Task[None]] = set()
+
+    async def _go(
+        self, hop: Hop, hidden: torch.Tensor, context: CallContext, *, keep: bool, input_grad: bool
+    ) -> tuple[Leg, torch.Tensor]:
+        leg, output = await super()._go(hop, hidden, context, keep=keep, input_grad=input_grad)
+        if self._drawn("forward", leg):
+            await self._begin([(leg, context, None)], _output, Done(output=output))
+        return leg, output
+
+    async def _gradients(
+        self, leg: Leg, context: CallContext, request: Backward, partial: PartialSum | None, grad: torch.Tensor
+    ) -> ChainGradients:
+        found = await super()._gradients(leg, context, request, partial, grad)
+        if self._drawn("backward", leg):
+            # With `partial`, the adapter's gradients stay in the server's sum.
+            pick = _all_gradients if partial is None else _input_gradients
+            await self._begin([(leg, context, grad)], pick, Done(gradients=[found]))
+        return found
+
+    async def _collected(self, partial: PartialSum) -> ChainGradients | None:
+        found = await super()._collected(partial)
+        if found is not None and self._drawn("sum", partial.terms[0].leg):
+            terms = sorted(partial.terms, key=lambda term: term.place)
+            work: list[Work] = [(term.leg, term.context, term.grad) for term in terms]
+            await self._begin(work, _adapter_gradients, Done(gradients=[found]))
+        return found
+
+    def _drawn(self, kind: str, leg: Leg) -> bool:
+        return drawn(self._share, seed=self._seed, kind=kind, span=leg.hop.span, hidden=leg.request.hidden)
+
+    async def _begin(self, work: list[Work], pick: Pick, done: Done) -> None:
+        """Start the check of `work`, which one server has `done`."""
+        while len(self._checks) >= MAX_RUNNING:
+            await asyncio.wait(self._checks, return_when=asyncio.FIRST_COMPLETED)
+        first = Answer(servers=(work[0][0].hop.server,), tensors=pick(done))
+        task = asyncio.create_task(self._check(work, pick, first))
+        self._checks.add(task)
+        task.add_done_callback(self._checks.discard)
+
+    async def _check(self, work: list[Work], pick: Pick, first: Answer) -> None:
+        span, (server,) = work[0][0].hop.span, first.servers
+        try:
+            second = await self._answer(work, pick, without={server.peer})
+            self.client.stats.checks += 1
+            apart, tolerance = deviation(first, second), self._tolerance(server)
+            if apart <= tolerance:
+                return
+            others = {each.peer for each in second.servers}
+            text = f"servers {server.peer} and {', '.join(sorted(others))} differ by {apart:.2%} on blocks {span}"
+            try:
+                third = await self._answer(work, pick, without={server.peer, *others})
+            except UncoveredBlocks:
+                logger.warning("%s, and there is no third one to ask who is wrong", text)
+                return
+        except PetalsTuneError as error:  # nobody to ask, or a fault on the way, or the model has left the swarm
+            logger.debug("blocks %s of server %s were not checked: %s", span, server.peer, error)
+            return
+        liar = outvoted(first, second, third, tolerance)
+        if liar is None or len(liar.servers) > 1:
+            logger.warning("%s, and a third answer does not tell who is wrong", text)
+            return
+        self.client.stats.outvoted += 1
+        what = f"server {liar.servers[0].peer} computes blocks {span} otherwise than two others, by {apart:.2%}"
+        self.client.failed(liar.servers[0], BadReply(what))
+
+    async def _answer(self, work: list[Work], pick: Pick, *, without: set[str]) -> Answer:
+        """What others make of `work`. Raises ServerError, and UncoveredBlocks where there is nobody."""
+        request, hop = work[0][0].request, work[0][0].hop
+        banned = self.client.banned() | without | self._unlike(hop.server)
+        route = self.client.plan(hop.span, work=request.hidden.shape[0] * request.hidden.shape[1], banned=banned)
+        gradients, output = [], request.hidden
+        for leg, context, grad in work:
+            legs, output, input_grad = [], leg.request.hidden, leg.request.input_grad
+            for part in route:
+                going, output = await super()._go(part, output, context, keep=grad is not None, input_grad=input_grad)
+                input_grad = input_grad or going.request.adapter is not None
+                legs.append(going)
+            if grad is not None:
+                gradients.append(await self._back_again(legs, context, grad))
+        servers = tuple(part.server for part in route)
+        return Answer(servers=servers, tensors=pick(Done(output=output, gradients=gradients)))
+
+    async def _back_again(self, legs: Sequence[Leg], context: CallContext, grad: torch.Tensor) -> ChainGradients:
+        """As `backward`, without repair: a check that meets a fault is given up."""
+        total = ChainGradients(hidden=grad)
+        for leg in reversed(legs):
+            if total.hidden is None or not (leg.request.input_grad or leg.request.adapter):
+                total.hidden = None
+                break
+            again = None if leg.lease is not None else self._packed(msgspec.structs.replace(leg.request, keep=False))
+            request = Backward(lease=leg.lease, again=again, grad=in_format(total.hidden, self._grad_format))
+            found = await super()._gradients(leg, context, request, None, total.hidden)
+            total.adapter.update(found.adapter)
+            total.hidden = found.hidden
+        return total
+
+    def _unlike(self, server: ServerRecord) -> set[str]:
+        """Servers whose numbers are no measure for those of `server`."""
+        kind = (server.quantization, server.dtype)
+        return {each.peer for each in self.client.servers if (each.quantization, each.dtype) != kind}
+
+    def _tolerance(self, server: ServerRecord) -> float:
+        return max(TOLERANCE[kind] for kind in (server.dtype, self.wire_format, self._grad_format))
+
+
+def _output(done: Done) -> tuple[torch.Tensor, ...]:
+    assert done.output is not None
+    return (done.output,)
+
+
+def _input_gradients(done: Done) -> tuple[torch.Tensor, ...]:
+    return tuple(each.hidden for each in done.gradients if each.hidden is not None)
+
+
+def _adapter_gradients(done: Done) -> tuple[torch.Tensor, ...]:
+    """By block, each summed over all gradients."""
+    return tuple(
+        sum(same[1:], start=same[0])
+        for block in sorted(done.gradients[0].adapter)
+        for same in zip(*(each.adapter[block] for each in done.gradients), strict=True)
+    )
+
+
+def _all_gradients(done: Done) -> tuple[torch.Tensor, ...]:
+    return (*_input_gradients(done), *_adapter_gradients(done))

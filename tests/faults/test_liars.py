@@ -1,0 +1,129 @@
+"""Spot checks: which work is checked, who is outvoted, and that honest servers are left alone."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from petals_tune.swarm import loop
+from petals_tune.swarm.verify import Answer, deviation, drawn, outvoted
+from petals_tune.wire.messages import CollectedSum, Forwarded, Gradients, Message
+from petals_tune.wire.span import BlockSpan
+from tests.faults.network import Network
+from tests.faults.step import TrainingStep, check
+from tests.processes import LONG_S
+
+SPAN = BlockSpan(3, 6)
+
+
+def answer(*values: float) -> Answer:
+    return Answer(servers=(), tensors=(torch.tensor(values),))
+
+
+def test_the_share_that_is_checked_is_the_one_that_was_asked_for_and_follows_from_the_seed():
+    inputs = torch.randn(4000, 1, 8, 4, generator=torch.Generator().manual_seed(0))
+
+    def chosen(seed: int, share: float, kind: str = "forward") -> list[bool]:
+        return [drawn(share, seed=seed, kind=kind, span=SPAN, hidden=hidden) for hidden in inputs]
+
+    assert sum(chosen(0, 0.02)) == pytest.approx(80, abs=30)
+    assert chosen(0, 0.02) == chosen(0, 0.02)
+    assert chosen(0, 0.02) != chosen(1, 0.02)
+    assert chosen(0, 0.02) != chosen(0, 0.02, "backward")
+    assert not any(chosen(0, 0.0))
+    assert all(chosen(0, 1.0))
+
+
+def test_a_third_answer_tells_who_is_wrong_or_that_nobody_knows():
+    good, bad, worse = answer(1.0, 2.0), answer(1.01, 2.02), answer(9.0, 9.0)
+    assert deviation(bad, good) == pytest.approx(0.01)
+    assert outvoted(bad, good, good, 1e-3) is bad
+    assert outvoted(good, bad, good, 1e-3) is bad
+    assert outvoted(good, bad, worse, 1e-3) is None
+    assert outvoted(good, bad, answer(1.005, 2.01), 6e-3) is None, "the third one agrees with both"
+
+
+@pytest.fixture
+def network(folder: Path) -> Iterator[Network]:
+    """Two servers of the first half, of which one holds another cut too, and three of the second."""
+    network = Network(folder)
+    for name, span in {"a": "0:3", "a2": "0:2", "a3": "2:3", "b": "3:6", "b2": "3:6", "b3": "3:6"}.items():
+        network.serve(name, span)
+    yield network
+    network.close()
+
+
+class Checked(TrainingStep):
+    """A step, all of which is checked."""
+
+    def __init__(self, network: Network):
+        super().__init__(network, verify=1.0)
+
+    def settle(self) -> None:
+        """Wait until every check has ended."""
+        deadline_s = time.monotonic() + LONG_S
+        while self.chain._checks:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+
+
+def test_honest_servers_are_checked_and_left_alone(network, expected, caplog):
+    step = Checked(network)
+    step.run(between=step.settle, after=step.settle)
+    check(step, expected)
+    assert step.chain.client.stats.checks >= 10, "two micro-batches over two legs, forward and back, and the sums"
+    assert step.chain.client.stats.outvoted == 0
+    assert not step.chain.client.banned()
+    assert not caplog.records
+
+
+def scaled(kind: type[Message], field: str):
+    def lie(reply: Message) -> Message:
+        if not isinstance(reply, kind):
+            return reply
+        value = getattr(reply, field)
+        wrong = [each * 1.01 for each in value] if isinstance(value, list) else value * 1.01
+        return msgspec.structs.replace(reply, **{field: wrong})
+
+    return lie
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"), [(Forwarded, "hidden"), (Gradients, "hidden"), (CollectedSum, "adapter")], ids=str
+)
+def test_a_server_that_scales_its_answers_is_outvoted_banned_and_reported(network, kind, field, caplog):
+    liar = network.servers["b2"]
+    liar.handler.lie = scaled(kind, field)
+    step = Checked(network)
+    step.chain.client.load.speed_s[liar.record.peer] = 1e-9  # everybody asks it
+    step.run(between=step.settle, after=step.settle)
+    assert step.chain.client.banned() == {liar.record.peer}
+    assert step.chain.client.stats.outvoted >= 1
+    assert any(liar.record.peer in record.getMessage() and "1.00%" in record.getMessage() for record in caplog.records)
+    assert loop.run(step.chain.client.route(SPAN, work=1))[0].server.peer != liar.record.peer
+
+
+def test_servers_of_another_quantization_are_no_measure(network):
+    for name in ("b2", "b3"):
+        network.kill(name)
+        network.serve(name, "3:6", quantization="int8")
+    step = Checked(network)
+    for name, speed_s in {"b": 1e-9, "b2": 1.0, "b3": 1.0}.items():
+        step.chain.client.load.speed_s[network.servers[name].record.peer] = speed_s
+    step.run(between=step.settle, after=step.settle)
+    assert network.calls["b", "Forward"] == 2
+    assert not network.calls["b2", "Forward"] + network.calls["b3", "Forward"]
+
+
+def test_where_two_disagree_and_there_is_no_third_both_are_named_and_nobody_is_banned(network, caplog):
+    network.kill("b3")
+    network.servers["b2"].handler.lie = scaled(Forwarded, "hidden")
+    step = Checked(network)
+    step.run(between=step.settle, after=step.settle)
+    assert not step.chain.client.banned()
+    (said, *_) = [record.getMessage() for record in caplog.records]
+    assert "there is no third one to ask" in said
+    assert all(network.servers[name].record.peer in said for name in ("b", "b2"))
