@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
 
 from petals_tune.checkpoint import Checkpoint
 from petals_tune.errors import UnsupportedModel
@@ -44,6 +47,7 @@ class _AutoDistributed:
         token: str | None = None,
         identity_path: str | None = None,
         policy: RetryPolicy | None = None,
+        **config_changes: Any,
     ) -> PreTrainedModel:
         """A Hugging Face model whose blocks run on the swarm of `initial_peers`; the rest is local and frozen.
 
@@ -59,7 +63,9 @@ class _AutoDistributed:
         Source: Borzunov et al. 2022, arXiv:2209.01188 (clients own the trained parameters, servers stay frozen).
         """
         checkpoint = Checkpoint(str(source))
-        config = checkpoint.config
+        config = copy.deepcopy(checkpoint.config)
+        for name, value in config_changes.items():
+            setattr(config, name, value)
         if type(config) not in cls._mapping:
             raise UnsupportedModel(f"transformers has no {cls._needs} for model_type={config.model_type!r}")
         hollow = hollow_base_model(config)
@@ -110,3 +116,10 @@ class AutoDistributedModelForCausalLM(_AutoDistributed):
 
     _mapping = MODEL_FOR_CAUSAL_LM_MAPPING
     _needs = AutoModelForCausalLM.__name__
+
+
+class AutoDistributedModelForSequenceClassification(_AutoDistributed):
+    """`transformers.AutoModelForSequenceClassification` with remote blocks."""
+
+    _mapping = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    _needs = AutoModelForSequenceClassification.__name__

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
 
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from transformers.utils import logging as transformers_logging
 
 _WARNINGS = {
@@ -23,7 +26,9 @@ _LOGGERS = ("lightning.pytorch", "lightning.fabric")
 
 
 def quiet() -> None:
-    """Silence the noise above, in this process."""
+    """Silence the noise above, in this process; and all lines of a run in the processes that only help another one."""
+    if rank_zero_only.rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # to the end of the process
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name in _LOGGERS:
