@@ -76,9 +76,7 @@ class RowOrder(DistributedSampler):
         return Place(self, {"seed": self.seed, "epoch": self.epoch, "taken": 0})
 
     def order(self, seed: int, epoch: int) -> list[int]:
-        order = training_order(
-            self.lengths, batch_rows=self.batch_rows, buckets=self.buckets, seed=seed, epoch=epoch
-        )
+        order = training_order(self.lengths, batch_rows=self.batch_rows, buckets=self.buckets, seed=seed, epoch=epoch)
         order += order[: -len(order) % self.num_replicas]
         return order[self.rank :: self.num_replicas]
 

@@ -160,16 +160,14 @@ class PersonaChat:
 
     def examples(self, row: TableRow) -> Iterator[Example]:
         persona = persona_message(list(row["personality"] or ())[: self.persona_lines])
-        for reply in row["utterances"] if "utterances" in row else [row]:
+        for reply in row.get("utterances", [row]):
             missing = [name for name in ("history", "candidates") if not reply.get(name)]
             if missing:
                 raise DataError(f"{missing[0]!r} is empty or not there: a reply needs history and candidates")
             history = [turn for turn in reply["history"] if turn != "__ SILENCE __"][-self.history_turns :]
             # The last turn of the history is the partner's.
             roles = ["user" if back % 2 == 0 else "assistant" for back in range(len(history))][::-1]
-            turns: list[Message] = [
-                {"role": role, "content": turn} for role, turn in zip(roles, history, strict=True)
-            ]
+            turns: list[Message] = [{"role": role, "content": turn} for role, turn in zip(roles, history, strict=True)]
             yield Example(context=(persona, *turns), answer=reply["candidates"][-1])
 
 

@@ -1,4 +1,4 @@
-"""Short questions and answers from ChatterBot's corpus (package `chatterbot-corpus`): they stand in for instructions."""
+"""Questions and answers from ChatterBot's corpus (package `chatterbot-corpus`): they stand in for instructions."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

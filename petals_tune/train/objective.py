@@ -149,7 +149,7 @@ def class_logits(net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
         hidden = inputs[0]  # (B, S, H)
         predicts, targets = predicting(hidden, batch["labels"])
         if not (predicts.sum(dim=1) == 1).all():
-            raise DataError("a row for a trained head needs exactly one supervised token, its label word; data.pack=false")
+            raise DataError("a row for a trained head needs exactly one supervised token: set data.pack=false")
         return (hidden[predicts][:, None].expand_as(hidden),)
 
     return hooked(net, classification_head(net), pick, batch), targets

@@ -11,6 +11,7 @@ from petals_tune.data.module import TextData
 from petals_tune.data.rows import LabelledText, Text
 from petals_tune.errors import ConfigError, DataError
 
+
 class Counting:
     """Twenty training rows, and four of validation of which the third is too long for 12 tokens."""
 
