@@ -27,7 +27,7 @@ _LOGGERS = ("lightning.pytorch", "lightning.fabric")
 
 def quiet() -> None:
     """Silence the noise above, in this process; and all lines of a run in the processes that only help another one."""
-    if rank_zero_only.rank:
+    if getattr(rank_zero_only, "rank", 0):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # to the end of the process
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)

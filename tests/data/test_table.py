@@ -124,7 +124,7 @@ def test_a_row_without_an_answer_is_named_by_its_number(streaming: bool, tmp_pat
 
 
 MISTAKES = {
-    "a missing column": ({"columns": Answers(answer="reply")}, r"no column 'reply': it has prompt, answer; .*\.answer="),
+    "a missing column": ({"columns": Answers(answer="reply")}, r"no column 'reply': it has prompt, answer; .*answer="),
     "a missing column of where": ({"where": {"lang": "en"}}, r"no column 'lang': .*data\.source\.where\.lang="),
     "a split that is not there": ({"validation_split": "test"}, "has no split 'test': it has train"),
     "a file that is not there": ({"path": "nowhere.jsonl"}, "there is no such file"),

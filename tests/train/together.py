@@ -8,6 +8,7 @@ Lightning starts this program again for each further process.
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import Trainer
@@ -35,17 +36,16 @@ def talk(batch_size: int) -> TextData:
     return TextData(TinyTalk(), tokenizer=tiny_tokenizer(), batch_size=batch_size, length_buckets=True)
 
 
-def trainer(folder: Path, **options) -> Trainer:
+def trainer(folder: Path, **options: Any) -> Trainer:
     return Trainer(
         accelerator="cpu",
-        max_steps=STEPS,
         default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
         num_sanity_val_steps=0,
-        **options,
+        **{"max_steps": STEPS, **options},
     )
 
 
