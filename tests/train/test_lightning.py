@@ -8,15 +8,16 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from transformers import AutoModelForSequenceClassification
 
 from petals_tune.errors import ConfigError
 from petals_tune.train.module import FineTuner
 from petals_tune.train.objective import CausalLM
 from petals_tune.train.run import run
 from tests.train.conftest import Compose
-from tests.train.tiny import LocalConnection, tiny_model
+from tests.train.tiny import WORDS, LocalConnection, TinyReviews, tiny_model, tiny_tokenizer
 from tests.train.together import LORA, STEPS, talk, trainer, tuner
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -92,10 +93,20 @@ def test_mixed_precision_keeps_what_is_trained_in_32_bits(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("recipe", ["sst2_head", "sst2_lora_head"])
-def test_a_head_is_trained_by_its_recipe(recipe: str, tiny_run: Compose, tmp_path: Path) -> None:
+def test_a_head_is_trained_by_its_recipe_and_loads_with_stock_peft(
+    recipe: str, tiny_run: Compose, tiny_folder: Path, tmp_path: Path
+) -> None:
     measured = run(tiny_run(recipe, "optimizer.lr=0.05", "trainer.max_steps=12"), LocalConnection())
     assert measured["after"]["loss"] < measured["before"]["loss"]
-    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=2)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
+    right = []
+    with torch.no_grad():
+        for row in TinyReviews().validation():
+            logits = loaded(**tiny_tokenizer()(row.prompt, return_tensors="pt")).logits
+            right.append(WORDS[logits.argmax().item()] == row.word)
+    assert sum(right) / len(right) == pytest.approx(measured["after"]["accuracy"])
 
 
 def test_lightnings_parts_by_name_from_the_command_line(tiny_run: Compose, tmp_path: Path) -> None:
