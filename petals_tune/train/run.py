@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from petals_tune.config import check
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
-from petals_tune.train.backbone import remote_blocks, swarm_stats
+from petals_tune.train.backbone import remote_blocks, swarm_stats, without_adapter
 from petals_tune.train.callbacks import MB
 from petals_tune.train.curves import draw_curves
 from petals_tune.train.export import export_adapter
@@ -96,7 +96,7 @@ def measure_and_fit(
         print(f"{name:<10}{said(summary)}", flush=True)
 
     if zero_shot:
-        with tuner.net.disable_adapter(), tuner.validating_as("zero_shot"):
+        with without_adapter(tuner.net), tuner.validating_as("zero_shot"):
             measure("zero_shot", validated(parts, tuner))
     measure("before", validated(parts, tuner))
     with interrupts_raised(parts.trainer):

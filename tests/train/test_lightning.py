@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from omegaconf import OmegaConf
 from peft import PeftModel, get_peft_model
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from transformers import AutoModelForSequenceClassification
@@ -117,9 +118,9 @@ def test_lightnings_parts_by_name_from_the_command_line(tiny_run: Compose, tmp_p
         "+callbacks.early_stopping.min_delta=100",
         "trainer.max_steps=30",
         "trainer.accumulate_grad_batches=2",
-        "schedule={_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, step_size: 5}",
         f"+logger.more={{_target_: lightning.pytorch.loggers.CSVLogger, save_dir: '{tmp_path}', name: more}}",
     )
+    cfg.schedule = OmegaConf.create({"_target_": "torch.optim.lr_scheduler.StepLR", "_partial_": True, "step_size": 5})
     run(cfg, LocalConnection())
     checkpoint = torch.load(tmp_path / "out" / "checkpoint.ckpt", weights_only=True)
     assert checkpoint["global_step"] < 30
