@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+import torch
 from lightning import LightningDataModule
 from torch.utils.data import Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -186,9 +187,16 @@ class TextData(LightningDataModule):
         return EncodedSplit(rows=rows, left_out=left_out)
 
     def _loader(self, rows: list[Row], sampler: Sampler[int]) -> StatefulDataLoader:
+        # Every pass draws a seed: from a generator of its own, or the random numbers of the training would move on.
+        generator = torch.Generator().manual_seed(self.seed)
         pad = partial(collate, pad_id=choose_pad_id(self.tokenizer), padding_side=self.padding_side)
         return StatefulDataLoader(
-            rows, batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers, collate_fn=pad
+            rows,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=pad,
+            generator=generator,
         )
 
 
