@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Two threads that wait for each other are slower than one where other processes want the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
