@@ -102,11 +102,8 @@ class Labels:
 
     @property
     def known(self) -> list[str]:
-        return [str(label) for label in self.labels] if self.labels is not None else list(map(str, self._numbers))
-
-    @property
-    def _numbers(self) -> range:
-        return range(len(self.words))
+        """The labels, as text, in the order of the words."""
+        return [str(label) for label in self.labels or range(len(self.words))]
 
     @property
     def needed(self) -> dict[str, str]:
