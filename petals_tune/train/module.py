@@ -20,7 +20,7 @@ from petals_tune.errors import ConfigError, PetalsTuneError
 from petals_tune.train.backbone import Net
 from petals_tune.train.objective import Objective, Scores
 
-MakeOptimizer = Callable[[Iterable[Any]], Optimizer]  # called with parameters, or with groups of them
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 MakeSchedule = Callable[..., LRScheduler]  # called as schedule(optimizer=...), with num_training_steps=N if it takes it
 
 # With the others, weights and hidden states of the client would have another type than what the servers send back.
@@ -106,10 +106,10 @@ class FineTuner(LightningModule):
             self.split = before
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        trained = self.trained()
+        trained = [parameter for _, parameter in self.trained()]
         if not trained:
             raise ConfigError("nothing to train: no parameter of the model requires a gradient; choose tuning=prompt")
-        optimizer = self._make_optimizer(self._groups(trained))
+        optimizer = self._make_optimizer(trained)
         if self._make_schedule is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
@@ -129,14 +129,6 @@ class FineTuner(LightningModule):
         wanted = {name: tuple(parameter.shape) for name, parameter in self.trained()}
         if saved != wanted:
             raise ConfigError(f"ckpt_path is of another run: it holds {saved}, and this run trains {wanted}")
-
-    def _groups(self, trained: list[tuple[str, nn.Parameter]]) -> list[Any]:
-        """What the optimizer is called with: parameters, in a second group those of a head with a rate of its own."""
-        if self.objective.head_lr is None:
-            return [parameter for _, parameter in trained]
-        head = [parameter for name, parameter in trained if ".score." in name]
-        others = [parameter for name, parameter in trained if ".score." not in name]
-        return [{"params": others}, {"params": head, "lr": self.objective.head_lr}]
 
     def _share(self, count: int) -> float:
         """What this process's mean over `count` tokens weighs against the others', whose gradients DDP will average."""

@@ -32,14 +32,10 @@ class Scores:
 
 
 class Objective(Protocol):
-    """Scores a batch; `headline` is the metric that a run is judged by, `task_type` says which head it needs.
-
-    A head that is trained may have a learning rate of its own, `head_lr`.
-    """
+    """Scores a batch; `headline` is the metric that a run is judged by, `task_type` says which head it needs."""
 
     headline: str
     task_type: TaskType
-    head_lr: float | None
 
     def __call__(self, net: Net, batch: Batch) -> Scores: ...
 
@@ -52,7 +48,6 @@ class CausalLM:
 
     headline = "perplexity"
     task_type = TaskType.CAUSAL_LM
-    head_lr: float | None = None
 
     def __call__(self, net: Net, batch: Batch) -> Scores:
         logits, targets = supervised_logits(net, batch)
@@ -67,7 +62,6 @@ class LabelWords:
 
     headline = "accuracy"
     task_type = TaskType.CAUSAL_LM
-    head_lr: float | None = None
 
     def __init__(self, words: Sequence[str], tokenizer: PreTrainedTokenizerBase):
         """Raises DataError where a word is not one token."""
@@ -101,10 +95,8 @@ class ClassHead(LabelWords):
 
     task_type = TaskType.SEQ_CLS
 
-    def __init__(self, words: Sequence[str], tokenizer: PreTrainedTokenizerBase, head_lr: float | None = None):
-        """`head_lr`: with the 1e-2 of a soft prompt the head forgets what it started from; None: as the others."""
+    def __init__(self, words: Sequence[str], tokenizer: PreTrainedTokenizerBase):
         super().__init__(words, tokenizer)
-        self.head_lr = head_lr
         self._pad_id = choose_pad_id(tokenizer)
 
     def start_head(self, model: PreTrainedModel, source: str) -> None:

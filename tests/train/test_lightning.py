@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from omegaconf import OmegaConf
 from peft import PeftModel, get_peft_model
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -16,9 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from petals_tune.errors import ConfigError
 from petals_tune.train.module import FineTuner
 from petals_tune.train.objective import CausalLM
-from petals_tune.train.parts import prepare
 from petals_tune.train.run import run
-from petals_tune.tuning.support import tune
 from tests.train.conftest import Compose
 from tests.train.tiny import WORDS, LocalConnection, TinyReviews, tiny_model, tiny_tokenizer
 from tests.train.together import LORA, STEPS, talk, trainer, tuner
@@ -110,25 +108,6 @@ def test_a_head_is_trained_by_its_recipe_and_loads_with_stock_peft(
             logits = loaded(**tiny_tokenizer()(row.prompt, return_tensors="pt")).logits
             right.append(WORDS[logits.argmax().item()] == row.word)
     assert sum(right) / len(right) == pytest.approx(measured["after"]["accuracy"])
-
-
-def test_a_head_may_have_a_learning_rate_of_its_own(tiny_run: Compose) -> None:
-    seen = {}
-
-    class Rates(Callback):
-        def on_train_start(self, trainer: Trainer, module: FineTuner) -> None:
-            names = {id(parameter): name for name, parameter in module.trained()}
-            for group in trainer.optimizers[0].param_groups:
-                seen.update({names[id(parameter)]: group["initial_lr"] for parameter in group["params"]})
-
-    cfg = tiny_run("sst2_head", "optimizer.lr=0.02", "objective.head_lr=0.001", "trainer.max_steps=1")
-    parts = prepare(cfg)
-    parts.trainer.callbacks.append(Rates())
-    with LocalConnection()(parts) as model:
-        module = FineTuner(tune(model, parts.tuning), parts.objective, parts.optimizer, parts.schedule)
-        parts.trainer.fit(module, datamodule=parts.data)
-    assert {rate for name, rate in seen.items() if ".score." in name} == {0.001}
-    assert {rate for name, rate in seen.items() if ".score." not in name} == {0.02}
 
 
 def test_lightnings_parts_by_name_from_the_command_line(tiny_run: Compose, tmp_path: Path) -> None:
