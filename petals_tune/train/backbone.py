@@ -23,11 +23,12 @@ def without_adapter(net: PeftModel) -> Iterator[None]:
             yield
         return
     # With a soft prompt, PEFT's disable_adapter() fails on a model that cannot generate, such as a classifier.
-    net.forward = net.get_base_model().forward
+    patched: Any = net
+    patched.forward = net.get_base_model().forward
     try:
         yield
     finally:
-        del net.forward
+        del patched.forward
 
 
 def remote_blocks(net: nn.Module) -> Any:
