@@ -49,6 +49,7 @@ KNOWN_ONLY_TO = {
     "transformers": "families checkpoint convert data tuning remote train petals_tune servers",
     "peft": "tuning remote train petals_tune",
     "lightning": "data train petals_tune",
+    "datasets": "data",
     "hydra": "config train petals_tune servers",
     "wandb": "train petals_tune",
 }

@@ -3,16 +3,16 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from lightning import LightningDataModule
+from torch.utils.data import Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
+from petals_tune.data.batching import RowOrder, RowShare, pack
 from petals_tune.data.collate import PADDING_SIDES, PaddingSide, choose_pad_id, collate
-from petals_tune.data.rows import Example, LabelledText, Row, fit
-from petals_tune.data.shuffle import ShuffledRows
+from petals_tune.data.rows import Example, LabelledText, Row, Text, rows_of
 from petals_tune.data.source import Source, whole_number
 from petals_tune.errors import ConfigError, DataError
 
@@ -33,6 +33,9 @@ class EncodedSplit:
     rows: list[Row]
     left_out: int
 
+    def packed(self, max_tokens: int) -> "EncodedSplit":
+        return EncodedSplit(rows=pack(self.rows, max_tokens), left_out=self.left_out)
+
 
 class TextData(LightningDataModule):
     """Rows of a source, batched.
@@ -41,9 +44,12 @@ class TextData(LightningDataModule):
     tokenizer:            of the model that is trained
     batch_size:           rows of a batch
     max_tokens:           of a row, context and answer together
-    max_rows:             training rows, None for all
+    max_rows:             training rows before packing, None for all
     max_validation_rows:  held-out rows, None for all
     sampled_replies:      held-out rows in `samples`
+    pack:                 join short training rows end to end, up to max_tokens; a row then sees those before it.
+                          Validation rows are never packed, so that a metric means the same
+    length_buckets:       batches of training rows of alike length, which need less padding
     padding_side:         right, or left for heads that read the last position
     num_workers:          processes that pad batches; 0 does it in this one, which is enough for encoded rows
     seed:                 of the order of the training rows, not of the choice of rows
@@ -62,6 +68,8 @@ class TextData(LightningDataModule):
         max_rows: int | None = None,
         max_validation_rows: int | None = None,
         sampled_replies: int = 0,
+        pack: bool = False,
+        length_buckets: bool = False,
         padding_side: PaddingSide = "right",
         num_workers: int = 0,
         seed: int = 0,
@@ -74,6 +82,7 @@ class TextData(LightningDataModule):
         self.max_rows = _limit("data.max_rows", max_rows)
         self.max_validation_rows = _limit("data.max_validation_rows", max_validation_rows)
         self.sampled_replies = whole_number("data.sampled_replies", sampled_replies, least=0)
+        self.pack, self.length_buckets = pack, length_buckets
         self.num_workers = whole_number("data.num_workers", num_workers, least=0)
         self.seed = whole_number("data.seed", seed, least=0)
         if padding_side not in PADDING_SIDES:
@@ -88,7 +97,8 @@ class TextData(LightningDataModule):
 
     @cached_property
     def train_split(self) -> EncodedSplit:
-        return self._encoded("training", self.source.train(), self.max_rows)
+        split = self._encoded("training", self.source.train(), self.max_rows)
+        return split.packed(self.max_tokens) if self.pack else split
 
     @cached_property
     def validation_split(self) -> EncodedSplit:
@@ -97,16 +107,41 @@ class TextData(LightningDataModule):
     def train_dataloader(self) -> StatefulDataLoader:
         """Shuffled by the seed: the same order for every new loader, another one in each of its epochs."""
         rows = self.train_split.rows
-        return self._loader(rows, sampler=ShuffledRows(len(rows), self.seed))
+        order = RowOrder(
+            [len(row.input_ids) for row in rows],
+            batch_size=self.batch_size,
+            buckets=self.length_buckets,
+            seed=self.seed,
+            rank=self._rank,
+            ranks=self._ranks,
+        )
+        return self._loader(rows, order)
 
     def val_dataloader(self) -> StatefulDataLoader:
         # Rows of alike length side by side need the least padding, and their order is no matter here.
-        return self._loader(sorted(self.validation_split.rows, key=lambda row: len(row.input_ids)))
+        rows = sorted(self.validation_split.rows, key=lambda row: len(row.input_ids))
+        if len(rows) < self._ranks:
+            raise DataError(f"{len(rows)} validation rows are too few for {self._ranks} processes: each needs one")
+        return self._loader(rows, RowShare(rows, rank=self._rank, ranks=self._ranks))
+
+    def test_dataloader(self) -> StatefulDataLoader:
+        """The validation rows: `trainer.test` after a fit measures them once more, under test/..."""
+        return self.val_dataloader()
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def _ranks(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
 
     @property
     def description(self) -> str:
         """One line: which data this is, how it is split, how many rows."""
-        counts = f"{len(self.train_split.rows):,} training and {len(self.validation_split.rows):,} validation rows"
+        packed = " packed" if self.pack else ""
+        train, validation = len(self.train_split.rows), len(self.validation_split.rows)
+        counts = f"{train:,}{packed} training and {validation:,} validation rows"
         return f"{self.source.description}; {counts}"
 
     @property
@@ -131,16 +166,18 @@ class TextData(LightningDataModule):
     def _text(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
 
-    def _encoded(self, name: str, examples: Iterable[Example | LabelledText], max_rows: int | None) -> EncodedSplit:
+    def _encoded(
+        self, name: str, examples: Iterable[Example | LabelledText | Text], max_rows: int | None
+    ) -> EncodedSplit:
         rows: list[Row] = []
         left_out = 0
         for example in examples:
-            if len(rows) == max_rows:
+            made = rows_of(example, self.tokenizer, self.max_tokens)
+            rows += made
+            left_out += not made
+            if max_rows is not None and len(rows) >= max_rows:
+                rows = rows[:max_rows]
                 break
-            if row := fit(example, self.tokenizer, self.max_tokens):
-                rows.append(row)
-            else:
-                left_out += 1
         if not rows:
             raise DataError(
                 f"no {name} row: {left_out} examples need more than data.max_tokens={self.max_tokens}"
@@ -149,15 +186,17 @@ class TextData(LightningDataModule):
             )
         return EncodedSplit(rows=rows, left_out=left_out)
 
-    def _loader(self, rows: list[Row], **options: Any) -> StatefulDataLoader:
+    def _loader(self, rows: list[Row], sampler: Sampler[int]) -> StatefulDataLoader:
+        # Every pass draws a seed: from a generator of its own, or the random numbers of the training would move on.
+        generator = torch.Generator().manual_seed(self.seed)
         pad = partial(collate, pad_id=choose_pad_id(self.tokenizer), padding_side=self.padding_side)
         return StatefulDataLoader(
             rows,
             batch_size=self.batch_size,
+            sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=pad,
-            generator=torch.Generator(),  # each pass draws a seed; the global generator is the training's own
-            **options,
+            generator=generator,
         )
 
 

@@ -1,6 +1,7 @@
-"""An example becomes a row: token ids, and labels that are -100 wherever nothing is learned. Pure functions.
+"""An example becomes rows: token ids, and labels that are -100 wherever nothing is learned. Pure functions.
 
-The mask rule is written here and nowhere else: the context is read, the answer and its end are learned.
+The mask rule is written here and nowhere else: the context is read, the answer and its end are learned. Of a plain text
+all is learned but its first token, which nothing precedes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ class Example:
 
     context: tuple[Message, ...]
     answer: str
+    every_answer: bool = False  # learn the assistant's turns in the context too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,13 @@ class LabelledText:
 
     prompt: str
     word: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Plain text, learned whole."""
+
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,45 +62,61 @@ class Row:
         return self.input_ids[: next(t for t, label in enumerate(self.labels) if label != IGNORED)]
 
 
-def encode(example: Example | LabelledText, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Row:
-    """The row of an example: its context, then the answer and the end of its turn.
+def rows_of(example: Example | LabelledText | Text, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Row]:
+    """The rows of an example: its context, then the answer and the end of its turn.
 
-    A long context loses its oldest turns, never the system message, the last turn or any of the answer.
-    Raises DataError when even so the row has more than max_tokens tokens, when the answer is empty, when a label
-    word is not one token, or when the chat template refuses the messages.
+    A long context loses its oldest turns, never the system message, the last turn or any of the answer; where even so
+    the row has more than max_tokens tokens, there is no row. A long text becomes several rows.
+    Raises DataError when the answer is empty, when a label word is not one token, or when the chat template refuses
+    the messages.
     """
-    row = fit(example, tokenizer, max_tokens)
-    if row is None:
-        raise DataError(f"a row does not fit into {max_tokens} tokens with its last turn and its answer: {example}")
-    return row
-
-
-def fit(example: Example | LabelledText, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Row | None:
-    """As `encode`, but None where the row is too long: a corpus may hold such rows, and can do without them."""
+    if isinstance(example, Text):
+        return list(_pieces(example, tokenizer, max_tokens))
     whole_tokens = 0
-    for prompt_ids, answer_ids in _token_ids(example, tokenizer):
-        whole_tokens = whole_tokens or len(prompt_ids)
-        if len(prompt_ids) + len(answer_ids) <= max_tokens:
-            return Row(
-                input_ids=prompt_ids + answer_ids,
-                labels=[IGNORED] * len(prompt_ids) + answer_ids,
-                cut_tokens=whole_tokens - len(prompt_ids),
+    for segments in _segments(example, tokenizer):
+        tokens = sum(len(ids) for ids, _ in segments)
+        whole_tokens = whole_tokens or tokens
+        if tokens <= max_tokens:
+            row = Row(
+                input_ids=[token for ids, _ in segments for token in ids],
+                labels=[token if learned else IGNORED for ids, learned in segments for token in ids],
+                cut_tokens=whole_tokens - tokens,
             )
-    return None
+            return [row]
+    return []
 
 
-def _token_ids(
-    example: Example | LabelledText, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[list[int], list[int]]]:
-    """(context, answer) as token ids, once for each way to shorten the context, the whole one first."""
+# Token ids in a row, and whether they are learned.
+Segment = tuple[list[int], bool]
+
+
+def _segments(example: Example | LabelledText, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Segment]]:
+    """The parts of a row, once for each way to shorten the context, the whole one first."""
     match example:
         case LabelledText(prompt=prompt, word=word):
-            yield tokenizer(prompt)["input_ids"], [word_id(word, tokenizer)]
+            yield [(tokenizer(prompt)["input_ids"], False), ([word_id(word, tokenizer)], True)]
         case Example(context=context, answer=answer):
             if not (answer := answer.strip()):
                 raise DataError(f"a row has an empty answer: {example}")
-            as_ids = _template_ids if tokenizer.chat_template else _transcript_ids
-            yield from (as_ids(shorter, answer, tokenizer) for shorter in _shortened(context))
+            as_segments = _template_segments if tokenizer.chat_template else _transcript_segments
+            for shorter in _shortened(context):
+                turns = [*shorter, {"role": "assistant", "content": answer}]
+                last = len(turns) - 1
+                learned = [
+                    position
+                    for position, turn in enumerate(turns)
+                    if turn["role"] == "assistant" and (example.every_answer or position == last)
+                ]
+                yield as_segments(turns, learned, tokenizer)
+
+
+def _pieces(example: Text, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Iterator[Row]:
+    """A text and its end, cut where a row is full. A last piece of one token would teach nothing."""
+    ids = [*tokenizer(example.text)["input_ids"], *_end_ids(tokenizer)]
+    for start in range(0, len(ids) - 1, max_tokens):
+        piece = ids[start : start + max_tokens]
+        if len(piece) > 1:
+            yield Row(input_ids=piece, labels=[IGNORED, *piece[1:]])
 
 
 def context_ids(context: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -125,19 +150,28 @@ def _shortened(context: Sequence[Message]) -> Iterator[list[Message]]:
         yield system + turns[start:]
 
 
-def _template_ids(
-    context: list[Message], answer: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    prompt = _chat_text(context, tokenizer, add_generation_prompt=True)
-    chat = _chat_text([*context, {"role": "assistant", "content": answer}], tokenizer, add_generation_prompt=False)
-    if not chat.startswith(prompt):
-        raise DataError(f"the tokenizer's chat template has no place for an answer: {prompt!r} does not begin {chat!r}")
-    # The template may go on after the end of the turn (a line break): no model should learn to say that.
-    reply = chat[len(prompt) :].rstrip()
-    # The text is cut where generation starts, so that training and generation see the same tokens.
-    prompt_ids = context_ids(context, tokenizer)
-    reply_ids = tokenizer(reply, add_special_tokens=False)["input_ids"]
-    return prompt_ids, reply_ids + _end_ids(tokenizer) if reply.endswith(answer) else reply_ids
+def _template_segments(
+    turns: list[Message], learned: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> list[Segment]:
+    """`learned` are the positions of the turns that are learned, in order."""
+    segments: list[Segment] = []
+    seen = ""
+    for position in learned:
+        prompt = _chat_text(turns[:position], tokenizer, add_generation_prompt=True)
+        chat = _chat_text(turns[: position + 1], tokenizer, add_generation_prompt=False)
+        if not (chat.startswith(prompt) and prompt.startswith(seen)):
+            raise DataError(
+                f"the tokenizer's chat template has no place for an answer: {prompt!r} does not begin {chat!r}"
+            )
+        answer = turns[position]["content"].strip()
+        # The template may go on after the end of the turn (a line break): no model should learn to say that.
+        reply = chat[len(prompt) :].rstrip()
+        # The text is cut where generation starts, so that training and generation see the same tokens.
+        segments.append((tokenizer(prompt[len(seen) :], add_special_tokens=False)["input_ids"], False))
+        reply_ids = tokenizer(reply, add_special_tokens=False)["input_ids"]
+        segments.append((reply_ids + _end_ids(tokenizer) if reply.endswith(answer) else reply_ids, True))
+        seen = prompt + reply
+    return segments
 
 
 def _chat_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:
@@ -150,13 +184,18 @@ def _chat_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, a
     return text
 
 
-def _transcript_ids(
-    context: list[Message], answer: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    return (
-        context_ids(context, tokenizer),
-        tokenizer(f" {answer}", add_special_tokens=False)["input_ids"] + _end_ids(tokenizer),
-    )
+def _transcript_segments(
+    turns: list[Message], learned: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> list[Segment]:
+    segments: list[Segment] = []
+    done = 0
+    for position in learned:
+        between = f"{transcript(turns[done:position])}{SPEAKERS['assistant']}:"
+        segments.append((tokenizer(between, add_special_tokens=not done)["input_ids"], False))
+        answer = tokenizer(f" {turns[position]['content'].strip()}", add_special_tokens=False)["input_ids"]
+        segments.append((answer + _end_ids(tokenizer), True))
+        done = position + 1
+    return segments
 
 
 def transcript(context: Sequence[Message]) -> str:

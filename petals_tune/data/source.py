@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from petals_tune.data.rows import Example, LabelledText
+from petals_tune.data.rows import Example, LabelledText, Text
 from petals_tune.errors import ConfigError, DataError
 from petals_tune.packaged import installed_file
 
@@ -17,10 +17,10 @@ class Source(Protocol):
     def description(self) -> str:
         """Which data this is and how it is split, in one line without a full stop."""
 
-    def train(self) -> Iterator[Example | LabelledText]:
+    def train(self) -> Iterator[Example | LabelledText | Text]:
         """The training examples, in a fixed order that looks random: the first n are a fair choice of n."""
 
-    def validation(self) -> Iterator[Example | LabelledText]:
+    def validation(self) -> Iterator[Example | LabelledText | Text]:
         """The held-out examples, in such an order too."""
 
 

@@ -11,12 +11,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from petals_tune.errors import ServerUnreachable
+from petals_tune.errors import ConfigError, ServerUnreachable
 from petals_tune.wire.span import BlockSpan
 
 _READY = re.compile(r"^ready: .* swarm\.initial_peers=\[(?P<addresses>.*)\]$")
 READY_S = 300.0  # the first start of a model may download or convert it
 _STOP_S = 10.0
+# Lightning's `strategy=ddp` starts the whole program again for ranks 1, 2, ...: they find the swarm of rank 0 here.
+_PEERS = "PETALS_TUNE_LOCAL_SWARM"
 
 
 @contextmanager
@@ -32,7 +34,13 @@ def local_swarm(
 
     `overrides` are further keys of `python -m servers`. Raises ConfigError for a span that is none, and
     ServerUnreachable with the server's last words where one does not come up.
+
+    Of several processes that train together (LOCAL_RANK in the environment), the first starts the servers and the
+    others are given its peers.
     """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        yield peers_of_the_first_rank()
+        return
     parsed = [BlockSpan.parse(span, key="swarm.spans") for span in spans]
     with ExitStack() as stack:
         common = [
@@ -50,7 +58,18 @@ def local_swarm(
         ]
         for other in others:
             other.wait_until_ready()
+        os.environ[_PEERS] = ",".join(peers)
+        stack.callback(os.environ.pop, _PEERS, None)
         yield peers
+
+
+def peers_of_the_first_rank() -> list[str]:
+    if peers := os.environ.get(_PEERS):
+        return peers.split(",")
+    raise ConfigError(
+        "this process has LOCAL_RANK={LOCAL_RANK} and no local swarm of rank 0 to join: start servers first, "
+        "and give all ranks swarm=join swarm.initial_peers=[...]".format(**os.environ)
+    )
 
 
 class ServerProcess:

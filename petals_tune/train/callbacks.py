@@ -151,7 +151,7 @@ class SampleReplies(Callback):
         self._replies: list[dict[str, str]] = []
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        samples = data_of(trainer).samples
+        samples = data_of(trainer).samples if trainer.is_global_zero else []
         self._replies = [{"prompt": sample.prompt, "person": sample.reply} for sample in samples]
         self._reply(trainer, module, "before")
 
@@ -171,7 +171,7 @@ class SampleReplies(Callback):
 
     def _reply(self, trainer: Trainer, module: LightningModule, when: str) -> None:
         data = data_of(trainer)
-        for reply, sample in zip(self._replies, data.samples, strict=True):
+        for reply, sample in zip(self._replies, data.samples if self._replies else (), strict=True):
             reply[when] = greedy_reply(module, data, sample.prompt_ids, max_new_tokens=self.max_new_tokens)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import wandb
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 
@@ -19,6 +20,7 @@ class MetricsFile(CSVLogger):
     def __init__(self, folder: str | Path):
         super().__init__(folder, name="", version="", flush_logs_every_n_steps=10)
 
+    @rank_zero_only
     def save(self) -> None:
         super().save()
         # Hyperparameters are in config.yaml; here they would be an empty file.

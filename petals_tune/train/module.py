@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,13 +21,18 @@ from petals_tune.train.backbone import Net
 from petals_tune.train.objective import Objective, Scores
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
-MakeSchedule = Callable[..., LRScheduler]  # called as schedule(optimizer=..., num_training_steps=N)
+MakeSchedule = Callable[..., LRScheduler]  # called as schedule(optimizer=...), with num_training_steps=N if it takes it
+
+# With the others, weights and hidden states of the client would have another type than what the servers send back.
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 class FineTuner(LightningModule):
     """Trains the parameters of `net` that require a gradient: a PEFT model's, or whatever the caller left so.
 
-    `optimizer` is called with those parameters, `schedule` with the optimizer and `num_training_steps`.
+    `optimizer` is called with those parameters, `schedule` with the optimizer and `num_training_steps`. With several
+    processes (`strategy="ddp"`) a step learns from all their supervised tokens alike, as one process with the whole
+    batch would.
     """
 
     def __init__(
@@ -46,12 +52,18 @@ class FineTuner(LightningModule):
         self._make_schedule = schedule
         self._totals: dict[str, MeanMetric] = {}
 
+    def setup(self, stage: str) -> None:
+        check_precision(self.trainer)
+        # DDP broadcasts what is frozen as well, which would give the weightless blocks memory.
+        frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
+        self._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in self.named_buffers())]
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         scores = self._scores(batch)
-        self.log("train/loss", scores.loss, batch_size=scores.count, prog_bar=True)
-        for name, value in scores.metrics.items():
-            self.log(f"train/{name}", value, batch_size=scores.count, prog_bar=True)
-        return scores.loss
+        share = self._share(scores.count)
+        for name, value in {"loss": scores.loss, **scores.metrics}.items():
+            self.log(f"train/{name}", share * value, batch_size=scores.count, prog_bar=True, sync_dist=True)
+        return share * scores.loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         for name, parameter in self.trained():
@@ -64,6 +76,9 @@ class FineTuner(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._totals = {}
 
+    def on_test_epoch_start(self) -> None:
+        self._totals = {}
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         scores = self._scores(batch)
         for name, value in {"loss": scores.loss, **scores.metrics}.items():
@@ -72,12 +87,22 @@ class FineTuner(LightningModule):
                 self._totals[name].set_dtype(torch.float64)
             self._totals[name].update(value, weight=scores.count)
 
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
     def on_validation_epoch_end(self) -> None:
+        self._report(self.split)
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _report(self, split: str) -> None:
+        # The totals of several processes are added up by `compute`.
         summary = self.objective.summary({name: total.compute().item() for name, total in self._totals.items()})
-        self.summaries[self.split] = (self.global_step, summary)
-        self.log_dict({f"{self.split}/{name}": value for name, value in summary.items()})
+        self.summaries[split] = (self.global_step, summary)
+        self.log_dict({f"{split}/{name}": value for name, value in summary.items()}, sync_dist=True)
         # Inside a fit Lightning would log under the number of the last batch: one less than the steps that were taken.
-        self.log("step", float(self.global_step))
+        self.log("step", float(self.global_step), sync_dist=True)
 
     @contextmanager
     def validating_as(self, split: str) -> Iterator[None]:
@@ -96,7 +121,7 @@ class FineTuner(LightningModule):
         if self._make_schedule is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = self._make_schedule(optimizer=optimizer, num_training_steps=steps)
+        schedule = scheduled(self._make_schedule, optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
@@ -113,6 +138,13 @@ class FineTuner(LightningModule):
         if saved != wanted:
             raise ConfigError(f"ckpt_path is of another run: it holds {saved}, and this run trains {wanted}")
 
+    def _share(self, count: int) -> float:
+        """What this process's mean over `count` tokens weighs against the others', whose gradients DDP will average."""
+        if self.trainer.world_size == 1:
+            return 1.0
+        mean: Any = self.trainer.strategy.reduce(torch.tensor(float(count), device=self.device), reduce_op="mean")
+        return count / mean.item()
+
     def _scores(self, batch: Batch) -> Scores:
         scores = self.objective(self.net, batch)
         if not torch.isfinite(scores.loss):
@@ -121,3 +153,19 @@ class FineTuner(LightningModule):
                 " try a smaller optimizer.lr"
             )
         return scores
+
+
+def scheduled(make: MakeSchedule, optimizer: Optimizer, steps: int) -> LRScheduler:
+    """transformers' schedules need to know how many steps there will be, torch's have options of their own."""
+    known = {"num_training_steps": steps} if "num_training_steps" in inspect.signature(make).parameters else {}
+    return make(optimizer=optimizer, **known)
+
+
+def check_precision(trainer: Trainer) -> None:
+    """Raises ConfigError for a precision that changes the type of the client's weights."""
+    if trainer.precision not in PRECISIONS:
+        raise ConfigError(
+            f"trainer.precision={trainer.precision} would change the client's weights, and what is trained, to another "
+            f"type than the servers' replies: choose {' or '.join(PRECISIONS)}. What travels is a matter of "
+            "swarm.wire_format and swarm.grad_format, what the servers compute with, of swarm.quantization"
+        )

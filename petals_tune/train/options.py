@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Protocol
 
-from peft import PromptTuningConfig, PromptTuningInit, TaskType
+from peft import PromptTuningConfig, PromptTuningInit
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
@@ -130,4 +130,4 @@ def prompt_tuning(
             "prompt_tuning_init_text": init_text,
             "tokenizer_name_or_path": tokenizer.name_or_path,
         }
-    return PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=tokens, **start)
+    return PromptTuningConfig(num_virtual_tokens=tokens, **start)

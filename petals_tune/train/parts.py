@@ -19,7 +19,7 @@ from petals_tune.convert import model_folder
 from petals_tune.data.module import TextData
 from petals_tune.errors import ConfigError
 from petals_tune.train.loggers import MetricsFile
-from petals_tune.train.module import MakeOptimizer, MakeSchedule
+from petals_tune.train.module import MakeOptimizer, MakeSchedule, check_precision, scheduled
 from petals_tune.train.objective import Objective
 from petals_tune.train.options import Swarm
 from petals_tune.tuning.support import check_config
@@ -47,12 +47,14 @@ def prepare(cfg: DictConfig) -> Parts:
     schedule = build(cfg.schedule, where="schedule")
     _try(optimizer, schedule)
     trainer = build_trainer(cfg)
+    check_precision(trainer)
     source = model_folder(cfg.model.source)
     blocks = Checkpoint(source).config.get_text_config().num_hidden_layers
     swarm.check(blocks)
     tokenizer = AutoTokenizer.from_pretrained(source)
     objective = build(cfg.objective, where="objective", tokenizer=tokenizer)
     tuning = build(cfg.tuning, where="tuning", tokenizer=tokenizer)
+    tuning.task_type = objective.task_type
     check_config(tuning)
     data = build(cfg.data, where="data", tokenizer=tokenizer)
     data.setup("fit")
@@ -87,6 +89,6 @@ def _try(optimizer: MakeOptimizer, schedule: MakeSchedule) -> None:
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer: {error}") from error
     try:
-        schedule(optimizer=made, num_training_steps=1)
+        scheduled(schedule, made, 1)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"schedule: {error}") from error

@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 
 from petals_tune.config import check
 from petals_tune.files import write_text
-from petals_tune.remote.auto import AutoDistributedModelForCausalLM
-from petals_tune.train.backbone import remote_blocks, swarm_stats
+from petals_tune.remote.auto import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
+from petals_tune.train.backbone import remote_blocks, swarm_stats, without_adapter
 from petals_tune.train.callbacks import MB
 from petals_tune.train.curves import draw_curves
 from petals_tune.train.export import export_adapter
 from petals_tune.train.loggers import finish
 from petals_tune.train.module import FineTuner
+from petals_tune.train.objective import load_model
 from petals_tune.train.parts import Parts, prepare
 from petals_tune.train.quiet import quiet
 from petals_tune.tuning.support import tune
@@ -33,8 +34,13 @@ Connect = Callable[[Parts], AbstractContextManager[PreTrainedModel]]
 def remote_model(parts: Parts) -> Iterator[PreTrainedModel]:
     """The model over its swarm. The connection and a local swarm end with the block, however it ends."""
     with parts.swarm.opened(parts.source, parts.blocks) as peers:
-        model = AutoDistributedModelForCausalLM.from_pretrained(
-            parts.source, initial_peers=peers, **parts.swarm.client_options()
+        model = load_model(
+            parts.objective,
+            parts.source,
+            causal_lm=AutoDistributedModelForCausalLM,
+            classifier=AutoDistributedModelForSequenceClassification,
+            initial_peers=peers,
+            **parts.swarm.client_options(),
         )
         try:
             yield model
@@ -55,7 +61,8 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> dict[str, dict[str,
     parts = prepare(cfg)
     output = Path(cfg.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    if parts.trainer.is_global_zero:
+        write_text(output / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     print(f"{parts.data.description}\n{parts.data.summary()}\n", flush=True)
 
     with connect(parts) as model:
@@ -66,7 +73,7 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> dict[str, dict[str,
             measured = measure_and_fit(parts, tuner, zero_shot=cfg.zero_shot, ckpt_path=cfg.ckpt_path)
         finally:
             # Also on Ctrl-C and when the swarm is gone: what was trained is on this machine.
-            if parts.trainer.global_step:
+            if parts.trainer.global_step and parts.trainer.is_global_zero:
                 export(parts.trainer, tuner, output, base=cfg.model.source, title=cfg.name)
                 print(f"saved step {parts.trainer.global_step}; to go on from it: ckpt_path={output}/checkpoint.ckpt")
             finish(parts.trainer.loggers)
@@ -90,7 +97,7 @@ def measure_and_fit(
         print(f"{name:<10}{said(summary)}", flush=True)
 
     if zero_shot:
-        with tuner.net.disable_adapter(), tuner.validating_as("zero_shot"):
+        with without_adapter(tuner.net), tuner.validating_as("zero_shot"):
             measure("zero_shot", validated(parts, tuner))
     measure("before", validated(parts, tuner))
     with interrupts_raised(parts.trainer):

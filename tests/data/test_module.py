@@ -1,19 +1,15 @@
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedTokenizerBase
 
+from petals_tune.config import build, composed
 from petals_tune.data.module import TextData
-from petals_tune.data.rows import LabelledText
+from petals_tune.data.rows import LabelledText, Text
 from petals_tune.errors import ConfigError, DataError
-
-CONF = Path(__file__).parents[2] / "conf" / "data"
 
 
 class Counting:
@@ -149,12 +145,13 @@ def test_an_empty_split_ends_the_run(tokenizer: PreTrainedTokenizerBase, monkeyp
         module.setup("validate")
 
 
-def configured(name: str) -> DictConfig:
-    return OmegaConf.create({"seed": 3, "data": OmegaConf.load(CONF / f"{name}.yaml")}).data
+def configured(name: str, *overrides: str, tokenizer: PreTrainedTokenizerBase) -> TextData:
+    cfg = composed(["recipe=personachat", f"data={name}", "seed=3", *overrides])
+    return build(cfg.data, where="data", tokenizer=tokenizer)
 
 
 def test_personachat_config_makes_full_rows_of_distinct_people(tokenizer: PreTrainedTokenizerBase) -> None:
-    module = instantiate(configured("personachat"), max_rows=40)(tokenizer=tokenizer)
+    module = configured("personachat", "data.max_rows=40", tokenizer=tokenizer)
     assert module.seed == 3
     assert len(module.validation_split.rows) == 48
     assert len({sample.prompt.split("user\n")[0] for sample in module.samples}) == 3
@@ -164,8 +161,54 @@ def test_personachat_config_makes_full_rows_of_distinct_people(tokenizer: PreTra
 
 
 def test_sst2_config_learns_one_word_a_row(tokenizer: PreTrainedTokenizerBase) -> None:
-    module = instantiate(configured("sst2"), max_rows=40)(tokenizer=tokenizer)
+    module = configured("sst2", "data.max_rows=40", tokenizer=tokenizer)
     for batch in module.train_dataloader():
         learned = batch["labels"][batch["labels"] != -100]
         assert len(learned) == len(batch["labels"])
         assert set(tokenizer.convert_ids_to_tokens(learned.tolist())) <= {"Ġnegative", "Ġpositive"}
+
+
+def test_film_reviews_are_cut_into_full_rows(tokenizer: PreTrainedTokenizerBase) -> None:
+    module = configured("film_reviews", "data.max_rows=60", tokenizer=tokenizer)
+    assert len(module.train_split.rows) <= 60
+    assert sum(len(row.input_ids) for row in module.train_split.rows) > 0.9 * 128 * len(module.train_split.rows)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("questions", 380), ("my_data", 48)])
+def test_other_embedded_data_is_read_whole(name: str, rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    module = configured(name, tokenizer=tokenizer)
+    read = len(module.train_split.rows) + len(module.validation_split.rows)
+    assert read >= rows
+    assert module.train_split.left_out == 0
+    assert len(module.samples) == 3
+
+
+class Talking:
+    """Rows of several lengths."""
+
+    description = "counting"
+
+    def train(self) -> Iterator[Text]:
+        return (Text(text="one " * (1 + number % 9)) for number in range(64))
+
+    def validation(self) -> Iterator[Text]:
+        return (Text(text="one " * (1 + number % 9)) for number in range(18))
+
+
+def padded(module: TextData) -> int:
+    return sum((batch["attention_mask"] == 0).sum().item() for batch in module.train_dataloader())
+
+
+def test_packing_joins_training_rows_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    plain, packed = (TextData(Talking(), tokenizer=tokenizer, max_tokens=40, pack=pack) for pack in (False, True))
+    tokens = [sum(len(row.input_ids) for row in module.train_split.rows) for module in (plain, packed)]
+    assert tokens[0] == tokens[1]
+    assert len(packed.train_split.rows) < len(plain.train_split.rows) / 4
+    assert padded(packed) < padded(plain)
+    assert packed.validation_split == plain.validation_split
+    assert "packed training" in packed.description
+
+
+def test_length_buckets_need_less_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    plain, bucketed = (TextData(Talking(), tokenizer=tokenizer, length_buckets=each) for each in (False, True))
+    assert padded(bucketed) < padded(plain) / 2

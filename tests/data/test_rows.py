@@ -4,7 +4,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from petals_tune.data.chitchat import ChitChat
-from petals_tune.data.rows import IGNORED, Example, LabelledText, Message, Row, encode, fit
+from petals_tune.data.rows import IGNORED, Example, LabelledText, Message, Row, Text, rows_of
 from petals_tune.errors import DataError
 
 SYSTEM: Message = {"role": "system", "content": "You are chatting."}
@@ -19,6 +19,11 @@ def chat(*turns: str, answer: str = "Fine, thanks!", system: bool = True) -> Exa
 
 def learned(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode([label for label in row.labels if label != IGNORED]))
+
+
+def encode(example: Example | LabelledText, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Row:
+    (row,) = rows_of(example, tokenizer, max_tokens)
+    return row
 
 
 def test_only_the_answer_and_the_end_of_its_turn_are_learned(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -58,9 +63,7 @@ def test_the_limit_is_exact_and_the_answer_is_never_cut(tokenizer: PreTrainedTok
     example = chat("Hi")
     length = len(encode(example, tokenizer, max_tokens=1000).input_ids)
     assert len(encode(example, tokenizer, max_tokens=length).input_ids) == length
-    assert fit(example, tokenizer, length - 1) is None
-    with pytest.raises(DataError, match=f"does not fit into {length - 1} tokens"):
-        encode(example, tokenizer, max_tokens=length - 1)
+    assert rows_of(example, tokenizer, length - 1) == []
 
 
 @pytest.mark.parametrize("answer", ["", "  \n"])
@@ -110,7 +113,7 @@ def test_a_label_word_of_several_tokens_is_named_with_its_tokens(tokenizer: PreT
 
 
 def test_real_rows_keep_the_mask_rule(tokenizer: PreTrainedTokenizerBase) -> None:
-    rows = [row for example in islice(ChitChat().train(), 100) if (row := fit(example, tokenizer, 112))]
+    rows = [row for example in islice(ChitChat().train(), 100) for row in rows_of(example, tokenizer, 112)]
     assert len(rows) > 50
     for row in rows:
         start = len(row.prompt_ids)
@@ -118,3 +121,34 @@ def test_real_rows_keep_the_mask_rule(tokenizer: PreTrainedTokenizerBase) -> Non
         assert row.labels == [IGNORED] * start + row.input_ids[start:]
         assert row.input_ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(row.prompt_ids).endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def dialogue(*, every_answer: bool) -> Example:
+    example = chat("Hi", "Hello.", "What now?")
+    return Example(context=example.context, answer=example.answer, every_answer=every_answer)
+
+
+def test_every_answer_of_a_chat_can_be_learned(tokenizer: PreTrainedTokenizerBase) -> None:
+    all_of_them, last = (encode(dialogue(every_answer=every), tokenizer, 100) for every in (True, False))
+    assert all_of_them.input_ids == last.input_ids
+    assert learned(last, tokenizer) == "Fine, thanks!<|im_end|>"
+    assert learned(all_of_them, tokenizer) == "Hello.<|im_end|>Fine, thanks!<|im_end|>"
+
+
+def test_every_answer_of_a_transcript_can_be_learned(bare: PreTrainedTokenizerBase) -> None:
+    row = encode(dialogue(every_answer=True), bare, max_tokens=100)
+    assert learned(row, bare) == " Hello.<|im_end|> Fine, thanks!<|im_end|>"
+    assert bare.decode(row.input_ids) == (
+        "You are chatting.\n\nUser: Hi\nAssistant: Hello.<|im_end|>User: What now?\nAssistant: Fine, thanks!<|im_end|>"
+    )
+
+
+def test_a_text_is_learned_whole_but_for_the_first_token_of_a_row(tokenizer: PreTrainedTokenizerBase) -> None:
+    text = "one two three four five six seven"
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert len(ids) == 8
+    rows = rows_of(Text(text=text), tokenizer, 3)
+    assert [row.input_ids for row in rows] == [ids[:3], ids[3:6], ids[6:]]
+    assert all(row.labels == [IGNORED, *row.input_ids[1:]] for row in rows)
+    # A piece of one token would have nothing to learn.
+    assert [row.input_ids for row in rows_of(Text(text=text), tokenizer, 7)] == [ids[:7]]

@@ -20,14 +20,15 @@ def tiny_run(tiny_folder: Path, tmp_path: Path) -> Compose:
     """The configuration of a recipe on the tiny model and the tiny corpora, with further overrides."""
 
     def make(recipe: str, *overrides: str) -> DictConfig:
-        source = {"personachat": "TinyTalk", "sst2": "TinyReviews"}[recipe]
+        source, words = ("TinyReviews", WORDS) if recipe.startswith("sst2") else ("TinyTalk", None)
+        soft_prompt = [] if "lora" in recipe else ["tuning.tokens=4"]
         cfg = composed(
             [
                 f"recipe={recipe}",
                 f"model.source={tiny_folder}",
                 f"output_dir={tmp_path / 'out'}",
                 "logger=csv",
-                "tuning.tokens=4",
+                *soft_prompt,
                 "data.batch_size=4",
                 "trainer.max_steps=6",
                 "trainer.val_check_interval=3",
@@ -35,8 +36,9 @@ def tiny_run(tiny_folder: Path, tmp_path: Path) -> Compose:
                 *overrides,
             ]
         )
-        words = {"words": list(WORDS)} if recipe == "sst2" else {}
-        cfg.data.source = OmegaConf.create({"_target_": f"tests.train.tiny.{source}", **words})
+        if words:
+            cfg.objective.words = list(words)
+        cfg.data.source = OmegaConf.create({"_target_": f"tests.train.tiny.{source}"})
         return cfg
 
     return make

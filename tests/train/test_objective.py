@@ -1,12 +1,16 @@
+import copy
+from pathlib import Path
+
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from petals_tune.data.collate import Batch, collate
 from petals_tune.data.rows import IGNORED, Row
 from petals_tune.errors import DataError
-from petals_tune.train.objective import CausalLM, LabelWords, supervised_logits
+from petals_tune.train.objective import CausalLM, ClassHead, LabelWords, load_model, supervised_logits
 from tests.train.tiny import WORDS, tiny_model, tiny_tokenizer
 
 ADAPTERS = {
@@ -92,3 +96,77 @@ def test_label_words_compares_the_words_alone() -> None:
 def test_label_words_refuses_a_label_that_is_none() -> None:
     with pytest.raises(DataError, match="none of the label words"):
         LabelWords(WORDS, tiny_tokenizer())(net_with("plain"), reviews(["a"]))
+
+
+def classifier(adapter: str):
+    """A classifier with the tiny model's weights whose head starts from the label words."""
+    objective = ClassHead(WORDS, tiny_tokenizer())
+    plain = tiny_model()
+    plain.config.num_labels = 2
+    net = AutoModelForSequenceClassification.from_config(plain.config).eval()
+    net.model.load_state_dict(plain.model.state_dict())
+    with torch.no_grad():
+        net.score.weight.copy_(plain.lm_head.weight[objective._ids])
+    net.config.pad_token_id = 0
+    config = copy.deepcopy(ADAPTERS[adapter])
+    if config is None:
+        return objective, net
+    config.task_type = "SEQ_CLS"
+    return objective, get_peft_model(net, config).eval()
+
+
+@pytest.mark.parametrize("adapter", ["plain", "lora", "prompt"])
+def test_a_head_started_from_label_words_scores_as_they_do(adapter: str) -> None:
+    rows = reviews([WORDS[1], WORDS[0], WORDS[1]])
+    objective, net = classifier(adapter)
+    language_model = net_with(adapter)
+    trained = {name: value for name, value in language_model.named_parameters() if value.requires_grad}
+    net.load_state_dict(trained, strict=False)
+    words = LabelWords(WORDS, tiny_tokenizer())(language_model, rows)
+    head = objective(net, rows)
+    torch.testing.assert_close(head.loss, words.loss)
+    assert head.metrics["accuracy"] == words.metrics["accuracy"]
+
+
+@pytest.mark.parametrize("adapter", ["plain", "lora"])
+def test_the_head_reads_what_the_library_pools(adapter: str) -> None:
+    """Without the label word as input, the library pools the last token: the one before the word."""
+    objective, net = classifier(adapter)
+    rows = reviews([WORDS[1]])
+    without = {name: rows[name][:, :-1] for name in ("input_ids", "attention_mask")}
+    expected = F.cross_entropy(net(**without).logits, torch.tensor([1]))
+    torch.testing.assert_close(objective(net, rows).loss, expected)
+
+
+def test_a_trained_head_gets_gradients_and_goes_into_the_adapter() -> None:
+    objective, net = classifier("lora")
+    objective(net.train(), reviews(list(WORDS))).loss.backward()
+    score = dict(net.named_parameters())["base_model.model.score.modules_to_save.default.weight"]
+    assert score.grad is not None
+    assert score.grad.abs().sum() > 0
+    assert any(name.endswith("score.weight") for name in get_peft_model_state_dict(net))
+
+
+def test_packed_rows_are_no_rows_for_a_head() -> None:
+    objective, net = classifier("plain")
+    rows = reviews([WORDS[1]])
+    twice = {name: torch.cat([tensor, tensor], dim=1) for name, tensor in rows.items()}
+    with pytest.raises(DataError, match="exactly one supervised token"):
+        objective(net, twice)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_starts_from_the_rows_of_the_language_model(tied: bool, tmp_path: Path) -> None:
+    config = tiny_model().config
+    config.tie_word_embeddings = tied
+    whole = AutoModelForCausalLM.from_config(config)
+    whole.save_pretrained(tmp_path)
+    net = load_model(
+        ClassHead(WORDS, tiny_tokenizer()),
+        str(tmp_path),
+        causal_lm=AutoModelForCausalLM,
+        classifier=AutoModelForSequenceClassification,
+    )
+    ids = [tiny_tokenizer()(word)["input_ids"][0] for word in WORDS]
+    torch.testing.assert_close(net.score.weight, whole.lm_head.weight[ids], rtol=0, atol=0)
+    assert net.config.pad_token_id == tiny_tokenizer().pad_token_id

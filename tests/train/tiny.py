@@ -10,9 +10,17 @@ from hydra.utils import get_class
 from lightning import Trainer
 from lightning.pytorch import Callback
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from petals_tune.data.rows import Example, LabelledText, Message
+from petals_tune.train.objective import load_model
 from petals_tune.train.parts import Parts
 
 WORDS = (" negative", " positive")
@@ -72,16 +80,13 @@ class TinyReviews:
 
     description = "letters with a sentiment"
 
-    def __init__(self, words: tuple[str, str] = WORDS):
-        self.words = words
-
     def train(self) -> Iterator[LabelledText]:
         for number in range(40):
-            yield LabelledText(prompt="ab"[number % 2] * 3, word=self.words[number % 2])
+            yield LabelledText(prompt="ab"[number % 2] * 3, word=WORDS[number % 2])
 
     def validation(self) -> Iterator[LabelledText]:
         for number in range(9):
-            yield LabelledText(prompt="ab"[number % 2] * 2, word=self.words[number % 2])
+            yield LabelledText(prompt="ab"[number % 2] * (2 + number % 3), word=WORDS[number % 2])
 
 
 class LocalConnection:
@@ -94,7 +99,13 @@ class LocalConnection:
     def __call__(self, parts: Parts) -> Iterator[PreTrainedModel]:
         self.opened += 1
         try:
-            yield AutoModelForCausalLM.from_pretrained(parts.source).requires_grad_(False).eval()
+            model = load_model(
+                parts.objective,
+                parts.source,
+                causal_lm=AutoModelForCausalLM,
+                classifier=AutoModelForSequenceClassification,
+            )
+            yield model.requires_grad_(False).eval()
         finally:
             self.closed += 1
 

@@ -1,0 +1,67 @@
+"""Questions and answers from ChatterBot's corpus (package `chatterbot-corpus`): they stand in for instructions."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from petals_tune.data.rows import Example
+from petals_tune.data.source import corpus_file, fraction
+from petals_tune.errors import ConfigError
+
+REQUIREMENT = "chatterbot-corpus==1.3.3"
+HELD_OUT_SHARE = 0.15  # of the questions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """The English corpus as a source of examples: a question as the user's turn, its answer as the assistant's."""
+
+    topics: Sequence[str]  # files of the corpus, such as "trivia"
+    system: str = "Answer in one short sentence."
+
+    def __post_init__(self) -> None:
+        if isinstance(self.topics, str) or not self.topics:
+            raise ConfigError(f"data.source.topics is {self.topics!r}: it must be a list of topics, such as [trivia]")
+
+    @property
+    def description(self) -> str:
+        return (
+            f"questions and answers of ChatterBot's corpus ({REQUIREMENT}) on {', '.join(self.topics)}; "
+            f"{HELD_OUT_SHARE:.0%} of the questions are held out"
+        )
+
+    def train(self) -> Iterator[Example]:
+        return (example for draw, example in self._drawn if draw >= HELD_OUT_SHARE)
+
+    def validation(self) -> Iterator[Example]:
+        return (example for draw, example in self._drawn if draw < HELD_OUT_SHARE)
+
+    @cached_property
+    def _drawn(self) -> list[tuple[float, Example]]:
+        pairs = [pair for topic in self.topics for pair in read_pairs(topic)]
+        distinct = {question.lower(): (question, answer) for question, answer in reversed(pairs)}
+        order = sorted((fraction(key), *pair) for key, pair in distinct.items())
+        return [(draw, example(question, answer, self.system)) for draw, question, answer in order]
+
+
+def read_pairs(topic: str) -> Iterator[tuple[str, str]]:
+    """(question, answer) of a topic's conversations, their first two turns."""
+    path = corpus_file("chatterbot_corpus", f"data/english/{topic}.yml", requirement=REQUIREMENT)
+    yield from pairs_of(yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"])
+
+
+def pairs_of(conversations: Iterable[Any]) -> Iterator[tuple[str, str]]:
+    for turns in conversations:
+        # A few entries of the corpus are no list of turns, for want of a line break or of quotes.
+        if isinstance(turns, list) and len(turns) >= 2 and not any(isinstance(turn, dict | list) for turn in turns):
+            question, answer = (" ".join(str(turn).split()) for turn in turns[:2])
+            yield question, answer
+
+
+def example(question: str, answer: str, system: str) -> Example:
+    return Example(
+        context=({"role": "system", "content": system}, {"role": "user", "content": question}), answer=answer
+    )

@@ -1,0 +1,93 @@
+"""Packing, length buckets, and the order of rows over epochs and processes."""
+
+from itertools import chain, pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from petals_tune.data.batching import RowOrder, RowShare, pack, training_order
+from petals_tune.data.rows import IGNORED, Row
+
+LENGTHS = [3 + (n * 7) % 40 for n in range(203)]
+
+
+def row(length: int, mark: int = 0) -> Row:
+    return Row(input_ids=[mark] * length, labels=[IGNORED] + [mark] * (length - 1), cut_tokens=1)
+
+
+@given(st.lists(st.integers(2, 20), max_size=60))
+def test_packs_hold_every_row_once_and_are_not_too_long(lengths: list[int]) -> None:
+    packs = pack([row(length, mark) for mark, length in enumerate(lengths)], 20)
+    assert all(len(each.input_ids) <= 20 and len(each.labels) == len(each.input_ids) for each in packs)
+    tokens = list(chain.from_iterable(each.input_ids for each in packs))
+    assert {mark: tokens.count(mark) for mark in range(len(lengths))} == dict(enumerate(lengths))
+    assert sum(each.supervised_tokens for each in packs) == sum(lengths) - len(lengths)
+    assert sum(each.cut_tokens for each in packs) == len(lengths)
+    assert len(packs) <= max(1, 2 * -(-sum(lengths) // 20))
+
+
+def test_a_pack_keeps_rows_whole() -> None:
+    (packed,) = pack([row(3, 1), row(2, 2)], 10)
+    assert packed.input_ids == [1, 1, 1, 2, 2]
+    assert packed.labels == [IGNORED, 1, 1, IGNORED, 2]
+
+
+def batches(order: list[int], size: int) -> list[list[int]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def padding(order: list[int], size: int) -> int:
+    return sum(max(LENGTHS[n] for n in batch) - LENGTHS[n] for batch in batches(order, size) for n in batch)
+
+
+def order_of(*, buckets: bool, epoch: int = 0, seed: int = 0) -> list[int]:
+    return training_order(LENGTHS, batch_rows=4, buckets=buckets, seed=seed, epoch=epoch)
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_every_epoch_has_every_row_once_in_an_order_of_its_own(buckets: bool) -> None:
+    orders = [order_of(buckets=buckets, epoch=epoch) for epoch in range(3)] + [order_of(buckets=buckets, seed=1)]
+    assert all(sorted(order) == list(range(203)) for order in orders)
+    assert all(one != other for one, other in pairwise(orders))
+    assert order_of(buckets=buckets, epoch=1) == orders[1]
+
+
+def test_buckets_need_less_padding_and_do_not_go_from_short_to_long() -> None:
+    plain, bucketed = order_of(buckets=False), order_of(buckets=True)
+    assert padding(bucketed, 4) < padding(plain, 4) / 4
+    longest = [max(LENGTHS[n] for n in batch) for batch in batches(bucketed, 4)]
+    assert longest != sorted(longest)
+    assert len(batches(bucketed, 4)[-1]) == 3  # the short batch stays the last
+
+
+def sampler(rank: int = 0, ranks: int = 1, *, batch_size: int = 4) -> RowOrder:
+    return RowOrder(LENGTHS, batch_size=batch_size, buckets=True, seed=5, rank=rank, ranks=ranks)
+
+
+def test_the_steps_of_two_processes_are_those_of_one() -> None:
+    whole = batches(list(sampler(batch_size=8)), 8)
+    shares = [batches(list(sampler(rank, 2)), 4) for rank in (0, 1)]
+    for step, batch in enumerate(whole[:-1]):
+        assert sorted(shares[0][step] + shares[1][step]) == sorted(batch)
+    assert len(set(map(len, (list(sampler(rank, 2)) for rank in (0, 1))))) == 1  # nobody waits for the other
+
+
+def test_a_place_in_an_epoch_can_be_resumed() -> None:
+    rows = sampler()
+    list(rows)  # the first epoch
+    place = iter(rows)
+    for _ in range(10):
+        next(place)
+    state, rest = place.state_dict(), list(place)
+    resumed = iter(sampler())
+    resumed.load_state_dict(state)
+    assert list(resumed) == rest
+    assert list(resumed.rows) == list(rows)  # and so is the epoch after it
+
+
+def test_validation_rows_are_shared_without_repeating_any() -> None:
+    rows = [row(3)] * 7
+    shares = [RowShare(rows, rank=rank, ranks=3) for rank in range(3)]
+    assert sorted(chain(*shares)) == list(range(7))
+    assert [len(share) for share in shares] == [3, 2, 2]

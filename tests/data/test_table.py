@@ -1,0 +1,230 @@
+"""Real files in all formats, read by `datasets`: public data sets in their hub columns, and how a bad table ends."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from transformers import PreTrainedTokenizerBase
+
+from petals_tune.config import build, composed
+from petals_tune.data.columns import Answers, Labels, Texts
+from petals_tune.data.module import TextData
+from petals_tune.data.rows import Example
+from petals_tune.data.table import Table, numbered
+from petals_tune.errors import ConfigError, DataError
+
+ROWS = [{"prompt": f"What is {n}?", "answer": f"It is {n}."} for n in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def folder(path: Path) -> str:
+    path.mkdir()
+    jsonl(path / "train.jsonl", ROWS)
+    return str(path)
+
+
+def saved(path: Path) -> str:
+    DatasetDict({"train": Dataset.from_list(ROWS)}).save_to_disk(str(path))
+    return str(path)
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "rows.jsonl": lambda path: jsonl(path, ROWS),
+    "rows.csv": lambda path: Dataset.from_list(ROWS).to_csv(path),
+    "rows.tsv": lambda path: Dataset.from_list(ROWS).to_csv(path, sep="\t"),
+    "rows.parquet": lambda path: Dataset.from_list(ROWS).to_parquet(path),
+    "folder": folder,
+    "saved": saved,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_examples(name: str, tmp_path: Path) -> None:
+    WRITERS[name](tmp_path / name)
+    table = Table(path=str(tmp_path / name), columns=Answers(), held_out_share=0.2)
+    train, held_out = list(table.train()), list(table.validation())
+    assert sorted(example.answer for example in [*train, *held_out]) == sorted(row["answer"] for row in ROWS)
+    assert 2 <= len(held_out) <= 16
+    assert [example.answer for example in train] != [row["answer"] for row in ROWS][: len(train)]  # shuffled
+    assert list(table.train()) == train
+
+
+def test_a_text_file_is_read_by_paragraphs(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("One.\nStill one.\n\nTwo.\n\nThree.\n")
+    table = Table(path=str(tmp_path / "book.txt"), columns=Texts(), held_out_share=0.5)
+    texts = sorted(example.text for example in [*table.train(), *table.validation()])
+    assert texts == ["One.\nStill one.", "Three.", "Two."]
+
+
+def test_equal_prompts_fall_on_one_side(tmp_path: Path) -> None:
+    twice = [{"prompt": row["prompt"].upper(), "answer": "Another."} for row in ROWS]
+    table = Table(path=jsonl(tmp_path / "a.jsonl", ROWS + twice), columns=Answers(), held_out_share=0.3)
+    train, held_out = (
+        {example.context[0]["content"].lower() for example in side} for side in (table.train(), table.validation())
+    )
+    assert len(train) + len(held_out) == len(ROWS)
+    assert held_out
+
+
+def test_a_stream_is_read_no_further_than_asked(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"{n}?", "answer": f"{n}."} for n in range(5000)]
+    table = Table(path=jsonl(tmp_path / "a.jsonl", rows), columns=Answers(), streaming=True)
+    read = []
+    monkeypatch.setattr(Answers, "examples", lambda self, row: read.append(row) or iter([_example(row)]))
+    module = TextData(table, tokenizer=tokenizer, max_rows=20, max_validation_rows=5)
+    assert len(module.train_split.rows) == 20
+    assert len(read) < 100
+    assert all(int(row["prompt"][:-1]) < 1200 for row in read)  # of the first thousand or so
+
+
+def _example(row: dict[str, str]) -> Example:
+    return Example(context=({"role": "user", "content": row["prompt"]},), answer=row["answer"])
+
+
+def test_rows_keep_their_numbers(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", ROWS)
+    for streaming in (False, True):
+        split = datasets.load_dataset("json", data_files=path, split="train", streaming=streaming)
+        seen = dict(numbered(split))
+        assert {number: row["prompt"] for number, row in seen.items()} == {
+            n: row["prompt"] for n, row in enumerate(ROWS, start=1)
+        }
+
+
+def test_only_rows_with_the_values_asked_for_are_read(tmp_path: Path) -> None:
+    german = {"lang": "de", "answer": None}  # of no use, and never looked at
+    rows = [row | ({"lang": "en"} if n % 4 else german) for n, row in enumerate(ROWS)]
+    table = Table(path=jsonl(tmp_path / "a.jsonl", rows), columns=Answers(), where={"lang": "en"})
+    assert len([*table.train(), *table.validation()]) == 30
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_without_an_answer_is_named_by_its_number(streaming: bool, tmp_path: Path) -> None:
+    rows = [*ROWS[:7], {"prompt": "Why?", "answer": None}, *ROWS[7:]]
+    table = Table(path=jsonl(tmp_path / "a.jsonl", rows), columns=Answers(), streaming=streaming)
+    with pytest.raises(DataError, match=r"row 8 of .*a\.jsonl, split train: 'answer' is empty.*skip_bad_rows=true"):
+        list(table.train())
+    rest = Table(path=table.path, columns=Answers(), streaming=streaming, skip_bad_rows=True)
+    assert len([*rest.train(), *rest.validation()]) == 40
+
+
+MISTAKES = {
+    "a missing column": ({"columns": Answers(answer="reply")}, r"no column 'reply': it has prompt, answer; .*answer="),
+    "a missing column of where": ({"where": {"lang": "en"}}, r"no column 'lang': .*data\.source\.where\.lang="),
+    "a split that is not there": ({"validation_split": "test"}, "has no split 'test': it has train"),
+    "a file that is not there": ({"path": "nowhere.jsonl"}, "there is no such file"),
+    "a folder that is not there": ({"path": "./nowhere/at/all"}, "cannot read ./nowhere/at/all"),
+    "a hub that cannot be reached": ({"path": "nyu-mll/glue", "config": "sst2"}, "cannot read nyu-mll/glue: Couldn't"),
+    "a package that is not installed": ({"path": "package:not_there/rows.csv"}, "pip install not-there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_says_what_to_type(mistake: str, tmp_path: Path) -> None:
+    options, text = MISTAKES[mistake]
+    defaults = {"path": jsonl(tmp_path / "a.jsonl", ROWS), "columns": Answers()}
+    with pytest.raises(DataError, match=text):
+        list(Table(**{**defaults, **options}).validation())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("bad.jsonl", '{"prompt": "a"}\n{"prompt": \n', "JSON parse error"),
+        ("empty.jsonl", "", "it is empty"),
+        ("header.csv", "prompt,answer\n", "cannot read"),
+    ],
+)
+def test_a_damaged_file_is_named(name: str, content: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=text):
+        list(Table(path=str(tmp_path / name), columns=Answers()).train())
+
+
+def test_an_empty_split_ends_the_run(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    table = Table(path=jsonl(tmp_path / "a.jsonl", ROWS[:3]), columns=Answers(), held_out_share=0.001)
+    with pytest.raises(DataError, match="the validation split is empty"):
+        TextData(table, tokenizer=tokenizer).setup("validate")
+
+
+def test_a_share_must_be_one() -> None:
+    with pytest.raises(ConfigError, match="held_out_share is 1"):
+        Table(path="x.csv", columns=Answers(), held_out_share=1.0)
+
+
+def hub_data(name: str, path: Path, tokenizer: PreTrainedTokenizerBase, *without: str) -> TextData:
+    """The configuration of a hub data set, on a local folder with its columns, which needs no config or revision."""
+    gone = [f"data.source.{option}=null" for option in without]
+    cfg = composed(["recipe=personachat", f"data={name}", f"data.source.path={path}", *gone])
+    return build(cfg.data, where="data", tokenizer=tokenizer)
+
+
+def test_glue_sst2_in_its_hub_columns(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    features = Features(
+        {"sentence": Value("string"), "label": ClassLabel(names=["negative", "positive"]), "idx": Value("int32")}
+    )
+    (tmp_path / "glue").mkdir()
+    for split, labels in {"train": [0, 1] * 10, "validation": [1, 0], "test": [-1, -1]}.items():
+        rows = {"sentence": [f"a film {n} " for n in range(len(labels))], "label": labels, "idx": range(len(labels))}
+        Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "glue" / f"{split}-00000-of-00001.parquet")
+    assert composed(["recipe=sst2", "data=sst2_hub"]).objective.words == [" negative", " positive"]
+    module = hub_data("sst2_hub", tmp_path / "glue", tokenizer, "config")
+    assert (len(module.train_split.rows), len(module.validation_split.rows)) == (20, 2)
+    said = {tokenizer.decode(row.input_ids) for row in module.validation_split.rows}
+    assert said == {"Review: a film 0\nSentiment: positive", "Review: a film 1\nSentiment: negative"}
+    test = Table(path=str(tmp_path / "glue"), columns=Labels(words=("a", "b"), text="sentence"), train_split="test")
+    with pytest.raises(DataError, match=r"row \d of .* the label in 'label' is -1"):
+        list(test.train())
+
+
+def test_personachat_in_its_hub_columns(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    row = {
+        "personality": ["I have six cats.", "I am a nurse."],
+        "candidates": ["I like rain.", "Six cats keep me busy."],
+        "history": ["Hello!", "Hi, how are you?", "Good. What do you do at home?"],
+        "conv_id": 0,
+        "utterance_idx": 1,
+    }
+    (tmp_path / "chats").mkdir()
+    for split in ("train", "validation"):
+        Dataset.from_list([row] * 3).to_parquet(tmp_path / "chats" / f"{split}-00000-of-00001.parquet")
+    module = hub_data("personachat_hub", tmp_path / "chats", tokenizer, "revision")
+    (sample, *_) = module.samples
+    assert sample.reply == "Six cats keep me busy."
+    assert "I have six cats." in sample.prompt
+    assert "I like rain." not in str(tokenizer.decode(module.train_split.rows[0].input_ids))
+
+
+def test_alpaca_in_its_hub_columns(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": f"{n}", "text": "..."} for n in range(80)]
+    (tmp_path / "alpaca").mkdir()
+    Dataset.from_list([*rows, {**rows[0], "output": ""}]).to_parquet(
+        tmp_path / "alpaca" / "train-00000-of-00001.parquet"
+    )
+    module = hub_data("instruct_hub", tmp_path / "alpaca", tokenizer)
+    assert len(module.train_split.rows) + len(module.validation_split.rows) == 80
+
+
+def test_wikitext_in_its_hub_columns_is_packed(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    (tmp_path / "wiki").mkdir()
+    for split in ("train", "validation"):
+        texts = [{"text": f" = Title {n} = \n" if n % 2 else ""} for n in range(60)]
+        Dataset.from_list(texts).to_parquet(tmp_path / "wiki" / f"{split}-00000-of-00001.parquet")
+    module = hub_data("wikitext_hub", tmp_path / "wiki", tokenizer, "config")
+    assert len(module.train_split.rows) == 1  # thirty short titles fit into a row
+    assert len(module.validation_split.rows) == 30

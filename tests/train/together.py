@@ -1,0 +1,72 @@
+"""Plain Python, as a user would write it: several processes tune one adapter over one local swarm.
+
+    python -m tests.train.together MODEL_FOLDER OUT_FOLDER
+
+Lightning starts this program again for each further process.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Trainer
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import nn
+
+from petals_tune import AutoDistributedModelForCausalLM, local_swarm
+from petals_tune.data.module import TextData
+from petals_tune.remote.skeleton import is_hollow
+from petals_tune.train.module import FineTuner
+from petals_tune.train.objective import CausalLM
+from tests.train.tiny import TinyTalk, tiny_tokenizer
+
+STEPS = 3
+LORA = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
+
+
+def tuner(model: nn.Module) -> FineTuner:
+    torch.manual_seed(1)
+    return FineTuner(get_peft_model(model, LORA), CausalLM(), partial(torch.optim.SGD, lr=1.0))
+
+
+def talk(batch_size: int) -> TextData:
+    return TextData(TinyTalk(), tokenizer=tiny_tokenizer(), batch_size=batch_size, length_buckets=True)
+
+
+def trainer(folder: Path, **options: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+        **{"max_steps": STEPS, **options},
+    )
+
+
+def main(model_folder: str, out: Path) -> None:
+    with local_swarm(model_folder, spans=["0:1", "1:2"], quantization="none") as peers:
+        model = AutoDistributedModelForCausalLM.from_pretrained(model_folder, initial_peers=peers)
+        run, module, data = trainer(out, strategy="ddp", devices=2), tuner(model), talk(batch_size=3)
+        run.fit(module, datamodule=data)
+        (tested,) = run.test(module, datamodule=data, verbose=False)
+        hollow = all(
+            is_hollow(weight)
+            for name, weight in model.remote_blocks.named_parameters()
+            if "lora_" not in name and weight.numel() > 1
+        )
+        facts = f"hollow={hollow} sent={model.remote_blocks.stats.sent_bytes} loss={tested['test/loss']:.9f}"
+        (out / f"rank_{run.global_rank}.txt").write_text(facts)
+        if run.is_global_zero:
+            save_file({name: value.detach() for name, value in module.trained()}, out / "trained.safetensors")
+        run.strategy.barrier()
+        model.remote_blocks.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
