@@ -16,10 +16,12 @@ from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
 from petals_tune.remote.skeleton import Skeleton
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
+from petals_tune.swarm.route import Hop
 from petals_tune.swarm.stats import SwarmStats
 from petals_tune.swarm.trace import CallContext
 from petals_tune.tuning.support import collect_adapter
 from petals_tune.wire.adapter import AdapterVersion
+from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 
 # Small micro-batches keep all servers of a chain busy; below this size a linear runs noticeably slower per position.
@@ -42,6 +44,14 @@ class RemoteBlocks(Skeleton):
     def stats(self) -> SwarmStats:
         """Bytes, calls, retries and waiting time so far."""
         return self.chain.client.stats
+
+    def servers(self) -> tuple[ServerRecord, ...]:
+        """The servers of this model that are known now."""
+        return self.chain.client.servers
+
+    def route(self) -> tuple[Hop, ...]:
+        """The servers that a call through all blocks would take now."""
+        return loop.run(self.chain.client.route(BlockSpan(0, len(self)), work=1))
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self[:])

@@ -87,6 +87,12 @@ class SwarmClient:
             await client.close()
             raise
 
+    @property
+    def servers(self) -> tuple[ServerRecord, ...]:
+        """The servers of our model that are known now."""
+        known = () if self._snapshot is None else self._snapshot.servers
+        return tuple(server for server in known if server.model == self._model)
+
     async def refresh(self) -> None:
         """Read the DHT again. Servers on open streams stay known where the DHT forgot them, its first peers gone."""
         new = await self._directory.snapshot()

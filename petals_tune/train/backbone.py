@@ -23,3 +23,26 @@ def swarm_stats(net: nn.Module) -> SwarmStats:
     """The running totals of the model's swarm client; zeros for a plain local model."""
     blocks = remote_blocks(net)
     return SwarmStats() if blocks is None else blocks.stats
+
+
+def coverage(net: nn.Module) -> str:
+    """Who holds which blocks, and the way that the next call takes: one line for a person who joins."""
+    blocks = remote_blocks(net)
+    if blocks is None:
+        return "all blocks are on this machine"
+    servers, route = blocks.servers(), blocks.route()
+    copies = min(sum(number in server.blocks for server in servers) for number in range(len(blocks)))
+    hops = " -> ".join(f"{hop.span} ({hop.server.quantization}, ..{hop.server.peer[-4:]})" for hop in route)
+    return (
+        f"{len(servers)} server{'s' * (len(servers) > 1)}, every block of {route[0].span.start}:{route[-1].span.stop} "
+        f"on {copies} or more; route {hops}"
+    )
+
+
+def where_blocks_run(net: nn.Module) -> str:
+    """How the frozen blocks are run, for whoever reads figures that were measured over them."""
+    blocks = remote_blocks(net)
+    if blocks is None:
+        return "on this machine"
+    kinds = sorted({hop.server.quantization for hop in blocks.route()})
+    return f"on servers, as {' and '.join('plain weights' if kind == 'none' else kind for kind in kinds)}"
