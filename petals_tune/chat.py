@@ -55,7 +55,9 @@ def chat(cfg: DictConfig) -> None:
         from petals_tune.tuning.saved import adapter_folder, base_of  # slow; a mistyped key should not wait for it
 
         adapter = None if cfg.adapter is None else adapter_folder(cfg.adapter)
-        base = cfg.model.source or base_of(adapter)
+        base = cfg.model.source
+        if base is None and adapter is not None:
+            base = base_of(adapter)
         with opened(cfg, adapter, base) as (model, tokenizer):
             talk(model, tokenizer, cfg, turns(cfg.prompt))
 

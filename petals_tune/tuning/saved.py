@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -77,7 +78,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = Fals
         config.prompt_tuning_init = PromptTuningInit.RANDOM  # a text would need its trainer's tokenizer; values follow
     try:
         net = get_peft_model(model, config)
-        result = set_peft_model_state_dict(net, load_peft_weights(str(folder), device="cpu"))
+        result: Any = set_peft_model_state_dict(net, load_peft_weights(str(folder), device="cpu"))
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ConfigError(
             f"the adapter {folder} (of {base}) does not fit this model, or is damaged: {_first_line(error)}"
