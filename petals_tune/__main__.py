@@ -5,30 +5,44 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from petals_tune.cli import errors_reported
+from petals_tune.cli import calm_libraries, errors_reported
 from petals_tune.config import CONFIG_NAME, check_arguments, folder_of, register_recipes
+
+if TYPE_CHECKING:
+    from petals_tune.train.sweep import Runs
 
 
 def main() -> None:
     """python -m petals_tune recipe=NAME [key=value ...]"""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a bug keeps its traceback
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends a run as Ctrl-C does
+    calm_libraries()
     register_recipes()
     with errors_reported():
         check_arguments(sys.argv[1:])
-        tune()
+        with ExitStack() as stack:
+            runs: list[Runs] = []
 
+            @hydra.main(version_base="1.3", config_path=str(folder_of("conf")), config_name=CONFIG_NAME)
+            def tune(cfg: DictConfig) -> float:
+                from petals_tune.train.sweep import Runs  # not above: --help and tab completion need no torch
 
-@hydra.main(version_base="1.3", config_path=str(folder_of("conf")), config_name=CONFIG_NAME)
-def tune(cfg: DictConfig) -> None:
-    from petals_tune.train.run import run  # not above: --help and tab completion need no torch
+                if not runs:
+                    runs.append(stack.enter_context(Runs()))
+                if HydraConfig.get().mode == RunMode.MULTIRUN:
+                    return runs[0].run(cfg)  # Hydra takes the errors of a job, and goes on with the next one
+                with errors_reported():
+                    return runs[0].run(cfg)
 
-    with errors_reported():
-        run(cfg)
+            tune()
 
 
 if __name__ == "__main__":

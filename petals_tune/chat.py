@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,8 +14,8 @@ import hydra
 from omegaconf import DictConfig
 from pydantic import Field
 
-from petals_tune.cli import errors_reported
-from petals_tune.config import Section, build, check_arguments, folder_of
+from petals_tune.cli import calm_libraries, errors_reported
+from petals_tune.config import Section, TunedModel, build, check_arguments, folder_of
 from petals_tune.errors import ConfigError
 
 CONFIG_NAME = "chat"
@@ -27,7 +26,7 @@ class Chat:
     """All options of a chat; conf/chat.yaml says what each is for."""
 
     adapter: str | None
-    model: str | None
+    model: TunedModel
     swarm: Section
     persona: list[str]
     prompt: str | None
@@ -40,6 +39,7 @@ class Chat:
 
 def main() -> None:
     """python -m petals_tune.chat adapter=FOLDER [--prompt TEXT] [key=value ...]"""
+    calm_libraries()
     sys.argv[1:] = arguments = with_prompt_key(sys.argv[1:])
     with errors_reported():
         check_arguments(arguments, config_name=CONFIG_NAME, schema=Chat)
@@ -50,8 +50,14 @@ def main() -> None:
 def chat(cfg: DictConfig) -> None:
     """Answer the prompt, or every line of the terminal or the pipe until it ends."""
     with errors_reported():
-        adapter = None if cfg.adapter is None else Path(cfg.adapter)
-        base = cfg.model or base_of(adapter)
+        if cfg.adapter is None and cfg.model.source is None:
+            raise ConfigError("say whom to talk to: adapter=outputs/.../adapter, or model=default for the bare model")
+        from petals_tune.tuning.saved import adapter_folder, base_of  # slow; a mistyped key should not wait for it
+
+        adapter = None if cfg.adapter is None else adapter_folder(cfg.adapter)
+        base = cfg.model.source
+        if base is None and adapter is not None:
+            base = base_of(adapter)
         with opened(cfg, adapter, base) as (model, tokenizer):
             talk(model, tokenizer, cfg, turns(cfg.prompt))
 
@@ -74,26 +80,9 @@ def _quoted(text: str) -> str:
     return re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (found[2] and "\\'"), without_interpolation)
 
 
-def base_of(adapter: Path | None) -> str:
-    """The model that an adapter was trained on. Raises ConfigError where there is no adapter that says so."""
-    if adapter is None:
-        raise ConfigError("say whom to talk to: adapter=outputs/.../adapter, or model=embedded for the bare model")
-    try:
-        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"adapter={adapter}: no readable adapter_config.json there ({error}); "
-            "a run leaves its adapter as outputs/NAME/DATE/adapter"
-        ) from None
-    if not base:
-        raise ConfigError(f"adapter={adapter} does not name its base model; add model=NAME")
-    return str(base)
-
-
 @contextmanager
 def opened(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[Any, Any]]:
     """(model, tokenizer) over the swarm of `cfg`; a local swarm ends with the block."""
-    from peft import PeftModel  # this and the imports below are slow; a mistyped key should not wait for them
     from transformers import AutoTokenizer
 
     from petals_tune.checkpoint import Checkpoint
@@ -101,6 +90,7 @@ def opened(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[A
     from petals_tune.families import family_of, hollow_base_model
     from petals_tune.remote.auto import AutoDistributedModelForCausalLM
     from petals_tune.train.quiet import quiet
+    from petals_tune.tuning.saved import load_adapter
 
     quiet()
     source = model_folder(base)
@@ -110,12 +100,12 @@ def opened(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[A
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model={base} has no tokenizer to talk with: {error}") from None
+        raise ConfigError(f"model.source={base} has no tokenizer to talk with: {error}") from None
     with swarm.opened(source, blocks) as peers:
         options = swarm.client_options()
         model: Any = AutoDistributedModelForCausalLM.from_pretrained(source, initial_peers=peers, **options)
         try:
-            yield model if adapter is None else PeftModel.from_pretrained(model, adapter).eval(), tokenizer
+            yield model if adapter is None else load_adapter(model, adapter), tokenizer
         finally:
             model.remote_blocks.close()
 

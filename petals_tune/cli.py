@@ -1,7 +1,8 @@
-"""How every command ends."""
+"""How every command begins and ends."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,14 @@ from contextlib import contextmanager
 from petals_tune.errors import PetalsTuneError
 
 INTERRUPTED = 130  # what a shell calls 128 + SIGINT
+
+
+def calm_libraries() -> None:
+    """What keeps libraries quiet and is read when they are imported, so that it comes first in a command."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in a file or a pipe
+    # A kernel for nf4 on some CPUs that it offers to download: what it has works without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @contextmanager

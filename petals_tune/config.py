@@ -48,12 +48,22 @@ _HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_
 
 Section = Mapping[str, Any]
 
+# Keys that the run itself reads from a section, beside those of what the section builds.
+_BESIDE = {"tuning.init_from": str | None}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """The base model, which nobody changes."""
 
     source: str  # `embedded`, a folder in Hugging Face format, or a name on the hub
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedModel:
+    """The base model of a run."""
+
+    source: str | None  # as Model's; null: the one that the adapter of tuning.init_from names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +75,7 @@ class Run:
     output_dir: str
     ckpt_path: str | None  # go on from this checkpoint
     zero_shot: bool  # also measure the base model with nothing trained, where that differs from a fresh adapter
-    model: Model
+    model: TunedModel
     data: Section
     objective: Section
     tuning: Section
@@ -151,7 +161,9 @@ def build(section: DictConfig, *, where: str, **given: Any) -> Any:
     Raises ConfigError naming the section where its class refuses the values.
     """
     try:
-        made = instantiate(section, _convert_="all")
+        options: Any = OmegaConf.to_container(section, resolve=True)
+        kept = {name: value for name, value in options.items() if f"{where}.{name}" not in _BESIDE}
+        made = instantiate(kept, _convert_="all")
         return made(**given) if given and isinstance(made, partial) else made
     except InstantiationException as error:
         cause = error.__cause__ or error
@@ -183,6 +195,9 @@ def _check_call(target: Callable[..., Any], options: Mapping[str, Any], *, where
         if name in _HYDRA_KEYS:
             continue
         key = f"{where}.{name}" if where else name
+        if key in _BESIDE:
+            _check_value(value, _BESIDE[key], key)
+            continue
         if name not in parameters and not open_ended:
             raise ConfigError(_unknown(key, list(parameters), set_now=list(options)))
         hint = hints.get(name, Any)
@@ -228,7 +243,8 @@ def _check_value(value: Any, hint: Any, key: str) -> None:
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
-    function = target.__init__ if inspect.isclass(target) else target
+    # A dataclass may inherit fields whose hints only its parent's module can resolve: ask the class for those.
+    function = target.__init__ if inspect.isclass(target) and not is_dataclass(target) else target
     try:
         return get_type_hints(function, include_extras=True)
     except (NameError, TypeError):  # annotations that only a type checker can resolve

@@ -1,10 +1,8 @@
 """The chat command: its arguments, and a conversation over a local swarm."""
 
 import io
-import json
 import sys
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from petals_tune.chat import CONFIG_NAME, Chat, base_of, talk, turns, with_prompt_key
+from petals_tune.chat import CONFIG_NAME, Chat, talk, turns, with_prompt_key
 from petals_tune.config import check, composed
 from petals_tune.convert import embedded_model
 from petals_tune.data.chitchat import persona_message
@@ -36,26 +34,28 @@ def test_any_text_can_be_a_prompt(text, form):
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
-    [(["top_p=0"], "top_p is 0"), (["swarm=join"], "initial_peers"), (["presona=[x]"], "did you mean persona")],
+    [
+        (["top_p=0"], "top_p is 0"),
+        (["model=nobody"], "model=nobody is not there"),
+        (["swarm=join"], "initial_peers"),
+        (["presona=[x]"], "did you mean persona"),
+    ],
 )
 def test_a_mistake_is_said_before_anything_starts(overrides, said):
     with pytest.raises(ConfigError, match=said):
         config(*overrides)
 
 
-def test_the_adapter_names_its_model(tmp_path: Path):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/model"}))
-    assert base_of(tmp_path) == "some/model"
-    with pytest.raises(ConfigError, match="outputs/NAME/DATE/adapter"):
-        base_of(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="model=embedded"):
-        base_of(None)
-
-
 def test_a_pipe_is_one_turn(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
     assert list(turns(None)) == ["two\nlines"]
     assert list(turns("hello")) == ["hello"]
+
+
+def test_a_model_can_be_named_instead_of_an_adapter():
+    assert config("model=default").model.source == "embedded"
+    assert config("model.source=some/folder").model.source == "some/folder"
+    assert config("adapter=x").model.source is None
 
 
 @pytest.mark.parametrize("leaves", [EOFError, KeyboardInterrupt])

@@ -17,10 +17,12 @@ from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
 from petals_tune.remote.skeleton import Skeleton
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
+from petals_tune.swarm.route import Hop
 from petals_tune.swarm.stats import SwarmStats
 from petals_tune.swarm.trace import CallContext
 from petals_tune.tuning.support import collect_adapter
 from petals_tune.wire.adapter import AdapterVersion
+from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 
 # Small micro-batches keep all servers of a chain busy; below this size a linear runs noticeably slower per position.
@@ -155,6 +157,14 @@ class RemoteBlocks(RemoteSpan):
     def stats(self) -> SwarmStats:
         """Bytes, calls, retries and waiting time so far."""
         return self.backbone.chain.client.stats
+
+    def servers(self) -> tuple[ServerRecord, ...]:
+        """The servers of this model that are known now."""
+        return self.backbone.chain.client.servers
+
+    def route(self) -> tuple[Hop, ...]:
+        """The servers that a call through all blocks would take now."""
+        return loop.run(self.backbone.chain.client.route(self.span, work=1))
 
     def new_session(self, max_length: int) -> RemoteCache:
         """A generation session for `max_length` text positions; caches on the servers are reserved at its first use."""

@@ -32,7 +32,7 @@ from petals_tune.swarm.route import Hop, plan_route
 from petals_tune.swarm.stats import SwarmStats
 from petals_tune.swarm.stream import ServerStream
 from petals_tune.wire.messages import Message
-from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.records import ServerRecord, same_model
 from petals_tune.wire.span import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,12 @@ class SwarmClient:
             await client.close()
             raise
 
+    @property
+    def servers(self) -> tuple[ServerRecord, ...]:
+        """The servers of our model that are known now."""
+        known = () if self._snapshot is None else self._snapshot.servers
+        return tuple(server for server in known if same_model(server.model, self._model))
+
     async def refresh(self) -> None:
         """Read the DHT again; all who ask meanwhile wait for the same answer."""
         await asyncio.shield(self.refresh_soon())
@@ -146,11 +152,6 @@ class SwarmClient:
             banned=banned,
             cost=lambda server, blocks: self.load.cost(server, work, blocks),
         )
-
-    @property
-    def servers(self) -> tuple[ServerRecord, ...]:
-        """Those that were seen last."""
-        return () if self._snapshot is None else self._snapshot.servers
 
     def banned(self) -> frozenset[str]:
         """Peers to be passed over now."""

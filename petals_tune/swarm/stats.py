@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ServerTimes:
+    """Of one server: from a request on its way to the reply in hand, computing and queues included."""
+
+    calls: int = 0
+    reply_s: float = 0.0
 
 
 @dataclass
@@ -17,3 +25,10 @@ class SwarmStats:
     recomputations: int = 0  # backwards that had no lease
     checks: int = 0  # pieces of work that a second server did too (swarm.verify)
     outvoted: int = 0  # servers that a second and a third one contradicted
+    servers: dict[str, ServerTimes] = field(default_factory=dict)  # by peer id
+
+    def answered(self, peer: str, reply_s: float) -> None:
+        self.calls += 1
+        times = self.servers.setdefault(peer, ServerTimes())
+        times.calls += 1
+        times.reply_s += reply_s

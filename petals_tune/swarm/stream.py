@@ -107,7 +107,8 @@ class ServerStream:
         message_id = next(self._ids)
         reply: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._pending[message_id] = reply
-        self._heard_s = max(self._heard_s, time.monotonic() - SILENCE_S / 2)  # nobody spoke while nobody asked
+        asked_s = time.monotonic()
+        self._heard_s = max(self._heard_s, asked_s - SILENCE_S / 2)  # nobody spoke while nobody asked
         try:
             async with asyncio.timeout(timeout_s):
                 await self._send(message_id, request)
@@ -118,7 +119,7 @@ class ServerStream:
             self._pending.pop(message_id, None)
             if reply.done() and not reply.cancelled():
                 reply.exception()  # where sending failed first, nobody awaits it, and asyncio would complain
-        self._stats.calls += 1
+        self._stats.answered(self.peer, time.monotonic() - asked_s)
         if isinstance(answer, Refusal):
             raise answer.raised(self.peer)
         return answer

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel
@@ -13,22 +11,6 @@ from transformers import PreTrainedModel
 from petals_tune.swarm.stats import SwarmStats
 
 Net = PreTrainedModel | PeftModel  # what is trained: a model, usually wrapped by PEFT
-
-
-@contextmanager
-def without_adapter(net: PeftModel) -> Iterator[None]:
-    """The net as it was before it was tuned."""
-    if not net.active_peft_config.is_prompt_learning:
-        with net.disable_adapter():
-            yield
-        return
-    # With a soft prompt, PEFT's disable_adapter() fails on a model that cannot generate, such as a classifier.
-    patched: Any = net
-    patched.forward = net.get_base_model().forward
-    try:
-        yield
-    finally:
-        del patched.forward
 
 
 def remote_blocks(net: nn.Module) -> Any:
@@ -41,3 +23,26 @@ def swarm_stats(net: nn.Module) -> SwarmStats:
     """The running totals of the model's swarm client; zeros for a plain local model."""
     blocks = remote_blocks(net)
     return SwarmStats() if blocks is None else blocks.stats
+
+
+def coverage(net: nn.Module) -> str:
+    """Who holds which blocks, and the way that the next call takes: one line for a person who joins."""
+    blocks = remote_blocks(net)
+    if blocks is None:
+        return "all blocks are on this machine"
+    servers, route = blocks.servers(), blocks.route()
+    copies = min(sum(number in server.blocks for server in servers) for number in range(len(blocks)))
+    hops = " -> ".join(f"{hop.span} ({hop.server.quantization}, ..{hop.server.peer[-4:]})" for hop in route)
+    return (
+        f"{len(servers)} server{'s' * (len(servers) > 1)}, every block of {route[0].span.start}:{route[-1].span.stop} "
+        f"on {copies} or more; route {hops}"
+    )
+
+
+def where_blocks_run(net: nn.Module) -> str:
+    """How the frozen blocks are run, for whoever reads figures that were measured over them."""
+    blocks = remote_blocks(net)
+    if blocks is None:
+        return "on this machine"
+    kinds = sorted({hop.server.quantization for hop in blocks.route()})
+    return f"on servers, as {' and '.join('plain weights' if kind == 'none' else kind for kind in kinds)}"

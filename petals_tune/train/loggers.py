@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
+from dataclasses import asdict
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ from urllib.parse import urlsplit
 import wandb
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from omegaconf import DictConfig, OmegaConf
+
+from petals_tune.train.result import Result
 
 
 class MetricsFile(CSVLogger):
@@ -36,6 +41,32 @@ def wandb_logger(*, save_dir: str, name: str, project: str, **options: Any) -> W
     settings = wandb.Settings(silent=True, console="off")
     wandb.setup(settings)  # or it warns of an option that Lightning always passes
     return WandbLogger(save_dir=save_dir, name=name, project=project, mode=mode, settings=settings, **options)
+
+
+def tell_config(loggers: Iterable[Logger], cfg: DictConfig) -> None:
+    """Hand the whole configuration, resolved, to loggers that show one; metrics.csv has config.yaml beside it."""
+    resolved: Any = OmegaConf.to_container(cfg, resolve=True)
+    for logger in loggers:
+        if not isinstance(logger, CSVLogger):
+            logger.log_hyperparams(resolved)
+
+
+def publish(loggers: Iterable[Logger], output: Path, result: Result) -> None:
+    """Give W&B what a run left beside its metrics: the figures, the curves' picture, and the adapter as an artifact."""
+    for logger in loggers:
+        if not isinstance(logger, WandbLogger):
+            continue
+        run = logger.experiment
+        run.summary.update({"result": asdict(result)})
+        if (output / "curves.png").exists():
+            logger.log_image("curves", [str(output / "curves.png")])
+        if not (output / "adapter").is_dir():  # not a single step was taken
+            continue
+        name = re.sub(r"[^\w.-]", "-", result.name)  # what W&B takes for a name
+        adapter = wandb.Artifact(f"{name}-adapter", type="adapter", metadata=asdict(result))
+        # immutable: the output folder keeps the files, so W&B's staging folder needs no copy of them.
+        adapter.add_dir(str(output / "adapter"), policy="immutable")
+        run.log_artifact(adapter)
 
 
 def finish(loggers: Iterable[Logger]) -> None:

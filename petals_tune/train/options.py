@@ -30,6 +30,9 @@ class Swarm(Protocol):
     def check(self, blocks: int) -> None:
         """Raises ConfigError where this swarm cannot hold a model of so many blocks; starts nothing."""
 
+    def opening(self, blocks: int) -> str:
+        """What `opened` is about to do, for a person who waits for it."""
+
     def opened(self, source: str, blocks: int) -> AbstractContextManager[list[str]]:
         """Yields the addresses of the swarm's first servers."""
 
@@ -83,6 +86,10 @@ class LocalSwarm(ClientOptions):
             raise ConfigError(f"swarm.spans leaves blocks {said} of {whole} without a server: add a span for them")
         return spans
 
+    def opening(self, blocks: int) -> str:
+        spans = ", ".join(map(str, self.spans_of(blocks)))
+        return f"starting local servers of blocks {spans} ({self.quantization})"
+
     @contextmanager
     def opened(self, source: str, blocks: int) -> Iterator[list[str]]:
         with local_swarm(
@@ -110,6 +117,9 @@ class JoinedSwarm(ClientOptions):
 
     def check(self, blocks: int) -> None:
         """Who serves which blocks is known once we are in."""
+
+    def opening(self, blocks: int) -> str:
+        return f"connecting to {', '.join(self.initial_peers)}"
 
     @contextmanager
     def opened(self, source: str, blocks: int) -> Iterator[list[str]]:

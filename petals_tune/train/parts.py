@@ -22,15 +22,21 @@ from petals_tune.train.loggers import MetricsFile
 from petals_tune.train.module import MakeOptimizer, MakeSchedule, check_precision, scheduled
 from petals_tune.train.objective import Objective
 from petals_tune.train.options import Swarm
+from petals_tune.tuning.saved import adapter_folder, base_of, saved_config
 from petals_tune.tuning.support import check_config
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """See the module. `source` is a folder in Hugging Face format or a hub name, `blocks` how many blocks it has."""
+    """See the module. `source` is a folder in Hugging Face format or a hub name, `blocks` how many blocks it has.
 
+    `base` is the name by which `source` was asked for, `adapter` the folder of one to start from.
+    """
+
+    base: str
     source: str
     blocks: int
+    adapter: Path | None
     data: TextData
     objective: Objective
     tuning: PeftConfig
@@ -40,27 +46,38 @@ class Parts:
     trainer: Trainer
 
 
-def prepare(cfg: DictConfig) -> Parts:
-    """Build what needs no server, the quick parts first. Raises ConfigError or DataError."""
+def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
+    """Build what needs no server, the quick parts first; `stage` is what the data is set up for, in Lightning's words.
+
+    Raises ConfigError or DataError.
+    """
     swarm: Swarm = build(cfg.swarm, where="swarm")
     optimizer = build(cfg.optimizer, where="optimizer")
     schedule = build(cfg.schedule, where="schedule")
     _try(optimizer, schedule)
     trainer = build_trainer(cfg)
     check_precision(trainer)
-    source = model_folder(cfg.model.source)
+    init_from = cfg.tuning.get("init_from")
+    adapter = None if init_from is None else adapter_folder(init_from)
+    base = cfg.model.source or _base_of(adapter)
+    source = model_folder(base)
     blocks = Checkpoint(source).config.get_text_config().num_hidden_layers
     swarm.check(blocks)
     tokenizer = AutoTokenizer.from_pretrained(source)
     objective = build(cfg.objective, where="objective", tokenizer=tokenizer)
-    tuning = build(cfg.tuning, where="tuning", tokenizer=tokenizer)
-    tuning.task_type = objective.task_type
+    if adapter is None:
+        tuning = build(cfg.tuning, where="tuning", tokenizer=tokenizer)
+        tuning.task_type = objective.task_type
+    else:
+        tuning = saved_config(adapter)
     check_config(tuning)
     data = build(cfg.data, where="data", tokenizer=tokenizer)
-    data.setup("fit")
+    data.setup(stage)
     return Parts(
+        base=base,
         source=source,
         blocks=blocks,
+        adapter=adapter,
         data=data,
         objective=objective,
         tuning=tuning,
@@ -69,6 +86,15 @@ def prepare(cfg: DictConfig) -> Parts:
         swarm=swarm,
         trainer=trainer,
     )
+
+
+def _base_of(adapter: Path | None) -> str:
+    if adapter is None:
+        raise ConfigError(
+            "model=of_adapter takes the base model that an adapter names, and there is no adapter: "
+            "give tuning.init_from=FOLDER_OR_HUB_NAME, or another model"
+        )
+    return base_of(adapter)
 
 
 def build_trainer(cfg: DictConfig) -> Trainer:

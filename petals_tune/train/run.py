@@ -14,17 +14,20 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from petals_tune.config import check
+from petals_tune.convert import EMBEDDED, EMBEDDED_NAME
 from petals_tune.files import write_text
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
-from petals_tune.train.backbone import remote_blocks, swarm_stats, without_adapter
-from petals_tune.train.callbacks import MB
+from petals_tune.train.backbone import coverage, remote_blocks, swarm_stats, where_blocks_run
+from petals_tune.train.callbacks import MB, Speed
 from petals_tune.train.curves import draw_curves
-from petals_tune.train.export import export_adapter
-from petals_tune.train.loggers import finish
+from petals_tune.train.export import export_adapter, method
+from petals_tune.train.loggers import finish, publish, tell_config
 from petals_tune.train.module import FineTuner
 from petals_tune.train.objective import load_model
 from petals_tune.train.parts import Parts, prepare
 from petals_tune.train.quiet import quiet
+from petals_tune.train.result import Measured, Result, shown
+from petals_tune.tuning.saved import load_adapter
 from petals_tune.tuning.support import tune
 
 Connect = Callable[[Parts], AbstractContextManager[PreTrainedModel]]
@@ -33,26 +36,36 @@ Connect = Callable[[Parts], AbstractContextManager[PreTrainedModel]]
 @contextmanager
 def remote_model(parts: Parts) -> Iterator[PreTrainedModel]:
     """The model over its swarm. The connection and a local swarm end with the block, however it ends."""
-    with parts.swarm.opened(parts.source, parts.blocks) as peers:
-        model = load_model(
-            parts.objective,
-            parts.source,
-            causal_lm=AutoDistributedModelForCausalLM,
-            classifier=AutoDistributedModelForSequenceClassification,
-            initial_peers=peers,
-            **parts.swarm.client_options(),
-        )
-        try:
-            yield model
-        finally:
-            remote_blocks(model).close()
+    say(f"swarm     {parts.swarm.opening(parts.blocks)} ...")
+    with parts.swarm.opened(parts.source, parts.blocks) as peers, joined(parts, peers) as model:
+        yield model
 
 
-def run(cfg: DictConfig, connect: Connect = remote_model) -> dict[str, dict[str, float]]:
+@contextmanager
+def joined(parts: Parts, peers: list[str]) -> Iterator[PreTrainedModel]:
+    """The model over the swarm of `peers`; the connection ends with the block."""
+    started_s = time.monotonic()
+    model = load_model(
+        parts.objective,
+        parts.source,
+        causal_lm=AutoDistributedModelForCausalLM,
+        classifier=AutoDistributedModelForSequenceClassification,
+        initial_peers=peers,
+        **parts.swarm.client_options(),
+    )
+    try:
+        say(f"connected in {time.monotonic() - started_s:.1f} s; {coverage(model)}")
+        yield model
+    finally:
+        remote_blocks(model).close()
+
+
+def run(cfg: DictConfig, connect: Connect = remote_model) -> Measured:
     """Tune as `cfg` says; returns the metrics `before` and `after`, and `zero_shot` where it was asked for.
 
     Leaves in cfg.output_dir: config.yaml, metrics.csv, checkpoint.ckpt (the trained tensors alone), adapter/ in PEFT's
-    format, curves.png, and what callbacks and loggers write. Raises ConfigError before any server is started.
+    format, curves.png, result.json, and what callbacks and loggers write. Raises ConfigError before any server is
+    started.
     """
     started_s = time.monotonic()
     quiet()
@@ -63,55 +76,78 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> dict[str, dict[str,
     output.mkdir(parents=True, exist_ok=True)
     if parts.trainer.is_global_zero:
         write_text(output / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    print(f"{parts.data.description}\n{parts.data.summary()}\n", flush=True)
+    tell_config(parts.trainer.loggers, cfg)
+    say(f"model     {named(parts.base)}, {parts.blocks} blocks\n{parts.data.description}\n{parts.data.summary()}\n")
 
-    with connect(parts) as model:
-        net = tune(model, parts.tuning)
-        tuner = FineTuner(net, parts.objective, parts.optimizer, parts.schedule)
-        print(f"trains {trained_share(net)}", flush=True)
-        try:
-            measured = measure_and_fit(parts, tuner, zero_shot=cfg.zero_shot, ckpt_path=cfg.ckpt_path)
-        finally:
-            # Also on Ctrl-C and when the swarm is gone: what was trained is on this machine.
-            if parts.trainer.global_step and parts.trainer.is_global_zero:
-                export(parts.trainer, tuner, output, base=cfg.model.source, title=cfg.name)
-                print(f"saved step {parts.trainer.global_step}; to go on from it: ckpt_path={output}/checkpoint.ckpt")
-            finish(parts.trainer.loggers)
-    stats = swarm_stats(net)
-    print(
-        f"{learned(measured, parts.objective.headline)} in {(time.monotonic() - started_s) / 60:.1f} min; "
-        f"sent {stats.sent_bytes / MB:.0f} MB, received {stats.received_bytes / MB:.0f} MB; "
-        f"trained {trained_share(net)}; all of it is in {output}"
+    result = Result(
+        name=cfg.name,
+        base=parts.base,
+        data=parts.data.description,
+        headline=parts.objective.headline,
+        seed=cfg.seed,
+        started_from=cfg.tuning.get("init_from"),
     )
-    return measured
+    try:
+        with connect(parts) as model:
+            result.blocks = where_blocks_run(model)
+            if cfg.zero_shot:
+                measure(parts, FineTuner(model, parts.objective, parts.optimizer), "zero_shot", into=result.measured)
+            net = load_adapter(model, parts.adapter, trainable=True) if parts.adapter else tune(model, parts.tuning)
+            result.trained_parameters, result.parameters = net.get_nb_trainable_parameters()
+            say(f"trains    {result.trained_share}: {method(net.peft_config[net.active_adapter])[0]}")
+            tuner = FineTuner(net, parts.objective, parts.optimizer, parts.schedule)
+            try:
+                fit(parts, tuner, result, ckpt_path=cfg.ckpt_path)
+            finally:
+                # Also on Ctrl-C and when the swarm is gone: what was trained is on this machine.
+                add_figures(result, parts.trainer, net, minutes=(time.monotonic() - started_s) / 60)
+                if parts.trainer.global_step and parts.trainer.is_global_zero:
+                    export(parts.trainer, tuner, output, result)
+                    say(
+                        f"saved     step {result.steps} in {output}\n"
+                        f"          to go on from it: ckpt_path={output}/checkpoint.ckpt\n"
+                        f"          to talk to it: python -m petals_tune.chat adapter={output}/adapter"
+                    )
+        if parts.trainer.is_global_zero:
+            result.save(output)
+            publish(parts.trainer.loggers, output, result)
+    finally:
+        finish(parts.trainer.loggers)
+    say(f"{result.said()}; all of it is in {output}")
+    return result.measured
 
 
-def measure_and_fit(
-    parts: Parts, tuner: FineTuner, *, zero_shot: bool, ckpt_path: str | None
-) -> dict[str, dict[str, float]]:
-    """Validate, fit, validate. Every measurement is printed as soon as it is known."""
-    measured = {}
-
-    def measure(name: str, summary: dict[str, float]) -> None:
-        measured[name] = summary
-        print(f"{name:<10}{said(summary)}", flush=True)
-
-    if zero_shot:
-        with without_adapter(tuner.net), tuner.validating_as("zero_shot"):
-            measure("zero_shot", validated(parts, tuner))
-    measure("before", validated(parts, tuner))
+def fit(parts: Parts, tuner: FineTuner, result: Result, *, ckpt_path: str | None) -> None:
+    """Validate, fit, validate."""
+    measure(parts, tuner, "before", into=result.measured)
     with interrupts_raised(parts.trainer):
         parts.trainer.fit(tuner, datamodule=parts.data, ckpt_path=ckpt_path)
     step, summary = tuner.summaries["val"]
-    measure("after", summary if step == parts.trainer.global_step else validated(parts, tuner))
-    return measured
+    measure(parts, tuner, "after", into=result.measured, known=summary if step == parts.trainer.global_step else None)
 
 
-def validated(parts: Parts, tuner: FineTuner) -> dict[str, float]:
-    """The metrics of the whole validation split, now."""
-    with interrupts_raised(parts.trainer):
-        parts.trainer.validate(tuner, datamodule=parts.data, verbose=False)
-    return tuner.summaries[tuner.split][1]
+def measure(
+    parts: Parts, tuner: FineTuner, when: str, *, into: Measured, known: dict[str, float] | None = None
+) -> None:
+    """Put the metrics of the whole validation split into `into[when]`, and print them as soon as they are known."""
+    if known is None:
+        rows = len(parts.data.validation_split.rows)
+        say(f"{when:<10}measuring {rows} validation rows ...")
+        with tuner.validating_as(when if when == "zero_shot" else "val"), interrupts_raised(parts.trainer):
+            parts.trainer.validate(tuner, datamodule=parts.data, verbose=False)
+            known = tuner.summaries[tuner.split][1]
+    into[when] = known
+    say(f"{when:<10}{shown(known)}")
+
+
+def add_figures(result: Result, trainer: Trainer, net: PeftModel, *, minutes: float) -> None:
+    """What the run took so far."""
+    stats = swarm_stats(net)
+    result.steps, result.minutes = trainer.global_step, minutes
+    result.sent_mb, result.received_mb, result.retries = stats.sent_bytes / MB, stats.received_bytes / MB, stats.retries
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it
+        if isinstance(callback, Speed):
+            result.tokens_per_s = callback.tokens_per_s
 
 
 @contextmanager
@@ -127,27 +163,18 @@ def interrupts_raised(trainer: Trainer) -> Iterator[None]:
         raise KeyboardInterrupt from None
 
 
-def export(trainer: Trainer, tuner: FineTuner, output: Path, *, base: str, title: str) -> None:
+def export(trainer: Trainer, tuner: FineTuner, output: Path, result: Result) -> None:
     """Leave the adapter and the curves."""
-    export_adapter(tuner.net, output / "adapter", base=base)
+    export_adapter(tuner.net, output / "adapter", result)
     metrics = output / "metrics.csv"
     if metrics.exists():  # a fast_dev_run has none
-        draw_curves(metrics, output / "curves.png", title=title)
+        draw_curves(metrics, output / "curves.png", title=result.name)
 
 
-def trained_share(net: PeftModel) -> str:
-    trained, total = net.get_nb_trainable_parameters()
-    return f"{trained:,} of {total:,} parameters"
+def named(base: str) -> str:
+    return f"{EMBEDDED_NAME} ({EMBEDDED})" if base == EMBEDDED else base
 
 
-def said(summary: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in summary.items())
-
-
-def learned(measured: dict[str, dict[str, float]], headline: str) -> str:
-    """The headline metric and the loss, before -> after; zero-shot where it was measured."""
-    before, after = measured["before"], measured["after"]
-    parts = [f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in (headline, "loss")]
-    if "zero_shot" in measured:
-        parts.append(f"zero-shot {headline} {measured['zero_shot'][headline]:.3f}")
-    return ", ".join(parts)
+def say(text: str) -> None:
+    """A line of a run's story: at once, whoever reads it, a terminal or a file."""
+    print(text, flush=True)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.loggers import WandbLogger
+import yaml
 from omegaconf import OmegaConf
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from petals_tune.errors import ConfigError, DataError, ServerUnreachable
+from petals_tune.train.result import Result
 from petals_tune.train.run import run
 from tests.train.conftest import Compose
 from tests.train.tiny import LocalConnection
@@ -26,6 +27,7 @@ def test_a_run_leaves_what_it_promises(
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == [
         "adapter", "checkpoint.ckpt", "config.yaml", "curves.png", "metrics.csv", "replies.json", "replies.txt",
+        "result.json",
     ]  # fmt: skip
     assert (swarm.opened, swarm.closed) == (1, 1)
     assert measured["after"]["loss"] < measured["before"]["loss"]
@@ -95,7 +97,11 @@ def test_an_end_in_the_middle_closes_the_swarm_and_keeps_what_was_trained(
     out = tmp_path / "out"
     assert (out / "adapter" / "adapter_model.safetensors").exists()
     assert torch.load(out / "checkpoint.ckpt", weights_only=True)["global_step"] == 2
-    assert f"saved step 2; to go on from it: ckpt_path={out}/checkpoint.ckpt" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"saved     step 2 in {out}\n" in said
+    assert f"to go on from it: ckpt_path={out}/checkpoint.ckpt\n" in said
+    assert "stopped at step 2" in (out / "adapter" / "README.md").read_text()
+    assert not (out / "result.json").exists()
 
 
 def test_a_run_goes_on_from_a_checkpoint(tiny_run: Compose, tmp_path: Path) -> None:
@@ -129,15 +135,49 @@ def test_mistakes_end_a_run_before_a_server_starts(
     assert swarm.opened == 0
 
 
-def test_an_offline_wandb_run_lies_in_the_output_folder(
-    tiny_run: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_starts_from_an_adapter_of_any_shape(
+    tiny_run: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    tables = []
-    monkeypatch.setattr(WandbLogger, "log_table", lambda self, key, columns, data: tables.append((key, columns, data)))
-    run(tiny_run("personachat", "logger=wandb"), LocalConnection())
-    (folder,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
-    assert list(folder.glob("*.wandb"))
-    ((key, columns, data),) = tables
-    assert (key, columns, len(data)) == ("replies", ["prompt", "person", "before", "after"], 3)
+    """The adapter's own method and options count, whatever `tuning` says; its base model does where none is named."""
+    first = run(tiny_run("personachat", "tuning.tokens=3"), LocalConnection())
+    adapter, again = tmp_path / "out" / "adapter", f"output_dir={tmp_path / 'again'}"
+    goes_on = [f"tuning.init_from={adapter}", "model.source=null", again]
+    second = run(tiny_run("personachat", *goes_on), LocalConnection())
+    assert second["before"] == pytest.approx(first["after"], rel=1e-5)
+    assert second["after"]["loss"] < first["after"]["loss"]
+    assert Result.load(tmp_path / "again").started_from == str(adapter)
+    assert f"It started from the adapter `{adapter}`" in (tmp_path / "again" / "adapter" / "README.md").read_text()
+    assert "soft-prompt (3 tokens)" in capsys.readouterr().out
+
+
+def test_deep_prompts_are_exported_and_gone_on_from(tiny_run: Compose, tmp_path: Path) -> None:
+    cfg = tiny_run("personachat", "optimizer.lr=0.1", "tuning=deep_prompt", "~tuning.tokens", "~tuning.init_text")
+    first = run(cfg, LocalConnection())
+    card = (tmp_path / "out" / "adapter" / "README.md").read_text()
+    assert "Stock PEFT knows no deep prompts" in card
+    cfg.tuning.init_from, cfg.output_dir, cfg.zero_shot = str(tmp_path / "out" / "adapter"), str(tmp_path / "on"), True
+    second = run(cfg, LocalConnection())
+    assert second["before"] == pytest.approx(first["after"], rel=1e-5)
+    assert second["zero_shot"]["loss"] > second["before"]["loss"]  # nothing of the adapter is left in it
+    assert (tmp_path / "on" / "adapter" / "deep_prompt.safetensors").exists()
+
+
+def test_a_model_of_the_adapter_needs_an_adapter(tiny_run: Compose) -> None:
+    with pytest.raises(ConfigError, match=r"tuning\.init_from=FOLDER"):
+        run(tiny_run("personachat", "model.source=null"), LocalConnection())
+
+
+def test_the_card_of_an_adapter_says_what_it_is(tiny_run: Compose, tiny_folder: Path, tmp_path: Path) -> None:
+    measured = run(tiny_run("sst2"), LocalConnection())
+    card = (tmp_path / "out" / "adapter" / "README.md").read_text()
+    _, front_matter, text = card.split("---\n", 2)
+    assert yaml.safe_load(front_matter) == {"library_name": "peft", "tags": ["petals_tune", "prompt-tuning"]}
+    for said in ("soft-prompt (4 tokens)", str(tiny_folder), "Letters with a sentiment", "6 optimizer steps, seed 0"):
+        assert said in text
+    assert f"{measured['after']['accuracy']:.4f} |" in text.split("after training")[1]
+    code = (
+        text.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path / "out" / "adapter"))
+    )
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert isinstance(names["model"], PeftModel)

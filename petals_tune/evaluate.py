@@ -1,0 +1,51 @@
+"""Measure an adapter, whoever trained it: python -m petals_tune.evaluate adapter=FOLDER recipe=NAME"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import hydra
+from omegaconf import DictConfig
+
+from petals_tune.cli import calm_libraries, errors_reported
+from petals_tune.config import Run, check_arguments, folder_of, register_recipes
+
+CONFIG_NAME = "evaluate"
+FILE = "evaluation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Run):
+    """All options of an evaluation: those of a run, whose data and objective it takes, and these."""
+
+    adapter: str
+    split: Literal["validation", "training"]
+
+
+def main() -> None:
+    """python -m petals_tune.evaluate adapter=FOLDER_OR_HUB_NAME recipe=NAME [key=value ...]"""
+    calm_libraries()
+    register_recipes()
+    with errors_reported():
+        check_arguments(sys.argv[1:], config_name=CONFIG_NAME, schema=Evaluation)
+        evaluate()
+
+
+@hydra.main(version_base="1.3", config_path=str(folder_of("conf")), config_name=CONFIG_NAME)
+def evaluate(cfg: DictConfig) -> None:
+    """Print the adapter's metrics, and the base model's beside them where cfg.zero_shot asks for it; leave both."""
+    with errors_reported():
+        from petals_tune.train.measure import measured  # slow; a mistyped key should not wait for it
+
+        metrics = measured(cfg, schema=Evaluation)
+        folder = Path(cfg.output_dir)
+        (folder / FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        print(f"these figures are in {folder / FILE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Merge LoRA into a whole local model: python -m petals_tune.merge adapter=FOLDER output=NEW_FOLDER"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import hydra
+from omegaconf import DictConfig
+
+from petals_tune.cli import calm_libraries, errors_reported
+from petals_tune.config import TunedModel, check_arguments, folder_of
+from petals_tune.errors import ConfigError, UnsupportedAdapter, UnsupportedModel
+
+CONFIG_NAME = "merge"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """All options of a merge; conf/merge.yaml says what each is for."""
+
+    adapter: str
+    output: str
+    model: TunedModel
+    dtype: Literal["float32", "float16", "bfloat16"]
+
+
+def main() -> None:
+    """python -m petals_tune.merge adapter=FOLDER_OR_HUB_NAME output=NEW_FOLDER [key=value ...]"""
+    calm_libraries()
+    with errors_reported():
+        check_arguments(sys.argv[1:], config_name=CONFIG_NAME, schema=Merge)
+        merge()
+
+
+@hydra.main(version_base="1.3", config_path=str(folder_of("conf")), config_name=CONFIG_NAME)
+def merge(cfg: DictConfig) -> None:
+    """Write the base model with the adapter's LoRA in its weights."""
+    with errors_reported():
+        merge_adapter(cfg.adapter, Path(cfg.output), model=cfg.model.source, dtype=cfg.dtype)
+
+
+def merge_adapter(adapter: str, output: Path, *, model: str | None = None, dtype: str = "float32") -> None:
+    """Write the whole base model, loaded on this machine, with `adapter` merged into its weights, and its tokenizer.
+
+    Raises ConfigError where `output` is there already, UnsupportedAdapter for a method that is no change of weights,
+    UnsupportedModel where the base model is not at hand.
+    """
+    import torch  # this and the imports below are slow; a mistyped key should not wait for them
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from petals_tune.convert import model_folder
+    from petals_tune.train.quiet import quiet
+    from petals_tune.tuning.saved import adapter_folder, base_of, saved_config
+
+    quiet()
+    if output.exists():
+        raise ConfigError(f"output={output} is there already: name a new folder, or remove this one")
+    folder = adapter_folder(adapter)
+    config = saved_config(folder)
+    if config.is_prompt_learning:
+        raise UnsupportedAdapter(
+            f"{folder} is a soft prompt: it stands before the text and changes no weight, so nothing can be merged; "
+            "load it with PEFT, as its README.md says"
+        )
+    base = base_of(folder) if model is None else model
+    source = model_folder(base)
+    print(f"loads {base} whole ...", flush=True)
+    try:
+        plain = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(
+            f"the base model {base} cannot be loaded here: {str(error).strip().splitlines()[0]}; "
+            "name a folder that has it, with model.source=FOLDER"
+        ) from None
+    try:
+        tuned = PeftModel.from_pretrained(plain, str(folder))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"the adapter {folder} does not fit {base}: {str(error).strip().splitlines()[0]}; "
+            "name its own base model, with model.source=..."
+        ) from None
+    if not isinstance(tuned.base_model, BaseTuner):
+        raise UnsupportedAdapter(f"{folder}: {config.peft_type} cannot be merged into weights; LoRA can")
+    merged = tuned.merge_and_unload(safe_merge=True)  # safe: numbers that are not finite are an error
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    merged.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(output)
+    size_mb = sum(file.stat().st_size for file in output.iterdir()) / 1e6
+    print(f"merged {folder} into {base}: {output}, {size_mb:.0f} MB; use it as model.source={output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Figures of any adapter on either split."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from petals_tune.config import check_arguments
+from petals_tune.errors import ConfigError
+from petals_tune.evaluate import CONFIG_NAME, Evaluation
+from petals_tune.train.measure import measured
+from petals_tune.train.run import run
+from tests.train.conftest import Compose, tiny_folder, tiny_run  # noqa: F401  fixtures
+from tests.train.tiny import LocalConnection
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+def evaluation(cfg: DictConfig, adapter: Path, split: str) -> DictConfig:
+    """The run's own configuration, turned into an evaluation of its adapter."""
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    with open_dict(cfg):
+        cfg.adapter, cfg.split = str(adapter), split
+    cfg.tuning.init_from, cfg.model.source, cfg.zero_shot = str(adapter), None, True
+    return cfg
+
+
+def test_an_evaluation_repeats_the_figures_of_the_run(tiny_run: Compose, tmp_path: Path) -> None:  # noqa: F811
+    cfg = tiny_run("sst2", "optimizer.lr=0.1")
+    after = run(cfg, LocalConnection())
+    adapter = tmp_path / "out" / "adapter"
+    figures = measured(evaluation(cfg, adapter, "validation"), LocalConnection(), schema=Evaluation)
+    assert figures["adapter"] == pytest.approx(after["after"], rel=1e-5)
+    assert figures["base"] == pytest.approx(after["zero_shot"], rel=1e-5)
+    training = measured(evaluation(cfg, adapter, "training"), LocalConnection(), schema=Evaluation)
+    assert training["adapter"]["loss"] != pytest.approx(figures["adapter"]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("recipe=sst2", "adapter has no value"),
+        ("recipe=sst2 adapter=x split=test", "split is 'test': it must be 'validation' or 'training'"),
+        ("recipe=sst2 adaptor=x", "did you mean adapter"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_arguments(arguments.split(), config_name=CONFIG_NAME, schema=Evaluation)
+
+
+def test_what_is_right_passes() -> None:
+    for arguments in ("adapter=x recipe=sst2", "adapter=x data=sst2 objective=label_words", "--help"):
+        check_arguments(arguments.split(), config_name=CONFIG_NAME, schema=Evaluation)

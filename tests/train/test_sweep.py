@@ -1,0 +1,128 @@
+"""A sweep's table, picture and swarm; and one whole sweep over real servers."""
+
+import csv
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from matplotlib.image import imread
+
+from petals_tune.train import sweep
+from petals_tune.train.options import LocalSwarm
+from petals_tune.train.result import Result
+from petals_tune.train.sweep import Job, KeptSwarm, draw_sweep, ranked, report
+
+METRICS = "step,val/loss\n0,2.0\n5,1.0\n"
+
+
+def job(number: int, folder: Path, *, metric: str = "accuracy", value: float = 0.5, **overrides: str) -> Job:
+    (folder / str(number)).mkdir()
+    (folder / str(number) / "metrics.csv").write_text(METRICS)
+    result = Result(name="x", base="y", data="z", headline=metric, seed=0)
+    result.measured = {"before": {metric: 0.1, "loss": 2.0}, "after": {metric: value, "loss": 1.0}}
+    return Job(number=number, overrides={"recipe": "sst2", **overrides}, folder=folder / str(number), result=result)
+
+
+def test_the_best_comes_first_whichever_way_the_metric_goes(tmp_path: Path) -> None:
+    jobs = [job(n, tmp_path, value=value) for n, value in enumerate([0.2, 0.9, 0.5])]
+    assert [each.number for each in ranked(jobs)] == [1, 2, 0]
+    jobs = [job(n + 3, tmp_path, metric="perplexity", value=value) for n, value in enumerate([2.0, 9.0, 5.0])]
+    assert [each.number for each in ranked(jobs)] == [3, 5, 4]
+
+
+def test_the_table_says_what_differs_and_who_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = [job(0, tmp_path, value=0.5, seed="0"), job(1, tmp_path, value=0.75, seed="1")]
+    jobs.append(replace(job(2, tmp_path, seed="2"), result=None))
+    report(jobs, tmp_path)
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["seed"] for row in rows] == ["1", "0", "2"]
+    assert [row["metric"] for row in rows] == ["accuracy", "accuracy", "failed"]
+    assert rows[0]["after"] == "0.7500"
+    assert "recipe" not in rows[0]
+    said = capsys.readouterr().out
+    assert said.index("0.7500") < said.index("0.5000") < said.index("failed")
+    assert imread(tmp_path / "sweep.png")[..., :3].std() > 0.01
+
+
+def test_a_single_job_is_drawn_too(tmp_path: Path) -> None:
+    draw_sweep([job(0, tmp_path)], tmp_path / "sweep.png")
+    assert (tmp_path / "sweep.png").exists()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountedSwarm(LocalSwarm):
+    """Counts how often its servers are started and ended."""
+
+    events: Any = None
+
+    @contextmanager
+    def opened(self, source: str, blocks: int) -> Any:
+        self.events.append("start")
+        yield [f"address {self.events.count('start')}"]
+        self.events.append("end")
+
+
+def test_one_swarm_serves_all_jobs_that_want_the_same_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "joined", contextmanager(lambda parts, peers: iter([peers])))
+    events: list[str] = []
+    plain = CountedSwarm(events=events)
+    kept = KeptSwarm()
+
+    def peers(**changes: Any) -> list[str]:
+        parts: Any = SimpleNamespace(source="tiny", blocks=4, swarm=replace(plain, **changes))
+        with kept(parts) as found:
+            return found  # type: ignore[return-value]
+
+    assert peers() == peers() == peers(wire_format="float16") == ["address 1"]
+    assert events == ["start"]
+    assert peers(quantization="nf4") == ["address 2"]
+    assert events == ["start", "end", "start"]
+    kept.close()
+    assert events == ["start", "end", "start", "end"]
+
+
+def sweep_command(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "petals_tune", "-m", "recipe=sst2", "logger=csv", "data.max_rows=32"]
+    small = ["data.max_validation_rows=16", "trainer.max_steps=2", "trainer.val_check_interval=2", "zero_shot=false"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(
+        [*command, *small, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.swarm
+def test_a_sweep_starts_one_swarm_survives_a_bad_job_and_ends_with_a_table(tiny_folder: Path, tmp_path: Path) -> None:
+    ended = sweep_command(f"model.source={tiny_folder}", "optimizer.lr=1e-2,-1,1e-3", folder=tmp_path)
+    assert ended.stdout.count("starting local servers") == 1, ended.stdout + ended.stderr
+    assert ended.returncode == 2
+    assert "error: optimizer: Invalid learning rate: -1" in ended.stderr
+    (table,) = (tmp_path / "outputs" / "sst2").glob("sweep_*/sweep.csv")
+    with table.open(newline="") as file:
+        rows = {row["optimizer.lr"]: row["metric"] for row in csv.DictReader(file)}
+    assert rows == {"0.01": "accuracy", "-1": "failed", "0.001": "accuracy"}
+    assert table.with_name("sweep.png").exists()
+    assert (table.parent / "2" / "adapter" / "adapter_config.json").exists()
+
+
+@pytest.mark.swarm
+def test_optuna_chooses_the_jobs(tiny_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="an extra: pip install 'petals_tune[optuna]'")
+    optuna = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
+    space = "optimizer.lr=tag(log,interval(1e-4,1e-1))"
+    ended = sweep_command(f"model.source={tiny_folder}", *optuna, space, folder=tmp_path)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.count("starting local servers") == 1
+    (best,) = (tmp_path / "outputs" / "sst2").glob("sweep_*/optimization_results.yaml")
+    (table,) = (tmp_path / "outputs" / "sst2").glob("sweep_*/sweep.csv")
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["optimizer.lr"] for row in rows}) == 3
+    lowest = min(float(row["loss"]) for row in rows)
+    assert f"best_value: {lowest:.2f}"[:16] in best.read_text()

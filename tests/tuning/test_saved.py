@@ -1,0 +1,121 @@
+"""Adapters as folders: what PEFT wrote anywhere is loaded whole, or refused with a reason."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from petals_tune.errors import ConfigError, UnsupportedAdapter
+from petals_tune.tuning.deep_prompt import DeepPromptConfig, save_deep_prompts
+from petals_tune.tuning.saved import CONFIG_FILE, adapter_folder, base_of, load_adapter
+from petals_tune.tuning.support import tune
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+IDS = torch.arange(1, 9)[None]
+CONFIGS: dict[str, Callable[[], PeftConfig]] = {
+    "lora": lambda: LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj", "up_proj"]),
+    "prompt": lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "deep prompt": lambda: DeepPromptConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+def model(**changes: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=64, num_key_value_heads=2, initializer_range=0.2, **{**sizes, **changes})
+    return LlamaForCausalLM(config).requires_grad_(False).eval()
+
+
+@pytest.fixture(params=CONFIGS)
+def trained(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, torch.Tensor]:
+    """The folder of an adapter whose tensors are all random, and the logits with it."""
+    net = tune(model(), CONFIGS[request.param]()).eval()
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.3)
+    net.save_pretrained(tmp_path / "adapter")
+    if request.param == "deep prompt":
+        save_deep_prompts(net.get_base_model(), tmp_path / "adapter")
+    with torch.no_grad():
+        return tmp_path / "adapter", net(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_what_was_saved_is_loaded_for_use_and_for_training(trained: tuple[Path, torch.Tensor], trainable: bool) -> None:
+    folder, expected = trained
+    net = load_adapter(model(), folder, trainable=trainable)
+    assert net.training is False or trainable
+    torch.testing.assert_close(net(input_ids=IDS).logits, expected, rtol=0, atol=0)
+    left = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+    assert bool(left) is trainable
+    if trainable:
+        net(input_ids=IDS, labels=IDS).loss.backward()
+        assert all(parameter.grad is not None for parameter in net.parameters() if parameter.requires_grad)
+
+
+def test_an_adapter_of_another_model_is_refused(trained: tuple[Path, torch.Tensor]) -> None:
+    folder, _ = trained
+    with pytest.raises(ConfigError, match=rf"{folder}.* model"):
+        load_adapter(model(hidden_size=16), folder)
+
+
+def lora_folder(folder: Path) -> Path:
+    get_peft_model(model(), CONFIGS["lora"]()).save_pretrained(folder)
+    return folder
+
+
+def test_a_shorter_or_longer_model_is_refused(tmp_path: Path) -> None:
+    folder = lora_folder(tmp_path)
+    for blocks in (1, 3):
+        with pytest.raises(ConfigError, match="is for another model"):
+            load_adapter(model(num_hidden_layers=blocks), folder)
+
+
+def test_a_missing_tensor_is_refused_where_peft_only_warns(tmp_path: Path) -> None:
+    folder = lora_folder(tmp_path)
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(next(name for name in tensors if "lora_B" in name))
+    save_file(tensors, file)
+    PeftModel.from_pretrained(model(), folder)
+    with pytest.raises(ConfigError, match=r"lacks .*lora_B"):
+        load_adapter(model(), folder)
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    folder = lora_folder(tmp_path)
+    (folder / "adapter_model.safetensors").write_bytes(b"half of it")
+    with pytest.raises(ConfigError, match="or is damaged"):
+        load_adapter(model(), folder)
+
+
+def test_what_servers_cannot_honour_is_refused(tmp_path: Path) -> None:
+    get_peft_model(model(), LoraConfig(task_type="CAUSAL_LM", use_dora=True)).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedAdapter, match="use_dora"):
+        load_adapter(model(), tmp_path)
+
+
+def test_a_folder_or_a_name_without_an_adapter(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{tmp_path} has no {CONFIG_FILE}.*outputs/NAME/DATE/adapter"):
+        adapter_folder(tmp_path)
+    with pytest.raises(ConfigError, match="neither a folder nor an adapter that the hub gave"):
+        adapter_folder(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="neither a folder nor an adapter that the hub gave"):
+        adapter_folder("nobody/nothing")
+
+
+def test_the_adapter_names_its_model(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({"base_model_name_or_path": "some/model"}))
+    assert base_of(tmp_path) == "some/model"
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({"base_model_name_or_path": None}))
+    with pytest.raises(ConfigError, match=r"does not name its base model; add model\.source=NAME"):
+        base_of(tmp_path)
+    (tmp_path / CONFIG_FILE).write_text("half of")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        base_of(tmp_path)
