@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -37,6 +38,7 @@ from petals_tune.wire.span import BlockSpan
 
 logger = logging.getLogger(__name__)
 
+REMEMBERED_S = 60.0  # as long as a server's announcement lasts by default
 REFRESH_S = 15.0  # an older snapshot is renewed while work goes on with it
 STALE_S = 1.0  # an older one is renewed before anybody is told that blocks are missing
 JOIN_S = 5.0  # how long a new client looks for servers of all blocks before it says which are missing
@@ -52,6 +54,7 @@ class SwarmClient:
         self._p2p, self._node, self._model, self._members = p2p, node, model, members
         self._directory = Directory(node)
         self._snapshot: Snapshot | None = None
+        self._heard_s: dict[str, float] = {}  # when the DHT showed a server last, by peer
         self._bans = Bans()
         self._streams: dict[str, asyncio.Task[ServerStream]] = {}
         self._refreshing: asyncio.Task[None] | None = None
@@ -110,11 +113,17 @@ class SwarmClient:
         return self._refreshing
 
     async def _refresh(self) -> None:
-        """Servers on open streams stay known where the DHT forgot them, its first peers gone."""
         new = await self._directory.snapshot()
-        seen = {server.peer for server in new.servers}
-        kept = [server for server in self.servers if server.peer not in seen and self.open_stream(server)]
+        seen = {server.peer for server in (*new.servers, *new.joining)} | new.left
+        self._heard_s |= {server.peer: new.taken_at_s for server in new.servers}
+        kept = [server for server in self.servers if server.peer not in seen and self._is_remembered(server)]
         self._snapshot = msgspec.structs.replace(new, servers=(*new.servers, *kept))
+
+    def _is_remembered(self, server: ServerRecord) -> bool:
+        """Whether a server stays known that the DHT did not show: a reading misses some while nodes of it are dead."""
+        if self.open_stream(server) is not None:
+            return True
+        return time.monotonic() - self._heard_s.get(server.peer, -math.inf) < REMEMBERED_S and not self.lost(server)
 
     async def route(self, span: BlockSpan, *, work: int) -> tuple[Hop, ...]:
         """The cheapest chain for `span`, where one block costs `work` (rows x positions).
@@ -175,11 +184,8 @@ class SwarmClient:
                 task.add_done_callback(lambda _, peer=server.peer: self._knocking.pop(peer))  # type: ignore[misc]
 
     async def _reach(self, server: ServerRecord) -> None:
-        try:
+        with suppress(PetalsTuneError):
             await self.stream(server)
-        except PetalsTuneError as error:
-            self.failed(server, error)
-        else:
             self._bans.reached(server.peer)
 
     async def ask(self, server: ServerRecord, request: Message) -> Message:
@@ -205,7 +211,7 @@ class SwarmClient:
             note(server.peer, now_s)
 
     async def stream(self, server: ServerRecord) -> ServerStream:
-        """The open stream to `server`; opened by the first who asks, shared by all."""
+        """The open stream to `server`; opened by the first who asks, shared by all. One that fails is banned."""
         self._check_open()
         opening = self._streams.get(server.peer)
         if opening is None or (opening.done() and (opening.exception() or not opening.result().alive)):
@@ -220,7 +226,11 @@ class SwarmClient:
                     stats=self.stats,
                 )
             )
-        return await asyncio.shield(opening)
+        try:
+            return await asyncio.shield(opening)
+        except ServerError as error:
+            self.failed(server, error)
+            raise
 
     def open_stream(self, server: ServerRecord) -> ServerStream | None:
         """The stream to `server` if there is a living one."""

@@ -25,6 +25,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     servers: tuple[ServerRecord, ...]
     taken_at_s: float  # time.monotonic()
     joining: tuple[ServerRecord, ...] = ()  # those that load their blocks, and will serve them soon
+    left: frozenset[str] = frozenset()  # peers that said goodbye
 
 
 class Directory:
@@ -63,5 +64,6 @@ class Directory:
         return Snapshot(
             servers=tuple(record for record in servers if record.state == "online"),
             joining=tuple(record for record in servers if record.state == "joining"),
+            left=frozenset(record.peer for record in servers if record.state == "offline"),
             taken_at_s=time.monotonic(),
         )

@@ -46,7 +46,7 @@ class Client:
         self.swarm = self.model.remote_blocks.backbone.chain.client
 
     def step(self) -> None:
-        self.swarm.load.speed_s.clear()  # all count as equally fast: the liar gets its share of the work
+        self.swarm.load.correction.clear()  # all count as equally fast: the liar gets its share of the work
         ids = torch.randint(VOCABULARY, (ROWS, LENGTH))
         self._net(input_ids=ids, labels=ids).loss.backward()
 

@@ -98,7 +98,7 @@ def test_a_server_that_scales_its_answers_is_outvoted_banned_and_reported(networ
     liar = network.servers["b2"]
     liar.handler.lie = scaled(kind, field)
     step = Checked(network)
-    step.chain.client.load.speed_s[liar.record.peer] = 1e-9  # everybody asks it
+    step.chain.client.load.correction[liar.record.peer] = 1e-9  # everybody asks it
     step.run(between=step.settle, after=step.settle)
     assert step.chain.client.banned() == {liar.record.peer}
     assert step.chain.client.stats.outvoted >= 1
@@ -112,7 +112,7 @@ def test_servers_of_another_quantization_are_no_measure(network):
         network.serve(name, "3:6", quantization="int8")
     step = Checked(network)
     for name, speed_s in {"b": 1e-9, "b2": 1.0, "b3": 1.0}.items():
-        step.chain.client.load.speed_s[network.servers[name].record.peer] = speed_s
+        step.chain.client.load.correction[network.servers[name].record.peer] = speed_s
     step.run(between=step.settle, after=step.settle)
     assert network.calls["b", "Forward"] == 2
     assert not network.calls["b2", "Forward"] + network.calls["b3", "Forward"]

@@ -100,7 +100,7 @@ def test_a_server_that_scales_its_output_is_found_among_three(swarm, caplog):
         peer = lying.rpartition("/")[2]
         remote = swarm.client(peers, verify=1.0)
         client = remote.remote_blocks.backbone.chain.client
-        client.load.speed_s[peer] = 1e-9  # it seems to be the fastest
+        client.load.correction[peer] = 1e-9  # it seems to be the fastest
         with torch.no_grad():
             remote(**batch())
         wait_until(lambda: peer in client.banned(), "the lie is found")

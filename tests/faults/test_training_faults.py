@@ -170,7 +170,7 @@ def test_a_server_that_answers_nonsense_is_named_banned_and_the_work_goes_elsewh
 
     if way is Forwarded:
         another_comes()
-        step.chain.client.load.speed_s[peer] = 1e-9  # the bad one looks best
+        step.chain.client.load.correction[peer] = 1e-9  # the bad one looks best
     step.run(between=lambda: way is Gradients and another_comes())
     check(step, expected)
     assert network.calls["bad", "Forward"] >= 1
