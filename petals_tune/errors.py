@@ -18,6 +18,7 @@ PetalsTuneError
     |-- ServerUnreachable (ConnectionError)   the network's
     |-- ServerTimeout (TimeoutError)
     |-- ServerBusy                      it has no room now: a queue, a budget
+    |-- BlocksNotHere                   it hosts other blocks (by now)
     |-- BadReply                        wrong shapes, wrong dtypes, or numbers that two others deny
     |   `-- NotFinite                   NaN or Inf; where a second server says the same, it is `Diverged`
     |-- UntrustedServer                 it has no valid token of this private swarm
@@ -122,6 +123,10 @@ class ServerTimeout(ServerError, TimeoutError):
 
 class ServerBusy(ServerError):
     """The server has no room for this request now."""
+
+
+class BlocksNotHere(ServerError):
+    """The server does not host these blocks: it may have moved since its record was read."""
 
 
 class BadReply(ServerError):

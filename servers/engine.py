@@ -13,7 +13,7 @@ import torch
 from bitsandbytes.nn.modules import Linear8bitLt
 from torch import nn
 
-from petals_tune.errors import NotFinite, PetalsTuneError, RequestRefused
+from petals_tune.errors import BlocksNotHere, NotFinite, PetalsTuneError, RequestRefused
 from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
 from servers.adapters import Adapter, AdapterHooks, CallPlan
@@ -195,9 +195,9 @@ class Engine:
         return max(sum(t.numel() * t.element_size() for t in layer) for layer in probe.storage.values())
 
     def check_span(self, span: BlockSpan) -> None:
-        """Raises RequestRefused for blocks that are not here."""
+        """Raises BlocksNotHere for blocks that another server may have."""
         if not self.trimmed.span.covers(span):
-            raise RequestRefused(f"blocks {span} are not here; this server holds {self.trimmed.span}")
+            raise BlocksNotHere(f"blocks {span} are not here; this server holds {self.trimmed.span}")
 
     def _check(self, span: BlockSpan, hidden: torch.Tensor) -> None:
         self.check_span(span)

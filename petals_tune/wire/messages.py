@@ -225,6 +225,7 @@ _REFUSALS: dict[str, type[PetalsTuneError]] = {
     for kind in (
         errors.ServerError,
         errors.ServerBusy,
+        errors.BlocksNotHere,
         errors.NotFinite,
         errors.LeaseLost,
         errors.SessionLost,

@@ -77,8 +77,8 @@ INF = torch.full((1, 2, HIDDEN), float("inf"))
 
 # What is wrong -> (what is sent, the error in the refusal, a piece of its text)
 BAD_REQUESTS: dict[str, tuple[Message, str, str]] = {
-    "blocks of another server": (forward(span=BlockSpan(0, 2)), "RequestRefused", "blocks 0:2 are not here"),
-    "blocks beyond the model": (forward(span=BlockSpan(1, 2**40)), "RequestRefused", "are not here"),
+    "blocks of another server": (forward(span=BlockSpan(0, 2)), "BlocksNotHere", "blocks 0:2 are not here"),
+    "blocks beyond the model": (forward(span=BlockSpan(1, 2**40)), "BlocksNotHere", "are not here"),
     "wrong hidden size": (Forward(span=SPAN, hidden=torch.ones(1, 2, 31)), "RequestRefused", "hidden size 31"),
     "NaN in hidden states": (Forward(span=SPAN, hidden=NAN), "RequestRefused", "non-finite"),
     "Inf in hidden states": (Forward(span=SPAN, hidden=INF), "RequestRefused", "non-finite"),
@@ -128,7 +128,7 @@ BAD_REQUESTS: dict[str, tuple[Message, str, str]] = {
         "finite floats",
     ),
     "two prompts on a block": (put(prompt(), prompt()), "RequestRefused", "twice"),
-    "an adapter on other blocks": (put(span=BlockSpan(0, 6)), "RequestRefused", "0:6 are not here"),
+    "an adapter on other blocks": (put(span=BlockSpan(0, 6)), "BlocksNotHere", "0:6 are not here"),
     "an answer in place of a request": (Done(), "RequestRefused", "Done is not a request"),
     "a second Hello": (Hello(), "RequestRefused", "Hello is not a request"),
 }
