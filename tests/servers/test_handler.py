@@ -110,7 +110,7 @@ BAD_REQUESTS: dict[str, tuple[Message, str, str]] = {
     "a negative lease": (Backward(lease=-1, grad=torch.ones(1, 2, HIDDEN)), "LeaseLost", "is not kept here"),
     "an unknown session": (Step(session=2**60, hidden=torch.ones(1, 1, HIDDEN), position=0), "SessionLost", "not kept"),
     "a session for ever": (OpenSession(span=SPAN, rows=2**62, max_length=2**62), "RequestRefused", "would fit"),
-    "a session on other blocks": (OpenSession(span=BlockSpan(4, 6), rows=1, max_length=4), "RequestRefused", "4:6"),
+    "a session on other blocks": (OpenSession(span=BlockSpan(4, 6), rows=1, max_length=4), "BlocksNotHere", "4:6"),
     "a session with an unknown adapter": (
         OpenSession(span=SPAN, rows=1, max_length=4, adapter="v9"),
         "AdapterMissing",
