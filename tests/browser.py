@@ -10,7 +10,9 @@ from typing import Any
 
 import aiohttp
 
-BROWSER = next((path for name in ("chromium", "google-chrome", "chromium-browser") if (path := shutil.which(name))), None)
+BROWSER = next(
+    (path for name in ("chromium", "google-chrome", "chromium-browser") if (path := shutil.which(name))), None
+)
 WHY_NOT = "no Chromium on this machine: apt-get install chromium"
 _FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--remote-debugging-port=0"),

@@ -81,7 +81,7 @@ def run(options: Health) -> None:
                     await here.while_daemon_lives(shown(watch, stop), stop)
                     return True
                 report = await here.while_daemon_lives(watch.look(), stop)
-                print(table(report))
+                print(table(report, coloured=sys.stdout.isatty()))
                 return report.is_whole
             finally:
                 await watch.close()

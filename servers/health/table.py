@@ -6,17 +6,19 @@ from collections.abc import Sequence
 
 from servers.health.report import ModelReport, Report, ServerReport
 
+_RED = "\x1b[31m{}\x1b[0m"
 WIDTH = 48  # characters for the picture of the blocks, at most
 _MARKS = {"online": "#", "joining": "-", "silent": "?"}
 _HEAD = ("server", "blocks", "state", "tokens/s", "quantized", "dtype", "version", "free cache", "latency")
 
 
-def table(report: Report) -> str:
-    """Models, their servers with a picture of the blocks that each holds, and what nobody holds."""
-    return "\n\n".join(_of_model(model) for model in report.models) or "no server is announced in this swarm"
+def table(report: Report, *, coloured: bool = False) -> str:
+    """Models, their servers with a picture of the blocks that each holds, and what nobody holds, in red."""
+    models = "\n\n".join(_of_model(model, red=_RED if coloured else "{}") for model in report.models)
+    return models or "no server is announced in this swarm"
 
 
-def _of_model(model: ModelReport) -> str:
+def _of_model(model: ModelReport, *, red: str) -> str:
     count = len(model.servers)
     lines = [
         f"{_plain(model.name)}: {model.total_blocks} blocks, {count} server{'s' * (count != 1)}, "
@@ -28,7 +30,7 @@ def _of_model(model: ModelReport) -> str:
     lines += ["  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [f"{server.peer[-6:]} is silent: {_plain(server.problem)}" for server in model.servers if server.problem]
     if model.uncovered:
-        lines.append(f"UNCOVERED: blocks {', '.join(map(str, model.uncovered))}")
+        lines.append(red.format(f"UNCOVERED: no server answers for blocks {', '.join(map(str, model.uncovered))}"))
     return "\n".join(lines)
 
 
