@@ -33,6 +33,10 @@ class Joined:
     def peer(self) -> str:
         return str(self.p2p.peer_id)
 
+    @property
+    def daemon_lives(self) -> bool:
+        return self.p2p._child is not None and self.p2p._child.returncode is None
+
     async def addresses(self) -> tuple[str, ...]:
         """Where others can dial this peer."""
         return tuple(str(address) for address in await self.p2p.get_visible_maddrs())

@@ -76,8 +76,11 @@ async def serve(options: Serve, on_ready: OnReady, stop: asyncio.Event) -> None:
         server = _Server(options, here, compute, announcer, metrics)
         if metrics is not None:
             metrics.watch(server)
-        stack.push_async_callback(announcer.withdraw)
-        await here.while_daemon_lives(server.run(on_ready, stop), stop)
+        try:
+            await here.while_daemon_lives(server.run(on_ready, stop), stop)
+        finally:
+            if here.daemon_lives:  # or nobody would hear it
+                await announcer.withdraw()
 
 
 class _Stopped(Exception):
