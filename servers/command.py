@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter
 
 from petals_tune.cli import INTERRUPTED, errors_reported
-from petals_tune.config import check_arguments, folder_of
+from petals_tune.config import check, check_arguments, folder_of
 
 T = TypeVar("T")
 
@@ -36,9 +36,9 @@ def command(
     @hydra.main(version_base="1.3", config_path=str(folder_of("conf")), config_name=config_name)
     def main(cfg: DictConfig) -> None:
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        options = TypeAdapter(schema).validate_python(OmegaConf.to_container(cfg, resolve=True))
         with errors_reported():
-            run(options)
+            check(cfg, schema=schema)  # again: the arguments may have named another file than ours
+            run(TypeAdapter(schema).validate_python(OmegaConf.to_container(cfg, resolve=True)))
 
     sys.argv[1:] = arguments  # what hydra reads
     with errors_reported():
