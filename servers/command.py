@@ -14,7 +14,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter
 
-from petals_tune.cli import INTERRUPTED, errors_reported
+from petals_tune.cli import INTERRUPTED, calm_libraries, errors_reported
 from petals_tune.config import check, check_arguments, folder_of
 
 T = TypeVar("T")
@@ -27,6 +27,7 @@ def command(
 
     `--help` prints `usage` and the options with their sentences. Ends the process where an error of ours is raised.
     """
+    calm_libraries()
     if {"--help", "-h"} & {*arguments}:
         print(f"{usage}\n\n{_options_of(config_name)}")
         return

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import msgspec
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
@@ -30,13 +29,11 @@ from servers.engine import Engine
 from servers.handler import Handler, Stores
 from servers.joining import Joined, joined
 from servers.leases import LeaseStore
+from servers.metrics import Metrics
 from servers.options import Serve
 from servers.sessions import SessionStore
 from servers.trim import Parts, load_blocks, torch_dtype
 from servers.turns import Priority
-
-if TYPE_CHECKING:
-    from servers.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +66,6 @@ async def serve(options: Serve, on_ready: OnReady, stop: asyncio.Event) -> None:
         announcer = _Announcer(Directory(here.node), lasts_s=swarm.announce_s)
         metrics = None
         if options.metrics_port is not None:
-            from servers.metrics import Metrics  # a web server's memory is for those who want one
-
             metrics = Metrics()
             await stack.enter_async_context(metrics.served(options.metrics_host, options.metrics_port))
         server = _Server(options, here, compute, announcer, metrics)

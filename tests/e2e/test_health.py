@@ -1,6 +1,7 @@
 """The swarm at a glance, over real servers: the table, the JSON, the page in a real browser, each server's metrics."""
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -130,7 +131,7 @@ def test_a_member_sees_a_private_swarm_and_nobody_else_does(swarm, tmp_path, mon
         seen = once(join, "swarm.token=alice.token", cwd=tmp_path)
         assert (seen.returncode, seen.stdout) == (1, "no server is announced in this swarm\n"), seen.stderr
         stranger = once(join)
-        assert stranger.returncode == 2
+        assert stranger.returncode == os.EX_TEMPFAIL
         assert "swarm.token=FILE" in stranger.stderr
 
 
