@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from petals_tune import AutoDistributedModelForCausalLM
+from petals_tune.swarm import loop
 from petals_tune.swarm.local import ServerProcess, server_process
 from servers.keys import main as keys
 from tests.browser import BROWSER, WHY_NOT, browser_page
@@ -136,13 +137,20 @@ def test_a_member_sees_a_private_swarm_and_nobody_else_does(swarm, tmp_path, mon
 
 
 @pytest.mark.skipif(BROWSER is None, reason=WHY_NOT)
-async def test_the_page_follows_the_swarm(swarm, tmp_path):
+def test_the_page_follows_the_swarm(swarm, tmp_path):
     """Last in this file: a server ends in it."""
+    loop.run(follow(swarm, tmp_path))
+    done = once(swarm.join)
+    assert done.returncode == 1
+    assert "UNCOVERED: no server answers for blocks 4:6" in done.stdout
+
+
+async def follow(swarm: Swarm, folder: Path) -> None:
     with command("servers.health", swarm.join, "port=0", "period_s=0.5") as health:
         wait_until(lambda: any(line.startswith("ready: ") for line in health.lines), "the page")
         (url,) = [line.removeprefix("ready: ") for line in health.lines if line.startswith("ready: ")]
         assert json.loads(read(f"{url}/swarm.json"))["models"][0]["block_servers"] == [1, 1, 2, 2, 1, 1]
-        async with browser_page(tmp_path / "profile") as page:
+        async with browser_page(folder / "profile") as page:
             for width, height in ((390, 844), (1280, 800)):
                 await page.resize(width, height)
                 await page.open(url)
@@ -166,6 +174,3 @@ async def test_the_page_follows_the_swarm(swarm, tmp_path):
 
             health.process.kill()
             await page.until("document.getElementById('status').textContent.includes('does not answer')")
-    done = once(swarm.join)
-    assert done.returncode == 1
-    assert "UNCOVERED: no server answers for blocks 4:6" in done.stdout
