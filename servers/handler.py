@@ -60,7 +60,7 @@ from servers.turns import Priority
 
 logger = logging.getLogger(__name__)
 
-CLOSING_S = 5.0  # for streams to notice that they were closed
+CLOSING_S = 5.0  # for clients to read the end of their streams, and for streams to notice that they were closed
 
 
 OnReply = Callable[[Message, Message, float], None]  # request, reply, seconds between them
@@ -142,10 +142,14 @@ class Handler:
             await asyncio.wait(set(self._running))
 
     async def close(self) -> None:
-        """End all streams; their clients go elsewhere, and nothing of theirs is kept."""
-        self._streams.close()
-        if self._readers:
-            await asyncio.wait(set(self._readers), timeout=CLOSING_S)
+        """End all streams; their clients go elsewhere, and nothing of theirs is kept.
+
+        The last replies may still be in the p2p daemon, which ends soon: clients first close their side, having read.
+        """
+        for end in (self._streams.finish, self._streams.close):
+            end()
+            if self._readers:
+                await asyncio.wait(set(self._readers), timeout=CLOSING_S)
 
     async def _greet(self, stream: ClientStream) -> None:
         """Read the Hello, and answer it. Raises AccessDenied before anything else of a stranger is read."""
