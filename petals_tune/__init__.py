@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     )
     from petals_tune.swarm.local import local_swarm
 
+__version__ = "0.1.0"
 __all__ = [
     "AutoDistributedModel",
     "AutoDistributedModelForCausalLM",

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import logging
 import os
-import signal
 import sys
 import threading
 import time
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
-
-from petals_tune.cli import errors_reported
-from petals_tune.config import Model, check_arguments, folder_of
+from petals_tune.config import Model, folder_of
 from petals_tune.convert import model_folder
+from servers.command import command, stop_on_signals
 from servers.options import Serve
 
 CONFIG_NAME = "serve"
@@ -24,40 +18,30 @@ CONFIG_NAME = "serve"
 
 def main() -> None:
     """python -m servers model=NAME [blocks=START:STOP] [key=value ...]"""
-    if {"--help", "-h"} & {*sys.argv[1:]}:
-        print(help_text())
-        return
-    with errors_reported():
-        check_arguments(sys.argv[1:], config_name=CONFIG_NAME, schema=Serve)
-        host()
+    command(sys.argv[1:], config_name=CONFIG_NAME, schema=Serve, run=host, usage=usage())
 
 
-def help_text() -> str:
-    """What can be typed: the options with their sentences, as conf/serve.yaml has them."""
-    text = (folder_of("conf") / f"{CONFIG_NAME}.yaml").read_text()
-    options = text[text.index("\nblocks:") : text.index("\nhydra:")].strip()
+def usage() -> str:
     models = ", ".join(sorted(path.stem for path in (folder_of("conf") / "model").glob("*.yaml")))
     return (
         "Host blocks of a model for others.\n\n"
         "  python -m servers model=NAME [key=value ...]\n"
         "  python -m servers model.source=FOLDER_OR_HUB_NAME 'swarm.initial_peers=[ADDRESS]' [key=value ...]\n"
         "  python -m servers --config-dir FOLDER --config-name FILE   the same keys from a file of yours\n\n"
-        f"Models by name: {models}.\nOptions and their defaults; a key below another is typed with a dot, "
-        f"as in limits.max_cache_gb=2:\n\n{options}"
+        "  python -m servers.dht     a node of the swarm's directory without blocks\n"
+        "  python -m servers.health  the swarm at a glance, in the browser or the terminal\n"
+        "  python -m servers.keys    keys and tokens of a private swarm\n\n"
+        f"Models by name: {models}.\n"
+        "Options and their defaults; a key below another is typed with a dot, as in limits.max_cache_gb=2:"
     )
 
 
-@hydra.main(version_base="1.3", config_path=str(folder_of("conf")), config_name=CONFIG_NAME)
-def host(cfg: DictConfig) -> None:
+def host(options: Serve) -> None:
     """Host blocks until SIGINT or SIGTERM; then withdraw, finish what runs, and return."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    options = Serve.of(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]  # a section is a dict
     if options.exit_with_stdin:
         threading.Thread(target=_exit_with_stdin, daemon=True).start()
-    with errors_reported():
-        _ = options.span  # a ConfigError comes before the slow imports
-        options = dataclasses.replace(options, model=Model(source=model_folder(options.model.source)))
-        run(options)
+    _ = options.span  # a ConfigError comes before the slow imports
+    run(dataclasses.replace(options, model=Model(source=model_folder(options.model.source))))
 
 
 def run(options: Serve) -> None:
@@ -82,10 +66,7 @@ def run(options: Serve) -> None:
         )
 
     async def until_stopped() -> None:
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await serve(options, ready, stop)
+        await serve(options, ready, stop_on_signals())
 
     uvloop.run(until_stopped())
 

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import queue
 import threading
+import time
 from collections.abc import Callable
-from enum import IntEnum
 from typing import Any, TypeVar
 
 import torch
 
+from servers.turns import Priority, WorkQueue
+
 T = TypeVar("T")
 
-
-class Priority(IntEnum):
-    """What goes first. A backward frees memory that a forward would take, so it goes before it."""
-
-    STEP = 0
-    BACKWARD = 1
-    FORWARD = 2
-    STOP = 9
+_Work = tuple[Callable[[], Any], asyncio.Future[Any], asyncio.AbstractEventLoop]
 
 
 class ComputeThread:
-    """Runs functions one after the other, the most urgent first, the older first among equals."""
+    """Runs functions one after the other, in the order of `turns`."""
 
     def __init__(self, threads: int | None = None):
-        self._queue: queue.PriorityQueue[tuple[Priority, int, Any]] = queue.PriorityQueue()
-        self._order = itertools.count()
+        self._queue: WorkQueue[_Work] = WorkQueue()
+        self._changed = threading.Condition()  # guards the queue
+        self._stopping = False
         if threads is not None:
             torch.set_num_threads(threads)  # of the thread below, and of the event loop's, which computes short steps
         self._unfinished = 0
@@ -41,33 +35,51 @@ class ComputeThread:
         """Nothing runs or waits. It stays so while the event loop, which alone hands work over, does something else."""
         return not self._unfinished
 
-    async def run(self, priority: Priority, function: Callable[[], T]) -> T:
-        """Run `function` on the thread. Where the caller is cancelled before its turn, it does not run."""
+    @property
+    def waiting(self) -> int:
+        """How many functions wait for their turn."""
+        with self._changed:
+            return len(self._queue)
+
+    async def run(self, priority: Priority, function: Callable[[], T], *, client: str = "") -> T:
+        """Run `function` on the thread, when it is the turn of `client`; "" is the server itself, or several at once.
+
+        Where the caller is cancelled before that, it does not run.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._unfinished += 1
-        self._queue.put((priority, next(self._order), (function, future, loop)))
+        with self._changed:
+            self._queue.push(priority, client, (function, future, loop))
+            self._changed.notify()
         return await future
 
     def stop(self) -> None:
         """End the thread after the work that is queued."""
-        self._queue.put((Priority.STOP, next(self._order), None))
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
         self._thread.join()
 
     def _work(self) -> None:
         while True:
-            _, _, item = self._queue.get()
-            if item is None:
-                return
-            function, future, loop = item
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping or len(self._queue) > 0)
+                if not len(self._queue):
+                    return
+                function, future, loop = self._queue.pop()
             result: Any = None
             error: BaseException | None = None
+            started_s = time.perf_counter()
             try:
                 if not future.cancelled():
                     result = function()
             except BaseException as raised:  # noqa: BLE001  # it is raised again where it was asked for
                 error = raised
+            with self._changed:
+                self._queue.ran(time.perf_counter() - started_s)
             loop.call_soon_threadsafe(self._settle, future, result, error)
+            del function, future, result, error  # nothing of a request is kept while the next one is waited for
 
     def _settle(self, future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
         self._unfinished -= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -48,17 +49,21 @@ from petals_tune.wire.messages import (
 from petals_tune.wire.records import ServerRecord, mismatch_text, same_model
 from petals_tune.wire.tensors import in_format
 from servers.adapters import Adapter, AdapterCache, GradientSums, summed
-from servers.compute import ComputeThread, Priority
+from servers.compute import ComputeThread
 from servers.engine import Engine
 from servers.gate import Gate, RequestLimits
 from servers.leases import LeaseStore
 from servers.sessions import SessionStore
 from servers.stepping import StepBatcher
 from servers.streams import ClientStream, OpenStreams
+from servers.turns import Priority
 
 logger = logging.getLogger(__name__)
 
-CLOSING_S = 5.0  # for streams to notice that they were closed
+CLOSING_S = 5.0  # for clients to read the end of their streams, and for streams to notice that they were closed
+
+
+OnReply = Callable[[Message, Message, float], None]  # request, reply, seconds between them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +91,11 @@ class Handler:
         record: ServerRecord,
         limits: RequestLimits,
         members: Members | None = None,
+        on_reply: OnReply | None = None,
     ):
         """`members` of a private swarm are served alone; None: everybody is."""
-        self._engine, self._compute, self._stores, self.record = engine, compute, stores, record
+        self._engine, self._compute, self.stores, self.record = engine, compute, stores, record
+        self._on_reply = on_reply
         self._steps = StepBatcher(engine, compute)
         self._limits, self._members = limits, members
         self._gate = Gate(limits)
@@ -123,7 +130,11 @@ class Handler:
             self._readers.discard(reader_task)
             self._streams.leave(stream)
             if client not in self._gate:
-                self._stores.drop_client(client)
+                self.stores.drop_client(client)
+
+    @property
+    def streams(self) -> int:
+        return len(self._streams)
 
     async def drained(self) -> None:
         """Wait until nothing runs; with `draining` set, nothing new is started."""
@@ -131,10 +142,14 @@ class Handler:
             await asyncio.wait(set(self._running))
 
     async def close(self) -> None:
-        """End all streams; their clients go elsewhere, and nothing of theirs is kept."""
-        self._streams.close()
-        if self._readers:
-            await asyncio.wait(set(self._readers), timeout=CLOSING_S)
+        """End all streams; their clients go elsewhere, and nothing of theirs is kept.
+
+        The last replies may still be in the p2p daemon, which ends soon: clients first close their side, having read.
+        """
+        for end in (self._streams.finish, self._streams.close):
+            end()
+            if self._readers:
+                await asyncio.wait(set(self._readers), timeout=CLOSING_S)
 
     async def _greet(self, stream: ClientStream) -> None:
         """Read the Hello, and answer it. Raises AccessDenied before anything else of a stranger is read."""
@@ -171,9 +186,9 @@ class Handler:
             if isinstance(request, Ping):
                 await stream.send(message_id, Pong())
             elif isinstance(request, Release):
-                self._stores.leases.release(stream.client, request.leases)
+                self.stores.leases.release(stream.client, request.leases)
             else:
-                self._stores.sessions.close(stream.client, request.session)
+                self.stores.sessions.close(stream.client, request.session)
         except (ProtocolError, ServerBusy) as error:
             if message_id in stream.tasks:
                 raise  # a refusal under this id would answer another request
@@ -182,6 +197,7 @@ class Handler:
 
     async def _answer(self, stream: ClientStream, message_id: int, request: Message) -> None:
         reply: Message
+        started_s = time.monotonic()
         try:
             if self.draining:
                 raise ServerBusy("this server is leaving the swarm")
@@ -194,11 +210,13 @@ class Handler:
             # torch's own errors on input that passed our checks; the traceback stays here, the client goes elsewhere.
             logger.exception("request of %s failed", stream.client)
             reply = _refusal(ServerError(f"the computation failed: {error}"))
+        if self._on_reply is not None:
+            self._on_reply(request, reply, time.monotonic() - started_s)
         try:
             await stream.send(message_id, reply)
         except BROKEN:
             if isinstance(reply, Forwarded) and reply.lease is not None:
-                self._stores.leases.release(stream.client, [reply.lease])
+                self.stores.leases.release(stream.client, [reply.lease])
 
     async def _reply(self, client: str, request: Message) -> Message:
         match request:
@@ -208,53 +226,54 @@ class Handler:
                 return await self._backward(client, request)
             case Step():
                 self._check_size(request.hidden)
-                session = self._stores.sessions.get(client, request.session, time.monotonic())
+                session = self.stores.sessions.get(client, request.session, time.monotonic())
                 return Stepped(hidden=in_format(await self._steps.run(session, request), request.reply_format))
             case CollectSum():
-                terms = self._stores.sums.take(client, request.adapter_sum)
-                total = await self._compute.run(Priority.BACKWARD, partial(summed, terms))
+                terms = self.stores.sums.take(client, request.adapter_sum)
+                total = await self._compute.run(Priority.BACKWARD, partial(summed, terms), client=client)
                 return CollectedSum(adapter=total, terms=len(terms))
             case OpenSession():
                 self._engine.check_span(request.span)
                 adapter = self._adapter(client, request)
-                return SessionOpened(session=self._stores.sessions.open(client, request, adapter, time.monotonic()))
+                return SessionOpened(session=self.stores.sessions.open(client, request, adapter, time.monotonic()))
             case PutAdapter():
                 self._engine.check_span(request.span)
                 check = partial(self._engine.hooks.check, request.parts, self._engine.hidden_size)
-                await self._compute.run(Priority.FORWARD, check)
-                self._stores.adapters.put(client, request.version, request.span, request.parts)
+                await self._compute.run(Priority.FORWARD, check, client=client)
+                self.stores.adapters.put(client, request.version, request.span, request.parts)
                 return Done()
         raise RequestRefused(f"{type(request).__name__} is not a request")
 
     async def _forward(self, client: str, request: Forward) -> Forwarded:
         self._check_size(request.hidden)
         adapter = self._adapter(client, request)
-        result = await self._compute.run(Priority.FORWARD, lambda: self._engine.forward(request, adapter))
+        forward = partial(self._engine.forward, request, adapter)
+        result = await self._compute.run(Priority.FORWARD, forward, client=client)
         lease = None
         if result.graph is not None and client in self._gate:
-            lease = self._stores.leases.keep(client, result.graph, result.graph_bytes, time.monotonic())
+            lease = self.stores.leases.keep(client, result.graph, result.graph_bytes, time.monotonic())
         return Forwarded(hidden=in_format(result.output, request.reply_format), lease=lease, compute_s=result.compute_s)
 
     async def _backward(self, client: str, request: Backward) -> Gradients:
         graph = adapter = None
         if request.lease is not None:
-            graph = self._stores.leases.take(client, request.lease, time.monotonic())
+            graph = self.stores.leases.take(client, request.lease, time.monotonic())
         elif request.again is not None:
             self._check_size(request.again.hidden)
             adapter = self._adapter(client, request.again)
         backward = partial(self._engine.backward, request, graph, adapter)
-        hidden, gradients = await self._compute.run(Priority.BACKWARD, backward)
+        hidden, gradients = await self._compute.run(Priority.BACKWARD, backward, client=client)
         if request.adapter_sum is None:
             gradients = [gradient.float() for gradient in gradients]
         elif client in self._gate:
-            self._stores.sums.add(client, request.adapter_sum, request.term, gradients)
+            self.stores.sums.add(client, request.adapter_sum, request.term, gradients)
             gradients = []
         return Gradients(hidden=None if hidden is None else in_format(hidden, request.reply_format), adapter=gradients)
 
     def _adapter(self, client: str, request: Forward | OpenSession) -> Adapter | None:
         if request.adapter is None:
             return None
-        return self._stores.adapters.get(client, request.adapter, request.span)
+        return self.stores.adapters.get(client, request.adapter, request.span)
 
     def _check_size(self, hidden: torch.Tensor) -> None:
         """Raises RequestRefused for more than one request may compute; attention's memory grows with S squared."""

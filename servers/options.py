@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 
 from petals_tune.config import Model
 from petals_tune.convert import cache_folder
 from petals_tune.disk import DiskCache
 from petals_tune.errors import ConfigError
+from petals_tune.wire.records import MAX_NAME
 from petals_tune.wire.span import BlockSpan
 from servers.gate import RequestLimits
 
@@ -79,6 +80,9 @@ class Serve:
     device: str
     threads: Annotated[int, Field(ge=1)] | None
     identity_path: str | None
+    public_name: Annotated[str, Field(max_length=MAX_NAME)]
+    metrics_port: Annotated[int, Field(ge=1, lt=2**16)] | None
+    metrics_host: str
     swarm: Swarm
     limits: Limits
     disk: Disk
@@ -103,8 +107,3 @@ class Serve:
             folder=cache_folder() if self.disk.folder is None else Path(self.disk.folder).expanduser(),
             max_bytes=None if max_gb is None else int(max_gb * _GB),
         )
-
-    @classmethod
-    def of(cls, options: dict[str, Any]) -> Serve:
-        """From a configuration that was checked."""
-        return TypeAdapter(cls).validate_python(options)

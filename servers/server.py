@@ -12,28 +12,28 @@ from dataclasses import dataclass
 from functools import partial
 
 import msgspec
-from hivemind.p2p import P2P
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from petals_tune import __version__
 from petals_tune.checkpoint import Checkpoint
 from petals_tune.errors import SwarmMismatch
 from petals_tune.swarm.directory import Directory
-from petals_tune.swarm.members import Members, load_identity
-from petals_tune.swarm.p2p import start_dht, start_p2p, stop_dht, stop_p2p
 from petals_tune.wire.messages import PROTOCOL
 from petals_tune.wire.records import ServerRecord, ServerState, Throughput, mismatch_text, same_model
-from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.span import BlockSpan
 from servers import memory, placement, throughput
 from servers.adapters import AdapterCache, GradientSums
-from servers.compute import ComputeThread, Priority
+from servers.compute import ComputeThread
 from servers.engine import Engine
 from servers.handler import Handler, Stores
+from servers.joining import Joined, joined
 from servers.leases import LeaseStore
+from servers.metrics import Metrics
 from servers.options import Serve
 from servers.sessions import SessionStore
 from servers.trim import Parts, load_blocks, torch_dtype
+from servers.turns import Priority
 
 logger = logging.getLogger(__name__)
 
@@ -49,29 +49,33 @@ async def serve(options: Serve, on_ready: OnReady, stop: asyncio.Event) -> None:
 
     Raises ConfigError, UnsupportedModel, ServerUnreachable, or SwarmMismatch where the swarm serves another model.
     """
-    initial_peers = options.swarm.initial_peers
+    swarm = options.swarm
     async with AsyncExitStack() as stack:
-        identity = SigningKey.new()
-        if options.identity_path is not None:
-            identity = load_identity(options.identity_path, make=True)
-        members = None
-        if options.swarm.key is not None:
-            members = Members.with_key(options.swarm.key, options.swarm.token, identity)
-        p2p = await start_p2p(
-            initial_peers,
-            host_maddrs=options.swarm.host_maddrs,
-            announce_maddrs=options.swarm.announce_maddrs,
-            identity=identity,
+        here = await stack.enter_async_context(
+            joined(
+                swarm.initial_peers,
+                host_maddrs=swarm.host_maddrs,
+                announce_maddrs=swarm.announce_maddrs,
+                identity_path=options.identity_path,
+                key=swarm.key,
+                token=swarm.token,
+            )
         )
-        stack.push_async_callback(stop_p2p, p2p)
-        node = await start_dht(p2p, initial_peers, client_mode=False, identity=identity, members=members)
-        stack.push_async_callback(stop_dht, node)
         compute = ComputeThread(options.threads)
         stack.callback(compute.stop)
-        announcer = _Announcer(Directory(node), lasts_s=options.swarm.announce_s)
-        server = _Server(options, p2p, compute, announcer, members)
-        stack.push_async_callback(announcer.withdraw)
-        await server.run(on_ready, stop)
+        announcer = _Announcer(Directory(here.node), lasts_s=swarm.announce_s)
+        metrics = None
+        if options.metrics_port is not None:
+            metrics = Metrics()
+            await stack.enter_async_context(metrics.served(options.metrics_host, options.metrics_port))
+        server = _Server(options, here, compute, announcer, metrics)
+        if metrics is not None:
+            metrics.watch(server)
+        try:
+            await here.while_daemon_lives(server.run(on_ready, stop), stop)
+        finally:
+            if here.daemon_lives:  # or nobody would hear it
+                await announcer.withdraw()
 
 
 class _Stopped(Exception):
@@ -84,6 +88,7 @@ class _Announcer:
     def __init__(self, directory: Directory, *, lasts_s: float):
         self.directory, self._lasts_s = directory, lasts_s
         self.record: ServerRecord | None = None
+        self.renewed: Callable[[ServerRecord], ServerRecord] = lambda record: record  # what changes meanwhile
         self._renewal: asyncio.Task[None] | None = None
 
     async def say(self, record: ServerRecord) -> None:
@@ -96,6 +101,7 @@ class _Announcer:
         while self.record is not None:
             await asyncio.sleep(self._lasts_s / 3)
             if self.record is not None:
+                self.record = self.renewed(self.record)
                 await self.directory.announce(self.record, lasts_s=self._lasts_s)
 
     async def withdraw(self) -> None:
@@ -121,19 +127,19 @@ class _Server:
     """Hosts one span after the other. Lives on the event loop."""
 
     def __init__(
-        self, options: Serve, p2p: P2P, compute: ComputeThread, announcer: _Announcer, members: Members | None
+        self, options: Serve, here: Joined, compute: ComputeThread, announcer: _Announcer, metrics: Metrics | None
     ):
-        self._options, self._p2p, self._compute, self._announcer = options, p2p, compute, announcer
-        self._members = members
-        self._peer = str(p2p.peer_id)
+        self._options, self._here, self.compute, self._announcer = options, here, compute, announcer
+        self._peer, self._metrics = here.peer, metrics
+        announcer.renewed = self._with_free_cache
         self._checkpoint = Checkpoint(options.model.source, options.disk_cache)
         self._dtype = torch_dtype(options.dtype, self._checkpoint.config, options.device)
         self._facts: _Facts
-        self._handler: Handler | None = None
+        self.handler: Handler | None = None
 
     async def run(self, on_ready: OnReady, stop: asyncio.Event) -> None:
         self._facts = await self._found()
-        await self._p2p.add_binary_stream_handler(PROTOCOL, self._stream)
+        await self._here.p2p.add_binary_stream_handler(PROTOCOL, self._stream)
         here: BlockSpan | None = self._options.span or await self._placed(None)
         while here is not None:
             here = await self._host(here, on_ready, stop)
@@ -153,7 +159,7 @@ class _Server:
             model=model,
             length=min(length, total_blocks),
             throughput=await self._throughput(ours, model, parts.hollow.config.hidden_size),
-            addresses=tuple(str(address) for address in await self._p2p.get_visible_maddrs()),
+            addresses=await self._here.addresses(),
         )
 
     async def _throughput(self, others: Sequence[ServerRecord], model: str, hidden_size: int) -> Throughput:
@@ -169,8 +175,8 @@ class _Server:
             folder=options.disk_cache.folder / "throughput",
             again=options.throughput == "measure",
         )
-        measured = await self._compute.run(Priority.FORWARD, measure)
-        network = await throughput.sending(self._p2p, others, model, self._members, hidden_size)
+        measured = await self.compute.run(Priority.FORWARD, measure)
+        network = await throughput.sending(self._here.p2p, others, model, self._here.members, hidden_size)
         return msgspec.structs.replace(measured, network=network)
 
     def _as_many_as_fit(self, parts: Parts) -> int:
@@ -243,14 +249,16 @@ class _Server:
             engine = await self._loaded(span, stop)
         except _Stopped:
             return None
-        record = self._record(span, "online")
-        self._handler = handler = Handler(
+        stores = await self._made_stores(engine)
+        record = msgspec.structs.replace(self._record(span, "online"), free_cache_bytes=stores.sessions.free_bytes)
+        self.handler = handler = Handler(
             engine,
-            self._compute,
-            await self._stores(engine),
+            self.compute,
+            stores,
             record,
             self._options.limits.of_requests(),
-            self._members,
+            self._here.members,
+            on_reply=None if self._metrics is None else self._metrics.replied,
         )
         await self._announcer.say(record)
         on_ready(record, engine)
@@ -266,7 +274,7 @@ class _Server:
             logger.warning(
                 "requests that ran for more than %g s after the stop were left unfinished", self._options.limits.drain_s
             )
-        self._handler = None
+        self.handler = None
         await handler.close()
         return there
 
@@ -290,7 +298,7 @@ class _Server:
                 disk=self._options.disk_cache,
                 on_block=on_block,
             )
-            return Engine(await self._compute.run(Priority.FORWARD, load))
+            return Engine(await self.compute.run(Priority.FORWARD, load))
 
     async def _until_moved(self, here: BlockSpan, stop: asyncio.Event) -> BlockSpan | None:
         while True:
@@ -302,14 +310,14 @@ class _Server:
                 if (there := await self._placed(here)) != here:
                     return there
 
-    async def _stores(self, engine: Engine) -> Stores:
+    async def _made_stores(self, engine: Engine) -> Stores:
         limits = self._options.limits
         return Stores(
             leases=LeaseStore(max_bytes=int(limits.max_lease_gb * _GB), max_age_s=limits.max_lease_age_s),
             sessions=SessionStore(
                 max_bytes=int(limits.max_cache_gb * _GB),
                 max_idle_s=limits.max_session_idle_s,
-                token_bytes=await self._compute.run(Priority.STEP, engine.measure_token_bytes),
+                token_bytes=await self.compute.run(Priority.STEP, engine.measure_token_bytes),
             ),
             adapters=AdapterCache(max_bytes=int(limits.max_adapter_gb * _GB)),
             sums=GradientSums(max_bytes=int(limits.max_adapter_gb * _GB)),
@@ -331,10 +339,21 @@ class _Server:
             dtype=str(self._dtype).removeprefix("torch."),
             throughput=self._facts.throughput,
             state=state,
+            version=__version__,
+            public_name=self._options.public_name,
         )
 
+    def _with_free_cache(self, record: ServerRecord) -> ServerRecord:
+        free = None if self.handler is None else self.handler.stores.sessions.free_bytes
+        return msgspec.structs.replace(record, free_cache_bytes=free)
+
+    @property
+    def record(self) -> ServerRecord | None:
+        """What is announced now; None before there is anything, and once it was withdrawn."""
+        return self._announcer.record
+
     async def _stream(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._handler is None:
+        if self.handler is None:
             writer.close()  # it loads: whoever comes now read an old announcement
         else:
-            await self._handler.serve(info, reader, writer)
+            await self.handler.serve(info, reader, writer)

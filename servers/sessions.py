@@ -142,6 +142,10 @@ class SessionStore:
     def used_bytes(self) -> int:
         return self._shares.used_bytes
 
+    @property
+    def free_bytes(self) -> int:
+        return self._shares.max_bytes - self._shares.used_bytes
+
     def open(self, client: str, request: OpenSession, adapter: Adapter | None, now_s: float) -> int:
         """Reserve a session. Raises ServerBusy with the length that would fit, RequestRefused if none ever will."""
         self._drop_idle(now_s)

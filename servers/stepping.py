@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from petals_tune.wire.messages import Step
-from servers.compute import ComputeThread, Priority
+from servers.compute import ComputeThread
 from servers.engine import Engine
 from servers.sessions import Session
+from servers.turns import Priority
 
 MAX_BATCH_ROWS = 64
 INLINE_S = 0.05  # shorter steps run on the event loop itself: handing one over to a thread and back takes 1 ms

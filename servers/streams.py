@@ -149,6 +149,11 @@ class OpenStreams:
             stream.end()
             self._gate.leave(stream.client)
 
+    def finish(self) -> None:
+        """Send what was written on all streams, and their end; whoever reads it closes them."""
+        for stream in self._open:
+            stream.finish()
+
     def close(self) -> None:
         """Close all streams; those who read them notice."""
         for stream in self._open:

@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "petals_tune": "errors cli config wire families checkpoint files packaged convert tuning data swarm remote train",
     # A server shares what crosses the network, and how a model is found. Nobody imports a server: it is started.
     "servers": (
-        "errors cli config wire families disk checkpoint convert swarm.directory swarm.members swarm.p2p swarm.writer "
+        "__version__ errors cli config wire families disk checkpoint convert "
+        "swarm.directory swarm.members swarm.p2p swarm.writer "
         "swarm.stream swarm.stats"  # it measures the line to another server as a client would
     ),
     "conf": "",
@@ -52,6 +53,8 @@ KNOWN_ONLY_TO = {
     "datasets": "data",
     "hydra": "config train petals_tune servers",
     "wandb": "train petals_tune",
+    "aiohttp": "servers",
+    "prometheus_client": "servers",
 }
 
 # Bytes of a stranger must never become code: no unpickling, no evaluation, no shell, anywhere.
@@ -74,7 +77,8 @@ HANDLES_STRANGERS = (
         "petals_tune.swarm.directory",
     ),
     *("servers.handler", "servers.streams", "servers.gate", "servers.leases", "servers.sessions", "servers.stepping"),
-    *("servers.adapters", "servers.compute", "servers.engine", "servers.kernels"),
+    *("servers.health.report", "servers.health.table"),
+    *("servers.adapters", "servers.compute", "servers.turns", "servers.engine", "servers.kernels"),
 )
 OPENS_FILES = {"pathlib", "os", "io", "shutil", "tempfile", "glob", "subprocess", "importlib", "runpy", "urllib"}
 

@@ -116,9 +116,10 @@ def test_modules_and_recipes_are_found(installed: Installed) -> None:
 def test_scripts_are_installed(installed: Installed) -> None:
     assert "recipe" in installed.script("petals-tune", "--help")
     assert "blocks" in installed.script("petals-tune-server", "--help")
+    assert "browser" in installed.script("petals-tune-health", "--help")
 
 
-def test_the_wheel_holds_every_module_and_yaml_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_every_module_and_yaml_and_page_and_nothing_else(wheel: Path) -> None:
     expected = {
         str(Path(home, path.relative_to(ROOT / folder)))
         for folder, home in [

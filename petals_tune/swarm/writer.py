@@ -17,6 +17,7 @@ class MessageWriter:
     def __init__(self, writer: asyncio.StreamWriter):
         self._writer = writer
         self._lock = asyncio.Lock()
+        self._finished = False
         self.blocked_since_s: float | None = None  # time.monotonic() since when the reader takes nothing
 
     async def send(self, message_id: int, message: Message) -> int:
@@ -24,7 +25,9 @@ class MessageWriter:
         sent = 0
         for header, payload in frames.cut(message_id, encode(message)):
             async with self._lock:
-                if self._writer.is_closing():  # uvloop raises a RuntimeError at a write, as it does at bugs
+                if (
+                    self._finished or self._writer.is_closing()
+                ):  # uvloop raises a RuntimeError at a write, as it does at bugs
                     raise ConnectionResetError("the stream was closed")
                 self._writer.writelines((header, payload))  # one system call
                 self.blocked_since_s = time.monotonic()
@@ -32,6 +35,12 @@ class MessageWriter:
                 self.blocked_since_s = None
             sent += len(header) + len(payload)
         return sent
+
+    def finish(self) -> None:
+        """Send what was written, then the end of the stream; the other side closes once it has read all that."""
+        if not self._finished and not self._writer.is_closing():
+            self._finished = True
+            self._writer.write_eof()
 
     def close(self) -> None:
         self._writer.close()

@@ -37,6 +37,10 @@ class Throughput(msgspec.Struct, frozen=True, kw_only=True):
         return 0.0 if self.network is None else tokens / self.network
 
 
+MAX_NAME = 64  # characters of a public name
+_MAX_BLOCKS = 10_000  # of a model; whoever reads a record makes lists of so many
+
+
 ServerState = Literal["joining", "online", "offline"]  # joining: it loads its blocks now
 
 
@@ -49,12 +53,18 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
     model_name: str
     revision: str = ""  # commit on the hub; "" for a local folder
     blocks: BlockSpan
-    total_blocks: int
+    total_blocks: Annotated[int, msgspec.Meta(ge=1, le=_MAX_BLOCKS)]
     quantization: Literal["int8", "nf4", "none"]
     dtype: str  # of the computation
     throughput: Throughput = Throughput()
     state: ServerState = "online"
-    version: str = ""
+    version: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""  # of this project, on that server
+    public_name: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""
+    free_cache_bytes: int | None = None  # for sessions, as of the announcement; None: it does not say
+
+    def __post_init__(self) -> None:
+        if self.blocks.stop > self.total_blocks:
+            raise ValueError(f"blocks {self.blocks} of a model of {self.total_blocks}")
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,0 +1,78 @@
+"""What the commands of this package have in common: options of a YAML file, checked; one way to end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from pydantic import TypeAdapter
+
+from petals_tune.cli import INTERRUPTED, calm_libraries, errors_reported
+from petals_tune.config import check, check_arguments, folder_of
+
+T = TypeVar("T")
+
+
+def command(
+    arguments: Sequence[str], *, config_name: str, schema: type[T], run: Callable[[T], None], usage: str
+) -> None:
+    """Run with the options that conf/`config_name`.yaml and `arguments` make; `schema` says of which types.
+
+    `--help` prints `usage` and the options with their sentences. Ends the process where an error of ours is raised.
+    """
+    calm_libraries()
+    if {"--help", "-h"} & {*arguments}:
+        print(f"{usage}\n\n{_options_of(config_name)}")
+        return
+    with errors_reported():
+        check_arguments(arguments, config_name=config_name, schema=schema)
+
+    @hydra.main(version_base="1.3", config_path=str(folder_of("conf")), config_name=config_name)
+    def main(cfg: DictConfig) -> None:
+        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        with errors_reported():
+            check(cfg, schema=schema)  # again: the arguments may have named another file than ours
+            run(TypeAdapter(schema).validate_python(OmegaConf.to_container(cfg, resolve=True)))
+
+    sys.argv[1:] = arguments  # what hydra reads
+    with errors_reported():
+        main()
+
+
+def stop_on_signals() -> asyncio.Event:
+    """An event that SIGINT and SIGTERM set. A second SIGINT ends the process at once, whatever it is doing.
+
+    The p2p daemon ends by itself when its parent is gone.
+    """
+    stop = asyncio.Event()
+
+    def on_interrupt() -> None:
+        if stop.is_set():
+            print("interrupted again: ending at once", file=sys.stderr, flush=True)
+            os._exit(INTERRUPTED)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, on_interrupt)
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    return stop
+
+
+def _options_of(config_name: str) -> str:
+    """The keys of a YAML file with their comments, less what concerns Hydra alone."""
+    lines = (folder_of("conf") / f"{config_name}.yaml").read_text().splitlines()
+    kept: list[str] = []
+    inside_hydra = False
+    for line in lines[1:]:  # the first one is the command
+        if line and not line.startswith(" "):
+            inside_hydra = line.startswith(("hydra:", "defaults:"))
+        if not inside_hydra:
+            kept.append(line)
+    return "\n".join(kept).strip()

@@ -1,0 +1,114 @@
+"""What there is to say of a swarm, from its records and from how its servers answer. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import msgspec
+
+from petals_tune.wire.records import ServerRecord, Throughput, same_model
+from petals_tune.wire.span import BlockSpan, gaps
+from servers.placement import block_replicas, block_throughputs
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """How a server answered just now: in so many seconds, or not, for this reason."""
+
+    latency_s: float | None = None
+    problem: str = ""
+
+
+class ServerReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One server."""
+
+    peer: str
+    public_name: str
+    state: Literal["online", "joining", "silent"]  # silent: announced as online, and does not answer
+    problem: str  # why it is silent
+    blocks: BlockSpan
+    tokens_per_s: float  # through all its blocks, many tokens at once
+    throughput: Throughput
+    quantization: str
+    dtype: str
+    version: str
+    free_cache_bytes: int | None
+    latency_s: float | None  # of an empty request and its answer, from here
+    addresses: tuple[str, ...]
+
+
+class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The servers of one model, and its blocks."""
+
+    name: str
+    digest: str
+    revision: str
+    total_blocks: int
+    servers: tuple[ServerReport, ...]
+    block_tokens_per_s: tuple[float, ...]  # of each block, all servers that answer together
+    block_servers: tuple[int, ...]  # how many those are
+    uncovered: tuple[BlockSpan, ...]
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """A swarm at one moment; more than one model in it is a mistake that shows."""
+
+    taken_at_unix_s: float
+    models: tuple[ModelReport, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Every block of a model, and of all that are there, has a server that answers."""
+        return bool(self.models) and not any(model.uncovered for model in self.models)
+
+
+def report(records: Sequence[ServerRecord], answers: Mapping[str, Answer], *, now_unix_s: float) -> Report:
+    """The state of a swarm from what its servers announce, and the answers of those online, by peer."""
+    groups: list[list[ServerRecord]] = []
+    for record in records:
+        for group in groups:
+            if same_model(group[0].model, record.model):
+                group.append(record)
+                break
+        else:
+            groups.append([record])
+    groups.sort(key=len, reverse=True)
+    return Report(taken_at_unix_s=now_unix_s, models=tuple(_of_model(group, answers) for group in groups))
+
+
+def _of_model(records: Sequence[ServerRecord], answers: Mapping[str, Answer]) -> ModelReport:
+    ((total_blocks, _),) = Counter(record.total_blocks for record in records).most_common(1)
+    servers = tuple(_of_server(record, answers.get(record.peer, Answer(problem="not asked yet"))) for record in records)
+    well = [record for record, server in zip(records, servers, strict=True) if server.state == "online"]
+    return ModelReport(
+        name=records[0].model_name,
+        digest=max((record.model for record in records), key=len),
+        revision=records[0].revision,
+        total_blocks=total_blocks,
+        servers=servers,
+        block_tokens_per_s=tuple(float(rate) for rate in block_throughputs(well, total_blocks)),
+        block_servers=tuple(int(count) for count in block_replicas(well, total_blocks)),
+        uncovered=tuple(gaps((record.blocks for record in well), BlockSpan(0, total_blocks))),
+    )
+
+
+def _of_server(record: ServerRecord, answer: Answer) -> ServerReport:
+    state: Literal["online", "joining", "silent"] = "online" if record.state == "online" else "joining"
+    if state == "online" and answer.latency_s is None:
+        state = "silent"
+    return ServerReport(
+        peer=record.peer,
+        public_name=record.public_name,
+        state=state,
+        problem=answer.problem if state == "silent" else "",
+        blocks=record.blocks,
+        tokens_per_s=record.throughput.of_span(len(record.blocks)),
+        throughput=record.throughput,
+        quantization=record.quantization,
+        dtype=record.dtype,
+        version=record.version,
+        free_cache_bytes=record.free_cache_bytes,
+        latency_s=answer.latency_s,
+        addresses=record.addresses,
+    )

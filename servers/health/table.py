@@ -1,0 +1,65 @@
+"""A report as text for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from servers.health.report import ModelReport, Report, ServerReport
+
+_RED = "\x1b[31m{}\x1b[0m"
+WIDTH = 48  # characters for the picture of the blocks, at most
+_MARKS = {"online": "#", "joining": "-", "silent": "?"}
+_HEAD = ("server", "blocks", "state", "tokens/s", "quantized", "dtype", "version", "free cache", "latency")
+
+
+def table(report: Report, *, coloured: bool = False) -> str:
+    """Models, their servers with a picture of the blocks that each holds, and what nobody holds, in red."""
+    models = "\n\n".join(_of_model(model, red=_RED if coloured else "{}") for model in report.models)
+    return models or "no server is announced in this swarm"
+
+
+def _of_model(model: ModelReport, *, red: str) -> str:
+    count = len(model.servers)
+    lines = [
+        f"{_plain(model.name)}: {model.total_blocks} blocks, {count} server{'s' * (count != 1)}, "
+        f"slowest block {_rate(min(model.block_tokens_per_s))} tokens/s"
+    ]
+    width = min(WIDTH, model.total_blocks)
+    rows = [("", *_HEAD), *((_picture(model, server, width), *_cells(server)) for server in model.servers)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines += ["  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [f"{server.peer[-6:]} is silent: {_plain(server.problem)}" for server in model.servers if server.problem]
+    if model.uncovered:
+        lines.append(red.format(f"UNCOVERED: no server answers for blocks {', '.join(map(str, model.uncovered))}"))
+    return "\n".join(lines)
+
+
+def _cells(server: ServerReport) -> Sequence[str]:
+    name = f"{_plain(server.public_name)} " if server.public_name else ""
+    return (
+        f"{name}..{server.peer[-6:]}",
+        str(server.blocks),
+        server.state,
+        _rate(server.tokens_per_s),
+        server.quantization,
+        server.dtype,
+        _plain(server.version),
+        "" if server.free_cache_bytes is None else f"{server.free_cache_bytes / 2**30:.2f} GB",
+        "" if server.latency_s is None else f"{1000 * server.latency_s:.1f} ms",
+    )
+
+
+def _picture(model: ModelReport, server: ServerReport, width: int) -> str:
+    """One character for each block, or for several; marked where the server holds any of them."""
+    first = server.blocks.start * width // model.total_blocks
+    last = -(-server.blocks.stop * width // model.total_blocks)
+    return "." * first + _MARKS[server.state] * (last - first) + "." * (width - last)
+
+
+def _rate(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:.3g}" if tokens_per_s < 1000 else f"{tokens_per_s:,.0f}"
+
+
+def _plain(text: str) -> str:
+    """What strangers wrote, without the characters that a terminal obeys."""
+    return "".join(character if character.isprintable() else "?" for character in text)

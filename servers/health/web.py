@@ -1,0 +1,42 @@
+"""The page and its JSON."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import msgspec
+from aiohttp import web
+
+from servers.health.report import Report
+
+# Names and texts of strangers are shown: the page takes nothing from elsewhere and sends nothing there.
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+class Pages:
+    """Shows the report that it was given last."""
+
+    def __init__(self) -> None:
+        self.report: Report | None = None
+        self._page = files("servers.health").joinpath("page.html").read_text(encoding="utf-8")
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.add_routes([web.get("/", self._html), web.get("/swarm.json", self._json)])
+        return app
+
+    async def _html(self, _: web.Request) -> web.Response:
+        return web.Response(text=self._page, content_type="text/html", headers=_HEADERS)
+
+    async def _json(self, _: web.Request) -> web.Response:
+        if self.report is None:
+            return web.Response(
+                status=503, text='{"error": "the first look at the swarm is not over"}', headers=_HEADERS
+            )
+        return web.Response(body=msgspec.json.encode(self.report), content_type="application/json", headers=_HEADERS)

@@ -1,0 +1,28 @@
+"""A small web server inside an event loop that has other things to do too."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+from petals_tune.errors import ConfigError
+
+
+@asynccontextmanager
+async def listening(app: web.Application, host: str, port: int, *, key: str) -> AsyncIterator[int]:
+    """Serve `app`; yields the port, a free one for 0. Raises ConfigError naming `key` where it cannot listen."""
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, host, port, shutdown_timeout=1.0).start()
+        except OSError as error:
+            raise ConfigError(
+                f"{key}={port}: cannot listen on {host}: {error.strerror or error}\n"
+                "  choose another, or 0 for a free one"
+            ) from None
+        yield runner.addresses[0][1]
+    finally:
+        await runner.cleanup()

@@ -1,0 +1,76 @@
+"""What is written about the options is true."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from petals_tune.config import composed
+from petals_tune.errors import ConfigError
+from servers.command import command
+from servers.options import Serve
+
+TEXT = (Path(__file__).parents[2] / "docs" / "hosting.md").read_text()
+ROWS = [
+    line.split(" | ") for line in TEXT[TEXT.index("## Coming from Petals") :].splitlines() if line.startswith("| `")
+]
+
+
+@pytest.fixture(autouse=True)
+def arguments_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["servers"])
+
+
+def test_every_option_that_stands_for_one_of_petals_exists():
+    named = {name for row in ROWS for name in re.findall(r"`([a-z_.]+)=?`", row[1])}
+    assert len(named) > 20
+    cfg = composed(config_name="serve")
+    assert sorted(name for name in named if OmegaConf.select(cfg, name, default="nowhere") == "nowhere") == []
+
+
+def test_what_has_no_option_has_a_reason():
+    reasons = [row for row in ROWS if row[1].strip() == "none"]
+    assert len(reasons) > 5
+    assert all(len(row[2].strip(" |")) > 5 for row in reasons)
+
+
+def test_a_file_of_ones_own_is_checked_like_arguments(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("defaults: [serve, _self_]\nquantizaton: int8\n")
+    with pytest.raises(SystemExit) as ended:
+        run_with(["--config-dir", str(tmp_path), "--config-name", "mine"])
+    assert ended.value.code == 2
+    assert "quantizaton is no option (did you mean quantization?)" in capsys.readouterr().err
+
+
+def test_a_file_of_ones_own_says_what_arguments_say(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [serve, _self_]\nlimits: {drain_s: 7}\nblocks: '3:5'\n")
+    options = run_with(["--config-dir", str(tmp_path), "--config-name", "mine", "public_name=lab"])
+    assert (options.limits.drain_s, str(options.span), options.public_name) == (7, "3:5", "lab")
+
+
+@pytest.mark.parametrize(
+    ("argument", "text"),
+    [
+        ("metrics_port=99999", "metrics_port is 99999"),
+        (f"public_name={'x' * 65}", "at most 64 characters"),
+        ("limits.drain_s=-1", "limits.drain_s is -1"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named(argument, text, capsys):
+    with pytest.raises(SystemExit):
+        run_with([argument])
+    assert text in capsys.readouterr().err
+
+
+def test_blocks_and_their_number_have_to_agree():
+    options = run_with(["blocks='0:3'", "num_blocks=4"])
+    with pytest.raises(ConfigError, match="give one of them"):
+        _ = options.span
+
+
+def run_with(arguments: list[str]) -> Serve:
+    seen: list[Serve] = []
+    command(arguments, config_name="serve", schema=Serve, run=seen.append, usage="")
+    return seen[0]
