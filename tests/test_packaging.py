@@ -128,7 +128,7 @@ def test_the_wheel_holds_every_module_and_yaml_and_page_and_nothing_else(wheel: 
             ("conf", "petals_tune/conf"),
             ("recipes", "petals_tune/recipes"),
         ]
-        for pattern in ("*.py", "*.yaml", "*.jsonl")
+        for pattern in ("*.py", "*.yaml", "*.jsonl", "*.html")
         for path in (ROOT / folder).rglob(pattern)
     }
     with zipfile.ZipFile(wheel) as archive:

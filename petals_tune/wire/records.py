@@ -62,10 +62,6 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
     public_name: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""
     free_cache_bytes: int | None = None  # for sessions, as of the announcement; None: it does not say
 
-    def __post_init__(self) -> None:
-        if self.blocks.stop > self.total_blocks:
-            raise ValueError(f"blocks {self.blocks} of a model of {self.total_blocks}")
-
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(ServerRecord)
@@ -98,6 +94,9 @@ def encode_record(record: ServerRecord) -> bytes:
 def decode_record(data: bytes) -> ServerRecord:
     """Raises ProtocolError on anything that is not a record."""
     try:
-        return _decoder.decode(data)
+        record = _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProtocolError(f"not a server's record: {error}") from None
+    if record.blocks.stop > record.total_blocks:
+        raise ProtocolError(f"not a server's record: blocks {record.blocks} of a model of {record.total_blocks}")
+    return record
