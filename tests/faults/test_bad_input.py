@@ -27,4 +27,4 @@ def test_a_real_server_stands_and_serves_an_honest_client_the_same_numbers_meanw
     assert "served" not in told["bad requests"]
     assert "RequestRefused" in told["bad requests"]
     assert "ProtocolError, closed" in told["broken frames"]
-    assert told["streams without a word"]["closed"] >= 40, "some eight streams are what one client may have"
+    assert told["streams without a word"]["closed"] >= 25, "eight streams are what one client may have"
