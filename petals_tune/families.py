@@ -28,6 +28,10 @@ _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 _ENTRY_FACTORS = ("embedding_multiplier",)
 
 
+# Who in the library says what is missing from a model, and which of its plans find nothing to do.
+_REPORTS = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Where the blocks of one architecture are. The owner is the module whose forward loops over them."""
@@ -114,13 +118,15 @@ def load_part(
 
     The library would report all that a part lacks.
     """
-    reports = logging.getLogger("transformers.modeling_utils")
-    level = reports.level
-    reports.setLevel(logging.ERROR)
+    reports = [logging.getLogger(name) for name in _REPORTS]
+    levels = [logger.level for logger in reports]
+    for logger in reports:
+        logger.setLevel(logging.ERROR)
     try:
         return model_class.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True, **options)
     finally:
-        reports.setLevel(level)
+        for logger, level in zip(reports, levels, strict=True):
+            logger.setLevel(level)
 
 
 def without_blocks(
