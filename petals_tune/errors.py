@@ -24,7 +24,8 @@ PetalsTuneError
     |-- UntrustedServer                 it has no valid token of this private swarm
     |-- LeaseLost                       the kept graph is gone: send the inputs along
     |-- SessionLost                     the KV cache is gone: replay the inputs
-    `-- AdapterMissing                  the server does not know this version: upload it
+    |-- AdapterMissing                  the server does not know this version: upload it
+    `-- NotHandedOn                     the server before did not hand its output on: send it
 
 `error.fault` says whose it is. Those with a star are `Retriable`: another server, or a later moment, may do, and they
 alone are tried again. Whatever is not in this tree is a bug of ours: it leaves at once, with its traceback.
@@ -151,3 +152,7 @@ class SessionLost(ServerError):
 
 class AdapterMissing(ServerError):
     """The server does not hold this version of the adapter; it must be uploaded."""
+
+
+class NotHandedOn(ServerError):
+    """The tensor that was to come from another server did not come; it must be sent along."""

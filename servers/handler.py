@@ -14,6 +14,7 @@ import torch
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
 from petals_tune.errors import (
+    NotHandedOn,
     PetalsTuneError,
     ProtocolError,
     RequestRefused,
@@ -26,9 +27,12 @@ from petals_tune.swarm.writer import BROKEN
 from petals_tune.wire.frames import Dropped
 from petals_tune.wire.messages import (
     Backward,
+    Chained,
+    ChainedReply,
     CloseSession,
     CollectedSum,
     CollectSum,
+    Delivery,
     Done,
     Forward,
     Forwarded,
@@ -40,10 +44,14 @@ from petals_tune.wire.messages import (
     PutAdapter,
     Refusal,
     Release,
+    Request,
     SessionOpened,
     Step,
     Stepped,
     Welcome,
+    Withdrawn,
+    carried,
+    carrying,
     decode,
 )
 from petals_tune.wire.records import ServerRecord, mismatch_text, same_model
@@ -52,6 +60,7 @@ from servers.adapters import Adapter, AdapterCache, GradientSums, summed
 from servers.compute import ComputeThread
 from servers.engine import Engine
 from servers.gate import Gate, RequestLimits
+from servers.handover import Expected, Neighbours
 from servers.leases import LeaseStore
 from servers.sessions import SessionStore
 from servers.stepping import StepBatcher
@@ -92,10 +101,12 @@ class Handler:
         limits: RequestLimits,
         members: Members | None = None,
         on_reply: OnReply | None = None,
+        neighbours: Neighbours | None = None,
     ):
-        """`members` of a private swarm are served alone; None: everybody is."""
+        """`members` of a private swarm are served alone; None: everybody is. Outputs go to `neighbours` alone."""
         self._engine, self._compute, self.stores, self.record = engine, compute, stores, record
-        self._on_reply = on_reply
+        self._on_reply, self._neighbours = on_reply, neighbours
+        self._expected = Expected()
         self._steps = StepBatcher(engine, compute)
         self._limits, self._members = limits, members
         self._gate = Gate(limits)
@@ -131,6 +142,7 @@ class Handler:
             self._streams.leave(stream)
             if client not in self._gate:
                 self.stores.drop_client(client)
+                self._expected.gone(client, "it left")
 
     @property
     def streams(self) -> int:
@@ -172,11 +184,15 @@ class Handler:
     async def _take(self, stream: ClientStream, message_id: int, body: bytes | Dropped) -> None:
         """Answer a message, or start to. A bad one is refused, and the stream goes on."""
         if isinstance(body, Dropped):
+            self._expected.gone(stream.client, "there was no room for it")  # if it was an output, nobody knows for whom
             await stream.send(message_id, _refusal(ServerBusy(f"no room for a request of {body.total} bytes now")))
             return
         try:
             request = decode(body)
-            if not isinstance(request, Ping | Release | CloseSession):
+            if isinstance(request, Delivery):
+                self._expected.deliver(request, partial(stream.give_back, len(body)))
+                return
+            if not isinstance(request, Ping | Release | CloseSession | Withdrawn):
                 stream.begin(message_id)
                 task = asyncio.create_task(self._answer(stream, message_id, request))
                 stream.started(message_id, task, len(body))
@@ -185,6 +201,8 @@ class Handler:
                 return
             if isinstance(request, Ping):
                 await stream.send(message_id, Pong())
+            elif isinstance(request, Withdrawn):
+                self._expected.withdraw(request.tickets)
             elif isinstance(request, Release):
                 self.stores.leases.release(stream.client, request.leases)
             else:
@@ -211,10 +229,12 @@ class Handler:
             logger.exception("request of %s failed", stream.client)
             reply = _refusal(ServerError(f"the computation failed: {error}"))
         if self._on_reply is not None:
-            self._on_reply(request, reply, time.monotonic() - started_s)
+            asked = request.request if isinstance(request, Chained) else request
+            self._on_reply(asked, reply, time.monotonic() - started_s)
         try:
             await stream.send(message_id, reply)
         except BROKEN:
+            reply = reply.reply if isinstance(reply, ChainedReply) else reply
             if isinstance(reply, Forwarded) and reply.lease is not None:
                 self.stores.leases.release(stream.client, [reply.lease])
 
@@ -228,6 +248,8 @@ class Handler:
                 self._check_size(request.hidden)
                 session = self.stores.sessions.get(client, request.session, time.monotonic())
                 return Stepped(hidden=in_format(await self._steps.run(session, request), request.reply_format))
+            case Chained():
+                return await self._chained(client, request)
             case CollectSum():
                 terms = self.stores.sums.take(client, request.adapter_sum)
                 total = await self._compute.run(Priority.BACKWARD, partial(summed, terms), client=client)
@@ -243,6 +265,23 @@ class Handler:
                 self.stores.adapters.put(client, request.version, request.span, request.parts)
                 return Done()
         raise RequestRefused(f"{type(request).__name__} is not a request")
+
+    async def _chained(self, client: str, chained: Chained) -> ChainedReply:
+        """A request whose tensor comes from another server, or whose output goes to another one, or both."""
+        request, delivered = chained.request, None
+        if chained.comes is not None:
+            self._check_size(carried(request))
+            delivered = await self._expected.take(chained.comes)
+        try:
+            reply = await self._reply(client, request if delivered is None else _completed(request, delivered.tensor))
+        finally:
+            if delivered is not None:
+                delivered.give_back()
+        assert isinstance(reply, Forwarded | Gradients | Stepped)
+        handed_on = False
+        if chained.goes is not None and self._neighbours is not None and reply.hidden is not None:
+            handed_on = await self._neighbours.hand_on(chained.goes, reply.hidden)
+        return ChainedReply(reply=reply, handed_on=handed_on)
 
     async def _forward(self, client: str, request: Forward) -> Forwarded:
         self._check_size(request.hidden)
@@ -288,6 +327,16 @@ class Handler:
                 f"{rows} rows of {positions} positions, and this server takes {self._limits.max_tokens} positions in "
                 "all at once (its limits.max_tokens): send fewer rows, swarm.micro_batch_rows"
             )
+
+
+def _completed(request: Request, tensor: torch.Tensor) -> Request:
+    """`request` with the tensor (B, S, H) that it waited for. Raises NotHandedOn where that does not fit."""
+    try:
+        if tensor.shape[:2] == carried(request).shape[:2]:
+            return carrying(request, tensor)
+    except ValueError:
+        pass
+    raise NotHandedOn(f"{tuple(tensor.shape)} {tensor.dtype} was handed on, which does not fit the request")
 
 
 def _refusal(error: PetalsTuneError) -> Refusal:

@@ -27,6 +27,7 @@ from servers.adapters import AdapterCache, GradientSums
 from servers.compute import ComputeThread
 from servers.engine import Engine
 from servers.handler import Handler, Stores
+from servers.handover import Neighbours
 from servers.joining import Joined, joined
 from servers.leases import LeaseStore
 from servers.metrics import Metrics
@@ -135,14 +136,19 @@ class _Server:
         self._checkpoint = Checkpoint(options.model.source, options.disk_cache)
         self._dtype = torch_dtype(options.dtype, self._checkpoint.config, options.device)
         self._facts: _Facts
+        self._neighbours: Neighbours
         self.handler: Handler | None = None
 
     async def run(self, on_ready: OnReady, stop: asyncio.Event) -> None:
         self._facts = await self._found()
         await self._here.p2p.add_binary_stream_handler(PROTOCOL, self._stream)
+        self._neighbours = Neighbours(self._here.p2p, self._announcer.directory, self._facts.model, self._here.members)
         here: BlockSpan | None = self._options.span or await self._placed(None)
-        while here is not None:
-            here = await self._host(here, on_ready, stop)
+        try:
+            while here is not None:
+                here = await self._host(here, on_ready, stop)
+        finally:
+            await self._neighbours.close()
 
     async def _found(self) -> _Facts:
         """Look at the model, the swarm and this machine."""
@@ -259,6 +265,7 @@ class _Server:
             self._options.limits.of_requests(),
             self._here.members,
             on_reply=None if self._metrics is None else self._metrics.replied,
+            neighbours=self._neighbours,
         )
         await self._announcer.say(record)
         on_ready(record, engine)

@@ -27,6 +27,7 @@ from petals_tune.remote.skeleton import hollow_out
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
+from petals_tune.swarm.handover import HandOverRule
 from petals_tune.swarm.members import Members, identity_beside
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.verify import CheckedChain
@@ -53,6 +54,7 @@ class DistributedModel:
         micro_batch_rows: int | None = None,
         wire_format: WireFormat = "float32",
         grad_format: WireFormat = "float32",
+        hand_over: HandOverRule = "auto",
         verify: float = 0.0,
         token: str | None = None,
         identity_path: str | None = None,
@@ -63,10 +65,12 @@ class DistributedModel:
 
         `source` is a folder in Hugging Face format or a hub name: what the servers host. Hidden states travel as
         `wire_format` and their gradients as `grad_format`, in micro-batches of `micro_batch_rows` rows (None: as many
-        as make 128 positions). The blocks are `model.remote_blocks`; its `close()` leaves the swarm. `config_changes`
-        are fields of the config that concern the client's part, such as `num_labels=3`. A share `verify` of the work is
-        done by a second server too, to find wrong answers (swarm/verify.py); which part of it follows from torch's
-        seed. `policy` says how long work is tried again.
+        as make 128 positions). `hand_over` says whether servers send their outputs straight to the next one of a chain:
+        "always", "never", or "auto", where both are far from here. The blocks are `model.remote_blocks`; its `close()`
+        leaves the swarm. `config_changes` are fields of the config that concern the client's part, such as
+        `num_labels=3`. A share `verify` of the work is done by a second server too, to find wrong answers
+        (swarm/verify.py); which part of it follows from torch's seed. With it, nothing is handed on: a server could
+        give another one what it does not show us. `policy` says how long work is tried again.
 
         All that the checkpoint holds is frozen: wrap the model with PEFT, or let `tuning_mode="ptune"` (a soft prompt
         of `pre_seq_len` tokens) or `"deep_ptune"` (one at every block as well) do it: then the result is a PeftModel
@@ -104,7 +108,11 @@ class DistributedModel:
             hollow_out(skeleton, dtype)
             formats = {"wire_format": wire_format, "grad_format": grad_format}
             seed = torch.initial_seed()
-            chain = CheckedChain(client, share=verify, seed=seed, **formats) if verify else Chain(client, **formats)
+            chain: Chain
+            if verify:
+                chain = CheckedChain(client, share=verify, seed=seed, **formats)
+            else:
+                chain = Chain(client, hand_over=hand_over, **formats)
             backbone = Backbone(
                 chain=chain,
                 returns_tuple=returns_tuple,

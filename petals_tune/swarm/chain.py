@@ -8,18 +8,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import msgspec
 import torch
 
-from petals_tune.errors import AdapterMissing, BadReply, LeaseLost, NotFinite, Retriable, ServerError
+from petals_tune.errors import BadReply, LeaseLost, NotFinite, Retriable, ServerError
 from petals_tune.swarm.client import SwarmClient
+from petals_tune.swarm.handover import Ask, AskAnything, HandOverRule, HandOverRules, Relay
 from petals_tune.swarm.retry import Attempts, Notices
 from petals_tune.swarm.route import Hop
 from petals_tune.swarm.sums import AdapterSums, PartialSum, Term
 from petals_tune.swarm.trace import CallContext, ChainGradients, Leg, Trace
+from petals_tune.swarm.uploads import AdapterUploads
 from petals_tune.wire.messages import (
     Backward,
     CollectedSum,
@@ -27,28 +29,31 @@ from petals_tune.wire.messages import (
     Forward,
     Forwarded,
     Gradients,
-    Message,
-    PutAdapter,
     Release,
+    carrying,
 )
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WireFormat, in_format
 
 logger = logging.getLogger(__name__)
 
-KEPT_UPLOADS = 8  # versions of adapters that a stream remembers to have carried; servers keep fewer
-
 
 class Chain:
     """Calls through the blocks of one model on one swarm. All methods run on the background loop."""
 
     def __init__(
-        self, client: SwarmClient, *, wire_format: WireFormat = "float32", grad_format: WireFormat = "float32"
+        self,
+        client: SwarmClient,
+        *,
+        wire_format: WireFormat = "float32",
+        grad_format: WireFormat = "float32",
+        hand_over: HandOverRule = "auto",
     ):
         self.client = client
+        self.hand_overs = HandOverRules(client, hand_over)
         self.wire_format, self._grad_format = wire_format, grad_format
         self._notices = Notices()
-        self._background: set[asyncio.Task[Any]] = set()  # asyncio keeps no strong reference to a task
+        self.uploads = AdapterUploads(client)
 
     async def forward(
         self,
@@ -73,38 +78,48 @@ class Chain:
                 route = await self.client.route(BlockSpan(start, span.stop), work=work)
                 with _reserved(self.client, route, work):
                     for hop in route:
-                        self._upload_soon(hop, context)
-                    for hop in route:
-                        leg, current = await self._go(hop, current, context, keep=keep, input_grad=input_grad)
-                        legs.append(leg)
-                        start = hop.span.stop
-                        input_grad = input_grad or leg.request.adapter is not None
-                        self.moved_on(attempts)
+                        self.uploads.begin(hop, context)
+                    async with self.relay(context) as relay:
+                        requests = self._forwards(route, current, context, keep=keep, input_grad=input_grad)
+                        relay.send_ahead(route, requests.__getitem__)
+                        for hop, request in zip(route, requests, strict=True):
+                            leg, current = await self._go(hop, carrying(request, current), context, relay.ask)
+                            legs.append(leg)
+                            start, input_grad = hop.span.stop, leg.output_grad
+                            self.moved_on(attempts)
             except Retriable as error:
                 await self.pause(attempts, error)
         return Trace(hidden=current, context=context, legs=tuple(legs))
 
-    async def _go(
-        self, hop: Hop, hidden: torch.Tensor, context: CallContext, *, keep: bool, input_grad: bool
-    ) -> tuple[Leg, torch.Tensor]:
-        adapted = bool(context.adapter_on(hop.span))
-        request = Forward(
-            span=hop.span,
-            hidden=hidden,
-            padding=context.padding,
-            positions=context.positions,
-            adapter=context.adapter.version if context.adapter and adapted else None,
-            keep=keep and (input_grad or adapted),
-            input_grad=input_grad,
-            train=context.train,
-            seed=context.seed,
-            reply_format=self.wire_format,
-        )
-        reply = await self.ask(hop, self._packed(request), context)
+    def _forwards(
+        self, route: Sequence[Hop], hidden: torch.Tensor, context: CallContext, *, keep: bool, input_grad: bool
+    ) -> list[Forward]:
+        """What to ask the servers of `route`, each with `hidden` (B, S, H) for now."""
+        requests = []
+        for hop in route:
+            adapted = bool(context.adapter_on(hop.span))
+            request = Forward(
+                span=hop.span,
+                hidden=hidden,
+                padding=context.padding,
+                positions=context.positions,
+                adapter=context.adapter.version if context.adapter and adapted else None,
+                keep=keep and (input_grad or adapted),
+                input_grad=input_grad,
+                train=context.train,
+                seed=context.seed,
+                reply_format=self.wire_format,
+            )
+            requests.append(request)
+            input_grad = input_grad or adapted
+        return requests
+
+    async def _go(self, hop: Hop, request: Forward, context: CallContext, ask: Ask) -> tuple[Leg, torch.Tensor]:
+        reply = await ask(hop, self._packed(request))
         if not isinstance(reply, Forwarded):
             raise self.bad_reply(hop, f"a {type(reply).__name__} in answer to Forward")
-        output = self.checked(hop, reply.hidden, hidden)
-        tokens = hidden.shape[0] * hidden.shape[1]
+        output = self.checked(hop, reply.hidden, request.hidden)
+        tokens = request.hidden.shape[0] * request.hidden.shape[1]
         self.client.load.measured(hop.server, reply.compute_s, tokens, len(hop.span))
         return Leg(hop=hop, request=request, lease=reply.lease), output
 
@@ -124,14 +139,31 @@ class Chain:
         """
         attempts = attempts or Attempts(self.client.policy, time.monotonic())
         total = ChainGradients(hidden=grad)
-        for leg in reversed(trace.legs):
-            if total.hidden is None:  # nothing below needs a gradient
-                break
-            gradients = await self._back(leg, trace.context, total.hidden, attempts, sums, term)
-            self.moved_on(attempts)
-            total.adapter.update(gradients.adapter)
-            total.hidden = gradients.hidden
+        async with self.relay(trace.context) as relay:
+            legs = self._with_leases(trace)
+            relay.send_ahead(
+                [leg.hop for leg in legs],
+                lambda n: self._backward(legs[n], legs[n].request.hidden, _sum_of(legs[n], sums), term),
+            )
+            for leg in reversed(trace.legs):
+                if total.hidden is None:  # nothing below needs a gradient
+                    break
+                gradients = await self._back(leg, trace.context, total.hidden, attempts, sums, term, relay.ask)
+                self.moved_on(attempts)
+                total.adapter.update(gradients.adapter)
+                total.hidden = gradients.hidden
         return total
+
+    def _with_leases(self, trace: Trace) -> list[Leg]:
+        """From the last leg on, as long as each has a server that kept its graph."""
+        legs = []
+        for leg in reversed(trace.legs):
+            if leg.lease is None or not leg.output_grad or self.client.lost(leg.hop.server):
+                break
+            legs.append(leg)
+            if not leg.request.input_grad:
+                break
+        return legs
 
     async def _back(
         self,
@@ -141,45 +173,59 @@ class Chain:
         attempts: Attempts,
         sums: AdapterSums | None,
         term: int,
+        ask: Ask,
     ) -> ChainGradients:
-        request = leg.request
-        if not request.input_grad and request.adapter is None:
+        if not leg.output_grad:
             return ChainGradients()
         if not self.client.lost(leg.hop.server):
             try:
-                return await self._back_there(leg, context, grad, sums, term)
+                return await self._back_there(leg, context, grad, sums, term, ask)
             except ServerError as error:
                 await self.pause(attempts, error)
         self.client.stats.recomputations += 1
         # Attempts of its own: a server that goes forward and never back would put the deadline off each time.
+        request = leg.request
         trace = await self.forward(request.hidden, context, leg.hop.span, keep=True, input_grad=request.input_grad)
         return await self.backward(trace, grad, sums=sums, term=term, attempts=attempts)
 
     async def _back_there(
-        self, leg: Leg, context: CallContext, grad: torch.Tensor, sums: AdapterSums | None, term: int
+        self, leg: Leg, context: CallContext, grad: torch.Tensor, sums: AdapterSums | None, term: int, ask: Ask
     ) -> ChainGradients:
         """The gradients of a leg from the server that went forward, which computes it again where it kept no graph."""
-        request = leg.request
-        packed_grad = in_format(grad, self._grad_format)
-        partial = None if sums is None or request.adapter is None else sums.on(leg.hop)
-        number = None if partial is None else partial.number
+        partial = _sum_of(leg, sums)
         if leg.lease is not None:
             try:
-                back = Backward(lease=leg.lease, grad=packed_grad, adapter_sum=number, term=term)
-                return await self._gradients(leg, context, back, partial, grad)
+                return await self._gradients(leg, context, self._backward(leg, grad, partial, term), partial, grad, ask)
             except LeaseLost:
                 pass
         self.client.stats.recomputations += 1
-        again = self._packed(msgspec.structs.replace(request, keep=False))
-        back = Backward(again=again, grad=packed_grad, adapter_sum=number, term=term)
-        return await self._gradients(leg, context, back, partial, grad)
+        again = self._backward(leg, grad, partial, term, again=True)
+        return await self._gradients(leg, context, again, partial, grad, self.asks(context))
+
+    def _backward(
+        self, leg: Leg, grad: torch.Tensor, partial: PartialSum | None, term: int, *, again: bool = False
+    ) -> Backward:
+        """What to ask of the server of `leg`, which has its graph or, with `again`, has to make it first."""
+        return Backward(
+            lease=None if again else leg.lease,
+            again=self._packed(msgspec.structs.replace(leg.request, keep=False)) if again else None,
+            grad=in_format(grad, self._grad_format),
+            adapter_sum=None if partial is None else partial.number,
+            term=term,
+            reply_format=self._grad_format,
+        )
 
     async def _gradients(
-        self, leg: Leg, context: CallContext, request: Backward, partial: PartialSum | None, grad: torch.Tensor
+        self,
+        leg: Leg,
+        context: CallContext,
+        request: Backward,
+        partial: PartialSum | None,
+        grad: torch.Tensor,
+        ask: Ask,
     ) -> ChainGradients:
         hop = leg.hop
-        request = msgspec.structs.replace(request, reply_format=self._grad_format)
-        reply = await self.ask(hop, request, context)
+        reply = await ask(hop, request)
         if not isinstance(reply, Gradients):
             raise self.bad_reply(hop, f"a {type(reply).__name__} in answer to Backward")
         result = ChainGradients()
@@ -225,7 +271,7 @@ class Chain:
             lost = msgspec.structs.replace(term.leg.request, input_grad=False)
             leg = replace(term.leg, request=lost, lease=None)
             anew = Attempts(self.client.policy, time.monotonic())
-            again.append(await self._back(leg, term.context, term.grad, anew, None, 0))
+            again.append(await self._back(leg, term.context, term.grad, anew, None, 0, self.asks(term.context)))
         self.moved_on(attempts)
         return again
 
@@ -247,43 +293,13 @@ class Chain:
             if leg.lease is not None and stream is not None:
                 await stream.notify(Release(leases=[leg.lease]))
 
-    async def ask(self, hop: Hop, request: Message, context: CallContext) -> Message:
-        """Ask the server of `hop`, which is given the adapter before, and again if it forgot it."""
-        if not context.adapter_on(hop.span):
-            return await self.client.ask(hop.server, request)
-        upload = await self._upload(hop, context)
-        try:
-            return await self.client.ask(hop.server, request)
-        except AdapterMissing:
-            await self._upload(hop, context, instead_of=upload)
-            return await self.client.ask(hop.server, request)
+    def relay(self, context: CallContext) -> Relay:
+        """A way through several servers that may hand their outputs on."""
+        return Relay(self.client, self.hand_overs, self.asks(context))
 
-    async def _upload(
-        self, hop: Hop, context: CallContext, *, instead_of: asyncio.Task[None] | None = None
-    ) -> asyncio.Task[None]:
-        """Give the server the adapter: once, however many micro-batches need it at the same time."""
-        assert context.adapter is not None
-        stream = await self.client.stream(hop.server)
-        name = (context.adapter.version, hop.span)
-        upload = stream.adapters.get(name)
-        if upload is None or upload is instead_of or (upload.done() and (upload.cancelled() or upload.exception())):
-            put = PutAdapter(version=context.adapter.version, span=hop.span, parts=context.adapter_on(hop.span))
-            upload = stream.adapters[name] = asyncio.create_task(self._put(hop, put))
-            if len(stream.adapters) > KEPT_UPLOADS:
-                del stream.adapters[next(iter(stream.adapters))]
-        await asyncio.shield(upload)
-        return upload
-
-    async def _put(self, hop: Hop, put: PutAdapter) -> None:
-        await self.client.ask(hop.server, put)
-
-    def _upload_soon(self, hop: Hop, context: CallContext) -> None:
-        """Start to give the adapter to a server further down the route, while those before it compute."""
-        if context.adapter_on(hop.span):
-            task = asyncio.create_task(self._upload(hop, context))
-            self._background.add(task)
-            task.add_done_callback(self._background.discard)
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # `ask` meets the error itself
+    def asks(self, context: CallContext) -> AskAnything:
+        """Asks a server that is given the adapter before."""
+        return lambda hop, request: self.uploads.ask(hop, request, context)
 
     async def pause(self, attempts: Attempts, error: Retriable) -> None:
         """Wait before the work that failed is tried again. Raises what `Attempts.failed` raises."""
@@ -321,6 +337,11 @@ class Chain:
         error = kind(f"server {hop.server.peer} returned {what} from blocks {hop.span}")
         self.client.failed(hop.server, error)
         return error
+
+
+def _sum_of(leg: Leg, sums: AdapterSums | None) -> PartialSum | None:
+    """Where the adapter's gradients of `leg` are added up; None where there are none, or they come back at once."""
+    return None if sums is None or leg.request.adapter is None else sums.on(leg.hop)
 
 
 class _reserved:

@@ -18,6 +18,7 @@ from petals_tune.errors import (
     BadReply,
     LeaseLost,
     NotFinite,
+    NotHandedOn,
     PetalsTuneError,
     ServerError,
     ServerUnreachable,
@@ -32,7 +33,7 @@ from petals_tune.swarm.retry import Attempts, Bans, Load, RetryPolicy
 from petals_tune.swarm.route import Hop, plan_route
 from petals_tune.swarm.stats import SwarmStats
 from petals_tune.swarm.stream import ServerStream
-from petals_tune.wire.messages import Message
+from petals_tune.wire.messages import Chained, Message
 from petals_tune.wire.records import ServerRecord, same_model
 from petals_tune.wire.span import BlockSpan
 
@@ -189,11 +190,15 @@ class SwarmClient:
             self._bans.reached(server.peer)
 
     async def ask(self, server: ServerRecord, request: Message) -> Message:
-        """Send `request` to `server` and wait for the reply. A server that fails is banned for a while."""
+        """Send `request` to `server` and wait for the reply. A server that fails is banned for a while.
+
+        One that waits for another server's output has no deadline here: it begins when that output is there.
+        """
+        waits = isinstance(request, Chained) and request.comes is not None
         try:
-            reply = await (await self.stream(server)).call(request, timeout_s=self.policy.reply_s)
-        except (AdapterMissing, LeaseLost, SessionLost):
-            raise  # it works, and has only no memory of us
+            reply = await (await self.stream(server)).call(request, timeout_s=None if waits else self.policy.reply_s)
+        except (AdapterMissing, LeaseLost, NotHandedOn, SessionLost):
+            raise  # it works, and lacks only what we can send
         except ServerError as error:
             self.failed(server, error)
             raise

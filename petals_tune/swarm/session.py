@@ -12,11 +12,12 @@ import torch
 
 from petals_tune.errors import RequestRefused, Retriable, ServerError
 from petals_tune.swarm.chain import Chain
+from petals_tune.swarm.handover import Ask, Relay
 from petals_tune.swarm.retry import Attempts
 from petals_tune.swarm.route import Hop
 from petals_tune.swarm.trace import CallContext
 from petals_tune.wire.adapter import AdapterVersion
-from petals_tune.wire.messages import CloseSession, OpenSession, SessionOpened, Step, Stepped
+from petals_tune.wire.messages import CloseSession, Message, OpenSession, SessionOpened, Step, Stepped
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import in_format
 
@@ -135,22 +136,25 @@ class ChainSession:
 
     async def _step(self, inputs: Inputs, position: int, attempts: Attempts) -> torch.Tensor:
         number = 0
-        while number < len(self._stations):
-            station = self._stations[number]
-            try:
-                output = await self._ask(station, inputs, position)
-            except ServerError as error:
-                await self._chain.pause(attempts, error)
-                await self._replace(number, attempts)
-                continue
-            station.history.add(inputs)
-            inputs = inputs.with_hidden(output)
-            self._chain.moved_on(attempts)
-            number += 1
+        async with Relay(self._client, self._chain.hand_overs, self._asks) as relay:
+            stations = list(self._stations)  # those that are lost give their places to others
+            relay.send_ahead([each.hop for each in stations], lambda n: self._request(stations[n], inputs, position))
+            while number < len(self._stations):
+                station = self._stations[number]
+                try:
+                    output = await self._ask(station, inputs, position, relay.ask)
+                except ServerError as error:
+                    await self._chain.pause(attempts, error)
+                    await self._replace(number, attempts)
+                    continue
+                station.history.add(inputs)
+                inputs = inputs.with_hidden(output)
+                self._chain.moved_on(attempts)
+                number += 1
         return inputs.hidden
 
-    async def _ask(self, station: _Station, inputs: Inputs, position: int) -> torch.Tensor:
-        request = Step(
+    def _request(self, station: _Station, inputs: Inputs, position: int) -> Step:
+        return Step(
             session=station.session,
             hidden=in_format(inputs.hidden, self._chain.wire_format),
             position=position,
@@ -159,7 +163,12 @@ class ChainSession:
             order=station.order,
             reply_format=self._chain.wire_format,
         )
-        reply = await self._client.ask(station.hop.server, request)
+
+    async def _asks(self, hop: Hop, message: Message) -> Message:
+        return await self._client.ask(hop.server, message)  # the session has the adapter
+
+    async def _ask(self, station: _Station, inputs: Inputs, position: int, ask: Ask) -> torch.Tensor:
+        reply = await ask(station.hop, self._request(station, inputs, position))
         if not isinstance(reply, Stepped):
             raise self._chain.bad_reply(station.hop, f"a {type(reply).__name__} in answer to Step")
         station.order = None
@@ -183,7 +192,8 @@ class ChainSession:
                     station = await self._open(hop)
                     seen, position = [], 0
                     for inputs in replay:
-                        seen.append(inputs.with_hidden(await self._ask(station, inputs, position)))
+                        output = await self._ask(station, inputs, position, self._asks)
+                        seen.append(inputs.with_hidden(output))
                         station.history.add(inputs)
                         position += len(inputs)
                     self._stations.append(station)
@@ -200,7 +210,7 @@ class ChainSession:
             max_length=self.max_length,
             adapter=None if adapted is None else adapted.version,
         )
-        reply = await self._chain.ask(hop, request, self._context)
+        reply = await self._chain.uploads.ask(hop, request, self._context)
         if not isinstance(reply, SessionOpened):
             raise self._chain.bad_reply(hop, f"a {type(reply).__name__} in answer to OpenSession")
         return _Station(hop=hop, session=reply.session)

@@ -48,6 +48,7 @@ class ServerStream:
         self._failure: ServerError | None = None
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
         self.welcome: Welcome
+        self.round_trip_s: float  # of the greeting
         self._window: asyncio.Semaphore
 
     @classmethod
@@ -80,7 +81,9 @@ class ServerStream:
         stream._window = asyncio.Semaphore(1)
         try:
             hello = Hello(model=model, token=None if members is None else members.own_token())
+            asked_s = time.monotonic()
             welcome = await stream.call(hello, timeout_s=timeout_s)
+            stream.round_trip_s = time.monotonic() - asked_s
             if not isinstance(welcome, Welcome):
                 raise ServerError(f"server {peer} answered Hello with {type(welcome).__name__}")
             if members is not None:
@@ -96,12 +99,12 @@ class ServerStream:
     def alive(self) -> bool:
         return self._failure is None
 
-    async def call(self, request: Message, *, timeout_s: float) -> Message:
-        """Send `request` and wait for its reply. Raises ServerError, or what the server's refusal stands for."""
+    async def call(self, request: Message, *, timeout_s: float | None) -> Message:
+        """Send `request` and wait for its reply, `timeout_s` at most. Raises ServerError, or what the server's refusal stands for."""
         async with self._window:
             return await self._call(request, timeout_s)
 
-    async def _call(self, request: Message, timeout_s: float) -> Message:
+    async def _call(self, request: Message, timeout_s: float | None) -> Message:
         if self._failure is not None:
             raise self._failure
         message_id = next(self._ids)
@@ -124,13 +127,18 @@ class ServerStream:
             raise answer.raised(self.peer)
         return answer
 
+    async def send(self, message: Message) -> None:
+        """Send a `message` that is not answered. Raises ServerError."""
+        if self._failure is not None:
+            raise self._failure
+        await self._send(next(self._ids), message)
+
     async def notify(self, message: Message) -> None:
-        """Send `message` without waiting for an answer; a broken stream is no error here."""
-        if self._failure is None:
-            try:
-                await self._send(next(self._ids), message)
-            except ServerError as error:
-                logger.debug("not delivered to %s: %s", self.peer, error)
+        """As `send`; a broken stream is no error here."""
+        try:
+            await self.send(message)
+        except ServerError as error:
+            logger.debug("not delivered to %s: %s", self.peer, error)
 
     async def _send(self, message_id: int, message: Message) -> None:
         try:

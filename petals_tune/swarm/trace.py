@@ -45,6 +45,11 @@ class Leg:
     request: Forward  # holds the input of the span
     lease: int | None
 
+    @property
+    def output_grad(self) -> bool:
+        """Whether anything in front of its output needs a gradient."""
+        return self.request.input_grad or self.request.adapter is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:

@@ -16,19 +16,19 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import msgspec
 import torch
 
 from petals_tune.errors import BadReply, PetalsTuneError, UncoveredBlocks
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
+from petals_tune.swarm.handover import Ask
 from petals_tune.swarm.route import Hop
 from petals_tune.swarm.sums import PartialSum
 from petals_tune.swarm.trace import CallContext, ChainGradients, Leg
-from petals_tune.wire.messages import Backward
+from petals_tune.wire.messages import Backward, Forward, carrying
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
-from petals_tune.wire.tensors import WireFormat, in_format
+from petals_tune.wire.tensors import WireFormat
 
 logger = logging.getLogger(__name__)
 
@@ -85,22 +85,27 @@ class CheckedChain(Chain):
     def __init__(
         self, client: SwarmClient, *, share: float, seed: int, wire_format: WireFormat, grad_format: WireFormat
     ):
-        super().__init__(client, wire_format=wire_format, grad_format=grad_format)
+        # A server could hand on something else than it answers, and the one after it would be blamed.
+        super().__init__(client, wire_format=wire_format, grad_format=grad_format, hand_over="never")
         self._share, self._seed = share, seed
         self._checks: set[asyncio.Task[None]] = set()
 
-    async def _go(
-        self, hop: Hop, hidden: torch.Tensor, context: CallContext, *, keep: bool, input_grad: bool
-    ) -> tuple[Leg, torch.Tensor]:
-        leg, output = await super()._go(hop, hidden, context, keep=keep, input_grad=input_grad)
+    async def _go(self, hop: Hop, request: Forward, context: CallContext, ask: Ask) -> tuple[Leg, torch.Tensor]:
+        leg, output = await super()._go(hop, request, context, ask)
         if self._drawn("forward", leg):
             await self._begin([(leg, context, None)], _output, Done(output=output))
         return leg, output
 
     async def _gradients(
-        self, leg: Leg, context: CallContext, request: Backward, partial: PartialSum | None, grad: torch.Tensor
+        self,
+        leg: Leg,
+        context: CallContext,
+        request: Backward,
+        partial: PartialSum | None,
+        grad: torch.Tensor,
+        ask: Ask,
     ) -> ChainGradients:
-        found = await super()._gradients(leg, context, request, partial, grad)
+        found = await super()._gradients(leg, context, request, partial, grad, ask)
         if self._drawn("backward", leg):
             # With `partial`, the adapter's gradients stay in the server's sum.
             pick = _all_gradients if partial is None else _input_gradients
@@ -160,10 +165,11 @@ class CheckedChain(Chain):
         route = self.client.plan(hop.span, work=request.hidden.shape[0] * request.hidden.shape[1], banned=banned)
         gradients, output = [], request.hidden
         for leg, context, grad in work:
-            legs, output, input_grad = [], leg.request.hidden, leg.request.input_grad
-            for part in route:
-                going, output = await super()._go(part, output, context, keep=grad is not None, input_grad=input_grad)
-                input_grad = input_grad or going.request.adapter is not None
+            legs, output = [], leg.request.hidden
+            input_grad = leg.request.input_grad
+            requests = self._forwards(route, output, context, keep=grad is not None, input_grad=input_grad)
+            for part, request in zip(route, requests, strict=True):
+                going, output = await super()._go(part, carrying(request, output), context, self.asks(context))
                 legs.append(going)
             if grad is not None:
                 gradients.append(await self._back_again(legs, context, grad))
@@ -174,12 +180,11 @@ class CheckedChain(Chain):
         """As `backward`, without repair: a check that meets a fault is given up."""
         total = ChainGradients(hidden=grad)
         for leg in reversed(legs):
-            if total.hidden is None or not (leg.request.input_grad or leg.request.adapter):
+            if total.hidden is None or not leg.output_grad:
                 total.hidden = None
                 break
-            again = None if leg.lease is not None else self._packed(msgspec.structs.replace(leg.request, keep=False))
-            request = Backward(lease=leg.lease, again=again, grad=in_format(total.hidden, self._grad_format))
-            found = await super()._gradients(leg, context, request, None, total.hidden)
+            request = self._backward(leg, total.hidden, None, 0, again=leg.lease is None)
+            found = await super()._gradients(leg, context, request, None, total.hidden, self.asks(context))
             total.adapter.update(found.adapter)
             total.hidden = found.hidden
         return total

@@ -13,6 +13,7 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from petals_tune.errors import ConfigError
+from petals_tune.swarm.handover import HandOverRule
 from petals_tune.swarm.local import local_swarm
 from petals_tune.swarm.members import refuse_keys
 from petals_tune.swarm.retry import RetryPolicy
@@ -22,6 +23,7 @@ from petals_tune.wire.tensors import WireFormat
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+_FOR_THE_MODEL = ("micro_batch_rows", "wire_format", "grad_format", "hand_over", "verify")
 
 
 class Swarm(Protocol):
@@ -47,13 +49,14 @@ class ClientOptions:
     micro_batch_rows: Count | None = None  # of a batch, that travel together; None: rows of 128 positions in all
     wire_format: WireFormat = "float32"  # of hidden states
     grad_format: WireFormat = "float32"  # of their gradients
+    hand_over: HandOverRule = "auto"  # whether servers send outputs straight to the next one of a chain
     verify: Share = 0.0  # of the micro-batches that a second server computes too, to find wrong answers
     timeout_s: Seconds = RetryPolicy.timeout_s  # see RetryPolicy
     attempts: Count | None = RetryPolicy.attempts
     reply_s: Seconds = RetryPolicy.reply_s
 
     def client_options(self) -> dict[str, Any]:
-        options = {name: getattr(self, name) for name in ("micro_batch_rows", "wire_format", "grad_format", "verify")}
+        options = {name: getattr(self, name) for name in _FOR_THE_MODEL}
         policy = RetryPolicy(timeout_s=self.timeout_s, attempts=self.attempts, reply_s=self.reply_s)
         return {**options, "policy": policy}
 

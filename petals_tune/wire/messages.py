@@ -8,7 +8,7 @@ Shapes: B rows, S positions, H hidden size.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import torch
@@ -21,18 +21,22 @@ from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WireFormat, from_bytes, to_bytes
 from petals_tune.wire.tokens import MAX_TOKEN_BYTES
 
-PROTOCOL = "/petals_tune/2"  # the libp2p protocol of our streams; a change of any message below changes the number
+PROTOCOL = "/petals_tune/3"  # the libp2p protocol of our streams; a change of any message below changes the number
 
 MAX_HELLO_BYTES = 4096  # the first message of a stream, read before anybody knows who sent it
 MAX_PARTS = 100_000  # of an adapter: 100 blocks with 10 adapted linears each make 1000
 MAX_LEASES = 10_000  # released at once
+MAX_TICKETS = 1_000  # withdrawn at once
 MAX_POSITION = 2**24  # of any model, by far
+TICKET_BYTES = 16
 _TEXT_IN_ERRORS = 300
 
 _TENSOR_EXT = 1
 
 Name = Annotated[str, msgspec.Meta(max_length=128)]
 TokenBytes = Annotated[bytes, msgspec.Meta(max_length=MAX_TOKEN_BYTES)]
+Ticket = Annotated[bytes, msgspec.Meta(min_length=TICKET_BYTES, max_length=TICKET_BYTES)]
+Request = TypeVar("Request", bound="Forward | Backward | Step")  # one that sends a tensor through the blocks
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", forbid_unknown_fields=True):
@@ -69,7 +73,7 @@ class Pong(Message, frozen=True, tag="pong"):
 
 
 def _check_hidden(hidden: torch.Tensor, padding: torch.Tensor | None, positions: torch.Tensor | None) -> None:
-    if hidden.dim() != 3 or not hidden.is_floating_point() or not hidden.numel():
+    if hidden.dim() != 3 or not hidden.is_floating_point() or 0 in hidden.shape[:2]:
         raise ValueError(f"hidden states are (B, S, H) floats, not {tuple(hidden.shape)} {hidden.dtype}")
     rows, length = hidden.shape[:2]
     if padding is not None and (padding.dtype is not torch.bool or tuple(padding.shape) != (rows, length)):
@@ -204,6 +208,62 @@ class CloseSession(Message, frozen=True, tag="close_session"):
     session: int
 
 
+class HandOver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A tensor that goes from one server straight to the next one of a chain, which knows it by its ticket."""
+
+    peer: Name  # the other server
+    ticket: Ticket  # random: whoever has it may deliver
+
+
+class Chained(Message, frozen=True, tag="chained"):
+    """A request to one of several servers that hand their outputs on, without the client in between.
+
+    Where its tensor `comes` from the server before, the request holds one of shape (B, S, 0) in its place.
+    """
+
+    request: Forward | Backward | Step
+    comes: HandOver | None = None
+    goes: HandOver | None = None  # the output goes there too, in the format of the reply
+
+    def __post_init__(self) -> None:
+        if (self.comes is not None) != (carried(self.request).shape[2] == 0):
+            raise ValueError("a request holds its tensor, or says where it comes from")
+
+
+class ChainedReply(Message, frozen=True, tag="chained_reply"):
+    reply: Forwarded | Gradients | Stepped
+    handed_on: bool  # the output is on its way to where it `goes`; else the client has to deliver it
+
+
+class Delivery(Message, frozen=True, tag="delivery"):
+    """What a request waits for that says where its tensor comes from. Not answered."""
+
+    ticket: Ticket
+    tensor: torch.Tensor  # (B, S, H)
+
+
+class Withdrawn(Message, frozen=True, tag="withdrawn"):
+    """Nothing will come for these tickets: what waits for them is not wanted any more. Not answered."""
+
+    tickets: Annotated[list[Ticket], msgspec.Meta(max_length=MAX_TICKETS)]
+
+
+def carried(request: Forward | Backward | Step) -> torch.Tensor:
+    """The tensor (B, S, H) that a request sends through the blocks, forwards or backwards."""
+    return request.grad if isinstance(request, Backward) else request.hidden
+
+
+def carrying(request: Request, tensor: torch.Tensor) -> Request:
+    """`request` with another tensor. Raises ValueError where it does not fit."""
+    name = "grad" if isinstance(request, Backward) else "hidden"
+    return msgspec.structs.replace(request, **{name: tensor})
+
+
+def without_tensor(request: Request) -> Request:
+    """`request` as it waits for its tensor."""
+    return carrying(request, carried(request)[:, :, :0])
+
+
 class Done(Message, frozen=True, tag="done"):
     """It worked; there is nothing to return."""
 
@@ -230,6 +290,7 @@ _REFUSALS: dict[str, type[PetalsTuneError]] = {
         errors.LeaseLost,
         errors.SessionLost,
         errors.AdapterMissing,
+        errors.NotHandedOn,
         errors.RequestRefused,
         errors.ProtocolError,
         errors.SwarmMismatch,
@@ -255,6 +316,10 @@ AnyMessage = (
     | Step
     | Stepped
     | CloseSession
+    | Chained
+    | ChainedReply
+    | Delivery
+    | Withdrawn
     | Done
     | Refusal
 )

@@ -11,25 +11,30 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from hivemind.p2p import PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
+from petals_tune.swarm.directory import Directory
+from petals_tune.swarm.handover import HandOverRule
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.verify import CheckedChain
-from petals_tune.wire.messages import Message
+from petals_tune.wire.messages import Chained, HandOver, Message
 from petals_tune.wire.records import ServerRecord, encode_record
 from petals_tune.wire.span import BlockSpan
 from servers.compute import ComputeThread
 from servers.engine import Engine
 from servers.handler import Handler
+from servers.handover import Neighbours
 from tests.servers.parts import load
 from tests.servers.peers import LIMITS, stores
 
@@ -56,6 +61,8 @@ class HeldHandler(Handler):
     lie: Callable[[Message], Message] | None = None
 
     async def _reply(self, client: str, request: Message) -> Message:
+        if isinstance(request, Chained):  # what is in it comes here next, once its tensor is there
+            return await super()._reply(client, request)
         self.network.calls[self.name, type(request).__name__] += 1
         for fault in self.network.faults:
             if fault.server == self.name and isinstance(request, fault.inside) and not fault.fired.is_set():
@@ -69,6 +76,23 @@ class HeldHandler(Handler):
         return reply if self.lie is None else self.lie(reply)
 
 
+class FakeNeighbours(Neighbours):
+    """Tells the network what was handed on, and cannot reach those from whom it is apart."""
+
+    def __init__(self, network: Network, name: str, peer: str):
+        super().__init__(network.daemon(peer), Directory(network), MODEL, None)  # type: ignore[arg-type]
+        self._network, self._name = network, name
+
+    async def hand_on(self, goes: HandOver, tensor: torch.Tensor) -> bool:
+        with suppress(P2PDaemonError):  # it died
+            if (self._name, self._network.name_of(goes.peer)) in self._network.apart:
+                return False
+        went = await super().hand_on(goes, tensor)
+        if went:
+            self._network.handed_on.append(self._name)
+        return went
+
+
 class FakeServer:
     """One server: a record, a handler, and the relays between it and its clients."""
 
@@ -79,17 +103,19 @@ class FakeServer:
         self.writers: list[asyncio.StreamWriter] = []
         self.tasks: list[asyncio.Task[None]] = []
 
-    async def connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """The client's end of a new stream, with a relay in between that stands still while the server does."""
+    async def connected(self, whom: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """The end of `whom` of a new stream, with a relay in between that stands still while the server does."""
         near, far = await _pair()
         inner, outer = await _pair()
         relays = [_relay(self.running, far[0], inner[1]), _relay(self.running, inner[0], far[1])]
-        serving = self.handler.serve(SimpleNamespace(peer_id="client"), *outer)  # type: ignore[arg-type]
+        serving = self.handler.serve(SimpleNamespace(peer_id=whom), *outer)  # type: ignore[arg-type]
         self.tasks += [asyncio.create_task(work) for work in (*relays, serving)]
         self.writers += [far[1], inner[1], outer[1]]
         return near
 
     async def end(self) -> None:
+        assert self.handler._neighbours is not None
+        await self.handler._neighbours.close()
         for writer in self.writers:
             writer.close()
         for task in self.tasks:
@@ -118,7 +144,8 @@ async def _relay(running: asyncio.Event, reader: asyncio.StreamReader, writer: a
 class Network:
     """Servers by name. Everything runs on the background loop, where a client of a real swarm has its work too."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, hand_over: HandOverRule = "never"):
+        self.hand_over = hand_over
         self._engines: dict[str, Engine] = {}
         self._folder = folder
         self._compute = ComputeThread()
@@ -126,7 +153,8 @@ class Network:
         self.faults: list[Fault] = []
         self.at_lookup: Callable[[], Coroutine[Any, Any, None]] | None = None  # before the DHT answers
         self.calls: Counter[tuple[str, str]] = Counter()
-        self._client = SimpleNamespace(connect=self._connect)  # as hivemind's P2P has it
+        self.handed_on: list[str] = []  # names of servers that handed an output on
+        self.apart: set[tuple[str, str]] = set()  # names of servers of which the first cannot reach the second
 
     # What a test does.
 
@@ -138,9 +166,11 @@ class Network:
 
     def chain(self, *, verify: float = 0.0, **policy: Any) -> Chain:
         async def make() -> Chain:
-            client = SwarmClient(self, self, MODEL, RetryPolicy(**{"timeout_s": 30.0, "first_pause_s": 0.01, **policy}))  # type: ignore[arg-type]
-            formats = {"wire_format": "float32", "grad_format": "float32"}
-            return CheckedChain(client, share=verify, seed=0, **formats) if verify else Chain(client, **formats)
+            retries = RetryPolicy(**{"timeout_s": 30.0, "first_pause_s": 0.01, **policy})
+            client = SwarmClient(self.daemon("client"), self, MODEL, retries)  # type: ignore[arg-type]
+            if not verify:
+                return Chain(client, hand_over=self.hand_over)
+            return CheckedChain(client, share=verify, seed=0, wire_format="float32", grad_format="float32")
 
         return loop.run(make())
 
@@ -170,7 +200,12 @@ class Network:
             **{"quantization": "none", "dtype": "float32", **changes},
         )
         handler = HeldHandler(
-            self.engine(span), self._compute, stores(leases=GB, sessions=GB, adapters=GB, sums=GB), record, LIMITS
+            self.engine(span),
+            self._compute,
+            stores(leases=GB, sessions=GB, adapters=GB, sums=GB),
+            record,
+            LIMITS,
+            neighbours=FakeNeighbours(self, name, record.peer),
         )
         handler.network, handler.name = self, name
         self.servers[name] = FakeServer(handler, record)
@@ -185,18 +220,26 @@ class Network:
     async def end(self, name: str) -> None:
         await self.servers.pop(name).end()
 
-    # hivemind's P2P and DHT node, as far as a client asks them.
+    # hivemind's P2P and DHT node, as far as they are asked.
 
-    async def _connect(self, peer_id: PeerID, addresses: object) -> None:
-        self._at(peer_id)
+    def daemon(self, whom: str) -> Any:
+        """The p2p daemon of `whom`, a peer id."""
 
-    async def call_binary_stream_handler(self, peer_id: PeerID, protocol: str) -> tuple[Any, Any, Any]:
-        return (None, *(await self._at(peer_id).connected()))
+        async def connect(peer_id: PeerID, addresses: object) -> None:
+            self._at(peer_id)
+
+        async def call(peer_id: PeerID, protocol: str) -> tuple[Any, Any, Any]:
+            return (None, *(await self._at(peer_id).connected(whom)))
+
+        return SimpleNamespace(_client=SimpleNamespace(connect=connect), call_binary_stream_handler=call)
 
     def _at(self, peer_id: PeerID) -> FakeServer:
-        for server in self.servers.values():
-            if server.record.peer == peer_id.to_base58():
-                return server
+        return self.servers[self.name_of(peer_id.to_base58())]
+
+    def name_of(self, peer: str) -> str:
+        for name, server in self.servers.items():
+            if server.record.peer == peer:
+                return name
         raise P2PDaemonError("nobody there")
 
     async def get(self, key: str, latest: bool) -> Any:

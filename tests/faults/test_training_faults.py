@@ -13,7 +13,7 @@ import torch
 
 from petals_tune.errors import Diverged, NotFinite, RequestRefused, SwarmTimeout
 from petals_tune.swarm import loop, retry
-from petals_tune.wire.messages import Backward, CollectSum, Done, Forward, Forwarded, Gradients, PutAdapter
+from petals_tune.wire.messages import Backward, CollectSum, Forward, Forwarded, Gradients, PutAdapter, Stepped
 from tests.faults.network import Network
 from tests.faults.step import WIDTH, TrainingStep, check
 from tests.servers.parts import forward
@@ -21,10 +21,10 @@ from tests.servers.parts import forward
 pytestmark = pytest.mark.usefixtures("short_silence")
 
 
-@pytest.fixture
-def network(folder: Path) -> Iterator[Network]:
+@pytest.fixture(params=["never", "always"], ids=["through the client", "handed over"])
+def network(folder: Path, request: pytest.FixtureRequest) -> Iterator[Network]:
     """Blocks 0:3 at `a`, 3:6 at `b`."""
-    network = Network(folder)
+    network = Network(folder, hand_over=request.param)
     network.serve("a", "0:3")
     network.serve("b", "3:6")
     yield network
@@ -150,7 +150,7 @@ BAD_REPLIES = {
     "NaN": lambda reply: msgspec.structs.replace(reply, hidden=reply.hidden * torch.nan),
     "a shape": lambda reply: msgspec.structs.replace(reply, hidden=reply.hidden[:, 1:]),
     "a dtype": lambda reply: msgspec.structs.replace(reply, hidden=reply.hidden.long()),
-    "a message": lambda reply: Done(),
+    "a message": lambda reply: Stepped(hidden=reply.hidden),
 }
 
 

@@ -14,13 +14,17 @@ from petals_tune.wire import messages
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import (
     Backward,
+    Chained,
+    ChainedReply,
     CloseSession,
     CollectedSum,
     CollectSum,
+    Delivery,
     Done,
     Forward,
     Forwarded,
     Gradients,
+    HandOver,
     Hello,
     Message,
     OpenSession,
@@ -33,9 +37,11 @@ from petals_tune.wire.messages import (
     Step,
     Stepped,
     Welcome,
+    Withdrawn,
     decode,
     decode_hello,
     encode,
+    without_tensor,
 )
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
@@ -62,6 +68,7 @@ FORWARD = Forward(
     train=True,
     seed=2**62,
 )
+TICKET = bytes(range(16))
 EXAMPLES: list[Message] = [
     Hello(),
     Hello(model="digest"),
@@ -93,6 +100,11 @@ EXAMPLES: list[Message] = [
     Step(session=9, hidden=HIDDEN, position=4, padding=FORWARD.padding, order=torch.tensor([1, 0])),
     Stepped(hidden=HIDDEN),
     CloseSession(session=9),
+    Chained(request=FORWARD, goes=HandOver(peer="peer", ticket=TICKET)),
+    Chained(request=without_tensor(Backward(lease=5, grad=HIDDEN)), comes=HandOver(peer="peer", ticket=TICKET)),
+    ChainedReply(reply=Stepped(hidden=HIDDEN), handed_on=True),
+    Delivery(ticket=TICKET, tensor=HIDDEN),
+    Withdrawn(tickets=[TICKET]),
     Done(),
     Refusal(error="LeaseLost", text="gone"),
 ]

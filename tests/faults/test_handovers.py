@@ -1,0 +1,159 @@
+"""Servers that hand their outputs on to the next one, without the client in between, and what can go wrong there."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from petals_tune.swarm import loop
+from petals_tune.swarm.session import ChainSession, Inputs
+from petals_tune.wire.messages import Delivery, Step
+from tests.faults.network import Network, close_client
+from tests.faults.step import WHOLE, WIDTH, TrainingStep, check
+from tests.models import relative_error
+
+pytestmark = pytest.mark.usefixtures("short_silence")
+
+STEPS = 4
+
+
+@pytest.fixture
+def network(folder: Path) -> Iterator[Network]:
+    """Blocks 0:2 at `a`, 2:4 at `b`, 4:6 at `c`."""
+    network = Network(folder, hand_over="always")
+    for name, span in (("a", "0:2"), ("b", "2:4"), ("c", "4:6")):
+        network.serve(name, span)
+    yield network
+    network.close()
+
+
+def test_outputs_and_gradients_go_from_server_to_server(network, expected):
+    step = TrainingStep(network)
+    step.run()
+    check(step, expected)
+    assert sorted(network.handed_on) == ["a", "a", "b", "b", "b", "b", "c", "c"], "two micro-batches, there and back"
+    assert step.chain.client.stats.retries == step.chain.client.stats.recomputations == 0
+    network.hand_over = "never"
+    through_the_client = TrainingStep(network)
+    through_the_client.run()
+    check(step, through_the_client)
+    tensors = 2 * 2 * step.hidden.nbytes  # what two servers do not get from the client any more, there and back
+    spared = through_the_client.chain.client.stats.sent_bytes - step.chain.client.stats.sent_bytes
+    assert spared == pytest.approx(tensors, rel=0.2)
+
+
+def test_what_two_servers_cannot_hand_on_the_client_delivers_and_asks_no_more(network, expected, monkeypatch):
+    network.apart = {("a", "b"), ("c", "b")}
+    tried: list[str] = []
+    for name in ("a", "c"):
+        neighbours = network.servers[name].handler._neighbours
+        hand_on = neighbours.hand_on
+        monkeypatch.setattr(neighbours, "hand_on", lambda *args, hand_on=hand_on: tried.append("") or hand_on(*args))
+    step = TrainingStep(network)
+    step.run()
+    check(step, expected)
+    assert sorted(network.handed_on) == ["b", "b", "b", "b"]
+    assert step.chain.client.stats.retries == 0
+    asked = len(tried)
+    step.run()
+    check(step, expected)
+    assert len(tried) == asked
+
+
+def test_a_server_that_hands_on_something_else_than_it_answers_costs_a_repetition(network, expected, monkeypatch):
+    """`b` refuses what it cannot use, and is asked with what the client got from `a`."""
+    handed_on = network.servers["a"].handler._neighbours.hand_on
+    sent = []
+
+    async def nonsense(goes, tensor):
+        sent.append({0: tensor * torch.nan, 1: tensor[:1]}.get(len(sent), tensor))
+        return await handed_on(goes, sent[-1])
+
+    monkeypatch.setattr(network.servers["a"].handler._neighbours, "hand_on", nonsense)
+    step = TrainingStep(network)
+    step.run()
+    check(step, expected)
+    assert len(sent) == 2
+    assert network.calls["b", "Forward"] == 3, "once refused by its numbers, once before by its shape, twice computed"
+
+
+@pytest.mark.parametrize("loses", ["its output", "the stream"])
+def test_an_output_that_does_not_arrive_is_delivered_by_the_client(network, expected, monkeypatch, loses):
+    neighbours = network.servers["a"].handler._neighbours
+
+    async def lost(goes, tensor):
+        """Says that it handed on; and then its stream ends."""
+        await (await neighbours._stream(goes.peer)).send(Delivery(ticket=bytes(16), tensor=tensor))
+        if loses == "the stream":
+            await neighbours.close()
+        return loses == "the stream"
+
+    monkeypatch.setattr(neighbours, "hand_on", lost)
+    step = TrainingStep(network)
+    step.run()
+    check(step, expected)
+    assert step.chain.client.stats.retries == 0
+
+
+def test_a_tensor_that_comes_before_its_request_is_kept_for_it(network, expected, monkeypatch):
+    handler = network.servers["b"].handler
+    take = handler._expected.take
+
+    async def late(comes):
+        await early.wait()
+        return await take(comes)
+
+    deliver, early = handler._expected.deliver, asyncio.Event()
+    monkeypatch.setattr(handler._expected, "take", late)
+    monkeypatch.setattr(handler._expected, "deliver", lambda *args: (deliver(*args), early.set()))
+    step = TrainingStep(network)
+    step.run()
+    check(step, expected)
+    assert early.is_set()
+
+
+class Generation:
+    """Steps of a session through all blocks, from the same inputs each time."""
+
+    def __init__(self, network: Network):
+        self.chain = network.chain(reply_s=1.0)
+        self._session = ChainSession(self.chain, WHOLE, rows=1, max_length=16, adapter=None)
+        drawn = torch.Generator().manual_seed(5)
+        self._inputs = [torch.randn(1, length, WIDTH, generator=drawn) for length in (3, 1, 1, 1, 1)]
+
+    def run(self) -> list[torch.Tensor]:
+        outputs, position = [], 0
+        for hidden in self._inputs:
+            inputs = Inputs(hidden=hidden, padding=None, positions=None)
+            outputs.append(loop.run(self._session.step(inputs, position=position, order=None)))
+            position += len(inputs)
+        close_client(self.chain)
+        return outputs
+
+
+@pytest.mark.parametrize("lost", ["a", "b", "c"])
+@pytest.mark.parametrize("kind", ["killed", "stopped", "recut"])
+def test_a_generation_that_is_handed_on_outlives_each_of_its_servers(network, lost, kind):
+    network.hand_over = "never"
+    undisturbed = Generation(network).run()
+    network.hand_over = "always"
+    span = str(network.servers[lost].record.blocks)
+
+    async def harm() -> None:
+        if kind == "stopped":
+            network.servers[lost].running.clear()
+        else:
+            await network.end(lost)
+        if kind == "recut":
+            for number in range(int(span[0]), int(span[-1])):
+                await network.start(f"part {number}", f"{number}:{number + 1}")
+        else:
+            await network.start("spare", span)
+
+    fault = network.fault(lost, Step, harm, skip=2)
+    outputs = Generation(network).run()
+    assert fault.fired.is_set()
+    assert network.handed_on, "before the fault"
+    assert max(relative_error(*pair) for pair in zip(outputs, undisturbed, strict=True)) <= 1e-6
