@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from petals_tune import AutoDistributedModelForCausalLM
 from tests.models import VOCABULARY, masks, relative_error
 from tests.remote.conftest import Swarms
 
@@ -100,6 +101,26 @@ def test_logits_without_any_adapter(swarms, servers, padding):
     with torch.no_grad():
         logits = swarms.remote(servers)(**inputs).logits
         assert relative_error(logits, swarms.plain(**inputs).logits) <= TOLERANCE
+
+
+def test_servers_that_hand_their_outputs_on_give_the_same_numbers(swarms):
+    """Three processes, of which each dials the next one; both ways, and a few tokens after that."""
+    folder, peers = str(swarms.folder), swarms.peers[3]
+    sent_bytes, ids = [], batch("none")["input_ids"]
+    expected = swarms.plain.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    for rule in ("never", "always"):
+        model = AutoDistributedModelForCausalLM.from_pretrained(
+            folder, initial_peers=peers, micro_batch_rows=2, hand_over=rule
+        )
+        try:
+            assert_same(step(model, lora(), train=True), step(swarms.plain, lora(), train=True))
+            assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0), expected)
+            assert model.remote_blocks.stats.retries == 0
+            sent_bytes.append(model.remote_blocks.stats.sent_bytes)
+        finally:
+            model.remote_blocks.close()
+    to_later_servers = 2 * 2 * ROWS * LENGTH * 32 * 4  # two of them, there and back, float32
+    assert sent_bytes[0] - sent_bytes[1] > 0.8 * to_later_servers
 
 
 def test_dropout_draws_the_same_however_many_servers_there_are(swarms):
