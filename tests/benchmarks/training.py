@@ -1,6 +1,6 @@
 """One optimizer step in one process against the same step over a local swarm: seconds, bytes, memory.
 
-    python tests/benchmarks/training.py [--model default] [--quantization int8] [--skeleton bloom-176b]
+    python tests/benchmarks/training.py [--model default] [--quantization int8] [--memory] [--skeleton bloom-176b]
 
 In-process means plain transformers + PEFT, at the best of 1 and 2 threads. The swarm is two server processes of one
 thread each, with real p2p daemons. All sides run the same objective on the same batch and take turns, so that a busy
@@ -13,6 +13,8 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -80,7 +82,12 @@ def main() -> None:
         return
     with ExitStack() as stack:
         source = model_source(options.model, stack)
-        figures = compared(source, options, stack)
+        if options.peak_of:
+            figures = peak(source, options, stack)
+        elif options.memory:
+            figures = peaks(source, options, stack)
+        else:
+            figures = compared(source, options, stack)
     print(json.dumps(figures))
 
 
@@ -96,6 +103,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--client-threads", type=int, default=2, help="for embeddings, head and loss")
     parser.add_argument("--methods", default="prompt,lora")
     parser.add_argument("--no-lease", action=argparse.BooleanOptionalAction, default=True, help="also without leases")
+    parser.add_argument("--memory", action="store_true", help="only: peak memory of LoRA's step, client and in-process")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)  # in a process of its own: "in-process", or a swarm's peer
     parser.add_argument("--skeleton", choices=("bloom-176b",), help="only: build the client's part of a large model")
     return parser.parse_args()
 
@@ -203,6 +212,41 @@ def in_process(source: str, options: argparse.Namespace) -> Any:
     if options.quantization == "nf4":
         quantized["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **quantized).requires_grad_(False)
+
+
+def peaks(source: str, options: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
+    """Peak resident memory of a process that trains LoRA on the whole model, and of a client that does."""
+    blocks = Checkpoint(source).config.num_hidden_layers
+    spans = [f"0:{blocks // 2}", f"{blocks // 2}:{blocks}"]
+    (peer, *_) = stack.enter_context(local_swarm(source, spans=spans, quantization=options.quantization))
+    figures: dict[str, Any] = {"model": options.model, "quantization": options.quantization}
+    for name, where in (("in_process", "in-process"), ("client", peer)):
+        command = [sys.executable, __file__, "--model", source, "--quantization", options.quantization]
+        output = subprocess.run([*command, "--peak-of", where], check=True, stdout=subprocess.PIPE, text=True).stdout
+        figures |= {f"{name}_{key}": value for key, value in json.loads(output.splitlines()[-1]).items()}
+    print("| | after imports, MB | peak, MB | the run's part, MB |")
+    print("|---|---|---|---|")
+    for name in ("in_process", "client"):
+        imports, top = figures[f"{name}_imports_mb"], figures[f"{name}_peak_mb"]
+        print(f"| {name.replace('_', '-')} | {imports:.0f} | {top:.0f} | {top - imports:.0f} |")
+    return figures
+
+
+def peak(source: str, options: argparse.Namespace, stack: ExitStack) -> dict[str, float]:
+    """Of this process, which takes a few steps."""
+    imports_mb = resident_mb()
+    if options.peak_of == "in-process":
+        model = in_process(source, options)
+    else:
+        model = AutoDistributedModelForCausalLM.from_pretrained(source, initial_peers=[options.peak_of])
+        stack.callback(model.remote_blocks.close)
+    torch.manual_seed(1)
+    ids = torch.randint(model.config.vocab_size, (ROWS, TEXT_TOKENS))
+    side = Side(options.peak_of, model, method_config("lora"), threads=1)
+    for _ in range(3):
+        side.step({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids})
+    status = Path("/proc/self/status").read_text()
+    return {"imports_mb": imports_mb, "peak_mb": int(status.partition("VmHWM:")[2].split()[0]) / 1024}
 
 
 def skeleton_figures() -> dict[str, Any]:
