@@ -101,6 +101,8 @@ def opened(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[A
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.source={base} has no tokenizer to talk with: {error}") from None
+    # Not on stdout: a pipe gets the answers alone.
+    print(f"{swarm.opening(blocks)} ...", file=sys.stderr, flush=True)
     with swarm.opened(source, blocks) as peers:
         options = swarm.client_options()
         model: Any = AutoDistributedModelForCausalLM.from_pretrained(source, initial_peers=peers, **options)

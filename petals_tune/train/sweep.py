@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import get_object
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
@@ -227,6 +228,7 @@ def draw_sweep(jobs: Sequence[Job], picture: Path) -> None:
     metric.set_xlabel(f"{' or '.join(compared)} after training")
     metric.grid(alpha=0.3)
     curves.set_xlabel("optimizer steps")
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
     curves.set_ylabel("validation loss")
     curves.grid(alpha=0.3)
     for panel in (metric, curves):

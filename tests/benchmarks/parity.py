@@ -70,7 +70,7 @@ def draw_losses(losses: dict[str, list[float]], picture: Path, *, title: str) ->
         curves.plot(steps, values, style, label=side, linewidth=2)
         if side != PLAIN:
             apart = [abs(one - other) for one, other in zip(values, losses[PLAIN], strict=True)]
-            distances.plot(steps, apart, style, color=curves.lines[-1].get_color(), linewidth=2)
+            distances.plot(steps, apart, ".", color=curves.lines[-1].get_color(), linewidth=2)
     curves.set_ylabel("training loss (nats)")
     curves.legend(frameon=False)
     distances.set_yscale("log")
