@@ -77,9 +77,9 @@ def test_a_terminal_is_read_until_the_person_leaves(monkeypatch, leaves):
 
 def test_an_adapter_that_classifies_is_refused_before_a_server_starts(tmp_path):
     LoraConfig(task_type="SEQ_CLS").save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"classifies and cannot talk; python -m petals_tune\.evaluate adapter="):
-        with opened(config(), tmp_path, "embedded"):
-            pass
+    said = pytest.raises(ConfigError, match=r"classifies and cannot talk; python -m petals_tune\.evaluate adapter=")
+    with said, opened(config(), tmp_path, "embedded"):
+        pass
 
 
 class Local:
