@@ -82,7 +82,10 @@ def _quoted(text: str) -> str:
 
 @contextmanager
 def opened(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[Any, Any]]:
-    """(model, tokenizer) over the swarm of `cfg`; a local swarm ends with the block."""
+    """(model, tokenizer) over the swarm of `cfg`; a local swarm ends with the block.
+
+    Raises ConfigError for an adapter with a classification head.
+    """
     from transformers import AutoTokenizer
 
     from petals_tune.checkpoint import Checkpoint
@@ -90,9 +93,14 @@ def opened(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[A
     from petals_tune.families import family_of, hollow_base_model
     from petals_tune.remote.auto import AutoDistributedModelForCausalLM
     from petals_tune.train.quiet import quiet
-    from petals_tune.tuning.saved import load_adapter
+    from petals_tune.tuning.saved import load_adapter, saved_config
 
     quiet()
+    if adapter is not None and saved_config(adapter).task_type == "SEQ_CLS":
+        raise ConfigError(
+            f"{adapter} classifies and cannot talk; python -m petals_tune.evaluate adapter={adapter} recipe=NAME "
+            "measures it"
+        )
     source = model_folder(base)
     blocks = family_of(hollow_base_model(Checkpoint(source).config)).total_blocks
     swarm = build(cfg.swarm, where="swarm")
@@ -101,6 +109,8 @@ def opened(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[A
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.source={base} has no tokenizer to talk with: {error}") from None
+    # Not on stdout: a pipe gets the answers alone.
+    print(f"{swarm.opening(blocks)} ...", file=sys.stderr, flush=True)
     with swarm.opened(source, blocks) as peers:
         options = swarm.client_options()
         model: Any = AutoDistributedModelForCausalLM.from_pretrained(source, initial_peers=peers, **options)

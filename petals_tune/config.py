@@ -15,7 +15,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -67,6 +67,14 @@ class TunedModel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What the jobs of a sweep are compared by."""
+
+    metric: str | None  # of the last validation; null: the one that the objective is judged by
+    direction: Literal["minimize", "maximize"] | None  # which way is better; null: known of loss, perplexity, accuracy
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """All that a run can be told. A `Section` is an object by `_target_` (or several, by name)."""
 
@@ -74,6 +82,7 @@ class Run:
     seed: Annotated[int, Field(ge=0)]
     output_dir: str
     ckpt_path: str | None  # go on from this checkpoint
+    sweep: Sweep
     zero_shot: bool  # also measure the base model with nothing trained, where that differs from a fresh adapter
     model: TunedModel
     data: Section

@@ -23,7 +23,7 @@ class Evaluation(Run):
     """All options of an evaluation: those of a run, whose data and objective it takes, and these."""
 
     adapter: str
-    split: Literal["validation", "training"]
+    split: Literal["validation", "test", "training"]
 
 
 def main() -> None:

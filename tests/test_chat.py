@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import DictConfig
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from petals_tune.chat import CONFIG_NAME, Chat, talk, turns, with_prompt_key
+from petals_tune.chat import CONFIG_NAME, Chat, opened, talk, turns, with_prompt_key
 from petals_tune.config import check, composed
 from petals_tune.convert import embedded_model
 from petals_tune.data.chitchat import persona_message
@@ -72,6 +73,13 @@ def test_a_terminal_is_read_until_the_person_leaves(monkeypatch, leaves):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", read)
     assert list(turns(None)) == ["hello", "bye"]
+
+
+def test_an_adapter_that_classifies_is_refused_before_a_server_starts(tmp_path):
+    LoraConfig(task_type="SEQ_CLS").save_pretrained(tmp_path)
+    said = pytest.raises(ConfigError, match=r"classifies and cannot talk; python -m petals_tune\.evaluate adapter=")
+    with said, opened(config(), tmp_path, "embedded"):
+        pass
 
 
 class Local:

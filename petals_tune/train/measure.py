@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-from lightning import seed_everything
+from lightning import Trainer, seed_everything
 from omegaconf import DictConfig
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from petals_tune.config import Run, check
+from petals_tune.data.module import TextData
+from petals_tune.data.rows import Row
 from petals_tune.train.module import FineTuner
-from petals_tune.train.parts import Parts, prepare
+from petals_tune.train.parts import prepare
 from petals_tune.train.quiet import quiet
 from petals_tune.train.result import shown
 from petals_tune.train.run import Connect, interrupts_raised, named, remote_model, say
 from petals_tune.tuning.saved import load_adapter
+
+Split = Literal["training", "validation", "test"]
+
+STAGES: dict[Split, str] = {"training": "fit", "validation": "validate", "test": "test"}  # in Lightning's words
 
 
 def measured(
@@ -26,27 +34,35 @@ def measured(
     quiet()
     check(cfg, schema=schema)
     seed_everything(cfg.seed, verbose=False)
-    training = cfg.split == "training"
-    parts = prepare(cfg, stage="fit" if training else "validate")
+    parts = prepare(cfg, stage=STAGES[cfg.split])
     assert parts.adapter is not None  # evaluate.yaml sets it
     Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
-    rows = len((parts.data.train_split if training else parts.data.validation_split).rows)
+    rows, loader = rows_and_loader(parts.data, cfg.split)
     say(f"model     {named(parts.base)}, {parts.blocks} blocks, with the adapter {parts.adapter}")
-    say(f"data      {parts.data.source.description}; {rows:,} rows of the {cfg.split} split")
+    say(f"data      {parts.data.source.description}; {len(rows):,} rows of the {cfg.split} split")
     metrics = {}
     with connect(parts) as model:
         if cfg.zero_shot:
             tuner = FineTuner(model, parts.objective, parts.optimizer)
-            metrics["base"] = _validated(parts, tuner, training=training)
+            metrics["base"] = validated(parts.trainer, tuner, loader)
             say(f"base      {shown(metrics['base'])}")
         tuner = FineTuner(load_adapter(model, parts.adapter), parts.objective, parts.optimizer)
-        metrics["adapter"] = _validated(parts, tuner, training=training)
+        metrics["adapter"] = validated(parts.trainer, tuner, loader)
         say(f"adapter   {shown(metrics['adapter'])}")
     return metrics
 
 
-def _validated(parts: Parts, tuner: FineTuner, *, training: bool) -> dict[str, float]:
-    loader = parts.data.train_dataloader() if training else parts.data.val_dataloader()
-    with interrupts_raised(parts.trainer):
-        parts.trainer.validate(tuner, loader, verbose=False)
+def rows_and_loader(data: TextData, split: Split) -> tuple[list[Row], StatefulDataLoader]:
+    match split:
+        case "training":
+            return data.train_split.rows, data.train_dataloader()
+        case "validation":
+            return data.validation_split.rows, data.val_dataloader()
+        case "test":
+            return data.test_split.rows, data.test_dataloader()
+
+
+def validated(trainer: Trainer, tuner: FineTuner, loader: StatefulDataLoader) -> dict[str, float]:
+    with interrupts_raised(trainer):
+        trainer.validate(tuner, loader, verbose=False)
     return tuner.summaries["val"][1]

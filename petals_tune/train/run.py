@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning import Trainer, seed_everything
 from omegaconf import DictConfig, OmegaConf
-from peft import PeftModel
+from peft import PeftModel, TaskType
 from transformers import PreTrainedModel
 
 from petals_tune.config import check
@@ -105,9 +105,10 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> Measured:
                     export(parts.trainer, tuner, output, result)
                     say(
                         f"saved     step {result.steps} in {output}\n"
-                        f"          to go on from it: ckpt_path={output}/checkpoint.ckpt\n"
-                        f"          to talk to it: python -m petals_tune.chat adapter={output}/adapter"
+                        f"          to go on from it: ckpt_path={output}/checkpoint.ckpt"
                     )
+                    if parts.objective.task_type == TaskType.CAUSAL_LM:
+                        say(f"          to talk to it: python -m petals_tune.chat adapter={output}/adapter")
         if parts.trainer.is_global_zero:
             result.save(output)
             publish(parts.trainer.loggers, output, result)

@@ -8,22 +8,56 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import get_object
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
-from petals_tune.errors import PetalsTuneError, ServerError, SwarmError
+from petals_tune.errors import ConfigError, PetalsTuneError, ServerError, SwarmError
 from petals_tune.train.curves import read_metrics
 from petals_tune.train.options import ClientOptions, LocalSwarm
 from petals_tune.train.parts import Parts
 from petals_tune.train.result import Result
 from petals_tune.train.run import joined, remote_model, run, say
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+Direction = Literal["minimize", "maximize"]
+KNOWN: dict[str, Direction] = {"loss": "minimize", "perplexity": "minimize", "accuracy": "maximize"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What jobs are compared by, and which way is better."""
+
+    metric: str
+    direction: Direction
+
+    @classmethod
+    def of(cls, cfg: DictConfig, *, sweeper: Any) -> Goal:
+        """The goal of a job, before it runs. Raises ConfigError where the `sweeper` would look the other way."""
+        metric = cfg.sweep.metric or get_object(cfg.objective._target_).headline
+        direction = cfg.sweep.direction or KNOWN.get(metric)
+        if direction is None:
+            raise ConfigError(f"which {metric} is better? Say sweep.direction=minimize or sweep.direction=maximize")
+        theirs = sweeper.get("direction")  # Optuna's; Hydra's own sweeper runs all there is, and has none
+        theirs = getattr(theirs, "name", theirs)
+        if theirs not in (None, direction):
+            raise ConfigError(
+                f"this sweeper would {theirs} the {metric} of the jobs: add hydra.sweeper.direction={direction}, "
+                "or choose another sweep.metric, such as loss"
+            )
+        return cls(metric=metric, direction=direction)
+
+    def value(self, result: Result) -> float:
+        """Raises ConfigError where the run has no such metric."""
+        after = result.measured["after"]
+        if self.metric not in after:
+            raise ConfigError(f"sweep.metric is {self.metric!r}: a validation of this run has {', '.join(after)}")
+        return after[self.metric]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +67,13 @@ class Job:
     number: int
     overrides: dict[str, str]
     folder: Path
+    goal: Goal
     result: Result | None = None
 
     @property
     def value(self) -> float:
-        """Its headline metric."""
         assert self.result is not None
-        return self.result.measured["after"][self.result.headline]
+        return self.goal.value(self.result)
 
 
 class Runs:
@@ -61,16 +95,19 @@ class Runs:
             report(self._jobs, self._folder)
 
     def run(self, cfg: DictConfig) -> float:
-        """Tune as `cfg` says; returns the last validation loss, which a sweeper that chooses by itself minimizes."""
+        """Tune as `cfg` says; returns what the job is compared by, for a sweeper that chooses by itself."""
         hydra = HydraConfig.get()
         if hydra.mode != RunMode.MULTIRUN:
             return run(cfg)["after"]["loss"]
         self._folder = Path(hydra.sweep.dir)
         overrides = dict(text.partition("=")[::2] for text in hydra.overrides.task)
-        job = Job(number=hydra.job.num, overrides=overrides, folder=Path(cfg.output_dir))
+        goal = Goal.of(cfg, sweeper=hydra.sweeper)
+        job = Job(number=hydra.job.num, overrides=overrides, folder=Path(cfg.output_dir), goal=goal)
         say(f"\njob       {job.number}: {' '.join(hydra.overrides.task)}")
         try:
-            measured = run(cfg, self._swarm)
+            run(cfg, self._swarm)
+            result = Result.load(job.folder)
+            value = goal.value(result)
         except PetalsTuneError as error:
             # The others go on; Hydra raises this one again when they are done.
             say(f"job       {job.number} failed: {error}")
@@ -78,8 +115,8 @@ class Runs:
             if isinstance(error, SwarmError | ServerError):
                 self._swarm.close()  # the next job gets another one
             raise
-        self._jobs.append(replace(job, result=Result.load(job.folder)))
-        return measured["after"]["loss"]
+        self._jobs.append(replace(job, result=result))
+        return value
 
 
 class KeptSwarm:
@@ -131,8 +168,8 @@ def ranked(jobs: Sequence[Job]) -> list[Job]:
 
     def order(job: Job) -> tuple[str, float, float]:
         assert job.result is not None
-        headline, loss = job.result.headline, job.result.measured["after"]["loss"]
-        return headline, job.value if headline in LOWER_IS_BETTER else -job.value, loss
+        value = job.value if job.goal.direction == "minimize" else -job.value
+        return job.goal.metric, value, job.result.measured["after"]["loss"]
 
     return sorted((job for job in jobs if job.result is not None), key=order)
 
@@ -146,9 +183,9 @@ def rows_of(done: Sequence[Job], *, failed: Sequence[Job]) -> list[list[str]]:
         assert result is not None
         before, after = result.measured["before"], result.measured["after"]
         figures = [
-            result.headline,
-            f"{before[result.headline]:.4f}",
-            f"{after[result.headline]:.4f}",
+            job.goal.metric,
+            f"{before[job.goal.metric]:.4f}",
+            f"{after[job.goal.metric]:.4f}",
             f"{after['loss']:.4f}",
             f"{result.minutes:.1f}",
             f"{result.tokens_per_s:.0f}",
@@ -175,7 +212,7 @@ def short(value: str) -> str:
 
 
 def draw_sweep(jobs: Sequence[Job], picture: Path) -> None:
-    """The jobs' headline metric, the best on top, beside their validation loss over the steps."""
+    """What the jobs are compared by, the best on top, beside their validation loss over the steps."""
     keys = differing(jobs)
     labels = [", ".join(f"{key}={short(job.overrides[key])}" for key in keys if key in job.overrides) for job in jobs]
     figure = Figure(figsize=(11, 1.6 + 0.35 * len(jobs) + 1.5), layout="constrained")
@@ -187,10 +224,11 @@ def draw_sweep(jobs: Sequence[Job], picture: Path) -> None:
         curves.plot(*zip(*points, strict=True), marker=".", color=color, label=label)
     metric.set_yticks(range(len(jobs)), labels)
     metric.invert_yaxis()
-    headlines = dict.fromkeys(job.result.headline for job in jobs if job.result is not None)
-    metric.set_xlabel(f"{' or '.join(headlines)} after training")
+    compared = dict.fromkeys(job.goal.metric for job in jobs)
+    metric.set_xlabel(f"{' or '.join(compared)} after training")
     metric.grid(alpha=0.3)
     curves.set_xlabel("optimizer steps")
+    curves.xaxis.set_major_locator(MaxNLocator(integer=True))
     curves.set_ylabel("validation loss")
     curves.grid(alpha=0.3)
     for panel in (metric, curves):

@@ -8,19 +8,19 @@ from petals_tune.data.chitchat import (
     ChitChat,
     Conversation,
     Turn,
-    is_held_out,
     is_telling,
     read_conversation,
     replies,
     split_by_person,
     telling_lines,
 )
+from petals_tune.data.source import Side
 from petals_tune.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
 def corpus() -> ChitChat:
-    return ChitChat()
+    return ChitChat(test_share=0.1)
 
 
 def conversation(name: str, *turns: tuple[str, str]) -> Conversation:
@@ -37,18 +37,27 @@ def test_messages_in_a_row_are_one_turn() -> None:
     )
 
 
-def test_no_held_out_person_is_in_training_in_either_role(corpus: ChitChat) -> None:
-    train, validation = corpus._split
-    assert len(train) > 1500
+def test_nobody_who_is_kept_from_training_is_in_it_in_either_role(corpus: ChitChat) -> None:
+    train, validation, test = (corpus._split[side] for side in ("train", "validation", "test"))
+    assert len(train) > 1000
     assert len(validation) > 500
-    assert not any(is_held_out(person) for chat in train for person in chat.speakers)
-    assert all(any(is_held_out(person) for person in chat.speakers) for chat in validation)
+    assert len(test) > 100
+    assert {corpus.side_of(person) for chat in train for person in chat.speakers} == {"train"}
+    assert all("validation" in map(corpus.side_of, chat.speakers) for chat in validation)
+    assert {corpus.side_of(person) for chat in test for person in chat.speakers} == {"train", "test"}
 
 
-def test_only_held_out_people_answer_in_validation(corpus: ChitChat) -> None:
-    _, validation = corpus._split
-    held_out_turns = {"\n".join(turn.lines) for chat in validation for turn in chat.turns if is_held_out(turn.speaker)}
-    assert all(example.answer in held_out_turns for example in islice(corpus.validation(), 300))
+@pytest.mark.parametrize("side", ["validation", "test"])
+def test_only_people_of_a_side_answer_in_it(corpus: ChitChat, side: Side) -> None:
+    said = {
+        "\n".join(turn.lines)
+        for chat in corpus._split[side]
+        for turn in chat.turns
+        if corpus.side_of(turn.speaker) == side
+    }
+    examples = list(islice(getattr(corpus, side)(), 300))
+    assert len(examples) > 50
+    assert all(example.answer in said for example in examples)
 
 
 def test_every_person_answers_once_before_anyone_answers_twice() -> None:
@@ -71,7 +80,7 @@ def test_replies_do_not_depend_on_the_order_of_the_file() -> None:
 
 
 def test_a_persona_is_what_the_person_said_in_other_conversations(corpus: ChitChat) -> None:
-    _, chats = corpus._split
+    chats = corpus._split["validation"]
     said = {(turn.speaker, chat.name, line) for chat in chats for turn in chat.turns for line in turn.lines}
     places = defaultdict(set)
     for chat in chats:
@@ -126,12 +135,17 @@ def test_without_a_persona_there_is_still_a_system_message() -> None:
     assert next(ChitChat(persona_lines=0).train()).context[0] == {"role": "system", "content": "You are chatting."}
 
 
-def test_split_needs_one_held_out_person() -> None:
-    held_out = next(name for n in range(100) if is_held_out(name := f"person {n}"))
-    other = next(name for n in range(100) if not is_held_out(name := f"person {n}"))
-    mixed = conversation("1", (other, "a"), (held_out, "b"))
-    plain = conversation("2", (other, "a"), (other, "b"))
-    assert split_by_person([mixed, plain]) == ([plain], [mixed])
+def test_one_person_decides_where_a_conversation_goes() -> None:
+    sides: dict[str, Side] = {"ann": "train", "bob": "validation", "cid": "test"}
+    people = {"train": "ann ann", "validation": "ann bob", "test": "ann cid"}
+    chats = {side: conversation(pair, *((who, "a") for who in pair.split())) for side, pair in people.items()}
+    both = conversation("both", ("cid", "a"), ("bob", "b"))
+    split = split_by_person([*chats.values(), both], sides.__getitem__)
+    assert split == {"train": [chats["train"]], "validation": [chats["validation"], both], "test": [chats["test"]]}
+
+
+def test_the_validation_does_not_depend_on_the_test(corpus: ChitChat) -> None:
+    assert list(islice(corpus.validation(), 100)) == list(islice(ChitChat().validation(), 100))
 
 
 @pytest.mark.parametrize(("key", "value"), [("persona_lines", -1), ("persona_lines", "2"), ("history_turns", 0)])

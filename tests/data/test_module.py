@@ -28,6 +28,9 @@ class Counting:
         texts = ("one two three four", "one", "one " * 20, "one two")
         return (LabelledText(prompt=f"{text}:", word=" small") for text in texts)
 
+    def test(self) -> Iterator[LabelledText]:
+        return (LabelledText(prompt=f"{number}:", word=" big") for number in range(100, 107))
+
 
 def data(tokenizer: PreTrainedTokenizerBase, **options: Any) -> TextData:
     return TextData(Counting(), tokenizer=tokenizer, **{"max_tokens": 12, **options})
@@ -138,6 +141,20 @@ def test_rows_that_are_all_too_long_end_the_run(tokenizer: PreTrainedTokenizerBa
         data(tokenizer, max_tokens=2).setup("fit")
 
 
+def test_the_test_has_rows_of_its_own_which_only_a_test_reads(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = data(tokenizer, max_test_rows=5)
+    module.setup("test")
+    assert module.source.reads == 0  # type: ignore[attr-defined]
+    assert sum(len(batch["labels"]) for batch in module.test_dataloader()) == 5
+    module = data(tokenizer)
+    monkeypatch.setattr(module.source, "test", lambda: iter(()))
+    module.setup("fit")
+    with pytest.raises(DataError, match=r"the test split is empty: numbers.*data\.source\.test_share=0\.1"):
+        module.setup("test")
+
+
 def test_an_empty_split_ends_the_run(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
     module = data(tokenizer)
     monkeypatch.setattr(module.source, "validation", lambda: iter(()))
@@ -193,6 +210,9 @@ class Talking:
 
     def validation(self) -> Iterator[Text]:
         return (Text(text="one " * (1 + number % 9)) for number in range(18))
+
+    def test(self) -> Iterator[Text]:
+        return iter(())
 
 
 def padded(module: TextData) -> int:

@@ -13,6 +13,10 @@ def test_a_question_is_on_one_side_of_the_split_and_has_one_answer() -> None:
     assert len(asked[1]) == len(held_out) > 20
     assert not asked[0] & asked[1]
     assert "trivia, science" in questions.description
+    tested = Questions(topics=["trivia", "science"], test_share=0.2)
+    assert list(tested.validation()) == held_out
+    assert sorted(map(str, [*tested.train(), *tested.test()])) == sorted(map(str, train))
+    assert tested.description.endswith("15% of the questions are held out, 20% kept for the test")
 
 
 def test_entries_that_are_no_conversation_are_left_out() -> None:

@@ -1,7 +1,7 @@
 """Real files in all formats, read by `datasets`: public data sets in their hub columns, and how a bad table ends."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,27 @@ def test_equal_prompts_fall_on_one_side(tmp_path: Path) -> None:
     )
     assert len(train) + len(held_out) == len(ROWS)
     assert held_out
+    assert not list(table.test())
+
+
+def test_the_test_is_cut_from_the_training_rows_or_has_a_split_of_its_own(tmp_path: Path) -> None:
+    def answers(side: Iterable[Any]) -> set[str]:
+        return {example.answer for example in side}
+
+    (tmp_path / "rows").mkdir()
+    jsonl(tmp_path / "rows" / "train.jsonl", ROWS)
+    jsonl(tmp_path / "rows" / "test.jsonl", [{"prompt": "Why?", "answer": "Because."}])
+    plain, cut, named = (
+        Table(path=str(tmp_path / "rows"), columns=Answers(), held_out_share=0.3, **options)
+        for options in ({}, {"test_share": 0.3}, {"test_share": 0.3, "test_split": "test"})
+    )
+    assert answers(cut.validation()) == answers(plain.validation())
+    assert answers(cut.test())
+    assert answers(cut.test()) < answers(plain.train())
+    assert answers(cut.train()) == answers(plain.train()) - answers(cut.test())
+    assert cut.description.endswith("; 30% of train is held out, 30% kept for the test")
+    assert (answers(named.test()), answers(named.train())) == ({"Because."}, answers(plain.train()))
+    assert named.description.endswith("; splits train, test, 30% of train is held out")
 
 
 def test_a_stream_is_read_no_further_than_asked(
@@ -163,8 +184,9 @@ def test_an_empty_split_ends_the_run(tmp_path: Path, tokenizer: PreTrainedTokeni
 
 
 def test_a_share_must_be_one() -> None:
-    with pytest.raises(ConfigError, match="held_out_share is 1"):
-        Table(path="x.csv", columns=Answers(), held_out_share=1.0)
+    for shares in ({"held_out_share": 1.0}, {"held_out_share": -0.1}, {"held_out_share": 0.5, "test_share": 0.5}):
+        with pytest.raises(ConfigError, match="both must be 0 or more, and below 1 together"):
+            Table(path="x.csv", columns=Answers(), **shares)
 
 
 def hub_data(name: str, path: Path, tokenizer: PreTrainedTokenizerBase, *without: str) -> TextData:
@@ -184,7 +206,8 @@ def test_glue_sst2_in_its_hub_columns(tmp_path: Path, tokenizer: PreTrainedToken
         Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "glue" / f"{split}-00000-of-00001.parquet")
     assert composed(["recipe=sst2", "data=sst2_hub"]).objective.words == [" negative", " positive"]
     module = hub_data("sst2_hub", tmp_path / "glue", tokenizer, "config")
-    assert (len(module.train_split.rows), len(module.validation_split.rows)) == (20, 2)
+    assert len(module.train_split.rows) + len(module.test_split.rows) == 20  # none of the hub's own, without labels
+    assert len(module.validation_split.rows) == 2
     said = {tokenizer.decode(row.input_ids) for row in module.validation_split.rows}
     assert said == {"Review: a film 0\nSentiment: positive", "Review: a film 1\nSentiment: negative"}
     test = Table(path=str(tmp_path / "glue"), columns=Labels(words=("a", "b"), text="sentence"), train_split="test")
@@ -217,7 +240,8 @@ def test_alpaca_in_its_hub_columns(tmp_path: Path, tokenizer: PreTrainedTokenize
         tmp_path / "alpaca" / "train-00000-of-00001.parquet"
     )
     module = hub_data("instruct_hub", tmp_path / "alpaca", tokenizer)
-    assert len(module.train_split.rows) + len(module.validation_split.rows) == 80
+    splits = module.train_split, module.validation_split, module.test_split
+    assert sum(len(split.rows) for split in splits) == 80
 
 
 def test_wikitext_in_its_hub_columns_is_packed(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

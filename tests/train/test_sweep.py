@@ -14,10 +14,12 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
+from petals_tune.config import check, composed
+from petals_tune.errors import ConfigError
 from petals_tune.train import sweep
 from petals_tune.train.options import LocalSwarm
 from petals_tune.train.result import Result
-from petals_tune.train.sweep import Job, KeptSwarm, draw_sweep, ranked, report
+from petals_tune.train.sweep import KNOWN, Goal, Job, KeptSwarm, draw_sweep, ranked, report
 
 METRICS = "step,val/loss\n0,2.0\n5,1.0\n"
 
@@ -27,7 +29,9 @@ def job(number: int, folder: Path, *, metric: str = "accuracy", value: float = 0
     (folder / str(number) / "metrics.csv").write_text(METRICS)
     result = Result(name="x", base="y", data="z", headline=metric, seed=0)
     result.measured = {"before": {metric: 0.1, "loss": 2.0}, "after": {metric: value, "loss": 1.0}}
-    return Job(number=number, overrides={"recipe": "sst2", **overrides}, folder=folder / str(number), result=result)
+    goal = Goal(metric=metric, direction=KNOWN.get(metric, "maximize"))
+    overrides = {"recipe": "sst2", **overrides}
+    return Job(number=number, overrides=overrides, folder=folder / str(number), goal=goal, result=result)
 
 
 def test_the_best_comes_first_whichever_way_the_metric_goes(tmp_path: Path) -> None:
@@ -35,6 +39,31 @@ def test_the_best_comes_first_whichever_way_the_metric_goes(tmp_path: Path) -> N
     assert [each.number for each in ranked(jobs)] == [1, 2, 0]
     jobs = [job(n + 3, tmp_path, metric="perplexity", value=value) for n, value in enumerate([2.0, 9.0, 5.0])]
     assert [each.number for each in ranked(jobs)] == [3, 5, 4]
+
+
+def goal(*overrides: str, sweeper: dict[str, Any] | None = None) -> Goal:
+    return Goal.of(composed(["recipe=sst2", "output_dir=x", *overrides]), sweeper=sweeper or {})
+
+
+def test_jobs_are_compared_by_the_recipes_metric_or_another_one() -> None:
+    assert goal() == goal(sweeper={"direction": "maximize"}) == Goal(metric="accuracy", direction="maximize")
+    assert goal("recipe=lm") == Goal(metric="perplexity", direction="minimize")
+    assert goal("sweep.metric=loss", sweeper={"direction": "minimize"}).direction == "minimize"
+    assert goal("sweep.metric=f1", "sweep.direction=maximize") == Goal(metric="f1", direction="maximize")
+
+
+def test_a_sweeper_that_would_look_the_other_way_is_told_so_before_the_first_job() -> None:
+    with pytest.raises(ConfigError, match=r"add hydra\.sweeper\.direction=maximize, or .* such as loss"):
+        goal(sweeper={"direction": "minimize"})
+    with pytest.raises(ConfigError, match=r"which f1 is better\? Say sweep\.direction=minimize or"):
+        goal("sweep.metric=f1")
+    with pytest.raises(ConfigError, match=r"sweep\.direction is 'up': it must be 'minimize' or 'maximize'"):
+        check(composed(["recipe=sst2", "output_dir=x", "sweep.direction=up"]))
+
+
+def test_a_metric_that_a_run_has_not_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sweep\.metric is 'f1': a validation of this run has accuracy, loss"):
+        _ = replace(job(0, tmp_path), goal=Goal(metric="f1", direction="maximize")).value
 
 
 def test_the_table_says_what_differs_and_who_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,7 +144,8 @@ def test_a_sweep_starts_one_swarm_survives_a_bad_job_and_ends_with_a_table(tiny_
 @pytest.mark.swarm
 def test_optuna_chooses_the_jobs(tiny_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="an extra: pip install 'petals_tune[optuna]'")
-    optuna = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
+    optuna = ["hydra/sweeper=optuna", "hydra.sweeper.direction=maximize"]
+    optuna += ["hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
     space = "optimizer.lr=tag(log,interval(1e-4,1e-1))"
     ended = sweep_command(f"model.source={tiny_folder}", *optuna, space, folder=tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -125,5 +155,5 @@ def test_optuna_chooses_the_jobs(tiny_folder: Path, tmp_path: Path) -> None:
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len({row["optimizer.lr"] for row in rows}) == 3
-    lowest = min(float(row["loss"]) for row in rows)
-    assert yaml.safe_load(best.read_text())["best_value"] == pytest.approx(lowest, rel=1e-3)
+    highest = max(float(row["after"]) for row in rows)
+    assert yaml.safe_load(best.read_text())["best_value"] == pytest.approx(highest, abs=1e-4)

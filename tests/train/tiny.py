@@ -74,6 +74,10 @@ class TinyTalk:
         for number in range(50, 57):
             yield Example(context=(Message(role="user", content=f"{number}?"),), answer=f"{number + 1}!")
 
+    def test(self) -> Iterator[Example]:
+        for number in range(70, 75):
+            yield Example(context=(Message(role="user", content=f"{number}?"),), answer=f"{number + 1}!")
+
 
 class TinyReviews:
     """Letters with a sentiment."""
@@ -87,6 +91,10 @@ class TinyReviews:
     def validation(self) -> Iterator[LabelledText]:
         for number in range(9):
             yield LabelledText(prompt="ab"[number % 2] * (2 + number % 3), word=WORDS[number % 2])
+
+    def test(self) -> Iterator[LabelledText]:
+        for number in range(6):
+            yield LabelledText(prompt="ab"[number % 2] * (5 + number % 3), word=WORDS[number % 2])
 
 
 class LocalConnection:

@@ -1,0 +1,170 @@
+"""A hub on 127.0.0.1, spoken to by the real hub client: models, adapters and data sets out of local folders."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "a" * 40
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(kw_only=True)
+class Hub:
+    """What it has, what it was asked for, and how it misbehaves."""
+
+    models: dict[str, Path] = field(default_factory=dict)  # name -> folder; adapters are models to a hub
+    datasets: dict[str, Path] = field(default_factory=dict)
+    address: str = ""
+    downloads: Counter[str] = field(default_factory=Counter)  # answered requests by file, parts included
+    parts: list[tuple[str, int]] = field(default_factory=list)  # (file, first byte) where only the rest was wanted
+    cuts: set[str] = field(default_factory=set)  # files whose next answer ends in the middle
+    damages: set[str] = field(default_factory=set)  # files whose next answer has wrong bytes
+
+    @property
+    def shards(self) -> set[str]:
+        """The files of weights that were downloaded."""
+        return {file for file in self.downloads if file.endswith(".safetensors")}
+
+    @contextmanager
+    def serving(self) -> Iterator["Hub"]:
+        handler = type("Handler", (_Handler,), {"hub": self})
+        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.address = f"http://127.0.0.1:{server.server_port}"
+        try:
+            yield self
+        finally:
+            server.shutdown()
+            server.server_close()
+
+    def known_to(self, script: str, folder: Path) -> list[str]:
+        """What `script` prints with `folder` as its argument, in a process that knows this hub for the hub."""
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": self.address,
+            "HF_HOME": str(folder / "library"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        ran = subprocess.run(
+            [sys.executable, "-c", script, str(folder)],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout.splitlines()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+
+    def do_HEAD(self) -> None:
+        self.answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self.answer(with_body=True)
+
+    def do_POST(self) -> None:
+        """Which of some files are there."""
+        repository = re.fullmatch(r"/api/(models|datasets)/(\w+/\w+)/paths-info/.*", self.path)
+        folder = getattr(self.hub, repository[1]).get(repository[2]) if repository else None
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if folder is None:
+            self.missing("RepoNotFound")
+            return
+        self.as_json([told for told in listed(folder) if told["path"] in json.loads(body)["paths"]])
+
+    def answer(self, *, with_body: bool) -> None:
+        path = unquote(urlsplit(self.path).path)
+        if found := re.fullmatch(r"/api/(models|datasets)/(\w+/\w+)(?:/(revision|tree)/[^/]+(/.*)?)?", path):
+            kind, name, question, below = found.groups()
+            folder = getattr(self.hub, kind).get(name)
+            if folder is None:
+                self.missing("RepoNotFound")
+            elif question == "tree":
+                self.as_json([] if below else listed(folder))
+            else:
+                siblings = [told | {"rfilename": told["path"]} for told in listed(folder)]
+                self.as_json({"id": name, "sha": COMMIT, "siblings": siblings})
+            return
+        found = re.fullmatch(rf"/(datasets/)?(\w+/\w+)/resolve/(?:main|{COMMIT})/(.*)", path)
+        repositories = self.hub.datasets if found and found[1] else self.hub.models
+        folder = repositories.get(found[2]) if found else None
+        file = folder / found[3] if found and folder else None
+        if file is None or not file.is_file():
+            self.missing("EntryNotFound")
+            return
+        self.send_file(file, with_body=with_body)
+
+    def send_file(self, file: Path, *, with_body: bool) -> None:
+        body = file.read_bytes()
+        first, last = 0, len(body) - 1
+        headers = {"ETag": f'"{tag_of(file)}"', "X-Repo-Commit": COMMIT}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if wanted:
+            first, last = int(wanted[1]), min(last, int(wanted[2] or last))
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
+            self.hub.parts.append((file.name, first))
+        self.headed(206 if wanted else 200, headers | {"Content-Length": str(last + 1 - first)})
+        if not with_body:
+            return
+        self.hub.downloads[file.name] += 1
+        if file.name in self.hub.damages:
+            self.hub.damages.discard(file.name)
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        stop = last + 1
+        if file.name in self.hub.cuts:
+            self.hub.cuts.discard(file.name)
+            stop = len(body) // 2
+            self.close_connection = True
+        self.wfile.write(body[first:stop])
+
+    def as_json(self, value: Any) -> None:
+        body = json.dumps(value).encode()
+        self.headed(200, {"Content-Type": "application/json", "Content-Length": str(len(body))})
+        self.wfile.write(body)
+
+    def missing(self, code: str) -> None:
+        self.headed(404, {"X-Error-Code": code, "X-Repo-Commit": COMMIT, "Content-Length": "0"})
+
+    def headed(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None: ...
+
+
+def listed(folder: Path) -> list[dict[str, Any]]:
+    """The files of a repository, as the hub tells of them."""
+    files = []
+    for file in sorted(folder.iterdir()):
+        size = file.stat().st_size
+        told: dict[str, Any] = {"type": "file", "path": file.name, "size": size, "oid": tag_of(file)}
+        if file.suffix == ".safetensors":
+            told["lfs"] = {"sha256": tag_of(file), "oid": tag_of(file), "size": size, "pointerSize": 134}
+        files.append(told)
+    return files
+
+
+def tag_of(file: Path) -> str:
+    body = file.read_bytes()
+    return (hashlib.sha256 if file.suffix == ".safetensors" else hashlib.sha1)(body).hexdigest()
