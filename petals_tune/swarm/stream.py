@@ -100,7 +100,10 @@ class ServerStream:
         return self._failure is None
 
     async def call(self, request: Message, *, timeout_s: float | None) -> Message:
-        """Send `request` and wait for its reply, `timeout_s` at most. Raises ServerError, or what the server's refusal stands for."""
+        """Send `request` and wait for its reply, `timeout_s` at most.
+
+        Raises ServerError, or what the server's refusal stands for.
+        """
         async with self._window:
             return await self._call(request, timeout_s)
 
