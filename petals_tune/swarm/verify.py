@@ -71,7 +71,7 @@ Work = tuple[Leg, CallContext, torch.Tensor | None]  # a forward, and the gradie
 def drawn(share: float, *, seed: int, kind: str, span: BlockSpan, hidden: torch.Tensor) -> bool:
     """Whether this piece of work is checked: the same for the same seed and input, whatever runs beside it."""
     # All of them: the first positions are often the same, a soft prompt or a token that begins every text.
-    values = zlib.crc32(hidden.contiguous().view(torch.uint8).numpy())
+    values = zlib.crc32(hidden.contiguous().view(torch.uint8).numpy().tobytes())
     return share > 0 and random.Random(f"{seed} {kind} {span} {values}").random() < share
 
 
