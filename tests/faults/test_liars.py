@@ -25,7 +25,7 @@ def answer(*values: float) -> Answer:
 
 
 def test_the_share_that_is_checked_is_the_one_that_was_asked_for_and_follows_from_the_seed():
-    inputs = torch.randn(4000, 1, 8, 400, generator=torch.Generator().manual_seed(0))
+    inputs = torch.randn(4000, 1, 8, 40, generator=torch.Generator().manual_seed(0))
     inputs[:, :, :7] = 1.0  # all texts begin alike
 
     def chosen(seed: int, share: float, kind: str = "forward") -> list[bool]:
