@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from petals_tune.cli import calm_libraries, errors_reported
 from petals_tune.config import Run, check_arguments, folder_of, register_recipes
+from petals_tune.files import write_text
 
 CONFIG_NAME = "evaluate"
 FILE = "evaluation.json"
@@ -43,7 +44,7 @@ def evaluate(cfg: DictConfig) -> None:
 
         metrics = measured(cfg, schema=Evaluation)
         folder = Path(cfg.output_dir)
-        (folder / FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / FILE, json.dumps(metrics, indent=2) + "\n")
         print(f"these figures are in {folder / FILE}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from omegaconf import DictConfig
 from petals_tune.cli import calm_libraries, errors_reported
 from petals_tune.config import TunedModel, check_arguments, folder_of
 from petals_tune.errors import ConfigError, UnsupportedAdapter, UnsupportedModel
+from petals_tune.files import filling
 
 CONFIG_NAME = "merge"
 
@@ -89,11 +89,9 @@ def merge_adapter(adapter: str, output: Path, *, model: str | None = None, dtype
     if not isinstance(tuned.base_model, BaseTuner):
         raise UnsupportedAdapter(f"{folder}: {config.peft_type} cannot be merged into weights; LoRA can")
     merged = tuned.merge_and_unload(safe_merge=True)  # safe: numbers that are not finite are an error
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    merged.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(output)
+    with filling(output) as partial:
+        merged.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     size_mb = sum(file.stat().st_size for file in output.iterdir()) / 1e6
     print(f"merged {folder} into {base}: {output}, {size_mb:.0f} MB; use it as model.source={output}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from petals_tune.cli import errors_reported
 from petals_tune.errors import ConfigError
-from petals_tune.swarm.members import load_identity, read_text, revoked_in, write_private
+from petals_tune.swarm.members import load_identity, ranked, read_text, revoked_in, write_private
 from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.tokens import issue, key_from, public_text, secret_text, token_text
 
@@ -28,7 +28,14 @@ def main(arguments: list[str] | None = None) -> None:
     issuing.add_argument("--name", required=True, help="of the member; a token is revoked by it")
     issuing.add_argument("--days", type=float, default=30, help="how long the token is good (30)")
     issuing.add_argument("--hosts", action="store_true", help="the member may host blocks, not only use them")
-    issuing.add_argument("--peer", help="peer id of an identity that the member made; else one is made, NAME.identity")
+    issuing.add_argument(
+        "--processes", type=int, default=1, help="so many that train together, by DDP: one token and identity for each"
+    )
+    issuing.add_argument(
+        "--peer",
+        action="append",
+        help="peer id of an identity that the member made, one for each process; else they are made, NAME.identity",
+    )
     issuing.set_defaults(run=issue_token)
 
     revoking = commands.add_parser("revoke", help="let somebody in no longer: adds the name to FILE's list, *.revoked")
@@ -67,16 +74,22 @@ def issue_token(given: argparse.Namespace) -> None:
         raise ConfigError(f"{given.name} is revoked: choose another name, or take it out of {_revoked_path(given.key)}")
     if not given.days > 0:
         raise ConfigError(f"--days {given.days:g}: a token is good for more than 0 days")
-    own, path = Path(f"{given.name}.identity"), Path(f"{given.name}.token")
-    peer = given.peer
-    if peer is None:
-        issue(key, name=given.name, peer=SigningKey.new().peer, hosts=False, expires_s=0)  # a bad name makes no file
-        peer = load_identity(own, make=True).peer
-    token = issue(key, name=given.name, peer=peer, hosts=given.hosts, expires_s=int(time.time() + given.days * DAY_S))
-    write_private(path, f"{token_text(token)}\n".encode())
-    print(f"{path}: lets peer {peer} {'host and use' if given.hosts else 'use'} blocks for {given.days:g} days")
+    if given.processes < 1 or (given.peer and given.processes not in (1, len(given.peer))):
+        raise ConfigError(f"--processes {given.processes}: at least 1, and as many as there are --peer, if any")
+    issue(key, name=given.name, peer=SigningKey.new().peer, hosts=False, expires_s=0)  # a bad name makes no file
+    identities = [ranked(Path(f"{given.name}.identity"), rank) for rank in range(given.processes)]
+    peers = given.peer or [load_identity(path, make=True).peer for path in identities]
+    expires_s = int(time.time() + given.days * DAY_S)
+    tokens = [issue(key, name=given.name, peer=peer, hosts=given.hosts, expires_s=expires_s) for peer in peers]
+    for rank, token in enumerate(tokens):
+        path = ranked(Path(f"{given.name}.token"), rank)
+        write_private(path, f"{token_text(token)}\n".encode())
+        print(
+            f"{path}: lets peer {token.peer} {'host and use' if given.hosts else 'use'} blocks for {given.days:g} days"
+        )
     if given.peer is None:
-        print(f"{own}: the identity that it is good for; give {given.name} both, this one in secret")
+        made = ", ".join(map(str, identities))
+        print(f"{made}: what they are good for; give {given.name} both, identities in secret")
 
 
 def revoke(given: argparse.Namespace) -> None:

@@ -76,7 +76,15 @@ HANDLES_STRANGERS = (
         "petals_tune.swarm.guards",
         "petals_tune.swarm.directory",
     ),
-    *("servers.handler", "servers.streams", "servers.gate", "servers.leases", "servers.sessions", "servers.stepping"),
+    *(
+        "servers.handler",
+        "servers.handover",
+        "servers.streams",
+        "servers.gate",
+        "servers.leases",
+        "servers.sessions",
+        "servers.stepping",
+    ),
     *("servers.health.report", "servers.health.table"),
     *("servers.adapters", "servers.compute", "servers.turns", "servers.engine", "servers.kernels"),
 )

@@ -28,7 +28,7 @@ from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.handover import HandOverRule
-from petals_tune.swarm.members import Members, identity_beside
+from petals_tune.swarm.members import Members
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.verify import CheckedChain
 from petals_tune.wire.span import BlockSpan
@@ -77,7 +77,8 @@ class DistributedModel:
         whose outputs are those of the text's positions alone. A head that the checkpoint lacks starts at random and is
         trainable.
 
-        A private swarm wants the file `token` that its owner issued, and the identity that it names (None: beside it).
+        A private swarm wants the file `token` that its owner issued, and the identity that it names (None: beside it);
+        of several processes that train together, rank 1 takes NAME.rank1.token in place of NAME.token, and so on.
 
         Raises UnsupportedModel, SwarmMismatch where servers hold another model, UncoveredBlocks with the command
         that would host what is missing, ServerUnreachable where no initial peer answers, AccessDenied where a private
@@ -98,7 +99,7 @@ class DistributedModel:
                 model=checkpoint.digest,
                 blocks=BlockSpan(0, family.total_blocks),
                 policy=policy or RetryPolicy(),
-                members=None if token is None else Members.with_token(token, identity_beside(token, identity_path)),
+                members=None if token is None else Members.of_client(token, identity_path),
             )
         )
         try:

@@ -235,7 +235,7 @@ class SwarmClient:
             return await asyncio.shield(opening)
         except ServerError as error:
             self.failed(server, error)
-            raise
+            raise type(error)(f"blocks {server.blocks}: {error}") from error  # what is waited for, while it is down
 
     def open_stream(self, server: ServerRecord) -> ServerStream | None:
         """The stream to `server` if there is a living one."""

@@ -48,6 +48,14 @@ class Members:
         return cls(token.swarm, identity, lambda _: token)
 
     @classmethod
+    def of_client(cls, token_path: str | Path, identity_path: str | Path | None) -> Members:
+        """A client's view; the identity is beside the token unless said otherwise. Raises ConfigError, AccessDenied."""
+        refuse_keys(token_path, key="swarm.token")
+        own = of_this_rank(Path(token_path))
+        identity = identity_beside(own, None if identity_path is None else of_this_rank(Path(identity_path)))
+        return cls.with_token(own, identity)
+
+    @classmethod
     def with_key(cls, key_path: str | Path, token_path: str | Path | None, identity: SigningKey) -> Members:
         """A server's view. With the secret key it issues its own token; with the public one it brings one.
 
@@ -158,6 +166,24 @@ def load_identity(path: str | Path, *, make: bool) -> SigningKey:
 def identity_beside(token_path: str | Path, path: str | Path | None) -> SigningKey:
     """The identity in `path`, or in NAME.identity beside a token that is called NAME.token. Raises ConfigError."""
     return load_identity(path or Path(token_path).with_suffix(".identity"), make=False)
+
+
+def ranked(path: Path, rank: int) -> Path:
+    """Where a process of that rank has its own: NAME.token, NAME.rank1.token, NAME.rank2.token, ..."""
+    return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
+
+
+def of_this_rank(path: Path) -> Path:
+    """The file of this process: of several that train together, each is a peer of its own. Raises ConfigError."""
+    rank = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)  # of torchrun; of Lightning
+    own = ranked(path, rank)
+    if rank and not own.exists():
+        raise ConfigError(
+            f"{own} is not there. Of several processes that train together each is a peer of its own, with a token and "
+            f"an identity\n  the swarm's owner makes them:  python -m servers.keys issue --name {path.stem} "
+            f"--processes {os.environ.get('WORLD_SIZE', rank + 1)}"
+        )
+    return own
 
 
 def read_text(path: str | Path, *, key: str) -> str:

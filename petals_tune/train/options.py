@@ -109,7 +109,7 @@ class JoinedSwarm(ClientOptions):
     """A swarm that runs already."""
 
     initial_peers: Annotated[Sequence[str], Field(min_length=1)]
-    token: str | None = None  # file, of a private swarm
+    token: str | None = None  # file, of a private swarm; a further rank takes NAME.rank1.token
     identity_path: str | None = None  # file that the token was issued for; None: beside it, NAME.identity
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
 from petals_tune.errors import ConfigError, PetalsTuneError, ServerError, SwarmError
+from petals_tune.files import replacing
 from petals_tune.train.curves import read_metrics
 from petals_tune.train.options import ClientOptions, LocalSwarm
 from petals_tune.train.parts import Parts
@@ -153,7 +154,7 @@ def report(jobs: Sequence[Job], folder: Path) -> None:
     """Print the table, the best job first, and leave it with a picture as sweep.csv and sweep.png."""
     done = ranked(jobs)
     table = rows_of(done, failed=[job for job in jobs if job.result is None])
-    with (folder / "sweep.csv").open("w", newline="") as file:
+    with replacing(folder / "sweep.csv") as partial, partial.open("w", newline="") as file:
         csv.writer(file).writerows(table)
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     for row in table:
@@ -233,4 +234,5 @@ def draw_sweep(jobs: Sequence[Job], picture: Path) -> None:
     curves.grid(alpha=0.3)
     for panel in (metric, curves):
         panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=120)
+    with replacing(picture) as partial:
+        figure.savefig(partial, dpi=120)

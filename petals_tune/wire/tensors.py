@@ -36,6 +36,11 @@ def in_format(tensor: torch.Tensor, wire_format: str) -> torch.Tensor:
     return tensor.detach().to(getattr(torch, wire_format))
 
 
+def as_received(tensor: torch.Tensor, wire_format: str) -> torch.Tensor:
+    """`tensor` as it is once it has crossed the wire."""
+    return from_bytes(memoryview(to_bytes(in_format(tensor, wire_format))))
+
+
 def to_bytes(value: torch.Tensor) -> bytes:
     """dtype code, number of dimensions, the dimensions (u32 each), then the values."""
     if isinstance(value, Blockwise8):

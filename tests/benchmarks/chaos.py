@@ -11,7 +11,9 @@ half of the model, in float32. Every few seconds one of them is harmed whose rep
     slow      stopped for four fifths of every half second, for five seconds
 
 `recovery_s` is the median time from a kill that work ran into (or from the last progress of that work, where that is
-later) until the part that it broke was done elsewhere, its repeated computation included. The last line is JSON.
+later) until the part that it broke was done elsewhere, its repeated computation included. A slow server breaks nothing:
+work ran into it where it answered requests meanwhile, and what is lost is by how much longer they took, in the mean,
+than those before. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ from petals_tune.checkpoint import Checkpoint
 from petals_tune.config import composed
 from petals_tune.convert import model_folder
 from petals_tune.swarm.local import ServerProcess, server_process
-from petals_tune.swarm.stats import SwarmStats
+from petals_tune.swarm.stats import ServerTimes, SwarmStats
 from petals_tune.train.parts import Parts
 from petals_tune.train.run import remote_model, run
 
@@ -71,6 +73,7 @@ class Fault:
     peer: str
     at_s: float  # time.time(), as log records have it
     lost_s: float | None = None  # None: no work ran into it
+    what: str = ""  # failed
 
 
 @dataclass
@@ -151,6 +154,7 @@ class Monkey:
 
     def __init__(self, swarm: Swarm, count: int, every_s: float, seed: int):
         self.faults: list[Fault] = []
+        self.stats = SwarmStats()  # of the client that runs meanwhile
         self._swarm, self._count, self._every_s = swarm, count, every_s
         self._random = random.Random(seed)
         self._stop = threading.Event()
@@ -178,9 +182,19 @@ class Monkey:
             kinds = kinds or self._random.sample(KINDS, len(KINDS))
             kind, server = kinds.pop(), self._random.choice(able)
             server.well = False
-            self.faults.append(Fault(kind=kind, peer=server.peer, at_s=time.time()))
-            self._threads.append(threading.Thread(target=self._swarm.harm, args=(server, kind)))
+            fault = Fault(kind=kind, peer=server.peer, at_s=time.time())
+            self.faults.append(fault)
+            self._threads.append(threading.Thread(target=self._harm, args=(server, fault)))
             self._threads[-1].start()
+
+    def _harm(self, server: Server, fault: Fault) -> None:
+        before = replace(self.stats.servers.get(fault.peer, ServerTimes()))
+        self._swarm.harm(server, fault.kind)
+        after = self.stats.servers.get(fault.peer, ServerTimes())
+        calls = after.calls - before.calls
+        if fault.kind == "slow" and before.calls and calls:
+            fault.lost_s = (after.reply_s - before.reply_s) / calls - before.reply_s / before.calls
+            fault.what = f"{calls} requests were slow"
 
 
 class Repairs(logging.Handler):
@@ -204,7 +218,9 @@ class Repairs(logging.Handler):
             culprits = [f for f in faults if f.peer in error and f.at_s <= at_s <= f.at_s + WINDOW_S]
             if culprits:
                 fault = culprits[-1]
-                fault.lost_s = max(fault.lost_s or 0.0, at_s - max(began_s, fault.at_s))
+                lost_s = at_s - max(began_s, fault.at_s)
+                if fault.lost_s is None or lost_s > fault.lost_s:
+                    fault.lost_s, fault.what = lost_s, error.partition("\n")[0]
 
 
 def main() -> None:
@@ -270,10 +286,11 @@ def trained(
     def connect(parts: Parts) -> Iterator[Any]:
         nonlocal stats
         with remote_model(parts) as model, ExitStack() as stack:
+            stats = model.remote_blocks.stats
             if monkey is not None:
+                monkey.stats = stats
                 stack.enter_context(monkey.running())
             yield model
-            stats = model.remote_blocks.stats
 
     run(composed(overrides), connect)
     with (output / "metrics.csv").open(newline="") as file:
@@ -289,13 +306,16 @@ def report(
     difference = max(abs(left - right) for left, right in zip(calm, stormy, strict=True))
     print(f"\n{len(calm)} steps, loss {calm[0]:.4f} -> {calm[-1]:.4f}; under faults {stormy[-1]:.4f}")
     print("| fault | made | work ran into it | lost, median (s) | lost, most (s) |\n|---|---|---|---|---|")
-    medians = {}
+    medians, worst = {}, []
     for kind in KINDS:
         made = [fault for fault in faults if fault.kind == kind]
         lost = [fault.lost_s for fault in made if fault.lost_s is not None]
         medians[kind] = round(statistics.median(lost), 2) if lost else None
         most = f"{max(lost):.2f}" if lost else "-"
         print(f"| {kind} | {len(made)} | {len(lost)} | {medians[kind] or '-'} | {most} |")
+        worst += sorted((f for f in made if f.lost_s is not None), key=lambda f: f.lost_s or 0.0)[-1:]
+    for fault in worst:
+        print(f"the worst {fault.kind}: {fault.lost_s:.2f} s; {fault.what}")
     return {
         "faults": len(faults),
         "felt": sum(fault.lost_s is not None for fault in faults),

@@ -1,10 +1,11 @@
 """Spot checks: what they cost, and how soon a server that scales its output by 1.01 is found.
 
-    python -m tests.benchmarks.liar [--verify 0.02] [--seeds 5] [--steps 12]
+    python -m tests.benchmarks.liar [--seeds 5] [--rounds 12]
 
 Found: three honest servers and a lying one hold a small random Llama whole, all as fast as each other; training steps
-of four micro-batches until the liar is banned, for several seeds. Cost: the same steps over three honest servers of a
-random BLOOM of 12 blocks x 256, with and without checks in turns. The last line is JSON.
+of four micro-batches until the liar is banned, for several seeds, by share and format of the wire. Cost: the same steps
+over three honest servers of a random BLOOM of 12 blocks x 256, with and without checks in turns of ten steps, the end
+of the last check included. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,84 +27,105 @@ import torch
 
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM
 from petals_tune.swarm.local import local_swarm
+from petals_tune.swarm.verify import CheckedChain
+from petals_tune.wire.tensors import WireFormat
 from tests.faults.lying_server import lying_server
 from tests.models import VOCABULARY, save_model
 
 ROWS, LENGTH = 4, 32
+STEPS = 10  # in a round
+SHARES = (0.02, 0.1)
+FORMATS: tuple[WireFormat, ...] = ("float32", "bfloat16", "blockwise8")
 MOST_STEPS = 2000
 
 
 class Client:
     """Trains a soft prompt, one row a micro-batch."""
 
-    def __init__(self, folder: Path, peers: list[str], verify: float, seed: int):
+    def __init__(self, folder: Path, peers: list[str], *, verify: float, seed: int, wire: WireFormat = "float32"):
         torch.manual_seed(seed)
         self.model: Any = AutoDistributedModelForCausalLM.from_pretrained(
-            str(folder), initial_peers=peers, micro_batch_rows=1, verify=verify
+            str(folder), initial_peers=peers, micro_batch_rows=1, verify=verify, wire_format=wire, grad_format=wire
         )
         config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
         self._net = peft.get_peft_model(self.model, config).train()
-        self.swarm = self.model.remote_blocks.backbone.chain.client
+        self.chain = self.model.remote_blocks.backbone.chain
+        self.swarm = self.chain.client
 
     def step(self) -> None:
         self.swarm.load.correction.clear()  # all count as equally fast: the liar gets its share of the work
         ids = torch.randint(VOCABULARY, (ROWS, LENGTH))
         self._net(input_ids=ids, labels=ids).loss.backward()
 
+    def settle(self) -> None:
+        """Wait until every check has ended."""
+        while isinstance(self.chain, CheckedChain) and self.chain._checks:
+            time.sleep(0.001)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--verify", type=float, default=0.02)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=12)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        figures = found(Path(folder) / "llama", options) | cost(Path(folder) / "bloom", options)
-    print(json.dumps({"verify": options.verify, **figures, "load_average": os.getloadavg()[0]}))
+        figures = found(Path(folder) / "llama", options.seeds) | cost(Path(folder) / "bloom", options.rounds)
+    print(json.dumps({**figures, "load_average": os.getloadavg()[0]}))
 
 
-def found(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def found(folder: Path, seeds: int) -> dict[str, Any]:
+    """Micro-batches until the liar is banned."""
     save_model(folder, "llama")
-    steps, answers = [], []
+    counts: dict[str, list[int]] = {}
     with local_swarm(str(folder), spans=["0:6"] * 3, quantization="none") as peers, lying_server(folder, peers) as liar:
         peer = liar.wait_until_ready()[0].rpartition("/")[2]
-        for seed in range(options.seeds):
-            client = Client(folder, peers, options.verify, seed)
-            count = 0
-            while peer not in client.swarm.banned() and count < MOST_STEPS:
-                client.step()
-                count += 1
-            assert client.swarm.banned() <= {peer}, "an honest server was banned"
-            steps.append(count)
-            answers.append(client.swarm.stats.calls)
-            client.model.remote_blocks.close()
-    print(f"\n| seed | steps until the liar was banned | requests of the client until then |\n|{'---|' * 3}")
-    for seed, (count, calls) in enumerate(zip(steps, answers, strict=True)):
-        print(f"| {seed} | {count} | {calls} |")
-    return {"found_after_steps": statistics.median(steps), "found_after_steps_each": steps}
+        for share in SHARES:
+            for wire in FORMATS:
+                until = [
+                    until_banned(Client(folder, peers, verify=share, seed=s, wire=wire), peer) for s in range(seeds)
+                ]
+                counts[f"{wire}, {share:g}"] = until
+    print(f"\n| wire, share checked | micro-batches until the liar was banned: median | least | most |\n|{'---|' * 4}")
+    for name, each in counts.items():
+        print(f"| {name} | {statistics.median(each):g} | {min(each)} | {max(each)} |")
+    return {"found_after_micro_batches": counts}
 
 
-def cost(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    save_model(folder, "bloom", hidden_size=256, n_layer=12)
-    shares = (0.0, options.verify, 10 * options.verify)
+def until_banned(client: Client, liar: str) -> int:
+    steps = 0
+    while liar not in client.swarm.banned():
+        assert steps < MOST_STEPS, "the liar was not found"
+        client.step()
+        steps += 1
+    assert client.swarm.banned() == {liar}, "an honest server was banned"
+    client.model.remote_blocks.close()
+    return steps * ROWS
+
+
+def cost(folder: Path, rounds: int) -> dict[str, Any]:
+    save_model(folder, "bloom", hidden_size=256, num_hidden_layers=12)
+    shares = (0.0, *SHARES, 1.0)
     with ExitStack() as stack:
         peers = stack.enter_context(local_swarm(str(folder), spans=["0:12"] * 3, quantization="none"))
-        clients = {share: Client(folder, peers, share, 0) for share in shares}
+        clients = {share: Client(folder, peers, verify=share, seed=0) for share in shares}
         for client in clients.values():
             stack.callback(client.model.remote_blocks.close)
         seconds: dict[float, list[float]] = {share: [] for share in shares}
-        for _ in range(options.steps):
+        for _ in range(rounds):
             for share, client in clients.items():
                 started_s = time.perf_counter()
-                client.step()
-                seconds[share].append(time.perf_counter() - started_s)
-        checks = {share: client.swarm.stats.checks for share, client in clients.items()}
-    # Means: a check that falls into one step of ten would not show in a median.
-    means = {share: statistics.mean(each[2:]) for share, each in seconds.items()}
-    print(f"\n| share checked | s a step (mean) | against none | checks |\n|{'---|' * 4}")
+                for _ in range(STEPS):
+                    client.step()
+                client.settle()
+                seconds[share].append((time.perf_counter() - started_s) / STEPS)
+        stats = {share: client.swarm.stats for share, client in clients.items()}
+    medians = {share: statistics.median(each[1:]) for share, each in seconds.items()}
+    moved = {share: each.sent_bytes + each.received_bytes for share, each in stats.items()}
+    print(f"\n| share checked | s a step (median) | against none | bytes against none | checks |\n|{'---|' * 5}")
     for share in shares:
-        print(f"| {share} | {means[share]:.3f} | {means[share] / means[0.0]:.2f} | {checks[share]} |")
-    return {f"cost_at_{share:g}": round(means[share] / means[0.0], 3) for share in shares[1:]}
+        times, data = (each[share] / each[0.0] for each in (medians, moved))
+        print(f"| {share:g} | {medians[share]:.3f} | {times:.2f} | {data:.2f} | {stats[share].checks} |")
+    return {f"cost_at_{share:g}": round(medians[share] / medians[0.0], 3) for share in shares[1:]}
 
 
 if __name__ == "__main__":

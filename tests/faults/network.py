@@ -31,6 +31,7 @@ from petals_tune.swarm.verify import CheckedChain
 from petals_tune.wire.messages import Chained, HandOver, Message
 from petals_tune.wire.records import ServerRecord, encode_record
 from petals_tune.wire.span import BlockSpan
+from petals_tune.wire.tensors import WireFormat
 from servers.compute import ComputeThread
 from servers.engine import Engine
 from servers.handler import Handler
@@ -164,13 +165,13 @@ class Network:
     def kill(self, name: str) -> None:
         loop.run(self.end(name))
 
-    def chain(self, *, verify: float = 0.0, **policy: Any) -> Chain:
+    def chain(self, *, verify: float = 0.0, wire_format: WireFormat = "float32", **policy: Any) -> Chain:
         async def make() -> Chain:
             retries = RetryPolicy(**{"timeout_s": 30.0, "first_pause_s": 0.01, **policy})
             client = SwarmClient(self.daemon("client"), self, MODEL, retries)  # type: ignore[arg-type]
             if not verify:
                 return Chain(client, hand_over=self.hand_over)
-            return CheckedChain(client, share=verify, seed=0, wire_format="float32", grad_format="float32")
+            return CheckedChain(client, share=verify, seed=0, wire_format=wire_format, grad_format=wire_format)
 
         return loop.run(make())
 

@@ -1,6 +1,7 @@
 """A training step as autograd makes it, on a network in this process, and when two of them are equal."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ def adapter() -> AdapterVersion:
 class TrainingStep:
     """Two micro-batches forward and back, with LoRA on all blocks and a gradient at the input."""
 
-    def __init__(self, network: Network, **policy: float):
+    def __init__(self, network: Network, **policy: Any):
         self._network, self.chain = network, network.chain(reply_s=REPLY_S, **policy)
         context = CallContext(adapter=adapter(), train=True, seed=7)
         self._call = RemoteCall(chain=self.chain, span=WHOLE, context=context, rows=ROWS // 2)

@@ -121,6 +121,32 @@ def test_a_server_without_room_for_graphs_computes_again(swarm, remote):
     assert relative_error(*map(prompt_gradient, models)) <= TOLERANCE
 
 
+class Slowed:
+    """A server that stands still from here on, and goes on a moment later: too soon to be taken for lost."""
+
+    def __init__(self, server: ServerProcess):
+        self._server, self.over = server, threading.Event()
+        server.process.send_signal(signal.SIGSTOP)
+        threading.Timer(0.5, self._go_on).start()
+
+    def _go_on(self) -> None:
+        self.over.set()
+        self._server.process.send_signal(signal.SIGCONT)
+
+
+def test_a_slow_server_is_waited_for(swarm, remote):
+    model, plain, stats = tuned(remote), tuned(plain_model(swarm.folder)), remote.remote_blocks.stats
+    plain(**batch()).loss.backward()
+    slow = Slowed(swarm.only_server())
+    loss = model(**batch()).loss
+    assert slow.over.is_set(), "the forward could not end before"
+    slow = Slowed(swarm.only_server())
+    loss.backward()
+    assert slow.over.is_set()
+    assert stats.retries == 0
+    assert relative_error(prompt_gradient(model), prompt_gradient(plain)) <= TOLERANCE
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
 def test_a_server_lost_between_forward_and_backward_is_replaced_by_its_replica(swarm, remote, number):
     lost, stats = swarm.only_server(), remote.remote_blocks.stats

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from petals_tune.errors import AccessDenied, ConfigError
 from petals_tune.swarm.members import Members, identity_beside, load_identity
 from petals_tune.wire.signing import SigningKey
 from servers.keys import main
@@ -52,6 +53,36 @@ def test_a_host_makes_its_own_identity_and_needs_no_secret_of_the_swarm(capsys):
     assert host.admit(host.own_token(), peer, hosts=True).name == "host"
 
 
+def test_each_process_of_a_run_is_a_peer_of_its_own_and_all_are_revoked_by_one_name(monkeypatch, capsys):
+    keys("new")
+    keys("issue --name alice --processes 2")
+    peers = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        member = Members.of_client("alice.token", None)
+        peers.append(member.identity.peer)
+        server = Members.with_key("swarm.key", None, SigningKey.new())
+        assert server.admit(member.own_token(), peers[-1]).name == "alice"
+    assert len(set(peers)) == 2
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(ConfigError, match=r"alice\.rank2\.token is not there(.|\n)*issue --name alice --processes 3"):
+        Members.of_client("alice.token", None)
+    keys("revoke --name alice")
+    with pytest.raises(AccessDenied, match="revoked"):
+        Members.with_key("swarm.key", None, SigningKey.new()).admit(member.own_token(), peers[-1])
+
+
+def test_a_member_brings_an_identity_for_each_process(monkeypatch, capsys):
+    keys("new")
+    keys("identity bob.identity")
+    keys("identity bob.rank1.identity")
+    peers = capsys.readouterr().out.split()[-2:]
+    keys(f"issue --name bob --peer {peers[0]} --peer {peers[1]}")
+    monkeypatch.setenv("RANK", "1")
+    assert Members.of_client("bob.token", None).identity.peer == peers[1]
+    assert Members.of_client("bob.token", "bob.identity").identity.peer == peers[1]
+
+
 def test_a_key_is_not_replaced(capsys):
     keys("new")
     before = Path("swarm.key").read_text()
@@ -67,6 +98,8 @@ def test_a_key_is_not_replaced(capsys):
         ("issue --name ../alice --key lab.key", "letters, digits"),
         ("issue --name alice --days 0 --key lab.key", "more than 0 days"),
         ("issue --name alice --peer Qm --key lab.key", "not the peer id"),
+        ("issue --name alice --processes 0 --key lab.key", "at least 1"),
+        ("issue --name alice --processes 3 --peer Qm --peer Qn --key lab.key", "as many as there are --peer"),
         ("revoke --name alice --key lab.pub", "is the public half"),
     ],
 )

@@ -11,13 +11,19 @@ from transformers import AutoModelForCausalLM
 
 from petals_tune.errors import ConfigError
 from petals_tune.swarm.local import local_swarm
+from servers.keys import main as keys
 from tests.train.together import talk, trainer, tuner
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
 @pytest.mark.swarm
-def test_two_processes_learn_what_one_does_with_the_whole_batch(tiny_folder: Path, tmp_path: Path) -> None:
+def test_two_processes_learn_what_one_does_with_the_whole_batch(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    keys(["new"])
+    keys(["issue", "--name", "alice", "--processes", "2"])
     command = [sys.executable, "-m", "tests.train.together", str(tiny_folder), str(tmp_path)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

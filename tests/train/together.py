@@ -1,6 +1,6 @@
-"""Plain Python, as a user would write it: several processes tune one adapter over one local swarm.
+"""Plain Python, as a user would write it: several processes tune one adapter over one local swarm, a private one.
 
-    python -m tests.train.together MODEL_FOLDER OUT_FOLDER
+    python -m tests.train.together MODEL_FOLDER OUT_FOLDER     (which holds the keys)
 
 Lightning starts this program again for each further process.
 """
@@ -50,8 +50,11 @@ def trainer(folder: Path, **options: Any) -> Trainer:
 
 
 def main(model_folder: str, out: Path) -> None:
-    with local_swarm(model_folder, spans=["0:1", "1:2"], quantization="none") as peers:
-        model = AutoDistributedModelForCausalLM.from_pretrained(model_folder, initial_peers=peers)
+    private = [f"swarm.key='{out}/swarm.key'"]
+    with local_swarm(model_folder, spans=["0:1", "1:2"], quantization="none", overrides=private) as peers:
+        model = AutoDistributedModelForCausalLM.from_pretrained(
+            model_folder, initial_peers=peers, token=str(out / "alice.token")
+        )
         run, module, data = trainer(out, strategy="ddp", devices=2), tuner(model), talk(batch_size=3)
         run.fit(module, datamodule=data)
         (tested,) = run.test(module, datamodule=data, verbose=False)
