@@ -68,7 +68,7 @@ async def start_p2p(
             if listens and any(sign in str(error) for sign in _CANNOT_LISTEN):
                 raise ConfigError(
                     f"swarm.host_maddrs=[{','.join(host_maddrs)}], "
-                    f"swarm.announce_maddrs=[{','.join(announce_maddrs)}]: the p2p daemon cannot listen there: {error}\n"
+                    f"swarm.announce_maddrs=[{','.join(announce_maddrs)}]: the p2p daemon cannot listen: {error}\n"
                     "  host_maddrs are addresses of this machine, such as /ip4/0.0.0.0/tcp/31337, at a port that is "
                     "free; those of a router in front of it go into announce_maddrs"
                 ) from None
