@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,24 @@ from petals_tune.errors import UnsupportedModel
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _SHA256 = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor in a file. Indexing it, with `...` for all of it, reads it; a floating one as `dtype`.
+
+    transformers takes a state dict of these, and reads each when its turn comes.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        with _opened(self.path) as opened:  # not kept open: what was read of a file that is mapped counts as memory
+            tensor = opened.get_tensor(self.name)[index]
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
 
 @dataclass(frozen=True)
@@ -96,22 +115,23 @@ class Checkpoint:
         paths = [self._path(file).resolve() for file in sorted({self._files[name] for name in names})]
         return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
-    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """These tensors; floating ones as `dtype`. Opens only the files that hold them."""
+    def stored(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, StoredTensor]:
+        """These tensors, to be read one by one. Opens only the files that hold them."""
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self._files[name], []).append(name)
         tensors = {}
         for file, wanted in by_file.items():
             path = self._path(file)
-            try:
-                with safe_open(path, framework="pt") as opened:
-                    for name in wanted:
-                        tensor = opened.get_tensor(name)
-                        tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-            except (SafetensorError, OSError) as error:
-                raise UnsupportedModel(f"{path} is damaged or does not fit its index: {error}") from None
+            with _opened(path) as opened:
+                for name in wanted:
+                    shape = tuple(opened.get_slice(name).get_shape())
+                    tensors[name] = StoredTensor(path=path, name=name, shape=shape, dtype=dtype)
         return tensors
+
+    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """These tensors; floating ones as `dtype`."""
+        return {name: tensor[...] for name, tensor in self.stored(names, dtype).items()}
 
     @cached_property
     def _files(self) -> dict[str, str]:
@@ -197,6 +217,15 @@ class Checkpoint:
         sums = {file.rfilename: file.lfs.sha256 for file in info.siblings or () if file.lfs is not None}
         files = sorted({*self._files.values()})
         return [sums[file] for file in files] if sums.keys() >= {*files} else []
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise UnsupportedModel(f"{path} is damaged or does not fit its index: {error}") from None
 
 
 def _digest(value: Any) -> str:

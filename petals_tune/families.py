@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,9 +113,9 @@ def family_of(base: PreTrainedModel) -> Family:
 
 
 def load_part(
-    model_class: Any, config: PretrainedConfig, tensors: dict[str, torch.Tensor], **options: Any
+    model_class: Any, config: PretrainedConfig, tensors: Mapping[str, Any], **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """`model_class.from_pretrained` of tensors in memory: (model, what was missing).
+    """`model_class.from_pretrained` of tensors, in memory or to be read by `[...]`: (model, what was missing).
 
     The library would report all that a part lacks.
     """

@@ -11,6 +11,7 @@ import time
 from petals_tune.config import Model, folder_of
 from petals_tune.convert import model_folder
 from servers.command import command, stop_on_signals
+from servers.lean import lean_transformers
 from servers.options import Serve
 
 CONFIG_NAME = "serve"
@@ -47,11 +48,13 @@ def host(options: Serve) -> None:
 def run(options: Serve) -> None:
     """Serve on an event loop of its own."""
     import uvloop  # this and the imports below are slow; --help and a mistyped key should not wait for them
-    from transformers.utils import logging as transformers_logging
 
-    from petals_tune.wire.records import ServerRecord
-    from servers.engine import Engine
-    from servers.server import serve
+    with lean_transformers():
+        from transformers.utils import logging as transformers_logging
+
+        from petals_tune.wire.records import ServerRecord
+        from servers.engine import Engine
+        from servers.server import serve
 
     transformers_logging.set_verbosity_error()  # embeddings are missing in each block: they are the client's
     transformers_logging.disable_progress_bar()

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 
 from petals_tune.cli import INTERRUPTED, calm_libraries, errors_reported
 from petals_tune.config import check, check_arguments, folder_of
+from servers.lean import lean_hivemind
 
 T = TypeVar("T")
 
@@ -28,6 +29,7 @@ def command(
     `--help` prints `usage` and the options with their sentences. Ends the process where an error of ours is raised.
     """
     calm_libraries()
+    lean_hivemind()
     if {"--help", "-h"} & {*arguments}:
         print(f"{usage}\n\n{_options_of(config_name)}")
         return

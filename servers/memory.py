@@ -20,6 +20,19 @@ _CGROUPS = (
 )
 
 
+def check_device(device: str) -> None:
+    """Raises ConfigError where torch cannot compute on `device` here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's build without CUDA asserts that it has it
+        reason = str(error).strip().split("\n", 1)[0]
+        raise ConfigError(
+            f"device={device}: torch {torch.__version__} cannot use it here: {reason}\n"
+            "  device=cpu works everywhere; a GPU needs its driver (does nvidia-smi list it?) and torch's build for it "
+            "(https://pytorch.org/get-started/locally)"
+        ) from None
+
+
 def free_bytes(device: str) -> int:
     """Memory that is free on `device` now; inside a container, of what the container may use."""
     if device.startswith("cuda"):

@@ -50,6 +50,7 @@ async def serve(options: Serve, on_ready: OnReady, stop: asyncio.Event) -> None:
 
     Raises ConfigError, UnsupportedModel, ServerUnreachable, or SwarmMismatch where the swarm serves another model.
     """
+    memory.check_device(options.device)
     swarm = options.swarm
     async with AsyncExitStack() as stack:
         here = await stack.enter_async_context(

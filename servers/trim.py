@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
-from petals_tune.checkpoint import Checkpoint
+from petals_tune.checkpoint import Checkpoint, StoredTensor
 from petals_tune.disk import DiskCache
 from petals_tune.errors import ConfigError, UnsupportedModel
 from petals_tune.families import (
@@ -55,9 +55,9 @@ def load_blocks(
 ) -> TrimmedModel:
     """Read blocks `span` one by one, quantize each, and build the model around them.
 
-    No more than one block is in memory in full. Quantized blocks are kept in `disk` and taken from there. `on_block` is
-    told each block that is there. Raises UnsupportedModel for files that cannot be used, ConfigError for a span that
-    the model does not have.
+    No more than one tensor is in memory in full, or those of one block's experts. Quantized blocks are kept in `disk`
+    and taken from there. `on_block` is told each block that is there. Raises UnsupportedModel for files that cannot be
+    used, ConfigError for a span that the model does not have.
     """
     parts = Parts.of(checkpoint)
     if span.stop > parts.family.total_blocks:
@@ -78,11 +78,22 @@ def made_up_block(checkpoint: Checkpoint, *, quantization: str, dtype: torch.dty
     parts = Parts.of(checkpoint)
     span = BlockSpan(0, 1)
     made_up = {
-        f"{parts.family.blocks}.0.{name}": torch.full(parameter.shape, 0.01, dtype=dtype)
+        f"{parts.family.blocks}.0.{name}": _MadeUp(shape=parameter.shape, dtype=dtype)
         for name, parameter in parts.hollow_block(0).named_parameters()
     }
     model = _built(parts, 0, made_up, quantization, dtype, device)[0]
     return _around([parts.family.blocks_of(model)[0]], parts, span, dtype, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MadeUp:
+    """Stands for a `StoredTensor`: is there once it is indexed."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return torch.full(self.shape, 0.01, dtype=self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,16 +129,16 @@ def _load_block(
         inside = {place + name: tensor for name, tensor in state.items()}
         model, _ = _built(parts, block, inside, quantization, dtype, device, is_quantized=True)
         return parts.family.blocks_of(model)[0]
-    tensors = parts.checkpoint.read(renamed, dtype)
+    tensors = parts.checkpoint.stored(renamed, dtype)
     shapes = {name: tuple(parameter.shape) for name, parameter in parts.hollow_block(block).named_parameters()}
     for name, tensor in tensors.items():
-        wanted = shapes.get(renamed[name], tuple(tensor.shape))
-        if tuple(tensor.shape) != wanted:
+        wanted = shapes.get(renamed[name], tensor.shape)
+        if tensor.shape != wanted:
             raise UnsupportedModel(
                 f"{parts.checkpoint.source}: {parts.checkpoint.file_of(name)} does not fit config.json: {name} is "
-                f"{tuple(tensor.shape)} there, and should be {wanted}"
+                f"{tensor.shape} there, and should be {wanted}"
             )
-    full = {place + renamed[name]: tensors.pop(name) for name in list(tensors)}
+    full = {place + renamed[name]: tensor for name, tensor in tensors.items()}
     model, missing = _built(parts, block, full, quantization, dtype, device)
     if missing:
         raise UnsupportedModel(
@@ -147,7 +158,7 @@ def _load_block(
 def _built(
     parts: Parts,
     block: int,
-    state: dict[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor | StoredTensor | _MadeUp],
     quantization: str,
     dtype: torch.dtype,
     device: str,

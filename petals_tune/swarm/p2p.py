@@ -22,6 +22,7 @@ from petals_tune.wire.signing import SigningKey, identity_bytes
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 LEAVING_S = 3.0
+_CANNOT_LISTEN = ("failed to listen", "failed to parse multiaddr")  # in the daemon's last words
 
 
 async def start_p2p(
@@ -64,6 +65,13 @@ async def start_p2p(
                 use_auto_relay=False,
             )
         except P2PDaemonError as error:
+            if listens and any(sign in str(error) for sign in _CANNOT_LISTEN):
+                raise ConfigError(
+                    f"swarm.host_maddrs=[{','.join(host_maddrs)}], "
+                    f"swarm.announce_maddrs=[{','.join(announce_maddrs)}]: the p2p daemon cannot listen: {error}\n"
+                    "  host_maddrs are addresses of this machine, such as /ip4/0.0.0.0/tcp/31337, at a port that is "
+                    "free; those of a router in front of it go into announce_maddrs"
+                ) from None
             raise ServerUnreachable(
                 f"the p2p daemon cannot reach the swarm through {', '.join(initial_peers) or 'no peers'}: {error}\n"
                 "  check that the first server runs and prints this address"

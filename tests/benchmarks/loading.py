@@ -34,7 +34,7 @@ from servers.trim import Parts
 MB = 2**20
 ALLOWED_MB = 400  # beside the weights and one block in float32
 IDLE_S = 2.0
-IMPORTS = ("torch", "transformers", "bitsandbytes", "accelerate", "hivemind", "servers.server")
+IMPORTS = ("torch", "transformers", "bitsandbytes", "accelerate", "hivemind.dht.node", "servers.server")
 
 
 def main() -> None:
@@ -91,9 +91,15 @@ def started(source: str, disk: Path) -> dict[str, float]:
 
 def imports() -> dict[str, float]:
     """Resident memory after each import, as a server does them."""
-    lines = ["import importlib"]
+    lines = [
+        "import importlib",
+        "from servers.lean import lean_hivemind, lean_transformers",
+        "lean_hivemind()",
+        "import torch",
+        "with lean_transformers():",
+    ]
     for module in IMPORTS:
-        lines += [f"importlib.import_module({module!r})", "print(open('/proc/self/status').read(), end='\\0')"]
+        lines += [f"    importlib.import_module({module!r})", "    print(open('/proc/self/status').read(), end='\\0')"]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
     return {module: memory_mb(text)["VmRSS"] for module, text in zip(IMPORTS, done.stdout.split("\0"), strict=False)}
 

@@ -110,3 +110,13 @@ def test_activations_that_are_written_out_become_fused_ones():
 def test_the_faster_library_is_measured_once():
     assert kernels.onednn_is_faster() in (True, False)
     assert kernels.onednn_is_faster.cache_info().currsize == 1
+
+
+def test_quantizing_by_rows_gives_the_librarys_numbers(monkeypatch):
+    monkeypatch.setattr(kernels, "_QUANTIZED_AT_ONCE", 100)  # two rows of 48; the last part has one
+    matrix = torch.randn(7, 48, dtype=torch.float16)
+    values, scales, outliers = kernels.quantize_by_rows(matrix)
+    wanted_values, wanted_scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(matrix)
+    assert outliers is None
+    assert torch.equal(values, wanted_values)
+    assert torch.equal(scales, wanted_scales)

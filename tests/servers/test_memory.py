@@ -4,7 +4,7 @@ import torch
 from petals_tune.checkpoint import Checkpoint
 from petals_tune.errors import ConfigError
 from servers import memory
-from servers.memory import block_bytes, blocks_that_fit, free_bytes
+from servers.memory import block_bytes, blocks_that_fit, check_device, free_bytes
 from servers.trim import Parts
 from tests.servers.parts import load
 
@@ -45,3 +45,10 @@ def test_a_container_has_no_more_than_its_control_group_leaves(tmp_path, monkeyp
     assert free_bytes("cpu") == 20_000_000
     used.write_text("60000000\n")
     assert free_bytes("cpu") == 0
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "toaster"])
+def test_a_device_that_is_not_there_is_said_before_anything_is_joined(device):
+    with pytest.raises(ConfigError, match=rf"device={device}: .* cannot use it here: .*\n  device=cpu"):
+        check_device(device)
+    check_device("cpu")

@@ -21,6 +21,12 @@ async def test_what_is_no_address_is_refused_before_a_daemon_is_started(address)
         await start_p2p([address])
 
 
+@pytest.mark.parametrize("address", ["rubbish", "/ip4/192.0.2.1/tcp/31337"])
+async def test_where_it_cannot_listen_is_named(address):
+    with pytest.raises(ConfigError, match=rf"swarm\.host_maddrs=\[{address}\].* cannot listen: .*\n  host_maddrs are"):
+        await start_p2p(host_maddrs=[address])
+
+
 async def test_a_swarm_that_does_not_answer_is_named():
     with pytest.raises(ServerUnreachable, match=f"{NOBODY}.*\n  check that the first server runs"):
         await start_p2p([NOBODY], listens=False)
