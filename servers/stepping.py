@@ -1,4 +1,8 @@
-"""Steps of different sessions, batched: whatever waits when the blocks are free goes through them together."""
+"""Steps of different sessions, batched: whatever waits when the blocks are free goes through them together.
+
+A batch of one position costs little more than a single step, which has to read all the weights too. So where several
+sessions are at work, a step waits a little for others (`StepBatcher._gather`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import asyncio
 import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +22,9 @@ from servers.sessions import Session
 from servers.turns import Priority
 
 MAX_BATCH_ROWS = 64
+COMPANY = 0.5  # of the sessions at work are enough to begin: a chain's next server computes for the other half
+PATIENCE_STEPS = 0.5  # how long a batch waits for company, in durations of a step
+AT_WORK_STEPS = 32  # a session that has not stepped for so long, in the same unit, is not at work
 INLINE_S = 0.05  # shorter steps run on the event loop itself: handing one over to a thread and back takes 1 ms
 
 
@@ -42,6 +50,8 @@ class StepBatcher:
     def __init__(self, engine: Engine, compute: ComputeThread):
         self._engine, self._compute = engine, compute
         self._waiting: list[_Waiting] = []
+        self._arrived = asyncio.Event()
+        self._last: dict[int, tuple[float, tuple[object, ...]]] = {}  # by session: when it stepped, and the step's key
         self._batches: asyncio.Task[None] | None = None
         self._single_s = math.inf  # what the last batch of one position took
 
@@ -52,6 +62,8 @@ class StepBatcher:
         done = asyncio.get_running_loop().create_future()
         waiting = _Waiting(session=session, step=step, done=done, position=position)
         self._waiting.append(waiting)
+        self._last[id(session)] = time.monotonic(), waiting.key
+        self._arrived.set()
         if self._batches is None or self._batches.done():
             # A task starts when the loop has gone round: the other steps that were read just now come along.
             self._batches = asyncio.create_task(self._run_batches())
@@ -59,12 +71,30 @@ class StepBatcher:
 
     async def _run_batches(self) -> None:
         while self._waiting:
+            await self._gather()
             short = self._single_s < INLINE_S and self._waiting[0].step.hidden.shape[1] == 1
             if short and self._compute.idle:
                 _deliver(*self._run_batch())
                 await asyncio.sleep(0)  # the answers leave
             else:
                 _deliver(*await self._compute.run(Priority.STEP, self._run_batch))
+
+    async def _gather(self) -> None:
+        """Give sessions that are at work the time to join the step that is next."""
+        step_s, now_s, key = min(self._single_s, INLINE_S), time.monotonic(), self._waiting[0].key
+        self._last = {name: last for name, last in self._last.items() if now_s - last[0] < AT_WORK_STEPS * step_s}
+        enough = COMPANY * sum(theirs == key for _, theirs in self._last.values())
+
+        def few() -> bool:
+            return sum(waiting.key == key for waiting in self._waiting) < enough
+
+        if not few():
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(PATIENCE_STEPS * step_s):
+                while few():
+                    self._arrived = asyncio.Event()
+                    await self._arrived.wait()
 
     def _run_batch(self) -> tuple[list[_Waiting], Sequence[torch.Tensor | BaseException]]:
         batch = self._take()

@@ -6,7 +6,6 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import wait
 from typing import Any, TypeVar
 
 import uvloop
@@ -34,9 +33,12 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     future = asyncio.run_coroutine_threadsafe(work, background_loop())
     try:
         # Not result() alone: a Ctrl-C that comes just before a thread blocks for good is seen only when it wakes.
-        while not wait([future], timeout=_WAKE_S).done:
-            pass
-        return future.result()
+        while True:
+            try:
+                return future.result(_WAKE_S)
+            except TimeoutError:
+                if future.done():
+                    return future.result()  # or the work's own TimeoutError
     except BaseException:
         future.cancel()
         raise

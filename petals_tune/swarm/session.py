@@ -59,25 +59,23 @@ class History:
     """The inputs of a span so far. Reordering rows composes indices; tensors are gathered when they are replayed."""
 
     parts: list[tuple[Inputs, torch.Tensor | None]] = field(default_factory=list)  # None: rows as they came
-
-    @property
-    def length(self) -> int:
-        return sum(len(inputs) for inputs, _ in self.parts)
+    length: int = 0  # positions
 
     def add(self, inputs: Inputs) -> None:
         self.parts.append((inputs, None))
+        self.length += len(inputs)
 
     def reorder(self, order: torch.Tensor) -> None:
         self.parts = [(inputs, order if rows is None else rows[order]) for inputs, rows in self.parts]
 
     def cut(self, length: int) -> None:
-        """Forget what lies behind the first `length` positions."""
-        kept, start = [], 0
-        for inputs, rows in self.parts:
-            if start < length:
-                kept.append((inputs if start + len(inputs) <= length else inputs.cut(0, length - start), rows))
-            start += len(inputs)
-        self.parts = kept
+        """Forget what lies behind the first `length` positions. From the end: a token forgets nothing, and is quick."""
+        while self.length > length:
+            inputs, rows = self.parts.pop()
+            self.length -= len(inputs)
+            if self.length < length:
+                self.parts.append((inputs.cut(0, length - self.length), rows))
+                self.length = length
 
     def replayed(self) -> list[Inputs]:
         return [inputs if rows is None else inputs.rows(rows) for inputs, rows in self.parts]

@@ -166,6 +166,35 @@ def test_waiting_steps_go_together_and_adapters_do_not_mix(engine, family, monke
         compute.stop()
 
 
+@pytest.mark.parametrize(("patience", "sizes"), [(1e9, [4, 2]), (0, [4, 1, 1])])
+def test_a_step_waits_for_half_of_the_sessions_at_work(family, engine, monkeypatch, patience, sizes):
+    monkeypatch.setattr("servers.stepping.PATIENCE_STEPS", patience)
+    monkeypatch.setattr("servers.stepping.AT_WORK_STEPS", 1e9)
+    batches: list[int] = []
+    monkeypatch.setattr(engine, "step", lambda steps, run=engine.step: batches.append(len(steps)) or run(steps))
+    compute = ComputeThread()
+    batcher = StepBatcher(engine, compute)
+    sessions = [session() for _ in range(4)]
+    stranger = session(adapter=lora(family, 1), version="one")  # shares no step with the others, and waits for none
+
+    async def work() -> None:
+        await asyncio.gather(*(batcher.run(each, step(hidden(1, 1, 0), 0)) for each in sessions))
+        first = asyncio.create_task(batcher.run(sessions[0], step(hidden(1, 1, 0), 1)))
+        if patience:
+            await asyncio.sleep(0.05)
+            assert not first.done()
+        else:
+            await first
+        await asyncio.gather(first, batcher.run(sessions[1], step(hidden(1, 1, 0), 1)))
+        await batcher.run(stranger, step(hidden(1, 1, 0), 0))
+
+    try:
+        asyncio.run(work())
+    finally:
+        compute.stop()
+    assert batches == [*sizes, 1]
+
+
 def test_where_attention_has_a_window_only_equal_positions_share_a_step(model_folder):
     """Windows of four, rows of 9 and 3 positions: a batch would measure the window from the end of the longest row."""
     engine = Engine(load(model_folder("mistral"), str(SPAN)))
