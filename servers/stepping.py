@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -19,7 +20,7 @@ from petals_tune.wire.messages import Step
 from servers.compute import ComputeThread
 from servers.engine import Engine
 from servers.sessions import Session
-from servers.turns import Priority
+from servers.turns import Priority, Turns
 
 MAX_BATCH_ROWS = 64
 COMPANY = 0.5  # of the sessions at work are enough to begin: a chain's next server computes for the other half
@@ -53,6 +54,7 @@ class StepBatcher:
         self._arrived = asyncio.Event()
         self._last: dict[int, tuple[float, tuple[object, ...]]] = {}  # by session: when it stepped, and the step's key
         self._batches: asyncio.Task[None] | None = None
+        self._turns: Turns[str] = Turns()  # of clients
         self._single_s = math.inf  # what the last batch of one position took
 
     async def run(self, session: Session, step: Step) -> torch.Tensor:
@@ -71,17 +73,23 @@ class StepBatcher:
 
     async def _run_batches(self) -> None:
         while self._waiting:
-            await self._gather()
-            short = self._single_s < INLINE_S and self._waiting[0].step.hidden.shape[1] == 1
+            first = self._next()
+            await self._gather(first.key)
+            short = self._single_s < INLINE_S and first.step.hidden.shape[1] == 1
             if short and self._compute.idle:
-                _deliver(*self._run_batch())
+                _deliver(*self._run_batch(first))
                 await asyncio.sleep(0)  # the answers leave
             else:
-                _deliver(*await self._compute.run(Priority.STEP, self._run_batch))
+                _deliver(*await self._compute.run(Priority.STEP, partial(self._run_batch, first)))
 
-    async def _gather(self) -> None:
+    def _next(self) -> _Waiting:
+        """The oldest step of the client whose turn it is; others may go with it."""
+        client = self._turns.next(dict.fromkeys(waiting.session.client for waiting in self._waiting))
+        return next(waiting for waiting in self._waiting if waiting.session.client == client)
+
+    async def _gather(self, key: tuple[object, ...]) -> None:
         """Give sessions that are at work the time to join the step that is next."""
-        step_s, now_s, key = min(self._single_s, INLINE_S), time.monotonic(), self._waiting[0].key
+        step_s, now_s = min(self._single_s, INLINE_S), time.monotonic()
         self._last = {name: last for name, last in self._last.items() if now_s - last[0] < AT_WORK_STEPS * step_s}
         enough = COMPANY * sum(theirs == key for _, theirs in self._last.values())
 
@@ -96,32 +104,33 @@ class StepBatcher:
                     self._arrived = asyncio.Event()
                     await self._arrived.wait()
 
-    def _run_batch(self) -> tuple[list[_Waiting], Sequence[torch.Tensor | BaseException]]:
-        batch = self._take()
+    def _run_batch(self, first: _Waiting) -> tuple[list[_Waiting], Sequence[torch.Tensor | BaseException]]:
+        batch = self._take(first)
         started_s = time.perf_counter()
         outputs: Sequence[torch.Tensor | BaseException]
         try:
             outputs = self._engine.step([(waiting.session, waiting.step) for waiting in batch])
         except BaseException as error:  # noqa: BLE001  # it is raised again where each step was asked for
             outputs = [error] * len(batch)
-        if batch[0].step.hidden.shape[1] == 1:
-            self._single_s = time.perf_counter() - started_s
+        elapsed_s = time.perf_counter() - started_s
+        self._turns.charge(elapsed_s)
+        if first.step.hidden.shape[1] == 1:
+            self._single_s = elapsed_s
         return batch, outputs
 
-    def _take(self) -> list[_Waiting]:
-        """The steps that go together with the one that waited longest."""
-        waiting = self._waiting
+    def _take(self, first: _Waiting) -> list[_Waiting]:
+        """`first`, and the steps that can go with it."""
         batch: list[_Waiting] = []
         rows = 0
         sessions: set[int] = set()
-        for each in list(waiting):
+        for each in [first, *(each for each in self._waiting if each is not first)]:
             fits = rows + each.session.rows <= MAX_BATCH_ROWS and id(each.session) not in sessions
-            if each.key == waiting[0].key and (not batch or fits):
+            if each.key == first.key and (not batch or fits):
                 batch.append(each)
                 rows += each.session.rows
                 sessions.add(id(each.session))
         for each in batch:
-            waiting.remove(each)
+            self._waiting.remove(each)
         return batch
 
 

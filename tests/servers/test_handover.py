@@ -1,10 +1,7 @@
 """Tensors that other servers hand on: each is given back once, whatever happens to it, and none is kept for ever."""
 
 import asyncio
-import functools
 from collections import Counter
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 import pytest
 import torch
@@ -13,14 +10,6 @@ from petals_tune.errors import NotHandedOn, RequestRefused
 from petals_tune.wire.messages import Delivery, HandOver
 from servers import handover
 from servers.handover import Expected
-
-
-def on_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    @functools.wraps(test)
-    def run(**fixtures: Any) -> None:
-        asyncio.run(test(**fixtures))
-
-    return run
 
 
 class Desk:
@@ -41,7 +30,6 @@ def ticket(number: int) -> bytes:
     return number.to_bytes(16, "big")
 
 
-@on_a_loop
 async def test_before_or_after_its_request_a_tensor_reaches_it():
     desk = Desk()
     first = desk.take(1)
@@ -53,7 +41,6 @@ async def test_before_or_after_its_request_a_tensor_reaches_it():
     assert not desk.given_back, "that is for the request to do, once it is computed"
 
 
-@on_a_loop
 async def test_a_ticket_is_good_once():
     desk = Desk()
     desk.deliver(1)
@@ -69,7 +56,6 @@ async def test_a_ticket_is_good_once():
     waiting.cancel()
 
 
-@on_a_loop
 async def test_who_left_gives_nothing_more_and_others_do():
     desk = Desk()
     from_a, from_b = desk.take(1, "a"), desk.take(2, "b")
@@ -81,7 +67,6 @@ async def test_who_left_gives_nothing_more_and_others_do():
     assert (await from_b).tensor.item() == 2
 
 
-@on_a_loop
 async def test_what_is_withdrawn_is_given_back_whenever_it_comes():
     desk = Desk()
     waiting = desk.take(1)
@@ -95,7 +80,6 @@ async def test_what_is_withdrawn_is_given_back_whenever_it_comes():
     assert desk.given_back == {1: 1, 2: 1, 3: 1}
 
 
-@on_a_loop
 async def test_a_request_that_is_cancelled_while_its_tensor_comes_gives_it_back():
     desk = Desk()
     waiting = desk.take(1)
@@ -107,7 +91,6 @@ async def test_a_request_that_is_cancelled_while_its_tensor_comes_gives_it_back(
     assert desk.given_back == {1: 1}
 
 
-@on_a_loop
 async def test_tensors_without_a_request_are_few_and_do_not_stay(monkeypatch):
     monkeypatch.setattr(handover, "MAX_EARLY", 3)
     desk = Desk()

@@ -36,9 +36,11 @@ def hidden(rows: int, length: int, seed: int) -> torch.Tensor:
     return torch.randn(rows, length, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def session(rows: int = 1, *, adapter: Adapter | None = None, version: str | None = None) -> Session:
+def session(
+    rows: int = 1, *, adapter: Adapter | None = None, version: str | None = None, client: str = "client"
+) -> Session:
     return Session(
-        client=version or "client",
+        client=version or client,
         span=SPAN,
         rows=rows,
         max_length=32,
@@ -193,6 +195,26 @@ def test_a_step_waits_for_half_of_the_sessions_at_work(family, engine, monkeypat
     finally:
         compute.stop()
     assert batches == [*sizes, 1]
+
+
+def test_a_client_with_many_steps_waits_for_one_with_a_single_step(engine, monkeypatch):
+    """Prefills share no pass; four of one client came first."""
+    order: list[str] = []
+    monkeypatch.setattr(
+        engine, "step", lambda steps, run=engine.step: order.extend(each.client for each, _ in steps) or run(steps)
+    )
+    compute = ComputeThread()
+    batcher = StepBatcher(engine, compute)
+
+    async def work() -> None:
+        sessions = [session(client=client) for client in ("greedy",) * 4 + ("meek",)]
+        await asyncio.gather(*(batcher.run(each, step(hidden(1, 2, 0), 0)) for each in sessions))
+
+    try:
+        asyncio.run(work())
+    finally:
+        compute.stop()
+    assert order == ["greedy", "meek", "greedy", "greedy", "greedy"]
 
 
 def test_where_attention_has_a_window_only_equal_positions_share_a_step(model_folder):
