@@ -279,7 +279,10 @@ def _explained(error: Exception, overrides: Sequence[str], config_name: str) -> 
         if len(kept) < len(overrides):
             return _no_option(key, composed(kept, config_name=config_name))
     if isinstance(error, OverrideParseException):
-        return f"cannot read the argument {error.override!r}: {_first_line(error.__cause__ or error)}"
+        return (
+            f"cannot read the argument {error.override!r}: {_first_line(error.__cause__ or error)}\n"
+            "  a value with spaces, quotes, commas or brackets wants two pairs of quotes:  'key=\"a value\"'"
+        )
     return _first_line(error.__cause__ or error)
 
 

@@ -79,6 +79,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="bloom", help="bloom (random, 12 x 512), default (embedded), or a folder")
     parser.add_argument("--quantization", default="none", choices=("none", "int8", "nf4"), help="of both sides' blocks")
+    parser.add_argument("--hand-over", default="auto", choices=("auto", "always", "never"), help="between the servers")
     parser.add_argument("--rounds", type=int, default=7, help="measured turns of each side")
     parser.add_argument("--threads", default="1,2", help="of the in-process sides")
     parser.add_argument("--clients", action=argparse.BooleanOptionalAction, default=True, help="also eight at once")
@@ -107,7 +108,9 @@ def compared(source: str, options: argparse.Namespace, stack: ExitStack) -> dict
         return stack.enter_context(local_swarm(source, spans=spans, quantization=options.quantization))
 
     def remote(peers: list[str]) -> Any:
-        model = AutoDistributedModelForCausalLM.from_pretrained(source, initial_peers=peers)
+        model = AutoDistributedModelForCausalLM.from_pretrained(
+            source, initial_peers=peers, hand_over=options.hand_over
+        )
         stack.callback(model.remote_blocks.close)
         return model
 
