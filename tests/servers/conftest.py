@@ -1,9 +1,12 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from servers.compute import ComputeThread
+from servers.engine import Engine
 from tests.models import save_model
+from tests.servers.peers import engine_of
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +21,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         return made[key]
 
     return folder
+
+
+@pytest.fixture(scope="module")
+def engine(model_folder: Callable[..., Path]) -> Iterator[tuple[Engine, ComputeThread]]:
+    with engine_of(model_folder("llama")) as parts:
+        yield parts

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from petals_tune.swarm.members import Members
+from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.frames import HEADER, Assembler, cut, read_header
-from petals_tune.wire.messages import Forward, Hello, Message, Refusal, Welcome, decode, encode
+from petals_tune.wire.messages import Forward, Hello, Message, PutAdapter, Refusal, Welcome, decode, encode
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 from servers.adapters import AdapterCache, GradientSums
@@ -165,3 +166,16 @@ class Peer:
                 said.append((await self.read())[1])
         except (asyncio.IncompleteReadError, ConnectionError):
             return said
+
+
+def lora(rank: int = 2, **fields: Any) -> AdapterPart:
+    a, b = torch.ones(rank, HIDDEN), torch.ones(48, rank)
+    return AdapterPart(**{"block": 1, "method": "lora", "module": "mlp.gate_proj", "tensors": [a, b], **fields})
+
+
+def prompt(positions: int = 2, **fields: Any) -> AdapterPart:
+    return AdapterPart(**{"block": 1, "method": "prompt", "tensors": [torch.ones(positions, HIDDEN)], **fields})
+
+
+def put(*parts: AdapterPart, version: str = "v", span: BlockSpan = SPAN) -> PutAdapter:
+    return PutAdapter(version=version, span=span, parts=list(parts))
