@@ -19,6 +19,8 @@ from petals_tune.convert import EMBEDDED_NAME, cache_folder
 from tests.processes import mark_this_run, servers_of_this_run, wait_until
 
 mark_this_run()
+# A shell ignores Ctrl-C for what it starts in the background, and all that this starts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def keep_caches_apart() -> None:
