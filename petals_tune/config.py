@@ -280,8 +280,8 @@ def _explained(error: Exception, overrides: Sequence[str], config_name: str) -> 
             return _no_option(key, composed(kept, config_name=config_name))
     if isinstance(error, OverrideParseException):
         return (
-            f"cannot read the argument {error.override!r}: {_first_line(error.__cause__ or error)}\n"
-            "  a value with spaces, quotes, commas or brackets wants two pairs of quotes:  'key=\"a value\"'"
+            f"cannot read the argument {error.override!r}: {_first_line(error.__cause__ or error)}; "
+            "a value with spaces, quotes, commas or brackets wants two pairs of quotes, 'key=\"a value\"'"
         )
     return _first_line(error.__cause__ or error)
 
