@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from hivemind.p2p import P2P
 
-from petals_tune.errors import NotHandedOn, PetalsTuneError, RequestRefused, ServerUnreachable
+from petals_tune.errors import NotHandedOn, PetalsTuneError, RequestRefused
 from petals_tune.swarm.directory import Directory, Snapshot
 from petals_tune.swarm.members import Members
 from petals_tune.swarm.stats import SwarmStats
@@ -45,9 +45,8 @@ class Expected:
     """Requests that wait for their tensor, and tensors that came before their request. On the event loop."""
 
     def __init__(self) -> None:
-        self._waiting: dict[
-            bytes, tuple[str, asyncio.Future[Delivered]]
-        ] = {}  # by ticket: the giver, and what it gives
+        # By ticket: the giver, and what it gives.
+        self._waiting: dict[bytes, tuple[str, asyncio.Future[Delivered]]] = {}
         self._early: dict[bytes, tuple[float, Delivered]] = {}  # by ticket, oldest first: when it came
         self._spent: dict[bytes, None] = {}  # tickets for which nothing is kept or awaited any more, oldest first
 
@@ -135,10 +134,11 @@ class Neighbours:
 
     async def hand_on(self, goes: HandOver, tensor: torch.Tensor) -> bool:
         """Whether `tensor` (B, S, H) is on its way to the server where it `goes`."""
-        if self._shut_until_s.get(goes.peer, 0.0) > time.monotonic():
+        record = await self._record(goes.peer)
+        if record is None or self._shut_until_s.get(goes.peer, 0.0) > time.monotonic():
             return False
         try:
-            stream = await self._stream(goes.peer)
+            stream = await self._stream(record)
         except PetalsTuneError as error:
             self._shut(goes.peer, error)
             return False
@@ -162,35 +162,33 @@ class Neighbours:
     def _shut(self, peer: str, error: Exception) -> None:
         logger.info("outputs cannot be handed on to server %s now: %s", peer, error)
         self._shut_until_s[peer] = time.monotonic() + SHUT_S
+        self._snapshot = None  # it may be back at another address
 
-    async def _stream(self, peer: str) -> ServerStream:
-        opening = self._streams.get(peer)
+    async def _stream(self, record: ServerRecord) -> ServerStream:
+        opening = self._streams.get(record.peer)
         if opening is None or (opening.done() and (opening.exception() or not opening.result().alive)):
-            opening = self._streams[peer] = asyncio.create_task(self._open(peer))
+            opening = self._streams[record.peer] = asyncio.create_task(
+                ServerStream.open(
+                    self._p2p,
+                    record.peer,
+                    record.addresses,
+                    self._model,
+                    members=self._members,
+                    timeout_s=HAND_ON_S,
+                    stats=self._stats,
+                )
+            )
         return await asyncio.shield(opening)
 
-    async def _open(self, peer: str) -> ServerStream:
-        record = await self._record(peer)
-        return await ServerStream.open(
-            self._p2p,
-            peer,
-            record.addresses,
-            self._model,
-            members=self._members,
-            timeout_s=HAND_ON_S,
-            stats=self._stats,
-        )
-
-    async def _record(self, peer: str) -> ServerRecord:
-        """What `peer` announces. Raises ServerUnreachable where it is no server of this model."""
+    async def _record(self, peer: str) -> ServerRecord | None:
+        """What `peer` announces; None, and nothing is kept of it, where it is no server of this model."""
+        if (record := self._known(peer)) is not None:
+            return record
         async with self._one_looks:
-            if (record := self._known(peer)) is None and time.monotonic() - self._looked_s > LOOK_AGAIN_S:
+            if time.monotonic() - self._looked_s > LOOK_AGAIN_S:
                 self._snapshot = await self._directory.snapshot()
                 self._looked_s = time.monotonic()
-                record = self._known(peer)
-        if record is None:
-            raise ServerUnreachable(f"{peer} is not known as a server of this model")
-        return record
+        return self._known(peer)
 
     def _known(self, peer: str) -> ServerRecord | None:
         known = () if self._snapshot is None else self._snapshot.servers

@@ -138,10 +138,10 @@ class Relay:
         self, waiting: _Waiting, request: Forward | Backward | Step, *, handed_on: bool
     ) -> Message | None:
         """The reply to what was sent ahead; None where it has to be asked once more, with its tensor."""
-        if not handed_on and not waiting.reply.done():
-            stream = await self._client.stream(waiting.hop.server)
-            await stream.notify(Delivery(ticket=waiting.ticket, tensor=carried(request)))
         try:
+            if not handed_on and not waiting.reply.done():
+                stream = await self._client.stream(waiting.hop.server)
+                await stream.notify(Delivery(ticket=waiting.ticket, tensor=carried(request)))
             done, _ = await asyncio.wait({waiting.reply}, timeout=self._client.policy.reply_s)
             if done:
                 return waiting.reply.result()

@@ -9,7 +9,8 @@ import torch
 
 from petals_tune.swarm import loop
 from petals_tune.swarm.session import ChainSession, Inputs
-from petals_tune.wire.messages import Delivery, Step
+from petals_tune.wire.messages import Delivery, HandOver, Step
+from servers import handover
 from tests.faults.network import Network, close_client
 from tests.faults.step import WHOLE, WIDTH, TrainingStep, check
 from tests.models import relative_error
@@ -79,13 +80,48 @@ def test_a_server_that_hands_on_something_else_than_it_answers_costs_a_repetitio
     assert network.calls["b", "Forward"] == 3, "once refused by its numbers, once before by its shape, twice computed"
 
 
+def test_a_peer_that_is_no_server_is_neither_dialled_nor_remembered(network):
+    neighbours = network.servers["a"].handler._neighbours
+    hand_on = super(type(neighbours), neighbours).hand_on
+
+    async def handed_on(peer: str) -> bool:
+        return await hand_on(HandOver(peer=peer, ticket=bytes(16)), torch.zeros(1, 1, WIDTH))
+
+    assert loop.run(handed_on(network.servers["b"].record.peer))
+    assert not any(loop.run(handed_on(f"stranger {number}")) for number in range(20))
+    assert set(neighbours._streams) == {network.servers["b"].record.peer}
+    assert not neighbours._shut_until_s
+
+
+def test_a_server_that_could_not_be_reached_is_looked_up_anew(network, monkeypatch):
+    neighbours = network.servers["a"].handler._neighbours
+    hand_on = super(type(neighbours), neighbours).hand_on
+    for constant in ("SHUT_S", "LOOK_AGAIN_S"):
+        monkeypatch.setattr(handover, constant, 0.0)
+    lookups = []
+
+    async def looked() -> None:
+        lookups.append(None)
+
+    network.at_lookup = looked
+    goes = HandOver(peer=network.servers["b"].record.peer, ticket=bytes(16))
+    assert loop.run(hand_on(goes, torch.zeros(1, 1, WIDTH)))
+    network.servers["b"].record, record = network.servers["c"].record, network.servers["b"].record
+    loop.run(neighbours.close())
+    assert not loop.run(hand_on(goes, torch.zeros(1, 1, WIDTH)))
+    network.servers["b"].record = record
+    assert loop.run(hand_on(goes, torch.zeros(1, 1, WIDTH)))
+    assert len(lookups) == 2
+
+
 @pytest.mark.parametrize("loses", ["its output", "the stream"])
 def test_an_output_that_does_not_arrive_is_delivered_by_the_client(network, expected, monkeypatch, loses):
     neighbours = network.servers["a"].handler._neighbours
 
     async def lost(goes, tensor):
         """Says that it handed on; and then its stream ends."""
-        await (await neighbours._stream(goes.peer)).send(Delivery(ticket=bytes(16), tensor=tensor))
+        record = await neighbours._record(goes.peer)
+        await (await neighbours._stream(record)).send(Delivery(ticket=bytes(16), tensor=tensor))
         if loses == "the stream":
             await neighbours.close()
         return loses == "the stream"
