@@ -20,6 +20,7 @@ class Swarm:
     initial_peers: list[str]
     host_maddrs: list[str]
     announce_maddrs: list[str]
+    relay: bool
     key: str | None
     token: str | None
 
@@ -52,6 +53,8 @@ def run(options: Node) -> None:
             identity_path=options.identity_path,
             key=swarm.key,
             token=swarm.token,
+            relays=swarm.relay,
+            reach="direct",  # one that others cannot dial is no address to give to others
         ) as here:
             addresses = ",".join(await here.addresses())
             print(f"ready: no blocks; others join with swarm.initial_peers=[{addresses}]", flush=True)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from hivemind.dht.node import DHTNode
 from hivemind.p2p import P2P
 
 from petals_tune.errors import ServerError
 from petals_tune.swarm.members import Members, identity_beside, load_identity
-from petals_tune.swarm.p2p import start_dht, start_p2p, stop_dht, stop_p2p
+from petals_tune.swarm.p2p import on_this_machine, start_dht, start_p2p, stop_dht, stop_p2p
 from petals_tune.wire.signing import SigningKey
+from servers.reach import PROTOCOL as DIAL_BACK
+from servers.reach import DialBack, dialled_back
+from servers.relayed import Relayed, start_relay
 
+logger = logging.getLogger(__name__)
+
+Reach = Literal["auto", "direct", "relay"]  # auto: direct where a peer of the swarm can dial this one
 T = TypeVar("T")
 
 _SAME_STOP_S = 2.0  # whoever stops the daemon may be about to stop us too
@@ -28,6 +36,7 @@ class Joined:
     p2p: P2P
     node: DHTNode
     members: Members | None  # None: the swarm is open
+    relayed: Relayed | None  # None: others dial this peer itself
 
     @property
     def peer(self) -> str:
@@ -38,8 +47,11 @@ class Joined:
         return self.p2p._child is not None and self.p2p._child.returncode is None
 
     async def addresses(self) -> tuple[str, ...]:
-        """Where others can dial this peer."""
-        return tuple(str(address) for address in await self.p2p.get_visible_maddrs())
+        """Where others can dial this peer: the relay comes last, since it is the longer way."""
+        own = await _own_addresses(self.p2p)
+        if self.relayed is None:
+            return own
+        return *(address for address in own if not on_this_machine([address])), self.relayed.address
 
     async def while_daemon_lives(self, work: Coroutine[Any, Any, T], stop: asyncio.Event) -> T:
         """The result of `work`. Raises ServerError where the daemon ends before it, and nobody set `stop`.
@@ -76,11 +88,14 @@ async def joined(
     key: str | None = None,
     token: str | None = None,
     listens: bool = True,
+    relays: bool = False,
+    reach: Reach = "auto",
 ) -> AsyncIterator[Joined]:
     """Join a swarm (or, without initial peers, begin one) and leave it with this block.
 
     In a private swarm, whoever `listens` stores records for others and needs the swarm's `key`, a file; who only looks
-    on can do with a `token`. Raises ConfigError, AccessDenied, ClockSkew, ServerUnreachable.
+    on can do with a `token`. One that `relays` carries traffic for those who cannot be dialled; `reach` says how others
+    come to this one. Raises ConfigError, AccessDenied, ClockSkew, ServerUnreachable.
     """
     async with AsyncExitStack() as stack:
         if token is not None and not listens:
@@ -94,17 +109,41 @@ async def joined(
             members = Members.with_key(key, token, identity)
         elif token is not None:
             members = Members.with_token(token, identity)
-        p2p = await start_p2p(
+        start = partial(
+            start_p2p,
             initial_peers,
             host_maddrs=host_maddrs,
             announce_maddrs=announce_maddrs,
             identity=identity,
             listens=listens,
+            relays=relays,
         )
+        p2p = await (start_relay(start) if relays else start())
         stack.push_async_callback(stop_p2p, p2p)
-        node = await start_dht(p2p, initial_peers, client_mode=not listens, identity=identity, members=members)
+        relayed = None
+        if listens:
+            await p2p.add_binary_stream_handler(DIAL_BACK, DialBack(members).serve)
+            if await _needs_a_relay(p2p, initial_peers, members, reach):
+                relayed = await Relayed.find(p2p, initial_peers)
+                keeping = asyncio.create_task(relayed.keep())
+                stack.callback(keeping.cancel)
+        client_mode = not listens or relayed is not None
+        node = await start_dht(p2p, initial_peers, client_mode=client_mode, identity=identity, members=members)
         stack.push_async_callback(stop_dht, node)
-        yield Joined(p2p=p2p, node=node, members=members)
+        yield Joined(p2p=p2p, node=node, members=members, relayed=relayed)
+
+
+async def _needs_a_relay(p2p: P2P, initial_peers: Sequence[str], members: Members | None, reach: Reach) -> bool:
+    if reach != "auto" or on_this_machine(initial_peers):
+        return reach == "relay"
+    dialled = await dialled_back(p2p, initial_peers, await _own_addresses(p2p), members)
+    if dialled is None:
+        logger.warning("no peer of the swarm could say whether others can dial this server")
+    return dialled is False
+
+
+async def _own_addresses(p2p: P2P) -> tuple[str, ...]:
+    return tuple(str(address) for address in await p2p.get_visible_maddrs())
 
 
 def _ending(code: int) -> str:

@@ -24,6 +24,8 @@ class Swarm:
     initial_peers: list[str]
     host_maddrs: list[str]
     announce_maddrs: list[str]
+    relay: bool
+    reach: Literal["auto", "direct", "relay"]
     key: str | None
     token: str | None
     announce_s: Annotated[float, Field(gt=0)]

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -61,6 +61,8 @@ async def serve(options: Serve, on_ready: OnReady, stop: asyncio.Event) -> None:
                 identity_path=options.identity_path,
                 key=swarm.key,
                 token=swarm.token,
+                relays=swarm.relay,
+                reach=swarm.reach,
             )
         )
         compute = ComputeThread(options.threads)
@@ -90,7 +92,7 @@ class _Announcer:
     def __init__(self, directory: Directory, *, lasts_s: float):
         self.directory, self._lasts_s = directory, lasts_s
         self.record: ServerRecord | None = None
-        self.renewed: Callable[[ServerRecord], ServerRecord] = lambda record: record  # what changes meanwhile
+        self.renewed: Callable[[ServerRecord], Awaitable[ServerRecord]]  # with what changes meanwhile
         self._renewal: asyncio.Task[None] | None = None
 
     async def say(self, record: ServerRecord) -> None:
@@ -102,9 +104,12 @@ class _Announcer:
     async def _renew(self) -> None:
         while self.record is not None:
             await asyncio.sleep(self._lasts_s / 3)
-            if self.record is not None:
-                self.record = self.renewed(self.record)
-                await self.directory.announce(self.record, lasts_s=self._lasts_s)
+            record = self.record
+            if record is not None:
+                renewed = await self.renewed(record)
+                if self.record is record:  # nothing else was said meanwhile
+                    self.record = renewed
+                    await self.directory.announce(renewed, lasts_s=self._lasts_s)
 
     async def withdraw(self) -> None:
         if self.record is not None:
@@ -133,7 +138,7 @@ class _Server:
     ):
         self._options, self._here, self.compute, self._announcer = options, here, compute, announcer
         self._peer, self._metrics = here.peer, metrics
-        announcer.renewed = self._with_free_cache
+        announcer.renewed = self._renewed
         self._checkpoint = Checkpoint(options.model.source, options.disk_cache)
         self._dtype = torch_dtype(options.dtype, self._checkpoint.config, options.device)
         self._facts: _Facts
@@ -351,9 +356,10 @@ class _Server:
             public_name=self._options.public_name,
         )
 
-    def _with_free_cache(self, record: ServerRecord) -> ServerRecord:
+    async def _renewed(self, record: ServerRecord) -> ServerRecord:
+        addresses = await self._here.addresses()  # others at another relay
         free = None if self.handler is None else self.handler.stores.sessions.free_bytes
-        return msgspec.structs.replace(record, free_cache_bytes=free)
+        return msgspec.structs.replace(record, free_cache_bytes=free, addresses=addresses)
 
     @property
     def record(self) -> ServerRecord | None:

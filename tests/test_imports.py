@@ -79,6 +79,8 @@ HANDLES_STRANGERS = (
     *(
         "servers.handler",
         "servers.handover",
+        "servers.reach",
+        "servers.relayed",
         "servers.streams",
         "servers.gate",
         "servers.leases",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hivemind.dht.node import DHTNode
 from hivemind.dht.protocol import ValidationError
-from hivemind.p2p import P2P
+from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils.multiaddr import Multiaddr
 
@@ -22,6 +22,8 @@ from petals_tune.wire.signing import SigningKey, identity_bytes
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 LEAVING_S = 3.0
+CIRCUIT = "/p2p-circuit"  # in an address: what is before it relays
+_P2P = bytes.fromhex("a503")  # the code of /p2p/ in a binary multiaddr
 _CANNOT_LISTEN = ("failed to listen", "failed to parse multiaddr")  # in the daemon's last words
 
 
@@ -32,10 +34,12 @@ async def start_p2p(
     announce_maddrs: Sequence[str] = (),
     identity: SigningKey | None = None,
     listens: bool = True,
+    relays: bool = False,
 ) -> P2P:
     """Start a daemon and connect it to `initial_peers`. Its peer id is that of `identity`, or a new one.
 
-    No relays, no hole punching and no port mapping: hivemind's defaults ask the network's gateway for ports.
+    It reaches others through relays, unless its swarm is all on this machine; one that `relays` carries the traffic
+    between others. No hole punching and no port mapping: hivemind's defaults ask the network's gateway for ports.
     Raises ConfigError for an address that is none, ServerUnreachable where no initial peer answers.
     """
     for maddr in initial_peers:
@@ -51,19 +55,21 @@ async def start_p2p(
             identity_path = Path(folder, "identity")
             write_private(identity_path, identity_bytes(identity))
         try:
-            return await P2P.create(
-                initial_peers=list(initial_peers) or None,
-                host_maddrs=list(host_maddrs) if listens else None,
-                announce_maddrs=list(announce_maddrs) or None,
-                identity_path=None if identity_path is None else str(identity_path),
-                check_if_identity_free=False,  # it would start a daemon that asks the network's gateway for ports
-                dht_mode="server" if listens else "client",
-                no_listen=not listens,
-                auto_nat=False,
-                nat_port_map=False,
-                use_relay=False,
-                use_auto_relay=False,
-            )
+            with _one_go_thread() if relays else nullcontext():  # servers/relayed.py says why
+                return await P2P.create(
+                    initial_peers=list(initial_peers) or None,
+                    host_maddrs=list(host_maddrs) if listens else None,
+                    announce_maddrs=list(announce_maddrs) or None,
+                    identity_path=None if identity_path is None else str(identity_path),
+                    check_if_identity_free=False,  # it would start a daemon that asks the network's gateway for ports
+                    dht_mode="server" if listens else "client",
+                    no_listen=not listens,
+                    auto_nat=False,
+                    nat_port_map=False,
+                    use_relay=relays or not on_this_machine(initial_peers),
+                    use_auto_relay=False,
+                    force_reachability="public" if relays else None,
+                )
         except P2PDaemonError as error:
             if listens and any(sign in str(error) for sign in _CANNOT_LISTEN):
                 raise ConfigError(
@@ -76,6 +82,41 @@ async def start_p2p(
                 f"the p2p daemon cannot reach the swarm through {', '.join(initial_peers) or 'no peers'}: {error}\n"
                 "  check that the first server runs and prints this address"
             ) from None
+
+
+def on_this_machine(addresses: Sequence[str]) -> bool:
+    """Whether all of `addresses` are of the loopback interface."""
+    return all(address.startswith(("/ip4/127.", "/ip6/::1/")) for address in addresses)
+
+
+def dialled(address: str) -> Multiaddr:
+    """`address` as the daemon wants it: without the peer that it leads to, and with a relay's id in its own encoding.
+
+    hivemind writes an Ed25519 id as a CID, go-libp2p as the plain multihash.
+    Source: libp2p specs, addressing and peer-ids.
+    """
+    *relays, last = address.split(CIRCUIT)
+    parts = []
+    for relay in relays:
+        place, _, peer = relay.rpartition("/p2p/")
+        multihash = PeerID.from_base58(peer).to_bytes()
+        parts += [Multiaddr(place).to_bytes(), _P2P, bytes([len(multihash)]), multihash, Multiaddr(CIRCUIT).to_bytes()]
+    place = last.partition("/p2p/")[0]
+    return Multiaddr(b"".join(parts) + (Multiaddr(place).to_bytes() if place else b""))
+
+
+@contextmanager
+def _one_go_thread() -> Iterator[None]:
+    """For daemons that are started in here."""
+    before = os.environ.get("GOMAXPROCS")
+    os.environ["GOMAXPROCS"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["GOMAXPROCS"]
+        else:
+            os.environ["GOMAXPROCS"] = before
 
 
 async def start_dht(

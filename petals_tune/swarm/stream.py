@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
-from hivemind.utils.multiaddr import Multiaddr
 
 from petals_tune.errors import (
     AccessDenied,
@@ -22,6 +21,7 @@ from petals_tune.errors import (
     UntrustedServer,
 )
 from petals_tune.swarm.members import Members
+from petals_tune.swarm.p2p import dialled
 from petals_tune.swarm.stats import SwarmStats
 from petals_tune.swarm.writer import BROKEN, MessageWriter
 from petals_tune.wire import frames
@@ -68,10 +68,12 @@ class ServerStream:
         Raises ServerUnreachable, ServerTimeout, UntrustedServer, or what the server refuses.
         """
         try:
+            peer_id, places = PeerID.from_base58(peer), [dialled(address) for address in addresses]
+        except ValueError as error:  # it may announce whatever it wants
+            raise ServerUnreachable(f"server {peer} announces an address that is none: {error}") from None
+        try:
             async with asyncio.timeout(timeout_s):
-                peer_id = PeerID.from_base58(peer)
-                # The daemon takes addresses without their /p2p/ end (hivemind and go-libp2p encode that differently).
-                await p2p._client.connect(peer_id, [Multiaddr(address.split("/p2p/")[0]) for address in addresses])
+                await p2p._client.connect(peer_id, places)
                 _, reader, writer = await p2p.call_binary_stream_handler(peer_id, PROTOCOL)
         except TimeoutError:
             raise ServerTimeout(f"server {peer} did not open a stream within {timeout_s:g} s") from None

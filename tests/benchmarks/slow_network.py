@@ -4,7 +4,7 @@
 
 A training step and 64 generated tokens with outputs that go through the client (swarm.hand_over=never) and with outputs
 that servers hand on to each other (auto, the default), in turns, medians. Random BLOOM of 12 blocks x 512, fp32,
-servers of one thread each. Needs root (links.py). The last line is JSON.
+servers of one thread each. Needs root (tests/links.py). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from petals_tune.checkpoint import Checkpoint
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM
 from petals_tune.swarm.local import ServerProcess
 from tests.benchmarks.generation import NEW_TOKENS, generate
-from tests.benchmarks.links import Host, slow_network
 from tests.benchmarks.training import ROWS, TEXT_TOKENS, Side, method_config, model_source
+from tests.links import Host, network
 
 RULES = ("never", "auto")
 METHODS = ("prompt", "lora")
@@ -46,7 +46,7 @@ def main() -> None:
     with ExitStack() as stack:
         source = model_source("bloom", stack)
         found = stack.enter_context(
-            slow_network(1 + options.servers, round_trip_s=options.round_trip_ms / 1000, bits_per_s=options.mbit * 1e6)
+            network(1 + options.servers, round_trip_s=options.round_trip_ms / 1000, bits_per_s=options.mbit * 1e6)
         )
         peers = served(source, found[1:], stack)
         command = [sys.executable, *sys.argv, "--source", source, "--peers", *peers]

@@ -148,6 +148,12 @@ def asking(stream: ServerStream, request: Message, *, timeout_s: float = LONG_S)
     return asyncio.create_task(stream.call(request, timeout_s=timeout_s))
 
 
+async def test_a_server_that_announces_what_is_no_address_cannot_be_reached():
+    nobody = FakeP2P(ends=None)  # type: ignore[arg-type]
+    with pytest.raises(ServerUnreachable, match="announces an address that is none"):
+        await ServerStream.open(nobody, PEER, ["rubbish"], "m", timeout_s=LONG_S, stats=SwarmStats())  # type: ignore[arg-type]
+
+
 async def test_requests_are_matched_with_their_replies_by_id_in_whatever_order_these_come(connect):
     stream, peer = await connect()
     asked = [asking(stream, forward(number)) for number in range(8)]
