@@ -15,7 +15,7 @@ from hivemind.p2p import P2P
 
 from petals_tune.errors import ServerError
 from petals_tune.swarm.members import Members, identity_beside, load_identity
-from petals_tune.swarm.p2p import on_this_machine, start_dht, start_p2p, stop_dht, stop_p2p
+from petals_tune.swarm.p2p import on_this_machine, start_dht, start_p2p, stay_known, stop_dht, stop_p2p
 from petals_tune.wire.signing import SigningKey
 from servers.reach import PROTOCOL as DIAL_BACK
 from servers.reach import DialBack, dialled_back
@@ -125,11 +125,11 @@ async def joined(
             await p2p.add_binary_stream_handler(DIAL_BACK, DialBack(members).serve)
             if await _needs_a_relay(p2p, initial_peers, members, reach):
                 relayed = await Relayed.find(p2p, initial_peers)
-                keeping = asyncio.create_task(relayed.keep())
-                stack.callback(keeping.cancel)
+                stack.callback(asyncio.create_task(relayed.keep()).cancel)
         client_mode = not listens or relayed is not None
         node = await start_dht(p2p, initial_peers, client_mode=client_mode, identity=identity, members=members)
         stack.push_async_callback(stop_dht, node)
+        stack.callback(asyncio.create_task(stay_known(p2p, node, initial_peers)).cancel)
         yield Joined(p2p=p2p, node=node, members=members, relayed=relayed)
 
 

@@ -28,7 +28,7 @@ from petals_tune.errors import (
 )
 from petals_tune.swarm.directory import Directory, Snapshot
 from petals_tune.swarm.members import Members
-from petals_tune.swarm.p2p import start_dht, start_p2p, stop_dht, stop_p2p
+from petals_tune.swarm.p2p import start_dht, start_p2p, stay_known, stop_dht, stop_p2p
 from petals_tune.swarm.retry import Attempts, Bans, Load, RetryPolicy
 from petals_tune.swarm.route import Hop, plan_route
 from petals_tune.swarm.stats import SwarmStats
@@ -60,6 +60,7 @@ class SwarmClient:
         self._streams: dict[str, asyncio.Task[ServerStream]] = {}
         self._refreshing: asyncio.Task[None] | None = None
         self._knocking: dict[str, asyncio.Task[None]] = {}
+        self._staying: asyncio.Task[None] | None = None
         self._closed = False
 
     @classmethod
@@ -84,6 +85,7 @@ class SwarmClient:
             await stop_p2p(p2p)
             raise
         client = cls(p2p, node, model, policy, members)
+        client._staying = asyncio.create_task(stay_known(p2p, node, initial_peers))
         attempts = Attempts(RetryPolicy(timeout_s=JOIN_S, longest_pause_s=0.5), time.monotonic())
         try:
             while True:
@@ -257,9 +259,10 @@ class SwarmClient:
                 if isinstance(stream, ServerStream):
                     await stream.close()
         self._streams.clear()
-        for task in (*self._knocking.values(), *([self._refreshing] if self._refreshing else [])):
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        for task in (*self._knocking.values(), self._refreshing, self._staying):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         await stop_dht(self._node)
         await stop_p2p(self._p2p)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -18,10 +19,12 @@ from hivemind.utils.multiaddr import Multiaddr
 from petals_tune.errors import ClockSkew, ConfigError, ServerUnreachable
 from petals_tune.swarm.guards import MembersOnly, SignedRecords
 from petals_tune.swarm.members import Members, write_private
+from petals_tune.swarm.writer import BROKEN
 from petals_tune.wire.signing import SigningKey, identity_bytes
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 LEAVING_S = 3.0
+GREET_S = 20.0  # between two greetings, give or take half
 CIRCUIT = "/p2p-circuit"  # in an address: what is before it relays
 _P2P = bytes.fromhex("a503")  # the code of /p2p/ in a binary multiaddr
 _CANNOT_LISTEN = ("failed to listen", "failed to parse multiaddr")  # in the daemon's last words
@@ -155,6 +158,25 @@ async def start_dht(
             "  check that the first server runs and prints this address; a private swarm answers only those who give "
             "swarm.token=FILE"
         ) from None
+
+
+async def stay_known(p2p: P2P, node: DHTNode, initial_peers: Sequence[str]) -> None:
+    """Greet the peers through which this one joined, again and again, for ever.
+
+    The DHT forgets a peer that did not answer once, and one that was started again knows nobody: without this, those
+    who come through it then find an empty swarm.
+    """
+    while True:
+        await asyncio.sleep(GREET_S * random.uniform(0.5, 1.5))
+        await asyncio.gather(*(_greet(p2p, node, address) for address in initial_peers))
+
+
+async def _greet(p2p: P2P, node: DHTNode, address: str) -> None:
+    peer = PeerID.from_base58(address.rpartition("/p2p/")[2])
+    with suppress(P2PDaemonError, *BROKEN):  # it is away
+        async with asyncio.timeout(GREET_S):
+            await p2p._client.connect(peer, [dialled(address)])
+            await node.protocol.call_ping(peer)
 
 
 async def stop_dht(node: DHTNode) -> None:

@@ -1,0 +1,70 @@
+"""Real p2p daemons and DHT nodes on 127.0.0.1."""
+
+import asyncio
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from petals_tune.swarm import p2p
+from petals_tune.swarm.client import SwarmClient
+from petals_tune.swarm.directory import Directory
+from petals_tune.swarm.retry import RetryPolicy
+from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.span import BlockSpan
+from servers.joining import Joined, joined
+
+WHOLE = BlockSpan(0, 1)
+
+
+async def announce(server: Joined) -> None:
+    record = ServerRecord(
+        peer=server.peer,
+        addresses=await server.addresses(),
+        model="m",
+        model_name="tiny",
+        blocks=WHOLE,
+        total_blocks=1,
+        quantization="none",
+        dtype="float32",
+    )
+    await Directory(server.node).announce(record, lasts_s=60)
+
+
+async def until_known(server: Joined, *, to: Joined) -> None:
+    """Returns once the DHT shows `to` the server, which renews its announcement meanwhile."""
+    async with asyncio.timeout(30):
+        while [record.peer for record in (await Directory(to.node).snapshot()).servers] != [server.peer]:
+            await announce(server)
+            await asyncio.sleep(0.2)
+
+
+async def test_a_swarm_whose_first_node_was_restarted_comes_together_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The node knows nobody then, and who did not get an answer from it has forgotten it."""
+    monkeypatch.setattr(p2p, "GREET_S", 0.3)
+    identity_path = str(tmp_path / "node.identity")
+    async with AsyncExitStack() as stack:
+        first = AsyncExitStack()
+        node = await first.enter_async_context(joined([], host_maddrs=[p2p.LOOPBACK], identity_path=identity_path))
+        peers = await node.addresses()
+        server = await stack.enter_async_context(joined(peers, host_maddrs=[p2p.LOOPBACK]))
+        await announce(server)
+        client = await SwarmClient.join(peers, model="m", blocks=WHOLE, policy=RetryPolicy())
+        stack.push_async_callback(client.close)
+        await first.aclose()
+        await client.refresh()
+        async with asyncio.timeout(30):
+            while node.p2p.peer_id in server.node.protocol.routing_table:
+                await announce(server)
+                await asyncio.sleep(0.1)
+
+        again = joined([], host_maddrs=[peers[0].partition("/p2p/")[0]], identity_path=identity_path)
+        node = await stack.enter_async_context(again)
+        await until_known(server, to=node)
+        newcomer = await stack.enter_async_context(joined(peers, listens=False))
+        await until_known(server, to=newcomer)
+        async with asyncio.timeout(30):
+            while node.p2p.peer_id not in client._node.protocol.routing_table:
+                await asyncio.sleep(0.1)
