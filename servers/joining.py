@@ -123,7 +123,7 @@ async def joined(
         relayed = None
         if listens:
             await p2p.add_binary_stream_handler(DIAL_BACK, DialBack(members).serve)
-            if await _needs_a_relay(p2p, initial_peers, members, reach):
+            if await _needs_a_relay(p2p, initial_peers, members, reach, given=bool(announce_maddrs)):
                 relayed = await Relayed.find(p2p, initial_peers)
                 stack.callback(asyncio.create_task(relayed.keep()).cancel)
         client_mode = not listens or relayed is not None
@@ -133,12 +133,14 @@ async def joined(
         yield Joined(p2p=p2p, node=node, members=members, relayed=relayed)
 
 
-async def _needs_a_relay(p2p: P2P, initial_peers: Sequence[str], members: Members | None, reach: Reach) -> bool:
+async def _needs_a_relay(
+    p2p: P2P, initial_peers: Sequence[str], members: Members | None, reach: Reach, *, given: bool
+) -> bool:
     if reach != "auto" or on_this_machine(initial_peers):
         return reach == "relay"
-    dialled = await dialled_back(p2p, initial_peers, await _own_addresses(p2p), members)
+    dialled = await dialled_back(p2p, initial_peers, await _own_addresses(p2p), members, given=given)
     if dialled is None:
-        logger.warning("no peer of the swarm could say whether others can dial this server")
+        logger.warning("no peer of the swarm could say whether others can dial this one")
     return dialled is False
 
 

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import struct
 from collections.abc import Sequence
+from itertools import compress
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -46,8 +47,9 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Those at which a libp2p peer answered."""
+    """Those that were dialled, and those of them at which a libp2p peer answered."""
 
+    dialled: Addresses
     reached: Addresses
 
 
@@ -71,7 +73,7 @@ class DialBack:
                 question = await _read(reader, Question)
                 if self._members is not None:
                     self._members.admit(question.token, str(info.peer_id))
-                await _write(writer, Answer(reached=await reached(question.addresses, _host(str(info.addr)))))
+                await _write(writer, await answer(question.addresses, host=_host(str(info.addr))))
         except (AccessDenied, ProtocolError, ServerBusy, TimeoutError, *BROKEN) as error:
             logger.info("peer %s asked to be dialled: %s", info.peer_id, error or "it was too slow")
         finally:
@@ -80,12 +82,17 @@ class DialBack:
 
 
 async def dialled_back(
-    p2p: P2P, peers: Sequence[str], addresses: Sequence[str], members: Members | None
+    p2p: P2P, peers: Sequence[str], addresses: Sequence[str], members: Members | None, *, given: bool = False
 ) -> bool | None:
-    """Whether one of `peers` reaches this one at one of its `addresses`; None where none of them can say."""
+    """Whether one of `peers` reaches this one at one of its `addresses`; None where none of them can say.
+
+    Addresses that somebody has `given` may be of a router whose other side `peers` do not see: then they dial nothing.
+    """
     question = Question(addresses=tuple(addresses[:16]), token=None if members is None else members.own_token())
-    said = [answer for answer in await asyncio.gather(*(_asked(p2p, peer, question) for peer in peers)) if answer]
-    return any(answer.reached for answer in said) if said else None
+    said = [each for each in await asyncio.gather(*(_asked(p2p, peer, question) for peer in peers)) if each]
+    if any(each.reached for each in said):
+        return True
+    return None if not said or (given and not any(each.dialled for each in said)) else False
 
 
 async def _asked(p2p: P2P, peer: str, question: Question) -> Answer | None:
@@ -103,37 +110,29 @@ async def _asked(p2p: P2P, peer: str, question: Question) -> Answer | None:
         return None
 
 
-async def reached(addresses: Sequence[str], host: str | None) -> tuple[str, ...]:
-    """Those of `addresses` that are of `host` and at which a libp2p peer greets."""
-    if host is None:
-        return ()
-    asked = [address for address in addresses if _host(address) == host]
-    greet = await asyncio.gather(*(_greets(host, port) for port in map(_port, asked)))
-    return tuple(address for address, greets in zip(asked, greet, strict=True) if greets)
+async def answer(addresses: Sequence[str], *, host: str | None) -> Answer:
+    """Dial those of `addresses` that are of `host`."""
+    dialled = tuple(address for address in addresses if host is not None and _host(address) == host)
+    greet = await asyncio.gather(*(_greets(address) for address in dialled))
+    return Answer(dialled=dialled, reached=tuple(compress(dialled, greet)))
 
 
-async def _greets(host: str, port: int | None) -> bool:
-    if port is None:
-        return False
+async def _greets(address: str) -> bool:
+    """Whether a libp2p peer listens there, by TCP."""
     try:
         async with asyncio.timeout(DIAL_S):
-            reader, writer = await asyncio.open_connection(host, port)
+            reader, writer = await asyncio.open_connection(_host(address), _part(address, "tcp"))
             try:
                 return await reader.readexactly(len(_GREETING)) == _GREETING
             finally:
                 writer.close()
-    except (TimeoutError, *BROKEN):
+    except BROKEN:  # a time-out is one
         return False
 
 
 def _host(address: str) -> str | None:
     """The IP address in a multiaddress; None where there is none."""
     return _part(address, "ip4") or _part(address, "ip6")
-
-
-def _port(address: str) -> int | None:
-    port = _part(address, "tcp")
-    return None if port is None else int(port)
 
 
 def _part(address: str, protocol: str) -> str | None:

@@ -12,7 +12,7 @@ from petals_tune.swarm.p2p import start_p2p, stop_p2p
 from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.tokens import issue
 from servers import reach
-from servers.reach import PROTOCOL, DialBack, dialled_back, reached
+from servers.reach import PROTOCOL, Answer, DialBack, answer, dialled_back
 
 OWNER = SigningKey.new()
 
@@ -67,6 +67,15 @@ async def test_a_peer_says_whether_it_can_dial_another(start):
     assert await dialled_back(newcomer, known, [closed, *own], None) is True
 
 
+async def test_the_address_of_a_router_is_believed_where_nobody_sees_it(start):
+    _, known = await start(answers=DialBack(None))
+    newcomer, _ = await start(*known)
+    router = ["/ip4/10.0.0.5/tcp/31337"]
+    assert await dialled_back(newcomer, known, router, None) is False
+    assert await dialled_back(newcomer, known, router, None, given=True) is None
+    assert await dialled_back(newcomer, known, ["/ip4/127.0.0.1/tcp/1"], None, given=True) is False
+
+
 async def test_one_that_knows_no_such_question_says_nothing(start):
     _, known = await start()
     newcomer, own = await start(*known)
@@ -86,16 +95,17 @@ async def test_a_private_swarm_dials_members_alone(start):
 async def test_nothing_but_the_host_that_asked_is_dialled(door):
     port, visits = await door("127.0.0.2", reach._GREETING)
     there = f"/ip4/127.0.0.2/tcp/{port}"
-    assert await reached([there], "127.0.0.1") == ()
+    assert await answer([there], host="127.0.0.1") == Answer(dialled=(), reached=())
     assert visits == []
-    assert await reached([there, "/ip4/127.0.0.2/udp/1", "rubbish"], "127.0.0.2") == (there,)
+    other = "/ip4/127.0.0.2/udp/1"
+    assert await answer([other, there, "rubbish"], host="127.0.0.2") == Answer(dialled=(other, there), reached=(there,))
     assert len(visits) == 1
 
 
 @pytest.mark.parametrize("greeting", [b"", b"HTTP/1.1 400 Bad Request\r\n", b"\x13/multistream"])
 async def test_what_is_no_libp2p_peer_does_not_count(door, greeting):
     port, visits = await door("127.0.0.1", greeting)
-    assert await reached([f"/ip4/127.0.0.1/tcp/{port}"], "127.0.0.1") == ()
+    assert (await answer([f"/ip4/127.0.0.1/tcp/{port}"], host="127.0.0.1")).reached == ()
     assert len(visits) == 1
 
 
@@ -104,7 +114,7 @@ async def test_one_that_lets_in_and_says_nothing_does_not_hold_up(door, monkeypa
     silent = await asyncio.start_server(lambda *_: asyncio.sleep(60), "127.0.0.1", 0)
     async with silent:
         port = silent.sockets[0].getsockname()[1]
-        assert await reached([f"/ip4/127.0.0.1/tcp/{port}"], "127.0.0.1") == ()
+        assert (await answer([f"/ip4/127.0.0.1/tcp/{port}"], host="127.0.0.1")).reached == ()
 
 
 @pytest.mark.parametrize(
