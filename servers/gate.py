@@ -84,6 +84,7 @@ class RequestLimits:
     max_streams_per_client: int
     max_in_flight: int
     max_requests_per_s: float
+    max_request_s: float
     max_receiving_bytes: int
     max_message_bytes: int
     max_positions: int

@@ -219,7 +219,11 @@ class Handler:
         try:
             if self.draining:
                 raise ServerBusy("this server is leaving the swarm")
-            reply = await self._reply(stream.client, request)
+            async with asyncio.timeout(self._limits.max_request_s):
+                reply = await self._reply(stream.client, request)
+        except TimeoutError:  # what has begun goes on, for nobody; what has not will not
+            limit = f"{self._limits.max_request_s:g} s (this server's limits.max_request_s)"
+            reply = _refusal(ServerBusy(f"the request was not done after {limit}"))
         except PetalsTuneError as error:
             reply = _refusal(error)
         except MemoryError as error:

@@ -46,6 +46,7 @@ class Limits:
     max_streams_per_client: Annotated[int, Field(ge=1)]
     max_in_flight: Annotated[int, Field(ge=1)]
     max_requests_per_s: Annotated[float, Field(gt=0)]
+    max_request_s: Annotated[float, Field(gt=0)]
     drain_s: Annotated[float, Field(ge=0)]
 
     def of_requests(self) -> RequestLimits:
@@ -54,6 +55,7 @@ class Limits:
             max_streams_per_client=self.max_streams_per_client,
             max_in_flight=self.max_in_flight,
             max_requests_per_s=self.max_requests_per_s,
+            max_request_s=self.max_request_s,
             max_receiving_bytes=int(self.max_receiving_gb * 2**30),
             max_message_bytes=int(self.max_message_mb * 2**20),
             max_positions=self.max_positions,

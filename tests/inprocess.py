@@ -33,6 +33,7 @@ _LIMITS = RequestLimits(
     max_streams_per_client=64,
     max_in_flight=32,
     max_requests_per_s=1e6,
+    max_request_s=600.0,
     max_receiving_bytes=2**28,
     max_message_bytes=2**26,
     max_positions=1024,

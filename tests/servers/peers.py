@@ -34,6 +34,7 @@ LIMITS = RequestLimits(
     max_streams_per_client=3,
     max_in_flight=4,
     max_requests_per_s=100_000.0,
+    max_request_s=60.0,
     max_receiving_bytes=4 * 2**20,
     max_message_bytes=2**20,
     max_positions=64,

@@ -11,7 +11,8 @@ CLIENTS = st.sampled_from(["a", "b", "c"])
 
 
 def gate(**changes: float) -> Gate:
-    limits = {"max_streams": 6, "max_streams_per_client": 2, "max_in_flight": 3, "max_requests_per_s": 10.0}
+    limits = {"max_streams": 6, "max_streams_per_client": 2, "max_in_flight": 3}
+    limits |= {"max_requests_per_s": 10.0, "max_request_s": 60.0}
     sizes = {"max_receiving_bytes": 100, "max_message_bytes": 100, "max_positions": 8, "max_tokens": 16}
     return Gate(RequestLimits(**{**limits, **sizes, **changes}))
 

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import struct
+import threading
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from petals_tune.wire.frames import HEADER
 from petals_tune.wire.messages import (
     MAX_HELLO_BYTES,
     Backward,
+    Chained,
     Forward,
     Forwarded,
+    HandOver,
     Hello,
     Message,
     OpenSession,
@@ -22,12 +25,14 @@ from petals_tune.wire.messages import (
     Refusal,
     Welcome,
     encode,
+    without_tensor,
 )
 from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.tokens import encode_token, issue
 from servers import streams
 from servers.compute import ComputeThread
 from servers.engine import Engine
+from servers.turns import Priority
 from tests.servers.peers import HIDDEN, LIMITS, SPAN, House, forward, lora, prompt, put, stores
 
 Parts = tuple[Engine, ComputeThread]
@@ -185,6 +190,24 @@ async def test_requests_beyond_those_in_flight_are_refused_as_busy_and_the_other
         assert sum(isinstance(answer, Forwarded) for answer in answers) == 12 - len(busy) >= 4
         assert isinstance(await alice.ask(forward()), Forwarded)
         assert isinstance(await greedy.ask(forward()), Forwarded)
+
+
+async def test_a_request_that_is_not_done_in_time_is_refused_and_never_begun(engine, monkeypatch):
+    """Behind work that takes longer, and as part of a chain whose tensor never comes."""
+    begun: list[object] = []
+    monkeypatch.setattr(engine[0], "forward", begun.append)
+    release = threading.Event()
+    blocked = asyncio.create_task(engine[1].run(Priority.FORWARD, release.wait))
+    house = House(engine, limits=dataclasses.replace(LIMITS, max_request_s=0.1))
+    async with house.client() as client:
+        assert "limits.max_request_s" in (await client.refused(forward())).text
+        comes = HandOver(peer="nobody", ticket=bytes(16))
+        refusal = await client.refused(Chained(request=without_tensor(forward()), comes=comes))
+        assert refusal.error == "ServerBusy"
+    release.set()
+    await blocked
+    await engine[1].run(Priority.BACKWARD, lambda: None)  # after all that waited
+    assert begun == []
 
 
 async def test_a_request_without_room_is_dropped_as_it_comes_and_the_next_one_is_served(engine):
