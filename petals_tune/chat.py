@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -125,10 +126,10 @@ def turns(prompt: str | None) -> Iterator[str]:
     if prompt is not None:
         yield prompt
         return
-    if not sys.stdin.isatty():
+    if not on_a_terminal(prompt):
         yield sys.stdin.read().strip()
         return
-    print("Say something; Ctrl-D ends the chat.", flush=True)
+    print("Say something; Ctrl-C stops an answer, Ctrl-D ends the chat.", flush=True)
     while True:
         try:
             line = input("\n> ").strip()
@@ -170,9 +171,34 @@ def talk(model: Any, tokenizer: Any, cfg: DictConfig, said: Iterator[str]) -> No
                     f"the chat is {ids.shape[1]} tokens long and the next answer may take {cfg.max_new_tokens}: "
                     f"start again, with max_length={2 * length} for a longer one"
                 )
-            output = model.generate(input_ids=ids, generation_config=generation, streamer=streamer)
+            with stoppable() if on_a_terminal(cfg.prompt) else nullcontext() as stop:
+                output = model.generate(
+                    input_ids=ids, generation_config=generation, streamer=streamer, stopping_criteria=stop
+                )
             answer = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
             messages.append({"role": "assistant", "content": answer.strip()})
+
+
+def on_a_terminal(prompt: str | None) -> bool:
+    """Whether a person types the turns."""
+    return prompt is None and sys.stdin.isatty()
+
+
+@contextmanager
+def stoppable() -> Iterator[list[Callable[..., bool]]]:
+    """Criteria for `generate`: the first Ctrl-C ends the answer after the next token, a second one interrupts."""
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield [lambda ids, scores, **_: stopped]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def base_model(model: Any) -> Any:

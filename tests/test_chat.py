@@ -1,6 +1,7 @@
 """The chat command: its arguments, and a conversation over a local swarm."""
 
 import io
+import signal
 import sys
 from contextlib import nullcontext
 from typing import Any
@@ -11,7 +12,7 @@ from omegaconf import DictConfig
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from petals_tune.chat import CONFIG_NAME, Chat, opened, talk, turns, with_prompt_key
+from petals_tune.chat import CONFIG_NAME, Chat, opened, stoppable, talk, turns, with_prompt_key
 from petals_tune.config import check, composed
 from petals_tune.convert import embedded_model
 from petals_tune.data.chitchat import persona_message
@@ -113,6 +114,43 @@ def test_turns_are_added_up_in_the_format_of_training_and_answers_are_printed(sp
     assert torch.equal(second[:, : first.shape[1]], first)
     answers = capsys.readouterr().out
     assert tokenizer.decode(second[0, first.shape[1] :][:3]).strip() in answers
+
+
+def test_ctrl_c_on_a_terminal_stops_the_answer_and_the_chat_goes_on(spoken, monkeypatch):
+    class Interrupted(Local):
+        def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+            def press(ids: torch.Tensor, *_: Any, **__: Any) -> bool:
+                if ids.shape[1] == input_ids.shape[1] + 2:
+                    signal.raise_signal(signal.SIGINT)
+                return False
+
+            options["stopping_criteria"] = [press, *options["stopping_criteria"]]
+            return super().generate(input_ids, **options)
+
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    model, tokenizer = Interrupted(spoken[0]._model), spoken[1]
+    said = config("max_new_tokens=30", "temperature=0")
+    talk(model, tokenizer, said, iter(["Tell me a story.", "And then?"]))
+    first, second = model.seen
+    answer = tokenizer.decode(second[0, first.shape[1] : first.shape[1] + 2])
+    messages = [
+        persona_message([]),
+        {"role": "user", "content": "Tell me a story."},
+        {"role": "assistant", "content": answer.strip()},
+        {"role": "user", "content": "And then?"},
+    ]
+    assert second[0].tolist() == context_ids(messages, tokenizer)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_twice_interrupts_an_answer_that_does_not_come():
+    with stoppable() as (stopped,):
+        assert not stopped(None, None)
+        signal.raise_signal(signal.SIGINT)
+        assert stopped(None, None)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_chat_that_is_full_says_how_to_go_on(spoken):
