@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from httpx2 import HTTPError, TransportError
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from petals_tune.disk import DiskCache
-from petals_tune.errors import UnsupportedModel
+from petals_tune.download import Blob, check
+from petals_tune.errors import HubUnreachable, PetalsTuneError, UnsupportedModel
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +58,15 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Raises UnsupportedModel where there is none."""
-        try:
-            return AutoConfig.from_pretrained(self._config_folder)
-        except (OSError, ValueError) as error:
+        """Raises UnsupportedModel where there is none, HubUnreachable where there may be one later."""
+        if _is_path(self.source) and not Path(self.source).is_dir():
             raise UnsupportedModel(
-                f"model.source={self.source!r} is neither a folder with a config.json nor a model that the hub gave: "
-                f"{_first_line(error)}"
-            ) from None
+                f"model.source={self.source}: there is no such folder; give one with config.json and safetensors "
+                "files, or the name of a model on the hub"
+            )
+        what = f"model.source={self.source!r} is neither a folder with a config.json nor a model that the hub gave"
+        with _explained(what):
+            return AutoConfig.from_pretrained(self._config_folder)
 
     @cached_property
     def revision(self) -> str:
@@ -176,34 +179,26 @@ class Checkpoint:
                 if self.disk is not None:
                     self.disk.used(Path(here).resolve())
                 return Path(here)
-        try:
+        with _explained(f"model.source={self.source!r}: {file} did not come"):
             return self._downloaded(file, revision)
-        except OSError as error:
-            raise UnsupportedModel(f"model.source={self.source!r}: {_first_line(error)}") from None
 
     def _downloaded(self, file: str, revision: str | None) -> Path | None:
-        """Ask the hub. A connection that is cut is taken up again where it was; a wrong file is not kept."""
-
-        def download() -> str | None:
-            return cached_file(
+        """Ask the hub. A download goes on where it was cut, or where a process was killed; a wrong file is not kept."""
+        blob = None
+        room: AbstractContextManager[None] = nullcontext()
+        if file.endswith(".safetensors"):
+            blob = Blob.of(self.source, file, revision=revision, cache=Path(self._place.get("cache_dir", HF_HUB_CACHE)))
+        if blob is not None and self.disk is not None:
+            room = self.disk.room_for(blob.size_bytes, f"{self.source}: {file}", begun=blob.partial)
+        with room:
+            is_right = blob is not None and blob.fetch()
+            found = cached_file(  # links what is there, and gets what is not
                 self.source, file, revision=revision, _raise_exceptions_for_missing_entries=False, **self._place
             )
-
-        if self.disk is None or self.disk.max_bytes is None or not file.endswith(".safetensors"):
-            found = download()
-        else:
-            size_bytes = get_hf_file_metadata(hf_hub_url(self.source, file, revision=revision)).size or 0
-            with self.disk.room_for(size_bytes, f"{self.source}: {file}"):
-                found = download()
         if found is None:
             return None
-        blob = Path(found).resolve()
-        if _SHA256.fullmatch(blob.name):  # large files are kept under their checksums
-            with blob.open("rb") as opened:
-                seen = hashlib.file_digest(opened, "sha256").hexdigest()
-            if seen != blob.name:
-                blob.unlink()
-                raise UnsupportedModel(f"{file} of {self.source} came damaged (SHA-256 {seen}): start again to get it")
+        if not is_right:
+            check(Path(found).resolve(), f"{file} of {self.source}")
         return Path(found)
 
     def _sums_of_weights(self) -> list[str]:
@@ -226,6 +221,37 @@ def _opened(path: Path) -> Iterator[Any]:
             yield opened
     except (SafetensorError, OSError) as error:
         raise UnsupportedModel(f"{path} is damaged or does not fit its index: {error}") from None
+
+
+def _is_path(source: str) -> bool:
+    """Rather than the name of a model on a hub, which is NAME or OWNER/NAME."""
+    return source.startswith(("/", ".", "~")) or source.endswith("/") or source.count("/") > 1
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """What the library could not get or read: HubUnreachable where a later moment may do, else UnsupportedModel."""
+    try:
+        yield
+    except PetalsTuneError:
+        raise
+    except (OSError, ValueError, HTTPError) as error:
+        if _may_pass(error):
+            raise HubUnreachable(
+                f"{what}: {_first_line(error)}\n  try again when the hub can be reached: what has come is kept"
+            ) from None
+        raise UnsupportedModel(f"{what}: {_first_line(error)}") from None
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether the network, or the hub itself, stands behind an error."""
+    while error is not None:
+        if isinstance(error, TransportError) or (
+            isinstance(error, HfHubHTTPError) and error.response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
+        ):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _digest(value: Any) -> str:

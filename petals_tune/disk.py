@@ -40,8 +40,11 @@ class DiskCache:
             os.utime(path, (time.time(), path.stat().st_mtime))
 
     @contextmanager
-    def room_for(self, size_bytes: int, what: str) -> Iterator[None]:
-        """Meanwhile `size_bytes` may be added. Raises ConfigError where `what` is larger than the whole budget."""
+    def room_for(self, size_bytes: int, what: str, *, begun: Path | None = None) -> Iterator[None]:
+        """Meanwhile a file of `size_bytes` may be added, or what the file `begun` lacks of it.
+
+        Raises ConfigError where `what` is larger than the whole budget.
+        """
         if self.max_bytes is None:
             yield
             return
@@ -52,7 +55,11 @@ class DiskCache:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / "budget.lock"):
-            self._make_room(self.max_bytes - size_bytes)
+            there_bytes = 0
+            if begun is not None and begun.exists():
+                self.used(begun)
+                there_bytes = min(begun.stat().st_size, size_bytes)
+            self._make_room(self.max_bytes - size_bytes + there_bytes)
             yield
 
     def _make_room(self, allowed_bytes: int) -> None:
@@ -66,8 +73,9 @@ class DiskCache:
             taken_bytes -= status.st_size
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        """What takes room: whole files and the beginnings of others. Not locks, which somebody may hold."""
         for folder in (self.hub, self.quantized):
             for path in folder.rglob("*"):
                 with suppress(FileNotFoundError):  # another process has deleted or renamed it meanwhile
-                    if path.is_file() and not path.is_symlink():
+                    if path.is_file() and not path.is_symlink() and path.suffix != ".lock":
                         yield path, path.stat()

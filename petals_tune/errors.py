@@ -4,6 +4,7 @@ PetalsTuneError
 |-- ConfigError (ValueError)            yours: a key or a value; the text names what is allowed
 |   |-- UnsupportedModel                yours: this architecture cannot be split, or its files are not there
 |   `-- UnsupportedAdapter              yours: a tuning method that remote blocks cannot honour
+|-- HubUnreachable (ConnectionError)    the network's: the hub of models did not answer, or not to the end
 |-- DataError (ValueError)              yours: a row, a column, a split
 |-- Diverged (ArithmeticError)          yours: a loss or a gradient that is not finite; nothing was applied
 |-- ProtocolError (ValueError)          the server's: bytes that break the rules of the wire; the stream is closed
@@ -58,6 +59,12 @@ class UnsupportedModel(ConfigError):
 
 class UnsupportedAdapter(ConfigError):
     """A tuning method that blocks on a server cannot honour; the text names what works instead."""
+
+
+class HubUnreachable(PetalsTuneError, ConnectionError):
+    """The hub that a model is downloaded from did not answer, or not to the end; what came is kept."""
+
+    fault: ClassVar[Fault] = "the network's"
 
 
 class DataError(PetalsTuneError, ValueError):

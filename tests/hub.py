@@ -30,7 +30,11 @@ class Hub:
     downloads: Counter[str] = field(default_factory=Counter)  # answered requests by file, parts included
     parts: list[tuple[str, int]] = field(default_factory=list)  # (file, first byte) where only the rest was wanted
     cuts: set[str] = field(default_factory=set)  # files whose next answer ends in the middle
-    damages: set[str] = field(default_factory=set)  # files whose next answer has wrong bytes
+    holds: set[str] = field(
+        default_factory=set
+    )  # files whose next answer stops in the middle until nobody waits for it
+    damages: Counter[str] = field(default_factory=Counter)  # how many of a file's next answers have wrong bytes
+    sent_bytes: Counter[str] = field(default_factory=Counter)  # by file
 
     @property
     def shards(self) -> set[str]:
@@ -41,7 +45,7 @@ class Hub:
     def serving(self) -> Iterator["Hub"]:
         handler = type("Handler", (_Handler,), {"hub": self})
         server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         self.address = f"http://127.0.0.1:{server.server_port}"
         try:
             yield self
@@ -51,6 +55,13 @@ class Hub:
 
     def known_to(self, script: str, folder: Path) -> list[str]:
         """What `script` prints with `folder` as its argument, in a process that knows this hub for the hub."""
+        process = self.started(script, folder)
+        said, complaints = process.communicate(timeout=120)
+        assert process.returncode == 0, complaints
+        return said.splitlines()
+
+    def started(self, script: str, folder: Path) -> subprocess.Popen[str]:
+        """`script`, running, with `folder` as its argument, in a process that knows this hub for the hub."""
         environment = {
             **os.environ,
             "HF_ENDPOINT": self.address,
@@ -59,17 +70,14 @@ class Hub:
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
-        ran = subprocess.run(
+        return subprocess.Popen(
             [sys.executable, "-c", script, str(folder)],
             env=environment,
             cwd=ROOT,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
-            check=False,
         )
-        assert ran.returncode == 0, ran.stderr
-        return ran.stdout.splitlines()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -126,15 +134,23 @@ class _Handler(BaseHTTPRequestHandler):
         if not with_body:
             return
         self.hub.downloads[file.name] += 1
-        if file.name in self.hub.damages:
-            self.hub.damages.discard(file.name)
+        if self.hub.damages[file.name]:
+            self.hub.damages[file.name] -= 1
             body = body[:-1] + bytes([body[-1] ^ 1])
         stop = last + 1
         if file.name in self.hub.cuts:
             self.hub.cuts.discard(file.name)
             stop = len(body) // 2
             self.close_connection = True
+        held = file.name in self.hub.holds
+        if held:
+            stop = len(body) // 2
         self.wfile.write(body[first:stop])
+        self.hub.sent_bytes[file.name] += stop - first
+        if held:
+            self.rfile.read()  # ends with the connection
+            self.hub.holds.discard(file.name)
+            self.close_connection = True
 
     def as_json(self, value: Any) -> None:
         body = json.dumps(value).encode()

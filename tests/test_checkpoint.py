@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from httpx2 import ConnectError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from petals_tune.checkpoint import Checkpoint
-from petals_tune.errors import UnsupportedModel
+from petals_tune.errors import HubUnreachable, UnsupportedModel
 from petals_tune.wire.records import same_model
 from tests.hub import Hub
 
@@ -65,6 +67,26 @@ def test_a_folder_without_weights_says_what_to_do(folder, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(UnsupportedModel, match="save_pretrained"):
         _ = Checkpoint(str(tmp_path)).tensor_names
+
+
+@pytest.mark.parametrize("source", ["/nowhere/llama", "./llama", "models/tiny/llama", "llama/", "~/llama"])
+def test_a_folder_that_is_not_there_is_not_taken_for_a_name(source):
+    with pytest.raises(UnsupportedModel, match="there is no such folder"):
+        _ = Checkpoint(source).config
+
+
+def test_a_hub_that_cannot_be_reached_is_nobodys_mistake(monkeypatch):
+    def cut_off(*_: object, **__: object) -> None:
+        unreachable = LocalEntryNotFoundError("An error happened")
+        unreachable.__cause__ = ConnectError("Connection refused")
+        raise OSError("We couldn't connect to the hub") from unreachable
+
+    monkeypatch.setattr("petals_tune.checkpoint.cached_file", cut_off)
+    with pytest.raises(HubUnreachable, match=r"couldn't connect.*\n.*try again"):
+        _ = Checkpoint("tiny/llama").config
+    monkeypatch.undo()
+    with pytest.raises(UnsupportedModel, match="nor a model that the hub gave"):
+        _ = Checkpoint("tiny/llama").config  # tests are offline by choice
 
 
 @pytest.fixture
@@ -128,12 +150,12 @@ def test_a_download_that_is_cut_goes_on_where_it_was(hub, folder, tmp_path):
 
 def test_a_file_with_wrong_bytes_is_named_and_not_kept(hub, folder, tmp_path):
     (shard, *_) = shards_of(folder, 1)
-    hub.damages.add(shard)
+    hub.damages[shard] = 2
     script = "try: load(1)\nexcept PetalsTuneError as error: print(error)\nprint(load(1))"
     text, size = with_hub(hub, script, tmp_path)
     assert text.startswith(f"{shard} of tiny/llama came damaged")
     assert int(size) > 0
-    assert hub.downloads[shard] == 2
+    assert hub.downloads[shard] == 3, "it is fetched anew once before that is an error"
 
 
 def test_a_server_stays_inside_its_disk_budget(hub, folder, tmp_path):

@@ -57,6 +57,32 @@ def test_what_is_larger_than_the_budget_is_refused_and_nothing_goes_for_it(disk)
     assert kept.exists()
 
 
+def test_what_a_killed_download_left_counts_and_goes_in_its_turn(disk):
+    partial = disk.hub / "models--tiny" / "blobs" / "c0ffee.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(bytes(600))
+    lock = disk.hub / ".locks" / "models--tiny" / "c0ffee.lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    for path in (lock, partial):
+        aged(path, 900)
+    add(disk, "block", 500)
+    assert not partial.exists()
+    assert lock.exists(), "whoever deletes a lock lets two in"
+
+
+def test_a_download_that_goes_on_keeps_what_has_come_and_takes_room_for_the_rest(disk):
+    partial = disk.hub / "begun"
+    disk.hub.mkdir(parents=True)
+    partial.write_bytes(bytes(600))
+    aged(partial, 900)
+    old, new = aged(add(disk, "old", 200), 800), add(disk, "new", 100)
+    with disk.room_for(800, "shard 7", begun=partial):
+        assert [path.exists() for path in (partial, old, new)] == [True, False, True]
+    with pytest.raises(ConfigError, match="shard 7"), disk.room_for(1001, "shard 7", begun=partial):
+        pass
+
+
 def test_without_a_budget_nothing_goes(tmp_path):
     disk = DiskCache(folder=tmp_path)
     old = aged(add(disk, "old", 5000), 1e6)
