@@ -135,7 +135,18 @@ def composed(overrides: Sequence[str] = (), *, config_name: str = CONFIG_NAME) -
 
 def check_arguments(arguments: Sequence[str], *, config_name: str = CONFIG_NAME, schema: type = Run) -> None:
     """Compose and check what a command line asks for, every job of a sweep included. Raises ConfigError."""
-    args = get_args_parser().parse_args(list(arguments))
+    args, unknown = get_args_parser().parse_known_args(list(arguments))
+    if unknown:
+        raise ConfigError(f"{unknown[0]} is no option: options are written KEY=VALUE; --help lists them")
+    if args.config_dir and not Path(args.config_dir).is_dir():
+        raise ConfigError(f"--config-dir {args.config_dir}: there is no such folder")
+    if args.config_name and not args.config_path:
+        folders = [folder_of("conf"), *([Path(args.config_dir)] if args.config_dir else [])]
+        file = f"{args.config_name.removesuffix('.yaml')}.yaml"
+        if not any((folder / file).is_file() for folder in folders):
+            raise ConfigError(
+                f"--config-name {args.config_name}: there is no {file} in {folders[-1]}; see --config-dir"
+            )
     if args.help or args.hydra_help or args.info or args.shell_completion or args.config_path or args.config_name:
         return
     search = [f"hydra.searchpath=[file://{Path(args.config_dir).resolve()}]"] if args.config_dir else []
@@ -248,7 +259,8 @@ def _check_value(value: Any, hint: Any, key: str) -> None:
         wanted = dict.fromkeys(
             part["msg"].removeprefix("Input should be ").partition(", unable")[0] for part in error.errors()
         )
-        raise ConfigError(f"{key} is {value!r}: it must be {' or '.join(wanted)}") from None
+        a_list = f" in brackets, as in '{key}=[{value}]'" if "a valid list" in wanted and isinstance(value, str) else ""
+        raise ConfigError(f"{key} is {value!r}: it must be {' or '.join(wanted)}{a_list}") from None
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
@@ -278,6 +290,10 @@ def _explained(error: Exception, overrides: Sequence[str], config_name: str) -> 
         kept = [text for text in overrides if _key(text) != key]
         if len(kept) < len(overrides):
             return _no_option(key, composed(kept, config_name=config_name))
+    if isinstance(error, OverrideParseException) and "=" not in str(error.override):
+        return f"cannot read the argument {error.override!r}: options are written KEY=VALUE; --help lists them"
+    if isinstance(error, OverrideParseException) and "=~" in str(error.override):
+        return f"cannot read the argument {error.override!r}: no ~ here; write $HOME, or the folder's whole name"
     if isinstance(error, OverrideParseException):
         return (
             f"cannot read the argument {error.override!r}: {_first_line(error.__cause__ or error)}; "
@@ -296,7 +312,13 @@ def _no_option(key: str, cfg: DictConfig) -> str:
     if "_target_" in section and name in inspect.signature(_target(section, where=where)).parameters:
         return f"{key} stands in no file: to add it, write a plus sign before it, +{key}=..."
     known = [str(option) for option in section if option not in _HYDRA_KEYS]
-    return _unknown(f"{where}{name}", known if where else [*known, "recipe"])
+    if not where and "data" in known:
+        known.append("recipe")  # what a run is described by
+    sections: Any = OmegaConf.to_container(cfg)
+    deeper = [f"{part}.{key}" for part, keys in sections.items() if isinstance(keys, dict) and key in keys]
+    if deeper:
+        return f"{key} is no option (did you mean {deeper[0]}?)"
+    return _unknown(f"{where}{name}", known)
 
 
 def _key(override: str) -> str:
@@ -309,7 +331,8 @@ def _unknown(key: str, known: Sequence[str], *, set_now: Sequence[str] = ()) -> 
     section, _, name = key.rpartition(".")
     meant = _meant(name, known, prefix=f"{section}." if section else "")
     listed = known if len(known) <= _MANY else [*(option for option in set_now if option in known), "more"]
-    return f"{key} is no option{meant}; {section or 'a run'} has {', '.join(listed) or 'none'}"
+    owner = section or ("a run" if "data" in known else "this command")
+    return f"{key} is no option{meant}; {owner} has {', '.join(listed) or 'none'}"
 
 
 def _unknown_choice(group: str, choice: str, known: Sequence[str]) -> str:

@@ -20,8 +20,7 @@ async def listening(app: web.Application, host: str, port: int, *, key: str) -> 
             await web.TCPSite(runner, host, port, shutdown_timeout=1.0).start()
         except OSError as error:
             raise ConfigError(
-                f"{key}={port}: cannot listen on {host}: {error.strerror or error}\n"
-                "  choose another, or 0 for a free one"
+                f"{key}={port}: cannot listen on {host}: {error.strerror or error}\n  choose another port"
             ) from None
         yield runner.addresses[0][1]
     finally:

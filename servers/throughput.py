@@ -64,9 +64,12 @@ def computing(
     del engine
     give_back_freed_memory()
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    folder.mkdir(parents=True, exist_ok=True)
-    partial.write_bytes(msgspec.json.encode(measured))
-    partial.rename(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(msgspec.json.encode(measured))
+        partial.rename(path)
+    except OSError as error:
+        logger.warning("the throughput is not kept for the next start: %s", error)
     return measured
 
 

@@ -34,6 +34,12 @@ MISTAKES = {
     "recipe=sst2 seed=-1": "seed is -1: it must be greater than or equal to 0",
     "recipe=sst2 model.sauce=x": "model.sauce is no option (did you mean model.source?); model has source",
     "recipe=sst2 swarm.spans=[0:15": "cannot read the argument 'swarm.spans=[0:15'",
+    "sst2": "cannot read the argument 'sst2': options are written KEY=VALUE",
+    "recipe=sst2 output_dir=~/runs": "cannot read the argument 'output_dir=~/runs': no ~ here; write $HOME",
+    "recipe=sst2 max_steps=5": "max_steps is no option (did you mean trainer.max_steps?)",
+    "--recipe sst2": "--recipe is no option: options are written KEY=VALUE",
+    "--config-dir /nowhere --config-name mine": "--config-dir /nowhere: there is no such folder",
+    "--config-name mine": "--config-name mine: there is no mine.yaml in ",
     "-m recipe=sst2 tuning.tokens=4,0": "tuning.tokens is 0",
     "-m recipe=sst2,sst3": "recipe=sst3 is not there",
 }

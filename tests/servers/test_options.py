@@ -54,6 +54,9 @@ def test_a_file_of_ones_own_says_what_arguments_say(tmp_path):
     ("argument", "text"),
     [
         ("metrics_port=99999", "metrics_port is 99999"),
+        ("modle=x", "did you mean model?); this command has model, blocks"),
+        ("max_disk_gb=3", "max_disk_gb is no option (did you mean disk.max_disk_gb?)"),
+        ("swarm.initial_peers=/ip4/10.0.0.5/tcp/1", "in brackets, as in 'swarm.initial_peers=[/ip4/10.0.0.5/tcp/1]'"),
         (f"public_name={'x' * 65}", "at most 64 characters"),
         ("limits.drain_s=-1", "limits.drain_s is -1"),
     ],
