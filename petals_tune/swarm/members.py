@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from petals_tune.errors import AccessDenied, ConfigError, ProtocolError
 from petals_tune.wire.signing import SigningKey, identity_bytes, identity_from
@@ -23,6 +24,9 @@ from petals_tune.wire.tokens import (
 REVOKED_READ_S = 1.0  # how often the list of revoked names is looked at
 OWN_TOKEN_S = 24 * 3600  # of a server that has the swarm's secret key and issues its token itself
 OWN_NAME = "holder-of-the-key"
+
+
+T = TypeVar("T")
 
 
 class Members:
@@ -43,7 +47,7 @@ class Members:
     @classmethod
     def with_token(cls, token_path: str | Path, identity: SigningKey) -> Members:
         """A member that checks others by its own token. Raises AccessDenied where that is no (longer) good one."""
-        token = token_from(read_text(token_path, key="swarm.token"))
+        token = _read(token_path, "swarm.token", token_from)
         check(token, swarm=token.swarm, peer=identity.peer, now_s=time.time())
         return cls(token.swarm, identity, lambda _: token)
 
@@ -61,7 +65,7 @@ class Members:
 
         Names in the file beside the key, NAME.revoked, are not let in. Raises ConfigError, AccessDenied.
         """
-        key = key_from(read_text(key_path, key="swarm.key"))
+        key = _read(key_path, "swarm.key", key_from)
         revoked = RevokedNames(Path(key_path).with_suffix(".revoked"))
         if isinstance(key, SigningKey):
             return cls(key.public, identity, _self_issued(key, identity.peer), revoked=revoked)
@@ -71,7 +75,7 @@ class Members:
                 f"swarm.token=FILE\n  the swarm's owner makes it:  python -m servers.keys issue --name NAME --hosts "
                 f"--peer {identity.peer}"
             )
-        token = token_from(read_text(token_path, key="swarm.token"))
+        token = _read(token_path, "swarm.token", token_from)
         check(token, swarm=key, peer=identity.peer, now_s=time.time(), hosts=True)
         return cls(key, identity, lambda _: token, revoked=revoked)
 
@@ -194,6 +198,15 @@ def read_text(path: str | Path, *, key: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no text"
         raise ConfigError(f"{key}={path} cannot be read: {why}") from None
+
+
+def _read(path: str | Path, key: str, parse: Callable[[str], T]) -> T:
+    """What a small file holds. Raises ConfigError naming `key` and the file."""
+    text = read_text(path, key=key)
+    try:
+        return parse(text)
+    except ConfigError as error:
+        raise ConfigError(f"{key}={path}: {error}") from None
 
 
 def refuse_keys(path: str | Path | None, *, key: str) -> None:
