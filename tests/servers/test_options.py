@@ -1,7 +1,9 @@
 """What is written about the options is true."""
 
 import re
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,11 @@ ROWS = [
 
 
 @pytest.fixture(autouse=True)
-def arguments_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def arguments_and_signals_are_given_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "argv", ["servers"])
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def test_every_option_that_stands_for_one_of_petals_exists():
