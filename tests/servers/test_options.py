@@ -2,6 +2,7 @@
 
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,3 +80,18 @@ def run_with(arguments: list[str]) -> Serve:
     seen: list[Serve] = []
     command(arguments, config_name="serve", schema=Serve, run=seen.append, usage="")
     return seen[0]
+
+
+def test_a_command_that_is_told_to_end_before_it_listens_ends_with_0():
+    """A default would not do: the first process of a container has none, and is waited for until it is killed."""
+    code = (
+        "import time\n"
+        "from servers.command import command\n"
+        "from servers.options import Serve\n"
+        "def run(options): print('importing', flush=True); time.sleep(60)\n"
+        "command([], config_name='serve', schema=Serve, run=run, usage='')\n"
+    )
+    with subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.terminate()
+        assert process.wait(timeout=60) == 0
