@@ -12,7 +12,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 \
     HF_HOME=/cache/huggingface PETALS_TUNE_CACHE=/cache/petals_tune
 
 # Volumes that are mounted here for the first time take over the owner.
-RUN useradd --create-home tuner && mkdir -p /cache /keys /work && chown tuner /cache /keys /work
+RUN useradd --uid 1000 --create-home tuner && mkdir -p /cache /keys /work && chown tuner /cache /keys /work
 
 WORKDIR /src
 # Dependencies first: this layer, the large one, stays as long as neither file changes.
@@ -28,7 +28,7 @@ COPY petals_tune petals_tune
 COPY servers servers
 RUN pip install --no-deps .
 
-USER tuner
+USER 1000
 WORKDIR /work
 VOLUME /cache
 

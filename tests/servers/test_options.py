@@ -1,7 +1,10 @@
 """What is written about the options is true."""
 
 import re
+import signal
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +22,11 @@ ROWS = [
 
 
 @pytest.fixture(autouse=True)
-def arguments_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def arguments_and_signals_are_given_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "argv", ["servers"])
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def test_every_option_that_stands_for_one_of_petals_exists():
@@ -77,3 +83,18 @@ def run_with(arguments: list[str]) -> Serve:
     seen: list[Serve] = []
     command(arguments, config_name="serve", schema=Serve, run=seen.append, usage="")
     return seen[0]
+
+
+def test_a_command_that_is_told_to_end_before_it_listens_ends_with_0():
+    """A default would not do: the first process of a container has none, and is waited for until it is killed."""
+    code = (
+        "import time\n"
+        "from servers.command import command\n"
+        "from servers.options import Serve\n"
+        "def run(options): print('importing', flush=True); time.sleep(60)\n"
+        "command([], config_name='serve', schema=Serve, run=run, usage='')\n"
+    )
+    with subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.terminate()
+        assert process.wait(timeout=60) == 0
