@@ -23,8 +23,7 @@ from petals_tune.errors import (
     SwarmMismatch,
 )
 from petals_tune.swarm.members import Members
-from petals_tune.swarm.writer import BROKEN
-from petals_tune.wire.frames import Dropped
+from petals_tune.wire.frames import BROKEN, Dropped
 from petals_tune.wire.messages import (
     Backward,
     Chained,

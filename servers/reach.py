@@ -22,8 +22,8 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from petals_tune.errors import AccessDenied, ProtocolError, ServerBusy
 from petals_tune.swarm.members import Members
-from petals_tune.swarm.writer import BROKEN
-from petals_tune.wire.messages import TokenBytes
+from petals_tune.wire.frames import BROKEN
+from petals_tune.wire.tokens import TokenBytes
 
 logger = logging.getLogger(__name__)
 

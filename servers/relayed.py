@@ -21,7 +21,7 @@ from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 
 from petals_tune.errors import ProtocolError, ServerError, ServerUnreachable
 from petals_tune.swarm.p2p import CIRCUIT, dialled, start_p2p, stop_p2p
-from petals_tune.swarm.writer import BROKEN
+from petals_tune.wire.frames import BROKEN
 
 logger = logging.getLogger(__name__)
 

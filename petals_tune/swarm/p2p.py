@@ -19,7 +19,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from petals_tune.errors import ClockSkew, ConfigError, ServerUnreachable
 from petals_tune.swarm.guards import MembersOnly, SignedRecords
 from petals_tune.swarm.members import Members, write_private
-from petals_tune.swarm.writer import BROKEN
+from petals_tune.wire.frames import BROKEN
 from petals_tune.wire.signing import SigningKey, identity_bytes
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"

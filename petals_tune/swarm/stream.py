@@ -23,8 +23,9 @@ from petals_tune.errors import (
 from petals_tune.swarm.members import Members
 from petals_tune.swarm.p2p import dialled
 from petals_tune.swarm.stats import SwarmStats
-from petals_tune.swarm.writer import BROKEN, MessageWriter
+from petals_tune.swarm.writer import MessageWriter
 from petals_tune.wire import frames
+from petals_tune.wire.frames import BROKEN
 from petals_tune.wire.messages import PROTOCOL, Hello, Message, Ping, Refusal, Welcome, decode
 from petals_tune.wire.span import BlockSpan
 

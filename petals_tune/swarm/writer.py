@@ -8,8 +8,6 @@ import time
 from petals_tune.wire import frames
 from petals_tune.wire.messages import Message, encode
 
-BROKEN = (asyncio.IncompleteReadError, ConnectionError, OSError)  # what reading and writing raise when a stream ends
-
 
 class MessageWriter:
     """Writes messages frame by frame: they alternate on the stream, and a slow reader stops their writers."""

@@ -19,7 +19,7 @@ from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WireFormat, from_bytes, to_bytes
-from petals_tune.wire.tokens import MAX_TOKEN_BYTES
+from petals_tune.wire.tokens import TokenBytes
 
 PROTOCOL = "/petals_tune/3"  # the libp2p protocol of our streams; a change of any message below changes the number
 
@@ -34,7 +34,6 @@ _TEXT_IN_ERRORS = 300
 _TENSOR_EXT = 1
 
 Name = Annotated[str, msgspec.Meta(max_length=128)]
-TokenBytes = Annotated[bytes, msgspec.Meta(max_length=MAX_TOKEN_BYTES)]
 Ticket = Annotated[bytes, msgspec.Meta(min_length=TICKET_BYTES, max_length=TICKET_BYTES)]
 Request = TypeVar("Request", bound="Forward | Backward | Step")  # one that sends a tensor through the blocks
 

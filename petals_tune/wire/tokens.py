@@ -18,6 +18,7 @@ from petals_tune.errors import AccessDenied, ConfigError, ProtocolError
 from petals_tune.wire.signing import KEY_BYTES, SIGNATURE_BYTES, SigningKey, is_signed, public_key_of
 
 MAX_TOKEN_BYTES = 512
+TokenBytes = Annotated[bytes, msgspec.Meta(max_length=MAX_TOKEN_BYTES)]  # of one that travels
 MAX_NAME = 64
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 

@@ -6,8 +6,8 @@ import socket
 import torch
 import uvloop
 
-from petals_tune.swarm.writer import BROKEN, MessageWriter
-from petals_tune.wire.frames import HEADER, Assembler, read_header
+from petals_tune.swarm.writer import MessageWriter
+from petals_tune.wire.frames import BROKEN, HEADER, Assembler, read_header
 from petals_tune.wire.messages import Forward, Message, Ping, decode
 from petals_tune.wire.span import BlockSpan
 
