@@ -1,12 +1,11 @@
 """Memory and time of a server that loads, cold and warm.
 
-    python tests/benchmarks/loading.py [--models default,wide] [--rounds 3]
+    python tests/benchmarks/loading.py [--models default,wide,wide-nf4,experts] [--rounds 3]
 
-Starts `python -m servers` in int8 with an empty folder for quantized blocks (cold), and again with what that left
+Starts `python -m servers` in int8, or in nf4 where the name says so, with an empty folder for quantized blocks (cold), and again with what that left
 (warm). Peak and resident memory are the kernel's own figures for the server process (VmHWM, VmRSS), without its p2p
 daemon. `default` is the embedded model, `wide` a random BLOOM of 6 blocks x 2048, whose blocks are 192 MB each in
-float32.
-Then, what of the resident memory is there before any weight: the imports one by one. The last line is JSON.
+float32, `experts` a random Mixtral of 4 blocks x 1024 with 8 experts, which stay in float32: 208 MB each. Then, what of the resident memory is there before any weight: the imports one by one. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from transformers import AutoModelForCausalLM, BloomConfig
+from transformers import AutoModelForCausalLM, BloomConfig, MixtralConfig, PretrainedConfig
 
 from petals_tune.checkpoint import Checkpoint
 from petals_tune.convert import embedded_model
@@ -34,12 +33,23 @@ from servers.trim import Parts
 MB = 2**20
 ALLOWED_MB = 400  # beside the weights and one block in float32
 IDLE_S = 2.0
+MODELS: dict[str, PretrainedConfig] = {
+    "wide": BloomConfig(n_layer=6, hidden_size=2048, n_head=16, vocab_size=256),
+    "experts": MixtralConfig(
+        num_hidden_layers=4,
+        hidden_size=1024,
+        intermediate_size=2048,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        vocab_size=256,
+    ),
+}
 IMPORTS = ("torch", "transformers", "bitsandbytes", "accelerate", "hivemind.dht.node", "servers.server")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--models", default="default,wide")
+    parser.add_argument("--models", default="default,wide,wide-nf4,experts")
     parser.add_argument("--rounds", type=int, default=3, help="starts of each kind; the table has medians")
     options = parser.parse_args()
     figures: dict[str, Any] = {}
@@ -47,13 +57,14 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     with tempfile.TemporaryDirectory() as folder:
         for name in options.models.split(","):
-            source = str(embedded_model()) if name == "default" else wide_model(Path(folder) / "wide")
+            model, _, quantization = name.partition("-")
+            source = str(embedded_model()) if model == "default" else made(Path(folder) / model, MODELS[model])
             block_mb = 4 * sum(p.numel() for p in Parts.of(Checkpoint(source)).hollow_block(0).parameters()) / MB
             starts: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
             for number in range(options.rounds):
                 disk = Path(folder) / f"disk-{name}-{number}"
                 for seen in starts.values():
-                    seen.append(started(source, disk))
+                    seen.append(started(source, disk, quantization or "int8"))
             for kind, seen in starts.items():
                 row = {key: statistics.median(each[key] for each in seen) for key in seen[0]}
                 row["allowed_mb"] = row["weights_mb"] + block_mb + ALLOWED_MB
@@ -71,10 +82,11 @@ def main() -> None:
     print(json.dumps(figures))
 
 
-def started(source: str, disk: Path) -> dict[str, float]:
+def started(source: str, disk: Path, quantization: str) -> dict[str, float]:
     """Start a server of all blocks, and look at it once it is ready and idle."""
     begun_s = time.perf_counter()
-    with server_process([f"model.source='{source}'", f"disk.folder='{disk}'", "threads=1"]) as server:
+    overrides = [f"model.source='{source}'", f"disk.folder='{disk}'", f"quantization={quantization}", "threads=1"]
+    with server_process(overrides) as server:
         server.wait_until_ready()
         ready_s = time.perf_counter() - begun_s
         time.sleep(IDLE_S)
@@ -110,9 +122,9 @@ def memory_mb(status: str) -> dict[str, float]:
     return {name.rstrip(":"): int(size) / 1024 for name, size, _ in lines}
 
 
-def wide_model(folder: Path) -> str:
-    config = BloomConfig(n_layer=6, hidden_size=2048, n_head=16, vocab_size=256)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="500MB")
+def made(folder: Path, config: PretrainedConfig) -> str:
+    if not folder.exists():
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size="500MB")
     return str(folder)
 
 

@@ -265,7 +265,7 @@ def test_what_breaks_the_schema_is_refused(raw):
 LOCAL = {"ConfigError", "DataError", "UnsupportedModel", "UnsupportedAdapter", "BadReply", "UncoveredBlocks"}
 LOCAL |= {"Diverged", "Retriable"}
 LOCAL |= {"SwarmError", "SwarmTimeout", "ServerUnreachable", "ServerTimeout", "PetalsTuneError"}
-LOCAL |= {"UntrustedServer", "ClockSkew"}
+LOCAL |= {"UntrustedServer", "ClockSkew", "HubUnreachable"}
 ALL = {
     name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, PetalsTuneError)
 }
