@@ -2,10 +2,13 @@
 
     python tests/benchmarks/loading.py [--models default,wide,wide-nf4,experts] [--rounds 3]
 
-Starts `python -m servers` in int8, or in nf4 where the name says so, with an empty folder for quantized blocks (cold), and again with what that left
-(warm). Peak and resident memory are the kernel's own figures for the server process (VmHWM, VmRSS), without its p2p
-daemon. `default` is the embedded model, `wide` a random BLOOM of 6 blocks x 2048, whose blocks are 192 MB each in
-float32, `experts` a random Mixtral of 4 blocks x 1024 with 8 experts, which stay in float32: 208 MB each. Then, what of the resident memory is there before any weight: the imports one by one. The last line is JSON.
+Starts `python -m servers` in int8, or in nf4 where the name says so, with an empty folder for quantized blocks (cold),
+and again with what that left (warm). Peak and resident memory are the kernel's own figures for the server process
+(VmHWM, VmRSS), without its p2p daemon. `default` is the embedded model, `wide` a random BLOOM of 6 blocks x 2048, whose
+blocks are 192 MB each in float32, `experts` a random Mixtral of 4 blocks x 1024 with 8 experts, which stay in float32:
+204 MB each. Then, what of the resident memory is there before any weight: the imports one by one.
+
+The last line is JSON.
 """
 
 from __future__ import annotations
