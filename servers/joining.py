@@ -16,6 +16,7 @@ from hivemind.p2p import P2P
 from petals_tune.errors import ServerError
 from petals_tune.swarm.members import Members, identity_beside, load_identity
 from petals_tune.swarm.p2p import on_this_machine, start_dht, start_p2p, stay_known, stop_dht, stop_p2p
+from petals_tune.wire.frames import BROKEN
 from petals_tune.wire.signing import SigningKey
 from servers.reach import PROTOCOL as DIAL_BACK
 from servers.reach import DialBack, dialled_back
@@ -97,6 +98,7 @@ async def joined(
     on can do with a `token`. One that `relays` carries traffic for those who cannot be dialled; `reach` says how others
     come to this one. Raises ConfigError, AccessDenied, ClockSkew, ServerUnreachable.
     """
+    asyncio.get_running_loop().set_exception_handler(_on_exception)
     async with AsyncExitStack() as stack:
         if token is not None and not listens:
             identity = identity_beside(token, identity_path)
@@ -146,6 +148,17 @@ async def _needs_a_relay(
 
 async def _own_addresses(p2p: P2P) -> tuple[str, ...]:
     return tuple(str(address) for address in await p2p.get_visible_maddrs())
+
+
+def _on_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What nobody awaits: hivemind's tasks that talk with the daemon fail when it ends, which is said elsewhere."""
+    task, error = context.get("future"), context.get("exception")
+    of_hivemind = isinstance(task, asyncio.Task) and "ControlClient." in repr(task.get_coro())
+    # RuntimeError is uvloop's, at a write to what is closed.
+    if of_hivemind and isinstance(error, (*BROKEN, RuntimeError)):
+        logger.debug("the daemon is gone: %s", error)
+    else:
+        loop.default_exception_handler(context)
 
 
 def _ending(code: int) -> str:

@@ -76,11 +76,12 @@ def test_a_server_that_is_told_to_stop_withdraws_and_leaves_nothing(folder, swar
 
 
 def test_a_server_that_is_stopped_together_with_its_daemon_leaves_too(folder, swarm):
-    """As systemd does it. Nothing can be withdrawn then."""
+    """As systemd does it unless a unit says KillMode=mixed, as ours does. Nothing can be withdrawn then."""
     with server(folder, SECOND, f"swarm.initial_peers=[{','.join(swarm.peers)}]", "swarm.announce_s=3") as second:
         second.wait_until_ready()
         os.killpg(second.process.pid, signal.SIGTERM)
         assert second.process.wait(LONG_S) == 0, "\n".join(second.lines)
+        assert not [line for line in second.lines if "Traceback" in line]
 
 
 OWNER = """
