@@ -56,7 +56,7 @@ def run(options: Node) -> None:
             relays=swarm.relay,
             reach="direct",  # one that others cannot dial is no address to give to others
         ) as here:
-            addresses = ",".join(await here.addresses())
+            addresses = ",".join(here.addresses)
             print(f"ready: no blocks; others join with swarm.initial_peers=[{addresses}]", flush=True)
             await here.while_daemon_lives(stop.wait(), stop)
 

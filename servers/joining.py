@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 Reach = Literal["auto", "direct", "relay"]  # auto: direct where a peer of the swarm can dial this one
 T = TypeVar("T")
 
+OWN_ADDRESSES = 15  # a record has room for them and for that of a relay
 _SAME_STOP_S = 2.0  # whoever stops the daemon may be about to stop us too
 
 
@@ -37,6 +38,7 @@ class Joined:
     p2p: P2P
     node: DHTNode
     members: Members | None  # None: the swarm is open
+    own_addresses: tuple[str, ...]
     relayed: Relayed | None  # None: others dial this peer itself
 
     @property
@@ -47,12 +49,12 @@ class Joined:
     def daemon_lives(self) -> bool:
         return self.p2p._child is not None and self.p2p._child.returncode is None
 
-    async def addresses(self) -> tuple[str, ...]:
-        """Where others can dial this peer: the relay comes last, since it is the longer way."""
-        own = await _own_addresses(self.p2p)
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where others can dial this peer now: the relay comes last, since it is the longer way."""
         if self.relayed is None:
-            return own
-        return *(address for address in own if not on_this_machine([address])), self.relayed.address
+            return self.own_addresses
+        return *(address for address in self.own_addresses if not on_this_machine([address])), self.relayed.address
 
     async def while_daemon_lives(self, work: Coroutine[Any, Any, T], stop: asyncio.Event) -> T:
         """The result of `work`. Raises ServerError where the daemon ends before it, and nobody set `stop`.
@@ -122,32 +124,22 @@ async def joined(
         )
         p2p = await (start_relay(start) if relays else start())
         stack.push_async_callback(stop_p2p, p2p)
-        relayed = None
+        relayed: Relayed | None = None
+        own_addresses: tuple[str, ...] = ()
         if listens:
+            own_addresses = tuple(str(address) for address in await p2p.get_visible_maddrs())[:OWN_ADDRESSES]
             await p2p.add_binary_stream_handler(DIAL_BACK, DialBack(members).serve)
-            if await _needs_a_relay(p2p, initial_peers, members, reach, given=bool(announce_maddrs)):
+            dialled = None
+            if reach == "auto" and not on_this_machine(initial_peers):
+                dialled = await dialled_back(p2p, initial_peers, own_addresses, members, given=bool(announce_maddrs))
+            if reach == "relay" or dialled is False:
                 relayed = await Relayed.find(p2p, initial_peers)
                 stack.callback(asyncio.create_task(relayed.keep()).cancel)
         client_mode = not listens or relayed is not None
         node = await start_dht(p2p, initial_peers, client_mode=client_mode, identity=identity, members=members)
         stack.push_async_callback(stop_dht, node)
         stack.callback(asyncio.create_task(stay_known(p2p, node, initial_peers)).cancel)
-        yield Joined(p2p=p2p, node=node, members=members, relayed=relayed)
-
-
-async def _needs_a_relay(
-    p2p: P2P, initial_peers: Sequence[str], members: Members | None, reach: Reach, *, given: bool
-) -> bool:
-    if reach != "auto" or on_this_machine(initial_peers):
-        return reach == "relay"
-    dialled = await dialled_back(p2p, initial_peers, await _own_addresses(p2p), members, given=given)
-    if dialled is None:
-        logger.warning("no peer of the swarm could say whether others can dial this one")
-    return dialled is False
-
-
-async def _own_addresses(p2p: P2P) -> tuple[str, ...]:
-    return tuple(str(address) for address in await p2p.get_visible_maddrs())
+        yield Joined(p2p=p2p, node=node, members=members, own_addresses=own_addresses, relayed=relayed)
 
 
 def _on_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

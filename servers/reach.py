@@ -92,7 +92,10 @@ async def dialled_back(
     said = [each for each in await asyncio.gather(*(_asked(p2p, peer, question) for peer in peers)) if each]
     if any(each.reached for each in said):
         return True
-    return None if not said or (given and not any(each.dialled for each in said)) else False
+    if not said or (given and not any(each.dialled for each in said)):
+        logger.warning("no peer of the swarm can say whether others can dial this one")
+        return None
+    return False
 
 
 async def _asked(p2p: P2P, peer: str, question: Question) -> Answer | None:

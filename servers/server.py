@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -92,7 +92,7 @@ class _Announcer:
     def __init__(self, directory: Directory, *, lasts_s: float):
         self.directory, self._lasts_s = directory, lasts_s
         self.record: ServerRecord | None = None
-        self.renewed: Callable[[ServerRecord], Awaitable[ServerRecord]]  # with what changes meanwhile
+        self.renewed: Callable[[ServerRecord], ServerRecord] = lambda record: record  # what changes meanwhile
         self._renewal: asyncio.Task[None] | None = None
 
     async def say(self, record: ServerRecord) -> None:
@@ -104,12 +104,9 @@ class _Announcer:
     async def _renew(self) -> None:
         while self.record is not None:
             await asyncio.sleep(self._lasts_s / 3)
-            record = self.record
-            if record is not None:
-                renewed = await self.renewed(record)
-                if self.record is record:  # nothing else was said meanwhile
-                    self.record = renewed
-                    await self.directory.announce(renewed, lasts_s=self._lasts_s)
+            if self.record is not None:
+                self.record = self.renewed(self.record)
+                await self.directory.announce(self.record, lasts_s=self._lasts_s)
 
     async def withdraw(self) -> None:
         if self.record is not None:
@@ -127,7 +124,6 @@ class _Facts:
     model: str
     length: int  # blocks that it hosts
     throughput: Throughput
-    addresses: tuple[str, ...]
 
 
 class _Server:
@@ -171,7 +167,6 @@ class _Server:
             model=model,
             length=min(length, total_blocks),
             throughput=await self._throughput(ours, model, parts.hollow.config.hidden_size),
-            addresses=await self._here.addresses(),
         )
 
     async def _throughput(self, others: Sequence[ServerRecord], model: str, hidden_size: int) -> Throughput:
@@ -342,7 +337,7 @@ class _Server:
     def _record(self, span: BlockSpan, state: ServerState) -> ServerRecord:
         return ServerRecord(
             peer=self._peer,
-            addresses=self._facts.addresses,
+            addresses=self._here.addresses,
             model=self._facts.model,
             model_name=self._options.model.source,
             revision=self._checkpoint.revision,
@@ -356,10 +351,9 @@ class _Server:
             public_name=self._options.public_name,
         )
 
-    async def _renewed(self, record: ServerRecord) -> ServerRecord:
-        addresses = await self._here.addresses()  # others at another relay
+    def _renewed(self, record: ServerRecord) -> ServerRecord:
         free = None if self.handler is None else self.handler.stores.sessions.free_bytes
-        return msgspec.structs.replace(record, free_cache_bytes=free, addresses=addresses)
+        return msgspec.structs.replace(record, free_cache_bytes=free, addresses=self._here.addresses)
 
     @property
     def record(self) -> ServerRecord | None:

@@ -20,7 +20,7 @@ WHOLE = BlockSpan(0, 1)
 async def announce(server: Joined) -> None:
     record = ServerRecord(
         peer=server.peer,
-        addresses=await server.addresses(),
+        addresses=server.addresses,
         model="m",
         model_name="tiny",
         blocks=WHOLE,
@@ -48,7 +48,7 @@ async def test_a_swarm_whose_first_node_was_restarted_comes_together_again(
     async with AsyncExitStack() as stack:
         first = AsyncExitStack()
         node = await first.enter_async_context(joined([], host_maddrs=[p2p.LOOPBACK], identity_path=identity_path))
-        peers = await node.addresses()
+        peers = node.addresses
         server = await stack.enter_async_context(joined(peers, host_maddrs=[p2p.LOOPBACK]))
         await announce(server)
         client = await SwarmClient.join(peers, model="m", blocks=WHOLE, policy=RetryPolicy())
