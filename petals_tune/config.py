@@ -35,7 +35,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError
 
 from petals_tune.errors import ConfigError, PetalsTuneError
 

@@ -46,7 +46,7 @@ class Family:
         return base.get_submodule(self.blocks.rpartition(".")[0])
 
     def blocks_of(self, base: nn.Module) -> nn.ModuleList:
-        return base.get_submodule(self.blocks)  # type: ignore[return-value]
+        return base.get_submodule(self.blocks)  # type: ignore[return-value]  # the table says so
 
     def put_blocks(self, base: nn.Module, blocks: nn.ModuleList) -> None:
         setattr(self.owner(base), self.blocks.rpartition(".")[2], blocks)

@@ -88,7 +88,7 @@ async def dialled_back(
 
     Addresses that somebody has `given` may be of a router whose other side `peers` do not see: then they dial nothing.
     """
-    question = Question(addresses=tuple(addresses[:16]), token=None if members is None else members.own_token())
+    question = Question(addresses=tuple(addresses), token=None if members is None else members.own_token())
     said = [each for each in await asyncio.gather(*(_asked(p2p, peer, question) for peer in peers)) if each]
     if any(each.reached for each in said):
         return True

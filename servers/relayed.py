@@ -51,10 +51,11 @@ async def start_relay(start: Callable[[], Awaitable[P2P]]) -> P2P:
             try:
                 await relay._client.connect(guest.peer_id, [dialled(str(own))])
                 await _ask(guest, relay.peer_id)
-            except ServerUnreachable:
-                await stop_p2p(relay)
-            else:
                 return relay
+            except BaseException as error:
+                await stop_p2p(relay)
+                if not isinstance(error, ServerUnreachable):
+                    raise
     finally:
         await stop_p2p(guest)
     raise ServerError(f"the p2p daemon did not begin to relay, in {STARTS} starts: leave swarm.relay=true out")
@@ -94,7 +95,7 @@ class Relayed:
         """Ask again and again, for ever."""
         while True:
             await asyncio.sleep(RENEW_S)
-            for relay in (self.relay, *self.relays):
+            for relay in dict.fromkeys((self.relay, *self.relays)):
                 with suppress(ServerUnreachable):
                     await reserve(self.p2p, relay)
                     if relay != self.relay:

@@ -13,7 +13,7 @@ from functools import partial
 
 import msgspec
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from petals_tune import __version__
 from petals_tune.checkpoint import Checkpoint

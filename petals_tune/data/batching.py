@@ -69,7 +69,7 @@ class RowOrder(DistributedSampler):
     """
 
     def __init__(self, lengths: Sequence[int], *, batch_size: int, buckets: bool, seed: int, rank: int, ranks: int):
-        super().__init__(lengths, num_replicas=ranks, rank=rank, seed=seed)  # type: ignore[arg-type]
+        super().__init__(lengths, num_replicas=ranks, rank=rank, seed=seed)  # type: ignore[arg-type]  # it asks for the length alone
         self.lengths, self.batch_rows, self.buckets = lengths, batch_size * ranks, buckets
 
     def __iter__(self) -> "Place":
@@ -107,7 +107,7 @@ class RowShare(DistributedSampler):
     """Every `ranks`-th row, none twice: what one of several processes validates."""
 
     def __init__(self, rows: Sequence[Row], *, rank: int, ranks: int):
-        super().__init__(rows, num_replicas=ranks, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        super().__init__(rows, num_replicas=ranks, rank=rank, shuffle=False)  # type: ignore[arg-type]  # the same
         self.share = range(rank, len(rows), ranks)
 
     def __iter__(self) -> Iterator[int]:

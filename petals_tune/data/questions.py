@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from petals_tune.data.rows import Example
 from petals_tune.data.source import Shares, Side, corpus_file, fraction

@@ -57,7 +57,7 @@ class RemoteGeneration:
         if isinstance(past_key_values, RemoteCache) and inputs_embeds is None and whole_text:
             # The library counts the cache's positions, soft prompts included, as text tokens that need not be sent.
             next_sequence_length = past_key_values.expect(input_ids).shape[1]
-        return super().prepare_inputs_for_generation(  # type: ignore[misc]
+        return super().prepare_inputs_for_generation(  # type: ignore[misc]  # of the user's model class
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,

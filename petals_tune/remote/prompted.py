@@ -19,7 +19,7 @@ class TextPositions:
     """Mixed into a PeftModel: its outputs are those of the text, the prompt's positions left out."""
 
     def forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        output = super().forward(input_ids, *args, **kwargs)  # type: ignore[misc]
+        output = super().forward(input_ids, *args, **kwargs)  # type: ignore[misc]  # of PEFT's class
         text = kwargs.get("inputs_embeds") if input_ids is None else input_ids
         if text is not None:
             for name in ("logits", "last_hidden_state"):

@@ -126,7 +126,7 @@ def output_rows(model: PreTrainedModel, checkpoint: Checkpoint, ids: Tensor) -> 
     """(W, H) rows of the language model's head for W tokens; `model` has its embeddings, `checkpoint` the rest."""
     head = next((name for name in checkpoint.tensor_names if name.endswith(("lm_head.weight", "embed_out.weight"))), "")
     if not head or checkpoint.config.get_text_config().tie_word_embeddings:
-        return model.get_input_embeddings().weight[ids]  # type: ignore[index]
+        return model.get_input_embeddings().weight[ids]  # type: ignore[index]  # a tensor
     return checkpoint.read([head], torch.float32)[head][ids]
 
 

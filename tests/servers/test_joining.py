@@ -3,31 +3,22 @@
 import asyncio
 from contextlib import AsyncExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from petals_tune.swarm import p2p
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.directory import Directory
 from petals_tune.swarm.retry import RetryPolicy
-from petals_tune.wire.records import ServerRecord
-from petals_tune.wire.span import BlockSpan
 from servers.joining import Joined, joined
-
-WHOLE = BlockSpan(0, 1)
+from servers.relayed import Relayed
+from tests.servers.peers import SPAN, record_of
 
 
 async def announce(server: Joined) -> None:
-    record = ServerRecord(
-        peer=server.peer,
-        addresses=server.addresses,
-        model="m",
-        model_name="tiny",
-        blocks=WHOLE,
-        total_blocks=1,
-        quantization="none",
-        dtype="float32",
-    )
+    record = msgspec.structs.replace(record_of(server.peer), addresses=server.addresses)
     await Directory(server.node).announce(record, lasts_s=60)
 
 
@@ -51,7 +42,7 @@ async def test_a_swarm_whose_first_node_was_restarted_comes_together_again(
         peers = node.addresses
         server = await stack.enter_async_context(joined(peers, host_maddrs=[p2p.LOOPBACK]))
         await announce(server)
-        client = await SwarmClient.join(peers, model="m", blocks=WHOLE, policy=RetryPolicy())
+        client = await SwarmClient.join(peers, model="digest", blocks=SPAN, policy=RetryPolicy())
         stack.push_async_callback(client.close)
         await first.aclose()
         await client.refresh()
@@ -68,3 +59,13 @@ async def test_a_swarm_whose_first_node_was_restarted_comes_together_again(
         async with asyncio.timeout(30):
             while node.p2p.peer_id not in client._node.protocol.routing_table:
                 await asyncio.sleep(0.1)
+
+
+def test_the_addresses_of_a_relayed_peer_follow_its_relay():
+    p2p = SimpleNamespace(peer_id="me")
+    place = Relayed(p2p, ["/ip4/10.0.0.1/tcp/1/p2p/one", "/ip4/10.0.0.2/tcp/1/p2p/two"], "/ip4/10.0.0.1/tcp/1/p2p/one")  # type: ignore[arg-type]
+    own = ("/ip4/127.0.0.1/tcp/5/p2p/me", "/ip4/10.0.0.9/tcp/5/p2p/me")
+    here = Joined(p2p=p2p, node=None, members=None, own_addresses=own, relayed=place)  # type: ignore[arg-type]
+    assert here.addresses == (own[1], "/ip4/10.0.0.1/tcp/1/p2p/one/p2p-circuit/p2p/me")
+    place.relay = place.relays[1]
+    assert here.addresses == (own[1], "/ip4/10.0.0.2/tcp/1/p2p/two/p2p-circuit/p2p/me")

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 from hivemind.p2p import P2P
 
-from petals_tune.errors import ProtocolError, ServerUnreachable
+from petals_tune.errors import ProtocolError, ServerError, ServerUnreachable
 from petals_tune.swarm import p2p as daemons
 from petals_tune.swarm.p2p import dialled, start_p2p, stop_p2p
 from petals_tune.wire.signing import SigningKey
@@ -90,6 +90,19 @@ async def test_a_daemon_that_came_up_with_the_small_relay_is_started_again(start
         await reserve(await start(listens=False), (await addresses(relay))[0])
     finally:
         await stop_p2p(relay)
+
+
+async def test_a_daemon_that_never_relays_enough_is_given_up(monkeypatch):
+    monkeypatch.setattr(relayed, "STARTS", 2)
+    begun = []
+
+    async def start_wrong() -> P2P:
+        begun.append(await start_p2p())
+        return begun[-1]
+
+    with pytest.raises(ServerError, match="did not begin to relay, in 2 starts"):
+        await start_relay(start_wrong)
+    assert [daemon._child.returncode is None for daemon in begun] == [False, False]
 
 
 async def test_where_nobody_relays_it_says_what_to_do(start):
