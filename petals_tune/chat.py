@@ -89,9 +89,9 @@ def opened(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[A
     """
     from transformers import AutoTokenizer
 
-    from petals_tune.checkpoint import Checkpoint
-    from petals_tune.convert import model_folder
-    from petals_tune.families import family_of, hollow_base_model
+    from petals_tune.model.checkpoint import Checkpoint
+    from petals_tune.model.convert import model_folder
+    from petals_tune.model.families import family_of, hollow_base_model
     from petals_tune.remote.auto import AutoDistributedModelForCausalLM
     from petals_tune.train.quiet import quiet
     from petals_tune.tuning.saved import load_adapter, saved_config

@@ -54,7 +54,7 @@ def merge_adapter(adapter: str, output: Path, *, model: str | None = None, dtype
     from peft.tuners.tuners_utils import BaseTuner
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from petals_tune.convert import model_folder
+    from petals_tune.model.convert import model_folder
     from petals_tune.train.quiet import quiet
     from petals_tune.tuning.saved import adapter_folder, base_of, saved_config
 

@@ -9,7 +9,7 @@ import threading
 import time
 
 from petals_tune.config import Model, folder_of
-from petals_tune.convert import model_folder
+from petals_tune.model.convert import model_folder
 from servers.command import command, stop_on_signals
 from servers.lean import lean_transformers
 from servers.options import Serve
@@ -52,8 +52,8 @@ def run(options: Serve) -> None:
     with lean_transformers():
         from transformers.utils import logging as transformers_logging
 
+        from petals_tune.blocks.engine import Engine
         from petals_tune.wire.records import ServerRecord
-        from servers.engine import Engine
         from servers.server import serve
 
     transformers_logging.set_verbosity_error()  # embeddings are missing in each block: they are the client's

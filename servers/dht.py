@@ -41,7 +41,7 @@ def main() -> None:
 def run(options: Node) -> None:
     import uvloop  # this and the imports below are slow; --help should not wait for them
 
-    from servers.joining import joined
+    from petals_tune.net.peer import joined
 
     async def until_stopped() -> None:
         stop = stop_on_signals()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from petals_tune.cli import errors_reported
 from petals_tune.errors import ConfigError
-from petals_tune.swarm.members import load_identity, ranked, read_text, revoked_in, write_private
+from petals_tune.net.members import load_identity, ranked, read_text, revoked_in, write_private
 from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.tokens import issue, key_from, public_text, secret_text, token_text
 

@@ -14,9 +14,9 @@ from prometheus_client.registry import Collector
 
 from petals_tune.wire.messages import Forward, Message, Refusal, Step
 from petals_tune.wire.records import ServerRecord
-from servers.compute import ComputeThread
-from servers.handler import Handler
 from servers.listening import listening
+from servers.requests.handler import Handler
+from servers.scheduling.compute_thread import ComputeThread
 
 # From a step on a GPU to a long batch on a CPU.
 _BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from petals_tune.config import Model
-from petals_tune.convert import cache_folder
-from petals_tune.disk import DiskCache
 from petals_tune.errors import ConfigError
+from petals_tune.model.convert import cache_folder
+from petals_tune.model.disk import DiskCache
 from petals_tune.wire.records import MAX_NAME
 from petals_tune.wire.span import BlockSpan
-from servers.gate import RequestLimits
+from servers.requests.admission import RequestLimits
 
 _GB = 2**30
 

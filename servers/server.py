@@ -16,25 +16,26 @@ from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from tqdm import tqdm
 
 from petals_tune import __version__
-from petals_tune.checkpoint import Checkpoint
+from petals_tune.blocks import memory
+from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.loading import Parts, load_blocks, torch_dtype
 from petals_tune.errors import SwarmMismatch
-from petals_tune.swarm.directory import Directory
+from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.net.directory import Directory
+from petals_tune.net.peer import Joined, joined
 from petals_tune.wire.messages import PROTOCOL
 from petals_tune.wire.records import ServerRecord, ServerState, Throughput, mismatch_text, same_model
 from petals_tune.wire.span import BlockSpan
-from servers import memory, placement, throughput
-from servers.adapters import AdapterCache, GradientSums
-from servers.compute import ComputeThread
-from servers.engine import Engine
-from servers.handler import Handler, Stores
-from servers.handover import Neighbours
-from servers.joining import Joined, joined
-from servers.leases import LeaseStore
+from servers.membership import placement, throughput
 from servers.metrics import Metrics
 from servers.options import Serve
-from servers.sessions import SessionStore
-from servers.trim import Parts, load_blocks, torch_dtype
-from servers.turns import Priority
+from servers.requests.hand_over import Neighbours
+from servers.requests.handler import Handler, Stores
+from servers.scheduling.compute_thread import ComputeThread
+from servers.scheduling.fair_queue import Priority
+from servers.stores.adapters import AdapterCache, GradientSums
+from servers.stores.leases import LeaseStore
+from servers.stores.sessions import SessionStore
 
 logger = logging.getLogger(__name__)
 

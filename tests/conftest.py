@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 from hypothesis import settings
 
-from petals_tune.convert import EMBEDDED_NAME, cache_folder
+from petals_tune.model.convert import EMBEDDED_NAME, cache_folder
 from tests.processes import mark_this_run, servers_of_this_run, wait_until
 
 mark_this_run()

@@ -12,20 +12,20 @@ from unittest import mock
 
 import torch
 
-from petals_tune.checkpoint import Checkpoint
+from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.loading import load_blocks
+from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.net.directory import Snapshot
 from petals_tune.swarm.client import SwarmClient
-from petals_tune.swarm.directory import Snapshot
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
-from servers.adapters import AdapterCache, GradientSums
-from servers.compute import ComputeThread
-from servers.engine import Engine
-from servers.gate import RequestLimits
-from servers.handler import Handler, Stores
-from servers.leases import LeaseStore
-from servers.sessions import SessionStore
-from servers.trim import load_blocks
+from servers.requests.admission import RequestLimits
+from servers.requests.handler import Handler, Stores
+from servers.scheduling.compute_thread import ComputeThread
+from servers.stores.adapters import AdapterCache, GradientSums
+from servers.stores.leases import LeaseStore
+from servers.stores.sessions import SessionStore
 
 _BUDGET_BYTES = 2**28
 _LIMITS = RequestLimits(

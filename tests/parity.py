@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from petals_tune import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
-from petals_tune.families import family_of
+from petals_tune.model.families import family_of
 from tests.inprocess import in_process_swarm
 from tests.models import VOCABULARY, config_of, masks, plain_model, relative_error, save_model
 

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from petals_tune.chat import CONFIG_NAME, Chat, opened, stoppable, talk, turns, with_prompt_key
 from petals_tune.config import check, composed
-from petals_tune.convert import embedded_model
 from petals_tune.data.chitchat import persona_message
 from petals_tune.data.rows import context_ids
 from petals_tune.errors import ConfigError
+from petals_tune.model.convert import embedded_model
 
 
 def config(*overrides: str) -> DictConfig:

@@ -92,7 +92,7 @@ def test_a_span_in_a_file_without_quotes_is_a_number(tmp_path: Path) -> None:
 
 
 def test_errors_of_a_constructor_keep_their_kind_or_name_their_section() -> None:
-    missing = OmegaConf.create({"_target_": "petals_tune.convert.convert_gguf", "source": 1, "folder": 2})
+    missing = OmegaConf.create({"_target_": "petals_tune.model.convert.convert_gguf", "source": 1, "folder": 2})
     with pytest.raises(ConfigError, match=r"^data: "):
         build(missing, where="data")
     ours = OmegaConf.create({"_target_": "petals_tune.errors.UnsupportedModel"})

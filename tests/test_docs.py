@@ -126,7 +126,7 @@ def found(kind: Callable[[str], Iterator[str]]) -> list[tuple[str, str]]:
 def test_a_command_is_one_that_works(page: str, command: str) -> None:
     bare = re.sub(r"^(\w+=\S+ )+", "", command)
     for beginning, check in CHECKS:
-        # A word must end there: `python -m petals_tune.convert` is no `python -m petals_tune`.
+        # A word must end there: `python -m petals_tune.model.convert` is no `python -m petals_tune`.
         if re.match(rf"{re.escape(beginning)}(?![\w.])" if beginning[-1] != "/" else re.escape(beginning), bare):
             # Optuna's search space is the plugin's own grammar, and the plugin is an extra.
             optuna = "hydra/sweeper=optuna" in bare

@@ -17,38 +17,36 @@ ROOT = Path(__file__).parent.parent
 # unless they are in TOP. Inside a room everything is allowed except a circle.
 TOP = ("petals_tune", "servers", "conf", "recipes")
 MAY_IMPORT = {
+    # floor 1
     "errors": "",
+    "files": "errors",
+    # floor 2
     "wire": "errors",
-    "families": "errors wire.span",
-    "disk": "errors",
-    "download": "errors",
-    "checkpoint": "errors disk download",
-    "packaged": "errors",
-    "files": "",
-    "convert": "errors files packaged",
-    "tuning": "errors files wire.adapter families",  # how an adapter's parts are named, no more of the wire
-    "data": "errors packaged convert",
-    "swarm": "errors wire",
     "cli": "errors",
     "config": "errors",  # knows what it checks only by the names in the YAML
-    "remote": "errors wire families checkpoint tuning swarm",
-    "train": "errors config wire families checkpoint files packaged convert tuning data swarm remote",
-    # The commands, and the package's own front, which imports what it offers on first use.
-    "petals_tune": "errors cli config wire families checkpoint files packaged convert tuning data swarm remote train",
-    # A server shares what crosses the network, and how a model is found. Nobody imports a server: it is started.
-    "servers": (
-        "__version__ errors cli config wire families disk checkpoint convert "
-        "swarm.directory swarm.members swarm.p2p swarm.writer "
-        "swarm.stream swarm.stats"  # it measures the line to another server as a client would
-    ),
+    # floor 3
+    "net": "errors files wire",
+    "model": "errors files wire.span",
+    # floor 4
+    "blocks": "errors files wire model",  # a client may run some blocks itself: no network, no server
+    "tuning": "errors files wire.adapter model",  # how an adapter's parts are named, no more of the wire
+    "data": "errors model",
+    "swarm": "errors wire net",
+    # floor 5
+    "remote": "errors wire net model tuning swarm",
+    "servers": "__version__ errors files cli config wire net model blocks",
+    # floor 6
+    "train": "errors config wire files model tuning data net swarm remote",
+    # floor 7: the commands, and the package's own front, which imports what it offers on first use
+    "petals_tune": "errors cli config wire files model tuning data net swarm remote train",
     "conf": "",
     "recipes": "",
 }
 
 # A library, and the only rooms that may know it.
 KNOWN_ONLY_TO = {
-    "hivemind": "wire swarm servers",
-    "transformers": "families checkpoint convert data tuning remote train petals_tune servers",
+    "hivemind": "net",
+    "transformers": "model blocks data tuning remote train petals_tune servers",
     "peft": "tuning remote train petals_tune",
     "lightning": "data train petals_tune",
     "datasets": "data",
@@ -60,7 +58,7 @@ KNOWN_ONLY_TO = {
 
 # Bytes of a stranger must never become code: no unpickling, no evaluation, no shell, anywhere.
 FORBIDDEN_IMPORTS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "ctypes"}
-EXCUSED = {"servers.memory imports ctypes": "to call malloc_trim, with no argument of anybody's"}
+EXCUSED = {"petals_tune.blocks.memory imports ctypes": "to call malloc_trim, with no argument of anybody's"}
 FORBIDDEN_CALLS = {
     *("eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec", "builtins.compile"),
     *("torch.load", "torch.serialization.load", "torch.jit.load", "np.load", "numpy.load"),
@@ -71,25 +69,10 @@ FORBIDDEN_CALLS = {
 # Who handles what strangers sent opens no file and starts no process: no path of theirs can be one.
 HANDLES_STRANGERS = (
     "petals_tune.wire",
-    *(
-        "petals_tune.swarm.stream",
-        "petals_tune.swarm.writer",
-        "petals_tune.swarm.guards",
-        "petals_tune.swarm.directory",
-    ),
-    *(
-        "servers.handler",
-        "servers.handover",
-        "servers.reach",
-        "servers.relayed",
-        "servers.streams",
-        "servers.gate",
-        "servers.leases",
-        "servers.sessions",
-        "servers.stepping",
-    ),
+    *(f"petals_tune.net.{name}" for name in ("stream", "dht_auth", "directory", "dial_back", "circuit_relay")),
+    *(f"petals_tune.blocks.{name}" for name in ("adapters", "engine", "graphs", "kernels", "kv_cache")),
+    *("servers.requests", "servers.stores", "servers.scheduling"),
     *("servers.health.report", "servers.health.table"),
-    *("servers.adapters", "servers.compute", "servers.turns", "servers.engine", "servers.kernels"),
 )
 OPENS_FILES = {"pathlib", "os", "io", "shutil", "tempfile", "glob", "subprocess", "importlib", "runpy", "urllib"}
 
@@ -248,9 +231,9 @@ def test_the_house_keeps_the_rule(rule):
         (strangers, "petals_tune/swarm/chain.py", "from transformers import AutoModel"),
         (dangers, "petals_tune/wire/tensors.py", "import pickle"),
         (dangers, "petals_tune/train/run.py", "torch.load('x')"),
-        (dangers, "servers/handler.py", "eval('1')"),
+        (dangers, "servers/requests/handler.py", "eval('1')"),
         (dangers, "servers/server.py", "os.system('ls')"),
-        (openers, "servers/handler.py", "from pathlib import Path"),
+        (openers, "servers/requests/handler.py", "from pathlib import Path"),
         (openers, "petals_tune/wire/records.py", "def read(path): return open(path)"),
     ],
 )

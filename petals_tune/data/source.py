@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from petals_tune.data.rows import Example, LabelledText, Text
 from petals_tune.errors import ConfigError, DataError
-from petals_tune.packaged import installed_file
+from petals_tune.model.packaged import installed_file
 
 Side = Literal["train", "validation", "test"]
 

@@ -16,9 +16,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
-from petals_tune.checkpoint import Checkpoint
 from petals_tune.errors import ConfigError, UnsupportedModel
-from petals_tune.families import family_of, hollow_base_model, without_blocks
+from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.model.families import family_of, hollow_base_model, without_blocks
+from petals_tune.net.members import Members
 from petals_tune.remote.blocks import Backbone, graft
 from petals_tune.remote.generation import RemoteGeneration, with_whole_input
 from petals_tune.remote.prompted import check_tuning_mode, prompted
@@ -27,8 +28,7 @@ from petals_tune.remote.skeleton import hollow_out
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
-from petals_tune.swarm.handover import HandOverRule
-from petals_tune.swarm.members import Members
+from petals_tune.swarm.hand_over import HandOverRule
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.verify import CheckedChain
 from petals_tune.wire.span import BlockSpan

@@ -11,14 +11,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from petals_tune.errors import ConfigError
-from petals_tune.families import Family
+from petals_tune.model.families import Family
+from petals_tune.net.stats import SwarmStats
 from petals_tune.remote.function import RemoteBlocksFunction, RemoteCall
 from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
 from petals_tune.remote.skeleton import Skeleton
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.route import Hop
-from petals_tune.swarm.stats import SwarmStats
 from petals_tune.swarm.trace import CallContext
 from petals_tune.tuning.support import collect_adapter
 from petals_tune.wire.adapter import AdapterVersion

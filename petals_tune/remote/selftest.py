@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from petals_tune.errors import UnsupportedModel
-from petals_tune.families import (
+from petals_tune.model.families import (
     Family,
     empty_the_rest,
     family_of,

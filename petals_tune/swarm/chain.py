@@ -16,7 +16,7 @@ import torch
 
 from petals_tune.errors import BadReply, LeaseLost, NotFinite, Retriable, ServerError
 from petals_tune.swarm.client import SwarmClient
-from petals_tune.swarm.handover import Ask, AskAnything, HandOverRule, HandOverRules, Relay
+from petals_tune.swarm.hand_over import Ask, AskAnything, HandOverRule, HandOverRules, Relay
 from petals_tune.swarm.retry import Attempts, Notices
 from petals_tune.swarm.route import Hop
 from petals_tune.swarm.sums import AdapterSums, PartialSum, Term

@@ -26,13 +26,13 @@ from petals_tune.errors import (
     SwarmError,
     UncoveredBlocks,
 )
-from petals_tune.swarm.directory import Directory, Snapshot
-from petals_tune.swarm.members import Members
-from petals_tune.swarm.p2p import start_dht, start_p2p, stay_known, stop_dht, stop_p2p
+from petals_tune.net.directory import Directory, Snapshot
+from petals_tune.net.hivemind_p2p import start_dht, start_p2p, stay_known, stop_dht, stop_p2p
+from petals_tune.net.members import Members
+from petals_tune.net.stats import SwarmStats
+from petals_tune.net.stream import ServerStream
 from petals_tune.swarm.retry import Attempts, Bans, Load, RetryPolicy
 from petals_tune.swarm.route import Hop, plan_route
-from petals_tune.swarm.stats import SwarmStats
-from petals_tune.swarm.stream import ServerStream
 from petals_tune.wire.messages import Chained, Message
 from petals_tune.wire.records import ServerRecord, same_model
 from petals_tune.wire.span import BlockSpan

@@ -12,7 +12,7 @@ import torch
 
 from petals_tune.errors import RequestRefused, Retriable, ServerError
 from petals_tune.swarm.chain import Chain
-from petals_tune.swarm.handover import Ask, Relay
+from petals_tune.swarm.hand_over import Ask, Relay
 from petals_tune.swarm.retry import Attempts
 from petals_tune.swarm.route import Hop
 from petals_tune.swarm.trace import CallContext

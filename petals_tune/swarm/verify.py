@@ -26,7 +26,7 @@ import torch
 from petals_tune.errors import BadReply, PetalsTuneError, UncoveredBlocks
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
-from petals_tune.swarm.handover import Ask
+from petals_tune.swarm.hand_over import Ask
 from petals_tune.swarm.route import Hop
 from petals_tune.swarm.sums import PartialSum
 from petals_tune.swarm.trace import CallContext, ChainGradients, Leg

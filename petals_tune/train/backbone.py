@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from petals_tune.swarm.stats import SwarmStats
+from petals_tune.net.stats import SwarmStats
 
 Net = PreTrainedModel | PeftModel  # what is trained: a model, usually wrapped by PEFT
 

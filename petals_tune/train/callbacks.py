@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import WandbLogger
 from petals_tune.data.collate import Batch, choose_pad_id
 from petals_tune.data.module import TextData
 from petals_tune.files import replacing, write_text
-from petals_tune.swarm.stats import ServerTimes
+from petals_tune.net.stats import ServerTimes
 from petals_tune.train.backbone import swarm_stats
 from petals_tune.train.module import FineTuner
 from petals_tune.train.resume import Place, set_random_states

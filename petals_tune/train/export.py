@@ -7,8 +7,8 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel, PeftType, PromptTuningConfig, PromptTuningInit
 
-from petals_tune.convert import EMBEDDED, EMBEDDED_GGUF, EMBEDDED_NAME
 from petals_tune.files import filling
+from petals_tune.model.convert import EMBEDDED, EMBEDDED_GGUF, EMBEDDED_NAME
 from petals_tune.train.result import Result
 from petals_tune.tuning.deep_prompt import deep_prompts, save_deep_prompts
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from petals_tune.checkpoint import Checkpoint
 from petals_tune.data.collate import Batch, choose_pad_id
 from petals_tune.data.rows import IGNORED, word_id
 from petals_tune.errors import DataError
+from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.train.backbone import Net
 
 

@@ -13,11 +13,11 @@ from peft import PeftConfig
 from torch import nn
 from transformers import AutoTokenizer
 
-from petals_tune.checkpoint import Checkpoint
 from petals_tune.config import build
-from petals_tune.convert import model_folder
 from petals_tune.data.module import TextData
 from petals_tune.errors import ConfigError
+from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.model.convert import model_folder
 from petals_tune.train.loggers import MetricsFile
 from petals_tune.train.module import MakeOptimizer, MakeSchedule, check_precision, scheduled
 from petals_tune.train.objective import Objective

@@ -14,8 +14,8 @@ from peft import PeftModel, TaskType
 from transformers import PreTrainedModel
 
 from petals_tune.config import check
-from petals_tune.convert import EMBEDDED, EMBEDDED_NAME
 from petals_tune.files import write_text
+from petals_tune.model.convert import EMBEDDED, EMBEDDED_NAME
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
 from petals_tune.train.backbone import coverage, remote_blocks, swarm_stats, where_blocks_run
 from petals_tune.train.callbacks import MB, Speed

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from petals_tune.errors import ConfigError
-from petals_tune.families import family_of
 from petals_tune.files import replacing
+from petals_tune.model.families import family_of
 
 FILE = "deep_prompt.safetensors"
 _KEY = "prompts"

@@ -47,10 +47,10 @@ def main() -> None:
 def run(options: Health) -> None:
     import uvloop  # this and the imports below are slow; --help should not wait for them
 
+    from petals_tune.net.peer import joined
     from servers.health.table import table
     from servers.health.watch import Watch
     from servers.health.web import Pages
-    from servers.joining import joined
     from servers.listening import listening
 
     async def shown(watch: Watch, stop: asyncio.Event) -> None:

@@ -10,7 +10,7 @@ import msgspec
 
 from petals_tune.wire.records import ServerRecord, Throughput, same_model
 from petals_tune.wire.span import BlockSpan, gaps
-from servers.placement import block_replicas, block_throughputs
+from servers.membership.placement import block_replicas, block_throughputs
 
 
 class Answer(msgspec.Struct, frozen=True):

@@ -6,13 +6,13 @@ import asyncio
 import time
 
 from petals_tune.errors import PetalsTuneError
-from petals_tune.swarm.directory import Directory
-from petals_tune.swarm.stats import SwarmStats
-from petals_tune.swarm.stream import ServerStream
+from petals_tune.net.directory import Directory
+from petals_tune.net.peer import Joined
+from petals_tune.net.stats import SwarmStats
+from petals_tune.net.stream import ServerStream
 from petals_tune.wire.messages import Ping
 from petals_tune.wire.records import ServerRecord
 from servers.health.report import Answer, Report, report
-from servers.joining import Joined
 
 ANSWER_S = 3.0  # a server that takes longer is silent
 MOST_AT_ONCE = 64  # servers that are asked at the same time

@@ -38,11 +38,11 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from petals_tune.checkpoint import Checkpoint
 from petals_tune.config import composed
-from petals_tune.convert import model_folder
+from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.model.convert import model_folder
+from petals_tune.net.stats import ServerTimes, SwarmStats
 from petals_tune.swarm.local import ServerProcess, server_process
-from petals_tune.swarm.stats import ServerTimes, SwarmStats
 from petals_tune.train.parts import Parts
 from petals_tune.train.run import remote_model, run
 

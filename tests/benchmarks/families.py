@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from petals_tune.errors import UnsupportedModel
-from petals_tune.families import family_of, hollow_base_model
+from petals_tune.model.families import family_of, hollow_base_model
 from petals_tune.remote.selftest import self_test
 from tests.models import FAMILIES
 from tests.parity import parity

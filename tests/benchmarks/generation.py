@@ -10,7 +10,7 @@ clients are processes, as they are in life, each with its model, connection and 
 Where a token of eight clients goes (random BLOOM, fp32, 2 busy cores; processor time, medians of 3): servers 4.2 ms,
 clients 2.6 ms, p2p daemons 0.9 ms; 7.7 ms in all, and 12.0 ms with one client alone, so two cores that never idle could
 reach 3.1 times its tokens/s. A step takes 3.1 ms for one session, 3.9 for two, 4.9 for four and 6 to 6.7 for eight, and
-on average 2.7 share one. When steps did not wait for each other (`servers/stepping.py`) it was 1.7, and servers took
+on average 2.7 share one. When steps did not wait for each other (the step batcher) it was 1.7, and servers took
 5.8 ms. Waiting longer makes larger batches, and idle cores: 3.7 steps a batch gave fewer tokens/s. Half of a client's
 time is the library's `generate`, the rest messages.
 """
@@ -35,8 +35,8 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig
 from transformers.utils import logging
 
-from petals_tune.checkpoint import Checkpoint
-from petals_tune.convert import embedded_model
+from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.model.convert import embedded_model
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM
 from petals_tune.swarm.local import local_swarm
 

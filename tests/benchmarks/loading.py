@@ -28,10 +28,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from transformers import AutoModelForCausalLM, BloomConfig, MixtralConfig, PretrainedConfig
 
-from petals_tune.checkpoint import Checkpoint
-from petals_tune.convert import embedded_model
+from petals_tune.blocks.loading import Parts
+from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.model.convert import embedded_model
 from petals_tune.swarm.local import server_process
-from servers.trim import Parts
 
 MB = 2**20
 ALLOWED_MB = 400  # beside the weights and one block in float32

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/placement.py [--servers 1000] [--blocks 70] [--hours 3]
 
-Runs the servers' own rules (servers/placement.py) against a clock of its own. What a server sees of the others is
+Runs the servers' own rules against a clock of its own. What a server sees of the others is
 `SEEN_AFTER_S` old, the record of one that dies stays for up to a minute, and a reload takes ten minutes. Speeds and
 sizes are drawn at random. The optimum is a bound that no placement can beat: all throughput spread evenly over all
 blocks. The last line is JSON.
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from petals_tune.wire.span import BlockSpan
-from servers.placement import best_span, better_span
+from servers.membership.placement import best_span, better_span
 
 SEEN_AFTER_S = 5.0  # until an announcement is read by others
 RECORD_S = 60.0  # how long that of a dead server stays

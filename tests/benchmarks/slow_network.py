@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from transformers.utils import logging
 
-from petals_tune.checkpoint import Checkpoint
+from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM
 from petals_tune.swarm.local import ServerProcess
 from tests.benchmarks.generation import NEW_TOKENS, generate

@@ -30,9 +30,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig
 from transformers.utils import logging
 
-from petals_tune.checkpoint import Checkpoint
-from petals_tune.convert import embedded_model
-from petals_tune.families import family_of, hollow_base_model
+from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.model.convert import embedded_model
+from petals_tune.model.families import family_of, hollow_base_model
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM
 from petals_tune.remote.skeleton import Skeleton, hollow_out
 from petals_tune.swarm.local import local_swarm

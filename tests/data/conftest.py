@@ -3,7 +3,7 @@ import copy
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from petals_tune.convert import embedded_model
+from petals_tune.model.convert import embedded_model
 
 
 @pytest.fixture(scope="session")

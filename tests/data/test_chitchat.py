@@ -3,7 +3,6 @@ from itertools import islice, pairwise
 
 import pytest
 
-from petals_tune import packaged
 from petals_tune.data.chitchat import (
     ChitChat,
     Conversation,
@@ -16,6 +15,7 @@ from petals_tune.data.chitchat import (
 )
 from petals_tune.data.source import Side
 from petals_tune.errors import ConfigError, DataError
+from petals_tune.model import packaged
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ from hivemind.p2p import P2P
 
 from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.errors import ServerBusy
+from petals_tune.net.directory import Directory
+from petals_tune.net.hivemind_p2p import start_dht, start_p2p, stop_dht, stop_p2p
+from petals_tune.net.stats import SwarmStats
+from petals_tune.net.stream import ServerStream
 from petals_tune.swarm import loop
-from petals_tune.swarm.directory import Directory
 from petals_tune.swarm.local import ServerProcess, server_process
-from petals_tune.swarm.p2p import start_dht, start_p2p, stop_dht, stop_p2p
-from petals_tune.swarm.stats import SwarmStats
-from petals_tune.swarm.stream import ServerStream
 from petals_tune.wire.messages import Forward, Forwarded, Message
 from petals_tune.wire.span import BlockSpan
 from tests.models import BLOCKS, plain_model, save_model

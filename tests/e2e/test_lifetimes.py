@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from petals_tune.net.directory import Directory
+from petals_tune.net.hivemind_p2p import start_dht, start_p2p, stop_p2p
 from petals_tune.swarm import loop
-from petals_tune.swarm.directory import Directory
 from petals_tune.swarm.local import ServerProcess, server_process
-from petals_tune.swarm.p2p import start_dht, start_p2p, stop_p2p
 from petals_tune.wire.span import BlockSpan
 from tests.models import save_model
 from tests.processes import LONG_S, Process, descendants, wait_until

@@ -9,10 +9,10 @@ import torch
 
 from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.errors import ServerUnreachable
+from petals_tune.net.directory import Directory
+from petals_tune.net.hivemind_p2p import start_dht, start_p2p, stop_dht, stop_p2p
 from petals_tune.swarm import loop
-from petals_tune.swarm.directory import Directory
 from petals_tune.swarm.local import ServerProcess, server_process
-from petals_tune.swarm.p2p import start_dht, start_p2p, stop_dht, stop_p2p
 from petals_tune.wire.records import ServerRecord, Throughput
 from petals_tune.wire.span import BlockSpan, gaps
 from tests.models import BLOCKS, plain_model, relative_error, save_model

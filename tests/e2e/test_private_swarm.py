@@ -11,13 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from petals_tune import AutoDistributedModelForCausalLM
-from petals_tune.checkpoint import Checkpoint
 from petals_tune.errors import AccessDenied, ServerUnreachable
+from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.net.hivemind_p2p import start_dht, start_p2p, stop_dht, stop_p2p
+from petals_tune.net.members import Members, load_identity
 from petals_tune.swarm import loop
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.local import ServerProcess, server_process
-from petals_tune.swarm.members import Members, load_identity
-from petals_tune.swarm.p2p import start_dht, start_p2p, stop_dht, stop_p2p
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.wire.records import dht_key
 from petals_tune.wire.signing import SigningKey

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from petals_tune.swarm import stream
+from petals_tune.net import stream
 from tests.faults.network import Network
 from tests.faults.step import TrainingStep
 from tests.models import save_model

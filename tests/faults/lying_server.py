@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from petals_tune.blocks.adapters import Adapter
+from petals_tune.blocks.engine import Engine, Result
 from petals_tune.swarm.local import ServerProcess
 from petals_tune.wire.messages import Forward
 from servers.__main__ import main
-from servers.adapters import Adapter
-from servers.engine import Engine, Result
 
 ROOT = Path(__file__).parent.parent.parent
 

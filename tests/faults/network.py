@@ -21,21 +21,21 @@ import torch
 from hivemind.p2p import PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 
+from petals_tune.blocks.engine import Engine
+from petals_tune.net.directory import Directory
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
-from petals_tune.swarm.directory import Directory
-from petals_tune.swarm.handover import HandOverRule
+from petals_tune.swarm.hand_over import HandOverRule
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.verify import CheckedChain
 from petals_tune.wire.messages import Chained, HandOver, Message
 from petals_tune.wire.records import ServerRecord, encode_record
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WireFormat
-from servers.compute import ComputeThread
-from servers.engine import Engine
-from servers.handler import Handler
-from servers.handover import Neighbours
+from servers.requests.hand_over import Neighbours
+from servers.requests.handler import Handler
+from servers.scheduling.compute_thread import ComputeThread
 from tests.servers.parts import load
 from tests.servers.peers import LIMITS, stores
 

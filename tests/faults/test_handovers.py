@@ -10,7 +10,7 @@ import torch
 from petals_tune.swarm import loop
 from petals_tune.swarm.session import ChainSession, Inputs
 from petals_tune.wire.messages import Delivery, HandOver, Step
-from servers import handover
+from servers.requests import hand_over as handover
 from tests.faults.network import Network, close_client
 from tests.faults.step import WHOLE, WIDTH, TrainingStep, check
 from tests.models import relative_error

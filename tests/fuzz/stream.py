@@ -25,14 +25,14 @@ import torch
 from hivemind.p2p import P2P, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 
+from petals_tune.net.hivemind_p2p import start_p2p, stop_p2p
 from petals_tune.swarm.local import ServerProcess, server_process
-from petals_tune.swarm.p2p import start_p2p, stop_p2p
 from petals_tune.wire import frames
 from petals_tune.wire.frames import BROKEN
 from petals_tune.wire.messages import PROTOCOL, Forwarded, Hello, Message, Ping, Refusal, Welcome, encode
 from tests.models import save_model
 from tests.servers.peers import SPAN, Peer, forward
-from tests.servers.test_handler import BAD_REQUESTS, GARBAGE
+from tests.servers.requests.test_handler import BAD_REQUESTS, GARBAGE
 from tests.wire.test_messages import EXAMPLES
 
 IDLE_STREAMS = 1000

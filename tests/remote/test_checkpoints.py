@@ -1,4 +1,4 @@
-"""Checkpoints as people publish them: no format of our own. GGUF files are converted once: tests/test_convert.py."""
+"""Checkpoints as people publish them: no format of our own. GGUF files are converted once."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from petals_tune import AutoDistributedModelForCausalLM
-from petals_tune.checkpoint import Checkpoint
+from petals_tune.model.checkpoint import Checkpoint
 from tests.inprocess import in_process_swarm
 from tests.models import VOCABULARY, config_of, plain_model, relative_error, save_model
 from tests.parity import remote

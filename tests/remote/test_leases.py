@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from petals_tune import AutoDistributedModelForCausalLM, local_swarm
-from servers.engine import Engine
+from petals_tune.blocks.engine import Engine
 from tests.models import VOCABULARY, plain_model, relative_error, save_model
 from tests.servers.parts import forward, load
 

@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.errors import UnsupportedModel
-from petals_tune.families import family_of, hollow_base_model
+from petals_tune.model.families import family_of, hollow_base_model
 from petals_tune.remote.selftest import self_test, tiny
 
 
@@ -100,7 +100,7 @@ def scaled(self: Any, input_ids: Any = None, inputs_embeds: Any = None, **option
 
 
 def test_a_model_whose_numbers_differ_is_refused(monkeypatch):
-    from petals_tune import families
+    from petals_tune.model import families
 
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 8}
     base = ScalesItsInput(LlamaConfig(**sizes)).model

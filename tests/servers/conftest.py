@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from servers.compute import ComputeThread
-from servers.engine import Engine
+from petals_tune.blocks.engine import Engine
+from servers.scheduling.compute_thread import ComputeThread
 from tests.models import save_model
 from tests.servers.peers import engine_of
 

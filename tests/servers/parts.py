@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from petals_tune.checkpoint import Checkpoint
+from petals_tune.blocks.loading import TrimmedModel, load_blocks
+from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.wire.messages import Forward
 from petals_tune.wire.span import BlockSpan
-from servers.trim import TrimmedModel, load_blocks
 
 
 def load(folder: Path, span: str, quantization: str = "none") -> TrimmedModel:

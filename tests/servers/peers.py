@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 
-from petals_tune.swarm.members import Members
+from petals_tune.blocks.engine import Engine
+from petals_tune.net.members import Members
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.frames import HEADER, Assembler, cut, read_header
 from petals_tune.wire.messages import Forward, Hello, Message, PutAdapter, Refusal, Welcome, decode, encode
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
-from servers.adapters import AdapterCache, GradientSums
-from servers.compute import ComputeThread
-from servers.engine import Engine
-from servers.gate import RequestLimits
-from servers.handler import Handler, Stores
-from servers.leases import LeaseStore
-from servers.sessions import SessionStore
+from servers.requests.admission import RequestLimits
+from servers.requests.handler import Handler, Stores
+from servers.scheduling.compute_thread import ComputeThread
+from servers.stores.adapters import AdapterCache, GradientSums
+from servers.stores.leases import LeaseStore
+from servers.stores.sessions import SessionStore
 from tests.servers.parts import load
 
 SPAN = BlockSpan(1, 4)  # of six blocks

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from petals_tune.errors import AccessDenied, ConfigError
-from petals_tune.swarm.members import Members, identity_beside, load_identity
+from petals_tune.net.members import Members, identity_beside, load_identity
 from petals_tune.wire.signing import SigningKey
 from servers.keys import main
 

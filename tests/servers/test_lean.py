@@ -20,7 +20,7 @@ def test_a_node_of_the_directory_loads_no_torch_and_finds_all_of_hivemind():
 import json, sys
 from servers.lean import lean_hivemind
 lean_hivemind()
-import servers.dht, servers.joining
+import servers.dht, petals_tune.net.peer
 loaded = [name for name in ("torch", "scipy", "transformers") if name in sys.modules]
 import hivemind
 try:
@@ -45,7 +45,7 @@ lean_hivemind()
 with lean_transformers():
     import bitsandbytes, servers.server
 from transformers import LlamaConfig
-from petals_tune.families import family_of, hollow_base_model
+from petals_tune.model.families import family_of, hollow_base_model
 config = LlamaConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2, vocab_size=8)
 family = family_of(hollow_base_model(config))
 from transformers import AutoModel

@@ -4,9 +4,9 @@ import asyncio
 import socket
 from types import SimpleNamespace
 
-from petals_tune.swarm.members import Members
-from petals_tune.swarm.stats import SwarmStats
-from petals_tune.swarm.stream import ServerStream
+from petals_tune.net.members import Members
+from petals_tune.net.stats import SwarmStats
+from petals_tune.net.stream import ServerStream
 from petals_tune.wire.frames import HEADER, Assembler, cut, read_header
 from petals_tune.wire.messages import Hello, Message, Welcome, decode, encode
 from petals_tune.wire.records import ServerRecord

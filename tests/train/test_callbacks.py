@@ -5,7 +5,7 @@ import torch
 from peft import PromptTuningConfig, get_peft_model
 
 from petals_tune.data.module import TextData
-from petals_tune.swarm.stats import SwarmStats
+from petals_tune.net.stats import SwarmStats
 from petals_tune.train.backbone import swarm_stats
 from petals_tune.train.callbacks import greedy_reply, readable
 from petals_tune.train.module import FineTuner

@@ -1,0 +1,1 @@
+"""Transformer blocks in memory: loading, quantization, adapters, the engine. Knows no network."""

@@ -1,0 +1,65 @@
+"""Autograd graphs kept for a backward, and the memory that they hold.
+
+Shapes: B rows, S positions, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+
+@dataclass
+class KeptMemory:
+    """The storages that a graph keeps alive, each counted once, weights left out."""
+
+    weights: frozenset[int]  # data pointers of the model's own storages
+    storages: dict[int, int] = field(default_factory=dict)  # data pointer -> bytes
+
+    def add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.weights:
+            self.storages[storage.data_ptr()] = storage.nbytes()
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.storages.values())
+
+    @contextmanager
+    def counting(self, hidden_from_autograd: Iterable[nn.Module]) -> Iterator[None]:
+        """Count what autograd saves meanwhile, and the inputs of modules that keep theirs where it cannot see them.
+
+        bitsandbytes' int8 linear keeps its input on `ctx`, past the saved-tensor hooks.
+        """
+
+        def save(tensor: torch.Tensor) -> torch.Tensor:
+            self.add(tensor)
+            return tensor.detach()  # saving an output itself would make a cycle with its graph
+
+        hooks = [module.register_forward_pre_hook(lambda _, args: self.add(args[0])) for module in hidden_from_autograd]
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """The output of a forward, and what its backward gives gradients for."""
+
+    output: torch.Tensor  # (B, S, H)
+    hidden: torch.Tensor | None  # the input (B, S, H), where its gradient is wanted
+    adapter: list[torch.Tensor]
+
+    def gradients(self, grad: torch.Tensor) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """(gradient at the input or None, gradients of the adapter's tensors); frees the graph."""
+        inputs = [*([] if self.hidden is None else [self.hidden]), *self.adapter]
+        # A linear that this forward did not pass has a gradient too: zero.
+        found = list(torch.autograd.grad(self.output, inputs, grad.to(self.output.dtype), materialize_grads=True))
+        return (None if self.hidden is None else found.pop(0)), found

@@ -1,0 +1,71 @@
+"""Quantized blocks on disk, so that a second start neither reads nor quantizes the full ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from petals_tune.errors import ConfigError
+from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.model.disk import DiskCache
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedBlocks:
+    """The blocks of one checkpoint in one quantization, one file each."""
+
+    disk: DiskCache
+    checkpoint: Checkpoint
+    quantization: str
+    dtype: torch.dtype  # of what is not quantized
+
+    def get(self, block: int, names: Sequence[str]) -> dict[str, torch.Tensor] | None:
+        """The state of `block`, whose tensors in the checkpoint are `names`; None where it is not kept.
+
+        The tensors are a view of the file: servers on one machine share the memory.
+        """
+        path = self._path(block, names)
+        try:
+            with safe_open(path, framework="pt") as opened:
+                state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
+        except FileNotFoundError:
+            return None
+        except (SafetensorError, OSError) as error:
+            logger.warning("%s is damaged, the block is quantized again: %s", path, error)
+            return None
+        self.disk.used(path)
+        return state
+
+    def put(self, block: int, names: Sequence[str], state: dict[str, torch.Tensor]) -> None:
+        """Keep the state of `block`. A disk that is full or read-only costs the next start some time, no more."""
+        path = self._path(block, names)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        size_bytes = sum(tensor.nbytes for tensor in state.values())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with self.disk.room_for(size_bytes, f"block {block}"):
+                save_file(state, partial, metadata={"source": self.checkpoint.source, "block": str(block)})
+                partial.rename(path)
+        except (ConfigError, SafetensorError, OSError) as error:
+            logger.warning("block %d is not kept for the next start: %s", block, error)
+            with suppress(OSError):
+                partial.unlink()
+
+    def _path(self, block: int, names: Sequence[str]) -> Path:
+        libraries = [version("bitsandbytes"), version("transformers")]
+        what = [self.checkpoint.state_of(names), sorted(names), self.quantization, str(self.dtype), libraries]
+        key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+        return self.disk.quantized / key / f"{block}.safetensors"

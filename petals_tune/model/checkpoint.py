@@ -1,0 +1,262 @@
+"""A checkpoint in Hugging Face format, in a local folder or on a hub: read only the tensors that are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import torch
+from httpx2 import HTTPError, TransportError
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PretrainedConfig
+from transformers.utils.hub import cached_file
+
+from petals_tune.errors import HubUnreachable, PetalsTuneError, UnsupportedModel
+from petals_tune.model.disk import DiskCache
+from petals_tune.model.download import Blob, check
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor in a file. Indexing it, with `...` for all of it, reads it; a floating one as `dtype`.
+
+    transformers takes a state dict of these, and reads each when its turn comes.
+    """
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        with _opened(self.path) as opened:  # not kept open: what was read of a file that is mapped counts as memory
+            tensor = opened.get_tensor(self.name)[index]
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`source` is a folder with config.json and safetensors files, or the name of a model on a hub.
+
+    What a hub gives is kept in `disk`, or in the library's own cache where there is none.
+    """
+
+    source: str
+    disk: DiskCache | None = None
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """Raises UnsupportedModel where there is none, HubUnreachable where there may be one later."""
+        if _is_path(self.source) and not Path(self.source).is_dir():
+            raise UnsupportedModel(
+                f"model.source={self.source}: there is no such folder; give one with config.json and safetensors "
+                "files, or the name of a model on the hub"
+            )
+        what = f"model.source={self.source!r} is neither a folder with a config.json nor a model that the hub gave"
+        with _explained(what):
+            return AutoConfig.from_pretrained(self._config_folder)
+
+    @cached_property
+    def revision(self) -> str:
+        """The commit on the hub; "" for a local folder. All files are of this one."""
+        _ = self.config  # an error that says what is wrong with the source
+        return "" if Path(self.source).is_dir() else self._config_folder.name
+
+    @cached_property
+    def _config_folder(self) -> Path:
+        """Where config.json is; of a hub's model, the folder is called like the commit."""
+        if Path(self.source).is_dir():
+            return Path(self.source)
+        try:
+            found = cached_file(self.source, "config.json", **self._place)
+            assert found is not None  # it raises where there is none
+            return Path(found).parent
+        except OSError:
+            here = try_to_load_from_cache(self.source, "config.json")  # the library's, when there is no network
+            if not isinstance(here, str):
+                raise
+            return Path(here).parent
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the model: `records.same_model` of all servers and clients of a swarm.
+
+        Of the architecture's part of config.json and the names of its tensors; where a hub tells the SHA-256 sums of
+        the weights, a dot follows and a digest of those.
+        """
+        config = self.config.to_diff_dict()
+        for local in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"):
+            config.pop(local, None)
+        digest = _digest([config, sorted(self._files)])
+        sums = self._sums_of_weights()
+        return f"{digest}.{_digest(sums)}" if sums else digest
+
+    @property
+    def tensor_names(self) -> list[str]:
+        return list(self._files)
+
+    def file_of(self, name: str) -> str:
+        """The name of the file that holds the tensor `name`."""
+        return self._files[name]
+
+    def state_of(self, names: Iterable[str]) -> list[Any]:
+        """What changes when the values of these tensors do. Reads and downloads none of them."""
+        if self.revision:
+            return [self.source, self.revision]
+        paths = [self._path(file).resolve() for file in sorted({self._files[name] for name in names})]
+        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
+    def stored(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, StoredTensor]:
+        """These tensors, to be read one by one. Opens only the files that hold them."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._files[name], []).append(name)
+        tensors = {}
+        for file, wanted in by_file.items():
+            path = self._path(file)
+            with _opened(path) as opened:
+                for name in wanted:
+                    shape = tuple(opened.get_slice(name).get_shape())
+                    tensors[name] = StoredTensor(path=path, name=name, shape=shape, dtype=dtype)
+        return tensors
+
+    def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """These tensors; floating ones as `dtype`."""
+        return {name: tensor[...] for name, tensor in self.stored(names, dtype).items()}
+
+    @cached_property
+    def _files(self) -> dict[str, str]:
+        """tensor name -> file name."""
+        index = self._find(_INDEX)
+        if index is not None:
+            try:
+                return dict(json.loads(index.read_text())["weight_map"])
+            except (ValueError, KeyError):
+                raise UnsupportedModel(f"{index} is damaged: it is not an index of tensors") from None
+        single = self._find(_SINGLE)
+        if single is None:
+            raise UnsupportedModel(
+                f"model.source={self.source!r} has neither {_SINGLE} nor {_INDEX}; "
+                "save it with model.save_pretrained(folder), or convert a GGUF file with: "
+                "python -m petals_tune.model.convert FILE.gguf FOLDER"
+            )
+        try:
+            with safe_open(single, framework="pt") as opened:
+                return dict.fromkeys(opened.keys(), _SINGLE)
+        except SafetensorError as error:
+            raise UnsupportedModel(f"{single} is damaged: {error}") from None
+
+    @property
+    def _place(self) -> dict[str, str]:
+        return {} if self.disk is None else {"cache_dir": str(self.disk.hub)}
+
+    def _path(self, file: str) -> Path:
+        path = self._find(file)
+        if path is None:
+            raise UnsupportedModel(f"model.source={self.source!r} lacks the file {file} that its index names")
+        return path
+
+    def _find(self, file: str) -> Path | None:
+        if Path(self.source).is_dir():
+            path = Path(self.source) / file
+            return path if path.is_file() else None
+        revision = self.revision or None
+        for place in (self._place, {}):  # what the library's cache has need not come again
+            here = try_to_load_from_cache(self.source, file, revision=revision, **place)
+            if isinstance(here, str):
+                if self.disk is not None:
+                    self.disk.used(Path(here).resolve())
+                return Path(here)
+        with _explained(f"model.source={self.source!r}: {file} did not come"):
+            return self._downloaded(file, revision)
+
+    def _downloaded(self, file: str, revision: str | None) -> Path | None:
+        """Ask the hub. A download goes on where it was cut, or where a process was killed; a wrong file is not kept."""
+        blob = None
+        room: AbstractContextManager[None] = nullcontext()
+        if file.endswith(".safetensors"):
+            blob = Blob.of(self.source, file, revision=revision, cache=Path(self._place.get("cache_dir", HF_HUB_CACHE)))
+        if blob is not None and self.disk is not None:
+            room = self.disk.room_for(blob.size_bytes, f"{self.source}: {file}", begun=blob.partial)
+        with room:
+            is_right = blob is not None and blob.fetch()
+            found = cached_file(  # links what is there, and gets what is not
+                self.source, file, revision=revision, _raise_exceptions_for_missing_entries=False, **self._place
+            )
+        if found is None:
+            return None
+        if not is_right:
+            check(Path(found).resolve(), f"{file} of {self.source}")
+        return Path(found)
+
+    def _sums_of_weights(self) -> list[str]:
+        """The SHA-256 of each file of weights, in order; none where the hub does not tell all of them."""
+        if not self.revision:
+            return []
+        try:
+            info = HfApi().model_info(self.source, revision=self.revision, files_metadata=True, timeout=10)
+        except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+            return []
+        sums = {file.rfilename: file.lfs.sha256 for file in info.siblings or () if file.lfs is not None}
+        files = sorted({*self._files.values()})
+        return [sums[file] for file in files] if sums.keys() >= {*files} else []
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise UnsupportedModel(f"{path} is damaged or does not fit its index: {error}") from None
+
+
+def _is_path(source: str) -> bool:
+    """Rather than the name of a model on a hub, which is NAME or OWNER/NAME."""
+    return source.startswith(("/", ".", "~")) or source.endswith("/") or source.count("/") > 1
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """What the library could not get or read: HubUnreachable where a later moment may do, else UnsupportedModel."""
+    try:
+        yield
+    except PetalsTuneError:
+        raise
+    except (OSError, ValueError, HTTPError) as error:
+        if _may_pass(error):
+            raise HubUnreachable(
+                f"{what}: {_first_line(error)}\n  try again when the hub can be reached: what has come is kept"
+            ) from None
+        raise UnsupportedModel(f"{what}: {_first_line(error)}") from None
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether the network, or the hub itself, stands behind an error."""
+    while error is not None:
+        if isinstance(error, TransportError) or (
+            isinstance(error, HfHubHTTPError) and error.response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR
+        ):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]

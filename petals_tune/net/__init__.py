@@ -1,0 +1,1 @@
+"""The network seam: transports, streams, the directory, identities. Clients and servers stand on it."""

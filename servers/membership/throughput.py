@@ -1,0 +1,147 @@
+"""How fast this server is: its computing is measured at its first start, its line at every start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+import torch
+from hivemind.p2p import P2P
+
+from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.kv_cache import Session
+from petals_tune.blocks.loading import made_up_block
+from petals_tune.blocks.memory import give_back_freed_memory
+from petals_tune.errors import PetalsTuneError, ServerError
+from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.net.members import Members
+from petals_tune.net.stats import SwarmStats
+from petals_tune.net.stream import ServerStream
+from petals_tune.wire.messages import Forward, Ping, Step
+from petals_tune.wire.records import ServerRecord, Throughput
+from petals_tune.wire.span import BlockSpan
+
+logger = logging.getLogger(__name__)
+
+BATCH_TOKENS = 128  # about what a client puts into a micro-batch
+_LEAST_S, _LEAST_RUNS = 0.1, 3
+_SENT_BYTES = 4 * 2**20
+_SENDING_TIMEOUT_S = 30.0
+_MOST_PEERS = 3
+
+
+def computing(
+    checkpoint: Checkpoint, *, quantization: str, dtype: torch.dtype, device: str, folder: Path, again: bool = False
+) -> Throughput:
+    """Tokens/s through one block of this model, as this thread computes it.
+
+    Measured on a block of made-up numbers, since which blocks this server hosts depends on the result. Kept in `folder`
+    by all that it depends on, and taken from there unless it is to be measured `again`.
+    """
+    depends_on = [
+        *(checkpoint.digest, quantization, str(dtype), _device_name(device), torch.get_num_threads()),
+        *(version("torch"), version("bitsandbytes"), version("petals_tune")),
+    ]
+    path = folder / f"{hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:32]}.json"
+    if not again:
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=Throughput)
+        except FileNotFoundError:
+            pass
+        except msgspec.MsgspecError as error:
+            logger.warning("%s is damaged, the throughput is measured again: %s", path, error)
+    engine = Engine(made_up_block(checkpoint, quantization=quantization, dtype=dtype, device=device))
+    measured = Throughput(step=1 / _median_s(_one_step(engine)), batch=BATCH_TOKENS / _median_s(_one_batch(engine)))
+    del engine
+    give_back_freed_memory()
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(msgspec.json.encode(measured))
+        partial.rename(path)
+    except OSError as error:
+        logger.warning("the throughput is not kept for the next start: %s", error)
+    return measured
+
+
+async def sending(
+    p2p: P2P, servers: Sequence[ServerRecord], model: str, members: Members | None, hidden_size: int
+) -> float | None:
+    """Tokens/s whose float32 hidden states this machine can send to other servers of the swarm.
+
+    The best of a few: a line is at least as fast as what went through it. None where there is nobody to send to.
+    """
+    rates = []
+    for server in servers[:_MOST_PEERS]:
+        try:
+            stream = await ServerStream.open(
+                p2p,
+                server.peer,
+                server.addresses,
+                model,
+                members=members,
+                timeout_s=_SENDING_TIMEOUT_S,
+                stats=SwarmStats(),
+            )
+            try:
+                empty_s, full_s = [await _ping_s(stream, size) for size in (0, _SENT_BYTES)]
+            finally:
+                await stream.close()
+        except ServerError as error:
+            logger.info("the line to server %s was not measured: %s", server.peer, error)
+        else:
+            rates.append(_SENT_BYTES / max(full_s - empty_s, 1e-6))
+    return max(rates) / (4 * hidden_size) if rates else None
+
+
+async def _ping_s(stream: ServerStream, size_bytes: int) -> float:
+    ping = Ping(filler=os.urandom(size_bytes))  # nothing on the way can pack it
+    started_s = time.perf_counter()
+    await stream.call(ping, timeout_s=_SENDING_TIMEOUT_S)
+    return time.perf_counter() - started_s
+
+
+def _one_step(engine: Engine) -> Callable[[], None]:
+    session = Session.of_nobody(BlockSpan(0, 1))
+    step = Step(session=0, hidden=torch.randn(1, 1, engine.hidden_size), position=0)
+
+    def run() -> None:
+        (output,) = engine.step([(session, step)])
+        if isinstance(output, PetalsTuneError):
+            raise output
+        output[0, -1, -1].item()
+
+    return run
+
+
+def _one_batch(engine: Engine) -> Callable[[], None]:
+    hidden = torch.randn(1, BATCH_TOKENS, engine.hidden_size)
+    request = Forward(span=BlockSpan(0, 1), hidden=hidden, keep=True, input_grad=True)
+
+    def run() -> None:
+        engine.forward(request, None).output[0, -1, -1].item()  # a GPU answers before it is done
+
+    return run
+
+
+def _median_s(run: Callable[[], None]) -> float:
+    run()  # the first one is slower
+    seconds: list[float] = []
+    while len(seconds) < _LEAST_RUNS or sum(seconds) < _LEAST_S:
+        started_s = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started_s)
+    return statistics.median(seconds)
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device} {platform.processor()}"

@@ -1,0 +1,1 @@
+"""One client's requests: admission, streams, the handler, handing outputs on."""

@@ -1,0 +1,195 @@
+"""Outputs that go from server to server without the client in between: what is awaited here, and whom to give to.
+
+Shapes: B rows, S positions, H hidden size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from hivemind.p2p import P2P
+
+from petals_tune.errors import NotHandedOn, PetalsTuneError, RequestRefused
+from petals_tune.net.directory import Directory, Snapshot
+from petals_tune.net.members import Members
+from petals_tune.net.stats import SwarmStats
+from petals_tune.net.stream import ServerStream
+from petals_tune.wire.messages import Delivery, HandOver
+from petals_tune.wire.records import ServerRecord, same_model
+
+logger = logging.getLogger(__name__)
+
+EARLY_S = 60.0  # how long a tensor is kept whose request is not here yet: it may be queued at its client
+MAX_EARLY = 1024  # such tensors
+MAX_SPENT = 4096  # tickets that are remembered as used, or not wanted any more
+HAND_ON_S = 5.0  # to open a stream to the next server, or to write to it; then the client delivers instead
+SHUT_S = 30.0  # a server that could not be reached is not tried again for so long
+LOOK_AGAIN_S = 5.0  # between two looks at who is in the swarm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivered:
+    """A tensor that another server handed on. Its memory counts as that server's until it is given back."""
+
+    tensor: torch.Tensor  # (B, S, H)
+    give_back: Callable[[], None]
+
+
+class Expected:
+    """Requests that wait for their tensor, and tensors that came before their request. On the event loop."""
+
+    def __init__(self) -> None:
+        # By ticket: the giver, and what it gives.
+        self._waiting: dict[bytes, tuple[str, asyncio.Future[Delivered]]] = {}
+        self._early: dict[bytes, tuple[float, Delivered]] = {}  # by ticket, oldest first: when it came
+        self._spent: dict[bytes, None] = {}  # tickets for which nothing is kept or awaited any more, oldest first
+
+    async def take(self, comes: HandOver) -> Delivered:
+        """The tensor that `comes`. Raises NotHandedOn where it will not, RequestRefused for a ticket that is in use."""
+        if comes.ticket in self._waiting:
+            raise RequestRefused("a second request waits for the same tensor")
+        if comes.ticket in self._spent:
+            raise NotHandedOn(f"the tensor of server {comes.peer} was used before, or could not be kept for so long")
+        if (early := self._early.pop(comes.ticket, None)) is not None:
+            self._spend(comes.ticket)
+            return early[1]
+        coming: asyncio.Future[Delivered] = asyncio.get_running_loop().create_future()
+        self._waiting[comes.ticket] = comes.peer, coming
+        try:
+            return await coming
+        except asyncio.CancelledError:
+            if coming.done() and not coming.cancelled() and coming.exception() is None:
+                coming.result().give_back()
+            raise
+        finally:
+            del self._waiting[comes.ticket]
+            self._spend(comes.ticket)
+
+    def deliver(self, delivery: Delivery, give_back: Callable[[], None]) -> None:
+        """`delivery` is here; `give_back` is called once its memory is free again."""
+        delivered = Delivered(tensor=delivery.tensor, give_back=give_back)
+        _, coming = self._waiting.get(delivery.ticket, ("", None))
+        if coming is not None and not coming.done():
+            coming.set_result(delivered)
+        elif coming is not None or delivery.ticket in self._early or delivery.ticket in self._spent:
+            give_back()  # a second time, or too late
+        else:
+            now_s = time.monotonic()
+            self._early[delivery.ticket] = now_s, delivered
+            self._give_up_old(now_s)
+
+    def withdraw(self, tickets: list[bytes]) -> None:
+        """Nobody wants what comes for these any more."""
+        for ticket in tickets:
+            if (early := self._early.pop(ticket, None)) is not None:
+                early[1].give_back()
+            self._fail(ticket, NotHandedOn("the client withdrew this request"))
+            self._spend(ticket)
+
+    def gone(self, peer: str, why: str) -> None:
+        """Nothing more comes from `peer`."""
+        for ticket, (giver, _) in list(self._waiting.items()):
+            if giver == peer:
+                self._fail(ticket, NotHandedOn(f"server {peer} did not hand its output on: {why}"))
+
+    def _fail(self, ticket: bytes, error: NotHandedOn) -> None:
+        _, coming = self._waiting.get(ticket, ("", None))
+        if coming is not None and not coming.done():
+            coming.set_exception(error)
+
+    def _give_up_old(self, now_s: float) -> None:
+        for ticket, (since_s, delivered) in list(self._early.items()):
+            if now_s - since_s <= EARLY_S and len(self._early) <= MAX_EARLY:
+                break
+            delivered.give_back()
+            del self._early[ticket]
+            self._spend(ticket)
+
+    def _spend(self, ticket: bytes) -> None:
+        self._spent[ticket] = None
+        if len(self._spent) > MAX_SPENT:
+            del self._spent[next(iter(self._spent))]
+
+
+class Neighbours:
+    """The other servers of the swarm, as this one hands its outputs on to them. On the event loop.
+
+    Only peers that announce blocks of the same model are dialled: a client cannot point a server anywhere else.
+    """
+
+    def __init__(self, p2p: P2P, directory: Directory, model: str, members: Members | None):
+        self._p2p, self._directory, self._model, self._members = p2p, directory, model, members
+        self._snapshot: Snapshot | None = None
+        self._looked_s = -math.inf
+        self._one_looks = asyncio.Lock()
+        self._streams: dict[str, asyncio.Task[ServerStream]] = {}
+        self._shut_until_s: dict[str, float] = {}
+        self._stats = SwarmStats()
+
+    async def hand_on(self, goes: HandOver, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` (B, S, H) is on its way to the server where it `goes`."""
+        record = await self._record(goes.peer)
+        if record is None or self._shut_until_s.get(goes.peer, 0.0) > time.monotonic():
+            return False
+        try:
+            stream = await self._stream(record)
+        except PetalsTuneError as error:
+            self._shut(goes.peer, error)
+            return False
+        try:
+            async with asyncio.timeout(HAND_ON_S):
+                await stream.send(Delivery(ticket=goes.ticket, tensor=tensor))
+        except (TimeoutError, PetalsTuneError) as error:
+            await stream.close()  # a frame may be written in part
+            self._shut(goes.peer, error)
+            return False
+        return True
+
+    async def close(self) -> None:
+        """End all streams."""
+        for opening in self._streams.values():
+            opening.cancel()
+            for stream in await asyncio.gather(opening, return_exceptions=True):
+                if isinstance(stream, ServerStream):
+                    await stream.close()
+
+    def _shut(self, peer: str, error: Exception) -> None:
+        logger.info("outputs cannot be handed on to server %s now: %s", peer, error)
+        self._shut_until_s[peer] = time.monotonic() + SHUT_S
+        self._snapshot = None  # it may be back at another address
+
+    async def _stream(self, record: ServerRecord) -> ServerStream:
+        opening = self._streams.get(record.peer)
+        if opening is None or (opening.done() and (opening.exception() or not opening.result().alive)):
+            opening = self._streams[record.peer] = asyncio.create_task(
+                ServerStream.open(
+                    self._p2p,
+                    record.peer,
+                    record.addresses,
+                    self._model,
+                    members=self._members,
+                    timeout_s=HAND_ON_S,
+                    stats=self._stats,
+                )
+            )
+        return await asyncio.shield(opening)
+
+    async def _record(self, peer: str) -> ServerRecord | None:
+        """What `peer` announces; None, and nothing is kept of it, where it is no server of this model."""
+        if (record := self._known(peer)) is not None:
+            return record
+        async with self._one_looks:
+            if time.monotonic() - self._looked_s > LOOK_AGAIN_S:
+                self._snapshot = await self._directory.snapshot()
+                self._looked_s = time.monotonic()
+        return self._known(peer)
+
+    def _known(self, peer: str) -> ServerRecord | None:
+        known = () if self._snapshot is None else self._snapshot.servers
+        return next((each for each in known if each.peer == peer and same_model(each.model, self._model)), None)

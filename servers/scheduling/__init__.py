@@ -1,0 +1,1 @@
+"""What is computed when: queues, batches of steps, the computing thread."""

@@ -1,0 +1,1 @@
+"""What a server keeps for its clients between requests, in fair shares of budgets of bytes."""

@@ -1,0 +1,173 @@
+"""Checkpoints in local folders, and through the real hub client against a small hub on 127.0.0.1 that counts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from httpx2 import ConnectError
+from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from petals_tune.errors import HubUnreachable, UnsupportedModel
+from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.wire.records import same_model
+from tests.hub import Hub
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny Llama in several shards."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2, vocab_size=50
+    )
+    path = tmp_path_factory.mktemp("hub") / "tiny"
+    LlamaForCausalLM(config).save_pretrained(path, max_shard_size="20KB")
+    assert len(list(path.glob("*.safetensors"))) > 2
+    return path
+
+
+def test_only_the_tensors_asked_for_are_read(folder):
+    checkpoint = Checkpoint(str(folder))
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = checkpoint.read([name], torch.float16)
+    assert list(tensors) == [name]
+    assert tensors[name].dtype is torch.float16
+
+
+def test_the_digest_names_the_architecture_not_the_place(folder, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert Checkpoint(str(copy)).digest == Checkpoint(str(folder)).digest
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert Checkpoint(str(copy)).digest != Checkpoint(str(folder)).digest
+
+
+def test_a_damaged_or_missing_shard_is_named(folder, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    checkpoint = Checkpoint(str(copy))
+    name = checkpoint.tensor_names[0]
+    shard = copy / json.loads((copy / "model.safetensors.index.json").read_text())["weight_map"][name]
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(UnsupportedModel, match=shard.name):
+        checkpoint.read([name], torch.float32)
+    shard.unlink()
+    with pytest.raises(UnsupportedModel, match=shard.name):
+        checkpoint.read([name], torch.float32)
+
+
+def test_a_folder_without_weights_says_what_to_do(folder, tmp_path):
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(UnsupportedModel, match="save_pretrained"):
+        _ = Checkpoint(str(tmp_path)).tensor_names
+
+
+@pytest.mark.parametrize("source", ["/nowhere/llama", "./llama", "models/tiny/llama", "llama/", "~/llama"])
+def test_a_folder_that_is_not_there_is_not_taken_for_a_name(source):
+    with pytest.raises(UnsupportedModel, match="there is no such folder"):
+        _ = Checkpoint(source).config
+
+
+def test_a_hub_that_cannot_be_reached_is_nobodys_mistake(monkeypatch):
+    def cut_off(*_: object, **__: object) -> None:
+        unreachable = LocalEntryNotFoundError("An error happened")
+        unreachable.__cause__ = ConnectError("Connection refused")
+        raise OSError("We couldn't connect to the hub") from unreachable
+
+    monkeypatch.setattr("petals_tune.model.checkpoint.cached_file", cut_off)
+    with pytest.raises(HubUnreachable, match=r"couldn't connect.*\n.*try again"):
+        _ = Checkpoint("tiny/llama").config
+    monkeypatch.undo()
+    with pytest.raises(UnsupportedModel, match="nor a model that the hub gave"):
+        _ = Checkpoint("tiny/llama").config  # tests are offline by choice
+
+
+@pytest.fixture
+def hub(folder):
+    with Hub(models={"tiny/llama": folder}).serving() as hub:
+        yield hub
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.model.disk import DiskCache
+from petals_tune.errors import PetalsTuneError
+from petals_tune.wire.span import BlockSpan
+from petals_tune.blocks.loading import load_blocks
+
+def checkpoint(max_bytes=None, folder="disk"):
+    return Checkpoint("tiny/llama", DiskCache(folder=Path(sys.argv[1]) / folder, max_bytes=max_bytes))
+
+def load(block, source=None):
+    source = source or checkpoint()
+    span = BlockSpan(block, block + 1)
+    return load_blocks(source, span, quantization="int8", dtype=torch.float32, disk=source.disk).weight_bytes
+
+"""
+
+
+def with_hub(hub: Hub, script: str, folder: Path) -> list[str]:
+    """What `script` prints, in a process that knows `hub` for its hub."""
+    return hub.known_to(SCRIPT + script, folder)
+
+
+def shards_of(folder: Path, *blocks: int) -> set[str]:
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return {file for name, file in weight_map.items() if any(f".layers.{block}." in name for block in blocks)}
+
+
+def test_from_a_hub_only_the_shards_that_are_needed_come_and_they_come_once(hub, folder, tmp_path):
+    (digest,) = with_hub(hub, "print(checkpoint().digest); load(2); load(2); load(3)", tmp_path)
+    local = Checkpoint(str(folder)).digest
+    assert same_model(local, digest)
+    assert local != digest, "a hub tells the checksums of the weights"
+    assert hub.shards == shards_of(folder, 2, 3)
+    assert len(hub.shards) < len({*folder.glob("*.safetensors")})
+    assert {hub.downloads[shard] for shard in hub.shards} == {1}
+
+
+def test_a_download_that_is_cut_goes_on_where_it_was(hub, folder, tmp_path):
+    (shard, *_) = shards_of(folder, 1)
+    hub.cuts.add(shard)
+    small_pieces = "import huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = 1024\n"  # it keeps whole ones
+    (size,) = with_hub(hub, small_pieces + "print(load(1))", tmp_path)
+    assert not hub.cuts, "it was cut"
+    ((file, first),) = hub.parts
+    assert file == shard
+    assert 0 < first <= (folder / shard).stat().st_size // 2
+    assert int(size) > 0
+
+
+def test_a_file_with_wrong_bytes_is_named_and_not_kept(hub, folder, tmp_path):
+    (shard, *_) = shards_of(folder, 1)
+    hub.damages[shard] = 2
+    script = "try: load(1)\nexcept PetalsTuneError as error: print(error)\nprint(load(1))"
+    text, size = with_hub(hub, script, tmp_path)
+    assert text.startswith(f"{shard} of tiny/llama came damaged")
+    assert int(size) > 0
+    assert hub.downloads[shard] == 3, "it is fetched anew once before that is an error"
+
+
+def test_a_server_stays_inside_its_disk_budget(hub, folder, tmp_path):
+    shards = [file.stat().st_size for file in folder.glob("*.safetensors")]
+    budget = 3 * max(shards)
+    assert sum(shards) > budget, "not all would fit"
+    script = f"for block in range(4): load(block, checkpoint({budget}))\n"
+    script += "try: load(0, checkpoint(1000, 'another'))\nexcept PetalsTuneError as error: print(error)"
+    (text,) = with_hub(hub, script, tmp_path)
+    assert hub.shards == shards_of(folder, 0, 1, 2, 3)
+    files = [file for file in (tmp_path / "disk").rglob("*") if file.is_file() and not file.is_symlink()]
+    weights = [file.stat().st_size for file in files if file.stat().st_size > 1000]
+    assert 0 < sum(weights) <= budget
+    assert "tiny/llama: model-" in text
+    assert "max_disk_gb=" in text

@@ -1,0 +1,137 @@
+"""Files of keys and tokens: who gets in, when, and what an error says."""
+
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+from petals_tune.errors import AccessDenied, ConfigError
+from petals_tune.net import members as members_module
+from petals_tune.net.members import Members, identity_beside, load_identity, write_private
+from petals_tune.wire.signing import SigningKey, identity_bytes
+from petals_tune.wire.tokens import encode_token, issue, public_text, secret_text, token_text
+
+OWNER, HOST, ALICE = (SigningKey(bytes([number]) * 32) for number in range(3))
+SOON = int(time.time()) + 3600
+
+
+def token_of(name: str, key: SigningKey, *, hosts: bool = False, expires_s: int = SOON) -> str:
+    return token_text(issue(OWNER, name=name, peer=key.peer, hosts=hosts, expires_s=expires_s))
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    (tmp_path / "swarm.key").write_text(secret_text(OWNER))
+    (tmp_path / "swarm.pub").write_text(public_text(OWNER))
+    (tmp_path / "alice.token").write_text(token_of("alice", ALICE))
+    (tmp_path / "alice.identity").write_bytes(identity_bytes(ALICE))
+    (tmp_path / "host.token").write_text(token_of("host", HOST, hosts=True))
+    return tmp_path
+
+
+def shown(name: str, key: SigningKey, **options: object) -> bytes:
+    return encode_token(issue(OWNER, name=name, peer=key.peer, **{"hosts": False, "expires_s": SOON, **options}))
+
+
+def test_client_and_server_know_each_other_by_the_swarms_key(files):
+    alice = Members.with_token(files / "alice.token", identity_beside(files / "alice.token", None))
+    for server in (
+        Members.with_key(files / "swarm.key", None, HOST),
+        Members.with_key(files / "swarm.pub", files / "host.token", HOST),
+    ):
+        assert server.admit(alice.own_token(), ALICE.peer).name == "alice"
+        assert alice.admit(server.own_token(), HOST.peer, hosts=True).peer == HOST.peer
+        with pytest.raises(AccessDenied):
+            server.admit(alice.own_token(), HOST.peer)
+        with pytest.raises(AccessDenied, match="does not let it host"):
+            server.admit(alice.own_token(), ALICE.peer, hosts=True)
+        for nothing in (None, b""):
+            with pytest.raises(AccessDenied, match=r"this swarm is private.*swarm\.token=FILE"):
+                server.admit(nothing, ALICE.peer)
+        with pytest.raises(AccessDenied, match="not a token"):
+            server.admit(b"\xc1", ALICE.peer)
+
+
+def test_a_name_is_revoked_and_let_in_again_without_a_restart(files, monkeypatch):
+    monkeypatch.setattr(members_module, "REVOKED_READ_S", 0.0)
+    server = Members.with_key(files / "swarm.key", None, HOST)
+    token = server.admit(shown("alice", ALICE), ALICE.peer)
+    server.check_still_in(token)
+    write_private(files / "swarm.revoked", b"# lost her laptop\nalice  # on Monday\n")
+    with pytest.raises(AccessDenied, match="the token of alice was revoked"):
+        server.check_still_in(token)
+    with pytest.raises(AccessDenied, match="revoked"):
+        server.admit(shown("alice", ALICE), ALICE.peer)
+    assert server.admit(shown("alice2", ALICE), ALICE.peer).name == "alice2"
+    (files / "swarm.revoked").unlink()
+    server.check_still_in(token)
+
+
+def test_a_token_that_expires_meanwhile_is_seen():
+    now_s = [0.0]
+    server = Members(OWNER.public, HOST, lambda _: pytest.fail("not asked for"), clock=lambda: now_s[0])
+    token = server.admit(shown("alice", ALICE, expires_s=100), ALICE.peer)
+    now_s[0] = 99.0
+    server.check_still_in(token)
+    now_s[0] = 100.0
+    with pytest.raises(AccessDenied, match="has expired"):
+        server.check_still_in(token)
+
+
+def test_a_server_with_the_secret_key_renews_its_own_token(files):
+    server = Members.with_key(files / "swarm.key", None, HOST)
+    now_s = time.time()
+    server._clock = lambda: now_s
+    first = server.own_token()
+    assert server.own_token() == first
+    now_s += members_module.OWN_TOKEN_S / 2 + 10
+    assert server.own_token() != first
+    server.admit(server.own_token(), HOST.peer, hosts=True)
+
+
+def test_a_client_learns_at_once_that_its_own_token_is_no_good(files):
+    (files / "old.token").write_text(token_of("alice", ALICE, expires_s=1))
+    with pytest.raises(AccessDenied, match="has expired: ask the swarm's owner"):
+        Members.with_token(files / "old.token", ALICE)
+    with pytest.raises(AccessDenied, match=f"issued to peer {ALICE.peer}, and this is {HOST.peer}"):
+        Members.with_token(files / "alice.token", HOST)
+
+
+def test_a_server_with_the_public_key_needs_a_token_for_hosting(files):
+    with pytest.raises(ConfigError, match=f"swarm.token=FILE\n.*--hosts --peer {HOST.peer}"):
+        Members.with_key(files / "swarm.pub", None, HOST)
+    with pytest.raises(AccessDenied, match="does not let it host"):
+        Members.with_key(files / "swarm.pub", files / "alice.token", ALICE)
+
+
+@pytest.mark.parametrize("key", [secret_text(OWNER), "missing.key"])
+def test_a_key_on_the_command_line_is_refused_and_not_repeated(key):
+    with pytest.raises(ConfigError, match=r"swarm\.key") as caught:
+        Members.with_key(key, None, HOST)
+    assert secret_text(OWNER)[24:] not in str(caught.value)
+
+
+def test_files_that_hold_something_else_are_named(files):
+    (files / "bytes").write_bytes(b"\xff\xfe")
+    (files / "text").write_text("hello")
+    with pytest.raises(ConfigError, match="bytes cannot be read: it is no text"):
+        Members.with_key(files / "bytes", None, HOST)
+    with pytest.raises(ConfigError, match="does not hold petals-tune-public-key"):
+        Members.with_key(files / "text", None, HOST)
+    with pytest.raises(ConfigError, match="does not hold petals-tune-token"):
+        Members.with_token(files / "swarm.key", ALICE)
+    with pytest.raises(ConfigError, match=r"identity_path=.*text: it does not hold an ed25519 key.*keys identity FILE"):
+        load_identity(files / "text", make=True)
+    with pytest.raises(ConfigError, match=r"identity_path=.*none.identity cannot be read"):
+        identity_beside(files / "none.token", None)
+
+
+def test_an_identity_is_made_once_for_its_owner_alone(tmp_path):
+    path = tmp_path / "identity"
+    made = load_identity(path, make=True)
+    assert load_identity(path, make=True).peer == made.peer
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert list(tmp_path.iterdir()) == [path], "no temporary file is left"
+    with pytest.raises(ConfigError, match="cannot be written"):
+        load_identity(tmp_path / "no folder" / "identity", make=True)

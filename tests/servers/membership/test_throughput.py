@@ -1,0 +1,59 @@
+import json
+
+import pytest
+import torch
+
+from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.wire.records import Throughput
+from servers.membership import throughput
+from servers.membership.throughput import computing
+
+
+@pytest.fixture
+def measuring(model_folder, tmp_path, monkeypatch):
+    """Measures a small model, and counts how often a block was really run for it."""
+    built: list[str] = []
+    made_up = throughput.made_up_block
+
+    def counted(*args, **options):
+        built.append(options["quantization"])
+        return made_up(*args, **options)
+
+    monkeypatch.setattr(throughput, "made_up_block", counted)
+
+    def measure(quantization: str = "none", family: str = "llama", **options) -> Throughput:
+        source = Checkpoint(str(model_folder(family)))
+        return computing(
+            source, quantization=quantization, dtype=torch.float32, device="cpu", folder=tmp_path, **options
+        )
+
+    measure.built = built
+    return measure
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4", "none"])
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt2"])
+def test_a_block_is_measured_with_one_token_and_with_many(measuring, family, quantization):
+    measured = measuring(quantization, family)
+    assert measured.batch > measured.step > 0
+
+
+def test_it_is_measured_once_for_a_model_a_quantization_and_a_device(measuring, tmp_path):
+    first = measuring()
+    assert measuring() == first
+    assert measuring.built == ["none"]
+    measuring("int8")
+    assert measuring.built == ["none", "int8"]
+    measuring(again=True)
+    assert measuring.built == ["none", "int8", "none"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("text", ["", "{", json.dumps({"step": -1, "batch": 3}), json.dumps({"batch": "fast"})])
+def test_a_kept_measurement_that_is_damaged_is_made_again(measuring, tmp_path, caplog, text):
+    measuring()
+    (path,) = tmp_path.iterdir()
+    path.write_text(text)
+    assert measuring().batch > 0
+    assert len(measuring.built) == 2
+    assert path.name in caplog.text

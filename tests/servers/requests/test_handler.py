@@ -1,0 +1,293 @@
+"""Whatever a client sends, the next request is served. Real blocks, real streams, no daemon between them."""
+
+import asyncio
+import struct
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from petals_tune.blocks.engine import Engine
+from petals_tune.wire import frames
+from petals_tune.wire.messages import (
+    Backward,
+    Chained,
+    CloseSession,
+    CollectedSum,
+    CollectSum,
+    Done,
+    Forward,
+    Forwarded,
+    Gradients,
+    HandOver,
+    Hello,
+    Message,
+    OpenSession,
+    Ping,
+    Pong,
+    Refusal,
+    Release,
+    SessionOpened,
+    Step,
+    Stepped,
+    encode,
+    without_tensor,
+)
+from petals_tune.wire.span import BlockSpan
+from servers.scheduling.compute_thread import ComputeThread
+from tests.servers.peers import HIDDEN, SPAN, House, forward, lora, prompt, put
+from tests.wire.test_messages import EXAMPLES
+
+Parts = tuple[Engine, ComputeThread]
+FRAME = struct.Struct(">IQI")
+
+
+NAN = torch.full((1, 2, HIDDEN), float("nan"))
+INF = torch.full((1, 2, HIDDEN), float("inf"))
+
+# What is wrong -> (what is sent, the error in the refusal, a piece of its text)
+BAD_REQUESTS: dict[str, tuple[Message, str, str]] = {
+    "blocks of another server": (forward(span=BlockSpan(0, 2)), "BlocksNotHere", "blocks 0:2 are not here"),
+    "blocks beyond the model": (forward(span=BlockSpan(1, 2**40)), "BlocksNotHere", "are not here"),
+    "wrong hidden size": (Forward(span=SPAN, hidden=torch.ones(1, 2, 31)), "RequestRefused", "hidden size 31"),
+    "NaN in hidden states": (Forward(span=SPAN, hidden=NAN), "RequestRefused", "non-finite"),
+    "Inf in hidden states": (Forward(span=SPAN, hidden=INF), "RequestRefused", "non-finite"),
+    "NaN in a forward to run again": (
+        Backward(again=Forward(span=SPAN, hidden=NAN), grad=torch.ones(1, 2, HIDDEN)),
+        "RequestRefused",
+        "non-finite",
+    ),
+    "NaN in a gradient": (Backward(again=forward(), grad=NAN), "RequestRefused", "non-finite"),
+    "a gradient of another shape": (
+        Backward(again=forward(), grad=torch.ones(1, 3, HIDDEN)),
+        "RequestRefused",
+        "(1, 3",
+    ),
+    "more positions than allowed": (forward(positions=65), "RequestRefused", "limits.max_positions"),
+    "more rows than allowed": (forward(rows=9, positions=32), "RequestRefused", "limits.max_tokens"),
+    "more of them than allowed, to be handed on by another server": (
+        Chained(request=without_tensor(forward(positions=65)), comes=HandOver(peer="other", ticket=bytes(16))),
+        "RequestRefused",
+        "limits.max_positions",
+    ),
+    "no hidden size at all": (without_tensor(forward()), "RequestRefused", "hidden size 0"),
+    "the same in a backward": (
+        Backward(again=forward(positions=65), grad=torch.ones(1, 65, HIDDEN)),
+        "RequestRefused",
+        "limits.max_positions",
+    ),
+    "nothing that needs a gradient": (
+        Backward(again=forward(input_grad=False), grad=torch.ones(1, 2, HIDDEN)),
+        "RequestRefused",
+        "nothing on these blocks",
+    ),
+    "an unknown adapter": (forward(adapter="v9"), "AdapterMissing", "v9"),
+    "an unknown lease": (Backward(lease=2**60, grad=torch.ones(1, 2, HIDDEN)), "LeaseLost", "is not kept here"),
+    "a negative lease": (Backward(lease=-1, grad=torch.ones(1, 2, HIDDEN)), "LeaseLost", "is not kept here"),
+    "an unknown session": (Step(session=2**60, hidden=torch.ones(1, 1, HIDDEN), position=0), "SessionLost", "not kept"),
+    "a session for ever": (OpenSession(span=SPAN, rows=2**62, max_length=2**62), "RequestRefused", "would fit"),
+    "a session on other blocks": (OpenSession(span=BlockSpan(4, 6), rows=1, max_length=4), "BlocksNotHere", "4:6"),
+    "a session with an unknown adapter": (
+        OpenSession(span=SPAN, rows=1, max_length=4, adapter="v9"),
+        "AdapterMissing",
+        "v9",
+    ),
+    "LoRA on a linear that is not there": (put(lora(module="mlp.eval")), "RequestRefused", "no linear"),
+    "LoRA of the wrong shape": (put(lora(tensors=[torch.ones(2, 31), torch.ones(48, 2)])), "RequestRefused", "needs A"),
+    "LoRA of rank 0": (put(lora(rank=0)), "RequestRefused", "needs A"),
+    "LoRA without tensors": (put(lora(tensors=[])), "RequestRefused", "needs A"),
+    "LoRA with an infinite scaling": (put(lora(scaling=float("inf"))), "RequestRefused", "scaling"),
+    "LoRA of integers": (put(lora(tensors=[torch.ones(2, HIDDEN).long()] * 2)), "RequestRefused", "finite floats"),
+    "a prompt of NaN": (
+        put(prompt(tensors=[torch.full((2, HIDDEN), float("nan"))])),
+        "RequestRefused",
+        "finite floats",
+    ),
+    "two prompts on a block": (put(prompt(), prompt()), "RequestRefused", "twice"),
+    "an adapter on other blocks": (put(span=BlockSpan(0, 6)), "BlocksNotHere", "0:6 are not here"),
+    "an answer in place of a request": (Done(), "RequestRefused", "Done is not a request"),
+    "a second Hello": (Hello(), "RequestRefused", "Hello is not a request"),
+}
+
+# Messages that are none: nothing of them is a request, and the stream goes on.
+GARBAGE: dict[str, bytes] = {
+    "no bytes": b"",
+    "random bytes": bytes(range(256)),
+    "a truncated message": encode(forward())[:-7],
+    "a message with more behind it": encode(Ping()) + b"\0",
+    "an unknown kind": msgspec.msgpack.encode({"kind": "exec", "code": "1"}),
+    "an unknown field": msgspec.msgpack.encode({"kind": "ping", "path": "/etc/passwd"}),
+    "a pickle": b"\x80\x04\x95\x0b\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94.",
+    "a tensor that claims more than it has": encode(forward()).replace(struct.pack(">I", HIDDEN), b"\x7f\xff\xff\xff"),
+    "a tensor of integers": msgspec.msgpack.encode({"kind": "forward", "span": [1, 4], "hidden": 7}),
+    "positions below 0": encode(forward(positions=2)).replace(b"hidden", b"Hidden"),
+    "rows of an order that are not there": encode(
+        Step(session=1, hidden=torch.ones(1, 1, HIDDEN), position=0, order=torch.tensor([0]))
+    ).replace(b"order", b"ordre"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_REQUESTS)
+async def test_a_bad_request_is_refused_by_name_and_the_next_one_is_served(engine, what):
+    request, error, text = BAD_REQUESTS[what]
+    async with House(engine).client() as peer:
+        refusal = await peer.refused(request)
+        assert (refusal.error, text in refusal.text) == (error, True), refusal
+        assert isinstance(await peer.ask(forward()), Forwarded)
+
+
+@pytest.mark.parametrize("what", GARBAGE)
+async def test_garbage_in_a_frame_is_refused_and_the_next_request_is_served(engine, what):
+    async with House(engine).client() as peer:
+        assert (await peer.refused(GARBAGE[what])).error == "ProtocolError"
+        assert isinstance(await peer.ask(forward()), Forwarded)
+
+
+@given(data=st.data())
+@settings(max_examples=60)
+def test_a_message_that_was_changed_on_the_way_costs_nobody_anything(engine, data):
+    body = bytearray(encode(data.draw(st.sampled_from(EXAMPLES))))
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(body)))
+        body[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+
+    async def sent() -> None:
+        house = House(engine)
+        async with house.client() as peer, house.client("alice") as alice:
+            peer.send(bytes(body))
+            assert isinstance(await peer.ask(Ping()), Pong)
+            assert isinstance(await peer.ask(forward()), Forwarded)
+            assert isinstance(await alice.ask(forward()), Forwarded)
+
+    asyncio.run(sent())
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (FRAME.pack(frames.MAX_FRAME_BYTES + 1, 7, 0), "a frame of"),
+        (FRAME.pack(2**32 - 1, 7, 0), "a frame of"),
+        (FRAME.pack(1, 7, 2**31) + b"x", "a message of"),
+        (FRAME.pack(0, 7, 10), "does not continue"),
+        (FRAME.pack(1, 7, 10) + b"x" + FRAME.pack(1, 7, 10) + b"x", "does not continue"),
+        (FRAME.pack(1, 7, 10) + b"x" + FRAME.pack(2, 7, 9) + b"xx", "does not continue"),
+        (b"".join(FRAME.pack(1, number, 1) + b"x" for number in range(10, 140)), "unfinished messages"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "a frame of"),
+    ],
+    ids=["long", "longest", "large message", "empty", "duplicate", "overlap", "never ended", "http"],
+)
+async def test_frames_that_cannot_be_followed_end_the_stream_alone(engine, data, said):
+    house = House(engine)
+    async with house.client("alice") as other, house.client() as peer:
+        peer.write(data)
+        (refusal,) = await peer.last_words()
+        assert isinstance(refusal, Refusal)
+        assert (refusal.error, said in refusal.text) == ("ProtocolError", True), refusal
+        assert isinstance(await other.ask(forward()), Forwarded)
+    async with house.client() as again:
+        assert isinstance(await again.ask(forward()), Forwarded)
+
+
+async def test_a_request_under_the_id_of_one_that_runs_ends_the_stream(engine):
+    house = House(engine)
+    async with house.client() as peer:
+        peer.write(b"".join(header + bytes(payload) for _ in range(2) for header, payload in cut_twice(forward(8, 32))))
+        said = await peer.last_words()
+        assert [message.error for message in said if isinstance(message, Refusal)] == ["ProtocolError"]
+
+
+def cut_twice(message: Message) -> list[tuple[bytes, memoryview]]:
+    return list(frames.cut(5, encode(message)))
+
+
+async def test_a_request_that_was_served_is_served_again_and_a_lease_only_once(engine):
+    async with House(engine).client() as peer:
+        first, second = await peer.ask(forward(keep=True)), await peer.ask(forward(keep=True))
+        assert isinstance(first, Forwarded)
+        assert isinstance(second, Forwarded)
+        assert torch.equal(first.hidden, second.hidden)
+        back = Backward(lease=first.lease, grad=torch.ones(1, 2, HIDDEN))
+        assert isinstance(await peer.ask(back), Gradients)
+        assert (await peer.refused(back)).error == "LeaseLost"
+
+
+async def test_what_is_anothers_is_not_there(engine):
+    """Leases, sessions, adapters and sums of one client, asked for by another."""
+    house = House(engine)
+    grad = torch.ones(1, 2, HIDDEN)
+    async with house.client("alice") as alice, house.client() as mallory:
+        kept = await alice.ask(forward(keep=True))
+        opened = await alice.ask(OpenSession(span=SPAN, rows=1, max_length=4))
+        assert isinstance(kept, Forwarded)
+        assert isinstance(opened, SessionOpened)
+        assert isinstance(await alice.ask(put(lora())), Done)
+        summed = Backward(again=forward(adapter="v"), grad=grad, adapter_sum=3)
+        assert isinstance(await alice.ask(summed), Gradients)
+
+        step = Step(session=opened.session, hidden=torch.ones(1, 1, HIDDEN), position=0)
+        mallory.send(Release(leases=[kept.lease]))  # type: ignore[list-item]
+        mallory.send(CloseSession(session=opened.session))
+        assert (await mallory.refused(Backward(lease=kept.lease, grad=grad))).error == "LeaseLost"
+        assert (await mallory.refused(step)).error == "SessionLost"
+        assert (await mallory.refused(forward(adapter="v"))).error == "AdapterMissing"
+        assert (await mallory.ask(CollectSum(adapter_sum=3))) == CollectedSum(adapter=[], terms=0)
+
+        assert isinstance(await alice.ask(step), Stepped)
+        assert isinstance(await alice.ask(Backward(lease=kept.lease, grad=grad)), Gradients)
+        assert isinstance(await alice.ask(forward(adapter="v")), Forwarded)
+        collected = await alice.ask(CollectSum(adapter_sum=3))
+        assert isinstance(collected, CollectedSum)
+        assert collected.terms == 1
+
+
+async def test_a_session_refuses_steps_that_do_not_continue_it(engine):
+    async with House(engine).client() as peer:
+        opened = await peer.ask(OpenSession(span=SPAN, rows=2, max_length=4))
+        assert isinstance(opened, SessionOpened)
+
+        def step(rows: int = 2, positions: int = 1, position: int = 0, **fields: Any) -> Step:
+            hidden = torch.ones(rows, positions, HIDDEN)
+            return Step(session=opened.session, hidden=hidden, position=position, **fields)
+
+        for bad, error in [
+            (step(rows=1), "RequestRefused"),
+            (step(positions=5), "RequestRefused"),
+            (step(position=3), "SessionLost"),
+            (step(position=2**60), "SessionLost"),
+            (step(order=torch.tensor([0, 2])), "RequestRefused"),
+            (step(order=torch.tensor([0, -1])), "RequestRefused"),
+        ]:
+            assert (await peer.refused(bad)).error == error
+        assert isinstance(await peer.ask(step()), Stepped)
+
+
+async def test_a_prompt_longer_than_the_sequence_is_refused_wherever_it_is_used(engine):
+    async with House(engine).client() as peer:
+        assert isinstance(await peer.ask(put(prompt(positions=3))), Done)
+        opened = await peer.ask(OpenSession(span=SPAN, rows=1, max_length=4, adapter="v"))
+        assert isinstance(opened, SessionOpened)
+        grad = torch.ones(1, 2, HIDDEN)
+        for request in (
+            forward(adapter="v"),
+            Backward(again=forward(adapter="v"), grad=grad),
+            Step(session=opened.session, hidden=grad, position=0),
+        ):
+            refusal = await peer.refused(request)
+            assert (refusal.error, "a prompt of 3 positions" in refusal.text) == ("RequestRefused", True), refusal
+
+
+async def test_terms_of_a_sum_that_are_not_alike_are_refused(engine):
+    async with House(engine).client() as peer:
+        for version, rank in (("a", 2), ("b", 3)):
+            assert isinstance(await peer.ask(put(lora(rank=rank), version=version)), Done)
+        grad = torch.ones(1, 2, HIDDEN)
+        first = Backward(again=forward(adapter="a"), grad=grad, adapter_sum=1)
+        assert isinstance(await peer.ask(first), Gradients)
+        other = Backward(again=forward(adapter="b"), grad=grad, adapter_sum=1, term=1)
+        assert "not the same shapes" in (await peer.refused(other)).text
+        collected = await peer.ask(CollectSum(adapter_sum=1))
+        assert isinstance(collected, CollectedSum)
+        assert collected.terms == 1

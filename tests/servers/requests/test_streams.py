@@ -1,0 +1,283 @@
+"""Who gets a stream, and how much of the server: greetings, private swarms, limits. Real blocks and streams."""
+
+import asyncio
+import dataclasses
+import struct
+import threading
+
+import pytest
+import torch
+
+from petals_tune.blocks.engine import Engine
+from petals_tune.net.members import Members
+from petals_tune.wire.frames import HEADER
+from petals_tune.wire.messages import (
+    MAX_HELLO_BYTES,
+    Backward,
+    Chained,
+    Forward,
+    Forwarded,
+    HandOver,
+    Hello,
+    Message,
+    OpenSession,
+    Ping,
+    Pong,
+    Refusal,
+    Welcome,
+    encode,
+    without_tensor,
+)
+from petals_tune.wire.signing import SigningKey
+from petals_tune.wire.tokens import encode_token, issue
+from servers.requests import streams
+from servers.scheduling.compute_thread import ComputeThread
+from servers.scheduling.fair_queue import Priority
+from tests.servers.peers import HIDDEN, LIMITS, SPAN, House, forward, lora, prompt, put, stores
+
+Parts = tuple[Engine, ComputeThread]
+FRAME = struct.Struct(">IQI")
+
+
+# The greeting
+
+
+@pytest.mark.parametrize(
+    "first",
+    [encode(Ping()), encode(forward()), b"", bytes(100), encode(Hello()) + bytes(MAX_HELLO_BYTES)],
+    ids=["ping", "forward", "nothing", "zeros", "large"],
+)
+async def test_a_stream_that_does_not_begin_with_a_hello_is_closed(engine, first):
+    async with House(engine).stranger() as peer:
+        peer.send(first)
+        (refusal,) = await peer.last_words()
+        assert isinstance(refusal, Refusal)
+        assert refusal.error == "ProtocolError"
+
+
+async def test_a_hello_that_announces_more_is_not_waited_for(engine):
+    async with House(engine).stranger() as peer:
+        peer.write(HEADER.pack(10, 1, 2**31 - 1))
+        assert len(await peer.last_words()) == 1
+
+
+async def test_a_stream_without_a_word_is_closed(engine, monkeypatch):
+    monkeypatch.setattr(streams, "GREETING_S", 0.0)
+    monkeypatch.setattr(streams, "_WATCH_S", 0.01)
+    house = House(engine)
+    async with house.stranger() as silent:
+        assert await silent.last_words() == []
+    assert isinstance(await _served(house), Forwarded)
+
+
+async def test_a_client_of_another_model_learns_so(engine):
+    async with House(engine).stranger() as peer:
+        peer.send(Hello(model="other"))
+        (refusal,) = await peer.last_words()
+        assert isinstance(refusal, Refusal)
+        assert (refusal.error, "serves tiny" in refusal.text) == ("SwarmMismatch", True)
+
+
+async def _served(house: House) -> Message:
+    async with house.client("honest") as peer:
+        return await peer.ask(forward())
+
+
+# Private swarms
+
+OWNER, ALICE, MALLORY, HOST = (SigningKey(bytes([number]) * 32) for number in range(4))
+
+
+class Clock:
+    now_s = 1000.0
+
+
+def private(revoked: set[str], clock: type[Clock] = Clock) -> Members:
+    class Names:
+        def names(self) -> frozenset[str]:
+            return frozenset(revoked)
+
+    own = issue(OWNER, name="host", peer=HOST.peer, hosts=True, expires_s=10**9)
+    return Members(OWNER.public, HOST, lambda _: own, revoked=Names(), clock=lambda: clock.now_s)  # type: ignore[arg-type]
+
+
+def token_of(key: SigningKey, name: str = "alice", owner: SigningKey = OWNER, expires_s: int = 2000) -> bytes:
+    return encode_token(issue(owner, name=name, peer=key.peer, hosts=False, expires_s=expires_s))
+
+
+@pytest.mark.parametrize(
+    ("token", "text"),
+    [
+        (None, "this swarm is private"),
+        (b"", "this swarm is private"),
+        (b"garbage", "not a token"),
+        (token_of(MALLORY, owner=MALLORY), "not signed by this swarm's key"),
+        (token_of(ALICE), "was issued to peer"),
+        (token_of(MALLORY, expires_s=1000), "has expired"),
+        (token_of(MALLORY, name="mallory"), "was revoked"),
+    ],
+    ids=["none", "empty", "garbage", "forged", "copied", "expired", "revoked"],
+)
+async def test_a_private_server_reads_nothing_of_a_peer_before_its_token_is_checked(engine, token, text, monkeypatch):
+    read = []
+    monkeypatch.setattr("servers.requests.handler.decode", lambda body: read.append(body))
+    async with House(engine, members=private({"mallory"})).stranger(MALLORY.peer) as peer:
+        peer.send(Hello(model="digest", token=token))
+        peer.send(Ping())
+        peer.send(forward())
+        (refusal,) = await peer.last_words()
+        assert isinstance(refusal, Refusal)
+        assert (refusal.error, text in refusal.text) == ("AccessDenied", True), refusal
+    assert read == []
+
+
+async def test_a_member_is_served_and_sees_the_servers_token(engine):
+    async with House(engine, members=private(set())).stranger(ALICE.peer) as peer:
+        welcome = await peer.ask(Hello(model="digest", token=token_of(ALICE)))
+        assert isinstance(welcome, Welcome)
+        assert welcome.token == private(set()).own_token()
+        assert isinstance(await peer.ask(forward()), Forwarded)
+
+
+async def test_who_is_revoked_or_expires_meanwhile_is_out_at_the_next_frame(engine):
+    revoked: set[str] = set()
+
+    class Later(Clock):
+        pass
+
+    house = House(engine, members=private(revoked, Later))
+    for lose in (lambda: revoked.add("alice"), lambda: setattr(Later, "now_s", 2000.0)):
+        async with house.client(ALICE.peer, token_of(ALICE)) as peer:
+            assert isinstance(await peer.ask(forward()), Forwarded)
+            lose()
+            assert (await peer.refused(forward())).error == "AccessDenied"
+            assert await peer.last_words() == []
+        revoked.clear()
+
+
+# Limits
+
+
+async def test_streams_beyond_the_limit_of_a_client_are_closed_and_others_are_served(engine):
+    house = House(engine)
+    async with house.client(), house.client(), house.client():
+        async with house.stranger() as fourth:
+            assert await fourth.last_words() == []
+        assert isinstance(await _served(house), Forwarded)
+    async with house.client() as again:
+        assert isinstance(await again.ask(Ping()), Pong)
+
+
+async def test_where_all_streams_are_taken_the_one_that_idles_longest_goes(engine, monkeypatch):
+    monkeypatch.setattr(streams, "IDLE_S", -1.0)
+    house = House(engine, limits=dataclasses.replace(LIMITS, max_streams=2))
+    async with house.client("idle") as idle, house.client("busy") as busy:
+        assert isinstance(await busy.ask(Ping()), Pong)
+        assert isinstance(await _served(house), Forwarded)
+        assert await idle.last_words() == []
+        assert isinstance(await busy.ask(forward()), Forwarded)
+
+
+async def test_requests_beyond_those_in_flight_are_refused_as_busy_and_the_others_answered(engine):
+    house = House(engine)
+    async with house.client() as greedy, house.client("alice") as alice:
+        for _ in range(12):
+            greedy.send(forward(4, 64))
+        answers = [(await greedy.read())[1] for _ in range(12)]
+        busy = [answer.text for answer in answers if isinstance(answer, Refusal)]
+        assert busy
+        assert set(busy) == {"more than 4 requests in flight"}
+        assert sum(isinstance(answer, Forwarded) for answer in answers) == 12 - len(busy) >= 4
+        assert isinstance(await alice.ask(forward()), Forwarded)
+        assert isinstance(await greedy.ask(forward()), Forwarded)
+
+
+async def test_a_request_that_is_not_done_in_time_is_refused_and_never_begun(engine, monkeypatch):
+    """Behind work that takes longer, and as part of a chain whose tensor never comes."""
+    begun: list[object] = []
+    monkeypatch.setattr(engine[0], "forward", begun.append)
+    release = threading.Event()
+    blocked = asyncio.create_task(engine[1].run(Priority.FORWARD, release.wait))
+    house = House(engine, limits=dataclasses.replace(LIMITS, max_request_s=0.1))
+    async with house.client() as client:
+        assert "limits.max_request_s" in (await client.refused(forward())).text
+        comes = HandOver(peer="nobody", ticket=bytes(16))
+        refusal = await client.refused(Chained(request=without_tensor(forward()), comes=comes))
+        assert refusal.error == "ServerBusy"
+    release.set()
+    await blocked
+    await engine[1].run(Priority.BACKWARD, lambda: None)  # after all that waited
+    assert begun == []
+
+
+async def test_a_request_without_room_is_dropped_as_it_comes_and_the_next_one_is_served(engine):
+    house = House(engine, limits=dataclasses.replace(LIMITS, max_receiving_bytes=100_000))
+    async with house.client("greedy") as greedy, house.client("alice") as alice:
+        large = Forward(span=SPAN, hidden=torch.ones(4, 64, 2 * HIDDEN))  # 64 KiB
+        assert "no room for a request of" in (await greedy.refused(large)).text
+        assert isinstance(await greedy.ask(forward()), Forwarded)
+        greedy.write(FRAME.pack(1, 99, 49_000) + b"x")  # half of the memory, and no more comes
+        assert isinstance(await greedy.ask(Ping()), Refusal | Pong)
+        assert isinstance(await alice.ask(forward()), Forwarded)
+        assert house.handler._gate.receiving_bytes >= 49_000
+    assert house.handler._gate.receiving_bytes == 0, "a stream that ended gives all of it back"
+
+
+async def test_a_sender_that_stops_in_the_middle_of_a_message_is_closed(engine, monkeypatch):
+    monkeypatch.setattr(streams, "_WATCH_S", 0.01)
+    house = House(engine)
+    for half in (HEADER.pack(100, 7, 0), HEADER.pack(3, 7, 10) + b"abc"):
+        async with house.client() as peer:
+            await peer.ask(Ping())
+            monkeypatch.setattr(streams, "STALL_S", 0.05)
+            peer.write(half)
+            assert await peer.last_words() == []
+        monkeypatch.setattr(streams, "STALL_S", 60.0)
+        assert isinstance(await _served(house), Forwarded)
+
+
+async def test_a_client_that_never_reads_its_answers_is_closed(engine, monkeypatch):
+    monkeypatch.setattr(streams, "_WATCH_S", 0.01)
+    house = House(engine)
+    async with house.client() as deaf:
+        monkeypatch.setattr(streams, "STALL_S", 0.2)
+        for _ in range(4000):  # until no buffer between us takes any more
+            deaf.send(forward(1, 64))
+            if deaf.serving.done():
+                break
+            await asyncio.sleep(0)
+        async with asyncio.timeout(60):
+            await deaf.serving
+    monkeypatch.setattr(streams, "STALL_S", 60.0)
+    assert isinstance(await _served(house), Forwarded)
+
+
+async def test_a_client_that_asks_too_often_is_read_no_faster(engine):
+    house = House(engine, limits=dataclasses.replace(LIMITS, max_requests_per_s=20.0))
+    async with house.client() as hasty:
+        started_s = asyncio.get_running_loop().time()
+        for _ in range(30):
+            hasty.send(Ping())
+        for _ in range(30):
+            assert isinstance((await hasty.read())[1], Pong)
+        assert asyncio.get_running_loop().time() - started_s >= 0.4, "20 at once, 10 more at 20 a second"
+
+
+async def test_an_adapter_that_never_fits_is_refused_with_what_would(engine):
+    async with House(engine, kept=stores(adapters=1000)).client() as peer:
+        refusal = await peer.refused(put(prompt(positions=32)))
+        assert (refusal.error, "of adapters" in refusal.text) == ("RequestRefused", True)
+
+
+async def test_a_client_that_leaves_takes_everything_along(engine):
+    house = House(engine)
+    async with house.client() as peer:
+        await peer.ask(forward(keep=True))
+        await peer.ask(OpenSession(span=SPAN, rows=1, max_length=4))
+        await peer.ask(put(lora()))
+        await peer.ask(Backward(again=forward(adapter="v"), grad=torch.ones(1, 2, HIDDEN), adapter_sum=1))
+        kept = house.stores
+        held = [kept.leases.used_bytes, kept.sessions.used_bytes, kept.adapters._shares.used_bytes]
+        assert all(size > 0 for size in [*held, kept.sums._shares.used_bytes])
+    left = [kept.leases.used_bytes, kept.sessions.used_bytes, kept.adapters._shares.used_bytes]
+    assert [*left, kept.sums._shares.used_bytes, len(house.handler._streams)] == [0] * 5
