@@ -8,7 +8,9 @@ PetalsTuneError
 |-- DataError (ValueError)              yours: a row, a column, a split
 |-- Diverged (ArithmeticError)          yours: a loss or a gradient that is not finite; nothing was applied
 |-- ProtocolError (ValueError)          the server's: bytes that break the rules of the wire; the stream is closed
+|-- ConnectionLost (ConnectionError)    the network's: a stream of bytes to a peer ended, or could not be opened
 |-- RequestRefused (ValueError)         yours: the server says that this request is wrong everywhere
+|   `-- MessageTooLarge                 yours: more bytes than a server takes in one message; cut smaller, it may do
 |-- SwarmError (RuntimeError)
 |   |-- SwarmMismatch                   yours: the servers hold another model
 |   |-- AccessDenied                    yours: the swarm is private, and your token does not let you in
@@ -23,10 +25,11 @@ PetalsTuneError
     |-- BadReply                        wrong shapes, wrong dtypes, or numbers that two others deny
     |   `-- NotFinite                   NaN or Inf; where a second server says the same, it is `Diverged`
     |-- UntrustedServer                 it has no valid token of this private swarm
-    |-- LeaseLost                       the kept graph is gone: send the inputs along
-    |-- SessionLost                     the KV cache is gone: replay the inputs
-    |-- AdapterMissing                  the server does not know this version: upload it
-    `-- NotHandedOn                     the server before did not hand its output on: send it
+    `-- NotKept                         it works, and lacks what the client can send again:
+        |-- LeaseLost                   the kept graph is gone: send the inputs along
+        |-- SessionLost                 the KV cache is gone: replay the inputs
+        |-- AdapterMissing              the server does not know this version: upload it
+        `-- NotHandedOn                 the server before did not hand its output on: send it
 
 `error.fault` says whose it is. Those with a star are `Retriable`: another server, or a later moment, may do, and they
 alone are tried again. Whatever is not in this tree is a bug of ours: it leaves at once, with its traceback.
@@ -40,9 +43,18 @@ Fault = Literal["yours", "the server's", "the network's"]
 
 
 class PetalsTuneError(Exception):
-    """Base of all errors of this project. The text says what failed, what was seen, and what to type next."""
+    """Base of all errors of this project. The text says what failed, what was seen, and what to type next.
+
+    What a program may want to know, such as the key of a configuration, is a field of the class, given by its name.
+    """
 
     fault: ClassVar[Fault] = "yours"
+
+    def __init__(self, text: str, **fields: object):
+        super().__init__(text)
+        for name in fields:
+            assert hasattr(type(self), name), f"{type(self).__name__} has no field {name}"
+        vars(self).update(fields)  # which is what pickle keeps, too
 
 
 class Retriable(PetalsTuneError):
@@ -51,6 +63,9 @@ class Retriable(PetalsTuneError):
 
 class ConfigError(PetalsTuneError, ValueError):
     """A configuration key or value that cannot work; raised before any server is started."""
+
+    key: str = ""  # the option that is wrong, as it is typed: "swarm.initial_peers"
+    seen: object = None  # what stood there
 
 
 class UnsupportedModel(ConfigError):
@@ -70,6 +85,10 @@ class HubUnreachable(PetalsTuneError, ConnectionError):
 class DataError(PetalsTuneError, ValueError):
     """A row, a column or a split that cannot be used; the text names it."""
 
+    source: str = ""  # the file or data set
+    row: int | None = None  # counted from 1, as an editor counts lines
+    column: str = ""
+
 
 class Diverged(PetalsTuneError, ArithmeticError):
     """A loss or a gradient that is not finite; it was not applied to any weight."""
@@ -81,8 +100,22 @@ class ProtocolError(PetalsTuneError, ValueError):
     fault: ClassVar[Fault] = "the server's"
 
 
+class ConnectionLost(PetalsTuneError, ConnectionError):
+    """A stream of bytes to a peer ended, or could not be opened."""
+
+    fault: ClassVar[Fault] = "the network's"
+    peer: str = ""
+
+
 class RequestRefused(PetalsTuneError, ValueError):
     """A server refused a request that no other server would accept either."""
+
+
+class MessageTooLarge(RequestRefused):
+    """A message has more bytes than a server takes at once."""
+
+    size_bytes: int = 0
+    limit_bytes: int = 0
 
 
 class SwarmError(PetalsTuneError, RuntimeError):
@@ -93,6 +126,7 @@ class UncoveredBlocks(SwarmError, Retriable):
     """Nobody serves some of the blocks."""
 
     fault: ClassVar[Fault] = "the network's"
+    missing: tuple[object, ...] = ()  # the gaps, each a BlockSpan
 
 
 class SwarmMismatch(SwarmError):
@@ -117,6 +151,7 @@ class ServerError(Retriable, RuntimeError):
     """One server failed; the same work may succeed elsewhere."""
 
     fault: ClassVar[Fault] = "the server's"
+    peer: str = ""  # the server
 
 
 class ServerUnreachable(ServerError, ConnectionError):
@@ -149,17 +184,21 @@ class UntrustedServer(ServerError):
     """The server could not show that it belongs to this private swarm; nothing was sent to it."""
 
 
-class LeaseLost(ServerError):
+class NotKept(ServerError):
+    """The server works, and lacks something that the client can send again."""
+
+
+class LeaseLost(NotKept):
     """The server no longer keeps the graph of this forward; the inputs must be sent along."""
 
 
-class SessionLost(ServerError):
+class SessionLost(NotKept):
     """The server no longer keeps this session's caches; the inputs must be replayed."""
 
 
-class AdapterMissing(ServerError):
+class AdapterMissing(NotKept):
     """The server does not hold this version of the adapter; it must be uploaded."""
 
 
-class NotHandedOn(ServerError):
+class NotHandedOn(NotKept):
     """The tensor that was to come from another server did not come; it must be sent along."""

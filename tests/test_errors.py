@@ -23,6 +23,15 @@ def test_each_error_says_whose_fault_it_is_stands_in_the_drawn_tree_and_travels_
     assert pickle.loads(pickle.dumps(kind("text"))).args == ("text",)
 
 
+def test_fields_have_defaults_travel_between_processes_and_are_declared():
+    error = errors.ConfigError("text", key="swarm.attempts", seen=-1)
+    assert (error.key, error.seen, str(error)) == ("swarm.attempts", -1, "text")
+    assert vars(pickle.loads(pickle.dumps(error))) == {"key": "swarm.attempts", "seen": -1}
+    assert errors.ConfigError("text").key == ""
+    with pytest.raises(AssertionError):
+        errors.ConfigError("text", kye="swarm.attempts")
+
+
 def test_what_is_tried_again_is_never_the_users_own_fault():
     retried = [kind for kind in all_errors() if issubclass(kind, Retriable) and kind is not Retriable]
     assert len(retried) >= 9
