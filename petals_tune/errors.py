@@ -127,10 +127,14 @@ class UncoveredBlocks(SwarmError, Retriable):
 
     fault: ClassVar[Fault] = "the network's"
     missing: tuple[object, ...] = ()  # the gaps, each a BlockSpan
+    seen: tuple[str, ...] = ()  # peers of the servers that are known, banned ones included
 
 
 class SwarmMismatch(SwarmError):
     """The servers of this swarm hold another model than the client."""
+
+    wanted: str = ""  # digest of the model
+    found: tuple[str, ...] = ()  # digests of the servers' models
 
 
 class AccessDenied(SwarmError):
@@ -145,6 +149,10 @@ class SwarmTimeout(SwarmError, TimeoutError):
     """The deadline passed and no server that was tried could answer."""
 
     fault: ClassVar[Fault] = "the network's"
+    limit: str = ""  # the option that ended the attempts: "swarm.timeout_s"
+    attempts: int = 0  # how many failed
+    last: Exception | None = None  # the error of the last one
+    before: Exception | None = None  # the last error of a server, where the last one is that blocks have none
 
 
 class ServerError(Retriable, RuntimeError):

@@ -41,7 +41,7 @@ class ServerStream:
 
     def __init__(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stats: SwarmStats):
         self.peer = peer
-        self.adapters: dict[tuple[str, BlockSpan], asyncio.Task[None]] = {}  # uploads on this stream, by version
+        self.adapters: dict[tuple[str, BlockSpan], asyncio.Task[Message]] = {}  # uploads on this stream, by version
         self._reader, self._writer, self._stats = reader, MessageWriter(writer), stats
         self._ids = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Message]] = {}

@@ -26,11 +26,12 @@ from petals_tune.remote.prompted import check_tuning_mode, prompted
 from petals_tune.remote.selftest import self_test
 from petals_tune.remote.skeleton import hollow_out
 from petals_tune.swarm import loop
+from petals_tune.swarm.call import Calls
 from petals_tune.swarm.chain import Chain
-from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.hand_over import HandOverRule
+from petals_tune.swarm.joining import join_swarm
 from petals_tune.swarm.retry import RetryPolicy
-from petals_tune.swarm.verify import CheckedChain
+from petals_tune.swarm.verify import SpotChecks
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WireFormat
 
@@ -94,7 +95,7 @@ class DistributedModel:
         family = family_of(hollow)
         returns_tuple = self_test(cls.plain_class, config)
         client = loop.run(
-            SwarmClient.join(
+            join_swarm(
                 initial_peers,
                 model=checkpoint.digest,
                 blocks=BlockSpan(0, family.total_blocks),
@@ -108,14 +109,10 @@ class DistributedModel:
             skeleton = family.blocks_of(hollow)
             hollow_out(skeleton, dtype)
             formats = {"wire_format": wire_format, "grad_format": grad_format}
-            seed = torch.initial_seed()
-            chain: Chain
-            if verify:
-                chain = CheckedChain(client, share=verify, seed=seed, **formats)
-            else:
-                chain = Chain(client, hand_over=hand_over, **formats)
+            checks = SpotChecks(client, share=verify, seed=torch.initial_seed(), **formats) if verify else None
+            calls = Calls(client, hand_over="never" if verify else hand_over, observer=checks, **formats)
             backbone = Backbone(
-                chain=chain,
+                chain=Chain(calls),
                 returns_tuple=returns_tuple,
                 micro_batch_rows=micro_batch_rows,
             )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,10 +37,16 @@ class ModelCall:
     Layers are handed 4-D masks; servers build these themselves, so the 2-D ones are caught before the model runs.
     """
 
+    backbone: Backbone
+    outer: Token[ModelCall | None] | None = None  # what ran in this thread before
     padding: torch.Tensor | None  # (B, S) bool, True = attend
     positions: torch.Tensor | None  # (B or 1, S) int64
     session: RemoteCache | None
     hidden_states: list[torch.Tensor] | None  # what entered each block, where the caller wants to see it
+
+
+# Of the thread: a model may be called from several at once, and its layers are given no argument of ours.
+_running_call: ContextVar[ModelCall | None] = ContextVar("petals_tune_model_call", default=None)
 
 
 @dataclass(kw_only=True)
@@ -49,7 +56,12 @@ class Backbone:
     chain: Chain
     returns_tuple: bool  # a layer of this family returns (hidden, ...) instead of hidden
     micro_batch_rows: int | None = None
-    call: ModelCall | None = field(default=None, init=False)  # None: the blocks are called by hand
+
+    @property
+    def call(self) -> ModelCall | None:
+        """The call of this model that runs in this thread; None: the blocks are called by hand."""
+        call = _running_call.get()
+        return call if call is not None and call.backbone is self else None
 
     def run(
         self, span: RemoteSpan, hidden: torch.Tensor, padding: torch.Tensor | None, positions: torch.Tensor | None
@@ -196,19 +208,25 @@ class RemoteBlocks(RemoteSpan):
         if wants_states and (wants_states is not True or kwargs.get("return_dict") is False):
             raise ConfigError("output_hidden_states: pass True, and leave return_dict as it is")
         positions = kwargs.get("position_ids")
-        self.backbone.call = ModelCall(
+        call = ModelCall(
+            backbone=self.backbone,
             padding=_padding(kwargs.get("attention_mask")),
             positions=None if positions is None else positions.long(),
             session=session,
             hidden_states=[] if wants_states else None,
         )
-        # The library's own capture would wait for hooks on layers that never run here.
+        call.outer = _running_call.set(call)
+        # transformers' own capture would wait for hooks on layers that never run here.
         given = {"past_key_values": session, "use_cache": session is not None, "output_hidden_states": False}
         return args, {**kwargs, **given}
 
     def _after(self, owner: nn.Module, args: Any, output: Any) -> None:
-        call, self.backbone.call = self.backbone.call, None
-        if call is not None and call.hidden_states is not None and output is not None:
+        call = self.backbone.call
+        if call is None:  # it was refused
+            return
+        assert call.outer is not None
+        _running_call.reset(call.outer)
+        if call.hidden_states is not None and output is not None:
             # As the library has it: what enters each block, then the end with the final norm.
             output["hidden_states"] = (*call.hidden_states, output.last_hidden_state)
 

@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch.autograd.function import once_differentiable
 
-from petals_tune.errors import RequestRefused
+from petals_tune.errors import MessageTooLarge, RequestRefused
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
+from petals_tune.swarm.sender import fewer
 from petals_tune.swarm.sums import AdapterSums
 from petals_tune.swarm.trace import CallContext, ChainGradients, Trace
 from petals_tune.wire.span import BlockSpan
@@ -35,19 +36,26 @@ class RemoteCall:
     rows: int
 
     def forward(self, hidden: torch.Tensor, *, keep: bool, input_grad: bool) -> list[Trace]:
-        """Traces in the order of the rows."""
-        cuts = [(start, min(start + self.rows, len(hidden))) for start in range(0, len(hidden), self.rows)]
-        forwards = [
-            self.chain.forward(
-                hidden[start:stop],
-                self.context.rows(start, stop),
-                self.span,
-                keep=keep,
-                input_grad=input_grad,
-            )
-            for start, stop in cuts
-        ]
-        return self._wait_for(_all(forwards))
+        """Traces in the order of the rows. Where a server takes fewer rows in one message, micro-batches are smaller.
+
+        Raises MessageTooLarge where a single row is too large.
+        """
+        rows = min(self.rows, len(hidden))
+        while True:
+            forwards = [
+                self.chain.forward(
+                    hidden[start : start + rows],
+                    self.context.rows(start, start + rows),
+                    self.span,
+                    keep=keep,
+                    input_grad=input_grad,
+                )
+                for start in range(0, len(hidden), rows)
+            ]
+            try:
+                return self._wait_for(_all(forwards))
+            except MessageTooLarge as error:
+                rows = fewer(rows, error)
 
     def backward(self, traces: Sequence[Trace], grad: torch.Tensor) -> tuple[torch.Tensor | None, list[ChainGradients]]:
         """(gradient at the input (B, S, H) or None, the adapter's gradients as terms of a sum, in a fixed order).

@@ -129,7 +129,8 @@ class RemoteCache(Cache):
         if self._session is None:
             virtual = 0 if ids is None else new - ids.shape[1]
             self._session = ChainSession(
-                self._chain,
+                self._chain.calls,
+                self._chain.repair,
                 self.span,
                 rows=len(hidden),
                 max_length=self.max_length + virtual,

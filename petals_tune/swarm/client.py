@@ -1,4 +1,4 @@
-"""One client in one swarm: its daemon, its view of the servers, its open streams."""
+"""One client's view of a swarm: the servers that are known, what they cost, whom to pass over, and streams to them."""
 
 from __future__ import annotations
 
@@ -7,33 +7,21 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 
 import msgspec
-from hivemind.dht.node import DHTNode
-from hivemind.p2p import P2P
 
-from petals_tune.errors import (
-    AdapterMissing,
-    BadReply,
-    LeaseLost,
-    NotFinite,
-    NotHandedOn,
-    PetalsTuneError,
-    ServerError,
-    ServerUnreachable,
-    SessionLost,
-    SwarmError,
-    UncoveredBlocks,
-)
-from petals_tune.net.directory import Directory, Snapshot
-from petals_tune.net.hivemind_p2p import start_dht, start_p2p, stay_known, stop_dht, stop_p2p
+from petals_tune.errors import BadReply, NotFinite, PetalsTuneError, ServerError, SwarmError, UncoveredBlocks
+from petals_tune.net.directory import Snapshot
 from petals_tune.net.members import Members
+from petals_tune.net.peer import Peer, joined
+from petals_tune.net.pool import StreamPool
 from petals_tune.net.stats import SwarmStats
 from petals_tune.net.stream import ServerStream
-from petals_tune.swarm.retry import Attempts, Bans, Load, RetryPolicy
+from petals_tune.swarm.bans import Bans
+from petals_tune.swarm.load import Load
+from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.route import Hop, plan_route
-from petals_tune.wire.messages import Chained, Message
 from petals_tune.wire.records import ServerRecord, same_model
 from petals_tune.wire.span import BlockSpan
 
@@ -42,62 +30,40 @@ logger = logging.getLogger(__name__)
 REMEMBERED_S = 60.0  # as long as a server's announcement lasts by default
 REFRESH_S = 15.0  # an older snapshot is renewed while work goes on with it
 STALE_S = 1.0  # an older one is renewed before anybody is told that blocks are missing
-JOIN_S = 5.0  # how long a new client looks for servers of all blocks before it says which are missing
 
 
 class SwarmClient:
-    """Knows the servers of one model and talks to them. All methods run on the background loop."""
+    """Knows the servers of one model. All methods run on the background loop."""
 
-    def __init__(self, p2p: P2P, node: DHTNode, model: str, policy: RetryPolicy, members: Members | None = None):
+    def __init__(self, peer: Peer, model: str, policy: RetryPolicy):
         self.stats = SwarmStats()
         self.policy = policy
         self.load = Load()
-        self._p2p, self._node, self._model, self._members = p2p, node, model, members
-        self._directory = Directory(node)
+        self._peer, self._model = peer, model
         self._snapshot: Snapshot | None = None
-        self._heard_s: dict[str, float] = {}  # when the DHT showed a server last, by peer
+        self._heard_s: dict[str, float] = {}  # when the directory listed a server last, by peer
         self._bans = Bans()
-        self._streams: dict[str, asyncio.Task[ServerStream]] = {}
+        self._streams = StreamPool(peer, model=model, timeout_s=policy.connect_s, stats=self.stats)
         self._refreshing: asyncio.Task[None] | None = None
-        self._knocking: dict[str, asyncio.Task[None]] = {}
-        self._staying: asyncio.Task[None] | None = None
+        self._reaching: dict[str, asyncio.Task[None]] = {}
+        self._owned = AsyncExitStack()  # what ends with this client
         self._closed = False
 
     @classmethod
     async def join(
-        cls,
-        initial_peers: Sequence[str],
-        *,
-        model: str,
-        blocks: BlockSpan,
-        policy: RetryPolicy,
-        members: Members | None = None,
+        cls, initial_peers: Sequence[str], *, model: str, policy: RetryPolicy, members: Members | None = None
     ) -> SwarmClient:
-        """Join the swarm, a private one as one of its `members`, and see that all `blocks` have a server.
+        """Join the swarm, a private one as one of its `members`.
 
-        Raises ConfigError, ServerUnreachable, ClockSkew, AccessDenied, SwarmMismatch, or UncoveredBlocks after a few
-        seconds of looking.
+        Raises ConfigError, ServerUnreachable, ClockSkew or AccessDenied.
         """
-        p2p = await start_p2p(initial_peers, listens=False, identity=None if members is None else members.identity)
-        try:
-            node = await _start_dht(p2p, initial_peers, members, timeout_s=policy.connect_s)
-        except BaseException:
-            await stop_p2p(p2p)
-            raise
-        client = cls(p2p, node, model, policy, members)
-        client._staying = asyncio.create_task(stay_known(p2p, node, initial_peers))
-        attempts = Attempts(RetryPolicy(timeout_s=JOIN_S, longest_pause_s=0.5), time.monotonic())
-        try:
-            while True:
-                try:
-                    await client.route(blocks, work=1)
-                    return client
-                except UncoveredBlocks as error:
-                    await asyncio.sleep(attempts.failed(error, time.monotonic()))
-                    await client.refresh()
-        except BaseException:
-            await client.close()
-            raise
+        async with AsyncExitStack() as stack:
+            peer = await stack.enter_async_context(
+                joined(initial_peers, members=members, listens=False, timeout_s=policy.connect_s)
+            )
+            client = cls(peer, model, policy)
+            client._owned = stack.pop_all()
+        return client
 
     @property
     def servers(self) -> tuple[ServerRecord, ...]:
@@ -116,7 +82,7 @@ class SwarmClient:
         return self._refreshing
 
     async def _refresh(self) -> None:
-        new = await self._directory.snapshot()
+        new = await self._peer.directory.snapshot()
         seen = {server.peer for server in (*new.servers, *new.joining)} | new.left
         self._heard_s |= {server.peer: new.taken_at_s for server in new.servers}
         kept = [server for server in self.servers if server.peer not in seen and self._is_remembered(server)]
@@ -139,7 +105,7 @@ class SwarmClient:
             await self.refresh()
         elif self._age_s() > REFRESH_S:
             self.refresh_soon()
-        self._knock()
+        self._reach_doubtful()
 
         def plan(banned: frozenset[str]) -> tuple[Hop, ...]:
             return self.plan(span, work=work, banned=banned)
@@ -177,35 +143,23 @@ class SwarmClient:
         assert self._snapshot is not None
         return time.monotonic() - self._snapshot.taken_at_s
 
-    def _knock(self) -> None:
-        """See whether servers whose ban has ended are there again. No work waits for it: a vanished host is silent."""
+    def _reach_doubtful(self) -> None:
+        """Try to reach servers whose ban has ended. No work waits for it: a host that is gone never answers."""
         assert self._snapshot is not None
         doubtful = self._bans.doubtful(time.monotonic())
         for server in self._snapshot.servers:
-            if server.peer in doubtful and server.peer not in self._knocking:
-                task = self._knocking[server.peer] = asyncio.create_task(self._reach(server))
-                task.add_done_callback(lambda _, peer=server.peer: self._knocking.pop(peer))  # type: ignore[misc]
+            if server.peer in doubtful and server.peer not in self._reaching:
+                task = self._reaching[server.peer] = asyncio.create_task(self._reach(server))
+                task.add_done_callback(lambda _, peer=server.peer: self._reaching.pop(peer))  # type: ignore[misc]
 
     async def _reach(self, server: ServerRecord) -> None:
         with suppress(PetalsTuneError):
             await self.stream(server)
             self._bans.reached(server.peer)
 
-    async def ask(self, server: ServerRecord, request: Message) -> Message:
-        """Send `request` to `server` and wait for the reply. A server that fails is banned for a while.
-
-        One that waits for another server's output has no deadline here: it begins when that output is there.
-        """
-        waits = isinstance(request, Chained) and request.comes is not None
-        try:
-            reply = await (await self.stream(server)).call(request, timeout_s=None if waits else self.policy.reply_s)
-        except (AdapterMissing, LeaseLost, NotHandedOn, SessionLost):
-            raise  # it works, and lacks only what we can send
-        except ServerError as error:
-            self.failed(server, error)
-            raise
+    def answered(self, server: ServerRecord) -> None:
+        """`server` did what it was asked."""
         self._bans.answered(server.peer)
-        return reply
 
     def failed(self, server: ServerRecord, error: PetalsTuneError) -> None:
         """Leave `server` alone for a while."""
@@ -220,63 +174,26 @@ class SwarmClient:
     async def stream(self, server: ServerRecord) -> ServerStream:
         """The open stream to `server`; opened by the first who asks, shared by all. One that fails is banned."""
         self._check_open()
-        opening = self._streams.get(server.peer)
-        if opening is None or (opening.done() and (opening.exception() or not opening.result().alive)):
-            opening = self._streams[server.peer] = asyncio.create_task(
-                ServerStream.open(
-                    self._p2p,
-                    server.peer,
-                    server.addresses,
-                    self._model,
-                    members=self._members,
-                    timeout_s=self.policy.connect_s,
-                    stats=self.stats,
-                )
-            )
         try:
-            return await asyncio.shield(opening)
+            return await self._streams.get(server)
         except ServerError as error:
             self.failed(server, error)
-            raise type(error)(f"blocks {server.blocks}: {error}") from error  # what is waited for, while it is down
+            raise type(error)(f"blocks {server.blocks}: {error}", peer=server.peer) from error
 
     def open_stream(self, server: ServerRecord) -> ServerStream | None:
         """The stream to `server` if there is a living one."""
-        opening = self._streams.get(server.peer)
-        if opening is None or not opening.done() or opening.exception() or not opening.result().alive:
-            return None
-        return opening.result()
+        return self._streams.living(server.peer)
 
     def _check_open(self) -> None:
         if self._closed:
             raise SwarmError("this model has left the swarm (remote_blocks.close()); load it again to go on")
 
     async def close(self) -> None:
-        """End all streams and the daemon."""
+        """End all streams, and leave the swarm."""
         self._closed = True
-        for opening in self._streams.values():
-            opening.cancel()
-            for stream in await asyncio.gather(opening, return_exceptions=True):
-                if isinstance(stream, ServerStream):
-                    await stream.close()
-        self._streams.clear()
-        for task in (*self._knocking.values(), self._refreshing, self._staying):
+        for task in (*self._reaching.values(), self._refreshing):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-        await stop_dht(self._node)
-        await stop_p2p(self._p2p)
-
-
-async def _start_dht(p2p: P2P, initial_peers: Sequence[str], members: Members | None, *, timeout_s: float) -> DHTNode:
-    """Join the DHT as a client. A private one says nothing to whom it refuses, so a server there is asked why."""
-    try:
-        return await start_dht(p2p, initial_peers, client_mode=True, members=members)
-    except ServerUnreachable:
-        for address in initial_peers:
-            with suppress(ServerError):
-                peer = address.rpartition("/p2p/")[2]
-                opened = ServerStream.open(
-                    p2p, peer, [address], None, members=members, timeout_s=timeout_s, stats=SwarmStats()
-                )
-                await (await opened).close()
-        raise
+        await self._streams.close()
+        await self._owned.aclose()

@@ -39,12 +39,16 @@ def plan_route(
     if servers and not ours:
         raise SwarmMismatch(
             mismatch_text(servers, model, whose="the client's model")
-            + "\n  load the model that the swarm serves, or join another swarm: swarm.initial_peers=[...]"
+            + "\n  load the model that the swarm serves, or join another swarm: swarm.initial_peers=[...]",
+            wanted=model,
+            found=tuple(dict.fromkeys(server.model for server in servers)),
         )
     usable = [server for server in ours if server.peer not in banned]
     missing = gaps([server.blocks for server in usable], wanted)
     if missing:
-        raise UncoveredBlocks(_uncovered_text(missing, ours, banned))
+        raise UncoveredBlocks(
+            _uncovered_text(missing, ours, banned), missing=tuple(missing), seen=tuple(server.peer for server in ours)
+        )
     cuts = sorted({wanted.start, wanted.stop, *(b for s in usable for b in (s.blocks.start, s.blocks.stop))})
     cuts = [cut for cut in cuts if wanted.start <= cut <= wanted.stop]
     best: dict[int, tuple[float, tuple[str, ...], tuple[Hop, ...]]] = {wanted.start: (0.0, (), ())}
@@ -64,10 +68,10 @@ def plan_route(
 
 
 def _uncovered_text(missing: Sequence[BlockSpan], servers: Sequence[ServerRecord], banned: Collection[str]) -> str:
-    def shown(server: ServerRecord) -> str:
+    def describe(server: ServerRecord) -> str:
         return f"{server.blocks}{' (failed lately)' if server.peer in banned else ''}"
 
-    seen = ", ".join(shown(server) for server in servers) or "none"
+    seen = ", ".join(describe(server) for server in servers) or "none"
     address = next((server.addresses[0] for server in servers if server.addresses), "ADDRESS")
     # What some server wrote is quoted: it shall be safe to copy into a shell.
     model = quote(f"model.source={servers[0].model_name if servers else 'MODEL'}")

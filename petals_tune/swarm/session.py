@@ -5,23 +5,25 @@ Shapes: B rows, S new positions, H hidden size.
 
 from __future__ import annotations
 
-import time
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from petals_tune.errors import RequestRefused, Retriable, ServerError
-from petals_tune.swarm.chain import Chain
-from petals_tune.swarm.hand_over import Ask, Relay
+from petals_tune.errors import MessageTooLarge, RequestRefused
+from petals_tune.swarm.call import Calls
+from petals_tune.swarm.hand_over import Pass
+from petals_tune.swarm.repair import Repair
 from petals_tune.swarm.retry import Attempts
 from petals_tune.swarm.route import Hop
+from petals_tune.swarm.sender import fewer
 from petals_tune.swarm.trace import CallContext
 from petals_tune.wire.adapter import AdapterVersion
-from petals_tune.wire.messages import CloseSession, Message, OpenSession, SessionOpened, Step, Stepped
+from petals_tune.wire.messages import Step
 from petals_tune.wire.span import BlockSpan
-from petals_tune.wire.tensors import in_format
 
-REPLAY_POSITIONS = 512  # positions that go through the blocks at once when a prompt is read or replayed
+MOST_POSITIONS = 512  # positions that go through the blocks at once when a prompt is read or replayed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +96,21 @@ class _Station:
 class ChainSession:
     """KV caches for `rows` rows of at most `max_length` positions on all blocks of `span`. On the background loop."""
 
-    def __init__(self, chain: Chain, span: BlockSpan, *, rows: int, max_length: int, adapter: AdapterVersion | None):
+    def __init__(
+        self,
+        calls: Calls,
+        repair: Repair,
+        span: BlockSpan,
+        *,
+        rows: int,
+        max_length: int,
+        adapter: AdapterVersion | None,
+    ):
         self.rows, self.max_length = rows, max_length
-        self._chain, self._client = chain, chain.client
+        self._calls, self._repair = calls, repair
         self._span, self._context = span, CallContext(adapter=adapter)
         self._stations: list[_Station] = []
+        self._most_positions = MOST_POSITIONS
 
     async def step(self, inputs: Inputs, *, position: int, order: torch.Tensor | None) -> torch.Tensor:
         """The output (B, S, H) of the blocks for the positions from `position` on; what lay behind is forgotten.
@@ -117,103 +129,98 @@ class ChainSession:
             if order is not None:
                 station.history.reorder(order)
                 station.order = order if station.order is None else station.order[order]
-        attempts = Attempts(self._client.policy, time.monotonic())
+        attempts = self._repair.attempts()
         if not self._stations:
-            await self._extend(self._span, [], attempts)
-        outputs = []
-        for start in range(0, len(inputs), REPLAY_POSITIONS):
-            part = inputs.cut(start, start + REPLAY_POSITIONS)
-            outputs.append(await self._step(part, position + start, attempts))
+            self._stations = await self._open(self._span, [], attempts)
+        outputs, start = [], 0
+        while start < len(inputs):
+            part = inputs.cut(start, start + self._most_positions)
+            try:
+                outputs.append(await self._step(part, position + start, attempts))
+            except MessageTooLarge as error:
+                self._most_positions = fewer(len(part), error)
+            else:
+                start += len(part)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     async def close(self) -> None:
         """Give the caches back."""
         for station in self._stations:
-            await self._leave(station)
+            await self._calls.close_session(station.hop, station.session)
         self._stations = []
 
     async def _step(self, inputs: Inputs, position: int, attempts: Attempts) -> torch.Tensor:
+        """The output for some positions, from station to station."""
+        for station in self._stations:
+            station.history.cut(position)
+        stations = list(self._stations)  # those that are lost give their places to others
+        empty = inputs.with_hidden(inputs.hidden[:, :, :0])
+
+        def ahead(number: int) -> Step:
+            return self._request(stations[number], empty, position, empty.hidden)
+
         number = 0
-        async with Relay(self._client, self._chain.hand_overs, self._asks) as relay:
-            stations = list(self._stations)  # those that are lost give their places to others
-            relay.send_ahead([each.hop for each in stations], lambda n: self._request(stations[n], inputs, position))
+        async with self._calls.steps([station.hop for station in stations], ahead) as along:
             while number < len(self._stations):
-                station = self._stations[number]
-                try:
-                    output = await self._ask(station, inputs, position, relay.ask)
-                except ServerError as error:
-                    await self._chain.pause(attempts, error)
-                    await self._replace(number, attempts)
-                    continue
-                station.history.add(inputs)
-                inputs = inputs.with_hidden(output)
-                self._chain.moved_on(attempts)
-                number += 1
+                output = await self._repair.or_else(
+                    partial(self._through, self._stations[number], inputs, position, along),
+                    partial(self._replace, number, attempts),
+                    attempts,
+                )
+                if output is not None:
+                    inputs = inputs.with_hidden(output)
+                    number += 1
         return inputs.hidden
 
-    def _request(self, station: _Station, inputs: Inputs, position: int) -> Step:
+    async def _through(self, station: _Station, inputs: Inputs, position: int, along: Pass) -> torch.Tensor:
+        """The output (B, S, H) of one station for `inputs`."""
+        build = partial(self._request, station, inputs, position)
+        output = await self._calls.step(station.hop, inputs.hidden, build, along)
+        station.order = None
+        station.history.add(inputs)
+        return output
+
+    def _request(self, station: _Station, inputs: Inputs, position: int, hidden: torch.Tensor) -> Step:
         return Step(
             session=station.session,
-            hidden=in_format(inputs.hidden, self._chain.wire_format),
+            hidden=hidden,
             position=position,
             padding=inputs.padding,
             positions=inputs.positions,
             order=station.order,
-            reply_format=self._chain.wire_format,
+            reply_format=self._calls.wire_format,
         )
-
-    async def _asks(self, hop: Hop, message: Message) -> Message:
-        return await self._client.ask(hop.server, message)  # the session has the adapter
-
-    async def _ask(self, station: _Station, inputs: Inputs, position: int, ask: Ask) -> torch.Tensor:
-        reply = await ask(station.hop, self._request(station, inputs, position))
-        if not isinstance(reply, Stepped):
-            raise self._chain.bad_reply(station.hop, f"a {type(reply).__name__} in answer to Step")
-        station.order = None
-        return self._chain.checked(station.hop, reply.hidden, inputs.hidden)
 
     async def _replace(self, number: int, attempts: Attempts) -> None:
         """Put other servers in the place of station `number`, and bring them to where it was."""
-        lost = self._stations.pop(number)
-        await self._leave(lost)
-        rest = self._stations[number:]
-        del self._stations[number:]
-        await self._extend(lost.hop.span, lost.history.replayed(), attempts)
-        self._stations += rest
+        lost = self._stations[number]
+        await self._calls.close_session(lost.hop, lost.session)
+        others = await self._open(lost.hop.span, lost.history.replayed(), attempts)
+        self._stations[number : number + 1] = others
 
-    async def _extend(self, span: BlockSpan, replay: list[Inputs], attempts: Attempts) -> None:
-        """Add stations for `span` that have seen `replay`."""
-        start = span.start
-        while start < span.stop:
-            try:
-                for hop in await self._client.route(BlockSpan(start, span.stop), work=self.rows):
-                    station = await self._open(hop)
-                    seen, position = [], 0
-                    for inputs in replay:
-                        output = await self._ask(station, inputs, position, self._asks)
-                        seen.append(inputs.with_hidden(output))
-                        station.history.add(inputs)
-                        position += len(inputs)
-                    self._stations.append(station)
-                    replay, start = seen, hop.span.stop
-                    self._chain.moved_on(attempts)
-            except Retriable as error:
-                await self._chain.pause(attempts, error)
+    async def _open(self, span: BlockSpan, replay: list[Inputs], attempts: Attempts) -> list[_Station]:
+        """Stations for `span` that have seen `replay`."""
+        stations: list[_Station] = []
 
-    async def _open(self, hop: Hop) -> _Station:
-        adapted = self._context.adapter if self._context.adapter_on(hop.span) else None
-        request = OpenSession(
-            span=hop.span,
-            rows=self.rows,
-            max_length=self.max_length,
-            adapter=None if adapted is None else adapted.version,
-        )
-        reply = await self._chain.uploads.ask(hop, request, self._context)
-        if not isinstance(reply, SessionOpened):
-            raise self._chain.bad_reply(hop, f"a {type(reply).__name__} in answer to OpenSession")
-        return _Station(hop=hop, session=reply.session)
+        async def go(route: Sequence[Hop]) -> AsyncGenerator[int, None]:
+            nonlocal replay
+            for hop in route:
+                opened = partial(
+                    self._calls.open_session, hop, self._context, rows=self.rows, max_length=self.max_length
+                )
+                station = _Station(hop=hop, session=await self._repair.with_what_lacks(opened))
+                outputs, position = [], 0
+                for inputs in replay:
+                    outputs.append(inputs.with_hidden(await self._through(station, inputs, position, Pass())))
+                    position += len(inputs)
+                stations.append(station)
+                replay = outputs
+                yield hop.span.stop
 
-    async def _leave(self, station: _Station) -> None:
-        stream = self._client.open_stream(station.hop.server)
-        if stream is not None:
-            await stream.notify(CloseSession(session=station.session))
+        try:
+            await self._repair.along_route(span, go, work=self.rows, attempts=attempts)
+        except BaseException:
+            for station in stations:
+                await self._calls.close_session(station.hop, station.session)
+            raise
+        return stations

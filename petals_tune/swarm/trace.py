@@ -5,13 +5,13 @@ Shapes: B rows, S positions, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from petals_tune.swarm.route import Hop
 from petals_tune.wire.adapter import AdapterPart, AdapterVersion
-from petals_tune.wire.messages import Forward
 from petals_tune.wire.span import BlockSpan
 
 
@@ -38,17 +38,42 @@ class CallContext:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Leg:
-    """One hop that was gone forward, with all that its backward, or its repetition, needs."""
+class Stage:
+    """What a forward asks of the server of one hop, its tensor left out."""
 
     hop: Hop
-    request: Forward  # holds the input of the span
-    lease: int | None
+    adapter: str | None  # version of the adapter on these blocks
+    keep: bool  # the server is to keep its graph
+    input_grad: bool  # the backward will want the gradient at the input
 
     @property
     def output_grad(self) -> bool:
-        """Whether anything in front of its output needs a gradient."""
-        return self.request.input_grad or self.request.adapter is not None
+        """Whether anything in front of the output needs a gradient."""
+        return self.input_grad or self.adapter is not None
+
+
+def stages_of(route: Sequence[Hop], context: CallContext, *, keep: bool, input_grad: bool) -> list[Stage]:
+    """A forward along `route`. A graph is kept where `keep` is set and a gradient will come back that far."""
+    stages = []
+    for hop in route:
+        adapter = context.adapter.version if context.adapter is not None and context.adapter_on(hop.span) else None
+        wanted = keep and (input_grad or adapter is not None)
+        stages.append(Stage(hop=hop, adapter=adapter, keep=wanted, input_grad=input_grad))
+        input_grad = stages[-1].output_grad
+    return stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leg:
+    """One stage that was gone forward, with all that its backward, or its repetition, needs."""
+
+    stage: Stage
+    hidden: torch.Tensor  # (B, S, H) input of the span
+    lease: int | None  # the graph that the server keeps; None: it keeps none
+
+    @property
+    def hop(self) -> Hop:
+        return self.stage.hop
 
 
 @dataclass(frozen=True, kw_only=True)

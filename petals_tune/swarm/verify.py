@@ -24,13 +24,14 @@ from dataclasses import dataclass
 import torch
 
 from petals_tune.errors import BadReply, PetalsTuneError, UncoveredBlocks
+from petals_tune.swarm.call import Calls
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
-from petals_tune.swarm.hand_over import Ask
+from petals_tune.swarm.repair import Repair
+from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.route import Hop
 from petals_tune.swarm.sums import PartialSum
 from petals_tune.swarm.trace import CallContext, ChainGradients, Leg
-from petals_tune.wire.messages import Backward, Forward, carrying
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WireFormat, as_received
@@ -126,65 +127,56 @@ def outvoted(first: Answer, second: Answer, third: Answer, limit: Deviation) -> 
     return second if first_agrees else first
 
 
-class CheckedChain(Chain):
-    """A chain that has `share` of its forwards, backwards and sums checked; which ones follows from `seed`."""
+class SpotChecks:
+    """Checks a `share` of what servers did, as an observer of calls; which part of it follows from `seed`.
+
+    Where work is checked nothing is handed on: a server could hand on something else than it answers, and the one after
+    it would be blamed.
+    """
 
     def __init__(
         self, client: SwarmClient, *, share: float, seed: int, wire_format: WireFormat, grad_format: WireFormat
     ):
-        # A server could hand on something else than it answers, and the one after it would be blamed.
-        super().__init__(client, wire_format=wire_format, grad_format=grad_format, hand_over="never")
-        self._exact = Chain(client, hand_over="never")  # in float32 both ways
+        self._client = client
+        self._wire_format, self._grad_format = wire_format, grad_format
+        self._exact = Calls(client, hand_over="never")  # in float32 both ways
         self._share, self._seed = share, seed
-        self._checks: set[asyncio.Task[None]] = set()
+        self.running: set[asyncio.Task[None]] = set()
 
-    async def _go(self, hop: Hop, request: Forward, context: CallContext, ask: Ask) -> tuple[Leg, torch.Tensor]:
-        leg, output = await super()._go(hop, request, context, ask)
+    async def on_forward(self, leg: Leg, context: CallContext, output: torch.Tensor) -> None:
         if self._drawn("forward", leg):
             await self._begin([(leg, context, None)], _output, Done(output=output))
-        return leg, output
 
-    async def _gradients(
-        self,
-        leg: Leg,
-        context: CallContext,
-        request: Backward,
-        partial: PartialSum | None,
-        grad: torch.Tensor,
-        ask: Ask,
-    ) -> ChainGradients:
-        found = await super()._gradients(leg, context, request, partial, grad, ask)
+    async def on_backward(
+        self, leg: Leg, context: CallContext, grad: torch.Tensor, found: ChainGradients, *, summed: bool
+    ) -> None:
         if self._drawn("backward", leg):
-            # With `partial`, the adapter's gradients stay in the server's sum.
-            pick = _all_gradients if partial is None else _input_gradients
+            pick = _input_gradients if summed else _all_gradients  # the adapter's are in the server's sum
             await self._begin([(leg, context, grad)], pick, Done(gradients=[found]))
-        return found
 
-    async def _collected(self, partial: PartialSum) -> ChainGradients | None:
-        found = await super()._collected(partial)
-        if found is not None and self._drawn("sum", partial.terms[0].leg):
-            terms = sorted(partial.terms, key=lambda term: term.place)
+    async def on_sum(self, partial_sum: PartialSum, found: ChainGradients) -> None:
+        if self._drawn("sum", partial_sum.terms[0].leg):
+            terms = sorted(partial_sum.terms, key=lambda term: term.place)
             work: list[Work] = [(term.leg, term.context, term.grad) for term in terms]
             await self._begin(work, _adapter_gradients, Done(gradients=[found]))
-        return found
 
     def _drawn(self, kind: str, leg: Leg) -> bool:
-        return drawn(self._share, seed=self._seed, kind=kind, span=leg.hop.span, hidden=leg.request.hidden)
+        return drawn(self._share, seed=self._seed, kind=kind, span=leg.hop.span, hidden=leg.hidden)
 
     async def _begin(self, work: list[Work], pick: Pick, done: Done) -> None:
         """Start the check of `work`, which one server has `done`."""
-        while len(self._checks) >= MAX_RUNNING:
-            await asyncio.wait(self._checks, return_when=asyncio.FIRST_COMPLETED)
+        while len(self.running) >= MAX_RUNNING:
+            await asyncio.wait(self.running, return_when=asyncio.FIRST_COMPLETED)
         first = Answer(servers=(work[0][0].hop.server,), tensors=pick(done))
         task = asyncio.create_task(self._check(work, pick, first))
-        self._checks.add(task)
-        task.add_done_callback(self._checks.discard)
+        self.running.add(task)
+        task.add_done_callback(self.running.discard)
 
     async def _check(self, work: list[Work], pick: Pick, first: Answer) -> None:
         span, (server,) = work[0][0].hop.span, first.servers
         try:
             second = await self._answer(work, pick, without={server.peer})
-            self.client.stats.checks += 1
+            self._client.stats.checks += 1
             apart, limit = deviation(first, second), self._limit(work, server)
             if apart.within(limit):
                 return
@@ -202,55 +194,57 @@ class CheckedChain(Chain):
         if liar is None or len(liar.servers) > 1:
             logger.warning("%s, and a third answer does not tell who is wrong", text)
             return
-        self.client.stats.outvoted += 1
+        self._client.stats.outvoted += 1
         what = f"server {liar.servers[0].peer} computes blocks {span} otherwise than two others, by {apart}"
-        self.client.failed(liar.servers[0], BadReply(what))
+        self._client.failed(liar.servers[0], BadReply(what, peer=liar.servers[0].peer))
 
     async def _answer(self, work: list[Work], pick: Pick, *, without: set[str]) -> Answer:
-        """What others make of `work`. Raises ServerError, and UncoveredBlocks where there is nobody."""
-        request, hop = work[0][0].request, work[0][0].hop
-        banned = self.client.banned() | without | self._unlike(hop.server)
-        route = self.client.plan(hop.span, work=request.hidden.shape[0] * request.hidden.shape[1], banned=banned)
-        gradients, output = [], request.hidden
+        """What others make of `work`. Raises SwarmTimeout for a server that fails, UncoveredBlocks without any."""
+        hop = work[0][0].hop
+        others = _Others(self._client, self._client.banned() | without | self._unlike(hop.server))
+        chain = Chain(self._exact, Repair(others, RetryPolicy(timeout_s=0.0)))
+        output, gradients = work[0][0].hidden, []
         for leg, context, grad in work:
-            like, input_grad = leg.request.hidden, leg.request.input_grad
-            legs, output = [], as_received(like, self.wire_format).float()
-            requests = self._exact._forwards(route, output, context, keep=grad is not None, input_grad=input_grad)
-            for part, request in zip(route, requests, strict=True):
-                ask = self._exact.asks(context)
-                going, output = await self._exact._go(part, carrying(request, output), context, ask)
-                legs.append(going)
-            output = as_received(output, self.wire_format).to(like.dtype)
+            hidden, input_grad = as_received(leg.hidden, self._wire_format).float(), leg.stage.input_grad
+            trace = await chain.forward(hidden, context, hop.span, keep=grad is not None, input_grad=input_grad)
+            output = as_received(trace.hidden, self._wire_format).to(leg.hidden.dtype)
             if grad is not None:
-                found = await self._back_again(legs, context, as_received(grad, self._grad_format).float())
+                found = await chain.backward(trace, as_received(grad, self._grad_format).float())
                 if found.hidden is not None:
-                    found.hidden = as_received(found.hidden, self._grad_format).to(like.dtype)
+                    found.hidden = as_received(found.hidden, self._grad_format).to(leg.hidden.dtype)
                 gradients.append(found)
-        servers = tuple(part.server for part in route)
-        return Answer(servers=servers, tensors=pick(Done(output=output, gradients=gradients)))
-
-    async def _back_again(self, legs: Sequence[Leg], context: CallContext, grad: torch.Tensor) -> ChainGradients:
-        """As `backward`, without repair: a check that meets a fault is given up."""
-        total = ChainGradients(hidden=grad)
-        for leg in reversed(legs):
-            if total.hidden is None or not leg.output_grad:
-                total.hidden = None
-                break
-            request = self._exact._backward(leg, total.hidden, None, 0, again=leg.lease is None)
-            ask = self._exact.asks(context)
-            found = await self._exact._gradients(leg, context, request, None, total.hidden, ask)
-            total.adapter.update(found.adapter)
-            total.hidden = found.hidden
-        return total
+        return Answer(servers=others.asked, tensors=pick(Done(output=output, gradients=gradients)))
 
     def _unlike(self, server: ServerRecord) -> set[str]:
         """Servers whose numbers are no measure for those of `server`."""
         kind = (server.quantization, server.dtype)
-        return {each.peer for each in self.client.servers if (each.quantization, each.dtype) != kind}
+        return {each.peer for each in self._client.servers if (each.quantization, each.dtype) != kind}
 
     def _limit(self, work: list[Work], server: ServerRecord) -> Deviation:
-        dtype = str(work[0][0].request.hidden.dtype).removeprefix("torch.")  # of the client's part
-        return tolerance(server.dtype, (dtype, self.wire_format, self._grad_format))
+        dtype = str(work[0][0].hidden.dtype).removeprefix("torch.")  # of the client's part
+        return tolerance(server.dtype, (dtype, self._wire_format, self._grad_format))
+
+
+class _Others:
+    """The swarm without some of its servers, for one check."""
+
+    def __init__(self, client: SwarmClient, banned: frozenset[str]):
+        self.policy, self.stats, self.load = client.policy, client.stats, client.load
+        self._client, self._banned = client, banned
+        self._routes: dict[BlockSpan, tuple[Hop, ...]] = {}
+
+    @property
+    def asked(self) -> tuple[ServerRecord, ...]:
+        return tuple(hop.server for route in self._routes.values() for hop in route)
+
+    async def route(self, span: BlockSpan, *, work: int) -> tuple[Hop, ...]:
+        """One route for a span, so that all of a check is done by the same servers."""
+        if span not in self._routes:
+            self._routes[span] = self._client.plan(span, work=work, banned=self._banned)
+        return self._routes[span]
+
+    def refresh_soon(self) -> None:
+        """A check does not wait for servers."""
 
 
 def _output(done: Done) -> tuple[torch.Tensor, ...]:

@@ -36,6 +36,13 @@ def in_format(tensor: torch.Tensor, wire_format: str) -> torch.Tensor:
     return tensor.detach().to(getattr(torch, wire_format))
 
 
+def encoded_bytes(tensor: torch.Tensor) -> int:
+    """How many bytes the values of `tensor` take on the wire."""
+    if isinstance(tensor, Blockwise8):
+        return tensor.numel() + 4 * -(-tensor.numel() // _BLOCK)
+    return tensor.nbytes
+
+
 def as_received(tensor: torch.Tensor, wire_format: str) -> torch.Tensor:
     """`tensor` as it is once it has crossed the wire."""
     return from_bytes(memoryview(to_bytes(in_format(tensor, wire_format))))

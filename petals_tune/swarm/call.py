@@ -1,0 +1,245 @@
+"""One request to one server: built once, sent (swarm/sender.py), and its reply checked once.
+
+Nothing is tried again here: what fails, raises (swarm/repair.py). Shapes: B rows, S positions, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from petals_tune.errors import (
+    BadReply,
+)
+from petals_tune.swarm.client import SwarmClient
+from petals_tune.swarm.hand_over import HandOverRule, Pass
+from petals_tune.swarm.replies import bad_reply, check_tensor, expect, gradients_by_block
+from petals_tune.swarm.route import Hop
+from petals_tune.swarm.sender import Sender
+from petals_tune.swarm.sums import AdapterSums, PartialSum, Term
+from petals_tune.swarm.trace import CallContext, ChainGradients, Leg, Stage, Trace
+from petals_tune.wire.messages import (
+    Backward,
+    CloseSession,
+    CollectedSum,
+    CollectSum,
+    Forward,
+    Forwarded,
+    Gradients,
+    OpenSession,
+    Release,
+    SessionOpened,
+    Step,
+    Stepped,
+)
+from petals_tune.wire.tensors import WireFormat, in_format
+
+
+class Observer(Protocol):
+    """Sees what servers did, after each request; the next one waits for it."""
+
+    async def on_forward(self, leg: Leg, context: CallContext, output: torch.Tensor) -> None: ...
+
+    async def on_backward(
+        self, leg: Leg, context: CallContext, grad: torch.Tensor, found: ChainGradients, *, summed: bool
+    ) -> None: ...
+
+    async def on_sum(self, partial_sum: PartialSum, found: ChainGradients) -> None: ...
+
+
+class Calls:
+    """Requests to the servers of one swarm. All methods run on the background loop."""
+
+    def __init__(
+        self,
+        client: SwarmClient,
+        *,
+        wire_format: WireFormat = "float32",
+        grad_format: WireFormat = "float32",
+        hand_over: HandOverRule = "auto",
+        observer: Observer | None = None,
+    ):
+        self.client = client
+        self.wire_format, self._grad_format = wire_format, grad_format
+        self._sender = Sender(client, hand_over)
+        self._observer = observer
+
+    # Training
+
+    @asynccontextmanager
+    async def forwards(self, stages: Sequence[Stage], like: torch.Tensor, context: CallContext) -> AsyncIterator[Pass]:
+        """A pass of `forward` along `stages`, for hidden states of the shape of `like`; adapters are on their way."""
+        for stage in stages:
+            self._sender.begin_upload(stage.hop, context)
+        empty = like[:, :, :0]
+
+        def request(number: int) -> Forward:
+            return self._forward(stages[number], context, empty)
+
+        async with self._sender.in_pass([stage.hop for stage in stages], request, context) as along:
+            yield along
+
+    async def forward(
+        self, stage: Stage, hidden: torch.Tensor, context: CallContext, along: Pass
+    ) -> tuple[Leg, torch.Tensor]:
+        """Run the blocks of `stage` on `hidden` (B, S, H); returns the leg that was gone and the output (B, S, H)."""
+
+        def build(tensor: torch.Tensor) -> Forward:
+            return self._forward(stage, context, tensor)
+
+        answer = await self._sender.send(stage.hop, in_format(hidden, self.wire_format), build, context, along)
+        with self._checking(stage.hop):
+            reply = expect(stage.hop, answer, Forwarded)
+            output = check_tensor(stage.hop, reply.hidden, hidden)
+        self.client.load.add_measurement(
+            stage.hop.server, reply.compute_s, hidden.shape[0] * hidden.shape[1], len(stage.hop.span)
+        )
+        leg = Leg(stage=stage, hidden=hidden, lease=reply.lease)
+        if self._observer is not None:
+            await self._observer.on_forward(leg, context, output)
+        return leg, output
+
+    def _forward(self, stage: Stage, context: CallContext, tensor: torch.Tensor) -> Forward:
+        return Forward(
+            span=stage.hop.span,
+            hidden=tensor,
+            padding=context.padding,
+            positions=context.positions,
+            adapter=stage.adapter,
+            keep=stage.keep,
+            input_grad=stage.input_grad,
+            train=context.train,
+            seed=context.seed,
+            reply_format=self.wire_format,
+        )
+
+    @asynccontextmanager
+    async def backwards(
+        self, legs: Sequence[Leg], context: CallContext, sums: AdapterSums | None, term: int
+    ) -> AsyncIterator[Pass]:
+        """A pass of `backward` along `legs`, the last one of the forward first."""
+
+        def request(number: int) -> Backward:
+            leg = legs[number]
+            return self._backward(leg, context, _sum_of(leg, sums), term, leg.hidden[:, :, :0])
+
+        async with self._sender.in_pass([leg.hop for leg in legs], request, context) as along:
+            yield along
+
+    async def backward(
+        self,
+        leg: Leg,
+        grad: torch.Tensor,
+        context: CallContext,
+        along: Pass,
+        *,
+        sums: AdapterSums | None = None,
+        term: int = 0,
+    ) -> ChainGradients:
+        """Gradients for `grad` (B, S, H) at the output of `leg`, from the server that went forward.
+
+        Without a lease the input goes along, and the server computes the forward again. With `sums` the server keeps
+        the adapter's gradients, as number `term` of its sum.
+        """
+        partial = _sum_of(leg, sums)
+
+        def build(tensor: torch.Tensor) -> Backward:
+            return self._backward(leg, context, partial, term, tensor)
+
+        if leg.lease is None:
+            self.client.stats.recomputations += 1
+        found = ChainGradients()
+        answer = await self._sender.send(leg.hop, in_format(grad, self._grad_format), build, context, along)
+        with self._checking(leg.hop):
+            reply = expect(leg.hop, answer, Gradients)
+            if leg.stage.input_grad:
+                if reply.hidden is None:
+                    raise bad_reply(leg.hop, "no gradient at the input")
+                found.hidden = check_tensor(leg.hop, reply.hidden, leg.hidden)
+            if partial is None:
+                found.adapter = gradients_by_block(leg.hop, context.adapter_on(leg.hop.span), reply.adapter)
+            else:
+                partial.terms.append(Term(leg=leg, context=context, grad=grad, place=term))
+        if self._observer is not None:
+            await self._observer.on_backward(leg, context, grad, found, summed=partial is not None)
+        return found
+
+    def _backward(
+        self, leg: Leg, context: CallContext, partial: PartialSum | None, term: int, tensor: torch.Tensor
+    ) -> Backward:
+        again = None
+        if leg.lease is None:
+            again = self._forward(replace(leg.stage, keep=False), context, in_format(leg.hidden, self.wire_format))
+        return Backward(
+            lease=leg.lease,
+            again=again,
+            grad=tensor,
+            adapter_sum=None if partial is None else partial.number,
+            term=term,
+            reply_format=self._grad_format,
+        )
+
+    async def collect(self, partial: PartialSum) -> ChainGradients | None:
+        """The adapter's gradients that a server added up; None where its sum is not the one of our terms."""
+        hop, context = partial.hop, partial.terms[0].context
+        answer = await self._sender.ask(hop, CollectSum(adapter_sum=partial.number))
+        with self._checking(hop):
+            reply = expect(hop, answer, CollectedSum)
+            # A backward that was given up here and repeated elsewhere may be in the sum all the same.
+            if reply.terms != len(partial.terms):
+                return None
+            found = ChainGradients(adapter=gradients_by_block(hop, context.adapter_on(hop.span), reply.adapter))
+        if self._observer is not None:
+            await self._observer.on_sum(partial, found)
+        return found
+
+    async def release(self, trace: Trace) -> None:
+        """Give the leases of `trace` back."""
+        for leg in trace.legs:
+            if leg.lease is not None:
+                await self._sender.notify(leg.hop, Release(leases=[leg.lease]))
+
+    # Generation
+
+    async def open_session(self, hop: Hop, context: CallContext, *, rows: int, max_length: int) -> int:
+        """Reserve KV caches for `rows` rows of `max_length` positions; the id of the session at its server."""
+        adapter = context.adapter.version if context.adapter is not None and context.adapter_on(hop.span) else None
+        request = OpenSession(span=hop.span, rows=rows, max_length=max_length, adapter=adapter)
+        answer = await self._sender.ask(hop, request, context)
+        with self._checking(hop):
+            return expect(hop, answer, SessionOpened).session
+
+    @asynccontextmanager
+    async def steps(self, hops: Sequence[Hop], request: Callable[[int], Step]) -> AsyncIterator[Pass]:
+        """A pass of `step` along `hops`; `request` makes the one of a hop, by its number, without its tensor."""
+        async with self._sender.in_pass(hops, request, CallContext()) as along:  # the sessions have the adapter
+            yield along
+
+    async def step(
+        self, hop: Hop, hidden: torch.Tensor, build: Callable[[torch.Tensor], Step], along: Pass
+    ) -> torch.Tensor:
+        """The output (B, S, H) for the next positions of a session; `build` makes the request from its tensor."""
+        answer = await self._sender.send(hop, in_format(hidden, self.wire_format), build, CallContext(), along)
+        with self._checking(hop):
+            return check_tensor(hop, expect(hop, answer, Stepped).hidden, hidden)
+
+    async def close_session(self, hop: Hop, session: int) -> None:
+        await self._sender.notify(hop, CloseSession(session=session))
+
+    @contextmanager
+    def _checking(self, hop: Hop) -> Iterator[None]:
+        """A server whose reply fails a check in here is left alone for long."""
+        try:
+            yield
+        except BadReply as error:
+            self.client.failed(hop.server, error)
+            raise
+
+
+def _sum_of(leg: Leg, sums: AdapterSums | None) -> PartialSum | None:
+    """Where the adapter's gradients of `leg` are added up; None where there are none, or they come back at once."""
+    return None if sums is None or leg.stage.adapter is None else sums.on(leg.hop)

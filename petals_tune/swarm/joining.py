@@ -1,0 +1,37 @@
+"""A client's entry into a swarm: it is in once every block that it needs has a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from petals_tune.net.members import Members
+from petals_tune.swarm.client import SwarmClient
+from petals_tune.swarm.repair import Repair
+from petals_tune.swarm.retry import RetryPolicy
+from petals_tune.wire.span import BlockSpan
+
+JOIN_S = 5.0  # how long servers of all blocks are looked for before the missing blocks are reported
+
+
+async def join_swarm(
+    initial_peers: Sequence[str],
+    *,
+    model: str,
+    blocks: BlockSpan,
+    policy: RetryPolicy,
+    members: Members | None = None,
+) -> SwarmClient:
+    """Join the swarm, a private one as one of its `members`, and wait until all `blocks` have a server.
+
+    Raises ConfigError, ServerUnreachable, ClockSkew, AccessDenied, SwarmMismatch, or UncoveredBlocks after a few
+    seconds of looking.
+    """
+    client = await SwarmClient.join(initial_peers, model=model, policy=policy, members=members)
+    looking = Repair(client, RetryPolicy(timeout_s=JOIN_S, longest_pause_s=0.5))
+    try:
+        await looking.until_done(partial(client.route, blocks, work=1), looking.attempts())
+    except BaseException:
+        await client.close()
+        raise
+    return client

@@ -1,0 +1,138 @@
+"""The repair policy: the only place where work is tried again.
+
+Work that fails on one server waits a little and goes another way; work that a server could do if it had what it lacks
+is repeated there. What else fails, raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Protocol, TypeVar
+
+from petals_tune.errors import NotKept, Retriable, ServerError, SessionLost
+from petals_tune.net.stats import SwarmStats
+from petals_tune.swarm.load import Load
+from petals_tune.swarm.retry import Attempts, Notices, RetryPolicy
+from petals_tune.swarm.route import Hop
+from petals_tune.wire.span import BlockSpan
+
+logger = logging.getLogger(__name__)
+
+# Clients that lost a server at the same moment do not come back at the same moment.
+# Source: M. Brooker, Exponential Backoff And Jitter, AWS Architecture Blog 2015.
+JITTER = (0.5, 1.5)  # of the pause
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Swarm(Protocol):
+    """What a repair needs of the client."""
+
+    policy: RetryPolicy
+    stats: SwarmStats
+    load: Load
+
+    async def route(self, span: BlockSpan, *, work: int) -> tuple[Hop, ...]: ...
+
+    def refresh_soon(self) -> object: ...
+
+
+class Repair:
+    """Tries work again, as a policy says. All methods run on the background loop."""
+
+    def __init__(self, swarm: Swarm, policy: RetryPolicy | None = None):
+        self._swarm, self._policy = swarm, policy or swarm.policy
+        self._notices = Notices()
+
+    def attempts(self) -> Attempts:
+        """Count the attempts at a new piece of work."""
+        return Attempts(self._policy, time.monotonic())
+
+    async def along_route(
+        self,
+        span: BlockSpan,
+        go: Callable[[Sequence[Hop]], AsyncGenerator[int, None]],
+        *,
+        work: int,
+        attempts: Attempts | None = None,
+    ) -> None:
+        """Run `go` along a route of `span`; from where a server fails on, along another one.
+
+        `go` yields, after each server, the block that the work has come to. `work` is what one block costs, in rows x
+        positions. Raises UncoveredBlocks, SwarmMismatch, SwarmTimeout, and what `go` raises that is not `Retriable`.
+        """
+        attempts = attempts or self.attempts()
+        start = span.start
+        while start < span.stop:
+            try:
+                route = await self._swarm.route(BlockSpan(start, span.stop), work=work)
+                with self._swarm.load.reserved(route, work):
+                    async with aclosing(go(route)) as going:
+                        async for reached in going:
+                            start = reached
+                            self.moved_on(attempts)
+            except Retriable as error:
+                await self.pause(attempts, error)
+
+    async def or_else(
+        self, work: Callable[[], Awaitable[T]], otherwise: Callable[[], Awaitable[U]], attempts: Attempts
+    ) -> T | U:
+        """The result of `work`, a request to one server; where that fails, the result of `otherwise`."""
+        try:
+            result = await self.with_what_lacks(work)
+        except ServerError as error:
+            await self.pause(attempts, error)
+            return await otherwise()
+        self.moved_on(attempts)
+        return result
+
+    async def with_what_lacks(self, work: Callable[[], Awaitable[T]]) -> T:
+        """The result of `work`, a request to one server, repeated once for each thing that the server lacks.
+
+        It lacks the graph of a lease, an adapter, or an output that another server was to hand on; by the second time
+        `work` sends that along.
+        """
+        lacked: set[type[NotKept]] = set()
+        while True:
+            try:
+                return await work()
+            except SessionLost:
+                raise  # all inputs so far have to be replayed
+            except NotKept as error:
+                if type(error) in lacked:
+                    raise
+                lacked.add(type(error))
+
+    async def until_done(self, work: Callable[[], Awaitable[T]], attempts: Attempts) -> T:
+        """The result of `work`, which is tried until it does not fail."""
+        while True:
+            try:
+                return await work()
+            except Retriable as error:
+                await self.pause(attempts, error)
+
+    async def pause(self, attempts: Attempts, error: Retriable) -> None:
+        """Wait before the work that failed is tried again. Raises what `Attempts.failed` raises."""
+        now_s = time.monotonic()
+        pause_s = attempts.failed(error, now_s)
+        self._swarm.stats.retries += 1
+        if self._notices.due(attempts.since_s, now_s):
+            since = time.strftime("%H:%M:%S", time.localtime(time.time() - (now_s - attempts.since_s)))
+            logger.warning(
+                "waiting since %s, and until swarm.timeout_s=%g s are over: %s", since, attempts.policy.timeout_s, error
+            )
+        self._swarm.refresh_soon()
+        await asyncio.sleep(pause_s * random.uniform(*JITTER))
+
+    def moved_on(self, attempts: Attempts) -> None:
+        """A server completed its part."""
+        now_s = time.monotonic()
+        if attempts.count:
+            logger.info("went on after %.2f s; what had failed: %s", now_s - attempts.since_s, attempts.server_error)
+        attempts.moved_on(now_s)

@@ -1,0 +1,50 @@
+"""Checks of what servers answer, before anything computes with it. Pure; a reply that fails raises BadReply.
+
+Shapes: B rows, S positions, H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+
+from petals_tune.errors import BadReply, NotFinite
+from petals_tune.swarm.route import Hop
+from petals_tune.wire.adapter import AdapterPart
+from petals_tune.wire.messages import Message
+
+Reply = TypeVar("Reply", bound=Message)
+
+
+def expect(hop: Hop, reply: Message, kind: type[Reply]) -> Reply:
+    """`reply`, which has to be of class `kind`."""
+    if not isinstance(reply, kind):
+        raise bad_reply(hop, f"a {type(reply).__name__} where a {kind.__name__} was due")
+    return reply
+
+
+def check_tensor(hop: Hop, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`tensor` in the dtype of `like`. Raises BadReply for another shape, NotFinite for NaN and infinity."""
+    if tensor.shape != like.shape or not tensor.is_floating_point():
+        raise bad_reply(hop, f"{tuple(tensor.shape)} {tensor.dtype} where {tuple(like.shape)} floats were due")
+    if not torch.isfinite(tensor).all():
+        raise bad_reply(hop, "non-finite numbers", NotFinite)
+    return tensor.to(like.dtype)
+
+
+def gradients_by_block(
+    hop: Hop, parts: list[AdapterPart], gradients: list[torch.Tensor]
+) -> dict[int, list[torch.Tensor]]:
+    """The adapter's gradients, one for each tensor of `parts` in their order, by block."""
+    tensors = [(part.block, tensor) for part in parts for tensor in part.tensors]
+    if len(gradients) != len(tensors):
+        raise bad_reply(hop, f"{len(gradients)} gradients for the {len(tensors)} tensors of the adapter")
+    by_block: dict[int, list[torch.Tensor]] = {}
+    for (block, tensor), gradient in zip(tensors, gradients, strict=True):
+        by_block.setdefault(block, []).append(check_tensor(hop, gradient, tensor))
+    return by_block
+
+
+def bad_reply(hop: Hop, what: str, kind: type[BadReply] = BadReply) -> BadReply:
+    return kind(f"server {hop.server.peer} returned {what} from blocks {hop.span}", peer=hop.server.peer)

@@ -1,0 +1,216 @@
+"""How one request reaches its server: after the adapter that it names, now or ahead of its tensor.
+
+Nothing is tried again here: what fails, raises (swarm/repair.py). Shapes: B rows, S positions, H hidden size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+import msgspec
+import torch
+
+from petals_tune.errors import (
+    AdapterMissing,
+    MessageTooLarge,
+    NotHandedOn,
+    NotKept,
+    ProtocolError,
+    RequestRefused,
+    ServerError,
+    ServerTimeout,
+)
+from petals_tune.net.stream import ServerStream
+from petals_tune.swarm.client import SwarmClient
+from petals_tune.swarm.hand_over import HandOverRule, HandOverRules, Pass, SentAhead
+from petals_tune.swarm.route import Hop
+from petals_tune.swarm.trace import CallContext
+from petals_tune.wire.messages import (
+    Backward,
+    Chained,
+    ChainedReply,
+    Delivery,
+    Forward,
+    Message,
+    PutAdapter,
+    Step,
+    Withdrawn,
+)
+from petals_tune.wire.span import BlockSpan
+from petals_tune.wire.tensors import encoded_bytes
+
+KEPT_UPLOADS = 8  # versions of adapters that a stream remembers to have carried; servers keep fewer
+OVERHEAD_BYTES = 2**16  # of a message beside its tensors
+
+UploadName = tuple[str, BlockSpan]
+Request = Forward | Backward | Step
+Build = Callable[[torch.Tensor], Request]  # a request from its tensor in the format of the wire
+
+
+class Sender:
+    """Sends requests to the servers of one swarm. All methods run on the background loop."""
+
+    def __init__(self, client: SwarmClient, hand_over: HandOverRule):
+        self._client = client
+        self._rules = HandOverRules(client, hand_over)
+        self._uploading: set[asyncio.Task[object]] = set()  # asyncio keeps no strong reference to a task
+
+    @asynccontextmanager
+    async def in_pass(
+        self, hops: Sequence[Hop], request: Callable[[int], Request], context: CallContext
+    ) -> AsyncIterator[Pass]:
+        """A pass along `hops`: where one hands on to the next, the next one's request is sent ahead.
+
+        What still waits at the end is withdrawn.
+        """
+        along = Pass.along(hops, self._rules)
+        for number, hop in enumerate(hops):
+            if (comes := along.comes.get(hop.span.start)) is not None:
+                chained = Chained(request=request(number), comes=comes, goes=along.goes.get(hop.span.start))
+                reply = asyncio.create_task(self.ask(hop, chained, context))
+                reply.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may never be awaited
+                along.waiting[hop.span.start] = SentAhead(hop=hop, ticket=comes.ticket, reply=reply)
+        try:
+            yield along
+        finally:
+            for waiting in along.waiting.values():
+                await self._withdraw(waiting)
+
+    async def send(self, hop: Hop, tensor: torch.Tensor, build: Build, context: CallContext, along: Pass) -> Message:
+        """The reply to the request that `build` makes of `tensor`, or to the one that waits ahead for it."""
+        handed_on, along.handed_on = along.handed_on, False
+        goes = along.goes.pop(hop.span.start, None)
+        ahead = along.waiting.pop(hop.span.start, None)
+        try:
+            if ahead is not None:
+                reply = await self._reply_ahead(ahead, tensor, handed_on=handed_on)
+            else:
+                request = build(tensor)
+                reply = await self.ask(hop, request if goes is None else Chained(request=request, goes=goes), context)
+        except NotKept:
+            if goes is not None:
+                along.goes[hop.span.start] = goes  # for the request that is sent instead
+            raise
+        if not isinstance(reply, ChainedReply):
+            return reply
+        along.handed_on = reply.handed_on
+        if goes is not None and not reply.handed_on:
+            self._rules.failed(hop.server.peer, goes.peer)
+        return reply.reply
+
+    async def _reply_ahead(self, ahead: SentAhead, tensor: torch.Tensor, *, handed_on: bool) -> Message:
+        """The reply to what was sent ahead. Raises NotHandedOn where it has to be asked once more, with its tensor."""
+        server = ahead.hop.server
+        try:
+            if not handed_on and not ahead.reply.done():
+                stream = await self._client.stream(server)
+                await stream.notify(Delivery(ticket=ahead.ticket, tensor=tensor))
+            done, _ = await asyncio.wait({ahead.reply}, timeout=self._client.policy.reply_s)
+            if done:
+                return ahead.reply.result()
+        except (RequestRefused, ProtocolError) as error:
+            # What was handed on may be what is wrong: with ours, the server says so again.
+            raise NotHandedOn(f"{error}", peer=server.peer) from error
+        finally:
+            if not ahead.reply.done():
+                await self._withdraw(ahead)
+        late = ServerTimeout(
+            f"server {server.peer} has its input and does not answer (swarm.reply_s)", peer=server.peer
+        )
+        self._client.failed(server, late)
+        raise late
+
+    async def _withdraw(self, ahead: SentAhead) -> None:
+        ahead.reply.cancel()
+        await self.notify(ahead.hop, Withdrawn(tickets=[ahead.ticket]))
+
+    async def ask(self, hop: Hop, request: Message, context: CallContext | None = None) -> Message:
+        """Send `request` and wait for the reply. A server that fails is left alone for a while.
+
+        A request that waits for another server's output has no deadline here: it begins when that output is there.
+        """
+        server = hop.server
+        waits = isinstance(request, Chained) and request.comes is not None
+        upload = None if context is None else await self._upload(hop, context)
+        try:
+            stream = await self._client.stream(server)
+            _check_size(stream, request)
+            reply = await stream.call(request, timeout_s=None if waits else self._client.policy.reply_s)
+        except NotKept as error:  # it works, and lacks only what we can send
+            if isinstance(error, AdapterMissing) and upload is not None:
+                self._forget(hop, *upload)
+            raise
+        except ServerError as error:
+            self._client.failed(server, error)
+            raise
+        self._client.answered(server)
+        return reply
+
+    async def notify(self, hop: Hop, message: Message) -> None:
+        """Send what is not answered, where there is a stream to the server."""
+        if (stream := self._client.open_stream(hop.server)) is not None:
+            await stream.notify(message)
+
+    # Adapters travel by version: once to each server, before the first request that names it.
+
+    def begin_upload(self, hop: Hop, context: CallContext) -> None:
+        """Start to give the adapter to a server further down the route, while those before it compute."""
+        if context.adapter_on(hop.span):
+            task: asyncio.Task[object] = asyncio.create_task(self._upload(hop, context))
+            self._uploading.add(task)
+            task.add_done_callback(self._uploading.discard)
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # `ask` meets the error itself
+
+    async def _upload(self, hop: Hop, context: CallContext) -> tuple[UploadName, asyncio.Task[Message]] | None:
+        """Give the server the adapter: once, however many micro-batches need it at the same time."""
+        if context.adapter is None or not (parts := context.adapter_on(hop.span)):
+            return None
+        stream = await self._client.stream(hop.server)
+        name = (context.adapter.version, hop.span)
+        task = stream.adapters.get(name)
+        if task is None or (task.done() and (task.cancelled() or task.exception())):
+            put = PutAdapter(version=context.adapter.version, span=hop.span, parts=parts)
+            task = stream.adapters[name] = asyncio.create_task(self.ask(hop, put))
+            if len(stream.adapters) > KEPT_UPLOADS:
+                del stream.adapters[next(iter(stream.adapters))]
+        await asyncio.shield(task)
+        return name, task
+
+    def _forget(self, hop: Hop, name: UploadName, task: asyncio.Task[Message]) -> None:
+        """An upload that the server does not keep any more is made again by the next request, and once for all."""
+        stream = self._client.open_stream(hop.server)
+        if stream is not None and stream.adapters.get(name) is task:
+            del stream.adapters[name]
+
+
+def _check_size(stream: ServerStream, request: Message) -> None:
+    """Raises MessageTooLarge for more than the server takes in one message."""
+    size_bytes, limit_bytes = _tensor_bytes(request), stream.welcome.max_message_bytes
+    if isinstance(request, Forward) and request.keep:
+        size_bytes += _tensor_bytes(request.hidden)  # its backward may bring the input and a gradient together
+    if size_bytes + OVERHEAD_BYTES > limit_bytes:
+        raise MessageTooLarge(
+            f"{size_bytes / 2**20:.1f} MB in one request, and server {stream.peer} takes "
+            f"{limit_bytes / 2**20:.1f} MB (its limits.max_message_mb)",
+            size_bytes=size_bytes + OVERHEAD_BYTES,
+            limit_bytes=limit_bytes,
+        )
+
+
+def _tensor_bytes(value: object) -> int:
+    """Bytes on the wire of all tensors in a message."""
+    if isinstance(value, torch.Tensor):
+        return encoded_bytes(value)
+    if isinstance(value, msgspec.Struct):
+        return sum(_tensor_bytes(getattr(value, name)) for name in value.__struct_fields__)
+    return sum(_tensor_bytes(each) for each in value) if isinstance(value, list) else 0
+
+
+def fewer(count: int, error: MessageTooLarge) -> int:
+    """How many of `count` rows or positions fit into a message. Raises `error` where not even one does."""
+    fits = min(count - 1, count * error.limit_bytes // error.size_bytes)
+    if fits < 1:
+        raise error
+    return fits
