@@ -1,4 +1,4 @@
-"""One client in one swarm: its daemon, its view of the servers, its open streams."""
+"""One client in one swarm: its view of the servers, its open streams."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 
 import msgspec
-from hivemind.dht.node import DHTNode
-from hivemind.p2p import P2P
 
 from petals_tune.errors import (
     AdapterMissing,
@@ -21,14 +19,14 @@ from petals_tune.errors import (
     NotHandedOn,
     PetalsTuneError,
     ServerError,
-    ServerUnreachable,
     SessionLost,
     SwarmError,
     UncoveredBlocks,
 )
-from petals_tune.net.directory import Directory, Snapshot
-from petals_tune.net.hivemind_p2p import start_dht, start_p2p, stay_known, stop_dht, stop_p2p
+from petals_tune.net.directory import Snapshot
 from petals_tune.net.members import Members
+from petals_tune.net.peer import Peer, joined
+from petals_tune.net.pool import StreamPool
 from petals_tune.net.stats import SwarmStats
 from petals_tune.net.stream import ServerStream
 from petals_tune.swarm.retry import Attempts, Bans, Load, RetryPolicy
@@ -48,19 +46,18 @@ JOIN_S = 5.0  # how long a new client looks for servers of all blocks before it 
 class SwarmClient:
     """Knows the servers of one model and talks to them. All methods run on the background loop."""
 
-    def __init__(self, p2p: P2P, node: DHTNode, model: str, policy: RetryPolicy, members: Members | None = None):
+    def __init__(self, peer: Peer, model: str, policy: RetryPolicy):
         self.stats = SwarmStats()
         self.policy = policy
         self.load = Load()
-        self._p2p, self._node, self._model, self._members = p2p, node, model, members
-        self._directory = Directory(node)
+        self._peer, self._model = peer, model
+        self._pool = StreamPool(peer, model=model, timeout_s=policy.connect_s, stats=self.stats)
         self._snapshot: Snapshot | None = None
         self._heard_s: dict[str, float] = {}  # when the DHT showed a server last, by peer
         self._bans = Bans()
-        self._streams: dict[str, asyncio.Task[ServerStream]] = {}
         self._refreshing: asyncio.Task[None] | None = None
         self._knocking: dict[str, asyncio.Task[None]] = {}
-        self._staying: asyncio.Task[None] | None = None
+        self._swarm = AsyncExitStack()  # left when the client is closed
         self._closed = False
 
     @classmethod
@@ -78,14 +75,10 @@ class SwarmClient:
         Raises ConfigError, ServerUnreachable, ClockSkew, AccessDenied, SwarmMismatch, or UncoveredBlocks after a few
         seconds of looking.
         """
-        p2p = await start_p2p(initial_peers, listens=False, identity=None if members is None else members.identity)
-        try:
-            node = await _start_dht(p2p, initial_peers, members, timeout_s=policy.connect_s)
-        except BaseException:
-            await stop_p2p(p2p)
-            raise
-        client = cls(p2p, node, model, policy, members)
-        client._staying = asyncio.create_task(stay_known(p2p, node, initial_peers))
+        swarm = AsyncExitStack()
+        joining = joined(initial_peers, members=members, listens=False, connect_s=policy.connect_s)
+        client = cls(await swarm.enter_async_context(joining), model, policy)
+        client._swarm = swarm
         attempts = Attempts(RetryPolicy(timeout_s=JOIN_S, longest_pause_s=0.5), time.monotonic())
         try:
             while True:
@@ -116,7 +109,7 @@ class SwarmClient:
         return self._refreshing
 
     async def _refresh(self) -> None:
-        new = await self._directory.snapshot()
+        new = await self._peer.directory.snapshot()
         seen = {server.peer for server in (*new.servers, *new.joining)} | new.left
         self._heard_s |= {server.peer: new.taken_at_s for server in new.servers}
         kept = [server for server in self.servers if server.peer not in seen and self._is_remembered(server)]
@@ -220,31 +213,15 @@ class SwarmClient:
     async def stream(self, server: ServerRecord) -> ServerStream:
         """The open stream to `server`; opened by the first who asks, shared by all. One that fails is banned."""
         self._check_open()
-        opening = self._streams.get(server.peer)
-        if opening is None or (opening.done() and (opening.exception() or not opening.result().alive)):
-            opening = self._streams[server.peer] = asyncio.create_task(
-                ServerStream.open(
-                    self._p2p,
-                    server.peer,
-                    server.addresses,
-                    self._model,
-                    members=self._members,
-                    timeout_s=self.policy.connect_s,
-                    stats=self.stats,
-                )
-            )
         try:
-            return await asyncio.shield(opening)
+            return await self._pool.get(server)
         except ServerError as error:
             self.failed(server, error)
             raise type(error)(f"blocks {server.blocks}: {error}") from error  # what is waited for, while it is down
 
     def open_stream(self, server: ServerRecord) -> ServerStream | None:
         """The stream to `server` if there is a living one."""
-        opening = self._streams.get(server.peer)
-        if opening is None or not opening.done() or opening.exception() or not opening.result().alive:
-            return None
-        return opening.result()
+        return self._pool.living(server.peer)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -253,30 +230,9 @@ class SwarmClient:
     async def close(self) -> None:
         """End all streams and the daemon."""
         self._closed = True
-        for opening in self._streams.values():
-            opening.cancel()
-            for stream in await asyncio.gather(opening, return_exceptions=True):
-                if isinstance(stream, ServerStream):
-                    await stream.close()
-        self._streams.clear()
-        for task in (*self._knocking.values(), self._refreshing, self._staying):
+        await self._pool.close()
+        for task in (*self._knocking.values(), self._refreshing):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-        await stop_dht(self._node)
-        await stop_p2p(self._p2p)
-
-
-async def _start_dht(p2p: P2P, initial_peers: Sequence[str], members: Members | None, *, timeout_s: float) -> DHTNode:
-    """Join the DHT as a client. A private one says nothing to whom it refuses, so a server there is asked why."""
-    try:
-        return await start_dht(p2p, initial_peers, client_mode=True, members=members)
-    except ServerUnreachable:
-        for address in initial_peers:
-            with suppress(ServerError):
-                peer = address.rpartition("/p2p/")[2]
-                opened = ServerStream.open(
-                    p2p, peer, [address], None, members=members, timeout_s=timeout_s, stats=SwarmStats()
-                )
-                await (await opened).close()
-        raise
+        await self._swarm.aclose()
