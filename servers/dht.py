@@ -55,10 +55,10 @@ def run(options: Node) -> None:
             token=swarm.token,
             relays=swarm.relay,
             reach="direct",  # one that others cannot dial is no address to give to others
-        ) as here:
-            addresses = ",".join(here.addresses)
+        ) as peer:
+            addresses = ",".join(peer.addresses)
             print(f"ready: no blocks; others join with swarm.initial_peers=[{addresses}]", flush=True)
-            await here.while_daemon_lives(stop.wait(), stop)
+            await peer.while_daemon_lives(stop.wait(), stop)
 
     uvloop.run(until_stopped())
 

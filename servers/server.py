@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import msgspec
-from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 from tqdm import tqdm
 
 from petals_tune import __version__
@@ -22,7 +21,8 @@ from petals_tune.blocks.loading import Parts, load_blocks, torch_dtype
 from petals_tune.errors import SwarmMismatch
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.net.directory import Directory
-from petals_tune.net.peer import Joined, joined
+from petals_tune.net.peer import Peer, joined
+from petals_tune.net.transport import Connection
 from petals_tune.wire.messages import PROTOCOL
 from petals_tune.wire.records import ServerRecord, ServerState, Throughput, mismatch_text, same_model
 from petals_tune.wire.span import BlockSpan
@@ -68,7 +68,7 @@ async def serve(options: Serve, on_ready: OnReady, stop: asyncio.Event) -> None:
         )
         compute = ComputeThread(options.threads)
         stack.callback(compute.stop)
-        announcer = _Announcer(Directory(here.node), lasts_s=swarm.announce_s)
+        announcer = _Announcer(here.directory, lasts_s=swarm.announce_s)
         metrics = None
         if options.metrics_port is not None:
             metrics = Metrics()
@@ -131,10 +131,10 @@ class _Server:
     """Hosts one span after the other. Lives on the event loop."""
 
     def __init__(
-        self, options: Serve, here: Joined, compute: ComputeThread, announcer: _Announcer, metrics: Metrics | None
+        self, options: Serve, here: Peer, compute: ComputeThread, announcer: _Announcer, metrics: Metrics | None
     ):
         self._options, self._here, self.compute, self._announcer = options, here, compute, announcer
-        self._peer, self._metrics = here.peer, metrics
+        self._peer, self._metrics = here.id, metrics
         announcer.renewed = self._renewed
         self._checkpoint = Checkpoint(options.model.source, options.disk_cache)
         self._dtype = torch_dtype(options.dtype, self._checkpoint.config, options.device)
@@ -144,8 +144,8 @@ class _Server:
 
     async def run(self, on_ready: OnReady, stop: asyncio.Event) -> None:
         self._facts = await self._found()
-        await self._here.p2p.add_binary_stream_handler(PROTOCOL, self._stream)
-        self._neighbours = Neighbours(self._here.p2p, self._announcer.directory, self._facts.model, self._here.members)
+        await self._here.transport.accept(PROTOCOL, self._serve)
+        self._neighbours = Neighbours(self._here, self._facts.model)
         here: BlockSpan | None = self._options.span or await self._placed(None)
         try:
             while here is not None:
@@ -184,7 +184,7 @@ class _Server:
             again=options.throughput == "measure",
         )
         measured = await self.compute.run(Priority.FORWARD, measure)
-        network = await throughput.sending(self._here.p2p, others, model, self._here.members, hidden_size)
+        network = await throughput.sending(self._here, others, model, hidden_size)
         return msgspec.structs.replace(measured, network=network)
 
     def _as_many_as_fit(self, parts: Parts) -> int:
@@ -361,8 +361,8 @@ class _Server:
         """What is announced now; None before there is anything, and once it was withdrawn."""
         return self._announcer.record
 
-    async def _stream(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, connection: Connection) -> None:
         if self.handler is None:
-            writer.close()  # it loads: whoever comes now read an old announcement
+            connection.close()  # it loads: whoever comes now read an old announcement
         else:
-            await self.handler.serve(info, reader, writer)
+            await self.handler.serve(connection)

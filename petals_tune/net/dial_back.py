@@ -1,6 +1,7 @@
 """Whether others can dial this peer: those who are in the swarm already try, with a connection of its own.
 
-To call back on the connection that the newcomer opened, as the DHT does, says nothing: that one passes any firewall.
+A call back on the connection that the newcomer opened, as the DHT makes it, proves nothing: that one passes any
+firewall.
 Source: libp2p specs, AutoNAT v1, whose rule against abuse holds here too: only the IP address from which the question
 came is dialled.
 """
@@ -15,14 +16,12 @@ from itertools import compress
 from typing import Annotated, TypeVar
 
 import msgspec
-from hivemind.p2p import P2P, PeerID
-from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
-from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils.multiaddr import Multiaddr
 
-from petals_tune.errors import AccessDenied, ProtocolError, ServerBusy
+from petals_tune.errors import AccessDenied, ConnectionLost, ProtocolError, ServerBusy
+from petals_tune.net.hivemind_p2p import peer_of
 from petals_tune.net.members import Members
-from petals_tune.wire.frames import BROKEN
+from petals_tune.net.transport import Connection, Transport
 from petals_tune.wire.tokens import TokenBytes
 
 logger = logging.getLogger(__name__)
@@ -32,7 +31,7 @@ DIAL_S = 3.0
 ANSWER_S = 2 * DIAL_S  # for a whole question and answer
 MAX_BYTES = 8192  # of a question or an answer
 AT_ONCE = 8  # questions that are answered at the same time
-_GREETING = b"\x13/multistream/1.0.0\n"  # what a libp2p peer says first on a TCP connection
+_GREETING = b"\x13/multistream/1.0.0\n"  # the first bytes that a libp2p peer sends on a TCP connection
 _LENGTH = struct.Struct(">I")
 
 Address = Annotated[str, msgspec.Meta(max_length=256)]
@@ -47,13 +46,13 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Those that were dialled, and those of them at which a libp2p peer answered."""
+    """Addresses that were dialled, and those of them at which a libp2p peer answered."""
 
     dialled: Addresses
     reached: Addresses
 
 
-Said = TypeVar("Said", Question, Answer)
+M = TypeVar("M", Question, Answer)
 
 
 class DialBack:
@@ -63,73 +62,78 @@ class DialBack:
         self._members = members
         self._under_way = 0
 
-    async def serve(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(self, connection: Connection) -> None:
         """Read one question, answer it, and close."""
         self._under_way += 1
         try:
             async with asyncio.timeout(ANSWER_S):
                 if self._under_way > AT_ONCE:
                     raise ServerBusy(f"more than {AT_ONCE} peers ask to be dialled")
-                question = await _read(reader, Question)
+                question = await _read(connection, Question)
                 if self._members is not None:
-                    self._members.admit(question.token, str(info.peer_id))
-                await _write(writer, await answer(question.addresses, host=_host(str(info.addr))))
-        except (AccessDenied, ProtocolError, ServerBusy, TimeoutError, *BROKEN) as error:
-            logger.info("peer %s asked to be dialled: %s", info.peer_id, error or "it was too slow")
+                    self._members.admit(question.token, connection.peer)
+                await _write(connection, await dial_all(question.addresses, host=_host(connection.remote_address)))
+        except (AccessDenied, ConnectionLost, ProtocolError, ServerBusy, TimeoutError) as error:
+            logger.info("peer %s asked to be dialled: %s", connection.peer, str(error) or "it was too slow")
         finally:
             self._under_way -= 1
-            writer.close()
+            connection.close()
 
 
-async def dialled_back(
-    p2p: P2P, peers: Sequence[str], addresses: Sequence[str], members: Members | None, *, given: bool = False
+async def is_dialable(
+    transport: Transport,
+    peers: Sequence[str],
+    addresses: Sequence[str],
+    members: Members | None,
+    *,
+    given: bool = False,
 ) -> bool | None:
-    """Whether one of `peers` reaches this one at one of its `addresses`; None where none of them can say.
+    """Whether one of `peers` (multiaddresses) reaches this one at one of `addresses`; None where none of them knows.
 
     Addresses that somebody has `given` may be of a router whose other side `peers` do not see: then they dial nothing.
     """
     question = Question(addresses=tuple(addresses), token=None if members is None else members.own_token())
-    said = [each for each in await asyncio.gather(*(_asked(p2p, peer, question) for peer in peers)) if each]
-    if any(each.reached for each in said):
+    asked = await asyncio.gather(*(_ask(transport, peer, question) for peer in peers))
+    answers = [answer for answer in asked if answer is not None]
+    if any(answer.reached for answer in answers):
         return True
-    if not said or (given and not any(each.dialled for each in said)):
+    if not answers or (given and not any(answer.dialled for answer in answers)):
         logger.warning("no peer of the swarm can say whether others can dial this one")
         return None
     return False
 
 
-async def _asked(p2p: P2P, peer: str, question: Question) -> Answer | None:
+async def _ask(transport: Transport, address: str, question: Question) -> Answer | None:
     try:
         async with asyncio.timeout(ANSWER_S):
-            peer_id = PeerID.from_base58(peer.rpartition("/p2p/")[2])
-            _, reader, writer = await p2p.call_binary_stream_handler(peer_id, PROTOCOL)
+            connection = await transport.dial(peer_of(address), [address], PROTOCOL)
             try:
-                await _write(writer, question)
-                return await _read(reader, Answer)
+                await _write(connection, question)
+                return await _read(connection, Answer)
             finally:
-                writer.close()
-    except (P2PDaemonError, ProtocolError, TimeoutError, *BROKEN) as error:
-        logger.info("peer %s does not say whether it can dial this one: %s", peer, error)
+                connection.close()
+    except (ConnectionLost, ProtocolError, TimeoutError) as error:
+        logger.info("peer %s does not say whether it can dial this one: %s", address, error)
         return None
 
 
-async def answer(addresses: Sequence[str], *, host: str | None) -> Answer:
+async def dial_all(addresses: Sequence[str], *, host: str | None) -> Answer:
     """Dial those of `addresses` that are of `host`."""
     dialled = tuple(address for address in addresses if host is not None and _host(address) == host)
-    greet = await asyncio.gather(*(_greets(address) for address in dialled))
-    return Answer(dialled=dialled, reached=tuple(compress(dialled, greet)))
+    reached = await asyncio.gather(*(_is_libp2p(address) for address in dialled))
+    return Answer(dialled=dialled, reached=tuple(compress(dialled, reached)))
 
 
-async def _greets(address: str) -> bool:
+async def _is_libp2p(address: str) -> bool:
     """Whether a libp2p peer listens there, by TCP."""
     try:
         async with asyncio.timeout(DIAL_S):
-            reader, writer = await asyncio.open_connection(_host(address), _part(address, "tcp"))
+            connection = Connection(address, *await asyncio.open_connection(_host(address), _part(address, "tcp")))
             try:
-                return await reader.readexactly(len(_GREETING)) == _GREETING
+                return await connection.read_exactly(len(_GREETING)) == _GREETING
             finally:
-                writer.close()
-    except BROKEN:  # a time-out is one
+                connection.close()
+    except (ConnectionLost, OSError):  # a time-out is one
         return False
 
 
@@ -145,17 +149,16 @@ def _part(address: str, protocol: str) -> str | None:
         return None
 
 
-async def _write(writer: asyncio.StreamWriter, message: Question | Answer) -> None:
+async def _write(connection: Connection, message: Question | Answer) -> None:
     body = msgspec.msgpack.encode(message)
-    writer.write(_LENGTH.pack(len(body)) + body)
-    await writer.drain()
+    await connection.write(_LENGTH.pack(len(body)), body)
 
 
-async def _read(reader: asyncio.StreamReader, kind: type[Said]) -> Said:
-    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+async def _read(connection: Connection, kind: type[M]) -> M:
+    (length,) = _LENGTH.unpack(await connection.read_exactly(_LENGTH.size))
     if length > MAX_BYTES:
         raise ProtocolError(f"{length} bytes; at most {MAX_BYTES} are allowed")
     try:
-        return msgspec.msgpack.decode(await reader.readexactly(length), type=kind)
+        return msgspec.msgpack.decode(await connection.read_exactly(length), type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProtocolError(f"not a message of {PROTOCOL}: {str(error)[:200]}") from None

@@ -1,90 +1,223 @@
-"""The p2p daemon, hivemind's, started by our own event loop. Shared by clients and servers."""
+"""hivemind's p2p daemon as a transport: a child process that dials, accepts, encrypts and relays.
+
+Together with hivemind_dht.py and dht_auth.py, all that knows hivemind, its private parts and its exceptions.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from hivemind.dht.node import DHTNode
+from google.protobuf.message import DecodeError
 from hivemind.dht.protocol import ValidationError
 from hivemind.p2p import P2P, PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError, P2PHandlerError
 from hivemind.utils.multiaddr import Multiaddr
+from hivemind.utils.multiaddr.exceptions import Error as MultiaddrError
 
-from petals_tune.errors import ClockSkew, ConfigError, ServerUnreachable
-from petals_tune.net.dht_auth import MembersOnly, SignedRecords
-from petals_tune.net.members import Members, write_private
-from petals_tune.wire.frames import BROKEN
+from petals_tune.errors import ClockSkew, ConfigError, ConnectionLost, PetalsTuneError, ServerUnreachable
+from petals_tune.net.members import write_private
+from petals_tune.net.transport import Connection, Serve
 from petals_tune.wire.signing import SigningKey, identity_bytes
 
+logger = logging.getLogger(__name__)
+
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
-LEAVING_S = 3.0
-GREET_S = 20.0  # between two greetings, give or take half
 CIRCUIT = "/p2p-circuit"  # in an address: what is before it relays
 _P2P = bytes.fromhex("a503")  # the code of /p2p/ in a binary multiaddr
 _CANNOT_LISTEN = ("failed to listen", "failed to parse multiaddr")  # in the daemon's last words
 
 
-async def start_p2p(
-    initial_peers: Sequence[str] = (),
-    *,
-    host_maddrs: Sequence[str] = (LOOPBACK,),
-    announce_maddrs: Sequence[str] = (),
-    identity: SigningKey | None = None,
-    listens: bool = True,
-    relays: bool = False,
-) -> P2P:
-    """Start a daemon and connect it to `initial_peers`. Its peer id is that of `identity`, or a new one.
+class HivemindTransport:
+    """A running p2p daemon. `start` makes one, `stop` ends it."""
 
-    It reaches others through relays, unless its swarm is all on this machine; one that `relays` carries the traffic
-    between others. No hole punching and no port mapping: hivemind's defaults ask the network's gateway for ports.
-    Raises ConfigError for an address that is none, ServerUnreachable where no initial peer answers.
-    """
-    for maddr in initial_peers:
-        try:
-            Multiaddr(maddr)["p2p"]
-        except (ValueError, LookupError):
-            raise ConfigError(
-                f"swarm.initial_peers: {maddr!r} is not like /ip4/127.0.0.1/tcp/31337/p2p/12D3Koo..."
-            ) from None
-    with TemporaryDirectory() as folder:  # the daemon reads its key from a file, and only when it starts
-        identity_path = None
-        if identity is not None:
-            identity_path = Path(folder, "identity")
-            write_private(identity_path, identity_bytes(identity))
-        try:
-            with _one_go_thread() if relays else nullcontext():  # petals_tune/net/circuit_relay.py says why
-                return await P2P.create(
-                    initial_peers=list(initial_peers) or None,
-                    host_maddrs=list(host_maddrs) if listens else None,
-                    announce_maddrs=list(announce_maddrs) or None,
-                    identity_path=None if identity_path is None else str(identity_path),
-                    check_if_identity_free=False,  # it would start a daemon that asks the network's gateway for ports
-                    dht_mode="server" if listens else "client",
-                    no_listen=not listens,
-                    auto_nat=False,
-                    nat_port_map=False,
-                    use_relay=relays or not on_this_machine(initial_peers),
-                    use_auto_relay=False,
-                    force_reachability="public" if relays else None,
-                )
-        except P2PDaemonError as error:
-            if listens and any(sign in str(error) for sign in _CANNOT_LISTEN):
+    def __init__(self, p2p: P2P):
+        self.p2p = p2p
+        self.id = str(p2p.peer_id)
+
+    @classmethod
+    async def start(
+        cls,
+        initial_peers: Sequence[str] = (),
+        *,
+        host_maddrs: Sequence[str] = (LOOPBACK,),
+        announce_maddrs: Sequence[str] = (),
+        identity: SigningKey | None = None,
+        listens: bool = True,
+        relays: bool = False,
+    ) -> HivemindTransport:
+        """Start a daemon and connect it to `initial_peers`. Its peer id is that of `identity`, or a new one.
+
+        It reaches others through relays, unless its swarm is all on this machine; one that `relays` carries the traffic
+        between others. No hole punching and no port mapping: hivemind's defaults ask the network's gateway for ports.
+        Raises ConfigError for an address that is none, ServerUnreachable where no initial peer answers.
+        """
+        for maddr in initial_peers:
+            try:
+                Multiaddr(maddr)["p2p"]
+            except (ValueError, LookupError):
                 raise ConfigError(
-                    f"swarm.host_maddrs=[{','.join(host_maddrs)}], "
-                    f"swarm.announce_maddrs=[{','.join(announce_maddrs)}]: the p2p daemon cannot listen: {error}\n"
-                    "  host_maddrs are addresses of this machine, such as /ip4/0.0.0.0/tcp/31337, at a port that is "
-                    "free; those of a router in front of it go into announce_maddrs"
+                    f"swarm.initial_peers: {maddr!r} is not like /ip4/127.0.0.1/tcp/31337/p2p/12D3Koo...",
+                    key="swarm.initial_peers",
+                    seen=maddr,
                 ) from None
-            raise ServerUnreachable(
-                f"the p2p daemon cannot reach the swarm through {', '.join(initial_peers) or 'no peers'}: {error}\n"
-                "  check that the first server runs and prints this address"
-            ) from None
+        with TemporaryDirectory() as folder:  # the daemon reads its key from a file, and only when it starts
+            identity_path = None
+            if identity is not None:
+                identity_path = Path(folder, "identity")
+                write_private(identity_path, identity_bytes(identity))
+            try:
+                # petals_tune/net/circuit_relay.py says why one that relays has a single Go thread.
+                with _one_go_thread() if relays else nullcontext(), hivemind_errors():
+                    p2p = await P2P.create(
+                        initial_peers=list(initial_peers) or None,
+                        host_maddrs=list(host_maddrs) if listens else None,
+                        announce_maddrs=list(announce_maddrs) or None,
+                        identity_path=None if identity_path is None else str(identity_path),
+                        check_if_identity_free=False,  # it would start a daemon that asks the gateway for ports
+                        dht_mode="server" if listens else "client",
+                        no_listen=not listens,
+                        auto_nat=False,
+                        nat_port_map=False,
+                        use_relay=relays or not on_this_machine(initial_peers),
+                        use_auto_relay=False,
+                        force_reachability="public" if relays else None,
+                    )
+            except ConnectionLost as error:
+                raise _start_error(error, initial_peers, host_maddrs, announce_maddrs, listens) from None
+        return cls(p2p)
+
+    async def stop(self) -> None:
+        """End the daemon and wait until it is gone. Idempotent.
+
+        Not by `P2P.shutdown` alone: uvloop learns of a child's end through SIGCHLD, and whoever put that signal's
+        handler back meanwhile (Lightning does, after each fit) would make it wait for ever.
+        """
+        shutdown = asyncio.ensure_future(self.p2p.shutdown())
+        await asyncio.sleep(0)  # it sends the signal before it waits
+        if self.alive:
+            with suppress(ChildProcessError):  # the loop did notice
+                await asyncio.to_thread(os.waitpid, self.p2p._child.pid, 0)
+        shutdown.cancel()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the daemon runs."""
+        return self.p2p._child.returncode is None
+
+    async def ended(self) -> str:
+        """Wait until the daemon has ended; returns how, for an error's text."""
+        code = await self.p2p._child.wait()
+        return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+    async def addresses(self) -> tuple[str, ...]:
+        """Multiaddresses at which the daemon listens, the peer id included. Raises ConnectionLost."""
+        with hivemind_errors(self.id):
+            return tuple(str(address) for address in await self.p2p.get_visible_maddrs())
+
+    async def connect(self, address: str) -> None:
+        """Connect to the peer at `address`, which ends in its id; no stream is opened. Raises ConnectionLost."""
+        peer = peer_of(address)
+        with hivemind_errors(peer):
+            await self.p2p._client.connect(PeerID.from_base58(peer), [encode_address(address)])
+
+    async def dial(self, peer: str, addresses: Sequence[str], protocol: str) -> Connection:
+        """As `Transport.dial`."""
+        with hivemind_errors(peer):
+            peer_id = PeerID.from_base58(peer)
+            if addresses:
+                await self.p2p._client.connect(peer_id, [encode_address(address) for address in addresses])
+            _, reader, writer = await self.p2p.call_binary_stream_handler(peer_id, protocol)
+        return Connection(peer, reader, writer)
+
+    async def accept(self, protocol: str, serve: Serve) -> None:
+        """As `Transport.accept`."""
+
+        async def handle(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await serve(Connection(str(info.peer_id), reader, writer, remote_address=str(info.addr)))
+
+        with hivemind_errors(self.id):
+            await self.p2p.add_binary_stream_handler(protocol, handle)
+
+
+def _lost(error: Exception, peer: str) -> PetalsTuneError:
+    return ConnectionLost(str(error) or type(error).__name__, peer=peer)
+
+
+def _not_validated(error: Exception, peer: str) -> PetalsTuneError:
+    if "local time" in str(error):
+        return ClockSkew(
+            f"this machine's clock and the swarm's differ by more than 3 s: {error}\n"
+            "  set it:  timedatectl set-ntp true"
+        )
+    return ServerUnreachable(
+        f"the swarm cannot reach this server: {error}\n"
+        "  check swarm.host_maddrs, and behind a firewall a forwarded port and swarm.announce_maddrs"
+    )
+
+
+# Our errors for what hivemind raises. The built-in ones come from its sockets to the daemon: no such socket, one that
+# was closed in the middle of a reply (EOFError), uvloop's at a write to what is closed (RuntimeError); and from ids and
+# addresses of other peers that are none (ValueError).
+OURS: dict[type[Exception], Callable[[Exception, str], PetalsTuneError]] = {
+    ValidationError: _not_validated,
+    P2PDaemonError: _lost,
+    P2PHandlerError: _lost,
+    MultiaddrError: _lost,
+    DecodeError: _lost,
+    EOFError: _lost,
+    OSError: _lost,  # TimeoutError, too
+    RuntimeError: _lost,
+    ValueError: _lost,
+}
+
+
+@contextmanager
+def hivemind_errors(peer: str = "") -> Iterator[None]:
+    """Translate errors of hivemind to ours, most to ConnectionLost of `peer`. Around calls of hivemind alone."""
+    try:
+        yield
+    except tuple(OURS) as error:
+        raise next(ours for kind, ours in OURS.items() if isinstance(error, kind))(error, peer) from None
+
+
+def handle_loop_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Handler for an event loop: hides the errors of hivemind's background tasks, which fail when the daemon ends."""
+    task, error = context.get("future"), context.get("exception")
+    of_hivemind = isinstance(task, asyncio.Task) and "ControlClient." in repr(task.get_coro())
+    if of_hivemind and isinstance(error, tuple(OURS)):
+        logger.debug("the daemon is gone: %s", error)
+    else:
+        loop.default_exception_handler(context)
+
+
+def _start_error(
+    error: ConnectionLost,
+    initial_peers: Sequence[str],
+    host_maddrs: Sequence[str],
+    announce_maddrs: Sequence[str],
+    listens: bool,
+) -> PetalsTuneError:
+    if listens and any(sign in str(error) for sign in _CANNOT_LISTEN):
+        return ConfigError(
+            f"swarm.host_maddrs=[{','.join(host_maddrs)}], "
+            f"swarm.announce_maddrs=[{','.join(announce_maddrs)}]: the p2p daemon cannot listen: {error}\n"
+            "  host_maddrs are addresses of this machine, such as /ip4/0.0.0.0/tcp/31337, at a port that is "
+            "free; those of a router in front of it go into announce_maddrs",
+            key="swarm.host_maddrs",
+            seen=tuple(host_maddrs),
+        )
+    return ServerUnreachable(
+        f"the p2p daemon cannot reach the swarm through {', '.join(initial_peers) or 'no peers'}: {error}\n"
+        "  check that the first server runs and prints this address"
+    )
 
 
 def on_this_machine(addresses: Sequence[str]) -> bool:
@@ -92,7 +225,12 @@ def on_this_machine(addresses: Sequence[str]) -> bool:
     return all(address.startswith(("/ip4/127.", "/ip6/::1/")) for address in addresses)
 
 
-def dialled(address: str) -> Multiaddr:
+def peer_of(address: str) -> str:
+    """The peer id at the end of a multiaddress."""
+    return address.rpartition("/p2p/")[2]
+
+
+def encode_address(address: str) -> Multiaddr:
     """`address` as the daemon wants it: without the peer that it leads to, and with a relay's id in its own encoding.
 
     hivemind writes an Ed25519 id as a CID, go-libp2p as the plain multihash.
@@ -110,7 +248,7 @@ def dialled(address: str) -> Multiaddr:
 
 @contextmanager
 def _one_go_thread() -> Iterator[None]:
-    """For daemons that are started in here."""
+    """Environment for daemons that are started inside this block."""
     before = os.environ.get("GOMAXPROCS")
     os.environ["GOMAXPROCS"] = "1"
     try:
@@ -120,85 +258,3 @@ def _one_go_thread() -> Iterator[None]:
             del os.environ["GOMAXPROCS"]
         else:
             os.environ["GOMAXPROCS"] = before
-
-
-async def start_dht(
-    p2p: P2P,
-    initial_peers: Sequence[str],
-    *,
-    client_mode: bool,
-    identity: SigningKey | None = None,
-    members: Members | None = None,
-) -> DHTNode:
-    """Join the DHT; what is announced there is signed by `identity`, and a private one is for `members` only.
-
-    Raises ServerUnreachable where no initial peer answers, ClockSkew where the clocks differ too much for the DHT.
-    """
-    try:
-        return await DHTNode.create(
-            p2p=p2p,
-            initial_peers=list(initial_peers) or None,
-            client_mode=client_mode,
-            record_validator=SignedRecords(identity),
-            authorizer=None if members is None else MembersOnly(members),
-        )
-    except ValidationError as error:
-        if "local time" in str(error):
-            raise ClockSkew(
-                f"this machine's clock and the swarm's differ by more than 3 s: {error}\n"
-                "  set it:  timedatectl set-ntp true"
-            ) from None
-        raise ServerUnreachable(
-            f"the swarm cannot reach this server: {error}\n"
-            "  check swarm.host_maddrs, and behind a firewall a forwarded port and swarm.announce_maddrs"
-        ) from None
-    except (RuntimeError, P2PDaemonError) as error:
-        raise ServerUnreachable(
-            f"no initial peer answers: {', '.join(initial_peers)} ({error})\n"
-            "  check that the first server runs and prints this address; a private swarm answers only those who give "
-            "swarm.token=FILE"
-        ) from None
-
-
-async def stay_known(p2p: P2P, node: DHTNode, initial_peers: Sequence[str]) -> None:
-    """Greet the peers through which this one joined, again and again, for ever.
-
-    The DHT forgets a peer that did not answer once, and one that was started again knows nobody: without this, those
-    who come through it then find an empty swarm.
-    """
-    while True:
-        await asyncio.sleep(GREET_S * random.uniform(0.5, 1.5))
-        await asyncio.gather(*(_greet(p2p, node, address) for address in initial_peers))
-
-
-async def _greet(p2p: P2P, node: DHTNode, address: str) -> None:
-    peer = PeerID.from_base58(address.rpartition("/p2p/")[2])
-    with suppress(P2PDaemonError, *BROKEN):  # it is away
-        async with asyncio.timeout(GREET_S):
-            await p2p._client.connect(peer, [dialled(address)])
-            await node.protocol.call_ping(peer)
-
-
-async def stop_dht(node: DHTNode) -> None:
-    """Leave the DHT. Its own `shutdown` forgets the task that refreshes its cache, and waits for a daemon that is gone.
-
-    Whoever stops a whole group of processes, as systemd does, has ended the daemon by now.
-    """
-    with suppress(TimeoutError):
-        await asyncio.wait_for(node.shutdown(), LEAVING_S)
-    if node.cache_refresh_task is not None:
-        node.cache_refresh_task.cancel()
-
-
-async def stop_p2p(p2p: P2P) -> None:
-    """End the daemon and wait until it is gone.
-
-    Not by `p2p.shutdown()` alone: uvloop learns of a child's end through SIGCHLD, and whoever put that signal's handler
-    back meanwhile (Lightning does, after each fit) would make it wait for ever.
-    """
-    shutdown = asyncio.ensure_future(p2p.shutdown())
-    await asyncio.sleep(0)  # it sends the signal before it waits
-    if p2p._child is not None:
-        with suppress(ChildProcessError):  # the loop did notice
-            await asyncio.to_thread(os.waitpid, p2p._child.pid, 0)
-    shutdown.cancel()

@@ -1,4 +1,4 @@
-"""Who this process is, and who else may be in its private swarm: keys and tokens from their files."""
+"""Identity of this process and membership in a private swarm, loaded from key and token files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from petals_tune.wire.tokens import (
     token_from,
 )
 
-REVOKED_READ_S = 1.0  # how often the list of revoked names is looked at
+REVOKED_READ_S = 1.0  # how often the list of revoked names is checked for changes
 OWN_TOKEN_S = 24 * 3600  # of a server that has the swarm's secret key and issues its token itself
 OWN_NAME = "holder-of-the-key"
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class Members:
-    """One private swarm as one of its peers sees it."""
+    """Checks the tokens of other peers of one private swarm, and has one of its own to present."""
 
     def __init__(
         self,
@@ -150,6 +150,25 @@ def _self_issued(key: SigningKey, peer: str) -> Callable[[float], Token]:
         return current
 
     return own
+
+
+def credentials(
+    identity_path: str | None, *, key: str | None, token: str | None, listens: bool
+) -> tuple[SigningKey, Members | None]:
+    """The identity of a peer, and its membership where a `key` or a `token` (files) makes the swarm a private one.
+
+    The identity is new unless it is given; that of a peer that has a `token` and does not listen is beside the token.
+    Raises ConfigError, AccessDenied.
+    """
+    if token is not None and not listens:
+        identity = identity_beside(token, identity_path)
+    elif identity_path is not None:
+        identity = load_identity(identity_path, make=True)
+    else:
+        identity = SigningKey.new()
+    if key is not None:
+        return identity, Members.with_key(key, token, identity)
+    return identity, None if token is None else Members.with_token(token, identity)
 
 
 def load_identity(path: str | Path, *, make: bool) -> SigningKey:

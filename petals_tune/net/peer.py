@@ -1,28 +1,23 @@
-"""A place in a swarm: an identity, a p2p daemon that has to live, a node of the DHT."""
+"""This process as a peer of a swarm: its identity, its transport and its directory, for clients and servers."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from hivemind.dht.node import DHTNode
-from hivemind.p2p import P2P
-
-from petals_tune.errors import ServerError
-from petals_tune.net.circuit_relay import Relayed, start_relay
+from petals_tune.errors import ServerError, ServerUnreachable
+from petals_tune.net.circuit_relay import Reservation, start_relay
 from petals_tune.net.dial_back import PROTOCOL as DIAL_BACK
-from petals_tune.net.dial_back import DialBack, dialled_back
-from petals_tune.net.hivemind_p2p import on_this_machine, start_dht, start_p2p, stay_known, stop_dht, stop_p2p
-from petals_tune.net.members import Members, identity_beside, load_identity
-from petals_tune.wire.frames import BROKEN
-from petals_tune.wire.signing import SigningKey
-
-logger = logging.getLogger(__name__)
+from petals_tune.net.dial_back import DialBack, is_dialable
+from petals_tune.net.directory import Directory
+from petals_tune.net.hivemind_dht import HivemindDirectory
+from petals_tune.net.hivemind_p2p import HivemindTransport, handle_loop_exception, on_this_machine, peer_of
+from petals_tune.net.members import Members, credentials
+from petals_tune.net.transport import Transport
 
 Reach = Literal["auto", "direct", "relay"]  # auto: direct where a peer of the swarm can dial this one
 T = TypeVar("T")
@@ -32,53 +27,50 @@ _SAME_STOP_S = 2.0  # whoever stops the daemon may be about to stop us too
 
 
 @dataclass(frozen=True, kw_only=True)
-class Joined:
-    """This process as a peer of a swarm."""
+class Peer:
+    """A peer of a swarm, as this process is one."""
 
-    p2p: P2P
-    node: DHTNode
-    members: Members | None  # None: the swarm is open
-    own_addresses: tuple[str, ...]
-    relayed: Relayed | None  # None: others dial this peer itself
-
-    @property
-    def peer(self) -> str:
-        return str(self.p2p.peer_id)
-
-    @property
-    def daemon_lives(self) -> bool:
-        return self.p2p._child is not None and self.p2p._child.returncode is None
+    id: str
+    transport: Transport
+    directory: Directory
+    members: Members | None = None  # None: the swarm is open
+    own_addresses: tuple[str, ...] = ()
+    reservation: Reservation | None = None  # None: others dial this peer itself
+    daemon_ended: asyncio.Task[str] | None = None  # done when the p2p daemon has ended: how; None: there is no daemon
 
     @property
     def addresses(self) -> tuple[str, ...]:
         """Where others can dial this peer now: the relay comes last, since it is the longer way."""
-        if self.relayed is None:
+        if self.reservation is None:
             return self.own_addresses
-        return *(address for address in self.own_addresses if not on_this_machine([address])), self.relayed.address
+        return *(address for address in self.own_addresses if not on_this_machine([address])), self.reservation.address
+
+    @property
+    def daemon_lives(self) -> bool:
+        return self.daemon_ended is None or not self.daemon_ended.done()
 
     async def while_daemon_lives(self, work: Coroutine[Any, Any, T], stop: asyncio.Event) -> T:
         """The result of `work`. Raises ServerError where the daemon ends before it, and nobody set `stop`.
 
         A peer without its daemon answers nobody, and would be announced all the same until its record expires.
         """
-        assert self.p2p._child is not None
+        assert self.daemon_ended is not None
         working = asyncio.create_task(work)
-        ending = asyncio.create_task(self.p2p._child.wait())
         try:
-            await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({working, self.daemon_ended}, return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
                 with suppress(TimeoutError):
                     await asyncio.wait_for(stop.wait(), _SAME_STOP_S)
             if not working.done() and not stop.is_set():
                 raise ServerError(
-                    f"the p2p daemon of this process ended ({_ending(ending.result())}): nobody can reach it any more\n"
-                    "  start it again; a supervisor does so by itself (docs/hosting.md, a unit for systemd)"
+                    f"the p2p daemon of this process ended ({self.daemon_ended.result()}): nobody can reach it any "
+                    "more\n  start it again; a supervisor does so by itself (docs/hosting.md, a unit for systemd)",
+                    peer=self.id,
                 )
             return await working
         finally:
-            for task in (working, ending):
-                task.cancel()
-            await asyncio.wait({working, ending})
+            working.cancel()
+            await asyncio.wait({working})
 
 
 @asynccontextmanager
@@ -90,31 +82,28 @@ async def joined(
     identity_path: str | None = None,
     key: str | None = None,
     token: str | None = None,
+    members: Members | None = None,
     listens: bool = True,
     relays: bool = False,
     reach: Reach = "auto",
-) -> AsyncIterator[Joined]:
+    connect_s: float = 5.0,
+) -> AsyncIterator[Peer]:
     """Join a swarm (or, without initial peers, begin one) and leave it with this block.
 
-    In a private swarm, whoever `listens` stores records for others and needs the swarm's `key`, a file; who only looks
-    on can do with a `token`. One that `relays` carries traffic for those who cannot be dialled; `reach` says how others
-    come to this one. Raises ConfigError, AccessDenied, ClockSkew, ServerUnreachable.
+    In a private swarm, whoever `listens` stores records for others and needs the swarm's `key`, a file; a client or a
+    monitor can do with a `token`, or brings `members` read from one. A peer that `relays` carries traffic for those who
+    cannot be dialled; `reach` says how others come to this one. `connect_s` limits the question below.
+
+    Raises ConfigError, AccessDenied, ClockSkew, ServerUnreachable.
     """
-    asyncio.get_running_loop().set_exception_handler(_on_exception)
+    asyncio.get_running_loop().set_exception_handler(handle_loop_exception)
     async with AsyncExitStack() as stack:
-        if token is not None and not listens:
-            identity = identity_beside(token, identity_path)
-        elif identity_path is not None:
-            identity = load_identity(identity_path, make=True)
+        if members is None:
+            identity, members = credentials(identity_path, key=key, token=token, listens=listens)
         else:
-            identity = SigningKey.new()
-        members = None
-        if key is not None:
-            members = Members.with_key(key, token, identity)
-        elif token is not None:
-            members = Members.with_token(token, identity)
+            identity = members.identity
         start = partial(
-            start_p2p,
+            HivemindTransport.start,
             initial_peers,
             host_maddrs=host_maddrs,
             announce_maddrs=announce_maddrs,
@@ -122,36 +111,58 @@ async def joined(
             listens=listens,
             relays=relays,
         )
-        p2p = await (start_relay(start) if relays else start())
-        stack.push_async_callback(stop_p2p, p2p)
-        relayed: Relayed | None = None
+        transport = await (start_relay(start) if relays else start())
+        stack.push_async_callback(transport.stop)
+        daemon_ended = asyncio.create_task(transport.ended())
+        stack.callback(daemon_ended.cancel)
+        reservation: Reservation | None = None
         own_addresses: tuple[str, ...] = ()
         if listens:
-            own_addresses = tuple(str(address) for address in await p2p.get_visible_maddrs())[:OWN_ADDRESSES]
-            await p2p.add_binary_stream_handler(DIAL_BACK, DialBack(members).serve)
-            dialled = None
+            own_addresses = (await transport.addresses())[:OWN_ADDRESSES]
+            await transport.accept(DIAL_BACK, DialBack(members).serve)
+            dialable = None
             if reach == "auto" and not on_this_machine(initial_peers):
-                dialled = await dialled_back(p2p, initial_peers, own_addresses, members, given=bool(announce_maddrs))
-            if reach == "relay" or dialled is False:
-                relayed = await Relayed.find(p2p, initial_peers)
-                stack.callback(asyncio.create_task(relayed.keep()).cancel)
-        client_mode = not listens or relayed is not None
-        node = await start_dht(p2p, initial_peers, client_mode=client_mode, identity=identity, members=members)
-        stack.push_async_callback(stop_dht, node)
-        stack.callback(asyncio.create_task(stay_known(p2p, node, initial_peers)).cancel)
-        yield Joined(p2p=p2p, node=node, members=members, own_addresses=own_addresses, relayed=relayed)
+                dialable = await is_dialable(
+                    transport, initial_peers, own_addresses, members, given=bool(announce_maddrs)
+                )
+            if reach == "relay" or dialable is False:
+                reservation = await Reservation.make(transport, initial_peers)
+                stack.callback(asyncio.create_task(reservation.renew()).cancel)
+        try:
+            directory = await HivemindDirectory.join(
+                transport,
+                initial_peers,
+                client_mode=not listens or reservation is not None,
+                identity=identity,
+                members=members,
+            )
+        except ServerUnreachable:
+            if not listens:
+                await _ask_for_the_reason(transport, initial_peers, members, timeout_s=connect_s)
+            raise
+        stack.push_async_callback(directory.leave)
+        stack.callback(asyncio.create_task(directory.stay_known(transport, initial_peers)).cancel)
+        yield Peer(
+            id=transport.id,
+            transport=transport,
+            directory=directory,
+            members=members,
+            own_addresses=own_addresses,
+            reservation=reservation,
+            daemon_ended=daemon_ended,
+        )
 
 
-def _on_exception(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What nobody awaits: hivemind's tasks that talk with the daemon fail when it ends, which is said elsewhere."""
-    task, error = context.get("future"), context.get("exception")
-    of_hivemind = isinstance(task, asyncio.Task) and "ControlClient." in repr(task.get_coro())
-    # RuntimeError is uvloop's, at a write to what is closed.
-    if of_hivemind and isinstance(error, (*BROKEN, RuntimeError)):
-        logger.debug("the daemon is gone: %s", error)
-    else:
-        loop.default_exception_handler(context)
+async def _ask_for_the_reason(
+    transport: Transport, initial_peers: Sequence[str], members: Members | None, *, timeout_s: float
+) -> None:
+    """Raises AccessDenied, or what else a server says: the DHT of a private swarm does not answer whom it refuses."""
+    from petals_tune.net.stream import ServerStream  # loads torch, which a node of the directory does without
 
-
-def _ending(code: int) -> str:
-    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    for address in initial_peers:
+        with suppress(ServerError):
+            peer = peer_of(address)
+            stream = await ServerStream.open(
+                transport, peer, [address], model=None, members=members, timeout_s=timeout_s
+            )
+            await stream.close()

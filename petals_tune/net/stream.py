@@ -1,4 +1,4 @@
-"""One open stream per server with many requests on it, matched by id."""
+"""Messages on a connection: the writer of both sides, and the client's end, with many requests at a time."""
 
 from __future__ import annotations
 
@@ -8,95 +8,110 @@ import logging
 import time
 from collections.abc import Sequence
 
-from hivemind.p2p import P2P, PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
-
 from petals_tune.errors import (
     AccessDenied,
-    PetalsTuneError,
+    ConnectionLost,
     ProtocolError,
     ServerError,
     ServerTimeout,
     ServerUnreachable,
     UntrustedServer,
 )
-from petals_tune.net.hivemind_p2p import dialled
 from petals_tune.net.members import Members
 from petals_tune.net.stats import SwarmStats
-from petals_tune.net.writer import MessageWriter
+from petals_tune.net.transport import Connection, Transport
 from petals_tune.wire import frames
-from petals_tune.wire.frames import BROKEN
-from petals_tune.wire.messages import PROTOCOL, Hello, Message, Ping, Refusal, Welcome, decode
+from petals_tune.wire.messages import PROTOCOL, Hello, Message, Ping, Refusal, Welcome, decode, encode
 from petals_tune.wire.span import BlockSpan
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
-SILENCE_S = 6.0  # a server whose event loop says nothing for so long is stopped or gone
+SILENCE_S = 6.0  # a server whose event loop sends nothing for so long is stopped or gone
 MAX_MESSAGE_BYTES = 2**31
 
 
-class ServerStream:
-    """A stream to one server. Every pending request fails at once when the stream ends or falls silent."""
+class MessageWriter:
+    """Writes messages frame by frame: they alternate on the connection, and a slow reader stops their writers."""
 
-    def __init__(self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stats: SwarmStats):
-        self.peer = peer
+    def __init__(self, connection: Connection):
+        self.connection = connection
+        self._lock = asyncio.Lock()
+        self.blocked_since_s: float | None = None  # time.monotonic() since when the reader takes nothing
+
+    async def send(self, message_id: int, message: Message) -> int:
+        """Write `message`; returns its bytes, frames included. Raises ConnectionLost."""
+        sent = 0
+        for header, payload in frames.cut(message_id, encode(message)):
+            async with self._lock:
+                self.blocked_since_s = time.monotonic()
+                await self.connection.write(header, payload)
+                self.blocked_since_s = None
+            sent += len(header) + len(payload)
+        return sent
+
+
+class ServerStream:
+    """The client's end of a connection to one server; replies are matched with their requests by id.
+
+    Every pending request fails at once when the connection ends or the server falls silent.
+    """
+
+    def __init__(self, connection: Connection, stats: SwarmStats):
+        self.peer = connection.peer
         self.adapters: dict[tuple[str, BlockSpan], asyncio.Task[Message]] = {}  # uploads on this stream, by version
-        self._reader, self._writer, self._stats = reader, MessageWriter(writer), stats
+        self.welcome: Welcome
+        self.round_trip_s: float  # of the greeting
+        self._connection, self._writer, self._stats = connection, MessageWriter(connection), stats
+        self._window = asyncio.Semaphore(1)  # requests in flight
         self._ids = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Message]] = {}
         self._heard_s = time.monotonic()
         self._failure: ServerError | None = None
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
-        self.welcome: Welcome
-        self.round_trip_s: float  # of the greeting
-        self._window: asyncio.Semaphore
 
     @classmethod
     async def open(
         cls,
-        p2p: P2P,
+        transport: Transport,
         peer: str,
         addresses: Sequence[str],
-        model: str | None,
         *,
+        model: str | None,
         members: Members | None = None,
         timeout_s: float,
-        stats: SwarmStats,
+        stats: SwarmStats | None = None,
     ) -> ServerStream:
-        """Connect and exchange greetings: the server shall hold `model` and, where we are `members`, be one too.
+        """Dial server `peer` and greet it: it has to serve `model` (None: any) and, with `members`, be one of them.
 
         Raises ServerUnreachable, ServerTimeout, UntrustedServer, or what the server refuses.
         """
         try:
-            peer_id, places = PeerID.from_base58(peer), [dialled(address) for address in addresses]
-        except ValueError as error:  # it may announce whatever it wants
-            raise ServerUnreachable(f"server {peer} announces an address that is none: {error}") from None
-        try:
             async with asyncio.timeout(timeout_s):
-                await p2p._client.connect(peer_id, places)
-                _, reader, writer = await p2p.call_binary_stream_handler(peer_id, PROTOCOL)
+                connection = await transport.dial(peer, addresses, PROTOCOL)
         except TimeoutError:
-            raise ServerTimeout(f"server {peer} did not open a stream within {timeout_s:g} s") from None
-        except (P2PDaemonError, *BROKEN) as error:
-            raise ServerUnreachable(f"server {peer} cannot be reached: {error}") from None
-        stream = cls(peer, reader, writer, stats)
-        stream._window = asyncio.Semaphore(1)
+            raise ServerTimeout(f"server {peer} did not open a stream within {timeout_s:g} s", peer=peer) from None
+        except ConnectionLost as error:
+            raise ServerUnreachable(f"server {peer} cannot be reached: {error}", peer=peer) from None
+        stream = cls(connection, stats or SwarmStats())
         try:
-            hello = Hello(model=model, token=None if members is None else members.own_token())
-            asked_s = time.monotonic()
-            welcome = await stream.call(hello, timeout_s=timeout_s)
-            stream.round_trip_s = time.monotonic() - asked_s
-            if not isinstance(welcome, Welcome):
-                raise ServerError(f"server {peer} answered Hello with {type(welcome).__name__}")
-            if members is not None:
-                _check_host(members, welcome.token, peer)
-        except PetalsTuneError:
+            await stream._greet(model, members, timeout_s)
+        except BaseException:
             await stream.close()
             raise
-        stream.welcome = welcome
-        stream._window = asyncio.Semaphore(welcome.max_in_flight)
         return stream
+
+    async def _greet(self, model: str | None, members: Members | None, timeout_s: float) -> None:
+        hello = Hello(model=model, token=None if members is None else members.own_token())
+        asked_s = time.monotonic()
+        welcome = await self.call(hello, timeout_s=timeout_s)
+        self.round_trip_s = time.monotonic() - asked_s
+        if not isinstance(welcome, Welcome):
+            raise ServerError(f"server {self.peer} answered Hello with {type(welcome).__name__}", peer=self.peer)
+        if members is not None:
+            _check_host(members, welcome.token, self.peer)
+        self.welcome = welcome
+        self._window = asyncio.Semaphore(welcome.max_in_flight)
 
     @property
     def alive(self) -> bool:
@@ -117,13 +132,13 @@ class ServerStream:
         reply: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._pending[message_id] = reply
         asked_s = time.monotonic()
-        self._heard_s = max(self._heard_s, asked_s - SILENCE_S / 2)  # nobody spoke while nobody asked
+        self._heard_s = max(self._heard_s, asked_s - SILENCE_S / 2)  # an idle server owes no sign of life
         try:
             async with asyncio.timeout(timeout_s):
                 await self._send(message_id, request)
                 answer = await reply
         except TimeoutError:
-            raise ServerTimeout(f"server {self.peer} did not answer within {timeout_s:g} s") from None
+            raise ServerTimeout(f"server {self.peer} did not answer within {timeout_s:g} s", peer=self.peer) from None
         finally:
             self._pending.pop(message_id, None)
             if reply.done() and not reply.cancelled():
@@ -149,8 +164,8 @@ class ServerStream:
     async def _send(self, message_id: int, message: Message) -> None:
         try:
             sent_bytes = await self._writer.send(message_id, message)
-        except BROKEN as error:
-            self._fail(ServerUnreachable(f"the stream to server {self.peer} broke: {error!r}"))
+        except ConnectionLost as error:
+            self._fail(f"the stream to server {self.peer} broke: {error}")
         else:
             self._stats.sent_bytes += sent_bytes
         if self._failure is not None:
@@ -160,9 +175,9 @@ class ServerStream:
         assembler = frames.Assembler(max_message_bytes=MAX_MESSAGE_BYTES, max_open_bytes=2 * MAX_MESSAGE_BYTES)
         try:
             while True:
-                header = await self._reader.readexactly(frames.HEADER.size)
+                header = await self._connection.read_exactly(frames.HEADER.size)
                 length, message_id, remaining = frames.read_header(header)
-                payload = await self._reader.readexactly(length)
+                payload = await self._connection.read_exactly(length)
                 self._heard_s = time.monotonic()
                 self._stats.received_bytes += len(header) + length
                 body = assembler.feed(message_id, payload, remaining)
@@ -171,9 +186,9 @@ class ServerStream:
                 if body is not None and pending is not None and not pending.done():
                     pending.set_result(decode(body))
         except ProtocolError as error:
-            self._fail(ServerUnreachable(f"server {self.peer} breaks the protocol: {error}"))
-        except BROKEN as error:
-            self._fail(ServerUnreachable(f"server {self.peer} closed the stream: {error!r}"))
+            self._fail(f"server {self.peer} breaks the protocol: {error}")
+        except ConnectionLost as error:
+            self._fail(f"server {self.peer} closed the stream: {error}")
 
     async def _watch(self) -> None:
         """Notice a server that is stopped or unplugged: the event loop of a living one answers while it computes."""
@@ -183,21 +198,21 @@ class ServerStream:
             if not self._pending:
                 continue
             if silence_s > SILENCE_S:
-                self._fail(ServerUnreachable(f"server {self.peer} fell silent for {silence_s:.0f} s"))
+                self._fail(f"server {self.peer} fell silent for {silence_s:.0f} s")
             elif silence_s > HEARTBEAT_S:
                 await self.notify(Ping())
 
-    def _fail(self, error: ServerError) -> None:
+    def _fail(self, why: str) -> None:
         if self._failure is None:
-            self._failure = error
+            self._failure = ServerUnreachable(why, peer=self.peer)
             for pending in self._pending.values():
                 if not pending.done():
-                    pending.set_exception(error)
-            self._writer.close()
+                    pending.set_exception(self._failure)
+            self._connection.close()
 
     async def close(self) -> None:
         """End the stream; pending requests fail."""
-        self._fail(ServerUnreachable(f"the stream to server {self.peer} was closed"))
+        self._fail(f"the stream to server {self.peer} was closed")
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -208,4 +223,4 @@ def _check_host(members: Members, token: bytes | None, peer: str) -> None:
     try:
         members.admit(token, peer, hosts=True)
     except AccessDenied as error:
-        raise UntrustedServer(f"server {peer} is not one of this private swarm: {error}") from None
+        raise UntrustedServer(f"server {peer} is not one of this private swarm: {error}", peer=peer) from None

@@ -59,7 +59,7 @@ class SwarmClient:
         """
         async with AsyncExitStack() as stack:
             peer = await stack.enter_async_context(
-                joined(initial_peers, members=members, listens=False, timeout_s=policy.connect_s)
+                joined(initial_peers, members=members, listens=False, connect_s=policy.connect_s)
             )
             client = cls(peer, model, policy)
             client._owned = stack.pop_all()

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from petals_tune.errors import ProtocolError
 
-BROKEN = (EOFError, OSError)  # what reading and writing raise where a stream ends, or nobody is there
 HEADER = struct.Struct(">IQI")
 MAX_FRAME_BYTES = 256 * 1024  # bulk speed is flat from here up (measured on loopback: design)
 MAX_OPEN_MESSAGES = 128  # unfinished ones on a stream; more would cost memory however small they are

@@ -74,13 +74,13 @@ def run(options: Health) -> None:
             key=swarm.key,
             token=swarm.token,
             listens=False,
-        ) as here:
-            watch = Watch(here)
+        ) as peer:
+            watch = Watch(peer)
             try:
                 if not options.once:
-                    await here.while_daemon_lives(shown(watch, stop), stop)
+                    await peer.while_daemon_lives(shown(watch, stop), stop)
                     return True
-                report = await here.while_daemon_lives(watch.look(), stop)
+                report = await peer.while_daemon_lives(watch.look(), stop)
                 print(table(report, coloured=sys.stdout.isatty()))
                 return report.is_whole
             finally:

@@ -1,4 +1,4 @@
-"""Looks at a swarm again and again: reads its directory, and asks every server for a sign of life."""
+"""Read-only swarm monitor: reads the directory and pings every server."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import asyncio
 import time
 
 from petals_tune.errors import PetalsTuneError
-from petals_tune.net.directory import Directory
-from petals_tune.net.peer import Joined
-from petals_tune.net.stats import SwarmStats
-from petals_tune.net.stream import ServerStream
+from petals_tune.net.peer import Peer
+from petals_tune.net.pool import StreamPool
 from petals_tune.wire.messages import Ping
 from petals_tune.wire.records import ServerRecord
 from servers.health.report import Answer, Report, report
@@ -19,12 +17,11 @@ MOST_AT_ONCE = 64  # servers that are asked at the same time
 
 
 class Watch:
-    """Eyes on a swarm that host nothing. One stream for each server is kept open from look to look."""
+    """Reports on a swarm. One stream for each server stays open from report to report."""
 
-    def __init__(self, here: Joined):
-        self._here = here
-        self._directory = Directory(here.node)
-        self._streams: dict[str, ServerStream] = {}
+    def __init__(self, peer: Peer):
+        self._directory = peer.directory
+        self._pool = StreamPool(peer, model=None, timeout_s=ANSWER_S)
         self._asking = asyncio.Semaphore(MOST_AT_ONCE)
 
     async def look(self) -> Report:
@@ -32,36 +29,20 @@ class Watch:
         snapshot = await self._directory.snapshot()
         answers = await asyncio.gather(*(self._ask(server) for server in snapshot.servers))
         online = {server.peer: answer for server, answer in zip(snapshot.servers, answers, strict=True)}
-        for peer in self._streams.keys() - online.keys():
-            await self._streams.pop(peer).close()
+        for peer in self._pool.peers - online.keys():
+            await self._pool.close(peer)
         records = sorted((*snapshot.servers, *snapshot.joining), key=lambda server: (server.blocks, server.peer))
         return report(records, online, now_unix_s=time.time())
 
     async def close(self) -> None:
-        for stream in self._streams.values():
-            await stream.close()
-        self._streams.clear()
+        await self._pool.close()
 
     async def _ask(self, server: ServerRecord) -> Answer:
         async with self._asking:
             try:
-                stream = await self._stream(server)
+                stream = await self._pool.get(server)
                 started_s = time.perf_counter()
                 await stream.call(Ping(), timeout_s=ANSWER_S)
                 return Answer(latency_s=time.perf_counter() - started_s)
             except PetalsTuneError as error:
                 return Answer(problem=str(error).partition("\n")[0])
-
-    async def _stream(self, server: ServerRecord) -> ServerStream:
-        stream = self._streams.get(server.peer)
-        if stream is None or not stream.alive:
-            stream = self._streams[server.peer] = await ServerStream.open(
-                self._here.p2p,
-                server.peer,
-                server.addresses,
-                None,
-                members=self._here.members,
-                timeout_s=ANSWER_S,
-                stats=SwarmStats(),
-            )
-        return stream

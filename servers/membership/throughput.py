@@ -15,7 +15,6 @@ from pathlib import Path
 
 import msgspec
 import torch
-from hivemind.p2p import P2P
 
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.kv_cache import Session
@@ -23,8 +22,8 @@ from petals_tune.blocks.loading import made_up_block
 from petals_tune.blocks.memory import give_back_freed_memory
 from petals_tune.errors import PetalsTuneError, ServerError
 from petals_tune.model.checkpoint import Checkpoint
-from petals_tune.net.members import Members
-from petals_tune.net.stats import SwarmStats
+from petals_tune.net.peer import Peer
+from petals_tune.net.pool import StreamPool
 from petals_tune.net.stream import ServerStream
 from petals_tune.wire.messages import Forward, Ping, Step
 from petals_tune.wire.records import ServerRecord, Throughput
@@ -73,33 +72,23 @@ def computing(
     return measured
 
 
-async def sending(
-    p2p: P2P, servers: Sequence[ServerRecord], model: str, members: Members | None, hidden_size: int
-) -> float | None:
+async def sending(peer: Peer, servers: Sequence[ServerRecord], model: str, hidden_size: int) -> float | None:
     """Tokens/s whose float32 hidden states this machine can send to other servers of the swarm.
 
     The best of a few: a line is at least as fast as what went through it. None where there is nobody to send to.
     """
     rates = []
+    pool = StreamPool(peer, model=model, timeout_s=_SENDING_TIMEOUT_S)
     for server in servers[:_MOST_PEERS]:
         try:
-            stream = await ServerStream.open(
-                p2p,
-                server.peer,
-                server.addresses,
-                model,
-                members=members,
-                timeout_s=_SENDING_TIMEOUT_S,
-                stats=SwarmStats(),
-            )
-            try:
-                empty_s, full_s = [await _ping_s(stream, size) for size in (0, _SENT_BYTES)]
-            finally:
-                await stream.close()
+            stream = await pool.get(server)
+            empty_s, full_s = [await _ping_s(stream, size) for size in (0, _SENT_BYTES)]
         except ServerError as error:
             logger.info("the line to server %s was not measured: %s", server.peer, error)
         else:
             rates.append(_SENT_BYTES / max(full_s - empty_s, 1e-6))
+        finally:
+            await pool.close()
     return max(rates) / (4 * hidden_size) if rates else None
 
 

@@ -13,13 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from hivemind.p2p import P2P
 
 from petals_tune.errors import NotHandedOn, PetalsTuneError, RequestRefused
-from petals_tune.net.directory import Directory, Snapshot
-from petals_tune.net.members import Members
-from petals_tune.net.stats import SwarmStats
-from petals_tune.net.stream import ServerStream
+from petals_tune.net.directory import Snapshot
+from petals_tune.net.peer import Peer
+from petals_tune.net.pool import StreamPool
 from petals_tune.wire.messages import Delivery, HandOver
 from petals_tune.wire.records import ServerRecord, same_model
 
@@ -123,14 +121,13 @@ class Neighbours:
     Only peers that announce blocks of the same model are dialled: a client cannot point a server anywhere else.
     """
 
-    def __init__(self, p2p: P2P, directory: Directory, model: str, members: Members | None):
-        self._p2p, self._directory, self._model, self._members = p2p, directory, model, members
+    def __init__(self, peer: Peer, model: str):
+        self._peer, self._model = peer, model
+        self._pool = StreamPool(peer, model=model, timeout_s=HAND_ON_S)
         self._snapshot: Snapshot | None = None
         self._looked_s = -math.inf
         self._one_looks = asyncio.Lock()
-        self._streams: dict[str, asyncio.Task[ServerStream]] = {}
         self._shut_until_s: dict[str, float] = {}
-        self._stats = SwarmStats()
 
     async def hand_on(self, goes: HandOver, tensor: torch.Tensor) -> bool:
         """Whether `tensor` (B, S, H) is on its way to the server where it `goes`."""
@@ -138,7 +135,7 @@ class Neighbours:
         if record is None or self._shut_until_s.get(goes.peer, 0.0) > time.monotonic():
             return False
         try:
-            stream = await self._stream(record)
+            stream = await self._pool.get(record)
         except PetalsTuneError as error:
             self._shut(goes.peer, error)
             return False
@@ -153,32 +150,12 @@ class Neighbours:
 
     async def close(self) -> None:
         """End all streams."""
-        for opening in self._streams.values():
-            opening.cancel()
-            for stream in await asyncio.gather(opening, return_exceptions=True):
-                if isinstance(stream, ServerStream):
-                    await stream.close()
+        await self._pool.close()
 
     def _shut(self, peer: str, error: Exception) -> None:
         logger.info("outputs cannot be handed on to server %s now: %s", peer, error)
         self._shut_until_s[peer] = time.monotonic() + SHUT_S
         self._snapshot = None  # it may be back at another address
-
-    async def _stream(self, record: ServerRecord) -> ServerStream:
-        opening = self._streams.get(record.peer)
-        if opening is None or (opening.done() and (opening.exception() or not opening.result().alive)):
-            opening = self._streams[record.peer] = asyncio.create_task(
-                ServerStream.open(
-                    self._p2p,
-                    record.peer,
-                    record.addresses,
-                    self._model,
-                    members=self._members,
-                    timeout_s=HAND_ON_S,
-                    stats=self._stats,
-                )
-            )
-        return await asyncio.shield(opening)
 
     async def _record(self, peer: str) -> ServerRecord | None:
         """What `peer` announces; None, and nothing is kept of it, where it is no server of this model."""
@@ -186,7 +163,7 @@ class Neighbours:
             return record
         async with self._one_looks:
             if time.monotonic() - self._looked_s > LOOK_AGAIN_S:
-                self._snapshot = await self._directory.snapshot()
+                self._snapshot = await self._peer.directory.snapshot()
                 self._looked_s = time.monotonic()
         return self._known(peer)
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.engine import Engine
 from petals_tune.errors import (
+    ConnectionLost,
     NotHandedOn,
     PetalsTuneError,
     ProtocolError,
@@ -25,7 +25,8 @@ from petals_tune.errors import (
     SwarmMismatch,
 )
 from petals_tune.net.members import Members
-from petals_tune.wire.frames import BROKEN, Dropped
+from petals_tune.net.transport import Connection
+from petals_tune.wire.frames import Dropped
 from petals_tune.wire.messages import (
     Backward,
     Chained,
@@ -115,14 +116,14 @@ class Handler:
         self._readers: set[asyncio.Task[None]] = set()  # one for each open stream
         self.draining = False
 
-    async def serve(self, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One stream, from its first byte to its last."""
-        client = str(info.peer_id)
+    async def serve(self, connection: Connection) -> None:
+        """Serve one connection of a client, from its first byte to its last."""
+        client = connection.peer
         try:
-            stream = self._streams.enter(client, reader, writer)
+            stream = self._streams.enter(connection)
         except ServerBusy as error:
             logger.info("a stream of client %s refused: %s", client, error)
-            writer.close()
+            connection.close()
             return
         reader_task = asyncio.current_task()
         assert reader_task is not None
@@ -131,12 +132,12 @@ class Handler:
             await self._greet(stream)
             while True:
                 await self._take(stream, *await stream.next_message())
+        except ConnectionLost:
+            pass
         except PetalsTuneError as error:
             logger.info("a stream of client %s closed: %s", client, error)
-            with suppress(*BROKEN):
+            with suppress(ConnectionLost):
                 await stream.send(stream.message_id, _refusal(error))
-        except BROKEN:
-            pass
         finally:
             self._readers.discard(reader_task)
             self._streams.leave(stream)
@@ -237,7 +238,7 @@ class Handler:
             self._on_reply(asked, reply, time.monotonic() - started_s)
         try:
             await stream.send(message_id, reply)
-        except BROKEN:
+        except ConnectionLost:
             reply = reply.reply if isinstance(reply, ChainedReply) else reply
             if isinstance(reply, Forwarded) and reply.lease is not None:
                 self.stores.leases.release(stream.client, [reply.lease])

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 
 from petals_tune.errors import ProtocolError
-from petals_tune.net.writer import MessageWriter
+from petals_tune.net.stream import MessageWriter
+from petals_tune.net.transport import Connection
 from petals_tune.wire import frames
 from petals_tune.wire.frames import Assembler, Dropped
 from petals_tune.wire.messages import MAX_HELLO_BYTES, Hello, decode_hello
@@ -25,13 +26,12 @@ _WATCH_S = 1.0
 class ClientStream(MessageWriter):
     """One stream of one client, and what it has under way."""
 
-    def __init__(self, client: str, guest: Guest, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
-        super().__init__(writer)
-        self.client, self.guest = client, guest
+    def __init__(self, connection: Connection, guest: Guest):
+        super().__init__(connection)
+        self.client, self.guest = connection.peer, guest
         self.message_id = 0  # of the frame that was read last
         self.check_still_in: Callable[[], None] = lambda: None  # raises AccessDenied; of a member of a private swarm
         self.tasks: dict[int, asyncio.Task[None]] = {}  # requests that are not answered yet
-        self._reader = reader
         self._taken_bytes = 0
         limits = guest.limits
         self._assembler = Assembler(
@@ -44,10 +44,10 @@ class ClientStream(MessageWriter):
 
     async def hello(self) -> Hello:
         """The first message. Raises ProtocolError where it is anything but a small Hello."""
-        length, self.message_id, remaining = frames.read_header(await self._reader.readexactly(frames.HEADER.size))
+        length, self.message_id, remaining = frames.read_header(await self.connection.read_exactly(frames.HEADER.size))
         if remaining or length > MAX_HELLO_BYTES:
             raise ProtocolError(f"the first message is a Hello of at most {MAX_HELLO_BYTES} bytes")
-        hello = decode_hello(await self._reader.readexactly(length))
+        hello = decode_hello(await self.connection.read_exactly(length))
         self._greeted = True
         return hello
 
@@ -57,11 +57,11 @@ class ClientStream(MessageWriter):
         Raises ProtocolError for frames that break the rules, AccessDenied once the client's token is no longer good.
         """
         while True:
-            header = await self._reader.readexactly(frames.HEADER.size)
+            header = await self.connection.read_exactly(frames.HEADER.size)
             self._heard_s, self._inside_frame = time.monotonic(), True
             length, self.message_id, remaining = frames.read_header(header)
             self.check_still_in()
-            payload = await self._reader.readexactly(length)
+            payload = await self.connection.read_exactly(length)
             self._heard_s, self._inside_frame = time.monotonic(), False
             body = self._assembler.feed(self.message_id, payload, remaining)
             if body is not None:
@@ -86,7 +86,7 @@ class ClientStream(MessageWriter):
             if not task.cancelled() and (error := task.exception()) is not None:
                 # It will never be answered: say so by ending the stream.
                 logger.error("a bug while serving a request; its stream is closed", exc_info=error)
-                self.close()
+                self.connection.close()
 
         task.add_done_callback(ended)
 
@@ -101,7 +101,7 @@ class ClientStream(MessageWriter):
         for task in self.tasks.values():
             task.cancel()
         self.give_back(self._taken_bytes)
-        self.close()
+        self.connection.close()
 
     def is_stuck(self, now_s: float) -> bool:
         """Whether the client stands in the middle of something and does not move on."""
@@ -132,11 +132,11 @@ class OpenStreams:
     def __len__(self) -> int:
         return len(self._open)
 
-    def enter(self, client: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> ClientStream:
+    def enter(self, connection: Connection) -> ClientStream:
         """A new stream. Where there are too many, the one that idles longest has to go. Raises ServerBusy."""
         if self._gate.is_full:
             self._end_idle(time.monotonic())
-        stream = ClientStream(client, self._gate.enter(client), reader, writer)
+        stream = ClientStream(connection, self._gate.enter(connection.peer))
         self._open.add(stream)
         if self._watching is None or self._watching.done():
             self._watching = asyncio.create_task(self._watch())
@@ -152,12 +152,12 @@ class OpenStreams:
     def finish(self) -> None:
         """Send what was written on all streams, and their end; whoever reads it closes them."""
         for stream in self._open:
-            stream.finish()
+            stream.connection.finish()
 
     def close(self) -> None:
         """Close all streams; those who read them notice."""
         for stream in self._open:
-            stream.close()
+            stream.connection.close()
 
     def _end_idle(self, now_s: float) -> None:
         longest = max(self._open, key=lambda stream: stream.idle_s(now_s))
@@ -170,4 +170,4 @@ class OpenStreams:
             now_s = time.monotonic()
             for stream in [stream for stream in self._open if stream.is_stuck(now_s)]:
                 logger.info("stream of client %s closed: nothing moves on it", stream.client)
-                stream.abort()
+                stream.connection.abort()
