@@ -1,4 +1,4 @@
-"""`from_pretrained` for models with remote blocks, by the library's own class names."""
+"""`from_pretrained` for models with remote blocks, by transformers' own class names."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _PREFIX = "Distributed"
 
 
 class DistributedModel:
-    """Mixed into one of the library's model classes: the same model, with remote blocks."""
+    """Mixed into one of transformers' model classes: the same model, with remote blocks."""
 
     plain_class: ClassVar[Any]
 
@@ -130,13 +130,13 @@ class DistributedModel:
 
 @functools.cache
 def distributed_class(plain: type[PreTrainedModel]) -> Any:
-    """The class `Distributed...` of a model class of the library."""
+    """The class `Distributed...` of a model class of transformers."""
     bases = (DistributedModel, RemoteGeneration, plain) if plain.can_generate() else (DistributedModel, plain)
     return type(f"{_PREFIX}{plain.__name__}", bases, {"plain_class": plain, "__doc__": plain.__doc__})
 
 
 def distributed_class_named(name: str) -> Any:
-    """`DistributedBloomForCausalLM` and its like. Raises AttributeError where the library has no such class."""
+    """`DistributedBloomForCausalLM` and its like. Raises AttributeError where transformers has no such class."""
     plain: Any = getattr(transformers, name.removeprefix(_PREFIX), None) if name.startswith(_PREFIX) else None
     is_model = isinstance(plain, type) and issubclass(plain, PreTrainedModel)
     if not is_model:
@@ -151,7 +151,7 @@ class _AutoDistributed:
 
     @classmethod
     def from_pretrained(cls, source: str, **options: Any) -> Any:
-        """As `DistributedModel.from_pretrained`, of the class that the library's auto class would choose."""
+        """As `DistributedModel.from_pretrained`, of the class that transformers' auto class would choose."""
         config = Checkpoint(str(source)).config
         if type(config) not in cls._mapping:
             needed = cls.__name__.replace(_PREFIX, "")
@@ -194,7 +194,7 @@ def _is_classifier(cls: Any) -> bool:
 
 
 def _check_pooling(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    """Without token ids the library's heads pool the last position, whatever it holds."""
+    """Without token ids, transformers' heads pool the last position, whatever it holds."""
     mask = kwargs.get("attention_mask")
     if kwargs.get("inputs_embeds") is None or mask is None or mask[:, -1].all():
         return

@@ -88,7 +88,7 @@ class RemoteSpan(Skeleton):
 
     A slice is the module that runs these blocks, so that `nn.Sequential(blocks[:3], adapter, blocks[3:])` is a path of
     its own. Iterating gives one module for each block; in the model's own loop one for all, since a call costs a round
-    trip. An int gives a weightless block, as PEFT and the library's helpers walk them.
+    trip. An int gives a weightless block, as PEFT and transformers' helpers walk them.
     """
 
     def __init__(self, blocks: Any, *, span: BlockSpan, backbone: Backbone):
@@ -227,7 +227,7 @@ class RemoteBlocks(RemoteSpan):
         assert call.outer is not None
         _running_call.reset(call.outer)
         if call.hidden_states is not None and output is not None:
-            # As the library has it: what enters each block, then the end with the final norm.
+            # As in transformers: what enters each block, then the end with the final norm.
             output["hidden_states"] = (*call.hidden_states, output.last_hidden_state)
 
     def _session_for(self, cache: Any, use_cache: bool | None) -> RemoteCache | None:

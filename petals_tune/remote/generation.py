@@ -1,7 +1,8 @@
-"""The library's own `generate()`, with its cache on the servers."""
+"""transformers' own `generate()`, with its cache on the servers."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,14 +11,16 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from petals_tune.errors import ConfigError
 from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
 
 
 class RemoteGeneration:
-    """Mixed into the class of a grafted model, in front of the library's `GenerationMixin`."""
+    """Mixed into the class of a grafted model, in front of transformers' `GenerationMixin`."""
 
     remote_blocks: Any
     _active_session: RemoteCache | None = None
+    _session_thread: int | None = None  # the one that opened it; others may generate in it
 
     @contextmanager
     def inference_session(self, max_length: int = DEFAULT_MAX_LENGTH) -> Iterator[RemoteCache]:
@@ -26,9 +29,16 @@ class RemoteGeneration:
         Pass it as `past_key_values` to call the model step by step. `max_length` counts text tokens, prompt and
         answers together. `session.rollback(position)` goes back; leaving the block frees the caches on the servers.
         """
-        outer = self._active_session
+        outer, thread = self._active_session, threading.get_ident()
+        if outer is not None and self._session_thread != thread:
+            raise ConfigError(
+                "inference_session: another thread of this process has one of this model open, and generate() could "
+                "not tell them apart; give each thread a session of its own: "
+                "generate(..., past_key_values=model.remote_blocks.new_session(max_length))",
+                key="inference_session",
+            )
         with self.remote_blocks.new_session(max_length) as session:
-            self._active_session = session
+            self._active_session, self._session_thread = session, thread
             try:
                 yield session
             finally:
@@ -40,7 +50,7 @@ class RemoteGeneration:
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             max_length = generation_config.max_length or DEFAULT_MAX_LENGTH
             session = self._active_session
-            # `or` would not do: the library's caches count their layers, and ours has none.
+            # `or` would not do: transformers' caches count their layers, and ours has none, so it is false.
             model_kwargs["past_key_values"] = self.remote_blocks.new_session(max_length) if session is None else session
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
@@ -55,7 +65,7 @@ class RemoteGeneration:
     ) -> dict[str, Any]:
         whole_text = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
         if isinstance(past_key_values, RemoteCache) and inputs_embeds is None and whole_text:
-            # The library counts the cache's positions, soft prompts included, as text tokens that need not be sent.
+            # transformers counts the cache's positions, soft prompts included, as text tokens that need not be sent.
             next_sequence_length = past_key_values.expect(input_ids).shape[1]
         return super().prepare_inputs_for_generation(  # type: ignore[misc]  # of the user's model class
             input_ids,

@@ -33,7 +33,7 @@ _MOST_PARAMETERS = 300_000_000
 _ROWS, _POSITIONS = 2, 7
 _passed: dict[tuple[Any, str], bool] = {}  # what was tried in this process
 _one_at_a_time = threading.Lock()
-# What a library's code raises on a config that it does not expect.
+# What a model's code raises on a config that it does not expect.
 _FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 

@@ -1,4 +1,4 @@
-"""KV sessions as the library sees them: a `Cache` that knows its position, while the keys and values are on servers."""
+"""KV sessions as transformers sees them: a `Cache` that knows its position, while the keys and values are on servers."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class RemoteCache(Cache):
         self.ids = None if self.ids is None else self.ids[order]
 
     def crop(self, tokens_to_remove: int) -> None:
-        self.rollback(self.position - abs(tokens_to_remove))  # the library passes -n to remove n
+        self.rollback(self.position - abs(tokens_to_remove))  # transformers passes -n to remove n
 
     def reset(self) -> None:
         self.close()

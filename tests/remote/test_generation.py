@@ -184,7 +184,7 @@ def test_a_session_that_is_full_says_so_and_the_servers_go_on(swarms, remote):
 
 
 def test_long_prompts_go_through_the_servers_in_pieces(swarms, remote, monkeypatch):
-    monkeypatch.setattr(swarm_session, "REPLAY_POSITIONS", 4)
+    monkeypatch.setattr(swarm_session, "MOST_POSITIONS", 4)
     ids, stats = text(1, LENGTH), remote.remote_blocks.stats
     before = stats.calls
     found = generated(remote, ids, max_new_tokens=1, min_new_tokens=1, do_sample=False)
