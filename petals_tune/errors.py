@@ -166,6 +166,7 @@ class ServerUnreachable(ServerError, ConnectionError):
     """No stream to the server, or the stream ended."""
 
     fault: ClassVar[Fault] = "the network's"
+    output: tuple[str, ...] = ()  # what a server that this process started printed
 
 
 class ServerTimeout(ServerError, TimeoutError):

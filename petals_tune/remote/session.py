@@ -1,4 +1,4 @@
-"""KV sessions as transformers sees them: a `Cache` that knows its position, while the keys and values are on servers."""
+"""Generation sessions as transformers sees them: a `Cache` whose keys and values are on servers."""
 
 from __future__ import annotations
 

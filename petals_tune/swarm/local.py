@@ -33,7 +33,7 @@ def local_swarm(
     """Start one server process on 127.0.0.1 for each of `spans` ("0:15"); yields the initial peers for a client.
 
     `overrides` are further keys of `python -m servers`. Raises ConfigError for a span that is none, and
-    ServerUnreachable with the server's last words where one does not come up.
+    ServerUnreachable with the server's last lines where one does not come up.
 
     Of several processes that train together (LOCAL_RANK in the environment), the first starts the servers and the
     others are given its peers.
@@ -73,19 +73,19 @@ def peers_of_the_first_rank() -> list[str]:
 
 
 class ServerProcess:
-    """A server that was started as a child, and what it said."""
+    """A server process that was started as a child, and the lines that it printed."""
 
     def __init__(self, process: subprocess.Popen[str]):
         self.process = process
         self.lines: list[str] = []
-        self._said_more = threading.Condition()
+        self._new_line = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def wait_until_ready(self, timeout_s: float = READY_S) -> list[str]:
-        """The server's addresses. Raises ServerUnreachable where it ends, or says nothing in time."""
+        """The server's addresses. Raises ServerUnreachable where it ends, or prints none in time."""
         deadline_s = time.monotonic() + timeout_s
-        with self._said_more:
+        with self._new_line:
             while True:
                 for line in self.lines:
                     if found := _READY.match(line):
@@ -93,16 +93,17 @@ class ServerProcess:
                 if not self._reader.is_alive() or time.monotonic() > deadline_s:
                     raise ServerUnreachable(
                         f"a local server did not come up ({self.process.args!r}); "
-                        f"its last words:\n  " + "\n  ".join(self.lines[-8:])
+                        f"its last lines:\n  " + "\n  ".join(self.lines[-8:]),
+                        output=tuple(self.lines),
                     )
-                self._said_more.wait(timeout=0.2)
+                self._new_line.wait(timeout=0.2)
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            with self._said_more:
+            with self._new_line:
                 self.lines.append(line.rstrip("\n"))
-                self._said_more.notify_all()
+                self._new_line.notify_all()
 
 
 @contextmanager
