@@ -1,13 +1,10 @@
-"""A swarm in this process: the code of clients and servers as it is, joined by socket pairs instead of p2p daemons."""
+"""A swarm in this process: the code of clients and servers as it is, on a network without p2p daemons."""
 
-import asyncio
-import socket
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import itertools
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 import torch
@@ -15,20 +12,20 @@ import torch
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.loading import load_blocks
 from petals_tune.model.checkpoint import Checkpoint
-from petals_tune.net.directory import Snapshot
-from petals_tune.swarm.client import SwarmClient
-from petals_tune.swarm.retry import RetryPolicy
+from petals_tune.net.in_process import InProcessNetwork
+from petals_tune.net.peer import Peer
+from petals_tune.swarm import client, loop
+from petals_tune.wire.messages import PROTOCOL
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
-from servers.requests.admission import RequestLimits
-from servers.requests.handler import Handler, Stores
+from servers.requests.handler import Handler
 from servers.scheduling.compute_thread import ComputeThread
-from servers.stores.adapters import AdapterCache, GradientSums
-from servers.stores.leases import LeaseStore
-from servers.stores.sessions import SessionStore
+from tests.servers.peers import LIMITS, stores
 
+_LASTS_S = 1e6
 _BUDGET_BYTES = 2**28
-_LIMITS = RequestLimits(
+_LIMITS = replace(
+    LIMITS,
     max_streams=64,
     max_streams_per_client=64,
     max_in_flight=32,
@@ -41,53 +38,17 @@ _LIMITS = RequestLimits(
 )
 
 
-def _stores(engine: Engine) -> Stores:
-    return Stores(
-        leases=LeaseStore(max_bytes=_BUDGET_BYTES, max_age_s=60.0),
-        sessions=SessionStore(max_bytes=_BUDGET_BYTES, max_idle_s=60.0, token_bytes=engine.measure_token_bytes()),
-        adapters=AdapterCache(max_bytes=_BUDGET_BYTES),
-        sums=GradientSums(max_bytes=_BUDGET_BYTES),
-    )
-
-
-class InProcessClient(SwarmClient):
-    """Knows its servers from the start, and reaches their handlers over socket pairs."""
-
-    def __init__(self, handlers: Sequence[Handler], model: str):
-        self.handlers = {handler.record.peer: handler for handler in handlers}
-        self._serving: set[asyncio.Task[None]] = set()
-        pipes: Any = SimpleNamespace(
-            _client=SimpleNamespace(connect=self._connect), call_binary_stream_handler=self._open
-        )
-        super().__init__(pipes, mock.Mock(), model, RetryPolicy())
-
-    async def refresh(self) -> None:
-        records = tuple(handler.record for handler in self.handlers.values())
-        self._snapshot = Snapshot(servers=records, taken_at_s=time.monotonic())
-
-    async def close(self) -> None:
-        self._closed = True
-        for opening in self._streams.values():
-            await (await opening).close()
-        await asyncio.gather(*self._serving)
-
-    async def _connect(self, *_: object) -> None: ...
-
-    async def _open(self, peer: Any, protocol: str) -> Any:
-        ours, theirs = socket.socketpair()
-        reader, writer = await asyncio.open_connection(sock=theirs)
-        info: Any = SimpleNamespace(peer_id="client")
-        serving = asyncio.create_task(self.handlers[peer.to_base58()].serve(info, reader, writer))
-        self._serving.add(serving)
-        return (None, *await asyncio.open_connection(sock=ours))
-
-
 @contextmanager
 def in_process_swarm(folder: Path, *spans: str) -> Iterator[None]:
     """While this lasts, every client of this process joins servers of `spans` that hold the fp32 model of `folder`."""
-    checkpoint = Checkpoint(str(folder))
+    checkpoint, network = Checkpoint(str(folder)), InProcessNetwork()
+    clients = (f"client {number}" for number in itertools.count())
+
+    @asynccontextmanager
+    async def join(*_: object, **__: object) -> AsyncIterator[Peer]:
+        yield network.peer(next(clients))
+
     with ExitStack() as stack:
-        handlers = []
         for number, span in enumerate(BlockSpan.parse(span) for span in spans):
             trimmed = load_blocks(checkpoint, span, quantization="none", dtype=torch.float32)
             engine, compute = Engine(trimmed), ComputeThread()
@@ -102,10 +63,13 @@ def in_process_swarm(folder: Path, *spans: str) -> Iterator[None]:
                 quantization="none",
                 dtype="float32",
             )
-            handlers.append(Handler(engine, compute, _stores(engine), record, _LIMITS))
-
-        async def join(*_: object, model: str, **__: object) -> SwarmClient:
-            return InProcessClient(handlers, model)
-
-        stack.enter_context(mock.patch.object(SwarmClient, "join", join))
+            budgets = stores(
+                token_bytes=engine.measure_token_bytes(),
+                **dict.fromkeys(("leases", "sessions", "adapters", "sums"), _BUDGET_BYTES),
+            )
+            handler = Handler(engine, compute, budgets, record, _LIMITS)
+            loop.run(network.peer(record.peer).transport.accept(PROTOCOL, handler.serve))
+            loop.run(network.directory.announce(record, lasts_s=_LASTS_S))
+        stack.callback(lambda: loop.run(network.close()))
+        stack.enter_context(mock.patch.object(client, "joined", join))
         yield

@@ -6,6 +6,7 @@ import asyncio
 import math
 import socket
 import time
+import weakref
 from collections.abc import Sequence
 
 import msgspec
@@ -31,9 +32,9 @@ class InProcessNetwork:
         return Peer(id=peer_id, transport=transport, directory=self.directory, members=members)
 
     def remove(self, peer_id: str) -> None:
-        """End a peer as the end of its process would: what it accepted breaks, and nobody can dial it any more."""
+        """End a peer as the end of its process would: its connections break, and nobody can dial it any more."""
         if (transport := self._transports.pop(peer_id, None)) is not None:
-            transport.stop()
+            transport.disconnect()
 
     async def close(self) -> None:
         """Remove all peers, and wait until nothing is served any more."""
@@ -45,7 +46,11 @@ class InProcessNetwork:
     async def connect(self, dialling: str, accepting: str) -> tuple[Connection, Connection]:
         """A new connection between two peers, as both see it. Raises ConnectionLost where a subclass wants it so."""
         near, far = [await asyncio.open_connection(sock=end) for end in socket.socketpair()]
-        return Connection(accepting, *near), Connection(dialling, *far)
+        return self.make_end(dialling, accepting, *near), self.make_end(accepting, dialling, *far)
+
+    def make_end(self, owner: str, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Connection:
+        """The end of peer `owner` of a connection to `peer`."""
+        return Connection(peer, reader, writer)
 
     def find(self, peer_id: str) -> InProcessTransport:
         """The transport of a peer. Raises ConnectionLost where there is no such peer."""
@@ -59,6 +64,7 @@ class InProcessTransport:
 
     def __init__(self, peer_id: str, network: InProcessNetwork):
         self.serving: dict[asyncio.Task[None], Connection] = {}
+        self._dialled: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._id, self._network = peer_id, network
         self._protocols: dict[str, Serve] = {}
 
@@ -71,14 +77,17 @@ class InProcessTransport:
         task = asyncio.create_task(_serve(serve, far))
         other.serving[task] = far
         task.add_done_callback(other.serving.pop)
+        self._dialled.add(near)
         return near
 
     async def accept(self, protocol: str, serve: Serve) -> None:
         """As `Transport.accept`."""
         self._protocols[protocol] = serve
 
-    def stop(self) -> None:
-        """Abort all connections that were accepted. The task that calls it goes on."""
+    def disconnect(self) -> None:
+        """Abort all connections of this peer. The task that calls it goes on."""
+        for connection in self._dialled:
+            connection.abort()
         for task, connection in self.serving.items():
             connection.abort()
             if task is not asyncio.current_task():

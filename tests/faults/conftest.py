@@ -27,5 +27,5 @@ def expected(folder: Path) -> TrainingStep:
     network.serve("b", "3:6")
     step = TrainingStep(network)
     step.run()
-    network.close()
+    network.stop()
     return step

@@ -9,7 +9,7 @@ from petals_tune.remote.function import RemoteCall, _summed
 from petals_tune.swarm.trace import CallContext
 from petals_tune.wire.adapter import AdapterPart, AdapterVersion
 from petals_tune.wire.span import BlockSpan
-from tests.faults.network import Network, close_client
+from tests.faults.network import Network
 from tests.models import relative_error
 
 ROWS, LENGTH, WIDTH = 4, 5, 32
@@ -59,7 +59,7 @@ class TrainingStep:
             after()
         finally:
             self.calls = self._network.calls.total()
-            close_client(self.chain)
+            self._network.disconnect_clients()
 
 
 def check(found: TrainingStep, expected: TrainingStep) -> None:

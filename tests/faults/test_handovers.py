@@ -11,7 +11,7 @@ from petals_tune.swarm import loop
 from petals_tune.swarm.session import ChainSession, Inputs
 from petals_tune.wire.messages import Delivery, HandOver, Step
 from servers.requests import hand_over as handover
-from tests.faults.network import Network, close_client
+from tests.faults.network import Network
 from tests.faults.step import WHOLE, WIDTH, TrainingStep, check
 from tests.models import relative_error
 
@@ -27,7 +27,7 @@ def network(folder: Path) -> Iterator[Network]:
     for name, span in (("a", "0:2"), ("b", "2:4"), ("c", "4:6")):
         network.serve(name, span)
     yield network
-    network.close()
+    network.stop()
 
 
 def test_outputs_and_gradients_go_from_server_to_server(network, expected):
@@ -89,7 +89,7 @@ def test_a_peer_that_is_no_server_is_neither_dialled_nor_remembered(network):
 
     assert loop.run(handed_on(network.servers["b"].record.peer))
     assert not any(loop.run(handed_on(f"stranger {number}")) for number in range(20))
-    assert set(neighbours._streams) == {network.servers["b"].record.peer}
+    assert neighbours._pool.peers == {network.servers["b"].record.peer}
     assert not neighbours._shut_until_s
 
 
@@ -106,10 +106,9 @@ def test_a_server_that_could_not_be_reached_is_looked_up_anew(network, monkeypat
     network.at_lookup = looked
     goes = HandOver(peer=network.servers["b"].record.peer, ticket=bytes(16))
     assert loop.run(hand_on(goes, torch.zeros(1, 1, WIDTH)))
-    network.servers["b"].record, record = network.servers["c"].record, network.servers["b"].record
-    loop.run(neighbours.close())
+    network.kill("b")
     assert not loop.run(hand_on(goes, torch.zeros(1, 1, WIDTH)))
-    network.servers["b"].record = record
+    network.serve("b", "2:4")
     assert loop.run(hand_on(goes, torch.zeros(1, 1, WIDTH)))
     assert len(lookups) == 2
 
@@ -121,7 +120,7 @@ def test_an_output_that_does_not_arrive_is_delivered_by_the_client(network, expe
     async def lost(goes, tensor):
         """Says that it handed on; and then its stream ends."""
         record = await neighbours._record(goes.peer)
-        await (await neighbours._stream(record)).send(Delivery(ticket=bytes(16), tensor=tensor))
+        await (await neighbours._pool.get(record)).send(Delivery(ticket=bytes(16), tensor=tensor))
         if loses == "the stream":
             await neighbours.close()
         return loses == "the stream"
@@ -154,7 +153,7 @@ class Generation:
     """Steps of a session through all blocks, from the same inputs each time."""
 
     def __init__(self, network: Network):
-        self.chain = network.chain(reply_s=1.0)
+        self._network, self.chain = network, network.chain(reply_s=1.0)
         self._session = ChainSession(self.chain, WHOLE, rows=1, max_length=16, adapter=None)
         drawn = torch.Generator().manual_seed(5)
         self._inputs = [torch.randn(1, length, WIDTH, generator=drawn) for length in (3, 1, 1, 1, 1)]
@@ -165,7 +164,7 @@ class Generation:
             inputs = Inputs(hidden=hidden, padding=None, positions=None)
             outputs.append(loop.run(self._session.step(inputs, position=position, order=None)))
             position += len(inputs)
-        close_client(self.chain)
+        self._network.disconnect_clients()
         return outputs
 
 

@@ -95,7 +95,7 @@ def network(folder: Path) -> Iterator[Network]:
     for name, span in {"a": "0:3", "a2": "0:2", "a3": "2:3", "b": "3:6", "b2": "3:6", "b3": "3:6"}.items():
         network.serve(name, span)
     yield network
-    network.close()
+    network.stop()
 
 
 class Checked(TrainingStep):

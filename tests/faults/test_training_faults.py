@@ -28,7 +28,7 @@ def network(folder: Path, request: pytest.FixtureRequest) -> Iterator[Network]:
     network.serve("a", "0:3")
     network.serve("b", "3:6")
     yield network
-    network.close()
+    network.stop()
 
 
 class Harm:

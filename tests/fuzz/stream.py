@@ -118,10 +118,10 @@ async def tried(
             while told.total() < inputs:
                 data = bad(chance)
                 try:
-                    number = peer.send(data) if whole else None
+                    number = await peer.send(data) if whole else None
                     if not whole:
-                        peer.write(data)
-                    answer = await answered(peer, number, peer.send(Ping()))
+                        await peer.write(data)
+                    answer = await answered(peer, number, await peer.send(Ping()))
                 except BROKEN:
                     told["closed"] += 1
                     break

@@ -1,4 +1,4 @@
-"""One stream against a peer that is played by the test, over a pair of connected sockets."""
+"""One stream against a server that is played by the test."""
 
 import asyncio
 import gc
@@ -8,9 +8,10 @@ import msgspec
 import pytest
 import pytest_asyncio
 import torch
-from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+import uvloop
 
 from petals_tune.errors import (
+    ConnectionLost,
     LeaseLost,
     RequestRefused,
     ServerBusy,
@@ -21,9 +22,10 @@ from petals_tune.errors import (
     UntrustedServer,
 )
 from petals_tune.net import stream as stream_module
+from petals_tune.net.in_process import InProcessNetwork
 from petals_tune.net.members import Members
 from petals_tune.net.stats import SwarmStats
-from petals_tune.net.stream import ServerStream
+from petals_tune.net.stream import MessageWriter, ServerStream
 from petals_tune.wire import frames
 from petals_tune.wire.frames import HEADER
 from petals_tune.wire.messages import (
@@ -42,17 +44,17 @@ from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tokens import Token, encode_token, issue
-from tests.swarm.played_peer import LONG_S, PEER, RECORD, FakeP2P, Peer, joined_ends, opening
+from tests.net.played_peer import LONG_S, PEER, RECORD, PlayedPeer, opening
+from tests.raising import raises
 
 
 @pytest_asyncio.fixture
 async def connect() -> AsyncIterator[Callable]:
-    """Opens streams to a played peer; ends them after the test."""
+    """Opens streams to a played server; ends them after the test."""
     opened: list[ServerStream] = []
 
-    async def make(**welcome: int) -> tuple[ServerStream, Peer]:
-        ends, peer = await joined_ends()
-        task = opening(FakeP2P(ends))
+    async def make(**welcome: int) -> tuple[ServerStream, PlayedPeer]:
+        task, peer = await opening()
         await peer.welcome(**welcome)
         opened.append(await task)
         return opened[-1], peer
@@ -70,33 +72,27 @@ def asking(stream: ServerStream, request: Message, *, timeout_s: float = LONG_S)
     return asyncio.create_task(stream.call(request, timeout_s=timeout_s))
 
 
-async def test_a_server_that_announces_what_is_no_address_cannot_be_reached():
-    nobody = FakeP2P(ends=None)  # type: ignore[arg-type]
-    with pytest.raises(ServerUnreachable, match="announces an address that is none"):
-        await ServerStream.open(nobody, PEER, ["rubbish"], "m", timeout_s=LONG_S, stats=SwarmStats())  # type: ignore[arg-type]
-
-
 async def test_requests_are_matched_with_their_replies_by_id_in_whatever_order_these_come(connect):
     stream, peer = await connect()
     asked = [asking(stream, forward(number)) for number in range(8)]
-    received = [await peer.receive() for _ in asked]
+    received = [await peer.read() for _ in asked]
     for message_id, request in reversed(received):
-        await peer.send(message_id, Forwarded(hidden=request.hidden * 10))
+        await peer.send(Forwarded(hidden=request.hidden * 10), message_id)
     assert [(await reply).hidden.item() for reply in asked] == [10.0 * number for number in range(8)]
 
 
 async def test_no_more_requests_are_in_flight_than_the_server_allows(connect):
     stream, peer = await connect(max_in_flight=2)
     asked = [asking(stream, forward(number)) for number in range(3)]
-    first, _ = await peer.receive()
-    second, _ = await peer.receive()
+    first, _ = await peer.read()
+    second, _ = await peer.read()
     await stream.notify(Release(leases=[]))  # arrives next, so the third request was not sent
-    assert isinstance((await peer.receive())[1], Release)
-    await peer.send(second, Done())
-    third, request = await peer.receive()
+    assert isinstance((await peer.read())[1], Release)
+    await peer.send(Done(), second)
+    third, request = await peer.read()
     assert request.hidden.item() == 2.0
-    await peer.send(first, Done())
-    await peer.send(third, Done())
+    await peer.send(Done(), first)
+    await peer.send(Done(), third)
     assert await asyncio.gather(*asked) == [Done()] * 3
 
 
@@ -105,11 +101,11 @@ async def test_a_small_request_does_not_wait_for_a_large_one(connect):
     large = asking(stream, Forward(span=BlockSpan(0, 1), hidden=torch.zeros(1, 64, 2**15)))  # 8 MB: 32 frames
     await asyncio.sleep(0)
     small = asking(stream, forward(7))
-    small_id, request = await peer.receive()
+    small_id, request = await peer.read()
     assert request.hidden.item() == 7.0, "whole before the large one, which was asked first"
-    large_id, _ = await peer.receive()
-    await peer.send(large_id, Done())
-    await peer.send(small_id, Done())
+    large_id, _ = await peer.read()
+    await peer.send(Done(), large_id)
+    await peer.send(Done(), small_id)
     assert await asyncio.gather(large, small) == [Done(), Done()]
 
 
@@ -117,13 +113,13 @@ async def test_the_end_of_the_stream_fails_all_pending_requests_at_once_and_late
     stream, peer = await connect()
     asked = [asking(stream, forward(number)) for number in range(5)]
     for _ in asked:
-        await peer.receive()
+        await peer.read()
     assert stream.alive
-    peer.writer.close()
+    peer.connection.close()
     errors = await asyncio.gather(*asked, return_exceptions=True)
     assert [type(error) for error in errors] == [ServerUnreachable] * 5
     assert not stream.alive
-    with pytest.raises(ServerUnreachable, match=f"server {PEER} closed the stream"):
+    with raises(ServerUnreachable, peer=PEER):
         await stream.call(forward(0), timeout_s=LONG_S)
     await stream.notify(Release(leases=[1]))  # a broken stream is no error here
 
@@ -132,15 +128,14 @@ def test_a_request_that_is_still_being_sent_when_the_stream_ends_fails_once_and_
     complaints: list[dict] = []
 
     async def hang_up_meanwhile() -> None:
-        ends, peer = await joined_ends()
-        task = opening(FakeP2P(ends))
+        task, peer = await opening()
         await peer.welcome()
         stream = await task
         asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
         asked = asking(stream, Forward(span=BlockSpan(0, 1), hidden=torch.zeros(1, 64, 2**15)))  # 8 MB, not read
-        await peer.reader.readexactly(HEADER.size)
-        peer.writer.transport.abort()
-        with pytest.raises(ServerUnreachable):
+        await peer.connection.read_exactly(HEADER.size)
+        peer.connection.abort()
+        with raises(ServerUnreachable, peer=PEER):
             await asked
         await stream.close()
 
@@ -152,9 +147,9 @@ def test_a_request_that_is_still_being_sent_when_the_stream_ends_fails_once_and_
 async def test_closing_fails_what_is_pending(connect):
     stream, peer = await connect()
     asked = asking(stream, forward(0))
-    await peer.receive()
+    await peer.read()
     await stream.close()
-    with pytest.raises(ServerUnreachable, match="was closed"):
+    with raises(ServerUnreachable, peer=PEER):
         await asked
 
 
@@ -170,35 +165,35 @@ async def test_closing_fails_what_is_pending(connect):
 async def test_a_server_that_breaks_the_protocol_is_left(connect, sent):
     stream, peer = await connect()
     asked = asking(stream, forward(0))
-    message_id, _ = await peer.receive()
+    message_id, _ = await peer.read()
     assert message_id == 2
-    peer.writer.write(sent)
-    with pytest.raises(ServerUnreachable, match="breaks the protocol"):
+    await peer.write(sent)
+    with raises(ServerUnreachable, peer=PEER):
         await asked
     assert not stream.alive
 
 
 async def test_an_answer_that_nobody_waits_for_any_more_is_ignored(connect):
     stream, peer = await connect()
-    with pytest.raises(ServerTimeout, match=r"did not answer within 0\.01 s"):
+    with raises(ServerTimeout, peer=PEER):
         await stream.call(forward(1), timeout_s=0.01)
-    late, _ = await peer.receive()
+    late, _ = await peer.read()
     asked = asking(stream, forward(2))
-    message_id, _ = await peer.receive()
-    await peer.send(late, Refusal(error="RequestRefused", text="late"))
-    await peer.send(message_id, Done())
+    message_id, _ = await peer.read()
+    await peer.send(Refusal(error="RequestRefused", text="late"), late)
+    await peer.send(Done(), message_id)
     assert await asked == Done()
 
 
 async def test_a_request_that_is_cancelled_leaves_its_place_to_others(connect):
     stream, peer = await connect(max_in_flight=1)
     first = asking(stream, forward(1))
-    await peer.receive()
+    await peer.read()
     first.cancel()
     second = asking(stream, forward(2))
-    message_id, request = await peer.receive()
+    message_id, request = await peer.read()
     assert request.hidden.item() == 2.0
-    await peer.send(message_id, Done())
+    await peer.send(Done(), message_id)
     assert await second == Done()
 
 
@@ -206,22 +201,21 @@ async def test_a_request_that_is_cancelled_leaves_its_place_to_others(connect):
 async def test_a_refusal_is_raised_where_it_was_asked_and_the_stream_lives_on(connect, error):
     stream, peer = await connect()
     asked = asking(stream, forward(0))
-    message_id, _ = await peer.receive()
-    await peer.send(message_id, Refusal(error=error.__name__, text="because"))
-    with pytest.raises(error, match=f"because .*{PEER}"):
+    message_id, _ = await peer.read()
+    await peer.send(Refusal(error=error.__name__, text="because"), message_id)
+    with raises(error):
         await asked
     assert stream.alive
 
 
 async def test_bytes_and_calls_are_counted():
     stats = SwarmStats()
-    ends, peer = await joined_ends()
-    task = opening(FakeP2P(ends), stats=stats)
+    task, peer = await opening(stats=stats)
     await peer.welcome()
     stream = await task
     asked = asking(stream, Forward(span=BlockSpan(0, 1), hidden=torch.zeros(1, 64, 2**13)))
-    message_id, request = await peer.receive()
-    await peer.send(message_id, Forwarded(hidden=request.hidden))
+    message_id, request = await peer.read()
+    await peer.send(Forwarded(hidden=request.hidden), message_id)
     await asked
     assert (stats.sent_bytes, stats.received_bytes) == (peer.read_bytes, peer.written_bytes)
     assert stats.calls == 2, "Hello and Forward"
@@ -247,29 +241,29 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 async def test_a_server_that_falls_silent_is_left(connect, clock):
     stream, peer = await connect()
     asked = asking(stream, forward(0))
-    await peer.receive()
+    await peer.read()
     clock.now_s += stream_module.SILENCE_S / 2
-    assert isinstance((await peer.receive())[1], Ping)
+    assert isinstance((await peer.read())[1], Ping)
     clock.now_s += stream_module.SILENCE_S
-    with pytest.raises(ServerUnreachable, match="fell silent for 9 s"):
+    with raises(ServerUnreachable, peer=PEER):
         await asked
 
 
 async def test_a_server_that_computes_for_long_is_waited_for_while_it_says_that_it_lives(connect, clock):
     stream, peer = await connect()
     asked = asking(stream, forward(0))
-    message_id, _ = await peer.receive()
+    message_id, _ = await peer.read()
     for _ in range(5):
         clock.now_s += stream_module.SILENCE_S / 2
-        ping_id, ping = await peer.receive()
+        ping_id, ping = await peer.read()
         while not isinstance(ping, Ping):
-            ping_id, ping = await peer.receive()
+            ping_id, ping = await peer.read()
         heard = stream._stats.received_bytes
-        await peer.send(ping_id, Pong())
+        await peer.send(Pong(), ping_id)
         while stream._stats.received_bytes == heard:
             await asyncio.sleep(0)
     assert not asked.done()
-    await peer.send(message_id, Done())
+    await peer.send(Done(), message_id)
     assert await asked == Done()
 
 
@@ -277,35 +271,34 @@ async def test_silence_counts_from_the_first_question(connect, clock):
     stream, peer = await connect()
     clock.now_s += 100 * stream_module.SILENCE_S
     asked = asking(stream, forward(0))
-    message_id, _ = await peer.receive()
+    message_id, _ = await peer.read()
     await asyncio.sleep(5 * stream_module.HEARTBEAT_S)
     assert not asked.done(), "nobody spoke while nobody asked"
-    await peer.send(message_id, Done())
+    await peer.send(Done(), message_id)
     assert await asked == Done()
 
 
 @pytest.mark.parametrize(
-    ("answer", "error", "text"),
+    ("answer", "error"),
     [
-        (Refusal(error="SwarmMismatch", text="another model"), SwarmMismatch, "another model"),
-        (Done(), ServerError, "answered Hello with Done"),
-        (None, ServerUnreachable, "closed the stream"),
+        (Refusal(error="SwarmMismatch", text="another model"), SwarmMismatch),
+        (Done(), ServerError),
+        (None, ServerUnreachable),
     ],
     ids=["refused", "no welcome", "hung up"],
 )
-async def test_a_greeting_that_goes_wrong_is_an_error_and_leaves_nothing_open(answer, error, text):
-    ends, peer = await joined_ends()
-    task = opening(FakeP2P(ends))
-    message_id, hello = await peer.receive()
+async def test_a_greeting_that_goes_wrong_is_an_error_and_leaves_nothing_open(answer, error):
+    task, peer = await opening()
+    message_id, hello = await peer.read()
     assert hello == Hello(model="m")
     if answer is None:
-        peer.writer.close()
+        peer.connection.close()
     else:
-        await peer.send(message_id, answer)
-    with pytest.raises(error, match=text):
+        await peer.send(answer, message_id)
+    with raises(error):
         await task
     if answer is not None:
-        assert await peer.reader.read() == b"", "our end is closed"
+        assert await peer.last_words() == [], "our end is closed"
 
 
 OWNER, ALICE, HOST, IMPOSTOR = (SigningKey(bytes([number]) * 32) for number in range(4))
@@ -316,44 +309,84 @@ def token_of(key: SigningKey, owner: SigningKey = OWNER, *, hosts: bool = True, 
 
 
 @pytest.mark.parametrize(
-    ("shown", "text"),
+    "shown",
     [
-        (None, "this swarm is private"),
-        (token_of(HOST), "was issued to peer"),
-        (token_of(IMPOSTOR, IMPOSTOR), "not signed by this swarm's key"),
-        (token_of(IMPOSTOR, hosts=False), "does not let it host"),
-        (token_of(IMPOSTOR, expires_s=1), "has expired"),
+        None,
+        token_of(HOST),
+        token_of(IMPOSTOR, IMPOSTOR),
+        token_of(IMPOSTOR, hosts=False),
+        token_of(IMPOSTOR, expires_s=1),
     ],
     ids=["none", "copied", "forged", "client's", "expired"],
 )
-async def test_a_member_sends_nothing_to_a_server_without_a_good_token(shown, text):
-    ends, peer = await joined_ends()
+async def test_a_member_sends_nothing_to_a_server_without_a_good_token(shown):
     mine = token_of(ALICE, hosts=False)
     members = Members(OWNER.public, ALICE, lambda _: mine)
-    task = opening(FakeP2P(ends), peer=IMPOSTOR.peer, members=members)
-    message_id, hello = await peer.receive()
+    task, peer = await opening(peer=IMPOSTOR.peer, members=members)
+    message_id, hello = await peer.read()
     assert hello == Hello(model="m", token=encode_token(mine))
     token = None if shown is None else encode_token(shown)
-    await peer.send(message_id, Welcome(record=RECORD, max_in_flight=1, max_message_bytes=1, token=token))
-    with pytest.raises(UntrustedServer, match=text):
+    await peer.send(Welcome(record=RECORD, max_in_flight=1, max_message_bytes=1, token=token), message_id)
+    with raises(UntrustedServer, peer=IMPOSTOR.peer):
         await task
-    assert await peer.reader.read() == b"", "our end is closed, and nothing came after the Hello"
+    assert await peer.last_words() == [], "our end is closed, and nothing came after the Hello"
 
 
 async def test_a_server_that_does_not_greet_in_time_is_given_up():
-    ends, peer = await joined_ends()
-    with pytest.raises(ServerTimeout, match=PEER):
-        await opening(FakeP2P(ends), timeout_s=0.01)
-    await peer.receive()
-    assert await peer.reader.read() == b"", "our end is closed"
+    task, peer = await opening(timeout_s=0.01)
+    with raises(ServerTimeout, peer=PEER):
+        await task
+    await peer.read()
+    assert await peer.last_words() == [], "our end is closed"
 
 
-@pytest.mark.parametrize("failure", [P2PDaemonError("no route"), ConnectionRefusedError("no"), OSError("no")], ids=repr)
-async def test_a_server_that_cannot_be_reached_is_named(failure):
-    ends, _ = await joined_ends()
-    with pytest.raises(ServerUnreachable, match=f"server {PEER} cannot be reached: no"):
-        await opening(FakeP2P(ends, failure))
+async def test_a_server_that_is_not_there_is_named():
+    with raises(ServerUnreachable, peer="nobody"):
+        await ServerStream.open(InProcessNetwork().peer("me").transport, "nobody", (), model="m", timeout_s=LONG_S)
+
+
+async def test_an_opening_that_is_given_up_leaves_nothing_open():
+    task, peer = await opening()
+    await peer.read()
+    task.cancel()
+    assert await peer.last_words() == []
 
 
 def test_the_played_record_is_a_legal_one():
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(RECORD), type=ServerRecord) == RECORD
+
+
+LARGE = Forward(span=BlockSpan(0, 1), hidden=torch.zeros(1, 64, 2**18))  # 64 MB: more than a socket takes at once
+
+
+async def writer_and_peer() -> tuple[MessageWriter, PlayedPeer]:
+    near, far = await InProcessNetwork().connect("here", "there")
+    return MessageWriter(near), PlayedPeer(far)
+
+
+def test_a_small_message_overtakes_a_large_one_and_bytes_are_counted():
+    """On uvloop, as clients and servers run."""
+
+    async def check() -> None:
+        writer, peer = await writer_and_peer()
+        large, small = (asyncio.create_task(writer.send(*each)) for each in ((1, LARGE), (2, Ping())))
+        assert [(await peer.read())[0] for _ in range(2)] == [2, 1]
+        assert await large > 2**26 > 100 > await small
+        assert await large + await small == peer.read_bytes
+
+    uvloop.run(check())
+
+
+def test_writers_that_wait_for_a_slow_reader_fail_when_the_connection_is_closed():
+    async def check() -> None:
+        writer, _peer = await writer_and_peer()
+        sends = [asyncio.create_task(writer.send(number, LARGE)) for number in range(3)]
+        while writer.blocked_since_s is None:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+        assert not any(task.done() for task in sends), "the reader reads nothing"
+        writer.connection.abort()
+        errors = await asyncio.gather(*sends, return_exceptions=True)
+        assert [type(error) for error in errors] == [ConnectionLost] * 3
+
+    uvloop.run(check())

@@ -1,22 +1,20 @@
-"""A handler with a real engine, and clients that may write to it whatever they like, over connected sockets."""
+"""A handler with a real engine, and clients that may write to it whatever they like."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from petals_tune.blocks.engine import Engine
+from petals_tune.net.in_process import InProcessNetwork
 from petals_tune.net.members import Members
 from petals_tune.wire.adapter import AdapterPart
-from petals_tune.wire.frames import HEADER, Assembler, cut, read_header
-from petals_tune.wire.messages import Forward, Hello, Message, PutAdapter, Refusal, Welcome, decode, encode
+from petals_tune.wire.messages import PROTOCOL, Forward, Hello, PutAdapter, Welcome
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 from servers.requests.admission import RequestLimits
@@ -25,6 +23,7 @@ from servers.scheduling.compute_thread import ComputeThread
 from servers.stores.adapters import AdapterCache, GradientSums
 from servers.stores.leases import LeaseStore
 from servers.stores.sessions import SessionStore
+from tests.net.played_peer import LONG_S, PlayedPeer
 from tests.servers.parts import load
 
 SPAN = BlockSpan(1, 4)  # of six blocks
@@ -51,11 +50,11 @@ def engine_of(folder: Path) -> Iterator[tuple[Engine, ComputeThread]]:
         compute.stop()
 
 
-def stores(**max_bytes: int) -> Stores:
+def stores(*, token_bytes: int = 256, **max_bytes: int) -> Stores:
     sizes = {"leases": 2**20, "sessions": 2**20, "adapters": 2**20, "sums": 2**20, **max_bytes}
     return Stores(
         leases=LeaseStore(max_bytes=sizes["leases"], max_age_s=600),
-        sessions=SessionStore(max_bytes=sizes["sessions"], max_idle_s=600, token_bytes=256),
+        sessions=SessionStore(max_bytes=sizes["sessions"], max_idle_s=600, token_bytes=token_bytes),
         adapters=AdapterCache(max_bytes=sizes["adapters"]),
         sums=GradientSums(max_bytes=sizes["sums"]),
     )
@@ -79,7 +78,7 @@ def forward(rows: int = 1, positions: int = 2, **fields: Any) -> Forward:
 
 
 class House:
-    """One handler, and its streams."""
+    """One handler, and its clients on a network inside this process."""
 
     def __init__(
         self,
@@ -91,82 +90,29 @@ class House:
     ):
         self.stores = kept or stores()
         self.handler = Handler(*engine, self.stores, record_of(), limits, members)
+        self._network = InProcessNetwork()
 
     @asynccontextmanager
-    async def stranger(self, client: str = "mallory") -> AsyncIterator[Peer]:
-        """A stream on which nothing was said yet."""
-        ours, theirs = socket.socketpair()
-        server_side = await asyncio.open_connection(sock=theirs)
-        reader, writer = await asyncio.open_connection(sock=ours)
-        serving = asyncio.create_task(self.handler.serve(SimpleNamespace(peer_id=client), *server_side))  # type: ignore[arg-type]
+    async def stranger(self, client: str = "mallory") -> AsyncIterator[PlayedPeer]:
+        """A connection on which nothing was sent yet."""
+        server = self._network.find(self._network.peer("server").id)
+        await server.accept(PROTOCOL, self.handler.serve)
+        before = set(server.serving)
+        connection = await self._network.peer(client).transport.dial("server", (), PROTOCOL)
+        (serving,) = server.serving.keys() - before
         try:
-            yield Peer(reader, writer, serving)
+            yield PlayedPeer(connection)
         finally:
-            writer.close()
-            async with asyncio.timeout(60):
+            connection.close()
+            async with asyncio.timeout(LONG_S):
                 await serving
 
     @asynccontextmanager
-    async def client(self, name: str = "mallory", token: bytes | None = None) -> AsyncIterator[Peer]:
-        """A stream with its greeting behind it."""
+    async def client(self, name: str = "mallory", token: bytes | None = None) -> AsyncIterator[PlayedPeer]:
+        """A connection with its greeting behind it."""
         async with self.stranger(name) as peer:
             assert isinstance(await peer.ask(Hello(model="digest", token=token)), Welcome)
             yield peer
-
-
-class Peer:
-    """The other end of a stream."""
-
-    def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, serving: asyncio.Task[None] | None = None
-    ):
-        """`serving` is what the handler does on this stream, where it runs in this process."""
-        self.reader, self.writer, self.serving = reader, writer, serving
-        self._assembler = Assembler(max_message_bytes=2**30, max_open_bytes=2**30)
-        self._next_id = 0
-
-    def write(self, data: bytes) -> None:
-        self.writer.write(data)
-
-    def send(self, message: Message | bytes, message_id: int | None = None) -> int:
-        """Write a message, or any bytes in its place; its id."""
-        self._next_id += 1
-        number = self._next_id if message_id is None else message_id
-        body = message if isinstance(message, bytes) else encode(message)
-        for header, payload in cut(number, body):
-            self.writer.write(header + bytes(payload))
-        return number
-
-    async def read(self) -> tuple[int, Message]:
-        """(id, message) of the next answer. Raises IncompleteReadError where the server closed the stream."""
-        async with asyncio.timeout(60):
-            while True:
-                length, number, remaining = read_header(await self.reader.readexactly(HEADER.size))
-                body = self._assembler.feed(number, await self.reader.readexactly(length), remaining)
-                if isinstance(body, bytes | bytearray):
-                    return number, decode(bytes(body))
-
-    async def ask(self, message: Message | bytes) -> Message:
-        """The answer to `message`, others passed over."""
-        number = self.send(message)
-        while True:
-            answered, answer = await self.read()
-            if answered == number:
-                return answer
-
-    async def refused(self, message: Message | bytes) -> Refusal:
-        answer = await self.ask(message)
-        assert isinstance(answer, Refusal), answer
-        return answer
-
-    async def last_words(self) -> list[Message]:
-        """What the server says until it closes the stream."""
-        said = []
-        try:
-            while True:
-                said.append((await self.read())[1])
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return said
 
 
 def lora(rank: int = 2, **fields: Any) -> AdapterPart:

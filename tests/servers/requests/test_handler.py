@@ -157,7 +157,7 @@ def test_a_message_that_was_changed_on_the_way_costs_nobody_anything(engine, dat
     async def sent() -> None:
         house = House(engine)
         async with house.client() as peer, house.client("alice") as alice:
-            peer.send(bytes(body))
+            await peer.send(bytes(body))
             assert isinstance(await peer.ask(Ping()), Pong)
             assert isinstance(await peer.ask(forward()), Forwarded)
             assert isinstance(await alice.ask(forward()), Forwarded)
@@ -182,7 +182,7 @@ def test_a_message_that_was_changed_on_the_way_costs_nobody_anything(engine, dat
 async def test_frames_that_cannot_be_followed_end_the_stream_alone(engine, data, said):
     house = House(engine)
     async with house.client("alice") as other, house.client() as peer:
-        peer.write(data)
+        await peer.write(data)
         (refusal,) = await peer.last_words()
         assert isinstance(refusal, Refusal)
         assert (refusal.error, said in refusal.text) == ("ProtocolError", True), refusal
@@ -194,7 +194,9 @@ async def test_frames_that_cannot_be_followed_end_the_stream_alone(engine, data,
 async def test_a_request_under_the_id_of_one_that_runs_ends_the_stream(engine):
     house = House(engine)
     async with house.client() as peer:
-        peer.write(b"".join(header + bytes(payload) for _ in range(2) for header, payload in cut_twice(forward(8, 32))))
+        await peer.write(
+            b"".join(header + bytes(payload) for _ in range(2) for header, payload in cut_twice(forward(8, 32)))
+        )
         said = await peer.last_words()
         assert [message.error for message in said if isinstance(message, Refusal)] == ["ProtocolError"]
 
@@ -228,8 +230,8 @@ async def test_what_is_anothers_is_not_there(engine):
         assert isinstance(await alice.ask(summed), Gradients)
 
         step = Step(session=opened.session, hidden=torch.ones(1, 1, HIDDEN), position=0)
-        mallory.send(Release(leases=[kept.lease]))  # type: ignore[list-item]
-        mallory.send(CloseSession(session=opened.session))
+        await mallory.send(Release(leases=[kept.lease]))  # type: ignore[list-item]
+        await mallory.send(CloseSession(session=opened.session))
         assert (await mallory.refused(Backward(lease=kept.lease, grad=grad))).error == "LeaseLost"
         assert (await mallory.refused(step)).error == "SessionLost"
         assert (await mallory.refused(forward(adapter="v"))).error == "AdapterMissing"
