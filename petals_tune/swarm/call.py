@@ -66,7 +66,7 @@ class Calls:
         self.client = client
         self.wire_format, self._grad_format = wire_format, grad_format
         self._sender = Sender(client, hand_over)
-        self._observer = observer
+        self.observer = observer
 
     # Training
 
@@ -99,8 +99,8 @@ class Calls:
             stage.hop.server, reply.compute_s, hidden.shape[0] * hidden.shape[1], len(stage.hop.span)
         )
         leg = Leg(stage=stage, hidden=hidden, lease=reply.lease)
-        if self._observer is not None:
-            await self._observer.on_forward(leg, context, output)
+        if self.observer is not None:
+            await self.observer.on_forward(leg, context, output)
         return leg, output
 
     def _forward(self, stage: Stage, context: CallContext, tensor: torch.Tensor) -> Forward:
@@ -164,8 +164,8 @@ class Calls:
                 found.adapter = gradients_by_block(leg.hop, context.adapter_on(leg.hop.span), reply.adapter)
             else:
                 partial.terms.append(Term(leg=leg, context=context, grad=grad, place=term))
-        if self._observer is not None:
-            await self._observer.on_backward(leg, context, grad, found, summed=partial is not None)
+        if self.observer is not None:
+            await self.observer.on_backward(leg, context, grad, found, summed=partial is not None)
         return found
 
     def _backward(
@@ -193,8 +193,8 @@ class Calls:
             if reply.terms != len(partial.terms):
                 return None
             found = ChainGradients(adapter=gradients_by_block(hop, context.adapter_on(hop.span), reply.adapter))
-        if self._observer is not None:
-            await self._observer.on_sum(partial, found)
+        if self.observer is not None:
+            await self.observer.on_sum(partial, found)
         return found
 
     async def release(self, trace: Trace) -> None:

@@ -27,7 +27,7 @@ import torch
 
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM
 from petals_tune.swarm.local import local_swarm
-from petals_tune.swarm.verify import CheckedChain
+from petals_tune.swarm.verify import SpotChecks
 from petals_tune.wire.tensors import WireFormat
 from tests.faults.lying_server import lying_server
 from tests.models import VOCABULARY, save_model
@@ -59,7 +59,8 @@ class Client:
 
     def settle(self) -> None:
         """Wait until every check has ended."""
-        while isinstance(self.chain, CheckedChain) and self.chain._checks:
+        checks = self.chain.calls.observer
+        while isinstance(checks, SpotChecks) and checks.running:
             time.sleep(0.001)
 
 

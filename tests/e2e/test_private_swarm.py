@@ -17,6 +17,7 @@ from petals_tune.net.hivemind_p2p import start_dht, start_p2p, stop_dht, stop_p2
 from petals_tune.net.members import Members, load_identity
 from petals_tune.swarm import loop
 from petals_tune.swarm.client import SwarmClient
+from petals_tune.swarm.joining import join_swarm
 from petals_tune.swarm.local import ServerProcess, server_process
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.wire.records import dht_key
@@ -47,9 +48,7 @@ class Swarm:
 
     def join(self, members: Members | None) -> SwarmClient:
         model = Checkpoint(str(self.folder / "llama")).digest
-        joining = SwarmClient.join(
-            self.peers, model=model, blocks=BlockSpan(0, 6), policy=RetryPolicy(), members=members
-        )
+        joining = join_swarm(self.peers, model=model, blocks=BlockSpan(0, 6), policy=RetryPolicy(), members=members)
         return loop.run(joining)
 
 

@@ -22,11 +22,12 @@ from petals_tune.net.in_process import InProcessDirectory, InProcessNetwork
 from petals_tune.net.peer import Peer
 from petals_tune.net.transport import Connection
 from petals_tune.swarm import loop
+from petals_tune.swarm.call import Calls
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.hand_over import HandOverRule
 from petals_tune.swarm.retry import RetryPolicy
-from petals_tune.swarm.verify import CheckedChain
+from petals_tune.swarm.verify import SpotChecks
 from petals_tune.wire.messages import PROTOCOL, Chained, HandOver, Message
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
@@ -150,9 +151,9 @@ class Network(InProcessNetwork):
         async def make() -> Chain:
             retries = RetryPolicy(**{"timeout_s": 30.0, "first_pause_s": 0.01, **policy})
             client = SwarmClient(self.peer(CLIENT), MODEL, retries)
-            if not verify:
-                return Chain(client, hand_over=self.hand_over)
-            return CheckedChain(client, share=verify, seed=0, wire_format=wire_format, grad_format=wire_format)
+            formats = {"wire_format": wire_format, "grad_format": wire_format}
+            checks = SpotChecks(client, share=verify, seed=0, **formats) if verify else None
+            return Chain(Calls(client, hand_over=self.hand_over, observer=checks, **formats))
 
         return loop.run(make())
 

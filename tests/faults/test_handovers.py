@@ -154,7 +154,7 @@ class Generation:
 
     def __init__(self, network: Network):
         self._network, self.chain = network, network.chain(reply_s=1.0)
-        self._session = ChainSession(self.chain, WHOLE, rows=1, max_length=16, adapter=None)
+        self._session = ChainSession(self.chain.calls, self.chain.repair, WHOLE, rows=1, max_length=16, adapter=None)
         drawn = torch.Generator().manual_seed(5)
         self._inputs = [torch.randn(1, length, WIDTH, generator=drawn) for length in (3, 1, 1, 1, 1)]
 

@@ -107,7 +107,7 @@ class Checked(TrainingStep):
     def settle(self) -> None:
         """Wait until every check has ended."""
         deadline_s = time.monotonic() + LONG_S
-        while self.chain._checks:
+        while self.chain.calls.observer.running:
             assert time.monotonic() < deadline_s
             time.sleep(0.01)
 
