@@ -114,8 +114,8 @@ class RequestRefused(PetalsTuneError, ValueError):
 class MessageTooLarge(RequestRefused):
     """A message has more bytes than a server takes at once."""
 
-    size_bytes: int = 0
-    limit_bytes: int = 0
+    size_bytes: int = 0  # of its tensors
+    limit_bytes: int = 0  # for them
 
 
 class SwarmError(PetalsTuneError, RuntimeError):

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -39,8 +40,11 @@ _LIMITS = replace(
 
 
 @contextmanager
-def in_process_swarm(folder: Path, *spans: str) -> Iterator[None]:
-    """While this lasts, every client of this process joins servers of `spans` that hold the fp32 model of `folder`."""
+def in_process_swarm(folder: Path, *spans: str, **limits: Any) -> Iterator[None]:
+    """While this lasts, every client of this process joins servers of `spans` that hold the fp32 model of `folder`.
+
+    `limits` replace those that the servers have otherwise.
+    """
     checkpoint, network = Checkpoint(str(folder)), InProcessNetwork()
     clients = (f"client {number}" for number in itertools.count())
 
@@ -67,7 +71,7 @@ def in_process_swarm(folder: Path, *spans: str) -> Iterator[None]:
                 token_bytes=engine.measure_token_bytes(),
                 **dict.fromkeys(("leases", "sessions", "adapters", "sums"), _BUDGET_BYTES),
             )
-            handler = Handler(engine, compute, budgets, record, _LIMITS)
+            handler = Handler(engine, compute, budgets, record, replace(_LIMITS, **limits))
             loop.run(network.peer(record.peer).transport.accept(PROTOCOL, handler.serve))
             loop.run(network.directory.announce(record, lasts_s=_LASTS_S))
         stack.callback(lambda: loop.run(network.close()))

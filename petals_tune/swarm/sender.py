@@ -186,15 +186,21 @@ class Sender:
 
 
 def _check_size(stream: ServerStream, request: Message) -> None:
-    """Raises MessageTooLarge for more than the server takes in one message."""
-    size_bytes, limit_bytes = _tensor_bytes(request), stream.welcome.max_message_bytes
+    """Raises MessageTooLarge for more than the server takes in one message, RequestRefused for such an adapter."""
+    size_bytes, limit_bytes = _tensor_bytes(request), stream.welcome.max_message_bytes - OVERHEAD_BYTES
     if isinstance(request, Forward) and request.keep:
         size_bytes += _tensor_bytes(request.hidden)  # its backward may bring the input and a gradient together
-    if size_bytes + OVERHEAD_BYTES > limit_bytes:
+    if size_bytes > limit_bytes:
+        found = f"and server {stream.peer} takes {limit_bytes / 2**20:.1f} MB in a message (its limits.max_message_mb)"
+        if isinstance(request, PutAdapter):
+            raise RequestRefused(
+                f"the adapter on blocks {request.span} has {size_bytes / 2**20:.1f} MB, {found}\n"
+                "  train fewer modules, or with a lower rank"
+            )
         raise MessageTooLarge(
-            f"{size_bytes / 2**20:.1f} MB in one request, and server {stream.peer} takes "
-            f"{limit_bytes / 2**20:.1f} MB (its limits.max_message_mb)",
-            size_bytes=size_bytes + OVERHEAD_BYTES,
+            f"a request has {size_bytes / 2**20:.1f} MB, {found}\n"
+            "  what makes it smaller: shorter texts, swarm.wire_format=bfloat16 and swarm.grad_format=bfloat16",
+            size_bytes=size_bytes,
             limit_bytes=limit_bytes,
         )
 
@@ -210,7 +216,6 @@ def _tensor_bytes(value: object) -> int:
 
 def fewer(count: int, error: MessageTooLarge) -> int:
     """How many of `count` rows or positions fit into a message. Raises `error` where not even one does."""
-    fits = min(count - 1, count * error.limit_bytes // error.size_bytes)
-    if fits < 1:
+    if count == 1:
         raise error
-    return fits
+    return max(1, min(count - 1, count * error.limit_bytes // error.size_bytes))

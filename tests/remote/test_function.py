@@ -1,0 +1,92 @@
+"""Cutting a batch into micro-batches: what servers take in one message, and what the numbers are then."""
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+from petals_tune import AutoDistributedModelForCausalLM
+from petals_tune.errors import MessageTooLarge
+from petals_tune.swarm.sender import OVERHEAD_BYTES
+from petals_tune.wire.messages import Backward, Chained, Forward, Message, Step
+from servers.requests.handler import Handler
+from tests.inprocess import in_process_swarm
+from tests.models import VOCABULARY, plain_model, relative_error, save_model
+
+ROWS, LENGTH, HIDDEN = 6, 16, 32
+ROW_BYTES = 4 * LENGTH * HIDDEN  # float32
+IDS = torch.randint(VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model") / "llama", "llama")
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[Message]:
+    """What servers in this process were asked."""
+    seen: list[Message] = []
+    reply = Handler._reply
+
+    async def recorded(self: Handler, client: str, request: Message) -> Message:
+        if not isinstance(request, Chained):
+            seen.append(request)
+        return await reply(self, client, request)
+
+    monkeypatch.setattr(Handler, "_reply", recorded)
+    return seen
+
+
+def remote(folder: Path):
+    return AutoDistributedModelForCausalLM.from_pretrained(str(folder), initial_peers=["in", "process"])
+
+
+def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Of LoRA on all linears of the attention, with the same start everywhere."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    tuned = peft.get_peft_model(model, config)
+    tuned(input_ids=IDS, labels=IDS).loss.backward()
+    return [parameter.grad for parameter in tuned.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("rows_that_fit", [1, 2, 4])
+def test_a_batch_is_cut_into_what_a_server_takes_in_one_message(folder, requests, rows_that_fit):
+    # A forward that will have a backward counts twice: its input and a gradient may have to travel together.
+    limit = 2 * rows_that_fit * ROW_BYTES + OVERHEAD_BYTES
+    with in_process_swarm(folder, "0:2", "2:6", max_message_bytes=limit):
+        model = remote(folder)
+        found, expected = gradients(model), gradients(plain_model(folder))
+        model.remote_blocks.close()
+    assert max(relative_error(*pair) for pair in zip(found, expected, strict=True)) <= 1e-5
+    sizes = [len(request.hidden) for request in requests if isinstance(request, Forward)]
+    assert max(sizes) <= rows_that_fit
+    assert sum(sizes) == 2 * ROWS, "each row once at each of two servers"
+    assert sum(len(request.grad) for request in requests if isinstance(request, Backward)) == 2 * ROWS
+
+
+def test_a_row_that_is_too_large_alone_is_refused_with_both_sizes(folder, requests):
+    limit = ROW_BYTES + OVERHEAD_BYTES - 1
+    with in_process_swarm(folder, "0:6", max_message_bytes=limit):
+        model = remote(folder)
+        with torch.no_grad(), pytest.raises(MessageTooLarge) as caught:
+            model(input_ids=IDS)
+        model.remote_blocks.close()
+    assert (caught.value.size_bytes, caught.value.limit_bytes) == (ROW_BYTES, ROW_BYTES - 1)
+    assert not requests, "nothing was sent"
+
+
+def test_a_long_prompt_is_read_in_as_many_positions_as_a_server_takes(folder, requests):
+    limit = ROW_BYTES // 4 + 100 + OVERHEAD_BYTES  # two positions of two rows, and their position ids
+    with in_process_swarm(folder, "0:2", "2:6", max_message_bytes=limit), torch.no_grad():
+        model = remote(folder)
+        options = {"max_new_tokens": 6, "do_sample": False}
+        found = model.generate(IDS[:2], **options)
+        model.remote_blocks.close()
+        expected = plain_model(folder).generate(IDS[:2], **options)
+    assert torch.equal(found, expected)
+    steps = [request for request in requests if isinstance(request, Step)]
+    assert max(step.hidden.shape[1] for step in steps) == 2
+    assert sum(step.hidden.shape[1] for step in steps) == 2 * (LENGTH + 5), "each position once at each of two servers"
