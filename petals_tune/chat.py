@@ -91,7 +91,7 @@ def opened(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[A
 
     from petals_tune.model.checkpoint import Checkpoint
     from petals_tune.model.convert import model_folder
-    from petals_tune.model.families import family_of, hollow_base_model
+    from petals_tune.model.families import family_of, placeholder_model
     from petals_tune.remote.auto import AutoDistributedModelForCausalLM
     from petals_tune.train.quiet import quiet
     from petals_tune.tuning.saved import load_adapter, saved_config
@@ -103,7 +103,7 @@ def opened(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[A
             "measures it"
         )
     source = model_folder(base)
-    blocks = family_of(hollow_base_model(Checkpoint(source).config)).total_blocks
+    blocks = family_of(placeholder_model(Checkpoint(source).config)).total_blocks
     swarm = build(cfg.swarm, where="swarm")
     swarm.check(blocks)
     try:

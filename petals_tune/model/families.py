@@ -68,7 +68,7 @@ class Family:
         return None if path == name else path
 
 
-def hollow_base_model(config: PretrainedConfig) -> PreTrainedModel:
+def placeholder_model(config: PretrainedConfig) -> PreTrainedModel:
     """The base model of `config` on the meta device: all its modules, none of its memory."""
     try:
         with torch.device("meta"):
@@ -147,9 +147,9 @@ def without_blocks(
     return model.eval()
 
 
-def trimmed_config(hollow: PreTrainedModel) -> PretrainedConfig:
-    """For `trimmed_class`: the config of `hollow` without a vocabulary, and no caches of the library's own."""
-    trimmed = copy.deepcopy(hollow.config)  # with what its blocks wrote into it
+def trimmed_config(placeholder: PreTrainedModel) -> PretrainedConfig:
+    """For `trimmed_class`: the config of `placeholder` without a vocabulary, and no caches of the library's own."""
+    trimmed = copy.deepcopy(placeholder.config)  # with what its blocks wrote into it
     trimmed.vocab_size = 1
     trimmed.pad_token_id = None
     trimmed.use_cache = False
@@ -159,13 +159,13 @@ def trimmed_config(hollow: PreTrainedModel) -> PretrainedConfig:
     return trimmed
 
 
-def trimmed_class(hollow: PreTrainedModel, family: Family, span: BlockSpan) -> type[PreTrainedModel]:
-    """The class of `hollow` with its blocks `span` alone, listed from 0; to be loaded with a `trimmed_config`.
+def trimmed_class(placeholder: PreTrainedModel, family: Family, span: BlockSpan) -> type[PreTrainedModel]:
+    """The class of `placeholder` with its blocks `span` alone, listed from 0; to be loaded with a `trimmed_config`.
 
-    The blocks are those of `hollow`: what a block is depends on its number in some families (experts or not, sliding or
-    full attention), and in one on how many there are.
+    The blocks are copied from `placeholder`: in some families a block's structure depends on its number (experts or
+    not, sliding or full attention), and in one on the number of blocks.
     """
-    model_class: Any = type(hollow)
+    model_class: Any = type(placeholder)
 
     class Trimmed(model_class):
         def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
@@ -174,8 +174,8 @@ def trimmed_class(hollow: PreTrainedModel, family: Family, span: BlockSpan) -> t
             config.num_hidden_layers = len(span)
             if getattr(config, "layer_types", None) is not None:
                 config.layer_types = list(config.layer_types[span.start : span.stop])  # read as the loop goes
-            blocks = list(family.blocks_of(hollow))[span.start : span.stop]
-            kept = copy.deepcopy(nn.ModuleList(blocks), {id(hollow.config): config})
+            blocks = list(family.blocks_of(placeholder))[span.start : span.stop]
+            kept = copy.deepcopy(nn.ModuleList(blocks), {id(placeholder.config): config})
             for parameter in kept.parameters():
                 if parameter.is_floating_point():  # the library sets the default while it loads
                     parameter.data = parameter.data.to(torch.get_default_dtype())
