@@ -136,6 +136,9 @@ class SwarmMismatch(SwarmError):
 class AccessDenied(SwarmError):
     """A private swarm does not let this peer in: no token, or one that is expired, revoked, or another's."""
 
+    reason: str = ""  # "missing", "malformed", "signature", "peer", "expired", "revoked", "hosts"
+    member: str = ""  # the name in the token
+
 
 class ClockSkew(SwarmError):
     """This machine's clock and the swarm's differ by more than the DHT allows."""

@@ -17,8 +17,9 @@ from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from hivemind.utils.multiaddr import Multiaddr
 
 from petals_tune.errors import ClockSkew, ConfigError, ServerUnreachable
+from petals_tune.files import write_bytes
 from petals_tune.net.dht_auth import MembersOnly, SignedRecords
-from petals_tune.net.members import Members, write_private
+from petals_tune.net.members import Members
 from petals_tune.wire.frames import BROKEN
 from petals_tune.wire.signing import SigningKey, identity_bytes
 
@@ -56,7 +57,7 @@ async def start_p2p(
         identity_path = None
         if identity is not None:
             identity_path = Path(folder, "identity")
-            write_private(identity_path, identity_bytes(identity))
+            write_bytes(identity_path, identity_bytes(identity), private=True, shared=True)
         try:
             with _one_go_thread() if relays else nullcontext():  # petals_tune/net/circuit_relay.py says why
                 return await P2P.create(

@@ -46,7 +46,7 @@ def fuzz(target: str, seconds: int) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["petals_tune"]):
-        from petals_tune.errors import ConfigError, ProtocolError
+        from petals_tune.errors import AccessDenied, ConfigError, ProtocolError
         from petals_tune.wire import frames, messages, records, signing, tokens
 
     from tests.wire.test_messages import EXAMPLES, RECORD
@@ -68,12 +68,12 @@ def fuzz(target: str, seconds: int) -> None:
         "hello": (messages.decode_hello, encoded),
         "frames": (feed, [framed, 2 * framed]),
         "records": (records.decode_record, [records.encode_record(RECORD)]),
-        "tokens": (tokens.decode_token, [tokens.encode_token(TOKEN)]),
+        "tokens": (tokens.verify, [TOKEN.encoded]),
         "identities": (signing.identity_from, [signing.identity_bytes(ALICE)]),
     }[target]
 
     def one_input(data: bytes) -> None:
-        with contextlib.suppress(ProtocolError, ConfigError):
+        with contextlib.suppress(AccessDenied, ConfigError, ProtocolError):
             read(data)
 
     with tempfile.TemporaryDirectory() as corpus:

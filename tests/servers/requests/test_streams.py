@@ -29,7 +29,7 @@ from petals_tune.wire.messages import (
     without_tensor,
 )
 from petals_tune.wire.signing import SigningKey
-from petals_tune.wire.tokens import encode_token, issue
+from petals_tune.wire.tokens import issue
 from servers.requests import streams
 from servers.scheduling.compute_thread import ComputeThread
 from servers.scheduling.fair_queue import Priority
@@ -102,7 +102,7 @@ def private(revoked: set[str], clock: type[Clock] = Clock) -> Members:
 
 
 def token_of(key: SigningKey, name: str = "alice", owner: SigningKey = OWNER, expires_s: int = 2000) -> bytes:
-    return encode_token(issue(owner, name=name, peer=key.peer, hosts=False, expires_s=expires_s))
+    return issue(owner, name=name, peer=key.peer, hosts=False, expires_s=expires_s).encoded
 
 
 @pytest.mark.parametrize(
