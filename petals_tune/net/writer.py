@@ -6,7 +6,8 @@ import asyncio
 import time
 
 from petals_tune.wire import frames
-from petals_tune.wire.messages import Message, encode
+from petals_tune.wire.codec import encode
+from petals_tune.wire.messages import Message
 
 
 class MessageWriter:

@@ -68,7 +68,7 @@ def public_key_of(peer: str) -> bytes:
     except ValueError:
         decoded = b""
     if len(decoded) != len(_PEER_ID) + KEY_BYTES or not decoded.startswith(_PEER_ID):
-        raise ProtocolError(f"{peer[:64]!r} is not the peer id of an ed25519 key, 12D3Koo...")
+        raise ProtocolError(f"{peer[:64]!r} is not the peer id of an ed25519 key, 12D3Koo...", what="peer id")
     return decoded.removeprefix(_PEER_ID)
 
 

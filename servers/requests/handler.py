@@ -25,6 +25,7 @@ from petals_tune.errors import (
     SwarmMismatch,
 )
 from petals_tune.net.members import Members
+from petals_tune.wire.codec import decode
 from petals_tune.wire.frames import BROKEN, Dropped
 from petals_tune.wire.messages import (
     Backward,
@@ -53,7 +54,6 @@ from petals_tune.wire.messages import (
     Withdrawn,
     carried,
     carrying,
-    decode,
 )
 from petals_tune.wire.records import ServerRecord, mismatch_text, same_model
 from petals_tune.wire.tensors import in_format

@@ -7,8 +7,9 @@ import torch
 import uvloop
 
 from petals_tune.net.writer import MessageWriter
+from petals_tune.wire.codec import decode
 from petals_tune.wire.frames import BROKEN, HEADER, Assembler, read_header
-from petals_tune.wire.messages import Forward, Message, Ping, decode
+from petals_tune.wire.messages import Forward, Message, Ping
 from petals_tune.wire.span import BlockSpan
 
 LARGE = Forward(span=BlockSpan(0, 1), hidden=torch.zeros(1, 64, 2**18))  # 64 MB: more than a socket takes at once

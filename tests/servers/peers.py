@@ -15,8 +15,9 @@ import torch
 from petals_tune.blocks.engine import Engine
 from petals_tune.net.members import Members
 from petals_tune.wire.adapter import AdapterPart
+from petals_tune.wire.codec import decode, encode
 from petals_tune.wire.frames import HEADER, Assembler, cut, read_header
-from petals_tune.wire.messages import Forward, Hello, Message, PutAdapter, Refusal, Welcome, decode, encode
+from petals_tune.wire.messages import Forward, Hello, Message, PutAdapter, Refusal, Welcome
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 from servers.requests.admission import RequestLimits

@@ -10,9 +10,9 @@ import torch
 
 from petals_tune.blocks.engine import Engine
 from petals_tune.net.members import Members
+from petals_tune.wire.codec import MAX_HELLO_BYTES, encode
 from petals_tune.wire.frames import HEADER
 from petals_tune.wire.messages import (
-    MAX_HELLO_BYTES,
     Backward,
     Chained,
     Forward,
@@ -25,7 +25,6 @@ from petals_tune.wire.messages import (
     Pong,
     Refusal,
     Welcome,
-    encode,
     without_tensor,
 )
 from petals_tune.wire.signing import SigningKey
