@@ -260,7 +260,7 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _jobs(overrides: Sequence[str]) -> Iterable[list[str]]:
-    """Return the overrides of each job of a sweep; none for a sweeper that is not Hydra's own and chooses them later."""
+    """Return the overrides of each job of a sweep; none for a sweeper that chooses them later."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     if any(override.key_or_group == "hydra/sweeper" for override in parsed):
         return []
