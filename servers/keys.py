@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from petals_tune.cli import errors_reported
+from petals_tune.cli import report_errors
 from petals_tune.errors import ConfigError
 from petals_tune.files import write_text
 from petals_tune.net.members import load_identity, ranked, read_text, revoked_in
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     own.set_defaults(run=identity)
 
     given = parser.parse_args(arguments)
-    with errors_reported():
+    with report_errors():
         given.run(given)
 
 

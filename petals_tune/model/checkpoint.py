@@ -65,6 +65,14 @@ class Checkpoint:
                 "files, or the name of a model on the hub",
                 source=self.source,
             )
+        if Path(self.source).is_dir() and not Path(self.source, "config.json").is_file():
+            raise UnsupportedModel(
+                f"model.source={self.source}: the folder has no config.json; save the model with "
+                "model.save_pretrained(folder), or convert a GGUF file with: "
+                "python -m petals_tune.model.convert FILE.gguf FOLDER",
+                source=self.source,
+                file="config.json",
+            )
         what = f"model.source={self.source!r} is neither a folder with a config.json nor a model that the hub gave"
         with self._errors_explained(what, "config.json"):
             return AutoConfig.from_pretrained(self._config_folder)

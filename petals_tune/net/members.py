@@ -71,9 +71,9 @@ class Members:
             return cls(key.public, identity, _self_issued(key, identity.peer), revoked=revoked)
         if token_path is None:
             raise ConfigError(
-                f"swarm.key={key_path} is the public key, which issues nothing: this server needs a token of its own, "
-                f"swarm.token=FILE\n  the swarm's owner makes it:  python -m servers.keys issue --name NAME --hosts "
-                f"--peer {identity.peer}",
+                f"swarm.key={key_path} is the public key, which cannot sign tokens: this server needs a token of its "
+                "own, swarm.token=FILE\n  the swarm's owner makes it:  "
+                f"python -m servers.keys issue --name NAME --hosts --peer {identity.peer}",
                 key="swarm.token",
             )
         token = verify(_read(token_path, "swarm.token", token_from).encoded, swarm=key)
@@ -216,7 +216,7 @@ def refuse_keys(path: str | Path | None, *, key: str) -> None:
     """Raises ConfigError where a key itself stands in place of the name of its file; it is not repeated."""
     if looks_like_a_key(str(path)):
         raise ConfigError(
-            f"{key} is a key itself, where the name of its file is due. Others on this machine can read a command "
+            f"{key} is a key itself, not the name of its file. Others on this machine can read a command "
             "line: write it to a file, and make a new key if it was secret",
             key=key,
         )

@@ -64,7 +64,9 @@ def test_a_damaged_or_missing_shard_is_named(folder, tmp_path):
         checkpoint.read([name], torch.float32)
 
 
-def test_a_folder_without_weights_says_what_to_do(folder, tmp_path):
+def test_a_folder_without_config_or_weights_is_no_model(folder, tmp_path):
+    with raises(UnsupportedModel, source=str(tmp_path), file="config.json"):
+        _ = Checkpoint(str(tmp_path)).config
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with raises(UnsupportedModel, source=str(tmp_path), file="model.safetensors"):
         _ = Checkpoint(str(tmp_path)).tensor_names
