@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from petals_tune.cli import calm_libraries, errors_reported
+from petals_tune.cli import quiet_libraries, report_errors
 from petals_tune.config import CONFIG_NAME, check_arguments, folder_of, register_recipes
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ def main() -> None:
     """python -m petals_tune recipe=NAME [key=value ...]"""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a bug keeps its traceback
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends a run as Ctrl-C does
-    calm_libraries()
+    quiet_libraries()
     register_recipes()
-    with errors_reported():
+    with report_errors():
         check_arguments(sys.argv[1:])
         with ExitStack() as stack:
             runs: list[Runs] = []
@@ -39,7 +39,7 @@ def main() -> None:
                     runs.append(stack.enter_context(Runs()))
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
                     return runs[0].run(cfg)  # Hydra takes the errors of a job, and goes on with the next one
-                with errors_reported():
+                with report_errors():
                     return runs[0].run(cfg)
 
             tune()

@@ -15,7 +15,7 @@ import hydra
 from omegaconf import DictConfig
 from pydantic import Field
 
-from petals_tune.cli import calm_libraries, errors_reported
+from petals_tune.cli import quiet_libraries, report_errors
 from petals_tune.config import Section, TunedModel, build, check_arguments, folder_of
 from petals_tune.errors import ConfigError
 
@@ -40,9 +40,9 @@ class Chat:
 
 def main() -> None:
     """python -m petals_tune.chat adapter=FOLDER [--prompt TEXT] [key=value ...]"""
-    calm_libraries()
+    quiet_libraries()
     sys.argv[1:] = arguments = with_prompt_key(sys.argv[1:])
-    with errors_reported():
+    with report_errors():
         check_arguments(arguments, config_name=CONFIG_NAME, schema=Chat)
         chat()
 
@@ -50,7 +50,7 @@ def main() -> None:
 @hydra.main(version_base="1.3", config_path=str(folder_of("conf")), config_name=CONFIG_NAME)
 def chat(cfg: DictConfig) -> None:
     """Answer the prompt, or every line of the terminal or the pipe until it ends."""
-    with errors_reported():
+    with report_errors():
         if cfg.adapter is None and cfg.model.source is None:
             raise ConfigError("say whom to talk to: adapter=outputs/.../adapter, or model=default for the bare model")
         from petals_tune.tuning.saved import adapter_folder, base_of  # slow; a mistyped key should not wait for it
@@ -91,7 +91,7 @@ def opened(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[A
 
     from petals_tune.model.checkpoint import Checkpoint
     from petals_tune.model.convert import model_folder
-    from petals_tune.model.families import family_of, hollow_base_model
+    from petals_tune.model.families import family_of, placeholder_model
     from petals_tune.remote.auto import AutoDistributedModelForCausalLM
     from petals_tune.train.quiet import quiet
     from petals_tune.tuning.saved import load_adapter, saved_config
@@ -103,7 +103,7 @@ def opened(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[A
             "measures it"
         )
     source = model_folder(base)
-    blocks = family_of(hollow_base_model(Checkpoint(source).config)).total_blocks
+    blocks = family_of(placeholder_model(Checkpoint(source).config)).total_blocks
     swarm = build(cfg.swarm, where="swarm")
     swarm.check(blocks)
     try:

@@ -1,4 +1,4 @@
-"""How every command begins and ends."""
+"""Command-line entry points: quiet libraries, error reports and exit statuses."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from contextlib import contextmanager
 
 from petals_tune.errors import PetalsTuneError
 
-INTERRUPTED = 130  # what a shell calls 128 + SIGINT
+INTERRUPTED = 130  # exit status after Ctrl-C: 128 + SIGINT, as of a shell
 
 
-def calm_libraries() -> None:
-    """What keeps libraries quiet and is read when they are imported, so that it comes first in a command."""
+def quiet_libraries() -> None:
+    """Turn off progress bars and warnings of libraries. They read this when they are imported: call it first."""
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars in a file or a pipe
-    # A kernel for nf4 on some CPUs that it offers to download: what it has works without.
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a progress bar is noise in a file or a pipe
+    # It offers to download an nf4 kernel for some CPUs; its own works.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @contextmanager
-def errors_reported() -> Iterator[None]:
-    """Our own errors print as one text; Ctrl-C exits 130; anything else is a bug and keeps its traceback.
+def report_errors() -> Iterator[None]:
+    """Print our own errors and exit: with 2 where the user can correct it, else with 75 (EX_TEMPFAIL): try again later.
 
-    The exit status is 2 for what the user can mend, and 75 (EX_TEMPFAIL) for what a server or the network did: the same
-    command may do later.
+    Ctrl-C exits with 130. Any other exception is a bug and keeps its traceback.
     """
     try:
         yield

@@ -1,20 +1,18 @@
-"""From the command line to a checked configuration: every mistake is one sentence, before a server is started.
+"""Configuration: compose it from the command line, check it, and build the objects that it describes.
 
-Hydra composes `conf/` and `recipes/`; here its errors become ours, and what it cannot know is checked: each section
-with a `_target_` against the signature and the type hints of what it builds, all others against the classes below.
+Hydra composes `conf/` and `recipes/`. Before a server is started every key and value is checked: a section with a
+`_target_` against the signature and the type hints of what it builds, all others against the dataclasses below. Each
+mistake is one ConfigError of one sentence.
 """
 
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from difflib import get_close_matches
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from pydoc import ErrorDuringImport, locate
 from typing import Annotated, Any, Literal, get_type_hints
 
 from hydra import compose, initialize_config_dir
@@ -22,8 +20,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -38,23 +35,19 @@ from pydantic import (
 from yaml import YAMLError
 
 from petals_tune.errors import ConfigError, PetalsTuneError
+from petals_tune.hydra_errors import HYDRA_KEYS, config_error, first_line, import_target, unknown_option
 
 CONFIG_NAME = "train"
 
-_MANY = 20  # names, and a sentence no longer reads
-
-# What Hydra's instantiate keeps for itself in a section with a _target_.
-_HYDRA_KEYS = frozenset({"_target_", "_partial_", "_convert_", "_recursive_", "_args_"})
-
 Section = Mapping[str, Any]
 
-# Keys that the run itself reads from a section, beside those of what the section builds.
-_BESIDE = {"tuning.init_from": str | None}
+# Keys in a section with a `_target_` that the run itself reads, and their types.
+_READ_BY_THE_RUN = {"tuning.init_from": str | None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The base model, which nobody changes."""
+    """The frozen base model of a server."""
 
     source: str  # `embedded`, a folder in Hugging Face format, or a name on the hub
 
@@ -63,27 +56,27 @@ class Model:
 class TunedModel:
     """The base model of a run."""
 
-    source: str | None  # as Model's; null: the one that the adapter of tuning.init_from names
+    source: str | None  # as in Model; null: the model that the adapter of tuning.init_from names
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What the jobs of a sweep are compared by."""
+    """How the jobs of a sweep are compared."""
 
-    metric: str | None  # of the last validation; null: the one that the objective is judged by
-    direction: Literal["minimize", "maximize"] | None  # which way is better; null: known of loss, perplexity, accuracy
+    metric: str | None  # of the last validation; null: the objective's own metric
+    direction: Literal["minimize", "maximize"] | None  # null: known for loss, perplexity and accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """All that a run can be told. A `Section` is an object by `_target_` (or several, by name)."""
+    """All options of a run. A `Section` describes an object with a `_target_`, or several by their names."""
 
-    name: str  # of the run and its output folder; a recipe gives its own
+    name: str  # of the run and its output folder; recipes set it
     seed: Annotated[int, Field(ge=0)]
     output_dir: str
-    ckpt_path: str | None  # go on from this checkpoint
+    ckpt_path: str | None  # resume from this checkpoint
     sweep: Sweep
-    zero_shot: bool  # also measure the base model with nothing trained, where that differs from a fresh adapter
+    zero_shot: bool  # also evaluate the base model without an adapter, where that differs from a new adapter
     model: TunedModel
     data: Section
     objective: Section
@@ -96,7 +89,7 @@ class Run:
     logger: Section
 
 
-# What to type where a value has no default.
+# Keys without a default: what to type.
 _MISSING = {
     "name": "choose a recipe, recipe=NAME with one of {recipes}, or name a run of your own",
     "swarm.initial_peers": "give the addresses that a running server prints, as in "
@@ -105,7 +98,7 @@ _MISSING = {
 
 
 def folder_of(name: str) -> Path:
-    """The folder of `conf` or `recipes`: inside the installed package, or beside it in a bare checkout."""
+    """Return the folder `conf` or `recipes`: inside the installed package, or beside it in a checkout."""
     spec = find_spec(f"petals_tune.{name}")
     if spec is not None and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations))).resolve()
@@ -117,35 +110,41 @@ def recipe_names() -> list[str]:
 
 
 def register_recipes() -> None:
-    """Make every recipes/NAME.yaml an option of Hydra's group `recipe`; its file lies outside conf/."""
+    """Register every recipes/NAME.yaml in Hydra's group `recipe`: the files are outside conf/."""
     for name in recipe_names():
         node = OmegaConf.load(folder_of("recipes") / f"{name}.yaml")
         ConfigStore.instance().store(group="recipe", name=name, node=node, package="_global_", provider="recipes")
 
 
 def composed(overrides: Sequence[str] = (), *, config_name: str = CONFIG_NAME) -> DictConfig:
-    """The configuration that these command-line arguments make. Raises ConfigError."""
+    """Compose the configuration of these command-line overrides. Raises ConfigError."""
     register_recipes()
     try:
         with initialize_config_dir(config_dir=str(folder_of("conf")), version_base="1.3"):
             return compose(config_name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(_explained(error, overrides, config_name)) from None
+        raise config_error(error, overrides, lambda kept: composed(kept, config_name=config_name)) from None
 
 
 def check_arguments(arguments: Sequence[str], *, config_name: str = CONFIG_NAME, schema: type = Run) -> None:
-    """Compose and check what a command line asks for, every job of a sweep included. Raises ConfigError."""
+    """Compose and check the configuration of a command line, of every job of a sweep. Raises ConfigError."""
     args, unknown = get_args_parser().parse_known_args(list(arguments))
     if unknown:
-        raise ConfigError(f"{unknown[0]} is no option: options are written KEY=VALUE; --help lists them")
+        raise ConfigError(
+            f"{unknown[0]} is no option: options are written KEY=VALUE; --help lists them", key=unknown[0]
+        )
     if args.config_dir and not Path(args.config_dir).is_dir():
-        raise ConfigError(f"--config-dir {args.config_dir}: there is no such folder")
+        raise ConfigError(
+            f"--config-dir {args.config_dir}: there is no such folder", key="--config-dir", seen=args.config_dir
+        )
     if args.config_name and not args.config_path:
         folders = [folder_of("conf"), *([Path(args.config_dir)] if args.config_dir else [])]
         file = f"{args.config_name.removesuffix('.yaml')}.yaml"
         if not any((folder / file).is_file() for folder in folders):
             raise ConfigError(
-                f"--config-name {args.config_name}: there is no {file} in {folders[-1]}; see --config-dir"
+                f"--config-name {args.config_name}: there is no {file} in {folders[-1]}; see --config-dir",
+                key="--config-name",
+                seen=args.config_name,
             )
     if args.help or args.hydra_help or args.info or args.shell_completion or args.config_path or args.config_name:
         return
@@ -154,50 +153,47 @@ def check_arguments(arguments: Sequence[str], *, config_name: str = CONFIG_NAME,
         cfg = composed([*search, *overrides], config_name=config_name)
         if not args.cfg:
             if "output_dir" in cfg:
-                cfg.output_dir = ""  # known once Hydra has made the folder
+                cfg.output_dir = ""  # Hydra has not made the folder yet
             check(cfg, schema=schema)
 
 
 def check(cfg: DictConfig, *, schema: type = Run) -> None:
-    """Every key is known and every value is of its type, as the dataclass `schema` says.
-
-    Raises ConfigError with the first one that is not.
-    """
+    """Raise ConfigError for the first key of `cfg` that is unknown, missing, or of a type other than in `schema`."""
     if missing := _first_missing(OmegaConf.to_container(cfg)):
         hint = _MISSING.get(missing, f"give {missing}=...").format(recipes=", ".join(recipe_names()))
-        raise ConfigError(f"{missing} has no value: {hint}")
+        raise ConfigError(f"{missing} has no value: {hint}", key=missing)
     try:
         options: Any = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error)) from None
+        raise ConfigError(first_line(error)) from None
     _check_call(schema, options, where="")
     if absent := [field.name for field in fields(schema) if field.name not in options]:
-        raise ConfigError(f"a run needs {absent[0]}, and it was taken out")
+        raise ConfigError(f"a run needs {absent[0]}, and it was taken out", key=absent[0])
 
 
 def build(section: DictConfig, *, where: str, **given: Any) -> Any:
-    """The object that a section describes; a `_partial_` one is completed with `given` where there is any.
+    """Build the object that a section describes; one with `_partial_` is called with `given`, if any.
 
-    Raises ConfigError naming the section where its class refuses the values.
+    Raises ConfigError with the section as its key where the class refuses the values.
     """
     try:
         options: Any = OmegaConf.to_container(section, resolve=True)
-        kept = {name: value for name, value in options.items() if f"{where}.{name}" not in _BESIDE}
+        kept = {name: value for name, value in options.items() if f"{where}.{name}" not in _READ_BY_THE_RUN}
         made = instantiate(kept, _convert_="all")
         return made(**given) if given and isinstance(made, partial) else made
     except InstantiationException as error:
         cause = error.__cause__ or error
         if isinstance(cause, PetalsTuneError):
             raise cause from None
-        raise ConfigError(f"{where}: {_first_line(cause)}") from error
+        raise ConfigError(f"{where}: {first_line(cause)}", key=where) from error
     except (TypeError, ValueError, ModuleNotFoundError) as error:
         if isinstance(error, PetalsTuneError):
             raise
-        raise ConfigError(f"{where}: {_first_line(error)}") from error
+        raise ConfigError(f"{where}: {first_line(error)}", key=where) from error
 
 
 def _first_missing(section: Any, where: str = "") -> str | None:
-    """The first key that still says `???`."""
+    """Return the first key whose value is `???`."""
     for name, value in section.items():
         if value == "???":
             return f"{where}{name}"
@@ -207,19 +203,19 @@ def _first_missing(section: Any, where: str = "") -> str | None:
 
 
 def _check_call(target: Callable[..., Any], options: Mapping[str, Any], *, where: str) -> None:
-    """`options` are keywords that `target` takes, with values of the annotated types."""
+    """Check that `target` takes `options` as keywords, with values of the annotated types. Raises ConfigError."""
     parameters = inspect.signature(target).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     hints = _hints(target)
     for name, value in options.items():
-        if name in _HYDRA_KEYS:
+        if name in HYDRA_KEYS:
             continue
         key = f"{where}.{name}" if where else name
-        if key in _BESIDE:
-            _check_value(value, _BESIDE[key], key)
+        if key in _READ_BY_THE_RUN:
+            _check_value(value, _READ_BY_THE_RUN[key], key)
             continue
         if name not in parameters and not open_ended:
-            raise ConfigError(_unknown(key, list(parameters), set_now=list(options)))
+            raise unknown_option(key, list(parameters), set_now=list(options))
         hint = hints.get(name, Any)
         if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, dict):
             _check_call(hint, value, where=key)
@@ -231,22 +227,11 @@ def _check_call(target: Callable[..., Any], options: Mapping[str, Any], *, where
 
 def _check_section(section: Mapping[str, Any], *, where: str) -> None:
     if "_target_" in section:
-        _check_call(_target(section, where=where), section, where=where)
+        _check_call(import_target(section, where=where), section, where=where)
         return
     for name, value in section.items():
         if isinstance(value, dict):
             _check_section(value, where=f"{where}.{name}")
-
-
-def _target(section: Section, *, where: str) -> Callable[..., Any]:
-    name = str(section["_target_"])
-    try:
-        target: Any = locate(name)
-    except ErrorDuringImport as error:
-        raise ConfigError(f"{where}._target_={name} cannot be imported: {error.value}") from error
-    if not callable(target):
-        raise ConfigError(f"{where}._target_={name} is not there, or is nothing to call")
-    return target
 
 
 def _check_value(value: Any, hint: Any, key: str) -> None:
@@ -254,13 +239,15 @@ def _check_value(value: Any, hint: Any, key: str) -> None:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
         adapter.validate_python(value)
     except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation):
-        return  # a hint that only its own library understands: the class itself will judge
+        return  # a hint that only its own library understands: the class itself checks its values
     except ValidationError as error:
         wanted = dict.fromkeys(
             part["msg"].removeprefix("Input should be ").partition(", unable")[0] for part in error.errors()
         )
         a_list = f" in brackets, as in '{key}=[{value}]'" if "a valid list" in wanted and isinstance(value, str) else ""
-        raise ConfigError(f"{key} is {value!r}: it must be {' or '.join(wanted)}{a_list}") from None
+        raise ConfigError(
+            f"{key} is {value!r}: it must be {' or '.join(wanted)}{a_list}", key=key, seen=value
+        ) from None
 
 
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
@@ -273,77 +260,8 @@ def _hints(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _jobs(overrides: Sequence[str]) -> Iterable[list[str]]:
-    """The overrides of every job of a sweep. Another sweeper than Hydra's own chooses its values as it goes."""
+    """Return the overrides of each job of a sweep; none for a sweeper that chooses them later."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     if any(override.key_or_group == "hydra/sweeper" for override in parsed):
         return []
     return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
-
-
-def _explained(error: Exception, overrides: Sequence[str], config_name: str) -> str:
-    """One sentence on what Hydra or OmegaConf could not do with the arguments."""
-    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        return _unknown_choice(group, choice, error.options)
-    if found := re.match(r"Could not (?:override|append to config\.?) '?([\w./@]+)", str(error)):
-        key = found[1]
-        kept = [text for text in overrides if _key(text) != key]
-        if len(kept) < len(overrides):
-            return _no_option(key, composed(kept, config_name=config_name))
-    if isinstance(error, OverrideParseException) and "=" not in str(error.override):
-        return f"cannot read the argument {error.override!r}: options are written KEY=VALUE; --help lists them"
-    if isinstance(error, OverrideParseException) and "=~" in str(error.override):
-        return f"cannot read the argument {error.override!r}: no ~ here; write $HOME, or the folder's whole name"
-    if isinstance(error, OverrideParseException):
-        return (
-            f"cannot read the argument {error.override!r}: {_first_line(error.__cause__ or error)}; "
-            "a value with spaces, quotes, commas or brackets wants two pairs of quotes, 'key=\"a value\"'"
-        )
-    return _first_line(error.__cause__ or error)
-
-
-def _no_option(key: str, cfg: DictConfig) -> str:
-    """What is wrong with a key that stands nowhere in `cfg`, and what stands there instead."""
-    section, where, (name, *below) = cfg, "", key.split(".")
-    while below and isinstance(section.get(name), DictConfig):
-        section, where, (name, *below) = section[name], f"{where}{name}.", below
-    if name in section:
-        return f"{where}{name} is a value: nothing stands below it"
-    if "_target_" in section and name in inspect.signature(_target(section, where=where)).parameters:
-        return f"{key} stands in no file: to add it, write a plus sign before it, +{key}=..."
-    known = [str(option) for option in section if option not in _HYDRA_KEYS]
-    if not where and "data" in known:
-        known.append("recipe")  # what a run is described by
-    sections: Any = OmegaConf.to_container(cfg)
-    deeper = [f"{part}.{key}" for part, keys in sections.items() if isinstance(keys, dict) and key in keys]
-    if deeper:
-        return f"{key} is no option (did you mean {deeper[0]}?)"
-    return _unknown(f"{where}{name}", known)
-
-
-def _key(override: str) -> str:
-    parsed: Override = OverridesParser.create().parse_override(override)
-    return str(parsed.key_or_group)
-
-
-def _unknown(key: str, known: Sequence[str], *, set_now: Sequence[str] = ()) -> str:
-    """`known` is what could stand there; where that is long, only what is `set_now` is listed."""
-    section, _, name = key.rpartition(".")
-    meant = _meant(name, known, prefix=f"{section}." if section else "")
-    listed = known if len(known) <= _MANY else [*(option for option in set_now if option in known), "more"]
-    owner = section or ("a run" if "data" in known else "this command")
-    return f"{key} is no option{meant}; {owner} has {', '.join(listed) or 'none'}"
-
-
-def _unknown_choice(group: str, choice: str, known: Sequence[str]) -> str:
-    meant = _meant(choice, known, prefix=f"{group}=")
-    return f"{group}={choice} is not there{meant}; {group} is one of {', '.join(known)}"
-
-
-def _meant(name: str, known: Sequence[str], *, prefix: str) -> str:
-    close = get_close_matches(name, known, n=1)
-    return f" (did you mean {prefix}{close[0]}?)" if close else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

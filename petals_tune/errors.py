@@ -71,6 +71,10 @@ class ConfigError(PetalsTuneError, ValueError):
 class UnsupportedModel(ConfigError):
     """The model cannot be split into remote blocks, or its files cannot be read."""
 
+    source: str = ""  # the folder, or the name on the hub
+    file: str = ""
+    model_type: str = ""  # as config.json names the architecture
+
 
 class UnsupportedAdapter(ConfigError):
     """A tuning method that blocks on a server cannot honour; the text names what works instead."""
@@ -80,6 +84,8 @@ class HubUnreachable(PetalsTuneError, ConnectionError):
     """The hub that a model is downloaded from did not answer, or not to the end; what came is kept."""
 
     fault: ClassVar[Fault] = "the network's"
+    source: str = ""  # the name on the hub
+    file: str = ""
 
 
 class DataError(PetalsTuneError, ValueError):
@@ -98,6 +104,7 @@ class ProtocolError(PetalsTuneError, ValueError):
     """Bytes from a peer that break the rules of the wire."""
 
     fault: ClassVar[Fault] = "the server's"
+    what: str = ""  # "frame", "message", "hello", "tensor", "record", "peer id"
 
 
 class ConnectionLost(PetalsTuneError, ConnectionError):
@@ -139,6 +146,9 @@ class SwarmMismatch(SwarmError):
 
 class AccessDenied(SwarmError):
     """A private swarm does not let this peer in: no token, or one that is expired, revoked, or another's."""
+
+    reason: str = ""  # "missing", "malformed", "signature", "peer", "expired", "revoked", "hosts"
+    member: str = ""  # the name in the token
 
 
 class ClockSkew(SwarmError):

@@ -11,7 +11,7 @@ from typing import Literal
 import hydra
 from omegaconf import DictConfig
 
-from petals_tune.cli import calm_libraries, errors_reported
+from petals_tune.cli import quiet_libraries, report_errors
 from petals_tune.config import Run, check_arguments, folder_of, register_recipes
 from petals_tune.files import write_text
 
@@ -29,9 +29,9 @@ class Evaluation(Run):
 
 def main() -> None:
     """python -m petals_tune.evaluate adapter=FOLDER_OR_HUB_NAME recipe=NAME [key=value ...]"""
-    calm_libraries()
+    quiet_libraries()
     register_recipes()
-    with errors_reported():
+    with report_errors():
         check_arguments(sys.argv[1:], config_name=CONFIG_NAME, schema=Evaluation)
         evaluate()
 
@@ -39,7 +39,7 @@ def main() -> None:
 @hydra.main(version_base="1.3", config_path=str(folder_of("conf")), config_name=CONFIG_NAME)
 def evaluate(cfg: DictConfig) -> None:
     """Print the adapter's metrics, and the base model's beside them where cfg.zero_shot asks for it; leave both."""
-    with errors_reported():
+    with report_errors():
         from petals_tune.train.measure import measured  # slow; a mistyped key should not wait for it
 
         metrics = measured(cfg, schema=Evaluation)

@@ -10,7 +10,7 @@ from typing import Literal
 import hydra
 from omegaconf import DictConfig
 
-from petals_tune.cli import calm_libraries, errors_reported
+from petals_tune.cli import quiet_libraries, report_errors
 from petals_tune.config import TunedModel, check_arguments, folder_of
 from petals_tune.errors import ConfigError, UnsupportedAdapter, UnsupportedModel
 from petals_tune.files import filling
@@ -30,8 +30,8 @@ class Merge:
 
 def main() -> None:
     """python -m petals_tune.merge adapter=FOLDER_OR_HUB_NAME output=NEW_FOLDER [key=value ...]"""
-    calm_libraries()
-    with errors_reported():
+    quiet_libraries()
+    with report_errors():
         check_arguments(sys.argv[1:], config_name=CONFIG_NAME, schema=Merge)
         merge()
 
@@ -39,7 +39,7 @@ def main() -> None:
 @hydra.main(version_base="1.3", config_path=str(folder_of("conf")), config_name=CONFIG_NAME)
 def merge(cfg: DictConfig) -> None:
     """Write the base model with the adapter's LoRA in its weights."""
-    with errors_reported():
+    with report_errors():
         merge_adapter(cfg.adapter, Path(cfg.output), model=cfg.model.source, dtype=cfg.dtype)
 
 

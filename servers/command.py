@@ -14,7 +14,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from pydantic import TypeAdapter
 
-from petals_tune.cli import INTERRUPTED, calm_libraries, errors_reported
+from petals_tune.cli import INTERRUPTED, quiet_libraries, report_errors
 from petals_tune.config import check, check_arguments, folder_of
 from servers.lean import lean_hivemind
 
@@ -31,23 +31,23 @@ def command(
     """
     # The default would kill, but not the first process of a container, which is then waited for until it is killed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-    calm_libraries()
+    quiet_libraries()
     lean_hivemind()
     if {"--help", "-h"} & {*arguments}:
         print(f"{usage}\n\n{_options_of(config_name)}")
         return
-    with errors_reported():
+    with report_errors():
         check_arguments(arguments, config_name=config_name, schema=schema)
 
     @hydra.main(version_base="1.3", config_path=str(folder_of("conf")), config_name=config_name)
     def main(cfg: DictConfig) -> None:
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        with errors_reported():
+        with report_errors():
             check(cfg, schema=schema)  # again: the arguments may have named another file than ours
             run(TypeAdapter(schema).validate_python(OmegaConf.to_container(cfg, resolve=True)))
 
     sys.argv[1:] = arguments  # what hydra reads
-    with errors_reported():
+    with report_errors():
         main()
 
 

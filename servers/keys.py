@@ -7,13 +7,15 @@ import sys
 import time
 from pathlib import Path
 
-from petals_tune.cli import errors_reported
+from petals_tune.cli import report_errors
 from petals_tune.errors import ConfigError
-from petals_tune.net.members import load_identity, ranked, read_text, revoked_in, write_private
+from petals_tune.files import write_text
+from petals_tune.net.members import load_identity, ranked, read_text, revoked_in
 from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.tokens import issue, key_from, public_text, secret_text, token_text
 
 DAY_S = 24 * 3600
+MAX_DAYS = 36_500
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     own.set_defaults(run=identity)
 
     given = parser.parse_args(arguments)
-    with errors_reported():
+    with report_errors():
         given.run(given)
 
 
@@ -61,9 +63,11 @@ def new(given: argparse.Namespace) -> None:
     key, public = SigningKey.new(), given.key.with_suffix(".pub")
     for path in (given.key, public):
         if path.exists():
-            raise ConfigError(f"{path} is there already; for another swarm:  --key OTHER.key")
-    write_private(given.key, f"{secret_text(key)}\n".encode())
-    write_private(public, f"{public_text(key)}\n".encode())
+            raise ConfigError(
+                f"{path} is there already; for another swarm:  --key OTHER.key", key="--key", seen=str(path)
+            )
+    _write(given.key, secret_text(key))
+    _write(public, public_text(key))
     print(f"{given.key}: the secret key, with which tokens are issued; keep it to yourself")
     print(f"{public}: its public half, for servers of people who shall issue none: swarm.key={public}")
 
@@ -71,11 +75,23 @@ def new(given: argparse.Namespace) -> None:
 def issue_token(given: argparse.Namespace) -> None:
     key = _secret_key(given.key)
     if given.name in _revoked(given.key):
-        raise ConfigError(f"{given.name} is revoked: choose another name, or take it out of {_revoked_path(given.key)}")
-    if not given.days > 0:
-        raise ConfigError(f"--days {given.days:g}: a token is good for more than 0 days")
+        raise ConfigError(
+            f"{given.name} is revoked: choose another name, or take it out of {_revoked_path(given.key)}",
+            key="--name",
+            seen=given.name,
+        )
+    if not 0 < given.days <= MAX_DAYS:
+        raise ConfigError(
+            f"--days {given.days:g}: a token is good for more than 0 days, and for {MAX_DAYS} at most",
+            key="--days",
+            seen=given.days,
+        )
     if given.processes < 1 or (given.peer and given.processes not in (1, len(given.peer))):
-        raise ConfigError(f"--processes {given.processes}: at least 1, and as many as there are --peer, if any")
+        raise ConfigError(
+            f"--processes {given.processes}: at least 1, and as many as there are --peer, if any",
+            key="--processes",
+            seen=given.processes,
+        )
     issue(key, name=given.name, peer=SigningKey.new().peer, hosts=False, expires_s=0)  # a bad name makes no file
     identities = [ranked(Path(f"{given.name}.identity"), rank) for rank in range(given.processes)]
     peers = given.peer or [load_identity(path, make=True).peer for path in identities]
@@ -83,7 +99,7 @@ def issue_token(given: argparse.Namespace) -> None:
     tokens = [issue(key, name=given.name, peer=peer, hosts=given.hosts, expires_s=expires_s) for peer in peers]
     for rank, token in enumerate(tokens):
         path = ranked(Path(f"{given.name}.token"), rank)
-        write_private(path, f"{token_text(token)}\n".encode())
+        _write(path, token_text(token))
         print(
             f"{path}: lets peer {token.peer} {'host and use' if given.hosts else 'use'} blocks for {given.days:g} days"
         )
@@ -97,7 +113,7 @@ def revoke(given: argparse.Namespace) -> None:
     path, names = _revoked_path(given.key), _revoked(given.key)
     if given.name not in names:
         before = path.read_text(encoding="utf-8") if names else ""
-        write_private(path, f"{before}{given.name}\n".encode())
+        _write(path, f"{before}{given.name}")
     print(f"{path}: {given.name} is out as soon as this file lies beside the key of every server of the swarm")
 
 
@@ -108,8 +124,14 @@ def identity(given: argparse.Namespace) -> None:
 def _secret_key(path: Path) -> SigningKey:
     key = key_from(read_text(path, key="--key"))
     if not isinstance(key, SigningKey):
-        raise ConfigError(f"--key {path} is the public half; tokens are issued with the secret key")
+        raise ConfigError(
+            f"--key {path} is the public half; tokens are issued with the secret key", key="--key", seen=str(path)
+        )
     return key
+
+
+def _write(path: Path, text: str) -> None:
+    write_text(path, f"{text}\n", private=True, shared=True)
 
 
 def _revoked_path(key: Path) -> Path:

@@ -167,7 +167,7 @@ class _Server:
             parts=parts,
             model=model,
             length=min(length, total_blocks),
-            throughput=await self._throughput(ours, model, parts.hollow.config.hidden_size),
+            throughput=await self._throughput(ours, model, parts.placeholder.config.hidden_size),
         )
 
     async def _throughput(self, others: Sequence[ServerRecord], model: str, hidden_size: int) -> Throughput:
@@ -189,7 +189,7 @@ class _Server:
 
     def _as_many_as_fit(self, parts: Parts) -> int:
         limits = self._options.limits
-        sizes = partial(memory.block_bytes, parts.hollow_block(0), dtype=self._dtype)
+        sizes = partial(memory.block_bytes, parts.placeholder_block(0), dtype=self._dtype)
         one = sizes(quantization=self._options.quantization)
         if self._options.quantization == "none" and self._options.device == "cpu":
             one *= 2  # kernels.FloatLinear keeps a weight a second time once somebody generates

@@ -4,17 +4,21 @@ import errno
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from petals_tune.errors import ConfigError
 from petals_tune.files import filling, replacing, write_text
+from tests.raising import raises
 
 KILLED_WHILE_WRITING = """
 import sys
 from pathlib import Path
+from petals_tune.errors import ConfigError
 from petals_tune.files import filling, replacing
 way, place = sys.argv[1], Path(sys.argv[2])
 with (replacing if way == "file" else filling)(place) as partial:
@@ -63,13 +67,50 @@ def test_an_error_in_the_middle_leaves_the_old_file(tmp_path, error):
     assert contents(tmp_path) == {"a.txt": "old"}
 
 
-def test_a_disk_that_is_full_when_the_bytes_shall_reach_it_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("private", [False, True])
+def test_a_disk_that_is_full_leaves_the_old_file_and_the_error_names_file_and_option(tmp_path, monkeypatch, private):
     path = tmp_path / "a.txt"
     write_text(path, "old")
     monkeypatch.setattr(os, "fsync", disk_full)
-    with pytest.raises(OSError, match="No space"):
-        write_text(path, "new")
+    with raises(ConfigError, key="output_dir", seen=str(path)):
+        write_text(path, "new", key="output_dir", private=private)
     assert contents(tmp_path) == {"a.txt": "old"}
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_folder_that_is_not_there_is_named(tmp_path, private):
+    path = tmp_path / "nowhere" / "a.txt"
+    with raises(ConfigError, key="identity_path", seen=str(path)):
+        write_text(path, "new", key="identity_path", private=private)
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "adapter"
+    with raises(ConfigError, key="output_dir", seen=str(folder)), filling(folder, key="output_dir"):
+        pytest.fail("there is nowhere to write to")
+
+
+def test_a_private_file_is_its_owners_alone_from_the_first_byte_on(tmp_path, monkeypatch):
+    path = tmp_path / "a.key"
+    modes = []
+    write_bytes = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda file, data: (modes.append(mode(file)), write_bytes(file, data)))
+    path.touch(0o644)
+    left = tmp_path / ".partial-a.key"
+    left.touch(0o666)  # as a process that was killed, or somebody else, left it
+    write_text(path, "secret", private=True)
+    assert (modes, mode(path), contents(tmp_path)) == ([0o600], 0o600, {"a.key": "secret"})
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_processes_that_write_one_file_do_not_meet_in_its_partial_file(tmp_path):
+    path = tmp_path / "a.txt"
+    with replacing(path, shared=True) as ours, replacing(path) as theirs:
+        ours.write_text("ours")
+        theirs.write_text("theirs")
+        assert str(os.getpid()) in ours.name
+    assert contents(tmp_path) == {"a.txt": "ours"}
 
 
 def test_a_folder_appears_with_all_its_files_and_keeps_those_of_others(tmp_path):
@@ -129,20 +170,29 @@ def test_a_kill_in_the_middle_leaves_what_was_there_and_the_next_one_clears_up(t
 WRITES = re.compile(
     r"\.write_(text|bytes)\(|open\([^)]*[\"'][wax]|\.savefig\(|\bsave_file\(|\.save_pretrained\(|torch\.save\("
 )
-EXCUSED = {
-    "petals_tune/train/quiet.py": "the null device",
-    "petals_tune/net/members.py": "a private file, which nobody else may read from its first byte on, then renamed",
-}
+EXCUSED = {"petals_tune/train/quiet.py": "the null device"}
+# What gives a written file its name. A download is resumed by any process, and its SHA-256 says whether it is whole.
+RENAMES = re.compile(r"partial\w*\.(replace|rename)\(|os\.(replace|rename)\(|mkstemp|NamedTemporaryFile")
+RENAMING = {"petals_tune/files.py", "petals_tune/model/download.py"}
 
 
-def test_nothing_is_written_under_its_own_name():
+def lines_with(pattern: re.Pattern[str]) -> list[tuple[str, str]]:
+    """(file, line) of our sources."""
     root = Path(__file__).parent.parent
-    lines = [
+    return [
         (str(path.relative_to(root)), line)
         for package in ("petals_tune", "servers")
         for path in sorted((root / package).rglob("*.py"))
         for line in path.read_text().splitlines()
-        if WRITES.search(line) and not line.lstrip().startswith('"')
+        if pattern.search(line) and not line.lstrip().startswith('"')
     ]
+
+
+def test_nothing_is_written_under_its_own_name():
+    lines = lines_with(WRITES)
     assert len(lines) > 8
     assert [each for each in lines if "partial" not in each[1] and each[0] not in EXCUSED] == []
+
+
+def test_whole_files_are_written_in_one_way():
+    assert {file for file, _ in lines_with(RENAMES)} == RENAMING

@@ -19,8 +19,8 @@ from petals_tune.model.families import (
     Family,
     empty_the_rest,
     family_of,
-    hollow_base_model,
     load_part,
+    placeholder_model,
     trimmed_class,
     trimmed_config,
 )
@@ -79,7 +79,7 @@ def made_up_block(checkpoint: Checkpoint, *, quantization: str, dtype: torch.dty
     span = BlockSpan(0, 1)
     made_up = {
         f"{parts.family.blocks}.0.{name}": _MadeUp(shape=parameter.shape, dtype=dtype)
-        for name, parameter in parts.hollow_block(0).named_parameters()
+        for name, parameter in parts.placeholder_block(0).named_parameters()
     }
     model = _built(parts, 0, made_up, quantization, dtype, device)[0]
     return _around([parts.family.blocks_of(model)[0]], parts, span, dtype, device)
@@ -101,23 +101,23 @@ class Parts:
     """A checkpoint taken apart: which tensors belong to which block."""
 
     checkpoint: Checkpoint
-    hollow: PreTrainedModel  # all modules of the base model, none of its memory
+    placeholder: PreTrainedModel  # all modules of the base model, none of its memory
     family: Family
     names: dict[int, dict[str, str]]  # block -> name in the checkpoint -> name inside the block
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Parts:
-        hollow = hollow_base_model(checkpoint.config)
-        family = family_of(hollow)
+        placeholder = placeholder_model(checkpoint.config)
+        family = family_of(placeholder)
         names: dict[int, dict[str, str]] = {block: {} for block in range(family.total_blocks)}
         for name in checkpoint.tensor_names:
             block, inside = family.block_index(name), family.inside(name)
             if block is not None and inside is not None:
                 names[block][name] = inside
-        return cls(checkpoint=checkpoint, hollow=hollow, family=family, names=names)
+        return cls(checkpoint=checkpoint, placeholder=placeholder, family=family, names=names)
 
-    def hollow_block(self, block: int) -> nn.Module:
-        return self.family.blocks_of(self.hollow)[block]
+    def placeholder_block(self, block: int) -> nn.Module:
+        return self.family.blocks_of(self.placeholder)[block]
 
 
 def _load_block(
@@ -130,7 +130,7 @@ def _load_block(
         model, _ = _built(parts, block, inside, quantization, dtype, device, is_quantized=True)
         return parts.family.blocks_of(model)[0]
     tensors = parts.checkpoint.stored(renamed, dtype)
-    shapes = {name: tuple(parameter.shape) for name, parameter in parts.hollow_block(block).named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in parts.placeholder_block(block).named_parameters()}
     for name, tensor in tensors.items():
         wanted = shapes.get(renamed[name], tensor.shape)
         if tensor.shape != wanted:
@@ -166,12 +166,12 @@ def _built(
     is_quantized: bool = False,
 ) -> tuple[PreTrainedModel, list[str]]:
     """(the library's base model with `block` alone, the names of its tensors that `state` lacks)."""
-    config = trimmed_config(parts.hollow)
+    config = trimmed_config(parts.placeholder)
     how = _quantization_config(quantization, dtype)
     if is_quantized and how is not None:
         config.quantization_config, how = how.to_dict(), None  # as in a checkpoint that was saved quantized
     model, loading = load_part(
-        trimmed_class(parts.hollow, parts.family, BlockSpan(block, block + 1)),
+        trimmed_class(parts.placeholder, parts.family, BlockSpan(block, block + 1)),
         config,
         state,
         dtype=dtype,
@@ -185,9 +185,9 @@ def _around(
     blocks: Sequence[nn.Module], parts: Parts, span: BlockSpan, dtype: torch.dtype, device: str
 ) -> TrimmedModel:
     """The library's base model with `blocks` for its own; they keep their numbers, which some families compute with."""
-    config = trimmed_config(parts.hollow)
+    config = trimmed_config(parts.placeholder)
     config.num_hidden_layers = 0  # made without blocks: masks, rotary tables of each layer type, the loop
-    model, _ = load_part(type(parts.hollow), config, {}, dtype=dtype, device_map=device)
+    model, _ = load_part(type(parts.placeholder), config, {}, dtype=dtype, device_map=device)
     model.config.num_hidden_layers = len(span)
     if getattr(model.config, "layer_types", None) is not None:
         model.config.layer_types = list(model.config.layer_types[span.start : span.stop])  # read as the loop goes

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from petals_tune.errors import ConfigError
+from petals_tune.files import replacing
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.disk import DiskCache
 
@@ -52,17 +51,13 @@ class QuantizedBlocks:
     def put(self, block: int, names: Sequence[str], state: dict[str, torch.Tensor]) -> None:
         """Keep the state of `block`. A disk that is full or read-only costs the next start some time, no more."""
         path = self._path(block, names)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         size_bytes = sum(tensor.nbytes for tensor in state.values())
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with self.disk.room_for(size_bytes, f"block {block}"):
+            with self.disk.room_for(size_bytes, f"block {block}"), replacing(path, shared=True) as partial:
                 save_file(state, partial, metadata={"source": self.checkpoint.source, "block": str(block)})
-                partial.rename(path)
         except (ConfigError, SafetensorError, OSError) as error:
             logger.warning("block %d is not kept for the next start: %s", block, error)
-            with suppress(OSError):
-                partial.unlink()
 
     def _path(self, block: int, names: Sequence[str]) -> Path:
         libraries = [version("bitsandbytes"), version("transformers")]

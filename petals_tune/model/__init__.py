@@ -1,1 +1,1 @@
-"""The model on disk: checkpoints, families, downloads, conversion."""
+"""The model on disk: checkpoints, downloads, conversion, and how to split a model into blocks."""

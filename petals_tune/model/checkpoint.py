@@ -1,4 +1,4 @@
-"""A checkpoint in Hugging Face format, in a local folder or on a hub: read only the tensors that are asked for."""
+"""Checkpoints in Hugging Face format, in a local folder or on a hub: only the tensors that are asked for are read."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """A tensor in a file. Indexing it, with `...` for all of it, reads it; a floating one as `dtype`.
+    """A tensor in a file. Indexing reads it, with `...` all of it; a floating one as `dtype`.
 
-    transformers takes a state dict of these, and reads each when its turn comes.
+    transformers accepts a state dict of these and reads each one when it needs it.
     """
 
     path: Path
@@ -41,16 +41,16 @@ class StoredTensor:
     dtype: torch.dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        with _opened(self.path) as opened:  # not kept open: what was read of a file that is mapped counts as memory
+        with _opened(self.path) as opened:  # not kept open: pages read from a mapped file count as memory
             tensor = opened.get_tensor(self.name)[index]
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`source` is a folder with config.json and safetensors files, or the name of a model on a hub.
+    """A model: `source` is a folder with config.json and safetensors files, or the name of a model on a hub.
 
-    What a hub gives is kept in `disk`, or in the library's own cache where there is none.
+    Files from a hub are kept in `disk`; None: in huggingface_hub's own cache.
     """
 
     source: str
@@ -58,25 +58,34 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Raises UnsupportedModel where there is none, HubUnreachable where there may be one later."""
+        """The parsed config.json. Raises UnsupportedModel where there is none, HubUnreachable where the hub is down."""
         if _is_path(self.source) and not Path(self.source).is_dir():
             raise UnsupportedModel(
                 f"model.source={self.source}: there is no such folder; give one with config.json and safetensors "
-                "files, or the name of a model on the hub"
+                "files, or the name of a model on the hub",
+                source=self.source,
+            )
+        if Path(self.source).is_dir() and not Path(self.source, "config.json").is_file():
+            raise UnsupportedModel(
+                f"model.source={self.source}: the folder has no config.json; save the model with "
+                "model.save_pretrained(folder), or convert a GGUF file with: "
+                "python -m petals_tune.model.convert FILE.gguf FOLDER",
+                source=self.source,
+                file="config.json",
             )
         what = f"model.source={self.source!r} is neither a folder with a config.json nor a model that the hub gave"
-        with _explained(what):
+        with self._errors_explained(what, "config.json"):
             return AutoConfig.from_pretrained(self._config_folder)
 
     @cached_property
     def revision(self) -> str:
-        """The commit on the hub; "" for a local folder. All files are of this one."""
-        _ = self.config  # an error that says what is wrong with the source
+        """The commit on the hub, of which all files are; "" for a local folder."""
+        _ = self.config  # raises the right error where the source is wrong
         return "" if Path(self.source).is_dir() else self._config_folder.name
 
     @cached_property
     def _config_folder(self) -> Path:
-        """Where config.json is; of a hub's model, the folder is called like the commit."""
+        """The folder with config.json; for a model from a hub its name is the commit."""
         if Path(self.source).is_dir():
             return Path(self.source)
         try:
@@ -84,17 +93,19 @@ class Checkpoint:
             assert found is not None  # it raises where there is none
             return Path(found).parent
         except OSError:
-            here = try_to_load_from_cache(self.source, "config.json")  # the library's, when there is no network
+            here = try_to_load_from_cache(
+                self.source, "config.json"
+            )  # in the library's own cache, where there is no network
             if not isinstance(here, str):
                 raise
             return Path(here).parent
 
     @cached_property
     def digest(self) -> str:
-        """Names the model: `records.same_model` of all servers and clients of a swarm.
+        """A name for the content of the model: `records.same_model` is true for all peers of a swarm.
 
-        Of the architecture's part of config.json and the names of its tensors; where a hub tells the SHA-256 sums of
-        the weights, a dot follows and a digest of those.
+        SHA-256 of config.json, less what does not belong to the architecture, and of the tensors' names. Where the hub
+        lists the SHA-256 sums of the weights, a dot and the digest of those follow.
         """
         config = self.config.to_diff_dict()
         for local in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"):
@@ -108,18 +119,18 @@ class Checkpoint:
         return list(self._files)
 
     def file_of(self, name: str) -> str:
-        """The name of the file that holds the tensor `name`."""
+        """Return the name of the file that holds the tensor `name`."""
         return self._files[name]
 
     def state_of(self, names: Iterable[str]) -> list[Any]:
-        """What changes when the values of these tensors do. Reads and downloads none of them."""
+        """Return values that change when these tensors do: to name caches of them. Reads and downloads no tensor."""
         if self.revision:
             return [self.source, self.revision]
         paths = [self._path(file).resolve() for file in sorted({self._files[name] for name in names})]
         return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
     def stored(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, StoredTensor]:
-        """These tensors, to be read one by one. Opens only the files that hold them."""
+        """Return these tensors, to be read one by one. Opens only the files that hold them."""
         by_file: dict[str, list[str]] = {}
         for name in names:
             by_file.setdefault(self._files[name], []).append(name)
@@ -133,30 +144,33 @@ class Checkpoint:
         return tensors
 
     def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """These tensors; floating ones as `dtype`."""
+        """Read these tensors; floating ones as `dtype`."""
         return {name: tensor[...] for name, tensor in self.stored(names, dtype).items()}
 
     @cached_property
     def _files(self) -> dict[str, str]:
-        """tensor name -> file name."""
+        """Tensor name -> file name. Raises UnsupportedModel, HubUnreachable."""
         index = self._find(_INDEX)
         if index is not None:
             try:
                 return dict(json.loads(index.read_text())["weight_map"])
             except (ValueError, KeyError):
-                raise UnsupportedModel(f"{index} is damaged: it is not an index of tensors") from None
+                text = f"{index} is damaged: it is not an index of tensors"
+                raise UnsupportedModel(text, source=self.source, file=_INDEX) from None
         single = self._find(_SINGLE)
         if single is None:
             raise UnsupportedModel(
                 f"model.source={self.source!r} has neither {_SINGLE} nor {_INDEX}; "
                 "save it with model.save_pretrained(folder), or convert a GGUF file with: "
-                "python -m petals_tune.model.convert FILE.gguf FOLDER"
+                "python -m petals_tune.model.convert FILE.gguf FOLDER",
+                source=self.source,
+                file=_SINGLE,
             )
         try:
             with safe_open(single, framework="pt") as opened:
                 return dict.fromkeys(opened.keys(), _SINGLE)
         except SafetensorError as error:
-            raise UnsupportedModel(f"{single} is damaged: {error}") from None
+            raise UnsupportedModel(f"{single} is damaged: {error}", source=self.source, file=_SINGLE) from None
 
     @property
     def _place(self) -> dict[str, str]:
@@ -165,7 +179,8 @@ class Checkpoint:
     def _path(self, file: str) -> Path:
         path = self._find(file)
         if path is None:
-            raise UnsupportedModel(f"model.source={self.source!r} lacks the file {file} that its index names")
+            text = f"model.source={self.source!r} lacks the file {file} that its index names"
+            raise UnsupportedModel(text, source=self.source, file=file)
         return path
 
     def _find(self, file: str) -> Path | None:
@@ -173,17 +188,17 @@ class Checkpoint:
             path = Path(self.source) / file
             return path if path.is_file() else None
         revision = self.revision or None
-        for place in (self._place, {}):  # what the library's cache has need not come again
+        for place in (self._place, {}):  # the library's own cache may have it
             here = try_to_load_from_cache(self.source, file, revision=revision, **place)
             if isinstance(here, str):
                 if self.disk is not None:
                     self.disk.used(Path(here).resolve())
                 return Path(here)
-        with _explained(f"model.source={self.source!r}: {file} did not come"):
+        with self._errors_explained(f"model.source={self.source!r}: {file} was not downloaded", file):
             return self._downloaded(file, revision)
 
     def _downloaded(self, file: str, revision: str | None) -> Path | None:
-        """Ask the hub. A download goes on where it was cut, or where a process was killed; a wrong file is not kept."""
+        """Download `file`, resuming what an earlier process began; None where the hub has none. Checks the weights."""
         blob = None
         room: AbstractContextManager[None] = nullcontext()
         if file.endswith(".safetensors"):
@@ -192,17 +207,31 @@ class Checkpoint:
             room = self.disk.room_for(blob.size_bytes, f"{self.source}: {file}", begun=blob.partial)
         with room:
             is_right = blob is not None and blob.fetch()
-            found = cached_file(  # links what is there, and gets what is not
+            found = cached_file(  # links a file that is there, and downloads one that is not
                 self.source, file, revision=revision, _raise_exceptions_for_missing_entries=False, **self._place
             )
         if found is None:
             return None
         if not is_right:
-            check(Path(found).resolve(), f"{file} of {self.source}")
+            check(Path(found).resolve(), source=self.source, file=file)
         return Path(found)
 
+    @contextmanager
+    def _errors_explained(self, what: str, file: str) -> Iterator[None]:
+        """Turn the library's errors into HubUnreachable where a later try may succeed, else into UnsupportedModel."""
+        try:
+            yield
+        except PetalsTuneError:
+            raise
+        except (OSError, ValueError, HTTPError) as error:
+            text = f"{what}: {_first_line(error)}"
+            if _may_pass(error):
+                text += "\n  try again when the hub can be reached: what was downloaded is kept"
+                raise HubUnreachable(text, source=self.source, file=file) from None
+            raise UnsupportedModel(text, source=self.source, file=file) from None
+
     def _sums_of_weights(self) -> list[str]:
-        """The SHA-256 of each file of weights, in order; none where the hub does not tell all of them."""
+        """The SHA-256 of each file of weights, in order; empty where the hub does not list all of them."""
         if not self.revision:
             return []
         try:
@@ -220,31 +249,16 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as opened:
             yield opened
     except (SafetensorError, OSError) as error:
-        raise UnsupportedModel(f"{path} is damaged or does not fit its index: {error}") from None
+        raise UnsupportedModel(f"{path} is damaged or does not fit its index: {error}", file=path.name) from None
 
 
 def _is_path(source: str) -> bool:
-    """Rather than the name of a model on a hub, which is NAME or OWNER/NAME."""
+    """Whether `source` is a path, and not the name of a model on a hub, which is NAME or OWNER/NAME."""
     return source.startswith(("/", ".", "~")) or source.endswith("/") or source.count("/") > 1
 
 
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """What the library could not get or read: HubUnreachable where a later moment may do, else UnsupportedModel."""
-    try:
-        yield
-    except PetalsTuneError:
-        raise
-    except (OSError, ValueError, HTTPError) as error:
-        if _may_pass(error):
-            raise HubUnreachable(
-                f"{what}: {_first_line(error)}\n  try again when the hub can be reached: what has come is kept"
-            ) from None
-        raise UnsupportedModel(f"{what}: {_first_line(error)}") from None
-
-
 def _may_pass(error: BaseException | None) -> bool:
-    """Whether the network, or the hub itself, stands behind an error."""
+    """Whether the network or the hub itself caused an error, so that a later try may succeed."""
     while error is not None:
         if isinstance(error, TransportError) or (
             isinstance(error, HfHubHTTPError) and error.response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR

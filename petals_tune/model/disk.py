@@ -1,4 +1,4 @@
-"""A folder of files that can be had again, inside a budget of bytes: downloads and quantized blocks."""
+"""Disk cache with a budget of bytes: downloads and quantized blocks, which can be made again."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from petals_tune.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class DiskCache:
-    """`folder` with the hub's files and quantized blocks. With a budget, the least recently used ones go first.
+    """A folder with files of the hub and quantized blocks; the least recently used ones are deleted for new ones.
 
-    Servers that share the folder take turns at adding files, so that together they stay inside the budget too. A file
-    that goes while somebody reads it stays readable for them: they have it open.
+    Servers that share the folder add files one at a time, so that together they stay inside the budget too. A server
+    that has a deleted file open can go on reading it.
     """
 
     folder: Path
@@ -27,7 +27,7 @@ class DiskCache:
 
     @property
     def hub(self) -> Path:
-        """In the layout of huggingface_hub."""
+        """The folder of downloads, in the layout of huggingface_hub."""
         return self.folder / "hub"
 
     @property
@@ -35,15 +35,15 @@ class DiskCache:
         return self.folder / "quantized"
 
     def used(self, path: Path) -> None:
-        """Note that `path` is in use now. File systems that note it themselves do so once a day."""
+        """Record that `path` is in use now, in its access time: file systems update that once a day at most."""
         with suppress(FileNotFoundError):
             os.utime(path, (time.time(), path.stat().st_mtime))
 
     @contextmanager
     def room_for(self, size_bytes: int, what: str, *, begun: Path | None = None) -> Iterator[None]:
-        """Meanwhile a file of `size_bytes` may be added, or what the file `begun` lacks of it.
+        """Make room for a file of `size_bytes`, less what the partial file `begun` has, to be added inside the block.
 
-        Raises ConfigError where `what` is larger than the whole budget.
+        Raises ConfigError where the file, which the error calls `what`, is larger than the whole budget.
         """
         if self.max_bytes is None:
             yield
@@ -51,7 +51,9 @@ class DiskCache:
         if size_bytes > self.max_bytes:
             raise ConfigError(
                 f"{what} takes {size_bytes / 2**30:.2f} GB, and max_disk_gb={self.max_bytes / 2**30:g} is all that "
-                f"may be kept in {self.folder}: allow more, with max_disk_gb={size_bytes / 2**30 + 1:.0f}"
+                f"may be kept in {self.folder}: allow more, with max_disk_gb={size_bytes / 2**30 + 1:.0f}",
+                key="max_disk_gb",
+                seen=self.max_bytes / 2**30,
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / "budget.lock"):
@@ -73,7 +75,7 @@ class DiskCache:
             taken_bytes -= status.st_size
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """What takes room: whole files and the beginnings of others. Not locks, which somebody may hold."""
+        """Yield all files and partial files; no locks, which a process may hold."""
         for folder in (self.hub, self.quantized):
             for path in folder.rglob("*"):
                 with suppress(FileNotFoundError):  # another process has deleted or renamed it meanwhile

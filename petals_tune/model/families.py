@@ -1,7 +1,7 @@
-"""How to take a model of any decoder family apart: what a client keeps, and what a server of blocks a:b builds.
+"""Splitting of decoder models of any family: what a client loads, and what a server of blocks a:b loads.
 
-There is no table of families: what differs between them is found from the structure of the model itself. What could
-not be found right is seen by the self-test (`remote/selftest.py`), before anything is trained.
+There is no table of families: what differs between them is derived from the structure of the model. Where that is
+derived wrongly, the self-test (`remote/selftest.py`) fails before anything is trained.
 """
 
 from __future__ import annotations
@@ -19,80 +19,83 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from petals_tune.errors import UnsupportedModel
 from petals_tune.wire.span import BlockSpan
 
-# Kinds of blocks, as configs name them, whose cache is keys and values.
+# The values of `layer_types` whose cache is keys and values.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
-# Widths of attention that looks back a fixed number of positions.
+# Config keys of attention to a fixed number of positions back.
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 
-# What base models do to `inputs_embeds` by a number of their config: the client has done it already.
+# Config keys of factors on `inputs_embeds`: the client applies them, and servers must not.
 _ENTRY_FACTORS = ("embedding_multiplier",)
 
-
-# Who in the library says what is missing from a model, and which of its plans find nothing to do.
+# Loggers of transformers that warn about missing weights and unused plans.
 _REPORTS = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Where the blocks of one architecture are. The owner is the module whose forward loops over them."""
+    """Where the blocks of one architecture are, in its modules and in the names of its tensors."""
 
     blocks: str  # path of the block list inside the base model, such as "layers" or "decoder.layers"
     total_blocks: int
-    prefix: str  # of the base model inside a model with a head, such as "model"
-    windowed: bool  # some block looks back a fixed number of positions only
+    prefix: str  # path of the base model inside a model with a head, such as "model"
+    windowed: bool  # some block attends to a fixed number of positions only
 
     def owner(self, base: nn.Module) -> Any:
+        """Return the module whose forward loops over the blocks."""
         return base.get_submodule(self.blocks.rpartition(".")[0])
 
     def blocks_of(self, base: nn.Module) -> nn.ModuleList:
-        return base.get_submodule(self.blocks)  # type: ignore[return-value]  # the table says so
+        return base.get_submodule(self.blocks)  # type: ignore[return-value]  # `family_of` found a ModuleList there
 
     def put_blocks(self, base: nn.Module, blocks: nn.ModuleList) -> None:
         setattr(self.owner(base), self.blocks.rpartition(".")[2], blocks)
 
     def block_index(self, tensor_name: str) -> int | None:
-        """The block that a tensor of a checkpoint belongs to; None for those outside the blocks."""
+        """Return the number of the block that a tensor of a checkpoint belongs to; None outside the blocks."""
         path = self._path(tensor_name)
         return None if path is None else int(path.split(".", 1)[0])
 
     def inside(self, tensor_name: str) -> str | None:
-        """The name of a tensor inside its block, such as "mlp.weight"; None for those outside the blocks."""
+        """Return the name of a tensor inside its block, such as "mlp.weight"; None outside the blocks."""
         path = self._path(tensor_name)
         return None if path is None else path.split(".", 1)[1]
 
     def _path(self, tensor_name: str) -> str | None:
-        """Inside the block list, such as "3.mlp.weight". Checkpoints have names with and without the prefix."""
+        """Return the path inside the block list, such as "3.mlp.weight". Checkpoints may omit the prefix."""
         name = tensor_name.removeprefix(f"{self.prefix}.")
         path = name.removeprefix(f"{self.blocks}.")
         return None if path == name else path
 
 
-def hollow_base_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The base model of `config` on the meta device: all its modules, none of its memory."""
+def placeholder_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Build the base model of `config` on the meta device: all its modules with placeholder weights, no memory."""
     try:
         with torch.device("meta"):
-            return AutoModel.from_config(copy.deepcopy(config))  # the library writes into it
+            return AutoModel.from_config(copy.deepcopy(config))  # transformers writes into it
     except ValueError as error:
-        raise UnsupportedModel(f"transformers knows no model for model_type={config.model_type!r}: {error}") from None
+        text = f"transformers knows no model for model_type={config.model_type!r}: {error}"
+        raise UnsupportedModel(text, model_type=config.model_type) from None
 
 
 def family_of(base: PreTrainedModel) -> Family:
-    """Find the block list of a base model: the one list as long as the number of blocks that the config states.
+    """Find the block list of a base model: the only list whose length is `num_hidden_layers`.
 
-    Raises UnsupportedModel, with the reason, for what is no decoder of blocks that can be run one by one.
+    Raises UnsupportedModel for a model that is no decoder of blocks which can be run one by one.
     """
     config = base.config
     what = f"model_type={config.model_type!r}"
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(
-            f"{what} is an encoder and a decoder; decoders alone can be split, such as BLOOM or Llama"
+            f"{what} is an encoder and a decoder; decoders alone can be split, such as BLOOM or Llama",
+            model_type=config.model_type,
         )
     kinds = set(getattr(config, "layer_types", None) or [])
     if getattr(base, "_is_stateful", False) or not kinds <= _ATTENTION:
         raise UnsupportedModel(
             f"{what} has blocks with a state of their own ({', '.join(sorted(kinds - _ATTENTION)) or 'recurrent'}); "
-            "servers keep the keys and values of attention alone"
+            "servers keep the keys and values of attention alone",
+            model_type=config.model_type,
         )
     total: int = getattr(config, "num_hidden_layers", 0)
     lists = [
@@ -102,7 +105,8 @@ def family_of(base: PreTrainedModel) -> Family:
     if len(lists) != 1:
         raise UnsupportedModel(
             f"{what} has {len(lists)} lists of {total} blocks; "
-            "a decoder with exactly one can be split, such as BLOOM, Llama, Mistral or Qwen"
+            "a decoder with exactly one can be split, such as BLOOM, Llama, Mistral or Qwen",
+            model_type=config.model_type,
         )
     return Family(
         blocks=lists[0],
@@ -115,9 +119,9 @@ def family_of(base: PreTrainedModel) -> Family:
 def load_part(
     model_class: Any, config: PretrainedConfig, tensors: Mapping[str, Any], **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """`model_class.from_pretrained` of tensors, in memory or to be read by `[...]`: (model, what was missing).
+    """Load a model from tensors, in memory or to be read by `[...]`; return it and transformers' loading report.
 
-    The library would report all that a part lacks.
+    Warnings about what the tensors lack are off: a part of a model lacks most of it.
     """
     reports = [logging.getLogger(name) for name in _REPORTS]
     levels = [logger.level for logger in reports]
@@ -133,23 +137,23 @@ def load_part(
 def without_blocks(
     model_class: type[PreTrainedModel], config: PretrainedConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The client's part, loaded by the library as a model of no blocks: rotary tables are real, heads stay tied.
+    """Load the client's part, as a model without blocks: rotary tables are computed, heads stay tied.
 
-    What `tensors` hold is frozen; what they lack, such as a new classification head, starts at random, trainable.
+    Parameters in `tensors` are frozen; others, such as a new classification head, are initialized and trainable.
     """
     zero = copy.deepcopy(config)
     zero.num_hidden_layers = 0
     if hasattr(zero, "layerdrop"):
-        zero.layerdrop = 0.0  # servers drop single blocks; here all of them are one
+        zero.layerdrop = 0.0  # servers drop single blocks; the loop here would drop all of them at once
     model, loading = load_part(model_class, zero, tensors, dtype=dtype)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in loading["missing_keys"])
     return model.eval()
 
 
-def trimmed_config(hollow: PreTrainedModel) -> PretrainedConfig:
-    """For `trimmed_class`: the config of `hollow` without a vocabulary, and no caches of the library's own."""
-    trimmed = copy.deepcopy(hollow.config)  # with what its blocks wrote into it
+def trimmed_config(placeholder: PreTrainedModel) -> PretrainedConfig:
+    """Copy the config of `placeholder` for `trimmed_class`: with no vocabulary, and no caches of transformers."""
+    trimmed = copy.deepcopy(placeholder.config)  # its blocks have written into it
     trimmed.vocab_size = 1
     trimmed.pad_token_id = None
     trimmed.use_cache = False
@@ -159,13 +163,13 @@ def trimmed_config(hollow: PreTrainedModel) -> PretrainedConfig:
     return trimmed
 
 
-def trimmed_class(hollow: PreTrainedModel, family: Family, span: BlockSpan) -> type[PreTrainedModel]:
-    """The class of `hollow` with its blocks `span` alone, listed from 0; to be loaded with a `trimmed_config`.
+def trimmed_class(placeholder: PreTrainedModel, family: Family, span: BlockSpan) -> type[PreTrainedModel]:
+    """Derive a class from that of `placeholder`, with the blocks `span` alone, to be loaded with a `trimmed_config`.
 
-    The blocks are those of `hollow`: what a block is depends on its number in some families (experts or not, sliding or
-    full attention), and in one on how many there are.
+    The blocks are copied from `placeholder`: in some families a block's structure depends on its number (experts or
+    not, sliding or full attention), and in one on the number of blocks.
     """
-    model_class: Any = type(hollow)
+    model_class: Any = type(placeholder)
 
     class Trimmed(model_class):
         def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
@@ -173,30 +177,32 @@ def trimmed_class(hollow: PreTrainedModel, family: Family, span: BlockSpan) -> t
             super().__init__(config, *args, **kwargs)
             config.num_hidden_layers = len(span)
             if getattr(config, "layer_types", None) is not None:
-                config.layer_types = list(config.layer_types[span.start : span.stop])  # read as the loop goes
-            blocks = list(family.blocks_of(hollow))[span.start : span.stop]
-            kept = copy.deepcopy(nn.ModuleList(blocks), {id(hollow.config): config})
+                config.layer_types = list(
+                    config.layer_types[span.start : span.stop]
+                )  # the loop over the blocks reads it by position
+            blocks = list(family.blocks_of(placeholder))[span.start : span.stop]
+            kept = copy.deepcopy(nn.ModuleList(blocks), {id(placeholder.config): config})
             for parameter in kept.parameters():
-                if parameter.is_floating_point():  # the library sets the default while it loads
+                if parameter.is_floating_point():  # transformers sets the default while it loads
                     parameter.data = parameter.data.to(torch.get_default_dtype())
             family.put_blocks(self, kept)
 
-    # By these the library finds how a checkpoint's experts are fused.
+    # transformers finds by these names how a checkpoint's experts are fused.
     Trimmed.__name__, Trimmed.__module__ = model_class.__name__, model_class.__module__
     return Trimmed
 
 
-class _Nothing(nn.Module):
-    """Stands where position embeddings were: the client has added them."""
+class _Zero(nn.Module):
+    """Replaces the position embedding with zeros: the client has already added it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return torch.zeros(())
 
 
 def empty_the_rest(model: PreTrainedModel, family: Family) -> None:
-    """What the base model does before and after its blocks belongs to the client: make it do nothing here.
+    """Replace all modules before and after the blocks by ones that do nothing: the client runs them.
 
-    Rotary tables stay: they are computed from positions. Token embeddings stay unused, with one row.
+    Rotary tables stay, since they are computed from positions. Token embeddings stay, unused, with one row.
     """
     owner = family.owner(model)
     blocks, tokens = family.blocks_of(model), model.get_input_embeddings()
@@ -205,4 +211,4 @@ def empty_the_rest(model: PreTrainedModel, family: Family) -> None:
         if child is blocks or child is tokens or any("Rotary" in kind for kind in kinds):
             continue
         adds_positions = isinstance(child, nn.Embedding) or "Position" in kinds[0]
-        setattr(owner, name, _Nothing() if adds_positions else nn.Identity())
+        setattr(owner, name, _Zero() if adds_positions else nn.Identity())

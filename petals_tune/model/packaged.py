@@ -1,13 +1,13 @@
-"""Files inside installed packages that are read as data and never imported."""
+"""Data files inside installed packages, which are not imported."""
 
 from importlib.util import find_spec
 from pathlib import Path
 
 
 def installed_file(package: str, name: str) -> Path | None:
-    """The path of the file `name` in the import package `package`; None where either is absent.
+    """Return the path of the file `name` in the import package `package`; None where either is absent.
 
-    Nothing of the package runs: some need dependencies that nobody here uses, and only their files are of interest.
+    The package is not imported: some need dependencies that this project does not use.
     """
     spec = find_spec(package)
     folders = (spec.submodule_search_locations or ()) if spec else ()

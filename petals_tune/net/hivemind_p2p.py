@@ -23,7 +23,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from hivemind.utils.multiaddr.exceptions import Error as MultiaddrError
 
 from petals_tune.errors import ClockSkew, ConfigError, ConnectionLost, PetalsTuneError, ServerUnreachable
-from petals_tune.net.members import write_private
+from petals_tune.files import write_bytes
 from petals_tune.net.transport import Connection, Serve
 from petals_tune.wire.signing import SigningKey, identity_bytes
 
@@ -72,7 +72,7 @@ class HivemindTransport:
             identity_path = None
             if identity is not None:
                 identity_path = Path(folder, "identity")
-                write_private(identity_path, identity_bytes(identity))
+                write_bytes(identity_path, identity_bytes(identity), private=True, shared=True)
             try:
                 # petals_tune/net/circuit_relay.py says why one that relays has a single Go thread.
                 with _one_go_thread() if relays else nullcontext(), hivemind_errors():

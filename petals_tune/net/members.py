@@ -1,4 +1,4 @@
-"""Identity of this process and membership in a private swarm, loaded from key and token files."""
+"""Identity and membership in a private swarm, loaded from key and token files."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from petals_tune.errors import AccessDenied, ConfigError, ProtocolError
+from petals_tune.errors import AccessDenied, ConfigError
+from petals_tune.files import write_bytes
 from petals_tune.wire.signing import SigningKey, identity_bytes, identity_from
 from petals_tune.wire.tokens import (
     Token,
     check,
-    decode_token,
-    encode_token,
     issue,
     key_from,
     looks_like_a_key,
     token_from,
+    verify,
 )
 
 REVOKED_READ_S = 1.0  # how often the list of revoked names is checked for changes
@@ -48,7 +48,7 @@ class Members:
     def with_token(cls, token_path: str | Path, identity: SigningKey) -> Members:
         """A member that checks others by its own token. Raises AccessDenied where that is no (longer) good one."""
         token = _read(token_path, "swarm.token", token_from)
-        check(token, swarm=token.swarm, peer=identity.peer, now_s=time.time())
+        check(token, peer=identity.peer, now_s=time.time())
         return cls(token.swarm, identity, lambda _: token)
 
     @classmethod
@@ -71,36 +71,36 @@ class Members:
             return cls(key.public, identity, _self_issued(key, identity.peer), revoked=revoked)
         if token_path is None:
             raise ConfigError(
-                f"swarm.key={key_path} is the public key, which issues nothing: this server needs a token of its own, "
-                f"swarm.token=FILE\n  the swarm's owner makes it:  python -m servers.keys issue --name NAME --hosts "
-                f"--peer {identity.peer}"
+                f"swarm.key={key_path} is the public key, which cannot sign tokens: this server needs a token of its "
+                "own, swarm.token=FILE\n  the swarm's owner makes it:  "
+                f"python -m servers.keys issue --name NAME --hosts --peer {identity.peer}",
+                key="swarm.token",
             )
-        token = _read(token_path, "swarm.token", token_from)
-        check(token, swarm=key, peer=identity.peer, now_s=time.time(), hosts=True)
+        token = verify(_read(token_path, "swarm.token", token_from).encoded, swarm=key)
+        check(token, peer=identity.peer, now_s=time.time(), hosts=True)
         return cls(key, identity, lambda _: token, revoked=revoked)
 
     def own_token(self) -> bytes:
-        return encode_token(self._own_token(self._clock()))
+        return self._own_token(self._clock()).encoded
 
     def admit(self, token: bytes | None, peer: str | None = None, *, hosts: bool = False) -> Token:
-        """What is in `token`, if it is a good one. Raises AccessDenied.
+        """Verify a token and return it. Raises AccessDenied.
 
-        `peer` is the one who showed it; None where a signature will be checked against the peer in the token.
+        `peer` is the one who sent it; None where a signature will be checked against the peer in the token.
         """
         if not token:
-            raise AccessDenied("this swarm is private: ask its owner for a token, and give swarm.token=FILE")
-        try:
-            found = decode_token(token)
-        except ProtocolError as error:
-            raise AccessDenied(str(error)) from None
+            raise AccessDenied(
+                "this swarm is private: ask its owner for a token, and give swarm.token=FILE", reason="missing"
+            )
+        found = verify(token, swarm=self._swarm)
         peer = found.peer if peer is None else peer
-        check(found, swarm=self._swarm, peer=peer, now_s=self._clock(), revoked=self._names(), hosts=hosts)
+        check(found, peer=peer, now_s=self._clock(), revoked=self._names(), hosts=hosts)
         return found
 
     def check_still_in(self, token: Token) -> None:
         """Raises AccessDenied where a token that was good has expired, or its name was revoked meanwhile."""
         if self._clock() >= token.expires_s or token.name in self._names():
-            check(token, swarm=self._swarm, peer=token.peer, now_s=self._clock(), revoked=self._names())
+            check(token, peer=token.peer, now_s=self._clock(), revoked=self._names())
 
     def _names(self) -> frozenset[str]:
         return frozenset() if self._revoked is None else self._revoked.names()
@@ -176,14 +176,16 @@ def load_identity(path: str | Path, *, make: bool) -> SigningKey:
     path = Path(path)
     if make and not path.exists():
         key = SigningKey.new()
-        write_private(path, identity_bytes(key))
+        write_bytes(path, identity_bytes(key), key="identity_path", private=True, shared=True)
         return key
     try:
         return identity_from(path.read_bytes())
     except OSError as error:
-        raise ConfigError(f"identity_path={path} cannot be read: {error.strerror}") from None
+        raise ConfigError(
+            f"identity_path={path} cannot be read: {error.strerror}", key="identity_path", seen=str(path)
+        ) from None
     except ConfigError as error:
-        raise ConfigError(f"identity_path={path}: {error}") from None
+        raise ConfigError(f"identity_path={path}: {error}", key="identity_path", seen=str(path)) from None
 
 
 def identity_beside(token_path: str | Path, path: str | Path | None) -> SigningKey:
@@ -204,7 +206,8 @@ def of_this_rank(path: Path) -> Path:
         raise ConfigError(
             f"{own} is not there. Of several processes that train together each is a peer of its own, with a token and "
             f"an identity\n  the swarm's owner makes them:  python -m servers.keys issue --name {path.stem} "
-            f"--processes {os.environ.get('WORLD_SIZE', rank + 1)}"
+            f"--processes {os.environ.get('WORLD_SIZE', rank + 1)}",
+            seen=str(own),
         )
     return own
 
@@ -216,7 +219,7 @@ def read_text(path: str | Path, *, key: str) -> str:
         return Path(path).read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise ConfigError(f"{key}={path} cannot be read: {why}") from None
+        raise ConfigError(f"{key}={path} cannot be read: {why}", key=key, seen=str(path)) from None
 
 
 def _read(path: str | Path, key: str, parse: Callable[[str], T]) -> T:
@@ -225,28 +228,14 @@ def _read(path: str | Path, key: str, parse: Callable[[str], T]) -> T:
     try:
         return parse(text)
     except ConfigError as error:
-        raise ConfigError(f"{key}={path}: {error}") from None
+        raise ConfigError(f"{key}={path}: {error}", key=key, seen=str(path)) from None
 
 
 def refuse_keys(path: str | Path | None, *, key: str) -> None:
     """Raises ConfigError where a key itself stands in place of the name of its file; it is not repeated."""
     if looks_like_a_key(str(path)):
         raise ConfigError(
-            f"{key} is a key itself, where the name of its file is due. Others on this machine can read a command "
-            "line: write it to a file, and make a new key if it was secret"
+            f"{key} is a key itself, not the name of its file. Others on this machine can read a command "
+            "line: write it to a file, and make a new key if it was secret",
+            key=key,
         )
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """Write a file that its owner alone can read, whole or not at all. Raises ConfigError where it cannot be."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ConfigError(f"{path} cannot be written: {error.strerror}; its folder has to be there") from None

@@ -21,7 +21,8 @@ from petals_tune.net.members import Members
 from petals_tune.net.stats import SwarmStats
 from petals_tune.net.transport import Connection, Transport
 from petals_tune.wire import frames
-from petals_tune.wire.messages import PROTOCOL, Hello, Message, Ping, Refusal, Welcome, decode, encode
+from petals_tune.wire.codec import decode, encode
+from petals_tune.wire.messages import PROTOCOL, Hello, Message, Ping, Refusal, Welcome
 from petals_tune.wire.span import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class ServerStream:
                 reply.exception()  # where sending failed first, nobody awaits it, and asyncio would complain
         self._stats.answered(self.peer, time.monotonic() - asked_s)
         if isinstance(answer, Refusal):
-            raise answer.raised(self.peer)
+            raise answer.to_error(self.peer)
         return answer
 
     async def send(self, message: Message) -> None:

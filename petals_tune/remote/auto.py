@@ -18,13 +18,13 @@ from transformers.models.auto.modeling_auto import (
 
 from petals_tune.errors import ConfigError, UnsupportedModel
 from petals_tune.model.checkpoint import Checkpoint
-from petals_tune.model.families import family_of, hollow_base_model, without_blocks
+from petals_tune.model.families import family_of, placeholder_model, without_blocks
 from petals_tune.net.members import Members
 from petals_tune.remote.blocks import Backbone, graft
 from petals_tune.remote.generation import RemoteGeneration, with_whole_input
 from petals_tune.remote.prompted import check_tuning_mode, prompted
 from petals_tune.remote.selftest import self_test
-from petals_tune.remote.skeleton import hollow_out
+from petals_tune.remote.skeleton import fill_with_placeholders
 from petals_tune.swarm import loop
 from petals_tune.swarm.call import Calls
 from petals_tune.swarm.chain import Chain
@@ -91,8 +91,8 @@ class DistributedModel:
         config = _changed(checkpoint.config, config_changes)
         if not isinstance(config, cls.plain_class.config_class):
             raise UnsupportedModel(f"{cls.__name__} cannot load {source}: its model_type is {config.model_type!r}")
-        hollow = hollow_base_model(config)
-        family = family_of(hollow)
+        placeholder = placeholder_model(config)
+        family = family_of(placeholder)
         returns_tuple = self_test(cls.plain_class, config)
         client = loop.run(
             join_swarm(
@@ -106,8 +106,8 @@ class DistributedModel:
         try:
             outside = [name for name in checkpoint.tensor_names if family.block_index(name) is None]
             model: Any = without_blocks(cls.plain_class, config, checkpoint.read(outside, dtype), dtype)
-            skeleton = family.blocks_of(hollow)
-            hollow_out(skeleton, dtype)
+            skeleton = family.blocks_of(placeholder)
+            fill_with_placeholders(skeleton, dtype)
             formats = {"wire_format": wire_format, "grad_format": grad_format}
             checks = SpotChecks(client, share=verify, seed=torch.initial_seed(), **formats) if verify else None
             calls = Calls(client, hand_over="never" if verify else hand_over, observer=checks, **formats)

@@ -243,7 +243,7 @@ class RemoteBlocks(RemoteSpan):
 
 
 def graft(model: PreTrainedModel, family: Family, skeleton: nn.ModuleList, backbone: Backbone) -> RemoteBlocks:
-    """Put remote blocks into `model`, which was loaded without any, in place. `skeleton` is hollow."""
+    """Put remote blocks into `model`, which was loaded without any, in place. `skeleton` has placeholder weights."""
     base: Any = model.base_model
     blocks: Any = RemoteBlocks(skeleton.children(), backbone=backbone)
     family.put_blocks(base, blocks)

@@ -16,14 +16,14 @@ from petals_tune.model.families import (
     Family,
     empty_the_rest,
     family_of,
-    hollow_base_model,
     load_part,
+    placeholder_model,
     trimmed_class,
     trimmed_config,
     without_blocks,
 )
 from petals_tune.remote.blocks import Backbone, RemoteSpan, graft
-from petals_tune.remote.skeleton import hollow_out
+from petals_tune.remote.skeleton import fill_with_placeholders
 from petals_tune.wire.span import BlockSpan
 
 TOLERANCE = 1e-4  # of the largest value; float32, and what is wrong is wrong by much more
@@ -71,7 +71,7 @@ def _guarded(model_class: Any, config: PretrainedConfig) -> bool:
 
 def _tested(model_class: Any, config: PretrainedConfig) -> bool:
     small = tiny(config)
-    parameters = sum(parameter.numel() for parameter in hollow_base_model(small).parameters())
+    parameters = sum(parameter.numel() for parameter in placeholder_model(small).parameters())
     if parameters > _MOST_PARAMETERS:
         raise UnsupportedModel(
             f"model_type={config.model_type!r}: no small model of this architecture could be made to try it on; the "
@@ -153,7 +153,7 @@ def swapped_twin(plain: Any, config: PretrainedConfig, family: Family, *, return
     tensors = plain.state_dict()
     outside = {name: tensor for name, tensor in tensors.items() if family.block_index(name) is None}
     twin = without_blocks(type(plain), config, outside, torch.float32)
-    hollow = hollow_base_model(config)
+    placeholder = placeholder_model(config)
     middle = family.total_blocks // 2
     parts = []
     for span in (BlockSpan(0, middle), BlockSpan(middle, family.total_blocks)):
@@ -162,13 +162,15 @@ def swapped_twin(plain: Any, config: PretrainedConfig, family: Family, *, return
             for name, tensor in tensors.items()
             if (block := family.block_index(name)) is not None and block in span
         }
-        part, _ = load_part(trimmed_class(hollow, family, span), trimmed_config(hollow), found, dtype=torch.float32)
+        part, _ = load_part(
+            trimmed_class(placeholder, family, span), trimmed_config(placeholder), found, dtype=torch.float32
+        )
         empty_the_rest(part, family)
         parts.append((span, part))
     backbone = _LocalBackbone(chain=None, returns_tuple=returns_tuple)  # type: ignore[arg-type]  # it has no network
     backbone.parts = parts
-    skeleton = family.blocks_of(hollow)
-    hollow_out(skeleton, torch.float32)
+    skeleton = family.blocks_of(placeholder)
+    fill_with_placeholders(skeleton, torch.float32)
     graft(twin, family, skeleton, backbone)
     return twin
 

@@ -13,33 +13,35 @@ import torch
 from torch import nn
 
 
-def is_hollow(tensor: torch.Tensor) -> bool:
+def is_placeholder(tensor: torch.Tensor) -> bool:
     """Is this a weight without memory?"""
     return tensor.numel() > 1 and not any(tensor.stride())
 
 
-def hollow_out(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace all parameters and buffers of `module`, in place, by frozen hollow ones on the CPU."""
+def fill_with_placeholders(module: nn.Module, dtype: torch.dtype) -> None:
+    """Replace all parameters and buffers of `module`, in place, by frozen placeholder weights on the CPU."""
     for inner in module.modules():
         for name, parameter in inner.named_parameters(recurse=False):
-            hollow = torch.zeros((), dtype=dtype if parameter.is_floating_point() else parameter.dtype)
-            inner._parameters[name] = nn.Parameter(hollow.expand(parameter.shape), requires_grad=False)
+            placeholder = torch.zeros((), dtype=dtype if parameter.is_floating_point() else parameter.dtype)
+            inner._parameters[name] = nn.Parameter(placeholder.expand(parameter.shape), requires_grad=False)
         for name, buffer in inner.named_buffers(recurse=False):
             inner._buffers[name] = torch.zeros((), dtype=buffer.dtype).expand(buffer.shape)
 
 
 class Skeleton(nn.ModuleList):
-    """A list of hollow blocks. `.to()`, `.half()` and `state_dict()` see only what PEFT put there."""
+    """A list of blocks with placeholder weights. `.to()`, `.half()` and `state_dict()` see only what PEFT put there."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Skeleton:
-        def unless_hollow(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor if is_hollow(tensor) else fn(tensor)
+        def unless_placeholder(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor if is_placeholder(tensor) else fn(tensor)
 
-        super()._apply(unless_hollow, recurse)
+        super()._apply(unless_placeholder, recurse)
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         state = super().state_dict(*args, **kwargs)
-        for name in [name for name, tensor in state.items() if isinstance(tensor, torch.Tensor) and is_hollow(tensor)]:
+        for name in [
+            name for name, tensor in state.items() if isinstance(tensor, torch.Tensor) and is_placeholder(tensor)
+        ]:
             del state[name]
         return state

@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from petals_tune.files import write_text
+
 FILE = "result.json"
 
 Measured = dict[str, dict[str, float]]  # "zero_shot", "before", "after" -> metric -> value
@@ -34,9 +36,7 @@ class Result:
     adapter_bytes: int = 0
 
     def save(self, folder: Path) -> None:
-        partial = folder / f"{FILE}.partial"
-        partial.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / FILE)
+        write_text(folder / FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> Result:

@@ -1,8 +1,8 @@
-"""Messages cut into frames and put together again; many messages share one stream. Sans I/O.
+"""Framing: messages are cut into frames, so that many share one stream. No I/O here.
 
 A frame is `length: u32, message id: u64, remaining: u32` and `length` bytes; `remaining` counts the bytes of the same
-message that are still to come, so the first frame of an id tells the size of the whole message. Frames of different
-messages may alternate, so a large one never holds up a small one.
+message that are still to come, so the first frame of an id gives the size of the whole message. Frames of different
+messages may alternate, so that a large message never delays a small one.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from petals_tune.errors import ProtocolError
 
 HEADER = struct.Struct(">IQI")
-MAX_FRAME_BYTES = 256 * 1024  # bulk speed is flat from here up (measured on loopback: design)
-MAX_OPEN_MESSAGES = 128  # unfinished ones on a stream; more would cost memory however small they are
+MAX_FRAME_BYTES = 256 * 1024  # on loopback, larger frames are not faster
+MAX_OPEN_MESSAGES = 128  # unfinished ones on a stream; each takes memory, however small it is
 
 
 def cut(message_id: int, body: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """`body` as frames: pairs of (header, payload)."""
+    """Cut `body` into frames. Yields pairs of (header, payload)."""
     view = memoryview(body)
     for start in range(0, max(len(view), 1), MAX_FRAME_BYTES):
         payload = view[start : start + MAX_FRAME_BYTES]
@@ -27,39 +27,39 @@ def cut(message_id: int, body: bytes) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def read_header(header: bytes) -> tuple[int, int, int]:
-    """(length, message id, remaining) of a frame; the length is checked before anybody reads that much."""
+    """Return (length, message id, remaining) of a frame. Raises ProtocolError for a length over the limit."""
     length, message_id, remaining = HEADER.unpack(header)
     if length > MAX_FRAME_BYTES:
-        raise ProtocolError(f"a frame of {length} bytes; at most {MAX_FRAME_BYTES} are allowed")
+        raise ProtocolError(f"a frame of {length} bytes; at most {MAX_FRAME_BYTES} are allowed", what="frame")
     return length, message_id, remaining
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """A message that was not admitted: its bytes were read, and forgotten as they came."""
+    """A message that was not admitted: its bytes were read and not kept."""
 
     total: int
 
 
 class Assembler:
-    """Puts the frames of one stream together. Memory is bounded by `max_message_bytes` and `max_open_bytes`."""
+    """Reassembles the messages of one stream. Memory is bounded by `max_message_bytes` and `max_open_bytes`."""
 
     def __init__(
         self, *, max_message_bytes: int, max_open_bytes: int, admit: Callable[[int], bool] = lambda total: True
     ):
-        """`admit` is asked at the first frame of each message whether there is room for its `total` bytes."""
+        """`admit(total)` is called at the first frame of each message: whether there is room for its `total` bytes."""
         self._max_message_bytes = max_message_bytes
         self._max_open_bytes = max_open_bytes
         self._admit = admit
         self._open: dict[int, tuple[bytearray | None, int, int]] = {}  # body, bytes still to come, total
-        self.open_bytes = 0  # of admitted messages that are not whole yet, by what they claim
+        self.open_bytes = 0  # of admitted unfinished messages, by the sizes that they claim
 
     def __len__(self) -> int:
-        """Messages that are not whole yet."""
+        """Number of unfinished messages."""
         return len(self._open)
 
     def feed(self, message_id: int, payload: bytes, remaining: int) -> bytes | Dropped | None:
-        """The whole message once its last frame is here, else None. Raises ProtocolError on a frame out of place."""
+        """Add a frame; return the message when this was its last. Raises ProtocolError for a frame out of order."""
         if message_id not in self._open:
             admitted = self._begin(message_id, len(payload) + remaining)
             if not remaining:
@@ -72,7 +72,7 @@ class Assembler:
             self.open_bytes += len(payload) + remaining if admitted else 0
         body, due, total = self._open[message_id]
         if not payload or len(payload) + remaining != due:
-            raise ProtocolError(f"a frame of message {message_id} does not continue the one before")
+            raise ProtocolError(f"a frame of message {message_id} does not continue the one before", what="frame")
         if body is not None:
             body += payload
         if remaining:
@@ -85,11 +85,15 @@ class Assembler:
         return body  # type: ignore[return-value]  # a bytearray reads like bytes; a copy of it would cost as much again
 
     def _begin(self, message_id: int, total: int) -> bool:
-        """Whether a new message is kept. Raises ProtocolError where it breaks a limit of this stream."""
+        """Return whether a new message is kept. Raises ProtocolError where it breaks a limit of this stream."""
         if total > self._max_message_bytes:
-            raise ProtocolError(f"a message of {total} bytes; at most {self._max_message_bytes} are allowed")
+            raise ProtocolError(
+                f"a message of {total} bytes; at most {self._max_message_bytes} are allowed", what="message"
+            )
         if len(self._open) >= MAX_OPEN_MESSAGES:
-            raise ProtocolError(f"more than {MAX_OPEN_MESSAGES} unfinished messages on one stream")
+            raise ProtocolError(f"more than {MAX_OPEN_MESSAGES} unfinished messages on one stream", what="message")
         if self.open_bytes + total > self._max_open_bytes:
-            raise ProtocolError(f"more than {self._max_open_bytes} bytes of unfinished messages on one stream")
+            raise ProtocolError(
+                f"more than {self._max_open_bytes} bytes of unfinished messages on one stream", what="message"
+            )
         return self._admit(total)

@@ -1,74 +1,65 @@
-"""Requests, replies and refusals. A message that exists is a legal message: fields are checked when it is decoded.
+"""The messages of a stream: requests, replies and refusals. codec.py turns them into bytes and back.
 
-Encoded with msgspec (MessagePack with a schema); a tensor is an extension type inside it (tensors.py), so one message
-is one piece of bytes. Nothing here can carry code.
-
-Shapes: B rows, S positions, H hidden size.
+Constructors check how the tensors of a message fit together; decoding also checks the types and limits of all fields.
+No field can carry code. Shapes: B rows, S positions, H hidden size.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 import torch
 
 from petals_tune import errors
-from petals_tune.errors import PetalsTuneError, ProtocolError
+from petals_tune.errors import PetalsTuneError
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
-from petals_tune.wire.tensors import WireFormat, from_bytes, to_bytes
+from petals_tune.wire.tensors import WireFormat
 from petals_tune.wire.tokens import TokenBytes
 
 PROTOCOL = "/petals_tune/3"  # the libp2p protocol of our streams; a change of any message below changes the number
 
-MAX_HELLO_BYTES = 4096  # the first message of a stream, read before anybody knows who sent it
 MAX_PARTS = 100_000  # of an adapter: 100 blocks with 10 adapted linears each make 1000
-MAX_LEASES = 10_000  # released at once
-MAX_TICKETS = 1_000  # withdrawn at once
-MAX_POSITION = 2**24  # of any model, by far
+MAX_LEASES = 10_000  # in one Release
+MAX_TICKETS = 1_000  # in one Withdrawn
+MAX_POSITION = 2**24  # no model has as many
 TICKET_BYTES = 16
-_TEXT_IN_ERRORS = 300
-
-_TENSOR_EXT = 1
 
 Name = Annotated[str, msgspec.Meta(max_length=128)]
 Ticket = Annotated[bytes, msgspec.Meta(min_length=TICKET_BYTES, max_length=TICKET_BYTES)]
-Request = TypeVar("Request", bound="Forward | Backward | Step")  # one that sends a tensor through the blocks
+Request = TypeVar("Request", bound="Forward | Backward | Step")  # those that send a tensor through blocks
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", forbid_unknown_fields=True):
-    """Base of everything that travels on a stream."""
+    """Base class of all messages; its direct subclasses are what codec.py decodes."""
 
 
 class Hello(Message, frozen=True, tag="hello"):
-    """First message of a client on a stream. `model` is the digest that it expects; None asks who is there."""
+    """First message of a client on a stream. `model` is the digest that it expects; None: it accepts any model."""
 
     model: Name | None = None
-    token: TokenBytes | None = None  # what lets the client into a private swarm (tokens.py)
+    token: TokenBytes | None = None  # lets the client into a private swarm (tokens.py)
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """Answer to Hello: the server's own record and its limits."""
+    """Reply to Hello: the server's own record and its limits."""
 
     record: ServerRecord
     max_in_flight: Annotated[int, msgspec.Meta(ge=1)]
     max_message_bytes: Annotated[int, msgspec.Meta(ge=1)]
-    token: TokenBytes | None = None  # what makes the server a host of a private swarm
+    token: TokenBytes | None = None  # shows that the server may host blocks of a private swarm
 
 
 class Ping(Message, frozen=True, tag="ping"):
-    """Are you there? Answered at once by the event loop, also while the server computes.
+    """Check that a server is there. The event loop answers at once, also while the server computes."""
 
-    Whoever measures the line between them puts something into it.
-    """
-
-    filler: bytes = b""
+    filler: bytes = b""  # to measure the bandwidth
 
 
 class Pong(Message, frozen=True, tag="pong"):
-    """Yes."""
+    """Reply to Ping."""
 
 
 def _check_hidden(hidden: torch.Tensor, padding: torch.Tensor | None, positions: torch.Tensor | None) -> None:
@@ -97,7 +88,7 @@ class Forward(Message, frozen=True, tag="forward"):
     positions: torch.Tensor | None = None  # (B or 1, S) int64; None: 0 to S-1, as the model counts by itself
     adapter: Name | None = None  # version of an adapter that was uploaded before
     keep: bool = False  # keep the graph for a backward (a lease), if it fits
-    input_grad: bool = True  # that backward will want the gradient at `hidden`, not at the adapter alone
+    input_grad: bool = True  # the backward will want the gradient at `hidden`, not at the adapter alone
     train: bool = False  # dropout on; its masks follow from `seed`
     seed: int = 0
     reply_format: WireFormat = "float32"
@@ -107,21 +98,22 @@ class Forward(Message, frozen=True, tag="forward"):
 
 
 class Forwarded(Message, frozen=True, tag="forwarded"):
+    """Reply to Forward."""
+
     hidden: torch.Tensor  # (B, S, H)
-    lease: int | None = None  # the graph that a backward may name; None: none was kept
-    compute_s: Annotated[float, msgspec.Meta(ge=0.0, le=1e6)] = (
-        0.0  # what the blocks took, without queues and network: clients route by it
-    )
+    lease: int | None = None  # names the kept graph in a Backward; None: none was kept
+    # Time of the blocks without queues and network; clients choose routes by it.
+    compute_s: Annotated[float, msgspec.Meta(ge=0.0, le=1e6)] = 0.0
 
 
 class Backward(Message, frozen=True, tag="backward"):
-    """Ask for the gradient at the input of the blocks and at the adapter's tensors there."""
+    """Compute the gradients at the input of the blocks and at the adapter's tensors there."""
 
     grad: torch.Tensor  # (B, S, H), gradient at the output of the last block
-    lease: int | None = None  # the graph that the forward left with the receiver
+    lease: int | None = None  # the graph that the server kept of the forward
     again: Forward | None = None  # without a lease: the forward to run again
     adapter_sum: int | None = None  # add the adapter's gradients to this sum of the client's, and do not return them
-    term: Annotated[int, msgspec.Meta(ge=0)] = 0  # place in that sum, which is taken in this order
+    term: Annotated[int, msgspec.Meta(ge=0)] = 0  # place in that sum, which is computed in this order
     reply_format: WireFormat = "float32"
 
     def __post_init__(self) -> None:
@@ -132,29 +124,33 @@ class Backward(Message, frozen=True, tag="backward"):
 
 
 class Gradients(Message, frozen=True, tag="gradients"):
+    """Reply to Backward."""
+
     hidden: torch.Tensor | None = None  # (B, S, H) at the input of the first block; None where Forward wanted none
     adapter: list[torch.Tensor] = []  # in the order of the adapter's tensors on these blocks, summed over rows
 
 
 class CollectSum(Message, frozen=True, tag="collect_sum"):
-    """Return a sum of adapter gradients, and forget it."""
+    """Return a sum of adapter gradients, and delete it on the server."""
 
     adapter_sum: int
 
 
 class CollectedSum(Message, frozen=True, tag="collected_sum"):
+    """Reply to CollectSum."""
+
     adapter: list[torch.Tensor]  # as in Gradients
     terms: int  # backwards in the sum; 0: there is no such sum (any more)
 
 
 class Release(Message, frozen=True, tag="release"):
-    """These leases will not be asked for again. Not answered."""
+    """Free the kept graphs of these leases. Has no reply."""
 
     leases: Annotated[list[int], msgspec.Meta(max_length=MAX_LEASES)]
 
 
 class PutAdapter(Message, frozen=True, tag="put_adapter"):
-    """Adapter `version` on blocks `span`. The version names the content; a server keeps the last ones of a client."""
+    """Upload adapter `version` for blocks `span`. A version names its content; servers keep a client's latest ones."""
 
     version: Name
     span: BlockSpan
@@ -175,6 +171,8 @@ class OpenSession(Message, frozen=True, tag="open_session"):
 
 
 class SessionOpened(Message, frozen=True, tag="session_opened"):
+    """Reply to OpenSession."""
+
     session: int
 
 
@@ -183,7 +181,7 @@ class Step(Message, frozen=True, tag="step"):
 
     session: int
     hidden: torch.Tensor  # (B, S, H)
-    position: Annotated[int, msgspec.Meta(ge=0)]  # of hidden[:, 0]; below the server's own: go back to there first
+    position: Annotated[int, msgspec.Meta(ge=0)]  # of hidden[:, 0]; longer caches are cut to it first
     padding: torch.Tensor | None = None  # (B, S) bool of these positions, True = attend
     positions: torch.Tensor | None = None  # (B or 1, S) int64
     order: torch.Tensor | None = None  # (B,) int64: caches of row i become those of order[i] before the step (beams)
@@ -198,31 +196,33 @@ class Step(Message, frozen=True, tag="step"):
 
 
 class Stepped(Message, frozen=True, tag="stepped"):
+    """Reply to Step."""
+
     hidden: torch.Tensor  # (B, S, H)
 
 
 class CloseSession(Message, frozen=True, tag="close_session"):
-    """This session will not be used again. Not answered."""
+    """Free the caches of a session. Has no reply."""
 
     session: int
 
 
 class HandOver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A tensor that goes from one server straight to the next one of a chain, which knows it by its ticket."""
+    """One tensor that a server sends straight to the next one of a chain, and the ticket that names it there."""
 
     peer: Name  # the other server
-    ticket: Ticket  # random: whoever has it may deliver
+    ticket: Ticket  # random: whoever knows it may send the tensor
 
 
 class Chained(Message, frozen=True, tag="chained"):
-    """A request to one of several servers that hand their outputs on, without the client in between.
+    """A request to one of several servers that send their outputs to each other, and not through the client.
 
-    Where its tensor `comes` from the server before, the request holds one of shape (B, S, 0) in its place.
+    Where the request's tensor `comes` from the server before, an empty one of shape (B, S, 0) is in its place.
     """
 
     request: Forward | Backward | Step
     comes: HandOver | None = None
-    goes: HandOver | None = None  # the output goes there too, in the format of the reply
+    goes: HandOver | None = None  # where the output goes, besides the reply and in the same format
 
     def __post_init__(self) -> None:
         if (self.comes is not None) != (carried(self.request).shape[2] == 0):
@@ -230,136 +230,64 @@ class Chained(Message, frozen=True, tag="chained"):
 
 
 class ChainedReply(Message, frozen=True, tag="chained_reply"):
+    """Reply to Chained."""
+
     reply: Forwarded | Gradients | Stepped
-    handed_on: bool  # the output is on its way to where it `goes`; else the client has to deliver it
+    handed_on: bool  # the output is on its way to where it `goes`; otherwise the client has to send it there
 
 
 class Delivery(Message, frozen=True, tag="delivery"):
-    """What a request waits for that says where its tensor comes from. Not answered."""
+    """The tensor that a Chained request waits for. Has no reply."""
 
     ticket: Ticket
     tensor: torch.Tensor  # (B, S, H)
 
 
 class Withdrawn(Message, frozen=True, tag="withdrawn"):
-    """Nothing will come for these tickets: what waits for them is not wanted any more. Not answered."""
+    """Cancel the requests that wait for these tickets. Has no reply."""
 
     tickets: Annotated[list[Ticket], msgspec.Meta(max_length=MAX_TICKETS)]
 
 
 def carried(request: Forward | Backward | Step) -> torch.Tensor:
-    """The tensor (B, S, H) that a request sends through the blocks, forwards or backwards."""
+    """Return the tensor (B, S, H) that a request sends through the blocks: `hidden`, or the `grad` of a Backward."""
     return request.grad if isinstance(request, Backward) else request.hidden
 
 
 def carrying(request: Request, tensor: torch.Tensor) -> Request:
-    """`request` with another tensor. Raises ValueError where it does not fit."""
+    """Return a copy of `request` with another tensor. Raises ValueError where the tensor does not fit."""
     name = "grad" if isinstance(request, Backward) else "hidden"
     return msgspec.structs.replace(request, **{name: tensor})
 
 
 def without_tensor(request: Request) -> Request:
-    """`request` as it waits for its tensor."""
+    """Return a copy of `request` with an empty tensor, for a Chained whose tensor comes from another server."""
     return carrying(request, carried(request)[:, :, :0])
 
 
 class Done(Message, frozen=True, tag="done"):
-    """It worked; there is nothing to return."""
+    """Reply without content to a request that succeeded."""
 
 
 class Refusal(Message, frozen=True, tag="refusal"):
-    """A refusal is a value: `error` names a class of errors.py, so the client knows "elsewhere" from "nowhere"."""
+    """Reply to a request that failed. `error` names a class of errors.py: clients learn from it where to try again."""
 
     error: str
     text: str
 
-    def raised(self, server: str) -> PetalsTuneError:
-        """The error to raise on the client's side; an unknown name is a server's failure."""
+    def to_error(self, server: str) -> PetalsTuneError:
+        """Return the error to raise on the client's side; a ServerError where the name is not of a refusal."""
         kind = _REFUSALS.get(self.error, errors.ServerError)
-        return kind(f"{self.text} (said by server {server})")
+        text = f"{self.text} (said by server {server})"
+        return kind(text, peer=server) if issubclass(kind, errors.ServerError) else kind(text)
 
 
 _REFUSALS: dict[str, type[PetalsTuneError]] = {
     kind.__name__: kind
     for kind in (
-        errors.ServerError,
-        errors.ServerBusy,
-        errors.BlocksNotHere,
-        errors.NotFinite,
-        errors.LeaseLost,
-        errors.SessionLost,
-        errors.AdapterMissing,
-        errors.NotHandedOn,
-        errors.RequestRefused,
-        errors.ProtocolError,
-        errors.SwarmMismatch,
-        errors.AccessDenied,
+        *(errors.ServerError, errors.ServerBusy, errors.BlocksNotHere, errors.NotFinite),
+        *(errors.LeaseLost, errors.SessionLost, errors.AdapterMissing, errors.NotHandedOn),
+        *(errors.RequestRefused, errors.MessageTooLarge, errors.ProtocolError),
+        *(errors.SwarmMismatch, errors.AccessDenied),
     )
 }
-
-AnyMessage = (
-    Hello
-    | Welcome
-    | Ping
-    | Pong
-    | Forward
-    | Forwarded
-    | Backward
-    | Gradients
-    | CollectSum
-    | CollectedSum
-    | Release
-    | PutAdapter
-    | OpenSession
-    | SessionOpened
-    | Step
-    | Stepped
-    | CloseSession
-    | Chained
-    | ChainedReply
-    | Delivery
-    | Withdrawn
-    | Done
-    | Refusal
-)
-
-
-def _encode(value: Any) -> msgspec.msgpack.Ext:
-    if isinstance(value, torch.Tensor):
-        return msgspec.msgpack.Ext(_TENSOR_EXT, to_bytes(value))
-    raise NotImplementedError(f"{type(value).__name__} does not travel")
-
-
-def _decode(code: int, data: memoryview) -> torch.Tensor:
-    if code != _TENSOR_EXT:
-        raise ProtocolError(f"unknown extension type {code}")
-    return from_bytes(data)
-
-
-_encoder = msgspec.msgpack.Encoder(enc_hook=_encode)
-_decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(AnyMessage, ext_hook=_decode)
-_hello_decoder = msgspec.msgpack.Decoder(Hello)
-
-
-def encode(message: Message) -> bytes:
-    return _encoder.encode(message)
-
-
-def decode(body: bytes) -> Message:
-    """The message in `body`. Raises ProtocolError on anything that is not one."""
-    return _decoded(_decoder, body)
-
-
-def decode_hello(body: bytes) -> Hello:
-    """The first message of a stream, before its sender is known: nothing else is read. Raises ProtocolError."""
-    if len(body) > MAX_HELLO_BYTES:
-        raise ProtocolError(f"a Hello of {len(body)} bytes; at most {MAX_HELLO_BYTES} are allowed")
-    return _decoded(_hello_decoder, body)
-
-
-def _decoded(decoder: msgspec.msgpack.Decoder[Any], body: bytes) -> Any:
-    try:
-        return decoder.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        # What a stranger wrote may stand in it, at any length.
-        raise ProtocolError(f"not a message of {PROTOCOL}: {str(error)[:_TEXT_IN_ERRORS]}") from None

@@ -1,4 +1,4 @@
-"""What a server says of itself: announced in the DHT, and sent again in its Welcome."""
+"""Server records: what a server announces about itself in the DHT and repeats in its Welcome."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from petals_tune.wire.span import BlockSpan
 
 
 class Throughput(msgspec.Struct, frozen=True, kw_only=True):
-    """How fast a server is, as it was measured or given at its start; one token/s where it does not say."""
+    """Speed of a server, as measured or given at its start; 1 token/s where it was neither."""
 
     step: float = 1.0  # tokens/s through one block, one token at a time: generation
     batch: float = 1.0  # tokens/s through one block, many at once: training
-    network: float | None = None  # tokens/s whose hidden states its line carries; None: not measured
+    network: float | None = None  # tokens/s whose hidden states its network carries; None: not measured
 
     def __post_init__(self) -> None:
         for rate in (self.step, self.batch, 1.0 if self.network is None else self.network):
             if not 0 < rate < 1e12:
-                raise ValueError(f"{rate} tokens/s is no throughput")
+                raise ValueError(f"a throughput of {rate} tokens/s")
 
     def of_span(self, blocks: int) -> float:
-        """Tokens/s through so many blocks, many tokens at once; computing and the line work at the same time."""
+        """Tokens/s through so many blocks in batches; the server computes and sends at the same time."""
         return min(self.batch / blocks, math.inf if self.network is None else self.network)
 
     def computing_s(self, tokens: float, blocks: float) -> float:
-        """Seconds of computing for `tokens` (rows x positions) through so many blocks."""
+        """Seconds that the server computes for `tokens` (rows x positions) through so many blocks."""
         return blocks * max(1 / self.step, tokens / self.batch)
 
     def sending_s(self, tokens: float) -> float:
-        """Seconds on the line for `tokens`; 0 where it was not measured."""
+        """Seconds to send the hidden states of `tokens`; 0 where the network was not measured."""
         return 0.0 if self.network is None else tokens / self.network
 
 
 MAX_NAME = 64  # characters of a public name
-_MAX_BLOCKS = 10_000  # of a model; whoever reads a record makes lists of so many
+_MAX_BLOCKS = 10_000  # of a model; readers of a record make lists of this length
 
 
-ServerState = Literal["joining", "online", "offline"]  # joining: it loads its blocks now
+ServerState = Literal["joining", "online", "offline"]  # joining: loading its blocks
 
 
 class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One server of a swarm, as it announces itself."""
+    """One server of a swarm."""
 
     peer: str  # libp2p peer id, base58
     addresses: Annotated[tuple[str, ...], msgspec.Meta(max_length=16)]  # multiaddrs with /p2p/<peer>
-    model: str  # digest of the checkpoint (checkpoint.py): `same_model` for all servers of a swarm
+    model: str  # digest of the checkpoint (model/checkpoint.py): `same_model` is true for all servers of a swarm
     model_name: str
     revision: str = ""  # commit on the hub; "" for a local folder
     blocks: BlockSpan
@@ -58,9 +58,9 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str  # of the computation
     throughput: Throughput = Throughput()
     state: ServerState = "online"
-    version: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""  # of this project, on that server
+    version: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""  # of petals_tune on the server
     public_name: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""
-    free_cache_bytes: int | None = None  # for sessions, as of the announcement; None: it does not say
+    free_cache_bytes: int | None = None  # left for sessions when this was announced; None: unknown
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -68,17 +68,17 @@ _decoder = msgspec.msgpack.Decoder(ServerRecord)
 
 
 def dht_key(swarm: str) -> str:
-    """The DHT key under which all servers of a swarm announce themselves; the subkey is the peer id."""
+    """Return the DHT key under which all servers of a swarm announce themselves; the subkey is the peer id."""
     return f"petals_tune.{swarm}"
 
 
 def same_model(one: str, other: str) -> bool:
-    """Are two digests of the same model? One may go on, after a dot, with one of the weights that the other lacks."""
+    """Compare two digests of models, CONFIG or CONFIG.WEIGHTS; a second part that one lacks is not compared."""
     return all(left == right for left, right in zip(one.split("."), other.split("."), strict=False))
 
 
 def mismatch_text(servers: Sequence[ServerRecord], model: str, whose: str) -> str:
-    """What to say where `servers` hold another model than `model`, which is `whose`."""
+    """Describe that `servers` hold another model than `model`, which belongs to `whose`, such as "this server"."""
     held = ", ".join(sorted({f"{server.model_name} ({_short(server.model)})" for server in servers}))
     return f"this swarm serves {held}, and {whose} is {_short(model)}"
 
@@ -92,11 +92,12 @@ def encode_record(record: ServerRecord) -> bytes:
 
 
 def decode_record(data: bytes) -> ServerRecord:
-    """Raises ProtocolError on anything that is not a record."""
+    """Decode a record. Raises ProtocolError."""
     try:
         record = _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"not a server's record: {error}") from None
+        raise ProtocolError(f"not a server's record: {error}", what="record") from None
     if record.blocks.stop > record.total_blocks:
-        raise ProtocolError(f"not a server's record: blocks {record.blocks} of a model of {record.total_blocks}")
+        text = f"not a server's record: blocks {record.blocks} of a model of {record.total_blocks}"
+        raise ProtocolError(text, what="record")
     return record

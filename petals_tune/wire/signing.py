@@ -1,8 +1,8 @@
-"""Ed25519 keys and what they sign; and libp2p's names for them: a peer id is the public key itself, in base58.
+"""Ed25519 keys, their signatures, and libp2p's peer ids and identity files.
 
-Formats: https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md. Only ed25519 is used: its peer id carries
-the public key, so that whoever knows a peer can check what it signed. (hivemind makes RSA identities, whose peer ids
-are hashes.)
+Formats: https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md. A peer id of an ed25519 key contains the
+public key, in base58, so that whoever knows a peer can check what it signed. RSA identities, which hivemind makes by
+itself, have hashes as peer ids and are not used here.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _PEER_ID = b"\x00\x24\x08\x01\x12\x20"  # "identity" multihash of a public key
 
 
 class SigningKey:
-    """A private key. It shows itself nowhere: not in its repr, not in an error."""
+    """An Ed25519 private key. Neither its repr nor any error holds the secret, and it cannot be pickled."""
 
     def __init__(self, seed: bytes):
-        self._key = Ed25519PrivateKey.from_private_bytes(seed)
-        self.public = self._key.public_key().public_bytes_raw()
+        self.private_key = Ed25519PrivateKey.from_private_bytes(seed)
+        self.public = self.private_key.public_key().public_bytes_raw()
 
     @classmethod
     def new(cls) -> SigningKey:
@@ -33,17 +33,17 @@ class SigningKey:
 
     @property
     def seed(self) -> bytes:
-        """The secret itself, for the file that it is kept in."""
-        return self._key.private_bytes_raw()
+        """The secret, KEY_BYTES long, for the file that keeps it."""
+        return self.private_key.private_bytes_raw()
 
     @property
     def peer(self) -> str:
-        """The peer id of whoever holds this key."""
+        """The libp2p peer id of the holder of this key."""
         return base58.b58encode(_PEER_ID + self.public).decode()
 
     def sign(self, purpose: str, data: bytes) -> bytes:
-        """A signature that is good for this purpose and no other."""
-        return self._key.sign(_message(purpose, data))
+        """Sign `data` for one purpose: as a signature for another purpose it is not valid."""
+        return self.private_key.sign(_message(purpose, data))
 
     def __repr__(self) -> str:
         return f"<SigningKey of {self.peer}>"
@@ -53,7 +53,7 @@ class SigningKey:
 
 
 def is_signed(public: bytes, purpose: str, data: bytes, signature: bytes) -> bool:
-    """Whether the holder of `public` signed `data` for `purpose`."""
+    """Whether `signature` is that of `data`, for `purpose`, by the private key of `public`."""
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, _message(purpose, data))
     except (InvalidSignature, ValueError):
@@ -62,23 +62,23 @@ def is_signed(public: bytes, purpose: str, data: bytes, signature: bytes) -> boo
 
 
 def public_key_of(peer: str) -> bytes:
-    """The public key inside a peer id. Raises ProtocolError where there is none."""
+    """Return the public key inside a peer id. Raises ProtocolError where there is none."""
     try:
         decoded = base58.b58decode(peer) if len(peer) <= 64 else b""
     except ValueError:
         decoded = b""
     if len(decoded) != len(_PEER_ID) + KEY_BYTES or not decoded.startswith(_PEER_ID):
-        raise ProtocolError(f"{peer[:64]!r} is not the peer id of an ed25519 key, 12D3Koo...")
+        raise ProtocolError(f"{peer[:64]!r} is not the peer id of an ed25519 key, 12D3Koo...", what="peer id")
     return decoded.removeprefix(_PEER_ID)
 
 
 def identity_bytes(key: SigningKey) -> bytes:
-    """`key` as the p2p daemon reads it from its identity file."""
+    """Encode `key` as the p2p daemon reads it from its identity file."""
     return _IDENTITY + key.seed + key.public
 
 
 def identity_from(data: bytes) -> SigningKey:
-    """The key in an identity file. Raises ConfigError where it holds none, or one of another kind."""
+    """Read the key of an identity file. Raises ConfigError where it holds none, or one of another kind."""
     seed = data.removeprefix(_IDENTITY)[:KEY_BYTES]
     if len(seed) != KEY_BYTES or identity_bytes(key := SigningKey(seed)) != data:
         raise ConfigError("it does not hold an ed25519 key; make one:  python -m servers.keys identity FILE")

@@ -1,4 +1,4 @@
-"""Blocks `start:stop` of a backbone, half-open as in a slice."""
+"""Spans of blocks, `start:stop`, half-open as in a slice."""
 
 from __future__ import annotations
 
@@ -36,24 +36,27 @@ class BlockSpan(msgspec.Struct, frozen=True, order=True, array_like=True):
     def parse(cls, text: Any, *, key: str = "blocks") -> BlockSpan:
         """Read `"0:12"`. Raises ConfigError naming `key`.
 
-        YAML 1.1 reads an unquoted 12:24 as the number 744 (base 60), so a number is refused with that reason.
+        YAML 1.1 reads an unquoted 12:24 as the number 744 (base 60): the error for a number says so.
         """
         if isinstance(text, int) and not isinstance(text, bool):
             start, stop = divmod(text, 60)
             raise ConfigError(
-                f'{key}={text} is a number, not a span: YAML reads {start}:{stop} so; quote it: {key}: "{start}:{stop}"'
+                f"{key}={text} is a number, not a span: YAML reads {start}:{stop} so; "
+                f'quote it: {key}: "{start}:{stop}"',
+                key=key,
+                seen=text,
             )
         try:
             start, stop = (int(part) for part in str(text).split(":"))
             return cls(start, stop)
         except ValueError:
             raise ConfigError(
-                f'{key}={text!r} is not a span; write start:stop with start < stop, as in "0:12"'
+                f'{key}={text!r} is not a span; write start:stop with start < stop, as in "0:12"', key=key, seen=text
             ) from None
 
 
 def gaps(spans: Iterable[BlockSpan], wanted: BlockSpan) -> list[BlockSpan]:
-    """The parts of `wanted` that no span covers, in order."""
+    """Return the parts of `wanted` that no span covers, in order."""
     missing, start = [], wanted.start
     for span in sorted(spans):
         if span.start > start:

@@ -1,4 +1,4 @@
-"""Tensors as bytes. A tensor travels in its own dtype, or in blockwise 8 bits; sizes are checked first.
+"""Tensors as bytes, in their own dtype or in blockwise 8 bits. Sizes are checked before memory is taken.
 
 The 8-bit format is hivemind's BLOCKWISE_8BIT without the codebook, which is the same for everybody: bitsandbytes'
 dynamic map. (hivemind 1.1.12's own decoder fails on numpy 2.4, which no longer turns arrays of one element into int.)
@@ -26,11 +26,11 @@ _BLOCK = 4096  # values that share one scale
 
 
 class Blockwise8(torch.Tensor):
-    """A float tensor that will cross the wire in 8 bits, with one scale per 4096 values."""
+    """A float tensor that `to_bytes` encodes in 8 bits, with one scale per 4096 values."""
 
 
 def in_format(tensor: torch.Tensor, wire_format: str) -> torch.Tensor:
-    """`tensor` as it shall cross the wire: cast to the format's dtype, or marked for 8 bits."""
+    """Prepare `tensor` for `to_bytes`: cast it to the format's dtype, or mark it for 8 bits."""
     if wire_format == "blockwise8":
         return tensor.detach().as_subclass(Blockwise8)
     return tensor.detach().to(getattr(torch, wire_format))
@@ -44,48 +44,52 @@ def encoded_bytes(tensor: torch.Tensor) -> int:
 
 
 def as_received(tensor: torch.Tensor, wire_format: str) -> torch.Tensor:
-    """`tensor` as it is once it has crossed the wire."""
+    """Encode and decode `tensor`: the values that a receiver of this format gets."""
     return from_bytes(memoryview(to_bytes(in_format(tensor, wire_format))))
 
 
 def to_bytes(value: torch.Tensor) -> bytes:
-    """dtype code, number of dimensions, the dimensions (u32 each), then the values."""
+    """Encode a tensor: dtype code, number of dimensions, the dimensions (u32 each), then the values."""
     if isinstance(value, Blockwise8):
         code, tensor = _BLOCKWISE8, value.as_subclass(torch.Tensor).cpu().float().contiguous()
         raw: Any = _to_blockwise8(tensor) if tensor.numel() else b""
     else:
         if value.dtype not in _CODES:
-            raise ConfigError(f"{value.dtype} does not travel; float32, float16 and bfloat16 do")
+            raise ConfigError(
+                f"{value.dtype} tensors cannot be sent; float32, float16 and bfloat16 can", seen=value.dtype
+            )
         code, tensor = _CODES[value.dtype], value.detach().cpu().contiguous()
         raw = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
     return b"".join((struct.pack(f">BB{tensor.dim()}I", code, tensor.dim(), *tensor.shape), memoryview(raw)))
 
 
 def from_bytes(data: memoryview) -> torch.Tensor:
-    """The tensor in `data`, in memory of its own. Raises ProtocolError where shape, dtype and length disagree."""
+    """Decode a tensor into memory of its own. Raises ProtocolError where shape, dtype and length disagree."""
     if len(data) < 2 or data[1] > _MAX_DIMS or len(data) < 2 + 4 * data[1]:
-        raise ProtocolError(f"a tensor of {len(data)} bytes has no whole header")
+        raise ProtocolError(f"a tensor of {len(data)} bytes has no whole header", what="tensor")
     code, dims = data[0], data[1]
     shape = struct.unpack_from(f">{dims}I", data, 2)
     if math.prod(size or 1 for size in shape) > _MAX_NUMEL:
-        raise ProtocolError(f"a tensor of shape {shape} is larger than any memory")
+        raise ProtocolError(f"a tensor of shape {shape} is larger than any memory", what="tensor")
     raw, numel = data[2 + 4 * dims :], math.prod(shape)
     if code == _BLOCKWISE8:
         return _from_blockwise8(raw, shape, numel)
     if code >= len(_DTYPES):
-        raise ProtocolError(f"unknown dtype code {code}")
+        raise ProtocolError(f"unknown dtype code {code}", what="tensor")
     dtype = _DTYPES[code]
     if len(raw) != numel * dtype.itemsize:
-        raise ProtocolError(f"a {dtype} tensor of shape {shape} has {numel * dtype.itemsize} bytes, not {len(raw)}")
+        raise ProtocolError(
+            f"a {dtype} tensor of shape {shape} has {numel * dtype.itemsize} bytes, not {len(raw)}", what="tensor"
+        )
     if dtype is torch.bool and numel and max(raw) > 1:
-        raise ProtocolError("a bool tensor holds other values than 0 and 1")
+        raise ProtocolError("a bool tensor holds other values than 0 and 1", what="tensor")
     if numel == 0:
         return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape)
 
 
 def _to_blockwise8(tensor: torch.Tensor) -> bytes:
-    """The scales (float32), then one byte per value."""
+    """Encode as scales (float32), then one byte per value."""
     from bitsandbytes import functional as bnb  # takes a second to import, and few swarms use this format
 
     values, state = bnb.quantize_blockwise(tensor, blocksize=_BLOCK, nested=False)
@@ -97,7 +101,9 @@ def _to_blockwise8(tensor: torch.Tensor) -> bytes:
 def _from_blockwise8(raw: memoryview, shape: tuple[int, ...], numel: int) -> torch.Tensor:
     scale_bytes = 4 * -(-numel // _BLOCK)
     if len(raw) != scale_bytes + numel:
-        raise ProtocolError(f"an 8-bit tensor of shape {shape} has {scale_bytes + numel} bytes, not {len(raw)}")
+        raise ProtocolError(
+            f"an 8-bit tensor of shape {shape} has {scale_bytes + numel} bytes, not {len(raw)}", what="tensor"
+        )
     if numel == 0:
         return torch.empty(shape)
     from bitsandbytes import functional as bnb

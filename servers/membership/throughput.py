@@ -20,7 +20,8 @@ from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.kv_cache import Session
 from petals_tune.blocks.loading import made_up_block
 from petals_tune.blocks.memory import give_back_freed_memory
-from petals_tune.errors import PetalsTuneError, ServerError
+from petals_tune.errors import ConfigError, PetalsTuneError, ServerError
+from petals_tune.files import write_bytes
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.net.peer import Peer
 from petals_tune.net.pool import StreamPool
@@ -62,12 +63,10 @@ def computing(
     measured = Throughput(step=1 / _median_s(_one_step(engine)), batch=BATCH_TOKENS / _median_s(_one_batch(engine)))
     del engine
     give_back_freed_memory()
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(msgspec.json.encode(measured))
-        partial.rename(path)
-    except OSError as error:
+        write_bytes(path, msgspec.json.encode(measured), shared=True)
+    except (ConfigError, OSError) as error:
         logger.warning("the throughput is not kept for the next start: %s", error)
     return measured
 

@@ -26,6 +26,7 @@ from petals_tune.errors import (
 )
 from petals_tune.net.members import Members
 from petals_tune.net.transport import Connection
+from petals_tune.wire.codec import decode
 from petals_tune.wire.frames import Dropped
 from petals_tune.wire.messages import (
     Backward,
@@ -54,7 +55,6 @@ from petals_tune.wire.messages import (
     Withdrawn,
     carried,
     carrying,
-    decode,
 )
 from petals_tune.wire.records import ServerRecord, mismatch_text, same_model
 from petals_tune.wire.tensors import in_format

@@ -11,8 +11,9 @@ from petals_tune.errors import ProtocolError
 from petals_tune.net.stream import MessageWriter
 from petals_tune.net.transport import Connection
 from petals_tune.wire import frames
+from petals_tune.wire.codec import MAX_HELLO_BYTES, decode_hello
 from petals_tune.wire.frames import Assembler, Dropped
-from petals_tune.wire.messages import MAX_HELLO_BYTES, Hello, decode_hello
+from petals_tune.wire.messages import Hello
 from servers.requests.admission import Gate, Guest
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from petals_tune.errors import UnsupportedModel
-from petals_tune.model.families import family_of, hollow_base_model
+from petals_tune.model.families import family_of, placeholder_model
 from petals_tune.remote.selftest import self_test
 from tests.models import FAMILIES
 from tests.parity import parity
@@ -75,7 +75,7 @@ def tried() -> dict[str, str]:
     for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         try:
             config = CONFIG_MAPPING[model_type]()
-            family_of(hollow_base_model(config))
+            family_of(placeholder_model(config))
             self_test(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
             verdicts[model_type] = ""
         except UnsupportedModel as error:

@@ -62,7 +62,7 @@ def main() -> None:
         for name in options.models.split(","):
             model, _, quantization = name.partition("-")
             source = str(embedded_model()) if model == "default" else made(Path(folder) / model, MODELS[model])
-            block_mb = 4 * sum(p.numel() for p in Parts.of(Checkpoint(source)).hollow_block(0).parameters()) / MB
+            block_mb = 4 * sum(p.numel() for p in Parts.of(Checkpoint(source)).placeholder_block(0).parameters()) / MB
             starts: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
             for number in range(options.rounds):
                 disk = Path(folder) / f"disk-{name}-{number}"

@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from petals_tune.cli import errors_reported
+from petals_tune.cli import report_errors
 from petals_tune.config import composed
 from petals_tune.train.curves import read_metrics
 from petals_tune.train.objective import load_model
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="draw the training losses there")
     asked = parser.parse_args()
     measured, minutes, losses = {}, {}, {}
-    with tempfile.TemporaryDirectory() as folder, errors_reported():
+    with tempfile.TemporaryDirectory() as folder, report_errors():
         for side, overrides in SIDES.items():
             out = Path(folder, side)
             arguments = [*asked.overrides, *overrides, "logger=csv", f"output_dir='{out}'"]

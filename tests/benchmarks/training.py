@@ -32,9 +32,9 @@ from transformers.utils import logging
 
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.convert import embedded_model
-from petals_tune.model.families import family_of, hollow_base_model
+from petals_tune.model.families import family_of, placeholder_model
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM
-from petals_tune.remote.skeleton import Skeleton, hollow_out
+from petals_tune.remote.skeleton import Skeleton, fill_with_placeholders
 from petals_tune.swarm.local import local_swarm
 from petals_tune.train.objective import CausalLM
 from petals_tune.tuning.support import collect_adapter, tune
@@ -253,18 +253,18 @@ def skeleton_figures() -> dict[str, Any]:
     """What the client builds for BLOOM-176B beside the embeddings: 70 weightless blocks, LoRA r=8 on the attention."""
     config = BloomConfig(n_layer=70, hidden_size=14336, n_head=112, vocab_size=250880)
     before_mb, started_s = resident_mb(), time.perf_counter()
-    hollow = hollow_base_model(config)
-    family = family_of(hollow)
-    blocks = getattr(hollow, family.blocks)
-    hollow_out(blocks, torch.bfloat16)
-    hollow.h = Skeleton(blocks.children())
+    placeholder = placeholder_model(config)
+    family = family_of(placeholder)
+    blocks = getattr(placeholder, family.blocks)
+    fill_with_placeholders(blocks, torch.bfloat16)
+    placeholder.h = Skeleton(blocks.children())
     for name in ("word_embeddings", "word_embeddings_layernorm", "ln_f"):
-        setattr(hollow, name, nn.Identity())  # the client loads these; they are not what is measured
-    net = tune(hollow, peft.LoraConfig(r=8, target_modules=["query_key_value"]))
+        setattr(placeholder, name, nn.Identity())  # the client loads these; they are not what is measured
+    net = tune(placeholder, peft.LoraConfig(r=8, target_modules=["query_key_value"]))
     seconds = time.perf_counter() - started_s
     trainable, total = net.get_nb_trainable_parameters()
     started_s = time.perf_counter()
-    collect_adapter(list(enumerate(hollow.h.children())))
+    collect_adapter(list(enumerate(placeholder.h.children())))
     return {
         "skeleton_s": round(seconds, 2),
         "skeleton_mb": round(resident_mb() - before_mb),

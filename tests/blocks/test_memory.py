@@ -20,10 +20,10 @@ GB = 2**30
 @pytest.mark.parametrize("family", sorted(WIDE))
 def test_what_a_block_will_take_is_known_before_it_is_loaded(model_folder, family, quantization):
     folder = model_folder(family, **WIDE[family])
-    hollow = Parts.of(Checkpoint(str(folder))).hollow_block(0)
+    placeholder = Parts.of(Checkpoint(str(folder))).placeholder_block(0)
     two, four = load(folder, "0:2", quantization), load(folder, "0:4", quantization)
     measured = (four.weight_bytes - two.weight_bytes) / 2
-    assert block_bytes(hollow, quantization=quantization, dtype=torch.float32) == pytest.approx(measured, rel=0.02)
+    assert block_bytes(placeholder, quantization=quantization, dtype=torch.float32) == pytest.approx(measured, rel=0.02)
 
 
 def test_as_many_blocks_as_fit_beside_the_budgets_and_one_in_full():

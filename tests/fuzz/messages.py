@@ -46,8 +46,8 @@ def fuzz(target: str, seconds: int) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["petals_tune"]):
-        from petals_tune.errors import ConfigError, ProtocolError
-        from petals_tune.wire import frames, messages, records, signing, tokens
+        from petals_tune.errors import AccessDenied, ConfigError, ProtocolError
+        from petals_tune.wire import codec, frames, records, signing, tokens
 
     from tests.wire.test_messages import EXAMPLES, RECORD
     from tests.wire.test_tokens import ALICE, TOKEN
@@ -62,18 +62,18 @@ def fuzz(target: str, seconds: int) -> None:
             data = data[size + length :]
 
     framed = b"".join(bytes(part) for pair in frames.cut(1, bytes(300)) for part in pair)
-    encoded = [messages.encode(example) for example in EXAMPLES]
+    encoded = [codec.encode(example) for example in EXAMPLES]
     read, seeds = {
-        "messages": (messages.decode, encoded),
-        "hello": (messages.decode_hello, encoded),
+        "messages": (codec.decode, encoded),
+        "hello": (codec.decode_hello, encoded),
         "frames": (feed, [framed, 2 * framed]),
         "records": (records.decode_record, [records.encode_record(RECORD)]),
-        "tokens": (tokens.decode_token, [tokens.encode_token(TOKEN)]),
+        "tokens": (tokens.verify, [TOKEN.encoded]),
         "identities": (signing.identity_from, [signing.identity_bytes(ALICE)]),
     }[target]
 
     def one_input(data: bytes) -> None:
-        with contextlib.suppress(ProtocolError, ConfigError):
+        with contextlib.suppress(AccessDenied, ConfigError, ProtocolError):
             read(data)
 
     with tempfile.TemporaryDirectory() as corpus:

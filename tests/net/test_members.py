@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from petals_tune.errors import AccessDenied, ConfigError
+from petals_tune.files import write_text
 from petals_tune.net import members as members_module
-from petals_tune.net.members import Members, identity_beside, load_identity, write_private
+from petals_tune.net.members import Members, identity_beside, load_identity
 from petals_tune.wire.signing import SigningKey, identity_bytes
-from petals_tune.wire.tokens import encode_token, issue, public_text, secret_text, token_text
+from petals_tune.wire.tokens import issue, public_text, secret_text, token_text
+from tests.raising import raises
 
 OWNER, HOST, ALICE = (SigningKey(bytes([number]) * 32) for number in range(3))
 SOON = int(time.time()) + 3600
@@ -31,7 +33,7 @@ def files(tmp_path: Path) -> Path:
 
 
 def shown(name: str, key: SigningKey, **options: object) -> bytes:
-    return encode_token(issue(OWNER, name=name, peer=key.peer, **{"hosts": False, "expires_s": SOON, **options}))
+    return issue(OWNER, name=name, peer=key.peer, **{"hosts": False, "expires_s": SOON, **options}).encoded
 
 
 def test_client_and_server_know_each_other_by_the_swarms_key(files):
@@ -42,14 +44,14 @@ def test_client_and_server_know_each_other_by_the_swarms_key(files):
     ):
         assert server.admit(alice.own_token(), ALICE.peer).name == "alice"
         assert alice.admit(server.own_token(), HOST.peer, hosts=True).peer == HOST.peer
-        with pytest.raises(AccessDenied):
+        with raises(AccessDenied, reason="peer"):
             server.admit(alice.own_token(), HOST.peer)
-        with pytest.raises(AccessDenied, match="does not let it host"):
+        with raises(AccessDenied, reason="hosts", member="alice"):
             server.admit(alice.own_token(), ALICE.peer, hosts=True)
         for nothing in (None, b""):
-            with pytest.raises(AccessDenied, match=r"this swarm is private.*swarm\.token=FILE"):
+            with raises(AccessDenied, reason="missing"):
                 server.admit(nothing, ALICE.peer)
-        with pytest.raises(AccessDenied, match="not a token"):
+        with raises(AccessDenied, reason="malformed"):
             server.admit(b"\xc1", ALICE.peer)
 
 
@@ -58,10 +60,10 @@ def test_a_name_is_revoked_and_let_in_again_without_a_restart(files, monkeypatch
     server = Members.with_key(files / "swarm.key", None, HOST)
     token = server.admit(shown("alice", ALICE), ALICE.peer)
     server.check_still_in(token)
-    write_private(files / "swarm.revoked", b"# lost her laptop\nalice  # on Monday\n")
-    with pytest.raises(AccessDenied, match="the token of alice was revoked"):
+    write_text(files / "swarm.revoked", "# lost her laptop\nalice  # on Monday\n")
+    with raises(AccessDenied, reason="revoked", member="alice"):
         server.check_still_in(token)
-    with pytest.raises(AccessDenied, match="revoked"):
+    with raises(AccessDenied, reason="revoked", member="alice"):
         server.admit(shown("alice", ALICE), ALICE.peer)
     assert server.admit(shown("alice2", ALICE), ALICE.peer).name == "alice2"
     (files / "swarm.revoked").unlink()
@@ -75,7 +77,7 @@ def test_a_token_that_expires_meanwhile_is_seen():
     now_s[0] = 99.0
     server.check_still_in(token)
     now_s[0] = 100.0
-    with pytest.raises(AccessDenied, match="has expired"):
+    with raises(AccessDenied, reason="expired", member="alice"):
         server.check_still_in(token)
 
 
@@ -92,22 +94,25 @@ def test_a_server_with_the_secret_key_renews_its_own_token(files):
 
 def test_a_client_learns_at_once_that_its_own_token_is_no_good(files):
     (files / "old.token").write_text(token_of("alice", ALICE, expires_s=1))
-    with pytest.raises(AccessDenied, match="has expired: ask the swarm's owner"):
+    with raises(AccessDenied, reason="expired", member="alice"):
         Members.with_token(files / "old.token", ALICE)
-    with pytest.raises(AccessDenied, match=f"issued to peer {ALICE.peer}, and this is {HOST.peer}"):
+    with raises(AccessDenied, reason="peer", member="alice"):
         Members.with_token(files / "alice.token", HOST)
 
 
 def test_a_server_with_the_public_key_needs_a_token_for_hosting(files):
-    with pytest.raises(ConfigError, match=f"swarm.token=FILE\n.*--hosts --peer {HOST.peer}"):
+    with raises(ConfigError, key="swarm.token"):
         Members.with_key(files / "swarm.pub", None, HOST)
-    with pytest.raises(AccessDenied, match="does not let it host"):
+    with raises(AccessDenied, reason="hosts", member="alice"):
         Members.with_key(files / "swarm.pub", files / "alice.token", ALICE)
+    (files / "other.token").write_text(token_text(issue(ALICE, name="a", peer=HOST.peer, hosts=True, expires_s=SOON)))
+    with raises(AccessDenied, reason="signature"):
+        Members.with_key(files / "swarm.pub", files / "other.token", HOST)
 
 
 @pytest.mark.parametrize("key", [secret_text(OWNER), "missing.key"])
 def test_a_key_on_the_command_line_is_refused_and_not_repeated(key):
-    with pytest.raises(ConfigError, match=r"swarm\.key") as caught:
+    with raises(ConfigError, key="swarm.key") as caught:
         Members.with_key(key, None, HOST)
     assert secret_text(OWNER)[24:] not in str(caught.value)
 
@@ -115,15 +120,15 @@ def test_a_key_on_the_command_line_is_refused_and_not_repeated(key):
 def test_files_that_hold_something_else_are_named(files):
     (files / "bytes").write_bytes(b"\xff\xfe")
     (files / "text").write_text("hello")
-    with pytest.raises(ConfigError, match="bytes cannot be read: it is no text"):
+    with raises(ConfigError, key="swarm.key", seen=str(files / "bytes")):
         Members.with_key(files / "bytes", None, HOST)
-    with pytest.raises(ConfigError, match="does not hold petals-tune-public-key"):
+    with raises(ConfigError, key="swarm.key", seen=str(files / "text")):
         Members.with_key(files / "text", None, HOST)
-    with pytest.raises(ConfigError, match="does not hold petals-tune-token"):
+    with raises(ConfigError, key="swarm.token", seen=str(files / "swarm.key")):
         Members.with_token(files / "swarm.key", ALICE)
-    with pytest.raises(ConfigError, match=r"identity_path=.*text: it does not hold an ed25519 key.*keys identity FILE"):
+    with raises(ConfigError, key="identity_path", seen=str(files / "text")):
         load_identity(files / "text", make=True)
-    with pytest.raises(ConfigError, match=r"identity_path=.*none.identity cannot be read"):
+    with raises(ConfigError, key="identity_path", seen=str(files / "none.identity")):
         identity_beside(files / "none.token", None)
 
 
@@ -133,5 +138,5 @@ def test_an_identity_is_made_once_for_its_owner_alone(tmp_path):
     assert load_identity(path, make=True).peer == made.peer
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert list(tmp_path.iterdir()) == [path], "no temporary file is left"
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with raises(ConfigError, key="identity_path", seen=str(tmp_path / "no folder" / "identity")):
         load_identity(tmp_path / "no folder" / "identity", make=True)

@@ -43,7 +43,7 @@ from petals_tune.wire.messages import (
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.span import BlockSpan
-from petals_tune.wire.tokens import Token, encode_token, issue
+from petals_tune.wire.tokens import Token, issue
 from tests.net.played_peer import LONG_S, PEER, RECORD, PlayedPeer, opening
 from tests.raising import raises
 
@@ -324,8 +324,8 @@ async def test_a_member_sends_nothing_to_a_server_without_a_good_token(shown):
     members = Members(OWNER.public, ALICE, lambda _: mine)
     task, peer = await opening(peer=IMPOSTOR.peer, members=members)
     message_id, hello = await peer.read()
-    assert hello == Hello(model="m", token=encode_token(mine))
-    token = None if shown is None else encode_token(shown)
+    assert hello == Hello(model="m", token=mine.encoded)
+    token = None if shown is None else shown.encoded
     await peer.send(Welcome(record=RECORD, max_in_flight=1, max_message_bytes=1, token=token), message_id)
     with raises(UntrustedServer, peer=IMPOSTOR.peer):
         await task

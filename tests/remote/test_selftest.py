@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.errors import UnsupportedModel
-from petals_tune.model.families import family_of, hollow_base_model
+from petals_tune.model.families import family_of, placeholder_model
 from petals_tune.remote.selftest import self_test, tiny
 
 
@@ -73,7 +73,7 @@ def test_a_tiny_model_has_all_kinds_of_blocks_and_few_parameters():
     small = tiny(config)
     assert set(small.layer_types) == set(config.layer_types)
     assert len(small.layer_types) == small.num_hidden_layers < 10
-    assert sum(p.numel() for p in hollow_base_model(small).parameters()) < 20_000_000
+    assert sum(p.numel() for p in placeholder_model(small).parameters()) < 20_000_000
     assert config.num_hidden_layers == 26, "the config itself stays as it is"
 
 
@@ -127,7 +127,7 @@ def _of(base_class: Any, config: PretrainedConfig) -> Any:
 )
 def test_what_is_no_decoder_of_attention_blocks_is_refused_with_the_reason(config, words):
     with pytest.raises(UnsupportedModel, match=words):
-        family_of(hollow_base_model(config))
+        family_of(placeholder_model(config))
 
 
 def test_attention_in_both_directions_is_refused(tmp_path: Path):

@@ -45,9 +45,9 @@ lean_hivemind()
 with lean_transformers():
     import bitsandbytes, servers.server
 from transformers import LlamaConfig
-from petals_tune.model.families import family_of, hollow_base_model
+from petals_tune.model.families import family_of, placeholder_model
 config = LlamaConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2, vocab_size=8)
-family = family_of(hollow_base_model(config))
+family = family_of(placeholder_model(config))
 from transformers import AutoModel
 out = AutoModel.from_config(config)(inputs_embeds=torch.rand(1, 4, 32)).last_hidden_state
 names = ("torch._dynamo.eval_frame", "torch._inductor", "torch.distributed.tensor", "scipy.optimize", "pandas")

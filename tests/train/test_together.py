@@ -41,7 +41,7 @@ def test_two_processes_learn_what_one_does_with_the_whole_batch(
         torch.testing.assert_close(together[name], value.detach(), rtol=1e-4, atol=1e-5)
     facts = [dict(fact.split("=") for fact in (tmp_path / f"rank_{rank}.txt").read_text().split()) for rank in (0, 1)]
     for fact in facts:
-        assert fact["hollow"] == "True"  # the skeleton's weights were never made real
+        assert fact["placeholder"] == "True"  # the skeleton's weights were never made real
         assert int(fact["sent"]) > 0  # both ranks computed over the swarm
         assert float(fact["loss"]) == pytest.approx(tested["test/loss"], abs=1e-5)
 

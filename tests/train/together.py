@@ -18,7 +18,7 @@ from torch import nn
 
 from petals_tune import AutoDistributedModelForCausalLM, local_swarm
 from petals_tune.data.module import TextData
-from petals_tune.remote.skeleton import is_hollow
+from petals_tune.remote.skeleton import is_placeholder
 from petals_tune.train.module import FineTuner
 from petals_tune.train.objective import CausalLM
 from tests.train.tiny import TinyTalk, tiny_tokenizer
@@ -58,12 +58,12 @@ def main(model_folder: str, out: Path) -> None:
         run, module, data = trainer(out, strategy="ddp", devices=2), tuner(model), talk(batch_size=3)
         run.fit(module, datamodule=data)
         (tested,) = run.test(module, datamodule=data, verbose=False)
-        hollow = all(
-            is_hollow(weight)
+        placeholder = all(
+            is_placeholder(weight)
             for name, weight in model.remote_blocks.named_parameters()
             if "lora_" not in name and weight.numel() > 1
         )
-        facts = f"hollow={hollow} sent={model.remote_blocks.stats.sent_bytes} loss={tested['test/loss']:.9f}"
+        facts = f"placeholder={placeholder} sent={model.remote_blocks.stats.sent_bytes} loss={tested['test/loss']:.9f}"
         (out / f"rank_{run.global_rank}.txt").write_text(facts)
         if run.is_global_zero:
             save_file({name: value.detach() for name, value in module.trained()}, out / "trained.safetensors")

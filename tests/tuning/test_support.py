@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from petals_tune.errors import UnsupportedAdapter
-from petals_tune.remote.skeleton import Skeleton, hollow_out
+from petals_tune.remote.skeleton import Skeleton, fill_with_placeholders
 from petals_tune.tuning.support import check_config, collect_adapter
 
 WIDTH = 8
@@ -28,7 +28,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = Skeleton([Block(), Block()])
-        hollow_out(self.layers, torch.float32)
+        fill_with_placeholders(self.layers, torch.float32)
 
     def collect(self):
         return collect_adapter(list(enumerate(self.layers)))

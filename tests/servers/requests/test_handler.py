@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from petals_tune.blocks.engine import Engine
 from petals_tune.wire import frames
+from petals_tune.wire.codec import encode
 from petals_tune.wire.messages import (
     Backward,
     Chained,
@@ -33,7 +34,6 @@ from petals_tune.wire.messages import (
     SessionOpened,
     Step,
     Stepped,
-    encode,
     without_tensor,
 )
 from petals_tune.wire.span import BlockSpan

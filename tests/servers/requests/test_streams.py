@@ -11,9 +11,9 @@ import torch
 from petals_tune.blocks.engine import Engine
 from petals_tune.errors import ConnectionLost
 from petals_tune.net.members import Members
+from petals_tune.wire.codec import MAX_HELLO_BYTES, encode
 from petals_tune.wire.frames import HEADER
 from petals_tune.wire.messages import (
-    MAX_HELLO_BYTES,
     Backward,
     Chained,
     Forward,
@@ -26,11 +26,10 @@ from petals_tune.wire.messages import (
     Pong,
     Refusal,
     Welcome,
-    encode,
     without_tensor,
 )
 from petals_tune.wire.signing import SigningKey
-from petals_tune.wire.tokens import encode_token, issue
+from petals_tune.wire.tokens import issue
 from servers.requests import streams
 from servers.scheduling.compute_thread import ComputeThread
 from servers.scheduling.fair_queue import Priority
@@ -104,7 +103,7 @@ def private(revoked: set[str], clock: type[Clock] = Clock) -> Members:
 
 
 def token_of(key: SigningKey, name: str = "alice", owner: SigningKey = OWNER, expires_s: int = 2000) -> bytes:
-    return encode_token(issue(owner, name=name, peer=key.peer, hosts=False, expires_s=expires_s))
+    return issue(owner, name=name, peer=key.peer, hosts=False, expires_s=expires_s).encoded
 
 
 @pytest.mark.parametrize(
