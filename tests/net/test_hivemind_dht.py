@@ -2,8 +2,11 @@
 
 import asyncio
 import dataclasses
+import os
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,12 +16,16 @@ from hivemind.dht.validation import DHTRecord
 from hivemind.utils import MSGPackSerializer
 from hivemind.utils.timed_storage import get_dht_time
 
-from petals_tune.net.dht_auth import SignedRecords
+from petals_tune.errors import ClockSkew, ServerUnreachable
+from petals_tune.net.dht_auth import MembersOnly, SignedRecords
 from petals_tune.net.hivemind_dht import HivemindDirectory
 from petals_tune.net.hivemind_p2p import HivemindTransport
+from petals_tune.net.members import Members
 from petals_tune.wire.records import ServerRecord, dht_key, encode_record
 from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.span import BlockSpan
+from petals_tune.wire.tokens import issue
+from tests.raising import raises
 
 
 def key_of(name: str) -> SigningKey:
@@ -216,3 +223,48 @@ async def test_swarms_of_other_names_do_not_see_each_other(nodes):
     await Speaker(server, "one", "a").announce(record("a"), lasts_s=60)
     assert (await HivemindDirectory(client, "other").snapshot()).servers == ()
     assert (await HivemindDirectory(client, "one").snapshot()).servers == (record("a"),)
+
+
+async def test_a_clock_that_is_off_is_an_error_of_its_own(monkeypatch):
+    """A swarm whose first server believes that it is a minute later."""
+    owner, identity = SigningKey.new(), SigningKey.new()
+    token = issue(owner, name="all", peer=identity.peer, hosts=True, expires_s=2**39)
+    members = Members(owner.public, identity, lambda _: token)
+    sign_response = MembersOnly.sign_response
+
+    async def sign_a_minute_later(self: MembersOnly, response: Any, request: Any) -> None:
+        response.dht_time += 60  # only a ping's response has a time
+        await sign_response(self, response, request)
+
+    monkeypatch.setattr(MembersOnly, "sign_response", sign_a_minute_later)
+    async with AsyncExitStack() as stack:
+        first = await HivemindTransport.start(identity=identity)
+        stack.push_async_callback(first.stop)
+        directory = await HivemindDirectory.join(first, (), client_mode=False, identity=identity, members=members)
+        stack.push_async_callback(directory.leave)
+        peers = await first.addresses()
+        second = await HivemindTransport.start(peers, listens=False)
+        stack.push_async_callback(second.stop)
+        with raises(ClockSkew):
+            await HivemindDirectory.join(second, peers, client_mode=True, members=members)
+
+
+async def test_a_directory_whose_daemon_was_killed_is_empty_takes_nothing_and_can_be_left(caplog):
+    async with AsyncExitStack() as stack:
+        first = await HivemindTransport.start()
+        stack.push_async_callback(first.stop)
+        directory = await HivemindDirectory.join(first, (), client_mode=False)
+        stack.push_async_callback(directory.leave)
+        peers = await first.addresses()
+        second = await HivemindTransport.start(peers, listens=False)
+        lonely = await HivemindDirectory.join(second, peers, client_mode=True)
+        os.kill(second.p2p._child.pid, signal.SIGKILL)
+        await second.ended()
+        assert (await lonely.snapshot()).servers == ()
+        await lonely.announce(record("a"), lasts_s=60)
+        assert "did not take this server's announcement" in caplog.text
+        await lonely._ping(second, peers[0])
+        await lonely.leave()
+        await second.stop()
+        with raises(ServerUnreachable):
+            await HivemindDirectory.join(second, peers, client_mode=True)
