@@ -65,7 +65,7 @@ class InProcessTransport:
     def __init__(self, peer_id: str, network: InProcessNetwork):
         self.serving: dict[asyncio.Task[None], Connection] = {}
         self._dialled: weakref.WeakSet[Connection] = weakref.WeakSet()
-        self._id, self._network = peer_id, network
+        self.id, self._network = peer_id, network
         self._protocols: dict[str, Serve] = {}
 
     async def dial(self, peer: str, addresses: Sequence[str], protocol: str) -> Connection:
@@ -73,7 +73,7 @@ class InProcessTransport:
         other = self._network.find(peer)
         if (serve := other._protocols.get(protocol)) is None:
             raise ConnectionLost(f"peer {peer} does not accept {protocol}", peer=peer)
-        near, far = await self._network.connect(self._id, peer)
+        near, far = await self._network.connect(self.id, peer)
         task = asyncio.create_task(_serve(serve, far))
         other.serving[task] = far
         task.add_done_callback(other.serving.pop)

@@ -5,14 +5,15 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 
 import pytest
-from hivemind.p2p import P2P
 
-from petals_tune.net import dial_back as reach
-from petals_tune.net.dial_back import PROTOCOL, Answer, DialBack, answer, dialled_back
-from petals_tune.net.hivemind_p2p import start_p2p, stop_p2p
+from petals_tune.errors import ConnectionLost
+from petals_tune.net import dial_back
+from petals_tune.net.dial_back import PROTOCOL, Answer, DialBack, dial_all, is_dialable
+from petals_tune.net.hivemind_p2p import HivemindTransport
 from petals_tune.net.members import Members
 from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.tokens import issue
+from tests.raising import raises
 
 OWNER = SigningKey.new()
 
@@ -22,19 +23,21 @@ async def start() -> AsyncIterator[Callable]:
     """Starts a daemon; one that is given `answers` lets others ask it."""
     async with AsyncExitStack() as stack:
 
-        async def started(*peers: str, answers: DialBack | None = None, **options) -> tuple[P2P, list[str]]:
-            p2p = await start_p2p(peers, **options)
-            stack.push_async_callback(stop_p2p, p2p)
+        async def started(
+            *peers: str, answers: DialBack | None = None, **options
+        ) -> tuple[HivemindTransport, tuple[str, ...]]:
+            transport = await HivemindTransport.start(peers, **options)
+            stack.push_async_callback(transport.stop)
             if answers is not None:
-                await p2p.add_binary_stream_handler(PROTOCOL, answers.serve)
-            return p2p, [str(address) for address in await p2p.get_visible_maddrs()]
+                await transport.accept(PROTOCOL, answers.serve)
+            return transport, await transport.addresses()
 
         yield started
 
 
 @pytest.fixture
-async def door() -> AsyncIterator[Callable]:
-    """Starts something that is no libp2p peer: it says `greeting` to whoever connects. Counts them."""
+async def listener() -> AsyncIterator[Callable]:
+    """Starts something that is no libp2p peer: it sends `greeting` to whoever connects. Counts them."""
     servers = []
 
     async def opened(host: str, greeting: bytes) -> tuple[int, list[None]]:
@@ -61,60 +64,62 @@ def member(identity: SigningKey) -> Members:
 async def test_a_peer_says_whether_it_can_dial_another(start):
     _, known = await start(answers=DialBack(None))
     newcomer, own = await start(*known)
-    assert await dialled_back(newcomer, known, own, None) is True
-    closed = "/ip4/127.0.0.1/tcp/1/p2p/" + str(newcomer.peer_id)
-    assert await dialled_back(newcomer, known, [closed], None) is False
-    assert await dialled_back(newcomer, known, [closed, *own], None) is True
+    assert await is_dialable(newcomer, known, own, None) is True
+    closed = "/ip4/127.0.0.1/tcp/1/p2p/" + newcomer.id
+    assert await is_dialable(newcomer, known, [closed], None) is False
+    assert await is_dialable(newcomer, known, [closed, *own], None) is True
 
 
 async def test_the_address_of_a_router_is_believed_where_nobody_sees_it(start):
     _, known = await start(answers=DialBack(None))
     newcomer, _ = await start(*known)
     router = ["/ip4/10.0.0.5/tcp/31337"]
-    assert await dialled_back(newcomer, known, router, None) is False
-    assert await dialled_back(newcomer, known, router, None, given=True) is None
-    assert await dialled_back(newcomer, known, ["/ip4/127.0.0.1/tcp/1"], None, given=True) is False
+    assert await is_dialable(newcomer, known, router, None) is False
+    assert await is_dialable(newcomer, known, router, None, given=True) is None
+    assert await is_dialable(newcomer, known, ["/ip4/127.0.0.1/tcp/1"], None, given=True) is False
 
 
 async def test_one_that_knows_no_such_question_says_nothing(start):
     _, known = await start()
     newcomer, own = await start(*known)
-    assert await dialled_back(newcomer, known, own, None) is None
+    assert await is_dialable(newcomer, known, own, None) is None
 
 
 async def test_a_private_swarm_dials_members_alone(start):
     host, guest, stranger = SigningKey.new(), SigningKey.new(), SigningKey.new()
     _, known = await start(answers=DialBack(member(host)), identity=host)
     newcomer, own = await start(*known, identity=guest)
-    assert await dialled_back(newcomer, known, own, member(guest)) is True
+    assert await is_dialable(newcomer, known, own, member(guest)) is True
     other, own = await start(*known, identity=stranger)
-    assert await dialled_back(other, known, own, None) is None
-    assert await dialled_back(other, known, own, member(guest)) is None  # a token of somebody else
+    assert await is_dialable(other, known, own, None) is None
+    assert await is_dialable(other, known, own, member(guest)) is None  # a token of somebody else
 
 
-async def test_nothing_but_the_host_that_asked_is_dialled(door):
-    port, visits = await door("127.0.0.2", reach._GREETING)
+async def test_nothing_but_the_host_that_asked_is_dialled(listener):
+    port, visits = await listener("127.0.0.2", dial_back._GREETING)
     there = f"/ip4/127.0.0.2/tcp/{port}"
-    assert await answer([there], host="127.0.0.1") == Answer(dialled=(), reached=())
+    assert await dial_all([there], host="127.0.0.1") == Answer(dialled=(), reached=())
     assert visits == []
     other = "/ip4/127.0.0.2/udp/1"
-    assert await answer([other, there, "rubbish"], host="127.0.0.2") == Answer(dialled=(other, there), reached=(there,))
+    assert await dial_all([other, there, "rubbish"], host="127.0.0.2") == Answer(
+        dialled=(other, there), reached=(there,)
+    )
     assert len(visits) == 1
 
 
 @pytest.mark.parametrize("greeting", [b"", b"HTTP/1.1 400 Bad Request\r\n", b"\x13/multistream"])
-async def test_what_is_no_libp2p_peer_does_not_count(door, greeting):
-    port, visits = await door("127.0.0.1", greeting)
-    assert (await answer([f"/ip4/127.0.0.1/tcp/{port}"], host="127.0.0.1")).reached == ()
+async def test_what_is_no_libp2p_peer_does_not_count(listener, greeting):
+    port, visits = await listener("127.0.0.1", greeting)
+    assert (await dial_all([f"/ip4/127.0.0.1/tcp/{port}"], host="127.0.0.1")).reached == ()
     assert len(visits) == 1
 
 
-async def test_one_that_lets_in_and_says_nothing_does_not_hold_up(door, monkeypatch):
-    monkeypatch.setattr(reach, "DIAL_S", 0.1)
+async def test_one_that_lets_in_and_says_nothing_does_not_hold_up(listener, monkeypatch):
+    monkeypatch.setattr(dial_back, "DIAL_S", 0.1)
     silent = await asyncio.start_server(lambda *_: asyncio.sleep(60), "127.0.0.1", 0)
     async with silent:
         port = silent.sockets[0].getsockname()[1]
-        assert (await answer([f"/ip4/127.0.0.1/tcp/{port}"], host="127.0.0.1")).reached == ()
+        assert (await dial_all([f"/ip4/127.0.0.1/tcp/{port}"], host="127.0.0.1")).reached == ()
 
 
 @pytest.mark.parametrize(
@@ -123,23 +128,24 @@ async def test_one_that_lets_in_and_says_nothing_does_not_hold_up(door, monkeypa
 async def test_rubbish_ends_the_stream_and_the_next_question_is_answered(start, question):
     host, known = await start(answers=DialBack(None))
     newcomer, own = await start(*known)
-    _, reader, writer = await newcomer.call_binary_stream_handler(host.peer_id, PROTOCOL)
-    writer.write(question)
-    writer.write_eof()
-    assert await asyncio.wait_for(reader.read(), 10) == b""
-    assert await dialled_back(newcomer, known, own, None) is True
+    connection = await newcomer.dial(host.id, (), PROTOCOL)
+    await connection.write(question)
+    connection.finish()
+    with raises(ConnectionLost, peer=host.id):
+        await asyncio.wait_for(connection.read_exactly(1), 10)
+    assert await is_dialable(newcomer, known, own, None) is True
 
 
 async def test_only_a_few_are_dialled_at_once(start, monkeypatch):
-    monkeypatch.setattr(reach, "AT_ONCE", 1)
+    monkeypatch.setattr(dial_back, "AT_ONCE", 1)
     answers = DialBack(None)
     host, known = await start(answers=answers)
     newcomer, own = await start(*known)
-    _, _, writer = await newcomer.call_binary_stream_handler(host.peer_id, PROTOCOL)
+    connection = await newcomer.dial(host.id, (), PROTOCOL)
     while not answers._under_way:
         await asyncio.sleep(0.01)
-    assert await dialled_back(newcomer, known, own, None) is None
-    writer.close()
+    assert await is_dialable(newcomer, known, own, None) is None
+    connection.close()
     while answers._under_way:
         await asyncio.sleep(0.01)
-    assert await dialled_back(newcomer, known, own, None) is True
+    assert await is_dialable(newcomer, known, own, None) is True

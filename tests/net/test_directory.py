@@ -1,218 +1,28 @@
-"""Real DHT nodes on 127.0.0.1: a server that announces, and a client that looks."""
+"""A snapshot of a directory: what of its records is where."""
 
-import asyncio
-import dataclasses
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
 
 import msgspec
-import pytest
-import pytest_asyncio
-from hivemind.dht.node import DHTNode
-from hivemind.dht.validation import DHTRecord
-from hivemind.utils import MSGPackSerializer
-from hivemind.utils.timed_storage import get_dht_time
 
-from petals_tune.net.dht_auth import SignedRecords
-from petals_tune.net.directory import Directory
-from petals_tune.net.hivemind_p2p import start_dht, start_p2p, stop_p2p
-from petals_tune.wire.records import ServerRecord, dht_key, encode_record
-from petals_tune.wire.signing import SigningKey
+from petals_tune.net.directory import Snapshot
 from petals_tune.wire.span import BlockSpan
+from tests.net.played_peer import RECORD
 
 
-def key_of(name: str) -> SigningKey:
-    """The identity of the server that a test calls so."""
-    return SigningKey(name.encode().ljust(32)[:32])
-
-
-def record(name: str, start: int = 0, stop: int = 4) -> ServerRecord:
-    peer = key_of(name).peer
-    return ServerRecord(
-        peer=peer,
-        addresses=(f"/ip4/127.0.0.1/tcp/1/p2p/{peer}",),
-        model="digest",
-        model_name="tiny",
-        blocks=BlockSpan(start, stop),
-        total_blocks=8,
-        quantization="none",
-        dtype="float32",
+def test_a_snapshot_has_servers_in_the_order_of_their_blocks_and_apart_those_that_load_or_left():
+    a, b, c, loads, left = (
+        msgspec.structs.replace(RECORD, peer=peer, blocks=BlockSpan(start, stop), state=state)
+        for peer, start, stop, state in (
+            ("a", 2, 4, "online"),
+            ("b", 0, 4, "online"),
+            ("c", 0, 4, "online"),
+            ("d", 0, 1, "joining"),
+            ("e", 0, 4, "offline"),
+        )
     )
-
-
-pytestmark = pytest.mark.asyncio(loop_scope="module")
-
-
-@pytest.fixture
-def name(request: pytest.FixtureRequest) -> str:
-    """Of a swarm that this test has for itself."""
-    return request.node.name
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def nodes() -> AsyncIterator[tuple[DHTNode, DHTNode]]:
-    """A server's node and a client's."""
-    server_p2p = await start_p2p()
-    try:
-        server = await start_dht(server_p2p, (), client_mode=False)
-        peers = [str(address) for address in await server_p2p.get_visible_maddrs()]
-        client_p2p = await start_p2p(peers, listens=False)
-        try:
-            client = await start_dht(client_p2p, peers, client_mode=True)
-            yield server, client
-            await client.shutdown()
-            await server.shutdown()
-        finally:
-            await stop_p2p(client_p2p)
-    finally:
-        await stop_p2p(server_p2p)
-
-
-class Speaker(Directory):
-    """Announces as the server of one name; the nodes of all servers are one here."""
-
-    def __init__(self, node: DHTNode, swarm: str, name: str):
-        super().__init__(node, swarm)
-        self._guard = SignedRecords(key_of(name))
-
-    async def announce(self, announced: ServerRecord, *, lasts_s: float) -> None:
-        self._node.protocol.record_validator = self._guard
-        await super().announce(announced, lasts_s=lasts_s)
-
-
-async def eventually(holds: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(60):
-        while not await holds():
-            await asyncio.sleep(0.05)
-
-
-async def test_what_servers_announce_is_seen_in_the_order_of_the_blocks_until_they_withdraw(nodes, name):
-    server, client = nodes
-    speakers, view = {each: Speaker(server, name, each) for each in "abc"}, Directory(client, name)
-    records = {"c": record("c", 4, 8), "a": record("a"), "b": record("b", 1, 4)}
-    assert (await view.snapshot()).servers == ()
-    for each, announced in records.items():
-        await speakers[each].announce(announced, lasts_s=60)
-    assert (await view.snapshot()).servers == (records["a"], records["b"], records["c"])
-    await speakers["b"].withdraw(records["b"])
-    assert (await view.snapshot()).servers == (records["a"], records["c"])
-
-
-async def test_a_server_that_loads_is_seen_by_other_servers_and_sent_no_clients(nodes, name):
-    server, client = nodes
-    joining = msgspec.structs.replace(record("a"), state="joining")
-    directory, view = Speaker(server, name, "a"), Directory(client, name)
-    await directory.announce(joining, lasts_s=60)
-    seen = await view.snapshot()
-    assert (seen.servers, seen.joining) == ((), (joining,))
-    await directory.announce(record("a"), lasts_s=60)
-    seen = await view.snapshot()
-    assert (seen.servers, seen.joining) == ((record("a"),), ())
-
-
-async def test_a_server_that_starts_again_under_its_address_is_seen(nodes, name):
-    server, client = nodes
-    before = Speaker(server, name, "a")
-    await before.announce(record("a"), lasts_s=60)
-    await before.withdraw(record("a"))
-    assert (await Directory(client, name).snapshot()).servers == ()
-    await Speaker(server, name, "a").announce(
-        record("a", 2, 6), lasts_s=60 + 3
-    )  # as if 3 s later: no server starts faster
-    assert (await Directory(client, name).snapshot()).servers == (record("a", 2, 6),)
-
-
-async def test_an_announcement_that_the_dht_does_not_take_is_not_lost_without_a_word(nodes, name, caplog):
-    server, _ = nodes
-    await Speaker(server, name, "a").announce(record("a"), lasts_s=-60)  # as from a machine whose clock is behind
-    assert "did not take this server's announcement" in caplog.text
-
-
-async def test_an_announcement_that_is_not_renewed_ends_by_itself(nodes, name):
-    server, client = nodes
-    await Speaker(server, name, "a").announce(record("a"), lasts_s=1)
-
-    async def gone() -> bool:
-        return (await Directory(client, name).snapshot()).servers == ()
-
-    await eventually(gone)
-
-
-async def test_a_renewal_replaces_the_record(nodes, name):
-    server, client = nodes
-    directory = Speaker(server, name, "a")
-    await directory.announce(record("a"), lasts_s=60)
-    await directory.announce(record("a", 2, 6), lasts_s=60)
-    assert [seen.blocks for seen in (await Directory(client, name).snapshot()).servers] == [BlockSpan(2, 6)]
-
-
-async def test_records_that_are_malformed_or_speak_for_another_peer_are_left_out(nodes, name):
-    server, client = nodes
-    key, until = dht_key(name), get_dht_time() + 60
-    await Speaker(server, name, "honest").announce(record("honest"), lasts_s=60)
-    foreign = {
-        "thief": encode_record(record("honest", 0, 8)),
-        "bytes": b"\xc1",
-        "text": b"\x81\xa4peer\xa1\x80",
-        "number": 7,
-        "none": None,
-        "old": msgspec.msgpack.encode({"peer": "old"}),
-    }
-    for each, value in foreign.items():  # each signed by the peer under whose name it stands
-        server.protocol.record_validator = SignedRecords(key_of(each))
-        assert await server.store(key, value, until, subkey=key_of(each).peer)
-    assert len((await client.get(key, latest=True)).value) == 1 + len(foreign), "they are there to be left out"
-    assert (await Directory(client, name).snapshot()).servers == (record("honest"),)
-
-
-async def test_nobody_announces_or_withdraws_anothers_blocks(nodes, name):
-    """What another signed, or nobody, no node takes, whoever asks it; nor does a client that is shown it."""
-    server, client = nodes
-    key, until, honest = dht_key(name), get_dht_time() + 120, record("honest")
-    await Speaker(server, name, "honest").announce(honest, lasts_s=60)
-    withdrawn = encode_record(msgspec.structs.replace(honest, state="offline"))
-    for identity in (key_of("thief"), None):
-        for node in nodes:  # the server's own node, and a client that asks it over the network
-            node.protocol.record_validator = SignedRecords(identity)
-            assert not await node.store(key, withdrawn, until, subkey=honest.peer)
-    assert (await Directory(client, name).snapshot()).servers == (honest,)
-
-    class Believer(SignedRecords):
-        def validate(self, record: object) -> bool:
-            return True
-
-    server.protocol.record_validator = Believer(key_of("thief"))
-    assert await server.store(key, withdrawn, until, subkey=honest.peer), "a node of the thief's own takes it"
-    assert (await Directory(client, name).snapshot()).servers == (honest,), "the client goes on with what it knew"
-
-
-async def test_an_old_record_is_not_put_back_under_a_later_end_or_another_key():
-    guard, until = SignedRecords(key_of("a")), get_dht_time() + 60
-    subkey = MSGPackSerializer.dumps(key_of("a").peer)
-    signed = DHTRecord(b"key", subkey, guard.sign_value(DHTRecord(b"key", subkey, b"value", until)), until)
-    assert guard.validate(signed)
-    assert guard.strip_value(signed) == b"value"
-    changes = {"key": b"yek", "subkey": MSGPackSerializer.dumps(key_of("b").peer), "value": signed.value + b"x"}
-    for field, value in {**changes, "expiration_time": until + 1}.items():
-        assert not guard.validate(dataclasses.replace(signed, **{field: value})), field
-
-
-@pytest.mark.parametrize(
-    "subkey", [b"", b"\xd9", b"\xc4\x01a", MSGPackSerializer.dumps("QmRSA"), b"\xd9\x34" + bytes(52)]
-)
-async def test_a_record_under_anything_but_a_peer_id_is_refused(subkey):
-    assert not SignedRecords(None).validate(DHTRecord(b"key", subkey, bytes(100), get_dht_time() + 60))
-
-
-async def test_records_that_are_large_or_would_stay_for_ever_are_refused():
-    guard, subkey = SignedRecords(key_of("a")), MSGPackSerializer.dumps(key_of("a").peer)
-    for size, lasts_s, taken in ((100, 60, True), (5000, 60, False), (100, 10**6, False)):
-        until = get_dht_time() + lasts_s
-        value = guard.sign_value(DHTRecord(b"key", subkey, bytes(size), until))
-        assert guard.validate(DHTRecord(b"key", subkey, value, until)) is taken
-
-
-async def test_swarms_of_other_names_do_not_see_each_other(nodes):
-    server, client = nodes
-    await Speaker(server, "one", "a").announce(record("a"), lasts_s=60)
-    assert (await Directory(client, "other").snapshot()).servers == ()
-    assert (await Directory(client, "one").snapshot()).servers == (record("a"),)
+    before_s = time.monotonic()
+    snapshot = Snapshot.of([left, a, c, loads, b])
+    assert snapshot.servers == (b, c, a)
+    assert snapshot.joining == (loads,)
+    assert snapshot.left == {"e"}
+    assert before_s <= snapshot.taken_at_s <= time.monotonic()

@@ -1,31 +1,35 @@
 """Real p2p daemons and DHT nodes on 127.0.0.1."""
 
 import asyncio
+import os
+import signal
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import msgspec
 import pytest
 
-from petals_tune.net import hivemind_p2p as p2p
-from petals_tune.net.circuit_relay import Relayed
-from petals_tune.net.directory import Directory
-from petals_tune.net.peer import Joined, joined
-from petals_tune.swarm.client import SwarmClient
-from petals_tune.swarm.retry import RetryPolicy
-from tests.servers.peers import SPAN, record_of
+from petals_tune.errors import ServerError, ServerUnreachable
+from petals_tune.net import hivemind_dht
+from petals_tune.net.circuit_relay import Reservation
+from petals_tune.net.hivemind_p2p import LOOPBACK
+from petals_tune.net.in_process import InProcessNetwork
+from petals_tune.net.peer import Peer, joined
+from tests.net.played_peer import LONG_S
+from tests.raising import raises
+from tests.servers.peers import record_of
 
 
-async def announce(server: Joined) -> None:
-    record = msgspec.structs.replace(record_of(server.peer), addresses=server.addresses)
-    await Directory(server.node).announce(record, lasts_s=60)
+async def announce(server: Peer) -> None:
+    record = msgspec.structs.replace(record_of(server.id), addresses=server.addresses)
+    await server.directory.announce(record, lasts_s=60)
 
 
-async def until_known(server: Joined, *, to: Joined) -> None:
+async def until_known(server: Peer, *, to: Peer) -> None:
     """Returns once the DHT shows `to` the server, which renews its announcement meanwhile."""
     async with asyncio.timeout(30):
-        while [record.peer for record in (await Directory(to.node).snapshot()).servers] != [server.peer]:
+        while [record.peer for record in (await to.directory.snapshot()).servers] != [server.id]:
             await announce(server)
             await asyncio.sleep(0.2)
 
@@ -34,20 +38,19 @@ async def test_a_swarm_whose_first_node_was_restarted_comes_together_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The node knows nobody then, and who did not get an answer from it has forgotten it."""
-    monkeypatch.setattr(p2p, "GREET_S", 0.3)
+    monkeypatch.setattr(hivemind_dht, "PING_S", 0.3)
     identity_path = str(tmp_path / "node.identity")
     async with AsyncExitStack() as stack:
         first = AsyncExitStack()
-        node = await first.enter_async_context(joined([], host_maddrs=[p2p.LOOPBACK], identity_path=identity_path))
+        node = await first.enter_async_context(joined([], host_maddrs=[LOOPBACK], identity_path=identity_path))
         peers = node.addresses
-        server = await stack.enter_async_context(joined(peers, host_maddrs=[p2p.LOOPBACK]))
+        server = await stack.enter_async_context(joined(peers, host_maddrs=[LOOPBACK]))
         await announce(server)
-        client = await SwarmClient.join(peers, model="digest", blocks=SPAN, policy=RetryPolicy())
-        stack.push_async_callback(client.close)
+        client = await stack.enter_async_context(joined(peers, listens=False))
         await first.aclose()
-        await client.refresh()
+        await client.directory.snapshot()
         async with asyncio.timeout(30):
-            while node.p2p.peer_id in server.node.protocol.routing_table:
+            while knows(server, node):
                 await announce(server)
                 await asyncio.sleep(0.1)
 
@@ -57,15 +60,57 @@ async def test_a_swarm_whose_first_node_was_restarted_comes_together_again(
         newcomer = await stack.enter_async_context(joined(peers, listens=False))
         await until_known(server, to=newcomer)
         async with asyncio.timeout(30):
-            while node.p2p.peer_id not in client._node.protocol.routing_table:
+            while not knows(client, node):
                 await asyncio.sleep(0.1)
 
 
+def knows(peer: Peer, other: Peer) -> bool:
+    """Whether `other` is in the routing table of the DHT node of `peer`."""
+    return other.transport.p2p.peer_id in peer.directory.node.protocol.routing_table
+
+
+async def test_a_daemon_that_ends_ends_the_work_with_a_reason():
+    async with joined([], host_maddrs=[LOOPBACK]) as peer:
+        assert await peer.while_daemon_lives(asyncio.sleep(0, "done"), asyncio.Event()) == "done"
+        assert peer.daemon_lives
+        os.kill(peer.transport.p2p._child.pid, signal.SIGKILL)
+        with raises(ServerError, peer=peer.id) as caught:
+            await peer.while_daemon_lives(asyncio.sleep(LONG_S), asyncio.Event())
+        assert "killed by signal 9" in str(caught.value)
+        assert not peer.daemon_lives
+
+
+async def test_a_daemon_that_ends_together_with_the_process_is_no_error():
+    stop = asyncio.Event()
+
+    async def work() -> str:
+        os.kill(peer.transport.p2p._child.pid, signal.SIGTERM)
+        await peer.daemon_ended
+        stop.set()
+        return "done"
+
+    async with joined([], host_maddrs=[LOOPBACK]) as peer:
+        assert await peer.while_daemon_lives(work(), stop) == "done"
+
+
+async def test_a_client_joins_and_leaves_nothing():
+    async with joined([], host_maddrs=[LOOPBACK]) as server:
+        async with joined(server.addresses, listens=False) as client:
+            assert client.addresses == ()
+            assert (await client.directory.snapshot()).servers == ()
+            transport = client.transport
+        assert not transport.alive
+        with raises(ServerUnreachable):
+            async with joined([server.addresses[0].replace(server.id, client.id)], listens=False):
+                pass
+
+
 def test_the_addresses_of_a_relayed_peer_follow_its_relay():
-    p2p = SimpleNamespace(peer_id="me")
-    place = Relayed(p2p, ["/ip4/10.0.0.1/tcp/1/p2p/one", "/ip4/10.0.0.2/tcp/1/p2p/two"], "/ip4/10.0.0.1/tcp/1/p2p/one")  # type: ignore[arg-type]
+    relays = ["/ip4/10.0.0.1/tcp/1/p2p/one", "/ip4/10.0.0.2/tcp/1/p2p/two"]
+    network = InProcessNetwork()
+    place = Reservation(network.find(network.peer("me").id), relays, relays[0])  # type: ignore[arg-type]
     own = ("/ip4/127.0.0.1/tcp/5/p2p/me", "/ip4/10.0.0.9/tcp/5/p2p/me")
-    here = Joined(p2p=p2p, node=None, members=None, own_addresses=own, relayed=place)  # type: ignore[arg-type]
-    assert here.addresses == (own[1], "/ip4/10.0.0.1/tcp/1/p2p/one/p2p-circuit/p2p/me")
+    peer = replace(network.peer("me"), own_addresses=own, reservation=place)
+    assert peer.addresses == (own[1], "/ip4/10.0.0.1/tcp/1/p2p/one/p2p-circuit/p2p/me")
     place.relay = place.relays[1]
-    assert here.addresses == (own[1], "/ip4/10.0.0.2/tcp/1/p2p/two/p2p-circuit/p2p/me")
+    assert peer.addresses == (own[1], "/ip4/10.0.0.2/tcp/1/p2p/two/p2p-circuit/p2p/me")
