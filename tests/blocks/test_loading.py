@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from petals_tune.blocks.engine import Engine
-from petals_tune.blocks.loading import load_blocks, made_up_block, set_training, torch_dtype
+from petals_tune.blocks.loading import dummy_block, load_blocks, torch_dtype
+from petals_tune.blocks.quantization import find_scheme
 from petals_tune.errors import ConfigError, UnsupportedModel
 from petals_tune.model import checkpoint as checkpoint_module
 from petals_tune.model.checkpoint import Checkpoint
@@ -57,11 +58,11 @@ def test_a_span_gives_what_the_same_blocks_give_in_the_whole_model(model_folder,
     mask = masks(3, 7)[padding]
     ids = torch.arange(21).reshape(3, 7)
     values = block_values(plain_model(folder), input_ids=ids, attention_mask=mask)
-    trimmed = load(folder, span)
-    assert len(trimmed.blocks) == len(trimmed.span)
-    hidden, wanted = values[trimmed.span.start], values[trimmed.span.stop]
+    loaded = load(folder, span)
+    assert len(loaded.blocks) == len(loaded.span)
+    hidden, wanted = values[loaded.span.start], values[loaded.span.stop]
     with torch.no_grad():
-        output = trimmed.model(inputs_embeds=hidden, attention_mask=mask, use_cache=False).last_hidden_state
+        output = loaded.model(inputs_embeds=hidden, attention_mask=mask, use_cache=False).last_hidden_state
     real = mask.bool()
     assert torch.isfinite(output).all()
     assert relative_error(output[real], wanted[real]) <= 1e-6
@@ -71,16 +72,16 @@ def test_a_span_gives_what_the_same_blocks_give_in_the_whole_model(model_folder,
 def test_the_weights_are_the_checkpoints_and_frozen(model_folder, family):
     folder = model_folder(family)
     whole = plain_model(folder).base_model
-    trimmed = load(folder, "2:5")
-    wanted = dict(getattr(whole, trimmed.family.blocks)[2:5].named_parameters())
-    held = dict(trimmed.blocks.named_parameters())
+    loaded = load(folder, "2:5")
+    wanted = dict(getattr(whole, loaded.family.blocks)[2:5].named_parameters())
+    held = dict(loaded.blocks.named_parameters())
     assert held.keys() == wanted.keys()
     assert all(torch.equal(held[name], wanted[name]) for name in wanted)
-    assert not any(parameter.requires_grad for parameter in trimmed.model.parameters())
-    outside = sum(p.numel() for p in trimmed.model.parameters()) - sum(p.numel() for p in trimmed.blocks.parameters())
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    outside = sum(p.numel() for p in loaded.model.parameters()) - sum(p.numel() for p in loaded.blocks.parameters())
     assert outside <= 2 * whole.config.hidden_size, "no more than a row of embeddings"
-    fp32_bytes = 4 * sum(parameter.numel() for parameter in trimmed.model.parameters())
-    assert fp32_bytes <= trimmed.weight_bytes <= fp32_bytes + 4096, "buffers included"
+    fp32_bytes = 4 * sum(parameter.numel() for parameter in loaded.model.parameters())
+    assert fp32_bytes <= loaded.weight_bytes <= fp32_bytes + 4096, "buffers included"
 
 
 @pytest.fixture
@@ -118,8 +119,8 @@ def read_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 @pytest.mark.parametrize("max_shard_size", ["1GB", "40KB"])
 def test_only_the_tensors_of_the_span_are_read(model_folder, read_names, family, max_shard_size):
     source = Checkpoint(str(model_folder(family, max_shard_size=max_shard_size)))
-    trimmed = load_blocks(source, BlockSpan(2, 4), quantization="none", dtype=torch.float32)
-    wanted = [name for name in source.tensor_names if trimmed.family.block_index(name) in (2, 3)]
+    loaded = load_blocks(source, BlockSpan(2, 4), quantization="none", dtype=torch.float32)
+    wanted = [name for name in source.tensor_names if loaded.family.block_index(name) in (2, 3)]
     assert sorted(read_names) == sorted(wanted)
     assert 0 < len(wanted) < len(source.tensor_names)
 
@@ -161,8 +162,8 @@ def test_quantized_blocks_give_nearly_the_same(model_folder, quantization, bound
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4", "none"])
 def test_a_row_does_not_depend_on_the_rows_beside_it(model_folder, quantization):
-    trimmed = load(model_folder("llama", **SMOLLM2), "0:2", quantization)
-    engine = Engine(trimmed)
+    loaded = load(model_folder("llama", **SMOLLM2), "0:2", quantization)
+    engine = Engine(loaded)
     rows = torch.randn(3, 9, 576, generator=torch.Generator().manual_seed(1))
     rows[2] *= 30  # an outlier beside it changes how a row would be quantized with the others
     together = engine.forward(forward("0:2", rows), None).output
@@ -172,7 +173,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(model_folder, quantization)
 
 
 def test_int8_linears_in_eval_mode_would_depend_on_the_mode():
-    """Why `set_training` leaves them in training mode: the trap that the test above guards is really there."""
+    """Why `set_mode` leaves them in training mode: the trap that the test above guards is really there."""
     import bitsandbytes as bnb
 
     torch.manual_seed(0)
@@ -185,7 +186,7 @@ def test_int8_linears_in_eval_mode_would_depend_on_the_mode():
         with torch.no_grad():
             outputs.append(linear(x))
     assert relative_error(outputs[1], outputs[0]) > 1e-3
-    set_training(linear, training=False)
+    find_scheme("int8").set_mode(linear, training=False)
     with torch.no_grad():
         assert torch.equal(linear(x), outputs[0])
 
@@ -291,9 +292,9 @@ def test_a_second_start_takes_the_quantized_blocks_and_reads_no_others(
     for _ in range(2):
         read_names.clear()
         span = BlockSpan(0, 2)
-        trimmed = load_blocks(source, span, quantization=quantization, dtype=torch.float32, disk=disk)
-        outputs.append(Engine(trimmed).forward(forward("0:2", hidden), None).output)
-        sizes.append(trimmed.weight_bytes)
+        loaded = load_blocks(source, span, quantization=quantization, dtype=torch.float32, disk=disk)
+        outputs.append(Engine(loaded).forward(forward("0:2", hidden), None).output)
+        sizes.append(loaded.weight_bytes)
     assert not read_names
     assert len(kept_blocks(disk)) == 2
     assert torch.equal(*outputs)
@@ -307,28 +308,28 @@ def test_other_weights_in_the_same_place_are_quantized_anew(model_folder, read_n
         (folder / file.name).write_bytes(file.read_bytes())
     source = Checkpoint(str(folder))
 
-    def loaded(quantization: str = "int8") -> int:
+    def tensors_read(quantization: str = "int8") -> int:
         read_names.clear()
         load_blocks(source, BlockSpan(0, 1), quantization=quantization, dtype=torch.float32, disk=disk)
         return len(read_names)
 
-    assert [loaded(), loaded(), loaded("nf4"), loaded("nf4")] == [9, 0, 9, 0]
+    assert [tensors_read(), tensors_read(), tensors_read("nf4"), tensors_read("nf4")] == [9, 0, 9, 0]
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes())  # and another time
-    assert loaded() == 9
+    assert tensors_read() == 9
 
 
 def test_a_quantized_block_that_is_damaged_is_named_and_made_again(model_folder, disk, caplog):
     source = Checkpoint(str(model_folder("llama")))
 
-    def loaded() -> torch.Tensor:
-        trimmed = load_blocks(source, BlockSpan(0, 1), quantization="int8", dtype=torch.float32, disk=disk)
-        return next(iter(trimmed.blocks.parameters()))
+    def first_parameter() -> torch.Tensor:
+        loaded = load_blocks(source, BlockSpan(0, 1), quantization="int8", dtype=torch.float32, disk=disk)
+        return next(iter(loaded.blocks.parameters()))
 
-    wanted = loaded()
+    wanted = first_parameter()
     (path,) = kept_blocks(disk)
     path.write_bytes(path.read_bytes()[:300])
-    assert torch.equal(loaded(), wanted)
+    assert torch.equal(first_parameter(), wanted)
     assert str(path) in caplog.text
     assert path.stat().st_size > 300
 
@@ -336,10 +337,10 @@ def test_a_quantized_block_that_is_damaged_is_named_and_made_again(model_folder,
 def test_a_disk_that_takes_nothing_costs_no_more_than_time(model_folder, tmp_path, caplog):
     (tmp_path / "file").touch()
     disk = DiskCache(folder=tmp_path / "file")
-    trimmed = load_blocks(
+    loaded = load_blocks(
         Checkpoint(str(model_folder("llama"))), BlockSpan(0, 1), quantization="int8", dtype=torch.float32, disk=disk
     )
-    assert len(trimmed.blocks) == 1
+    assert len(loaded.blocks) == 1
     assert "not kept for the next start" in caplog.text
 
 
@@ -373,9 +374,9 @@ def test_a_tensor_that_is_not_there_is_named_and_not_made_up(model_folder, tmp_p
         load(folder, "1:3", "int8")
 
 
-def test_a_made_up_block_has_the_shapes_and_the_size_of_a_real_one(model_folder):
+def test_a_dummy_block_has_the_shapes_and_the_size_of_a_real_one(model_folder):
     folder = model_folder("llama", **SMOLLM2)
-    made_up = made_up_block(Checkpoint(str(folder)), quantization="int8", dtype=torch.float32, device="cpu")
+    made_up = dummy_block(Checkpoint(str(folder)), quantization="int8", dtype=torch.float32, device="cpu")
     real = load(folder, "0:1", "int8")
     assert made_up.weight_bytes == real.weight_bytes
     assert {n: p.shape for n, p in made_up.blocks.named_parameters()} == {

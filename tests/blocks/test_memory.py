@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from petals_tune.blocks import memory
-from petals_tune.blocks.loading import Parts
+from petals_tune.blocks.loading import BlockLayout
 from petals_tune.blocks.memory import block_bytes, blocks_that_fit, check_device, free_bytes
+from petals_tune.blocks.quantization import find_scheme
 from petals_tune.errors import ConfigError
 from petals_tune.model.checkpoint import Checkpoint
 from tests.servers.parts import load
@@ -20,10 +21,12 @@ GB = 2**30
 @pytest.mark.parametrize("family", sorted(WIDE))
 def test_what_a_block_will_take_is_known_before_it_is_loaded(model_folder, family, quantization):
     folder = model_folder(family, **WIDE[family])
-    hollow = Parts.of(Checkpoint(str(folder))).hollow_block(0)
+    block = BlockLayout.of(Checkpoint(str(folder))).meta_block(0)
     two, four = load(folder, "0:2", quantization), load(folder, "0:4", quantization)
     measured = (four.weight_bytes - two.weight_bytes) / 2
-    assert block_bytes(hollow, quantization=quantization, dtype=torch.float32) == pytest.approx(measured, rel=0.02)
+    assert block_bytes(block, quantization=find_scheme(quantization), dtype=torch.float32) == pytest.approx(
+        measured, rel=0.02
+    )
 
 
 def test_as_many_blocks_as_fit_beside_the_budgets_and_one_in_full():

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from petals_tune.blocks.loading import TrimmedModel, load_blocks
+from petals_tune.blocks.loading import LoadedBlocks, load_blocks
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.wire.messages import Forward
 from petals_tune.wire.span import BlockSpan
 
 
-def load(folder: Path, span: str, quantization: str = "none") -> TrimmedModel:
+def load(folder: Path, span: str, quantization: str = "none") -> LoadedBlocks:
     source = Checkpoint(str(folder))
     return load_blocks(source, BlockSpan.parse(span), quantization=quantization, dtype=torch.float32)
 
