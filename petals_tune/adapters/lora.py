@@ -88,9 +88,10 @@ class LoRA(LinearMethod):
 
     def check_layer(self, where: str, layer: Any) -> None:
         super().check_layer(where, layer)
-        variants = {name: variant for name, variant in layer.lora_variant.items() if variant is not None}
-        if variants:
-            raise UnsupportedAdapter(f"{where}: {variants} changes what LoRA computes; use LoRA without variants")
+        for variant in layer.lora_variant.values():
+            if variant is not None:
+                kind = type(variant).__name__
+                raise UnsupportedAdapter(f"{where}: {kind} changes what LoRA computes", key="tuning", seen=kind)
         for name, linear in layer.lora_B.items():
             if linear.bias is not None:
                 raise UnsupportedAdapter(

@@ -11,7 +11,7 @@ from transformers.activations import NewGELUActivation
 
 from petals_tune.blocks import kernels
 from petals_tune.blocks.kernels import FEW_ROWS, FloatLinear, use_fast_kernels
-from petals_tune.blocks.quantization import find_scheme, int8_loading
+from petals_tune.blocks.quantization import find_scheme
 from petals_tune.blocks.quantization.int8_linear import Int8Linear
 from tests.models import relative_error
 
@@ -112,12 +112,3 @@ def test_activations_that_are_written_out_become_fused_ones():
 def test_the_faster_library_is_measured_once():
     assert kernels.onednn_is_faster() in (True, False)
     assert kernels.onednn_is_faster.cache_info().currsize == 1
-
-
-def test_quantizing_by_rows_gives_bitsandbytes_numbers(monkeypatch):
-    monkeypatch.setattr(int8_loading, "_WEIGHTS_AT_ONCE", 100)  # two rows of 48; the last part has one
-    matrix = torch.randn(48, 7).T
-    values, scales = int8_loading.quantize_by_rows(matrix)
-    wanted_values, wanted_scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(matrix.half().contiguous())
-    assert torch.equal(values, wanted_values)
-    assert torch.equal(scales, wanted_scales)
