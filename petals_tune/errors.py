@@ -117,6 +117,9 @@ class ConnectionLost(PetalsTuneError, ConnectionError):
 class RequestRefused(PetalsTuneError, ValueError):
     """A server refused a request that no other server would accept either."""
 
+    block: int | None = None  # where one block of the request is at fault
+    module: str = ""  # path inside that block, where an adapter's part is at fault
+
 
 class MessageTooLarge(RequestRefused):
     """A message has more bytes than a server takes at once."""
@@ -197,6 +200,8 @@ class BadReply(ServerError):
 
 class NotFinite(BadReply):
     """NaN or Inf came out of a server's blocks, where finite numbers went in."""
+
+    block: int | None = None  # the first one; None where only a gradient was not finite
 
 
 class UntrustedServer(ServerError):

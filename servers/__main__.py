@@ -63,7 +63,7 @@ def run(options: Serve) -> None:
     def ready(record: ServerRecord, engine: Engine) -> None:
         print(
             f"ready: blocks {record.blocks} of {record.model_name} in {record.quantization}, "
-            f"{engine.trimmed.weight_bytes / 2**20:.0f} MB of weights, {time.monotonic() - started_s:.1f} s; "
+            f"{engine.loaded.weight_bytes / 2**20:.0f} MB of weights, {time.monotonic() - started_s:.1f} s; "
             f"others join with swarm.initial_peers=[{','.join(record.addresses)}]",
             flush=True,
         )

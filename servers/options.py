@@ -79,7 +79,7 @@ class Serve:
     balance_period_s: Annotated[float, Field(gt=0)]
     balance_quality: Annotated[float, Field(ge=0, le=1)]
     throughput: Literal["auto", "measure"] | Annotated[float, Field(gt=0)]
-    quantization: Literal["int8", "nf4", "none"]
+    quantization: str  # a name that petals_tune.blocks.quantization has
     dtype: Literal["auto", "float32", "float16", "bfloat16"]
     device: str
     threads: Annotated[int, Field(ge=1)] | None

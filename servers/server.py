@@ -17,7 +17,9 @@ from tqdm import tqdm
 from petals_tune import __version__
 from petals_tune.blocks import memory
 from petals_tune.blocks.engine import Engine
-from petals_tune.blocks.loading import Parts, load_blocks, torch_dtype
+from petals_tune.blocks.loading import BlockLayout, load_blocks, torch_dtype
+from petals_tune.blocks.quantization import find_scheme
+from petals_tune.blocks.quantization.unquantized import Unquantized
 from petals_tune.errors import SwarmMismatch
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.net.directory import Directory
@@ -52,6 +54,7 @@ async def serve(options: Serve, on_ready: OnReady, stop: asyncio.Event) -> None:
     Raises ConfigError, UnsupportedModel, ServerUnreachable, or SwarmMismatch where the swarm serves another model.
     """
     memory.check_device(options.device)
+    find_scheme(options.quantization).check_available(options.device)
     swarm = options.swarm
     async with AsyncExitStack() as stack:
         here = await stack.enter_async_context(
@@ -121,7 +124,7 @@ class _Announcer:
 class _Facts:
     """What stays the same while a server lives."""
 
-    parts: Parts
+    layout: BlockLayout
     model: str
     length: int  # blocks that it hosts
     throughput: Throughput
@@ -156,18 +159,18 @@ class _Server:
     async def _found(self) -> _Facts:
         """Look at the model, the swarm and this machine."""
         options, checkpoint = self._options, self._checkpoint
-        parts = await asyncio.to_thread(Parts.of, checkpoint)
+        layout = await asyncio.to_thread(BlockLayout.of, checkpoint)
         model = await asyncio.to_thread(lambda: checkpoint.digest)
         ours = await self._others(model)
-        total_blocks = parts.family.total_blocks
+        total_blocks = layout.family.total_blocks
         length = options.num_blocks or (len(options.span) if options.span else None)
         if length is None:
-            length = self._as_many_as_fit(parts)
+            length = self._as_many_as_fit(layout)
         return _Facts(
-            parts=parts,
+            layout=layout,
             model=model,
             length=min(length, total_blocks),
-            throughput=await self._throughput(ours, model, parts.placeholder.config.hidden_size),
+            throughput=await self._throughput(ours, model, layout.meta_model.config.hidden_size),
         )
 
     async def _throughput(self, others: Sequence[ServerRecord], model: str, hidden_size: int) -> Throughput:
@@ -187,18 +190,16 @@ class _Server:
         network = await throughput.sending(self._here, others, model, hidden_size)
         return msgspec.structs.replace(measured, network=network)
 
-    def _as_many_as_fit(self, parts: Parts) -> int:
+    def _as_many_as_fit(self, layout: BlockLayout) -> int:
         limits = self._options.limits
-        sizes = partial(memory.block_bytes, parts.placeholder_block(0), dtype=self._dtype)
-        one = sizes(quantization=self._options.quantization)
-        if self._options.quantization == "none" and self._options.device == "cpu":
-            one *= 2  # kernels.FloatLinear keeps a weight a second time once somebody generates
+        sizes = partial(memory.block_bytes, layout.meta_block(0), dtype=self._dtype)
+        scheme = find_scheme(self._options.quantization)
         return memory.blocks_that_fit(
             memory.free_bytes(self._options.device),
             int((limits.max_lease_gb + limits.max_cache_gb + limits.max_adapter_gb) * _GB),
-            one,
-            sizes(quantization="none"),
-            parts.family.total_blocks,
+            sizes(quantization=scheme) * scheme.weight_copies(self._options.device),
+            sizes(quantization=Unquantized()),
+            layout.family.total_blocks,
         )
 
     async def _others(self, model: str) -> list[ServerRecord]:
@@ -235,7 +236,7 @@ class _Server:
             [s for s in servers if s.peer != self._peer and same_model(s.model, self._facts.model)]
             for servers in (snapshot.servers, snapshot.joining)
         ]
-        total_blocks = self._facts.parts.family.total_blocks
+        total_blocks = self._facts.layout.family.total_blocks
         others = placement.block_throughputs([*ours[0], *ours[1]], total_blocks)
         if here is None:
             return placement.best_span(others, self._facts.length, otherwise=announced)
@@ -343,7 +344,7 @@ class _Server:
             model_name=self._options.model.source,
             revision=self._checkpoint.revision,
             blocks=span,
-            total_blocks=self._facts.parts.family.total_blocks,
+            total_blocks=self._facts.layout.family.total_blocks,
             quantization=self._options.quantization,
             dtype=str(self._dtype).removeprefix("torch."),
             throughput=self._facts.throughput,

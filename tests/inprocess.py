@@ -54,8 +54,8 @@ def in_process_swarm(folder: Path, *spans: str, **limits: Any) -> Iterator[None]
 
     with ExitStack() as stack:
         for number, span in enumerate(BlockSpan.parse(span) for span in spans):
-            trimmed = load_blocks(checkpoint, span, quantization="none", dtype=torch.float32)
-            engine, compute = Engine(trimmed), ComputeThread()
+            loaded = load_blocks(checkpoint, span, quantization="none", dtype=torch.float32)
+            engine, compute = Engine(loaded), ComputeThread()
             stack.callback(compute.stop)
             record = ServerRecord(
                 peer=f"QmServer{number + 1}",
@@ -63,7 +63,7 @@ def in_process_swarm(folder: Path, *spans: str, **limits: Any) -> Iterator[None]
                 model=checkpoint.digest,
                 model_name=str(folder),
                 blocks=span,
-                total_blocks=trimmed.family.total_blocks,
+                total_blocks=loaded.family.total_blocks,
                 quantization="none",
                 dtype="float32",
             )

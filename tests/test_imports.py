@@ -28,16 +28,17 @@ MAY_IMPORT = {
     # floor 3
     "net": "errors files wire",
     "model": "errors files wire.span",
+    "adapters": "errors wire.adapter",  # methods that `tuning` collects and `blocks` applies
     # floor 4
-    "blocks": "errors files wire model",  # a client may run some blocks itself: no network, no server
-    "tuning": "errors files wire.adapter model",  # how an adapter's parts are named, no more of the wire
+    "blocks": "errors files wire model adapters",  # a client may run some blocks itself: no network, no server
+    "tuning": "errors files wire.adapter model adapters",  # how an adapter's parts are named, no more of the wire
     "data": "errors model",
     "swarm": "errors wire net",
     # floor 5
     "remote": "errors wire net model tuning swarm",
     "servers": "__version__ errors files cli config wire net model blocks",
     # floor 6
-    "train": "errors config wire files model tuning data net swarm remote",
+    "train": "errors config wire files model blocks.quantization tuning data net swarm remote",
     # floor 7: the commands, and the package's own front, which imports what it offers on first use
     "petals_tune": "errors cli config wire files model tuning data net swarm remote train",
     "conf": "",
@@ -48,7 +49,7 @@ MAY_IMPORT = {
 KNOWN_ONLY_TO = {
     "hivemind": "net",
     "transformers": "model blocks data tuning remote train petals_tune servers",
-    "peft": "tuning remote train petals_tune",
+    "peft": "adapters tuning remote train petals_tune",
     "lightning": "data train petals_tune",
     "datasets": "data",
     "hydra": "hydra_errors config train petals_tune servers",
@@ -70,6 +71,7 @@ FORBIDDEN_CALLS = {
 # Who handles what strangers sent opens no file and starts no process: no path of theirs can be one.
 HANDLES_STRANGERS = (
     "petals_tune.wire",
+    "petals_tune.adapters",
     *(f"petals_tune.net.{name}" for name in ("stream", "dht_auth", "directory", "dial_back", "circuit_relay")),
     *(f"petals_tune.blocks.{name}" for name in ("adapters", "engine", "graphs", "kernels", "kv_cache")),
     *("servers.requests", "servers.stores", "servers.scheduling"),

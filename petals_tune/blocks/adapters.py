@@ -1,25 +1,28 @@
-"""Clients' adapters on the server's blocks: LoRA on linears and prompts at block inputs, by hooks.
+"""Clients' adapters on shared blocks, applied by hooks.
 
-A hook reads the plan of the current call, never state of its module, so it does not care how a weight is stored, and
-clients with different adapters share the blocks.
+A hook reads the plan of the current call, never state of its module: it does not matter how a weight is stored, and
+clients with different adapters share the blocks. What a method computes is in `petals_tune.adapters`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from petals_tune.errors import RequestRefused
+from petals_tune.adapters import METHODS, AdapterMethod
+from petals_tune.adapters.base import linear_features, refusal
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.span import BlockSpan
 
 SEED_STEP = 1_000_003  # blocks draw their dropout from seeds far apart, so that any cut into spans draws the same
+
+Place = tuple[int, str]  # a block's number, and the path of a module inside it; "": the block itself
+Parts = Mapping[Place, Sequence[tuple[AdapterMethod, AdapterPart]]]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,20 @@ class Adapter:
 
     def on(self, span: BlockSpan) -> Adapter:
         return Adapter(tuple(part for part in self.parts if part.block in span))
+
+    def after_first_step(self) -> Adapter:
+        """What remains of it in a generation session once the first positions are in the caches."""
+        return Adapter(tuple(part for part in self.parts if not METHODS[part.method].first_step_only))
+
+    def check_positions(self, positions: int) -> None:
+        """Raises RequestRefused for a sequence that is too short for a part."""
+        for part in self.parts:
+            if (least := METHODS[part.method].least_positions(part)) > positions:
+                raise refusal(
+                    part,
+                    f"a {part.method} of {least} positions in a sequence of {positions}; a session's first step has "
+                    f"to hold the whole {part.method}",
+                )
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -42,26 +59,22 @@ class Adapter:
 
 @dataclass(frozen=True, kw_only=True)
 class CallPlan:
-    """What the hooks do during one call."""
+    """What the hooks do during one call. A place has several parts where several adapters are active."""
 
-    lora: dict[tuple[int, str], list[AdapterPart]]  # several where several adapters are active
-    prompts: dict[int, torch.Tensor]
+    at_input: Parts
+    at_output: Parts
     train: bool
     seed: int
 
     @classmethod
     def of(cls, adapter: Adapter | None, *, train: bool, seed: int) -> CallPlan:
-        parts = adapter.parts if adapter is not None else ()
-        lora: dict[tuple[int, str], list[AdapterPart]] = {}
-        for part in parts:
-            if part.method == "lora":
-                lora.setdefault((part.block, part.module), []).append(part)
-        return cls(
-            lora=lora,
-            prompts={part.block: part.tensors[0] for part in parts if part.method == "prompt"},
-            train=train,
-            seed=seed,
-        )
+        at_input: dict[Place, list[tuple[AdapterMethod, AdapterPart]]] = {}
+        at_output: dict[Place, list[tuple[AdapterMethod, AdapterPart]]] = {}
+        for part in adapter.parts if adapter is not None else ():
+            method = METHODS[part.method]
+            parts = at_input if method.is_at_input(part) else at_output
+            parts.setdefault((part.block, part.module), []).append((method, part))
+        return cls(at_input=at_input, at_output=at_output, train=train, seed=seed)
 
 
 class AdapterHooks:
@@ -69,13 +82,15 @@ class AdapterHooks:
 
     def __init__(self, blocks: Sequence[nn.Module], first_block: int):
         self._plan: CallPlan | None = None
-        self._blocks = dict(enumerate(blocks, first_block))
-        self._modules: dict[tuple[int, str], nn.Module] = {}
-        for block, module in self._blocks.items():
-            for path, inner in module.named_modules():
-                if isinstance(inner, nn.Linear) or type(inner).__name__ == "Conv1D":
-                    self._modules[block, path] = inner
-        self._hooked: set[int | tuple[int, str]] = set()
+        self._blocks: list[Place] = [(number, "") for number in range(first_block, first_block + len(blocks))]
+        self._modules: dict[Place, nn.Module] = {
+            (number, path): module
+            for number, block in enumerate(blocks, first_block)
+            for path, module in block.named_modules()
+            if path == "" or linear_features(module) is not None
+        }
+        self._with_input_hook: set[Place] = set()
+        self._with_output_hook: set[Place] = set()
 
     @property
     def plan(self) -> CallPlan | None:
@@ -85,70 +100,61 @@ class AdapterHooks:
     def plan(self, plan: CallPlan | None) -> None:
         self._plan = plan
         if plan is not None:
-            self._hook(plan)
+            self._add_hooks(plan)
 
-    def _hook(self, plan: CallPlan) -> None:
+    def _add_hooks(self, plan: CallPlan) -> None:
         """Add the hooks that `plan` is the first to need: one that has nothing to do costs a token 1 % of its time."""
-        for name in plan.lora.keys() - self._hooked:
-            self._modules[name].register_forward_hook(self._at_linear(name))
-            self._hooked.add(name)
-        if plan.train or plan.prompts:
-            for block in self._blocks.keys() - self._hooked:
-                self._blocks[block].register_forward_pre_hook(self._at_block(block))
-                self._hooked.add(block)
+        for place in plan.at_output.keys() - self._with_output_hook:
+            self._modules[place].register_forward_hook(self._output_hook(place))
+            self._with_output_hook.add(place)
+        at_input = {*plan.at_input, *self._blocks} if plan.train else set(plan.at_input)
+        for place in at_input - self._with_input_hook:
+            self._modules[place].register_forward_pre_hook(self._input_hook(place))
+            self._with_input_hook.add(place)
 
     def check(self, parts: Sequence[AdapterPart], hidden_size: int) -> None:
         """Raises RequestRefused for a part that does not fit these blocks."""
-        prompted: set[int] = set()
+        seen: set[tuple[str, Place]] = set()
         for part in parts:
-            where = f"adapter on block {part.block} {part.module}".rstrip()
-            shapes = [tuple(tensor.shape) for tensor in part.tensors]
-            if any(not t.is_floating_point() or not torch.isfinite(t).all() for t in part.tensors):
-                raise RequestRefused(f"{where}: its tensors are not finite floats")
+            method, place = METHODS.get(part.method), (part.block, part.module)
+            if method is None:
+                raise refusal(part, f"{part.method!r} is not one of {', '.join(METHODS)}, which this server knows")
+            if any(not tensor.is_floating_point() or not torch.isfinite(tensor).all() for tensor in part.tensors):
+                raise refusal(part, "its tensors are not finite floats")
             if not math.isfinite(part.scaling):
-                raise RequestRefused(f"{where}: its scaling is {part.scaling}")
-            if part.method == "prompt":
-                if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][1] != hidden_size:
-                    raise RequestRefused(f"{where}: prompts are one tensor (P, {hidden_size}), not {shapes}")
-                if part.block in prompted:
-                    raise RequestRefused(f"{where}: prompts twice")
-                prompted.add(part.block)
-                continue
-            linear = self._modules.get((part.block, part.module))
-            if part.method != "lora" or linear is None:
-                raise RequestRefused(f"{where}: there is no linear for a {part.method!r} there")
-            wide = _features(linear)
-            fits = len(shapes) == 2 and shapes[0][1:] == wide[:1] and shapes[1] == (wide[1], shapes[0][0])
-            if not fits or not shapes[0][0]:
-                raise RequestRefused(
-                    f"{where}: LoRA on {wide} needs A (r, {wide[0]}) and B ({wide[1]}, r), not {shapes}"
-                )
+                raise refusal(part, f"its scaling is {part.scaling}")
+            if place not in self._modules:
+                raise refusal(part, f"there is no linear for a {part.method!r} there")
+            method.check(part, self._modules[place], hidden_size)
+            if method.once_a_module and (part.method, place) in seen:
+                raise refusal(part, f"a {part.method} twice")
+            seen.add((part.method, place))
 
-    def _at_block(self, block: int) -> Any:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    def _input_hook(self, place: Place) -> Callable[..., tuple[Any, ...] | None]:
+        block, path = place
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             plan = self.plan
             if plan is None:
                 return None
-            if plan.train:
+            if plan.train and path == "":
                 _seed(args[0].device, (plan.seed + SEED_STEP * block) % 2**63)
-            prompt = plan.prompts.get(block)
-            if prompt is None:
+            if place not in plan.at_input:
                 return None
-            hidden = args[0]
-            padding = (0, 0, 0, hidden.shape[1] - prompt.shape[0])
-            return (hidden + F.pad(prompt, padding).to(hidden.dtype), *args[1:])
+            x = args[0]
+            for method, part in plan.at_input[place]:
+                x = method.change_input(part, x, training=plan.train)
+            return (x, *args[1:])
 
         return hook
 
-    def _at_linear(self, name: tuple[int, str]) -> Any:
+    def _output_hook(self, place: Place) -> Callable[..., torch.Tensor | None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
             plan = self.plan
-            if plan is None or name not in plan.lora:
+            if plan is None or place not in plan.at_output:
                 return None
-            for part in plan.lora[name]:
-                a, b = part.tensors
-                inside = F.dropout(args[0].to(a.dtype), part.dropout, training=plan.train)
-                output = output + (F.linear(F.linear(inside, a), b) * part.scaling).to(output.dtype)
+            for method, part in plan.at_output[place]:
+                output = method.change_output(part, args[0], output, training=plan.train)
             return output
 
         return hook
@@ -158,11 +164,3 @@ def _seed(device: torch.device, seed: int) -> None:
     """Seed the generator of `device` alone: torch.manual_seed asks every backend, 1 ms on a machine without CUDA."""
     generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
     generator.manual_seed(seed)
-
-
-def _features(linear: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear, quantized or not, or of GPT-2's Conv1D."""
-    if isinstance(linear, nn.Linear):
-        return linear.in_features, linear.out_features
-    wide_in, wide_out = linear.get_parameter("weight").shape
-    return wide_in, wide_out

@@ -1,4 +1,4 @@
-"""Forward and backward through the server's blocks: pure computation, on the computing thread."""
+"""Forward, backward and generation steps through blocks in memory: computation alone, for one thread."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from bitsandbytes.nn.modules import Linear8bitLt
 from torch import nn
 
 from petals_tune.blocks.adapters import Adapter, AdapterHooks, CallPlan
 from petals_tune.blocks.graphs import Graph, KeptMemory
 from petals_tune.blocks.kernels import use_fast_kernels
 from petals_tune.blocks.kv_cache import Session, StepCache
-from petals_tune.blocks.loading import TrimmedModel, set_training
+from petals_tune.blocks.loading import LoadedBlocks
 from petals_tune.errors import BlocksNotHere, NotFinite, PetalsTuneError, RequestRefused
 from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
@@ -25,7 +25,7 @@ from petals_tune.wire.span import BlockSpan
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a forward made: the output, and the graph with the bytes that it keeps, where one was asked for."""
+    """The output of a forward, and the graph with the bytes that it keeps, where one was asked for."""
 
     output: torch.Tensor  # (B, S, H)
     graph: Graph | None
@@ -34,110 +34,108 @@ class Result:
 
 
 class Engine:
-    """Runs any sub-span of a trimmed model. Not thread-safe: one computing thread uses it."""
+    """Runs any sub-span of loaded blocks. Not thread-safe: one computing thread uses it.
 
-    def __init__(self, trimmed: TrimmedModel):
-        self.trimmed = trimmed
-        self._model = trimmed.model
-        use_fast_kernels(self._model)
-        self._blocks = list(trimmed.blocks)
+    Tensors are scanned for NaN and Inf once, where they leave. Numbers that are not finite stay so on their way through
+    a block: its residual stream adds to them. So the input is scanned only where the output is not finite, to tell
+    whose fault it is (tests/blocks/test_finite.py tries this on every family).
+    """
+
+    def __init__(self, loaded: LoadedBlocks):
+        self.loaded = loaded
+        self._model, self._quantization = loaded.model, loaded.quantization
+        use_fast_kernels(self._model, self._quantization)
+        self._blocks = list(loaded.blocks)
         self._layer_types = getattr(self._model.config, "layer_types", None)
         self._lists: dict[BlockSpan, nn.ModuleList] = {}
         self._training = False
-        self.hooks = AdapterHooks(self._blocks, trimmed.span.start)
+        self.hooks = AdapterHooks(self._blocks, loaded.span.start)
         self._weights = frozenset(
             tensor.untyped_storage().data_ptr() for tensor in [*self._model.parameters(), *self._model.buffers()]
         )
         self._takes_positions = "position_ids" in inspect.signature(self._model.forward).parameters
-        self._int8 = [module for module in self._model.modules() if type(module) is Linear8bitLt]
+        self._keep_hidden_input = [
+            module for module in self._model.modules() if self._quantization.keeps_hidden_input(module)
+        ]
         parameter = next(p for p in self._model.parameters() if p.is_floating_point())
         self._device, self._dtype = parameter.device, self._model.dtype
         self.hidden_size: int = self._model.config.hidden_size
 
     def forward(self, request: Forward, adapter: Adapter | None) -> Result:
-        """Run the blocks. Raises RequestRefused for what these blocks cannot do."""
-        self._check(request.span, request.hidden)
+        """Run the blocks. Raises RequestRefused for what these blocks cannot do, NotFinite for NaN or Inf of theirs."""
         started_s = time.perf_counter()
-        hidden = request.hidden.to(self._device, self._dtype)
-        plan = CallPlan.of(adapter, train=request.train, seed=request.seed)
-        _check_prompts(adapter, hidden.shape[1])
-        with self._ready(request.span, plan):
-            if not request.keep:
-                with torch.no_grad():
-                    output = self._run(request, hidden)
-                self._check_output(output, request, hidden)
-                return Result(output=output, graph=None, graph_bytes=0, compute_s=time.perf_counter() - started_s)
-            hidden.requires_grad_(request.input_grad)
+        graph, graph_bytes = None, 0
+        if request.keep:
             memory = KeptMemory(weights=self._weights)
-            memory.add(hidden)
-            with torch.enable_grad(), memory.counting(self._int8):
-                output = self._run(request, hidden)
-            memory.add(output)
-            self._check_output(output, request, hidden)
-        graph = Graph(
-            output=output,
-            hidden=hidden if request.input_grad else None,
-            adapter=[] if adapter is None else adapter.tensors,
-        )
+            with memory.counting(self._keep_hidden_input):
+                graph = self._graph(request, adapter)
+            for tensor in (graph.output, graph.hidden):
+                if tensor is not None:
+                    memory.add(tensor)
+            output, graph_bytes = graph.output.detach(), memory.bytes
+        else:
+            with torch.no_grad():
+                output = self._output(request, adapter, request.hidden.to(self._device, self._dtype))
         elapsed_s = time.perf_counter() - started_s
-        return Result(output=output.detach(), graph=graph, graph_bytes=memory.bytes, compute_s=elapsed_s)
+        return Result(output=output, graph=graph, graph_bytes=graph_bytes, compute_s=elapsed_s)
 
     def backward(
         self, request: Backward, graph: Graph | None, adapter: Adapter | None
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """Gradients from a kept graph, or from the forward that the request carries, which is run again."""
+        """Gradients from a kept graph, or from the forward that the request carries, which is run again.
+
+        Returns (gradient at the input (B, S, H) or None, gradients of the adapter's tensors). Raises as `forward`.
+        """
         if graph is None:
             assert request.again is not None
-            again = request.again
-            self._check(again.span, again.hidden)
-            _check_prompts(adapter, again.hidden.shape[1])
-            hidden = again.hidden.to(self._device, self._dtype).requires_grad_(again.input_grad)
-            with self._ready(again.span, CallPlan.of(adapter, train=again.train, seed=again.seed)), torch.enable_grad():
-                output = self._run(again, hidden)
-            graph = Graph(
-                output=output,
-                hidden=hidden if again.input_grad else None,
-                adapter=[] if adapter is None else adapter.tensors,
-            )
+            graph = self._graph(request.again, adapter)
         if request.grad.shape != graph.output.shape:
             raise RequestRefused(f"a gradient {tuple(request.grad.shape)} for an output {tuple(graph.output.shape)}")
-        if not torch.isfinite(request.grad).all():
-            raise RequestRefused("non-finite numbers in the gradient")
         if graph.hidden is None and not graph.adapter:
             raise RequestRefused("nothing on these blocks needs a gradient")
         at_input, at_adapter = graph.gradients(request.grad.to(self._device))
-        if not all(gradient.isfinite().all() for gradient in (at_input, *at_adapter) if gradient is not None):
-            raise NotFinite(f"non-finite gradients come out of blocks {self.trimmed.span}, from finite ones")
+        # An adapter's gradient may miss positions that the gradient at the input has.
+        if not _are_finite(at_input, *at_adapter) or (at_input is None and not _are_finite(request.grad)):
+            if not _are_finite(request.grad):
+                raise RequestRefused("non-finite numbers in the gradient")
+            raise NotFinite(f"non-finite gradients come out of blocks {self.loaded.span}, from finite ones")
         return at_input, at_adapter
 
     @torch.inference_mode()
     def step(self, steps: Sequence[tuple[Session, Step]]) -> list[torch.Tensor | PetalsTuneError]:
-        """The next positions of one or more sessions on the same blocks; where several, one position each.
+        """Run the next positions of one or more sessions on the same blocks; where several, one position each.
 
-        The result of a session whose step cannot be is the error that its client shall see.
+        The result of a step that cannot be done is the error for its client; that session stays at its position.
         """
-        outputs: list[torch.Tensor | PetalsTuneError] = []
-        good: list[tuple[int, Session, Step]] = []
+        results: dict[int, torch.Tensor | PetalsTuneError] = {}
+        good: dict[int, tuple[Session, Step]] = {}
         for number, (session, step) in enumerate(steps):
             try:
                 self._check(session.span, step.hidden)
-                if step.position == 0:
-                    _check_prompts(session.adapter, step.hidden.shape[1])
+                if session.adapter is not None and step.position == 0:
+                    session.adapter.check_positions(step.hidden.shape[1])
                 session.prepare(step)
-                good.append((number, session, step))
-                outputs.append(step.hidden)  # replaced below
+                good[number] = session, step
             except PetalsTuneError as error:
-                outputs.append(error)
+                results[number] = error
         if good:
-            sessions = [session for _, session, _ in good]
-            adapter = sessions[0].adapter if sessions[0].position == 0 else _after_prompts(sessions[0])
-            plan = CallPlan.of(adapter, train=False, seed=0)
-            with self._ready(sessions[0].span, plan):
-                made = self._step(sessions, [step for _, _, step in good])
-            for (number, session, step), output in zip(good, made.split([s.rows for s in sessions]), strict=True):
-                session.position += step.hidden.shape[1]
-                outputs[number] = output
-        return outputs
+            sessions = [session for session, _ in good.values()]
+            adapter = sessions[0].adapter
+            if adapter is not None and sessions[0].position > 0:
+                adapter = adapter.after_first_step()
+            with self._configured(sessions[0].span, CallPlan.of(adapter, train=False, seed=0)):
+                output = self._step(sessions, [step for _, step in good.values()])
+                all_finite = _are_finite(output)
+                rows = output.split([session.rows for session in sessions])
+                for (number, (session, step)), own in zip(good.items(), rows, strict=True):
+                    if all_finite or _are_finite(own):
+                        session.position += step.hidden.shape[1]
+                        results[number] = own
+                    else:
+                        again = partial(self._step, [session], [step])
+                        results[number] = self._not_finite(session.span, step.hidden, again)
+                        session.undo(step)
+        return [results[number] for number in range(len(steps))]
 
     def _step(self, sessions: Sequence[Session], steps: Sequence[Step]) -> torch.Tensor:
         new = steps[0].hidden.shape[1]
@@ -155,39 +153,60 @@ class Engine:
             **options,
         ).last_hidden_state
 
+    def _graph(self, request: Forward, adapter: Adapter | None) -> Graph:
+        """The output of a forward with its autograd graph."""
+        hidden = request.hidden.to(self._device, self._dtype).requires_grad_(request.input_grad)
+        with torch.enable_grad():
+            output = self._output(request, adapter, hidden)
+        return Graph(
+            output=output,
+            hidden=hidden if request.input_grad else None,
+            adapter=[] if adapter is None else adapter.tensors,
+        )
+
+    def _output(self, request: Forward, adapter: Adapter | None, hidden: torch.Tensor) -> torch.Tensor:
+        """What the blocks of a request make of `hidden` (B, S, H), the request's own on the engine's device."""
+        self._check(request.span, hidden)
+        if adapter is not None:
+            adapter.check_positions(hidden.shape[1])
+        with self._configured(request.span, CallPlan.of(adapter, train=request.train, seed=request.seed)):
+            output = self._run(request, hidden)
+            if not _are_finite(output):
+                raise self._not_finite(request.span, request.hidden, partial(self._run, request, hidden.detach()))
+        return output
+
     def _run(self, request: Forward, hidden: torch.Tensor) -> torch.Tensor:
         options = {} if request.positions is None else {"position_ids": request.positions.to(self._device)}
         padding = None if request.padding is None else request.padding.to(self._device).long()
         return self._model(inputs_embeds=hidden, attention_mask=padding, use_cache=False, **options).last_hidden_state
 
-    def _check_output(self, output: torch.Tensor, request: Forward, hidden: torch.Tensor) -> None:
-        """Raises NotFinite naming the first block whose output is not finite; it is found by running them again."""
-        if torch.isfinite(output).all():
-            return
-        first = self.trimmed.span.stop
+    @torch.no_grad()
+    def _not_finite(self, span: BlockSpan, hidden: torch.Tensor, run: Callable[[], object]) -> PetalsTuneError:
+        """The error for an output that is not finite: of the input `hidden`, or of the first block in another `run`."""
+        if not _are_finite(hidden):
+            text = f"non-finite numbers in the hidden states at block {span.start}"
+            return RequestRefused(text, block=span.start)
+        bad: list[int] = []
 
-        def watched(number: int) -> Callable[..., None]:
-            def hook(block: nn.Module, args: object, output: Any) -> None:
-                nonlocal first
-                made = output[0] if isinstance(output, tuple) else output
-                if not torch.isfinite(made).all():
-                    first = min(first, number)
+        def hook(number: int, block: nn.Module, args: object, output: Any) -> None:
+            if not _are_finite(output[0] if isinstance(output, tuple) else output):
+                bad.append(number)
 
-            return hook
-
-        blocks = range(request.span.start, request.span.stop)
-        hooks = [self._blocks[n - self.trimmed.span.start].register_forward_hook(watched(n)) for n in blocks]
+        hooks = [
+            self._blocks[number - self.loaded.span.start].register_forward_hook(partial(hook, number))
+            for number in range(span.start, span.stop)
+        ]
         try:
-            with torch.no_grad():
-                self._run(request, hidden.detach())
+            run()
         finally:
-            for hook in hooks:
-                hook.remove()
-        raise NotFinite(f"non-finite numbers come out of block {first}, from finite ones")
+            for each in hooks:
+                each.remove()
+        first = min(bad, default=span.stop)
+        return NotFinite(f"non-finite numbers come out of block {first}, from finite ones", block=first)
 
     def measure_token_bytes(self) -> int:
-        """What one position of one row takes in the caches of one block, seen in a step of one position."""
-        probe = Session.of_nobody(self.trimmed.span)
+        """Bytes of one position of one row in the caches of one block, seen in a step of one position."""
+        probe = Session.probe(self.loaded.span)
         step = Step(session=0, hidden=torch.zeros(1, 1, self.hidden_size), position=0)
         (output,) = self.step([(probe, step)])
         if isinstance(output, PetalsTuneError):
@@ -196,28 +215,26 @@ class Engine:
 
     def check_span(self, span: BlockSpan) -> None:
         """Raises BlocksNotHere for blocks that another server may have."""
-        if not self.trimmed.span.covers(span):
-            raise BlocksNotHere(f"blocks {span} are not here; this server holds {self.trimmed.span}")
+        if not self.loaded.span.covers(span):
+            raise BlocksNotHere(f"blocks {span} are not here; this server holds {self.loaded.span}")
 
     def _check(self, span: BlockSpan, hidden: torch.Tensor) -> None:
         self.check_span(span)
         if hidden.shape[2] != self.hidden_size:
             raise RequestRefused(f"hidden size {hidden.shape[2]}, and the model's is {self.hidden_size}")
-        if not torch.isfinite(hidden).all():
-            raise RequestRefused(f"non-finite numbers in the hidden states at block {span.start}")
 
     @contextmanager
-    def _ready(self, span: BlockSpan, plan: CallPlan) -> Iterator[None]:
-        """The model as one of `span` alone, in the mode of `plan`."""
-        first, last = span.start - self.trimmed.span.start, span.stop - self.trimmed.span.start
+    def _configured(self, span: BlockSpan, plan: CallPlan) -> Iterator[None]:
+        """The model with the blocks `span` alone, in the mode of `plan`."""
+        first, last = span.start - self.loaded.span.start, span.stop - self.loaded.span.start
         if span not in self._lists:
             self._lists[span] = nn.ModuleList(self._blocks[first:last])
-        self.trimmed.family.put_blocks(self._model, self._lists[span])
+        self.loaded.family.put_blocks(self._model, self._lists[span])
         self._model.config.num_hidden_layers = len(span)
         if self._layer_types is not None:
             self._model.config.layer_types = self._layer_types[first:last]
         if self._training != plan.train:
-            set_training(self._model, training=plan.train)
+            self._quantization.set_mode(self._model, training=plan.train)
             self._training = plan.train
         self.hooks.plan = plan
         try:
@@ -226,14 +243,8 @@ class Engine:
             self.hooks.plan = None
 
 
-def _check_prompts(adapter: Adapter | None, positions: int) -> None:
-    """Raises RequestRefused for prompts that are longer than the positions they are added to."""
-    for part in adapter.parts if adapter is not None else ():
-        if part.method == "prompt" and part.tensors[0].shape[0] > positions:
-            raise RequestRefused(
-                f"a prompt of {part.tensors[0].shape[0]} positions in a sequence of {positions}; a session's first "
-                "step has to hold the whole prompt"
-            )
+def _are_finite(*tensors: torch.Tensor | None) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
 
 
 def _positions(session: Session, step: Step) -> torch.Tensor:
@@ -243,10 +254,3 @@ def _positions(session: Session, step: Step) -> torch.Tensor:
     if given is None:
         given = torch.arange(session.position, session.position + length)[None]
     return given.expand(session.rows, length)
-
-
-def _after_prompts(session: Session) -> Adapter | None:
-    """A session's adapter past its first step: prompts were added to the first positions then."""
-    if session.adapter is None:
-        return None
-    return Adapter(tuple(part for part in session.adapter.parts if part.method != "prompt"))

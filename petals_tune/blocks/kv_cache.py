@@ -1,4 +1,4 @@
-"""Key-value caches of generation sessions, as the library's attention layers use them.
+"""Key-value caches of generation sessions, as transformers' attention layers use them.
 
 Shapes: B rows, S new positions, M most positions, D head size.
 """
@@ -34,12 +34,12 @@ class Session:
     storage: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # layer -> keys, values: (B, heads, M, D)
 
     @classmethod
-    def of_nobody(cls, span: BlockSpan) -> Session:
-        """One position of one row, to measure with."""
+    def probe(cls, span: BlockSpan) -> Session:
+        """A session of one position of one row, to measure with."""
         return cls(client="", span=span, rows=1, max_length=1, adapter=None, adapter_version=None, used_s=0)
 
     def prepare(self, step: Step) -> None:
-        """Go back to the step's position, reorder rows, note its padding. Raises RequestRefused, SessionLost."""
+        """Go back to the step's position, reorder rows, store its padding. Raises RequestRefused, SessionLost."""
         rows, length = step.hidden.shape[:2]
         if rows != self.rows:
             raise RequestRefused(f"a step of {rows} rows in a session of {self.rows}")
@@ -65,6 +65,10 @@ class Session:
             new = slice(step.position, step.position + length)
             self.padding[:, new] = True if step.padding is None else step.padding
 
+    def undo(self, step: Step) -> None:
+        """Stay at the position of a step that failed. Rows that it reordered stay so: then the caches are forgotten."""
+        self.position = step.position if step.order is None else 0
+
     def append(self, layer: int, new: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Store keys and values (B, heads, S, D) from `position` on; all of them until there, as views."""
         if layer not in self.storage:
@@ -79,10 +83,10 @@ class Session:
 
 
 class StepCache(Cache):
-    """What the library's layers see as their cache during one step of one or more sessions.
+    """The cache that transformers' layers use during one step of one or more sessions.
 
-    Rows of all sessions stand behind each other, each filled from the left; the mask hides what lies behind a row's
-    own length, so that rows of different lengths share a step of one token.
+    The rows of all sessions are concatenated, each filled from the left; the mask hides what is beyond a row's own
+    length, so that rows of different lengths share a step of one token.
     """
 
     def __init__(self, sessions: Sequence[Session], new_positions: int):

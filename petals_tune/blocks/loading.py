@@ -1,4 +1,4 @@
-"""Blocks a:b of a checkpoint as a model of its own: the library's base model, trimmed and, if wished, quantized."""
+"""Blocks of a checkpoint in memory, quantized or not: transformers' base model with these blocks alone."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from petals_tune.blocks.memory import give_back_freed_memory
-from petals_tune.blocks.quantized_cache import QuantizedBlocks
+from petals_tune.blocks.quantization import Quantization, find_scheme
+from petals_tune.blocks.quantized_cache import QuantizedBlockCache
 from petals_tune.errors import ConfigError, UnsupportedModel
 from petals_tune.model.checkpoint import Checkpoint, StoredTensor
 from petals_tune.model.disk import DiskCache
@@ -26,16 +27,15 @@ from petals_tune.model.families import (
 )
 from petals_tune.wire.span import BlockSpan
 
-QUANTIZATIONS = ("int8", "nf4", "none")
-
 
 @dataclass(frozen=True, kw_only=True)
-class TrimmedModel:
+class LoadedBlocks:
     """A base model that holds blocks `span` alone, frozen; called with `inputs_embeds`, it returns their output."""
 
     model: PreTrainedModel
     family: Family
     span: BlockSpan
+    quantization: Quantization
     weight_bytes: int
 
     @property
@@ -52,42 +52,47 @@ def load_blocks(
     device: str = "cpu",
     disk: DiskCache | None = None,
     on_block: Callable[[int], None] = lambda block: None,
-) -> TrimmedModel:
-    """Read blocks `span` one by one, quantize each, and build the model around them.
+) -> LoadedBlocks:
+    """Read blocks `span` one by one, quantize each by the scheme of that name, and build the model around them.
 
-    No more than one tensor is in memory in full, or those of one block's experts. Quantized blocks are kept in `disk`
-    and taken from there. `on_block` is told each block that is there. Raises UnsupportedModel for files that cannot be
-    used, ConfigError for a span that the model does not have.
+    At most one tensor is in memory in full, or those of one block's experts. Quantized blocks are kept in `disk`, and
+    read from there the next time. `on_block` is called after each block, with its number. Raises UnsupportedModel for
+    files that cannot be used, ConfigError for a span that the model does not have or a scheme that cannot be used.
     """
-    parts = Parts.of(checkpoint)
-    if span.stop > parts.family.total_blocks:
-        raise ConfigError(f"blocks={span}: {checkpoint.source} has blocks 0:{parts.family.total_blocks}")
-    kept = None
-    if disk is not None and quantization != "none":
-        kept = QuantizedBlocks(disk=disk, checkpoint=checkpoint, quantization=quantization, dtype=dtype)
+    scheme = find_scheme(quantization)
+    scheme.check_available(device)
+    layout = BlockLayout.of(checkpoint)
+    if span.stop > layout.family.total_blocks:
+        raise ConfigError(
+            f"blocks={span}: {checkpoint.source} has blocks 0:{layout.family.total_blocks}", key="blocks", seen=span
+        )
+    loader = _Loader(layout, scheme, dtype, device)
+    cache = None
+    if disk is not None and scheme.stored_config(dtype) is not None:
+        cache = QuantizedBlockCache(disk=disk, checkpoint=checkpoint, quantization=scheme.name, dtype=dtype)
     blocks = []
     for block in range(span.start, span.stop):
-        blocks.append(_load_block(parts, block, quantization, dtype, device, kept))
+        blocks.append(loader.load(block, cache))
         give_back_freed_memory()
         on_block(block)
-    return _around(blocks, parts, span, dtype, device)
+    return loader.build_around(blocks, span)
 
 
-def made_up_block(checkpoint: Checkpoint, *, quantization: str, dtype: torch.dtype, device: str) -> TrimmedModel:
-    """A block 0 of the right shapes and of no meaning: it computes as fast as the real one."""
-    parts = Parts.of(checkpoint)
-    span = BlockSpan(0, 1)
-    made_up = {
-        f"{parts.family.blocks}.0.{name}": _MadeUp(shape=parameter.shape, dtype=dtype)
-        for name, parameter in parts.placeholder_block(0).named_parameters()
+def dummy_block(checkpoint: Checkpoint, *, quantization: str, dtype: torch.dtype, device: str) -> LoadedBlocks:
+    """Block 0 with constants for weights: it has the shapes of the real one, and computes as fast."""
+    layout = BlockLayout.of(checkpoint)
+    loader = _Loader(layout, find_scheme(quantization), dtype, device)
+    constants = {
+        name: _Constant(shape=parameter.shape, dtype=dtype)
+        for name, parameter in layout.meta_block(0).named_parameters()
     }
-    model = _built(parts, 0, made_up, quantization, dtype, device)[0]
-    return _around([parts.family.blocks_of(model)[0]], parts, span, dtype, device)
+    block, _ = loader.build(0, constants)
+    return loader.build_around([block], BlockSpan(0, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _MadeUp:
-    """Stands for a `StoredTensor`: is there once it is indexed."""
+class _Constant:
+    """A tensor in the place of a `StoredTensor`: it takes memory once it is indexed."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -97,148 +102,127 @@ class _MadeUp:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
-    """A checkpoint taken apart: which tensors belong to which block."""
+class BlockLayout:
+    """Which tensors of a checkpoint belong to which block."""
 
     checkpoint: Checkpoint
-    placeholder: PreTrainedModel  # all modules of the base model, none of its memory
+    meta_model: PreTrainedModel  # the whole base model on the meta device
     family: Family
     names: dict[int, dict[str, str]]  # block -> name in the checkpoint -> name inside the block
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Parts:
-        placeholder = placeholder_model(checkpoint.config)
-        family = family_of(placeholder)
+    def of(cls, checkpoint: Checkpoint) -> BlockLayout:
+        meta_model = placeholder_model(checkpoint.config)
+        family = family_of(meta_model)
         names: dict[int, dict[str, str]] = {block: {} for block in range(family.total_blocks)}
         for name in checkpoint.tensor_names:
             block, inside = family.block_index(name), family.inside(name)
             if block is not None and inside is not None:
                 names[block][name] = inside
-        return cls(checkpoint=checkpoint, placeholder=placeholder, family=family, names=names)
+        return cls(checkpoint=checkpoint, meta_model=meta_model, family=family, names=names)
 
-    def placeholder_block(self, block: int) -> nn.Module:
-        return self.family.blocks_of(self.placeholder)[block]
+    def meta_block(self, block: int) -> nn.Module:
+        return self.family.blocks_of(self.meta_model)[block]
 
 
-def _load_block(
-    parts: Parts, block: int, quantization: str, dtype: torch.dtype, device: str, kept: QuantizedBlocks | None
-) -> nn.Module:
-    renamed, place = parts.names[block], f"{parts.family.blocks}.0."
-    state = None if kept is None else kept.get(block, list(renamed))
-    if state is not None:
-        inside = {place + name: tensor for name, tensor in state.items()}
-        model, _ = _built(parts, block, inside, quantization, dtype, device, is_quantized=True)
-        return parts.family.blocks_of(model)[0]
-    tensors = parts.checkpoint.stored(renamed, dtype)
-    shapes = {name: tuple(parameter.shape) for name, parameter in parts.placeholder_block(block).named_parameters()}
-    for name, tensor in tensors.items():
-        wanted = shapes.get(renamed[name], tensor.shape)
-        if tensor.shape != wanted:
+_State = Mapping[str, torch.Tensor | StoredTensor | _Constant]  # of one block: name inside the block -> tensor
+
+
+@dataclass(frozen=True)
+class _Loader:
+    """Builds blocks of one checkpoint, each by transformers in a base model of that block alone."""
+
+    layout: BlockLayout
+    scheme: Quantization
+    dtype: torch.dtype
+    device: str
+
+    def load(self, block: int, cache: QuantizedBlockCache | None) -> nn.Module:
+        renamed, checkpoint = self.layout.names[block], self.layout.checkpoint
+        if cache is not None and (quantized := cache.get(block, list(renamed))) is not None:
+            return self.build(block, quantized, is_quantized=True)[0]
+        tensors = checkpoint.stored(renamed, self.dtype)
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.layout.meta_block(block).named_parameters()}
+        for name, tensor in tensors.items():
+            wanted = shapes.get(renamed[name], tensor.shape)
+            if tensor.shape != wanted:
+                raise UnsupportedModel(
+                    f"{checkpoint.source}: {checkpoint.file_of(name)} does not fit config.json: {name} is "
+                    f"{tensor.shape} there, and should be {wanted}",
+                    key="model.source",
+                    seen=name,
+                )
+        made, missing = self.build(block, {renamed[name]: tensor for name, tensor in tensors.items()})
+        if missing:
             raise UnsupportedModel(
-                f"{parts.checkpoint.source}: {parts.checkpoint.file_of(name)} does not fit config.json: {name} is "
-                f"{tensor.shape} there, and should be {wanted}"
+                f"{checkpoint.source} lacks tensors of block {block}: {', '.join(sorted(missing)[:3])}"
+                f"{', ...' if len(missing) > 3 else ''}",
+                key="model.source",
+                seen=sorted(missing),
             )
-    full = {place + renamed[name]: tensor for name, tensor in tensors.items()}
-    model, missing = _built(parts, block, full, quantization, dtype, device)
-    if missing:
-        raise UnsupportedModel(
-            f"{parts.checkpoint.source} lacks tensors of block {block}: {', '.join(sorted(missing)[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}"
+        if self.scheme.stored_config(self.dtype) is not None:
+            for parameter in made.parameters():
+                if parameter.is_floating_point():  # a view that would keep the whole file in memory
+                    parameter.data = parameter.data.clone()
+        if cache is not None:
+            cache.put(block, list(renamed), made.state_dict())
+        return made
+
+    def build(self, block: int, state: _State, *, is_quantized: bool = False) -> tuple[nn.Module, list[str]]:
+        """(block number `block` with the tensors of `state`, the names of tensors that `state` lacks)."""
+        family, meta_model = self.layout.family, self.layout.meta_model
+        config, quantize = trimmed_config(meta_model), self.scheme.loading_config(self.dtype)
+        if is_quantized and (stored := self.scheme.stored_config(self.dtype)) is not None:
+            config.quantization_config, quantize = stored.to_dict(), None  # as in a checkpoint that was saved quantized
+        place = f"{family.blocks}.0."
+        model, loading = load_part(
+            trimmed_class(meta_model, family, BlockSpan(block, block + 1)),
+            config,
+            {place + name: tensor for name, tensor in state.items()},
+            dtype=self.dtype,
+            device_map=self.device,
+            quantization_config=quantize,
         )
-    made = parts.family.blocks_of(model)[0]
-    if quantization != "none":
-        for parameter in made.parameters():
-            if parameter.is_floating_point():  # a view that would keep the whole file in memory
-                parameter.data = parameter.data.clone()
-    if kept is not None:
-        kept.put(block, list(renamed), made.state_dict())
-    return made
+        missing = [name.removeprefix(place) for name in loading["missing_keys"] if name.startswith(place)]
+        return family.blocks_of(model)[0], missing
 
-
-def _built(
-    parts: Parts,
-    block: int,
-    state: Mapping[str, torch.Tensor | StoredTensor | _MadeUp],
-    quantization: str,
-    dtype: torch.dtype,
-    device: str,
-    *,
-    is_quantized: bool = False,
-) -> tuple[PreTrainedModel, list[str]]:
-    """(the library's base model with `block` alone, the names of its tensors that `state` lacks)."""
-    config = trimmed_config(parts.placeholder)
-    how = _quantization_config(quantization, dtype)
-    if is_quantized and how is not None:
-        config.quantization_config, how = how.to_dict(), None  # as in a checkpoint that was saved quantized
-    model, loading = load_part(
-        trimmed_class(parts.placeholder, parts.family, BlockSpan(block, block + 1)),
-        config,
-        state,
-        dtype=dtype,
-        device_map=device,
-        quantization_config=how,
-    )
-    return model, [name for name in loading["missing_keys"] if name.startswith(f"{parts.family.blocks}.")]
-
-
-def _around(
-    blocks: Sequence[nn.Module], parts: Parts, span: BlockSpan, dtype: torch.dtype, device: str
-) -> TrimmedModel:
-    """The library's base model with `blocks` for its own; they keep their numbers, which some families compute with."""
-    config = trimmed_config(parts.placeholder)
-    config.num_hidden_layers = 0  # made without blocks: masks, rotary tables of each layer type, the loop
-    model, _ = load_part(type(parts.placeholder), config, {}, dtype=dtype, device_map=device)
-    model.config.num_hidden_layers = len(span)
-    if getattr(model.config, "layer_types", None) is not None:
-        model.config.layer_types = list(model.config.layer_types[span.start : span.stop])  # read as the loop goes
-    for block in blocks:
-        module: Any
-        for module in block.modules():
-            if isinstance(getattr(module, "config", None), PretrainedConfig):
-                module.config = model.config
-    parts.family.put_blocks(model, nn.ModuleList(blocks))
-    empty_the_rest(model, parts.family)
-    model.requires_grad_(False)
-    set_training(model, training=False)
-    return TrimmedModel(model=model, family=parts.family, span=span, weight_bytes=_weight_bytes(model))
-
-
-def set_training(model: nn.Module, *, training: bool) -> None:
-    """Dropout on or off. bitsandbytes' int8 linears stay in training mode always.
-
-    In eval mode they also quantize the activations: less exact, and on a CPU a row's result depends on its batch-mates.
-    """
-    model.train(training)
-    for module in model.modules():
-        if type(module).__module__.startswith("bitsandbytes."):
-            module.train(True)
-
-
-def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if quantization == "none":
-        return None
-    if quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
-    if quantization == "nf4":
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    raise ConfigError(f"quantization={quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
-
-
-def _weight_bytes(model: nn.Module) -> int:
-    tensors: list[torch.Tensor | None] = [*model.parameters(), *model.buffers()]
-    for weight in model.parameters():  # bitsandbytes keeps the scales beside the weights: int8's, nf4's
-        tensors += [getattr(weight, "SCB", None), getattr(getattr(weight, "quant_state", None), "absmax", None)]
-    return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}.values())
+    def build_around(self, blocks: Sequence[nn.Module], span: BlockSpan) -> LoadedBlocks:
+        """The base model with `blocks`; they keep their own numbers, which some families compute with."""
+        family, meta_model = self.layout.family, self.layout.meta_model
+        config = trimmed_config(meta_model)
+        config.num_hidden_layers = 0  # made without blocks: masks, rotary tables of each layer type, the loop
+        model, _ = load_part(type(meta_model), config, {}, dtype=self.dtype, device_map=self.device)
+        model.config.num_hidden_layers = len(span)
+        if getattr(model.config, "layer_types", None) is not None:
+            model.config.layer_types = list(model.config.layer_types[span.start : span.stop])  # read as the loop goes
+        for block in blocks:
+            module: Any
+            for module in block.modules():
+                if isinstance(getattr(module, "config", None), PretrainedConfig):
+                    module.config = model.config
+        family.put_blocks(model, nn.ModuleList(blocks))
+        empty_the_rest(model, family)
+        model.requires_grad_(False)
+        self.scheme.set_mode(model, training=False)
+        tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
+        tensors += [scale for weight in model.parameters() for scale in self.scheme.scales(weight)]
+        return LoadedBlocks(
+            model=model,
+            family=family,
+            span=span,
+            quantization=self.scheme,
+            weight_bytes=sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()),
+        )
 
 
 def torch_dtype(name: str, config: PretrainedConfig, device: str) -> torch.dtype:
-    """The dtype of the computation. `auto` is the checkpoint's on a GPU and float32 on a CPU.
+    """The dtype to compute in, by its name. `auto` is the checkpoint's on a GPU and float32 on a CPU.
 
-    bfloat16 without native support was 8 to 80 times slower than float32 on a CPU.
+    On a CPU without native support, bfloat16 was 8 to 80 times slower than float32. Raises ConfigError.
     """
     if name == "auto":
         stored = getattr(config, "dtype", None)
         return stored if device != "cpu" and isinstance(stored, torch.dtype) else torch.float32
     if name not in ("float32", "float16", "bfloat16"):
-        raise ConfigError(f"dtype={name!r} is not one of auto, float32, float16, bfloat16")
+        raise ConfigError(f"dtype={name!r} is not one of auto, float32, float16, bfloat16", key="dtype", seen=name)
     return getattr(torch, name)

@@ -9,6 +9,8 @@ import psutil
 import torch
 from torch import nn
 
+from petals_tune.adapters.base import linear_features
+from petals_tune.blocks.quantization import Quantization
 from petals_tune.errors import ConfigError
 
 _GB = 2**30
@@ -29,7 +31,9 @@ def check_device(device: str) -> None:
         raise ConfigError(
             f"device={device}: torch {torch.__version__} cannot use it here: {reason}\n"
             "  device=cpu works everywhere; a GPU needs its driver (does nvidia-smi list it?) and torch's build for it "
-            "(https://pytorch.org/get-started/locally)"
+            "(https://pytorch.org/get-started/locally)",
+            key="device",
+            seen=device,
         ) from None
 
 
@@ -50,23 +54,15 @@ def give_back_freed_memory() -> None:
         malloc_trim(0)
 
 
-def block_bytes(block: nn.Module, *, quantization: str, dtype: torch.dtype) -> int:
-    """What a block (on the meta device) takes once it is quantized."""
+def block_bytes(block: nn.Module, *, quantization: Quantization, dtype: torch.dtype) -> int:
+    """Bytes of a block (on the meta device) once it is quantized."""
     quantized = 0.0
-    inside: set[int] = set()
+    weights: set[int] = set()
     for module in block.modules():
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            weight = module.get_parameter("weight")
-            outputs = weight.shape[0] if isinstance(module, nn.Linear) else weight.shape[1]
-            inside.add(id(weight))
-            match quantization:
-                case "int8":  # a byte each, and a float32 scale for each output
-                    quantized += weight.numel() + 4 * outputs
-                case "nf4":  # half a byte each, and a float32 scale for 64 of them
-                    quantized += weight.numel() / 2 + 4 * weight.numel() / 64
-                case _:
-                    quantized += weight.numel() * dtype.itemsize
-    others = [tensor for tensor in (*block.parameters(), *block.buffers()) if id(tensor) not in inside]
+        if (features := linear_features(module)) is not None:
+            weights.add(id(module.get_parameter("weight")))
+            quantized += quantization.weight_bytes(*features, dtype)
+    others = [tensor for tensor in (*block.parameters(), *block.buffers()) if id(tensor) not in weights]
     return int(quantized) + sum(tensor.numel() for tensor in others) * dtype.itemsize
 
 

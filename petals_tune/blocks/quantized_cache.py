@@ -1,4 +1,4 @@
-"""Quantized blocks on disk, so that a second start neither reads nor quantizes the full ones."""
+"""Cache of quantized blocks on disk: a second start neither reads nor quantizes the full ones."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizedBlocks:
-    """The blocks of one checkpoint in one quantization, one file each."""
+class QuantizedBlockCache:
+    """Blocks of one checkpoint in one quantization, a file each."""
 
     disk: DiskCache
     checkpoint: Checkpoint
@@ -32,9 +32,9 @@ class QuantizedBlocks:
     dtype: torch.dtype  # of what is not quantized
 
     def get(self, block: int, names: Sequence[str]) -> dict[str, torch.Tensor] | None:
-        """The state of `block`, whose tensors in the checkpoint are `names`; None where it is not kept.
+        """The state dict of `block`, whose tensors in the checkpoint are `names`; None where it is not in the cache.
 
-        The tensors are a view of the file: servers on one machine share the memory.
+        The tensors are views of the mapped file: servers on one machine share the memory.
         """
         path = self._path(block, names)
         try:
@@ -49,7 +49,7 @@ class QuantizedBlocks:
         return state
 
     def put(self, block: int, names: Sequence[str], state: dict[str, torch.Tensor]) -> None:
-        """Keep the state of `block`. A disk that is full or read-only costs the next start some time, no more."""
+        """Write the state dict of `block`. Where the disk is full or read-only, a warning is logged, and no more."""
         path = self._path(block, names)
         size_bytes = sum(tensor.nbytes for tensor in state.values())
         try:

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Protocol
 
 from peft import PromptTuningConfig, PromptTuningInit
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
+from petals_tune.blocks.quantization import find_scheme
 from petals_tune.errors import ConfigError
 from petals_tune.net.members import refuse_keys
 from petals_tune.swarm.hand_over import HandOverRule
@@ -67,11 +68,12 @@ class LocalSwarm(ClientOptions):
 
     servers: Count = 2  # equal spans, where `spans` does not name them
     spans: Sequence[Any] | None = None  # "start:stop" of each server; spans may overlap
-    quantization: Literal["int8", "nf4", "none"] = "int8"
+    quantization: str = "int8"  # a name that petals_tune.blocks.quantization has
     threads_per_server: Count = 1
 
     def check(self, blocks: int) -> None:
         self.spans_of(blocks)
+        find_scheme(self.quantization, key="swarm.quantization")
 
     def spans_of(self, blocks: int) -> list[BlockSpan]:
         """One span a server. Raises ConfigError where they leave a gap or end behind the last block."""

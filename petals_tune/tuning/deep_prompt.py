@@ -15,9 +15,9 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from petals_tune.adapters.prompt import BlockPrompt
 from petals_tune.errors import ConfigError
 from petals_tune.files import replacing
 from petals_tune.model.families import family_of
@@ -29,20 +29,6 @@ _NAME = "deep_prompt"  # of the child that each block gets
 
 class DeepPromptConfig(PromptTuningConfig):
     """A soft prompt of `num_virtual_tokens` positions, and deep prompts at the same positions of every block."""
-
-
-class BlockPrompt(nn.Module):
-    """The prompt (P, H) of one block, added by a hook where the block runs here; servers add it to remote blocks."""
-
-    def __init__(self, prompt: torch.Tensor):
-        super().__init__()
-        self.prompt = nn.Parameter(prompt)
-
-    def add(self, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """As a forward pre-hook of a block, whose first argument is the hidden states (B, S, H)."""
-        hidden = args[0]
-        padding = (0, 0, 0, hidden.shape[1] - self.prompt.shape[0])
-        return (hidden + F.pad(self.prompt, padding).to(hidden.dtype), *args[1:])
 
 
 def with_deep_prompts(model: PreTrainedModel, config: DeepPromptConfig) -> PeftModel:
@@ -77,13 +63,14 @@ def load_deep_prompts(model: PreTrainedModel, folder: Path, *, trainable: bool =
     try:
         prompts = load_file(folder / FILE)[_KEY]
     except (OSError, SafetensorError, KeyError) as error:
-        raise ConfigError(f"{folder / FILE} holds no deep prompts: {error}") from None
+        raise ConfigError(f"{folder / FILE} holds no deep prompts: {error}", seen=folder / FILE) from None
     blocks = _blocks(model)
     hidden_size = model.config.get_text_config().hidden_size
     if prompts.dim() != 3 or (prompts.shape[0], prompts.shape[2]) != (len(blocks), hidden_size):
         raise ConfigError(
             f"{folder / FILE} is for another model: prompts of shape {tuple(prompts.shape)}, and this one has "
-            f"{len(blocks)} blocks of width {hidden_size}"
+            f"{len(blocks)} blocks of width {hidden_size}",
+            seen=tuple(prompts.shape),
         )
     _attach(blocks, prompts, trainable=trainable)
 

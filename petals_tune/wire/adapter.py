@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 import torch
@@ -12,14 +12,14 @@ from petals_tune.wire.span import BlockSpan
 
 
 class AdapterPart(msgspec.Struct, frozen=True, kw_only=True):
-    """What one block gets from its client: LoRA on a linear, or prompts at the block's input."""
+    """One adapter on one module of a block. What the tensors are, the method says (petals_tune/adapters)."""
 
     block: int
-    method: Literal["lora", "prompt"]
-    module: Annotated[str, msgspec.Meta(max_length=256)] = ""  # of a LoRA: the linear's path inside the block
+    method: Annotated[str, msgspec.Meta(max_length=32)]  # a server refuses those that it does not know
+    module: Annotated[str, msgspec.Meta(max_length=256)] = ""  # path inside the block; "": the block itself
     scaling: float = 1.0
     dropout: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
-    tensors: Annotated[list[torch.Tensor], msgspec.Meta(max_length=2)]  # lora: A (r, in), B (out, r); prompt: (P, H)
+    tensors: Annotated[list[torch.Tensor], msgspec.Meta(max_length=2)]
 
 
 @dataclass(frozen=True, kw_only=True)

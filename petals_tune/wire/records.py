@@ -54,7 +54,7 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
     revision: str = ""  # commit on the hub; "" for a local folder
     blocks: BlockSpan
     total_blocks: Annotated[int, msgspec.Meta(ge=1, le=_MAX_BLOCKS)]
-    quantization: Literal["int8", "nf4", "none"]
+    quantization: Annotated[str, msgspec.Meta(max_length=MAX_NAME)]  # as petals_tune/blocks names them; shown alone
     dtype: str  # of the computation
     throughput: Throughput = Throughput()
     state: ServerState = "online"

@@ -18,7 +18,7 @@ import torch
 
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.kv_cache import Session
-from petals_tune.blocks.loading import made_up_block
+from petals_tune.blocks.loading import dummy_block
 from petals_tune.blocks.memory import give_back_freed_memory
 from petals_tune.errors import ConfigError, PetalsTuneError, ServerError
 from petals_tune.files import write_bytes
@@ -59,7 +59,7 @@ def computing(
             pass
         except msgspec.MsgspecError as error:
             logger.warning("%s is damaged, the throughput is measured again: %s", path, error)
-    engine = Engine(made_up_block(checkpoint, quantization=quantization, dtype=dtype, device=device))
+    engine = Engine(dummy_block(checkpoint, quantization=quantization, dtype=dtype, device=device))
     measured = Throughput(step=1 / _median_s(_one_step(engine)), batch=BATCH_TOKENS / _median_s(_one_batch(engine)))
     del engine
     give_back_freed_memory()
@@ -99,7 +99,7 @@ async def _ping_s(stream: ServerStream, size_bytes: int) -> float:
 
 
 def _one_step(engine: Engine) -> Callable[[], None]:
-    session = Session.of_nobody(BlockSpan(0, 1))
+    session = Session.probe(BlockSpan(0, 1))
     step = Step(session=0, hidden=torch.randn(1, 1, engine.hidden_size), position=0)
 
     def run() -> None:

@@ -60,7 +60,7 @@ class StepBatcher:
     async def run(self, session: Session, step: Step) -> torch.Tensor:
         """The output (B, S, H) of the blocks of `session` for `step`. Raises RequestRefused, SessionLost."""
         # A batch fills its rows from the left, and the library measures a window from the end of the longest one.
-        position = step.position if self._engine.trimmed.family.windowed else None
+        position = step.position if self._engine.loaded.family.windowed else None
         done = asyncio.get_running_loop().create_future()
         waiting = _Waiting(session=session, step=step, done=done, position=position)
         self._waiting.append(waiting)

@@ -28,7 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from transformers import AutoModelForCausalLM, BloomConfig, MixtralConfig, PretrainedConfig
 
-from petals_tune.blocks.loading import Parts
+from petals_tune.blocks.loading import BlockLayout
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.convert import embedded_model
 from petals_tune.swarm.local import server_process
@@ -62,7 +62,7 @@ def main() -> None:
         for name in options.models.split(","):
             model, _, quantization = name.partition("-")
             source = str(embedded_model()) if model == "default" else made(Path(folder) / model, MODELS[model])
-            block_mb = 4 * sum(p.numel() for p in Parts.of(Checkpoint(source)).placeholder_block(0).parameters()) / MB
+            block_mb = 4 * sum(p.numel() for p in BlockLayout.of(Checkpoint(source)).meta_block(0).parameters()) / MB
             starts: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
             for number in range(options.rounds):
                 disk = Path(folder) / f"disk-{name}-{number}"

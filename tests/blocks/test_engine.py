@@ -10,6 +10,7 @@ from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Backward
 from petals_tune.wire.span import BlockSpan
 from tests.models import masks, relative_error
+from tests.raising import raises
 from tests.servers.parts import forward, load
 
 FAMILIES = ["bloom", "llama", "gpt2"]
@@ -51,18 +52,6 @@ def lora(family: str, *blocks: int, dropout: float = 0.0) -> Adapter:
         for block in blocks
     )
     return Adapter(parts)
-
-
-def prompts(*blocks: int) -> Adapter:
-    generator = torch.Generator().manual_seed(4)
-    return Adapter(
-        tuple(
-            AdapterPart(
-                block=block, method="prompt", tensors=[torch.randn(3, 32, generator=generator).requires_grad_()]
-            )
-            for block in blocks
-        )
-    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -141,34 +130,6 @@ def test_a_seed_may_be_any_that_a_client_sends(model_folder):
         assert torch.isfinite(engine.forward(forward("0:6", hidden_states(), train=True, seed=seed), None).output).all()
 
 
-def test_prompts_are_added_to_the_first_positions_at_their_blocks(model_folder):
-    engine = Engine(load(model_folder("llama"), "0:6"))
-    adapter = prompts(0, 4)
-    given = engine.forward(forward("0:6", hidden_states()), adapter).output
-    current = hidden_states()
-    for span, part in zip(("0:4", "4:6"), adapter.parts, strict=True):
-        current = current.clone()
-        current[:, :3] += part.tensors[0].detach()
-        current = engine.forward(forward(span, current), None).output
-    assert relative_error(given, current) <= 1e-6
-
-
-def test_the_gradient_of_a_prompt_is_summed_over_the_rows(model_folder):
-    engine = Engine(load(model_folder("llama"), "0:6"))
-    adapter = prompts(0)
-    result = engine.forward(forward("0:6", hidden_states(), keep=True), adapter)
-    hidden, (prompt,) = engine.backward(Backward(lease=1, grad=out_gradient()), result.graph, adapter)
-    assert relative_error(prompt, hidden[:, :3].sum(0)) <= 1e-5
-
-
-def test_nothing_is_left_of_an_adapter_after_its_call(model_folder):
-    engine = Engine(load(model_folder("llama"), "0:6"))
-    before = engine.forward(forward("0:6", hidden_states()), None).output
-    adapted = engine.forward(forward("0:6", hidden_states()), lora("llama", 0, 1)).output
-    assert relative_error(adapted, before) > 1e-2
-    assert torch.equal(engine.forward(forward("0:6", hidden_states()), None).output, before)
-
-
 def test_only_the_gradients_that_were_asked_for_are_made(model_folder):
     engine = Engine(load(model_folder("llama"), "0:6"))
     adapter = lora("llama", 5)
@@ -189,32 +150,26 @@ def test_without_keep_there_is_no_graph(model_folder):
 
 
 @pytest.mark.parametrize(
-    ("request_", "reason"),
+    ("request_", "kind", "fields"),
     [
-        (forward("0:3", hidden_states()), "blocks 0:3 are not here; this server holds 2:5"),
-        (forward("3:6", hidden_states()), "blocks 3:6 are not here"),
-        (forward("2:5", torch.zeros(1, 2, 33)), "hidden size 33, and the model's is 32"),
-        (forward("2:5", torch.full((1, 2, 32), float("nan"))), "non-finite numbers in the hidden states at block 2"),
-        (forward("2:5", torch.full((1, 2, 32), float("inf"))), "non-finite"),
+        (forward("0:3", hidden_states()), BlocksNotHere, {}),
+        (forward("3:6", hidden_states()), BlocksNotHere, {}),
+        (forward("2:5", torch.zeros(1, 2, 33)), RequestRefused, {"block": None}),
+        (forward("3:5", torch.full((1, 2, 32), float("nan"))), RequestRefused, {"block": 3}),
+        (forward("2:5", torch.full((1, 2, 32), float("inf"))), RequestRefused, {"block": 2}),
     ],
     ids=["before", "after", "width", "nan", "inf"],
 )
-def test_what_these_blocks_cannot_do_is_refused_forward_and_backward(model_folder, request_, reason):
+def test_what_these_blocks_cannot_do_is_refused_forward_and_backward(model_folder, request_, kind, fields):
     engine = Engine(load(model_folder("llama"), "2:5"))
-    with pytest.raises((RequestRefused, BlocksNotHere), match=reason):
+    with raises(kind, **fields):
         engine.forward(request_, None)
-    with pytest.raises((RequestRefused, BlocksNotHere), match=reason):
+    with raises(kind, **fields):
         engine.backward(Backward(again=request_, grad=out_gradient()), None, None)
 
 
 def test_a_gradient_that_does_not_fit_is_refused(model_folder):
     engine = Engine(load(model_folder("llama"), "2:5"))
     again = forward("2:5", hidden_states())
-    with pytest.raises(RequestRefused, match=r"a gradient \(3, 6, 32\) for an output \(3, 7, 32\)"):
+    with raises(RequestRefused):
         engine.backward(Backward(again=again, grad=out_gradient(length=6)), None, None)
-
-
-def test_a_prompt_longer_than_the_sequence_is_refused(model_folder):
-    engine = Engine(load(model_folder("llama"), "0:6"))
-    with pytest.raises(RequestRefused, match="a prompt of 3 positions in a sequence of 2"):
-        engine.forward(forward("0:6", hidden_states(length=2)), prompts(0))

@@ -10,7 +10,9 @@ from torch import nn
 from transformers.activations import NewGELUActivation
 
 from petals_tune.blocks import kernels
-from petals_tune.blocks.kernels import FEW_ROWS, FloatLinear, Int8Linear, use_fast_kernels
+from petals_tune.blocks.kernels import FEW_ROWS, FloatLinear, use_fast_kernels
+from petals_tune.blocks.quantization import find_scheme
+from petals_tune.blocks.quantization.int8_linear import Int8Linear
 from tests.models import relative_error
 
 TOLERANCE = 1e-6
@@ -38,7 +40,7 @@ def int8_linear(*, bias: bool = True) -> nn.Linear:
 def fast(linear: nn.Linear) -> nn.Linear:
     """A copy with the faster kernels, as a model's only child."""
     model = nn.Sequential(copy.deepcopy(linear))
-    use_fast_kernels(model)
+    use_fast_kernels(model, find_scheme("int8"))
     return model[0]
 
 
@@ -101,7 +103,7 @@ def test_hooks_stay(onednn):
 
 def test_activations_that_are_written_out_become_fused_ones():
     model = nn.Sequential(nn.Sequential(NewGELUActivation()))
-    use_fast_kernels(model)
+    use_fast_kernels(model, find_scheme("int8"))
     x = torch.linspace(-6, 6, 100)
     assert isinstance(model[0][0], nn.GELU)
     assert relative_error(model(x), NewGELUActivation()(x)) < TOLERANCE
@@ -110,13 +112,3 @@ def test_activations_that_are_written_out_become_fused_ones():
 def test_the_faster_library_is_measured_once():
     assert kernels.onednn_is_faster() in (True, False)
     assert kernels.onednn_is_faster.cache_info().currsize == 1
-
-
-def test_quantizing_by_rows_gives_the_librarys_numbers(monkeypatch):
-    monkeypatch.setattr(kernels, "_QUANTIZED_AT_ONCE", 100)  # two rows of 48; the last part has one
-    matrix = torch.randn(7, 48, dtype=torch.float16)
-    values, scales, outliers = kernels.quantize_by_rows(matrix)
-    wanted_values, wanted_scales, _ = torch.ops.bitsandbytes.int8_vectorwise_quant.default(matrix)
-    assert outliers is None
-    assert torch.equal(values, wanted_values)
-    assert torch.equal(scales, wanted_scales)

@@ -2,10 +2,12 @@ import pytest
 import torch
 
 from petals_tune.blocks import memory
-from petals_tune.blocks.loading import Parts
+from petals_tune.blocks.loading import BlockLayout
 from petals_tune.blocks.memory import block_bytes, blocks_that_fit, check_device, free_bytes
+from petals_tune.blocks.quantization import SCHEMES, find_scheme
 from petals_tune.errors import ConfigError
 from petals_tune.model.checkpoint import Checkpoint
+from tests.raising import raises
 from tests.servers.parts import load
 
 WIDE = {
@@ -16,21 +18,24 @@ WIDE = {
 GB = 2**30
 
 
-@pytest.mark.parametrize("quantization", ["int8", "nf4", "none"])
+@pytest.mark.parametrize("quantization", sorted(SCHEMES))
 @pytest.mark.parametrize("family", sorted(WIDE))
 def test_what_a_block_will_take_is_known_before_it_is_loaded(model_folder, family, quantization):
     folder = model_folder(family, **WIDE[family])
-    placeholder = Parts.of(Checkpoint(str(folder))).placeholder_block(0)
+    block = BlockLayout.of(Checkpoint(str(folder))).meta_block(0)
     two, four = load(folder, "0:2", quantization), load(folder, "0:4", quantization)
     measured = (four.weight_bytes - two.weight_bytes) / 2
-    assert block_bytes(placeholder, quantization=quantization, dtype=torch.float32) == pytest.approx(measured, rel=0.02)
+    assert block_bytes(block, quantization=find_scheme(quantization), dtype=torch.float32) == pytest.approx(
+        measured, rel=0.02
+    )
 
 
 def test_as_many_blocks_as_fit_beside_the_budgets_and_one_in_full():
     assert blocks_that_fit(10 * GB, 3 * GB, GB // 2, 2 * GB, 100) == 8  # 9 - 3 - 2 GB
     assert blocks_that_fit(100 * GB, 3 * GB, GB // 2, 2 * GB, 24) == 24
-    with pytest.raises(ConfigError, match=r"4\.0 GB of memory are free, .* needs 6\.1 GB: 3\.0 GB for leases"):
+    with raises(ConfigError) as caught:
         blocks_that_fit(4 * GB, 3 * GB, GB // 2, 2 * GB, 24)
+    assert all(number in str(caught.value) for number in ("4.0", "6.1", "3.0"))
 
 
 def test_a_container_has_no_more_than_its_control_group_leaves(tmp_path, monkeypatch):
@@ -49,6 +54,6 @@ def test_a_container_has_no_more_than_its_control_group_leaves(tmp_path, monkeyp
 
 @pytest.mark.parametrize("device", ["cuda:99", "toaster"])
 def test_a_device_that_is_not_there_is_said_before_anything_is_joined(device):
-    with pytest.raises(ConfigError, match=rf"device={device}: .* cannot use it here: .*\n  device=cpu"):
+    with raises(ConfigError, key="device", seen=device):
         check_device(device)
     check_device("cpu")

@@ -15,6 +15,7 @@ from petals_tune.tuning.deep_prompt import (
 )
 from petals_tune.tuning.support import tune
 from tests.models import BLOCKS, VOCABULARY, plain_model, save_model
+from tests.raising import raises
 
 TOKENS, WIDTH = 3, 32
 
@@ -74,14 +75,14 @@ def test_files_come_back_on_another_model_and_damaged_ones_are_refused(model, tm
     assert not any(p.requires_grad for p in other.parameters())
 
     save_file({"prompts": torch.zeros(BLOCKS, TOKENS, WIDTH + 1)}, tmp_path / FILE)
-    with pytest.raises(ConfigError, match=f"{BLOCKS} blocks of width {WIDTH}"):
+    with raises(ConfigError, seen=(BLOCKS, TOKENS, WIDTH + 1)):
         load_deep_prompts(other, tmp_path)
     (tmp_path / FILE).write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match="holds no deep prompts"):
+    with raises(ConfigError, seen=tmp_path / FILE):
         load_deep_prompts(other, tmp_path)
 
 
 def test_a_model_without_any_has_none_to_save(model, tmp_path):
     assert deep_prompts(model) is None
-    with pytest.raises(ConfigError, match="no deep prompts"):
+    with raises(ConfigError):
         save_deep_prompts(model, tmp_path)

@@ -92,7 +92,12 @@ def test_deep_nesting_is_refused():
         {"kind": "open_session", "span": [0, 2], "rows": 0, "max_length": 4},
         {"kind": "hello", "token": bytes(513)},
         {"kind": "put_adapter", "version": "v" * 129, "span": [0, 2], "parts": []},
-        {"kind": "put_adapter", "version": "v", "span": [0, 2], "parts": [{"block": 1, "method": "x", "tensors": []}]},
+        {
+            "kind": "put_adapter",
+            "version": "v",
+            "span": [0, 2],
+            "parts": [{"block": 1, "method": "x" * 33, "tensors": []}],
+        },
         {
             "kind": "put_adapter",
             "version": "v",

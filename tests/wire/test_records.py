@@ -38,7 +38,7 @@ def test_a_record_of_a_newer_version_is_read_without_what_is_new():
 @pytest.mark.parametrize(
     "change",
     [
-        {"quantization": "int3"},
+        {"quantization": "x" * 65},
         {"state": "asleep"},
         {"blocks": [4, 4]},
         {"blocks": [-1, 4]},

@@ -13,13 +13,13 @@ from servers.membership.throughput import computing
 def measuring(model_folder, tmp_path, monkeypatch):
     """Measures a small model, and counts how often a block was really run for it."""
     built: list[str] = []
-    made_up = throughput.made_up_block
+    made_up = throughput.dummy_block
 
     def counted(*args, **options):
         built.append(options["quantization"])
         return made_up(*args, **options)
 
-    monkeypatch.setattr(throughput, "made_up_block", counted)
+    monkeypatch.setattr(throughput, "dummy_block", counted)
 
     def measure(quantization: str = "none", family: str = "llama", **options) -> Throughput:
         source = Checkpoint(str(model_folder(family)))

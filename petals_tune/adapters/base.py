@@ -1,0 +1,163 @@
+"""Base classes of the adapter methods."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from petals_tune.errors import RequestRefused, UnsupportedAdapter
+from petals_tune.wire.adapter import AdapterPart
+
+
+@dataclass(frozen=True)
+class UnsupportedOption:
+    """An option of a PEFT config that remote blocks do not honour."""
+
+    is_set: Callable[[Any], object]  # asked of the config
+    what: str  # formatted with the config: the option as it is typed
+    why: str
+    instead: str
+
+
+class AdapterMethod(ABC):
+    """One way to adapt a block. Instances have no state.
+
+    The client's half turns PEFT's layers on blocks without weights into parts, and imports PEFT on use: servers do not.
+    The server's half applies parts to the real blocks, by hooks on a part's module: a linear, or the block itself.
+    """
+
+    name: ClassVar[str]  # on the wire
+    usage: ClassVar[str]  # how a user chooses it
+    peft_type: ClassVar[str | None] = None  # of the configs that put it on blocks; None: it is no method of PEFT's
+    unsupported: ClassVar[Sequence[UnsupportedOption]] = ()
+    first_step_only: ClassVar[bool] = False  # of a generation session
+    once_a_module: ClassVar[bool] = False  # a module takes one part of this method at most
+
+    # The client's half.
+
+    def check_config(self, config: Any) -> None:
+        """Raises UnsupportedAdapter for an option that blocks on servers cannot honour."""
+        for option in self.unsupported:
+            if option.is_set(config):
+                what = option.what.format(config=config)
+                raise UnsupportedAdapter(
+                    f"tuning.{what} {option.why}; set {option.instead}", key=f"tuning.{what.partition('=')[0]}"
+                )
+
+    @abstractmethod
+    def owns(self, layer: nn.Module) -> bool:
+        """Is `layer` one that this method put on a block?"""
+
+    @abstractmethod
+    def collect(self, layer: Any, *, block: int, path: str) -> Iterator[tuple[AdapterPart, list[torch.Tensor]]]:
+        """The active adapters of a layer, each with the client's own parameters in the order of the part's tensors.
+
+        `path` is the layer's inside its block. Raises UnsupportedAdapter for what a server would not run.
+        """
+
+    # The server's half.
+
+    @abstractmethod
+    def check(self, part: AdapterPart, module: nn.Module, hidden_size: int) -> None:
+        """Raises RequestRefused for a part that does not fit `module`; its tensors are finite floats."""
+
+    @abstractmethod
+    def is_at_input(self, part: AdapterPart) -> bool:
+        """Does the part change the input of its module, and not the output?"""
+
+    def change_input(self, part: AdapterPart, x: torch.Tensor, *, training: bool) -> torch.Tensor:
+        """The input to use instead of `x`."""
+        raise NotImplementedError
+
+    def change_output(
+        self, part: AdapterPart, x: torch.Tensor, output: torch.Tensor, *, training: bool
+    ) -> torch.Tensor:
+        """The output to use instead of `output`, which the module computed from `x`."""
+        raise NotImplementedError
+
+    def least_positions(self, part: AdapterPart) -> int:
+        """The shortest sequence that the part can be applied to."""
+        return 0
+
+
+class LinearMethod(AdapterMethod):
+    """A method of PEFT's whose layers wrap linears."""
+
+    @property
+    @abstractmethod
+    def peft_layers(self) -> tuple[type, type]:
+        """PEFT's base class of the method's layers, and the class for linears."""
+
+    @abstractmethod
+    def tensors(self, layer: Any, adapter: str) -> list[torch.Tensor] | None:
+        """The client's parameters of one adapter; None where the layer has none of that name."""
+
+    def options(self, layer: Any, adapter: str) -> dict[str, Any]:
+        """Further fields of the part."""
+        return {}
+
+    def check_layer(self, where: str, layer: Any) -> None:
+        """Raises UnsupportedAdapter for what a server would not run."""
+        base, merged = layer.get_base_layer(), layer.merged
+        if type(layer) is not self.peft_layers[1] or linear_features(base) is None:
+            raise UnsupportedAdapter(
+                f"{where} is a {type(base).__name__}; {self.peft_type} on remote blocks is for linears: name these in "
+                "target_modules",
+                key="tuning.target_modules",
+                seen=type(base).__name__,
+            )
+        if merged:
+            raise UnsupportedAdapter(
+                f"{where}: {self.peft_type} was merged, and the block's weights are on the servers; call "
+                "unmerge_adapter()"
+            )
+
+    def owns(self, layer: nn.Module) -> bool:
+        return isinstance(layer, self.peft_layers[0])
+
+    def collect(self, layer: Any, *, block: int, path: str) -> Iterator[tuple[AdapterPart, list[torch.Tensor]]]:
+        self.check_layer(f"block {block}, {path}", layer)
+        for adapter in () if layer.disable_adapters else layer.active_adapters:
+            if (tensors := self.tensors(layer, adapter)) is not None:
+                part = AdapterPart(
+                    block=block,
+                    method=self.name,
+                    module=path,
+                    tensors=[tensor.detach() for tensor in tensors],
+                    **self.options(layer, adapter),
+                )
+                yield part, tensors
+
+    def check(self, part: AdapterPart, module: nn.Module, hidden_size: int) -> None:
+        features = linear_features(module)
+        if features is None:
+            raise refusal(part, f"there is no linear for a {self.name!r} there")
+        self.check_shapes(part, *features)
+
+    @abstractmethod
+    def check_shapes(self, part: AdapterPart, inputs: int, outputs: int) -> None:
+        """Raises RequestRefused for tensors that do not fit a linear of these features."""
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of a linear, quantized or not, or of GPT-2's Conv1D; None for other modules."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D":
+        inputs, outputs = module.get_parameter("weight").shape
+        return inputs, outputs
+    return None
+
+
+def shapes(part: AdapterPart) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in part.tensors]
+
+
+def refusal(part: AdapterPart, reason: str) -> RequestRefused:
+    where = f"adapter on block {part.block} {part.module}".rstrip()
+    return RequestRefused(f"{where}: {reason}", block=part.block, module=part.module)

@@ -1,0 +1,60 @@
+"""Prompts inside the model: vectors (P, H) that are added to the first P positions at the input of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from petals_tune.adapters.base import AdapterMethod, refusal, shapes
+from petals_tune.wire.adapter import AdapterPart
+
+
+class BlockPrompt(nn.Module):
+    """The prompt (P, H) of one block, as a child of the block. Where the block runs here, a hook adds it."""
+
+    def __init__(self, prompt: torch.Tensor):
+        super().__init__()
+        self.prompt = nn.Parameter(prompt)
+
+    def add(self, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """As a forward pre-hook of a block, whose first argument is the hidden states (B, S, H)."""
+        return (_add_to_first(args[0], self.prompt), *args[1:])
+
+
+class Prompt(AdapterMethod):
+    name: ClassVar[str] = "prompt"
+    usage: ClassVar[str] = "tuning=deep_prompt"
+    first_step_only: ClassVar[bool] = True  # the first positions are in that one
+    once_a_module: ClassVar[bool] = True
+
+    def owns(self, layer: nn.Module) -> bool:
+        return isinstance(layer, BlockPrompt)
+
+    def collect(self, layer: Any, *, block: int, path: str) -> Iterator[tuple[AdapterPart, list[torch.Tensor]]]:
+        yield AdapterPart(block=block, method=self.name, tensors=[layer.prompt.detach()]), [layer.prompt]
+
+    def check(self, part: AdapterPart, module: nn.Module, hidden_size: int) -> None:
+        if part.module:
+            raise refusal(part, "prompts are added at the input of a block, not of a module inside it")
+        found = shapes(part)
+        if len(found) != 1 or len(found[0]) != 2 or found[0][1] != hidden_size:
+            raise refusal(part, f"prompts are one tensor (P, {hidden_size}), not {found}")
+
+    def is_at_input(self, part: AdapterPart) -> bool:
+        return True
+
+    def change_input(self, part: AdapterPart, x: torch.Tensor, *, training: bool) -> torch.Tensor:
+        return _add_to_first(x, part.tensors[0])
+
+    def least_positions(self, part: AdapterPart) -> int:
+        return part.tensors[0].shape[0]
+
+
+def _add_to_first(hidden: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+    """`hidden` (B, S, H) with `prompt` (P, H) added to the first P positions of every row."""
+    padding = (0, 0, 0, hidden.shape[1] - prompt.shape[0])
+    return hidden + F.pad(prompt, padding).to(hidden.dtype)

@@ -1,0 +1,29 @@
+"""`none`: weights as they are in the checkpoint, in the dtype of the computation."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from petals_tune.blocks.quantization.base import Quantization
+
+
+class Unquantized(Quantization):
+    name: ClassVar[str] = "none"
+
+    def loading_config(self, dtype: torch.dtype) -> None:
+        return None
+
+    def weight_bytes(self, inputs: int, outputs: int, dtype: torch.dtype) -> float:
+        return inputs * outputs * dtype.itemsize
+
+    def weight_copies(self, device: str) -> int:
+        return 2 if device == "cpu" else 1  # kernels.FloatLinear keeps a weight a second time, in oneDNN's layout
+
+    def scales(self, weight: nn.Parameter) -> list[torch.Tensor]:
+        return []
+
+    def is_available(self, device: str) -> bool:
+        return True

@@ -1,0 +1,27 @@
+import subprocess
+import sys
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from petals_tune.adapters import METHODS
+from petals_tune.adapters.base import linear_features
+
+
+def test_methods_are_registered_by_their_names_on_the_wire():
+    assert {name: method.name for name, method in METHODS.items()} == {name: name for name in ("lora", "ia3", "prompt")}
+
+
+def test_features_of_linears_of_every_kind():
+    assert linear_features(nn.Linear(4, 3)) == (4, 3)
+    assert linear_features(Conv1D(3, 4)) == (4, 3)
+    assert linear_features(nn.Embedding(4, 3)) is None
+    with torch.device("meta"):
+        assert linear_features(nn.Linear(4, 3)) == (4, 3)
+
+
+def test_a_server_does_not_load_peft():
+    code = "import sys, petals_tune.blocks.engine; print('peft' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
