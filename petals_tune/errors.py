@@ -110,6 +110,8 @@ class ConnectionLost(PetalsTuneError, ConnectionError):
 class RequestRefused(PetalsTuneError, ValueError):
     """A server refused a request that no other server would accept either."""
 
+    max_length: int | None = None  # of a session that would fit, where one does not
+
 
 class MessageTooLarge(RequestRefused):
     """A message has more bytes than a server takes at once."""
@@ -167,6 +169,9 @@ class ServerTimeout(ServerError, TimeoutError):
 class ServerBusy(ServerError):
     """The server has no room for this request now."""
 
+    limit: str = ""  # the limit of the server that is reached, as its option is called: "max_streams"
+    max_length: int | None = None  # of a session that would fit, where one does not
+
 
 class BlocksNotHere(ServerError):
     """The server does not host these blocks: it may have moved since its record was read."""
@@ -202,3 +207,5 @@ class AdapterMissing(NotKept):
 
 class NotHandedOn(NotKept):
     """The tensor that was to come from another server did not come; it must be sent along."""
+
+    reason: Literal["", "used or dropped", "withdrawn", "peer lost", "wrong shape"] = ""

@@ -1,4 +1,4 @@
-"""Keys of a private swarm: make one, issue tokens to its members, revoke them (docs/private-swarms.md)."""
+"""Make the key of a private swarm, issue access tokens to its members, revoke them (docs/private-swarms.md)."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def new(given: argparse.Namespace) -> None:
-    """Refuses to replace a key: every token of its swarm would be void."""
+    """Make a swarm's key. Refuses to replace one: every token of its swarm would be void."""
     key, public = SigningKey.new(), given.key.with_suffix(".pub")
     for path in (given.key, public):
         if path.exists():
-            raise ConfigError(f"{path} is there already; for another swarm:  --key OTHER.key")
+            raise ConfigError(f"{path} is there already; for another swarm:  --key OTHER.key", key="--key", seen=path)
     write_private(given.key, f"{secret_text(key)}\n".encode())
     write_private(public, f"{public_text(key)}\n".encode())
     print(f"{given.key}: the secret key, with which tokens are issued; keep it to yourself")
@@ -71,12 +71,22 @@ def new(given: argparse.Namespace) -> None:
 def issue_token(given: argparse.Namespace) -> None:
     key = _secret_key(given.key)
     if given.name in _revoked(given.key):
-        raise ConfigError(f"{given.name} is revoked: choose another name, or take it out of {_revoked_path(given.key)}")
+        raise ConfigError(
+            f"{given.name} is revoked: choose another name, or take it out of {_revoked_path(given.key)}",
+            key="--name",
+            seen=given.name,
+        )
     if not given.days > 0:
-        raise ConfigError(f"--days {given.days:g}: a token is good for more than 0 days")
+        raise ConfigError(f"--days {given.days:g}: a token is good for more than 0 days", key="--days", seen=given.days)
     if given.processes < 1 or (given.peer and given.processes not in (1, len(given.peer))):
-        raise ConfigError(f"--processes {given.processes}: at least 1, and as many as there are --peer, if any")
-    issue(key, name=given.name, peer=SigningKey.new().peer, hosts=False, expires_s=0)  # a bad name makes no file
+        raise ConfigError(
+            f"--processes {given.processes}: at least 1, and as many as there are --peer, if any",
+            key="--processes",
+            seen=given.processes,
+        )
+    issue(
+        key, name=given.name, peer=SigningKey.new().peer, hosts=False, expires_s=0
+    )  # raises for a bad name before any file is made
     identities = [ranked(Path(f"{given.name}.identity"), rank) for rank in range(given.processes)]
     peers = given.peer or [load_identity(path, make=True).peer for path in identities]
     expires_s = int(time.time() + given.days * DAY_S)
@@ -93,7 +103,7 @@ def issue_token(given: argparse.Namespace) -> None:
 
 
 def revoke(given: argparse.Namespace) -> None:
-    _secret_key(given.key)  # or a misspelt --key would make a list that nobody reads
+    _secret_key(given.key)  # for a misspelt --key there would be a list that nobody reads
     path, names = _revoked_path(given.key), _revoked(given.key)
     if given.name not in names:
         before = path.read_text(encoding="utf-8") if names else ""
@@ -108,7 +118,9 @@ def identity(given: argparse.Namespace) -> None:
 def _secret_key(path: Path) -> SigningKey:
     key = key_from(read_text(path, key="--key"))
     if not isinstance(key, SigningKey):
-        raise ConfigError(f"--key {path} is the public half; tokens are issued with the secret key")
+        raise ConfigError(
+            f"--key {path} is the public half; tokens are issued with the secret key", key="--key", seen=path
+        )
     return key
 
 

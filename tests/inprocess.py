@@ -21,11 +21,10 @@ from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 from servers.requests.admission import RequestLimits
-from servers.requests.handler import Handler, Stores
+from servers.requests.handler import Handler
 from servers.scheduling.compute_thread import ComputeThread
-from servers.stores.adapters import AdapterCache, GradientSums
-from servers.stores.leases import LeaseStore
-from servers.stores.sessions import SessionStore
+from servers.stores.budgets import Budgets
+from servers.stores.stores import Stores
 
 _BUDGET_BYTES = 2**28
 _LIMITS = RequestLimits(
@@ -42,11 +41,11 @@ _LIMITS = RequestLimits(
 
 
 def _stores(engine: Engine) -> Stores:
-    return Stores(
-        leases=LeaseStore(max_bytes=_BUDGET_BYTES, max_age_s=60.0),
-        sessions=SessionStore(max_bytes=_BUDGET_BYTES, max_idle_s=60.0, token_bytes=engine.measure_token_bytes()),
-        adapters=AdapterCache(max_bytes=_BUDGET_BYTES),
-        sums=GradientSums(max_bytes=_BUDGET_BYTES),
+    return Stores.within(
+        Budgets(leases=_BUDGET_BYTES, sessions=_BUDGET_BYTES, adapters=_BUDGET_BYTES, sums=_BUDGET_BYTES),
+        max_lease_age_s=60.0,
+        max_session_idle_s=60.0,
+        token_bytes=engine.measure_token_bytes(),
     )
 
 

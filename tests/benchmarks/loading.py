@@ -106,15 +106,9 @@ def started(source: str, disk: Path, quantization: str) -> dict[str, float]:
 
 def imports() -> dict[str, float]:
     """Resident memory after each import, as a server does them."""
-    lines = [
-        "import importlib",
-        "from servers.lean import lean_hivemind, lean_transformers",
-        "lean_hivemind()",
-        "import torch",
-        "with lean_transformers():",
-    ]
+    lines = ["import importlib"]
     for module in IMPORTS:
-        lines += [f"    importlib.import_module({module!r})", "    print(open('/proc/self/status').read(), end='\\0')"]
+        lines += [f"importlib.import_module({module!r})", "print(open('/proc/self/status').read(), end='\\0')"]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
     return {module: memory_mb(text)["VmRSS"] for module, text in zip(IMPORTS, done.stdout.split("\0"), strict=False)}
 

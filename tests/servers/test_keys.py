@@ -9,6 +9,7 @@ from petals_tune.errors import AccessDenied, ConfigError
 from petals_tune.net.members import Members, identity_beside, load_identity
 from petals_tune.wire.signing import SigningKey
 from servers.keys import main
+from tests.raising import raises
 
 
 @pytest.fixture(autouse=True)
@@ -65,10 +66,10 @@ def test_each_process_of_a_run_is_a_peer_of_its_own_and_all_are_revoked_by_one_n
         assert server.admit(member.own_token(), peers[-1]).name == "alice"
     assert len(set(peers)) == 2
     monkeypatch.setenv("RANK", "2")
-    with pytest.raises(ConfigError, match=r"alice\.rank2\.token is not there(.|\n)*issue --name alice --processes 3"):
+    with raises(ConfigError):
         Members.of_client("alice.token", None)
     keys("revoke --name alice")
-    with pytest.raises(AccessDenied, match="revoked"):
+    with raises(AccessDenied):
         Members.with_key("swarm.key", None, SigningKey.new()).admit(member.own_token(), peers[-1])
 
 

@@ -14,6 +14,7 @@ from petals_tune.config import composed
 from petals_tune.errors import ConfigError
 from servers.command import command
 from servers.options import Serve
+from tests.raising import raises
 
 TEXT = (Path(__file__).parents[2] / "docs" / "hosting.md").read_text()
 ROWS = [
@@ -75,7 +76,7 @@ def test_a_value_that_cannot_be_is_named(argument, text, capsys):
 
 def test_blocks_and_their_number_have_to_agree():
     options = run_with(["blocks='0:3'", "num_blocks=4"])
-    with pytest.raises(ConfigError, match="give one of them"):
+    with raises(ConfigError, key="num_blocks", seen=4):
         _ = options.span
 
 

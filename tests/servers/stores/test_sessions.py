@@ -16,6 +16,7 @@ from servers.scheduling.compute_thread import ComputeThread
 from servers.scheduling.step_batcher import StepBatcher
 from servers.stores.sessions import SessionStore
 from tests.models import relative_error
+from tests.raising import raises
 from tests.servers.parts import forward, load
 
 SPAN = BlockSpan(1, 4)
@@ -47,7 +48,6 @@ def session(
         max_length=32,
         adapter=adapter,
         adapter_version=version,
-        used_s=0,
     )
 
 
@@ -171,8 +171,8 @@ def test_waiting_steps_go_together_and_adapters_do_not_mix(engine, family, monke
 
 @pytest.mark.parametrize(("patience", "sizes"), [(1e9, [4, 2]), (0, [4, 1, 1])])
 def test_a_step_waits_for_half_of_the_sessions_at_work(family, engine, monkeypatch, patience, sizes):
-    monkeypatch.setattr("servers.scheduling.step_batcher.PATIENCE_STEPS", patience)
-    monkeypatch.setattr("servers.scheduling.step_batcher.AT_WORK_STEPS", 1e9)
+    monkeypatch.setattr("servers.scheduling.step_batcher.MAX_WAIT_STEPS", patience)
+    monkeypatch.setattr("servers.scheduling.step_batcher.ACTIVE_STEPS", 1e9)
     batches: list[int] = []
     monkeypatch.setattr(engine, "step", lambda steps, run=engine.step: batches.append(len(steps)) or run(steps))
     compute = ComputeThread()
@@ -257,7 +257,7 @@ def store(max_bytes: int = 1000) -> SessionStore:
 
 
 def test_what_never_fits_is_refused_with_the_length_that_would():
-    with pytest.raises(RequestRefused, match="max_length=25 would fit"):
+    with raises(RequestRefused, max_length=25):
         store().open("a", open_request(rows=2, max_length=26), None, 0)
     store().open("a", open_request(rows=2, max_length=25), None, 0)
 
@@ -265,9 +265,9 @@ def test_what_never_fits_is_refused_with_the_length_that_would():
 def test_what_does_not_fit_now_may_fit_elsewhere():
     kept = store()
     first = kept.open("a", open_request(max_length=40), None, 0)
-    with pytest.raises(ServerBusy, match="max_length=10 would fit"):
+    with raises(ServerBusy, max_length=10):
         kept.open("a", open_request(max_length=11), None, 0)
-    with pytest.raises(ServerBusy, match="max_length=25 would fit"):
+    with raises(ServerBusy, max_length=25):
         kept.open("b", open_request(max_length=26), None, 0)
     kept.close("b", first)  # not theirs to close
     assert len(kept) == 1
@@ -282,16 +282,16 @@ def test_a_client_that_holds_all_makes_room_for_another_and_has_no_claim_on_it_a
     for session in greedy[:3]:
         kept.get("greedy", session, 0)
     for session in greedy[3:]:
-        with pytest.raises(SessionLost):
+        with raises(SessionLost):
             kept.get("greedy", session, 0)
-    with pytest.raises(ServerBusy):
+    with raises(ServerBusy):
         kept.open("greedy", open_request(), None, 0)
     assert kept.get("other", other, 0).rows == 1
 
 
 def test_a_session_is_charged_for_the_adapter_that_it_keeps():
     adapter = Adapter((AdapterPart(block=0, method="prompt", tensors=[torch.zeros(5, 10)]),))
-    with pytest.raises(RequestRefused, match="max_length=40 would fit"):
+    with raises(RequestRefused, max_length=40):
         store().open("a", open_request(max_length=41), adapter, 0)
     kept = store()
     kept.open("a", open_request(max_length=40), adapter, 0)
@@ -302,16 +302,16 @@ def test_sessions_of_clients_that_left_or_fell_silent_are_dropped():
     kept = store()
     gone, idle = kept.open("a", open_request(), None, 0), kept.open("b", open_request(), None, 0)
     kept.drop_client("a")
-    with pytest.raises(SessionLost):
+    with raises(SessionLost):
         kept.get("a", gone, 1)
     kept.get("b", idle, 50)
     mine = kept.open("c", open_request(), None, 100)  # b was heard 50 s ago
     assert len(kept) == 2
     kept.open("c", open_request(), None, 111)
-    with pytest.raises(SessionLost):
+    with raises(SessionLost):
         kept.get("b", idle, 111)
     assert kept.get("c", mine, 111).client == "c"
-    with pytest.raises(SessionLost):
+    with raises(SessionLost):
         kept.get("b", mine, 111)
     assert kept.used_bytes == 2 * 200
 

@@ -1,4 +1,4 @@
-"""A small web server inside an event loop that has other things to do too."""
+"""A small HTTP server on the running event loop."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from petals_tune.errors import ConfigError
 
 
 @asynccontextmanager
-async def listening(app: web.Application, host: str, port: int, *, key: str) -> AsyncIterator[int]:
-    """Serve `app`; yields the port, a free one for 0. Raises ConfigError naming `key` where it cannot listen."""
+async def http_server(app: web.Application, host: str, port: int, *, key: str) -> AsyncIterator[int]:
+    """Serve `app`; yields the port, a free one for 0. Raises ConfigError for `key` where it cannot listen."""
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
@@ -20,7 +20,9 @@ async def listening(app: web.Application, host: str, port: int, *, key: str) -> 
             await web.TCPSite(runner, host, port, shutdown_timeout=1.0).start()
         except OSError as error:
             raise ConfigError(
-                f"{key}={port}: cannot listen on {host}: {error.strerror or error}\n  choose another port"
+                f"{key}={port}: cannot listen on {host}: {error.strerror or error}\n  choose another port",
+                key=key,
+                seen=port,
             ) from None
         yield runner.addresses[0][1]
     finally:
