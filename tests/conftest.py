@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch is imported, and inherited by the servers that tests start.
@@ -37,6 +37,22 @@ keep_caches_apart()
 
 settings.register_profile("petals_tune", deadline=None, derandomize=True)
 settings.load_profile("petals_tune")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folders of small models; each is made once."""
+    from tests.models import save_model  # imports transformers
+
+    made: dict[tuple[object, ...], Path] = {}
+
+    def folder(family: str, **changes: object) -> Path:
+        key = (family, *sorted(changes.items()))
+        if key not in made:
+            made[key] = save_model(tmp_path_factory.mktemp("models") / family, family, **changes)
+        return made[key]
+
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""Tensors that other servers hand on: the memory of each is released once, whatever happens, and none stays for ever."""
+"""Tensors that other servers hand on: the memory of each is released once, and none stays for ever."""
 
 import asyncio
 from collections import Counter
