@@ -153,7 +153,7 @@ class _Server:
         else:
             logger.warning("moves from blocks %s to %s, which need this server more", span, next_span)
         try:
-            await asyncio.wait_for(handler.drained(), limits.drain_s)
+            await asyncio.wait_for(handler.wait_until_idle(), limits.drain_s)
         except TimeoutError:
             logger.warning("requests that ran for more than %g s after the stop were left unfinished", limits.drain_s)
         self.handler = None

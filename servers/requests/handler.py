@@ -101,7 +101,7 @@ class Handler:
         try:
             await self._greet(stream)
             while True:
-                await self._take(stream, *await stream.next_message())
+                await self._receive(stream, *await stream.next_message())
         except PetalsTuneError as error:
             logger.info("a stream of client %s closed: %s", client, error)
             with suppress(*BROKEN):
@@ -119,7 +119,7 @@ class Handler:
     def streams(self) -> int:
         return len(self._streams)
 
-    async def drained(self) -> None:
+    async def wait_until_idle(self) -> None:
         """Wait until no request runs; none starts while `draining` is set."""
         while self._running:
             await asyncio.wait(set(self._running))
@@ -153,7 +153,7 @@ class Handler:
         )
         await stream.send(stream.message_id, welcome)
 
-    async def _take(self, stream: ClientStream, message_id: int, body: bytes | Dropped) -> None:
+    async def _receive(self, stream: ClientStream, message_id: int, body: bytes | Dropped) -> None:
         """Answer a message, or start a task that does. A bad message is refused, and the stream goes on."""
         if isinstance(body, Dropped):
             # It may have been an output that was handed on; its ticket was dropped with it.
@@ -161,30 +161,35 @@ class Handler:
             await stream.send(message_id, _refusal(ServerBusy(f"no room for a request of {body.total} bytes now")))
             return
         try:
-            request = decode(body)
-            if isinstance(request, Delivery):
-                self._inbox.deliver(request, partial(stream.release, len(body)))
-                return
-            if not isinstance(request, Ping | Release | CloseSession | Withdrawn):
-                stream.start_request(message_id)
-                task = asyncio.create_task(self._answer(stream, message_id, request))
-                stream.track(message_id, task, len(body))
-                self._running.add(task)
-                task.add_done_callback(self._running.discard)
-                return
-            if isinstance(request, Ping):
-                await stream.send(message_id, Pong())
-            elif isinstance(request, Withdrawn):
-                self._inbox.withdraw(request.tickets)
-            elif isinstance(request, Release):
-                self.stores.leases.release(stream.client, request.leases)
-            else:
-                self.stores.sessions.close(stream.client, request.session)
+            message = decode(body)
+            match message:
+                case Ping():
+                    await stream.send(message_id, Pong())
+                case Withdrawn():
+                    self._inbox.withdraw(message.tickets)
+                case Release():
+                    self.stores.leases.release(stream.client, message.leases)
+                case CloseSession():
+                    self.stores.sessions.close(stream.client, message.session)
+                case Delivery():
+                    self._inbox.deliver(message, partial(stream.release, len(body)))
+                    return
+                case _:
+                    self._start(stream, message_id, message, len(body))
+                    return
         except (ProtocolError, ServerBusy) as error:
             if message_id in stream.tasks:
                 raise  # a refusal under this id would answer another request
             await stream.send(message_id, _refusal(error))
         stream.release(len(body))
+
+    def _start(self, stream: ClientStream, message_id: int, request: Message, size_bytes: int) -> None:
+        """Start a task that answers `request`. Raises ServerBusy, ProtocolError."""
+        stream.start_request(message_id)
+        task = asyncio.create_task(self._answer(stream, message_id, request))
+        stream.track(message_id, task, size_bytes)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
 
     async def _answer(self, stream: ClientStream, message_id: int, request: Message) -> None:
         reply: Message

@@ -1,4 +1,4 @@
-"""What Prometheus and a supervisor read of a handler with real blocks; of a whole server in tests/e2e/test_health.py."""
+"""What Prometheus and a supervisor read of a handler; of a whole server, in tests/e2e/test_health.py."""
 
 from types import SimpleNamespace
 
