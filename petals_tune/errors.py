@@ -119,6 +119,7 @@ class RequestRefused(PetalsTuneError, ValueError):
 
     block: int | None = None  # where one block of the request is at fault
     module: str = ""  # path inside that block, where an adapter's part is at fault
+    max_length: int | None = None  # of a session that would fit, where one does not
 
 
 class MessageTooLarge(RequestRefused):
@@ -189,6 +190,9 @@ class ServerTimeout(ServerError, TimeoutError):
 class ServerBusy(ServerError):
     """The server has no room for this request now."""
 
+    limit: str = ""  # the limit of the server that is reached, as its option is called: "max_streams"
+    max_length: int | None = None  # of a session that would fit, where one does not
+
 
 class BlocksNotHere(ServerError):
     """The server does not host these blocks: it may have moved since its record was read."""
@@ -226,3 +230,5 @@ class AdapterMissing(NotKept):
 
 class NotHandedOn(NotKept):
     """The tensor that was to come from another server did not come; it must be sent along."""
+
+    reason: Literal["", "used or dropped", "withdrawn", "peer lost", "wrong shape"] = ""

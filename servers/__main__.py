@@ -1,4 +1,4 @@
-"""The command: host blocks of a model."""
+"""Command `python -m servers`: host blocks of a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import time
 from petals_tune.config import Model, folder_of
 from petals_tune.model.convert import model_folder
 from servers.command import command, stop_on_signals
-from servers.lean import lean_transformers
 from servers.options import Serve
 
 CONFIG_NAME = "serve"
@@ -30,7 +29,7 @@ def usage() -> str:
         "  python -m servers model.source=FOLDER_OR_HUB_NAME 'swarm.initial_peers=[ADDRESS]' [key=value ...]\n"
         "  python -m servers --config-dir FOLDER --config-name FILE   the same keys from a file of yours\n\n"
         "  python -m servers.dht     a node of the swarm's directory without blocks\n"
-        "  python -m servers.health  the swarm at a glance, in the browser or the terminal\n"
+        "  python -m servers.health  a monitor of the swarm, for the browser or the terminal\n"
         "  python -m servers.keys    keys and tokens of a private swarm\n\n"
         f"Models by name: {models}.\n"
         "Options and their defaults; a key below another is typed with a dot, as in limits.max_cache_gb=2:"
@@ -41,22 +40,20 @@ def host(options: Serve) -> None:
     """Host blocks until SIGINT or SIGTERM; then withdraw, finish what runs, and return."""
     if options.exit_with_stdin:
         threading.Thread(target=_exit_with_stdin, daemon=True).start()
-    _ = options.span  # a ConfigError comes before the slow imports
+    _ = options.span  # raises its ConfigError before the slow imports
     run(dataclasses.replace(options, model=Model(source=model_folder(options.model.source))))
 
 
 def run(options: Serve) -> None:
-    """Serve on an event loop of its own."""
+    """Run a server on a new event loop."""
     import uvloop  # this and the imports below are slow; --help and a mistyped key should not wait for them
+    from transformers.utils import logging as transformers_logging
 
-    with lean_transformers():
-        from transformers.utils import logging as transformers_logging
+    from petals_tune.blocks.engine import Engine
+    from petals_tune.wire.records import ServerRecord
+    from servers.server import serve
 
-        from petals_tune.blocks.engine import Engine
-        from petals_tune.wire.records import ServerRecord
-        from servers.server import serve
-
-    transformers_logging.set_verbosity_error()  # embeddings are missing in each block: they are the client's
+    transformers_logging.set_verbosity_error()  # or it reports that the embeddings, the client's, are missing
     transformers_logging.disable_progress_bar()
     started_s = time.monotonic()
 
@@ -75,7 +72,7 @@ def run(options: Serve) -> None:
 
 
 def _exit_with_stdin() -> None:
-    """Whoever started this server holds the other end of its standard input; when that closes, they are gone."""
+    """End the process when standard input closes: then the process that started it is gone."""
     while os.read(0, 1024):
         pass
     os._exit(1)  # the p2p daemon ends by itself when its parent is gone

@@ -1,4 +1,4 @@
-"""What the commands of this package have in common: options of a YAML file, checked; one way to end."""
+"""Command-line entry point shared by the commands: options of a YAML file, checked, and signals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from pydantic import TypeAdapter
 
 from petals_tune.cli import INTERRUPTED, quiet_libraries, report_errors
 from petals_tune.config import check, check_arguments, folder_of
-from servers.lean import lean_hivemind
 
 T = TypeVar("T")
 
@@ -24,17 +23,16 @@ T = TypeVar("T")
 def command(
     arguments: Sequence[str], *, config_name: str, schema: type[T], run: Callable[[T], None], usage: str
 ) -> None:
-    """Run with the options that conf/`config_name`.yaml and `arguments` make; `schema` says of which types.
+    """Compose options from conf/`config_name`.yaml and `arguments`, check them against `schema`, and call `run`.
 
-    `--help` prints `usage` and the options with their sentences. Ends the process where an error of ours is raised, and
-    with 0 on a SIGTERM that comes before `stop_on_signals`, while it imports or converts.
+    `--help` prints `usage` and the options with their comments. Exits where an error of ours is raised, and with 0 on a
+    SIGTERM that comes before `stop_on_signals`, while the command imports or converts.
     """
-    # The default would kill, but not the first process of a container, which is then waited for until it is killed.
+    # Python's default would not end the first process of a container, for which there is no default action.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     quiet_libraries()
-    lean_hivemind()
     if {"--help", "-h"} & {*arguments}:
-        print(f"{usage}\n\n{_options_of(config_name)}")
+        print(f"{usage}\n\n{_format_options(config_name)}")
         return
     with report_errors():
         check_arguments(arguments, config_name=config_name, schema=schema)
@@ -43,16 +41,16 @@ def command(
     def main(cfg: DictConfig) -> None:
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         with report_errors():
-            check(cfg, schema=schema)  # again: the arguments may have named another file than ours
+            check(cfg, schema=schema)  # again: --config-name may have named another file than ours
             run(TypeAdapter(schema).validate_python(OmegaConf.to_container(cfg, resolve=True)))
 
-    sys.argv[1:] = arguments  # what hydra reads
+    sys.argv[1:] = arguments  # which hydra reads
     with report_errors():
         main()
 
 
 def stop_on_signals() -> asyncio.Event:
-    """An event that SIGINT and SIGTERM set. A second SIGINT ends the process at once, whatever it is doing.
+    """Return an event that SIGINT and SIGTERM set. A second SIGINT ends the process at once.
 
     The p2p daemon ends by itself when its parent is gone.
     """
@@ -70,8 +68,8 @@ def stop_on_signals() -> asyncio.Event:
     return stop
 
 
-def _options_of(config_name: str) -> str:
-    """The keys of a YAML file with their comments, less what concerns Hydra alone."""
+def _format_options(config_name: str) -> str:
+    """Return the lines of conf/`config_name`.yaml without those for Hydra itself."""
     lines = (folder_of("conf") / f"{config_name}.yaml").read_text().splitlines()
     kept: list[str] = []
     inside_hydra = False

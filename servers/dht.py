@@ -1,4 +1,4 @@
-"""The command: a node of the swarm's directory that hosts no blocks, for others to find each other through."""
+"""Command `python -m servers.dht`: a node of the swarm's DHT that hosts no blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Options and their defaults; a key below another is typed with a dot:"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Swarm:
+class SwarmOptions:
     initial_peers: list[str]
     host_maddrs: list[str]
     announce_maddrs: list[str]
@@ -27,10 +27,10 @@ class Swarm:
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """All options; conf/dht.yaml says what each is for."""
+    """All options; conf/dht.yaml describes each."""
 
     identity_path: str | None
-    swarm: Swarm
+    swarm: SwarmOptions
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def run(options: Node) -> None:
             key=swarm.key,
             token=swarm.token,
             relays=swarm.relay,
-            reach="direct",  # one that others cannot dial is no address to give to others
+            reach="direct",  # a node that others cannot dial is of no use to them
         ) as peer:
             addresses = ",".join(peer.addresses)
             print(f"ready: no blocks; others join with swarm.initial_peers=[{addresses}]", flush=True)

@@ -1,4 +1,4 @@
-"""Keys of a private swarm: make one, issue tokens to its members, revoke them (docs/private-swarms.md)."""
+"""Make the key of a private swarm, issue access tokens to its members, revoke them (docs/private-swarms.md)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def new(given: argparse.Namespace) -> None:
-    """Refuses to replace a key: every token of its swarm would be void."""
+    """Make a swarm's key. Refuses to replace one: every token of its swarm would be void."""
     key, public = SigningKey.new(), given.key.with_suffix(".pub")
     for path in (given.key, public):
         if path.exists():
@@ -109,7 +109,7 @@ def issue_token(given: argparse.Namespace) -> None:
 
 
 def revoke(given: argparse.Namespace) -> None:
-    _secret_key(given.key)  # or a misspelt --key would make a list that nobody reads
+    _secret_key(given.key)  # for a misspelt --key there would be a list that nobody reads
     path, names = _revoked_path(given.key), _revoked(given.key)
     if given.name not in names:
         before = path.read_text(encoding="utf-8") if names else ""

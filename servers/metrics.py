@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus to read, and whether it is well, for whoever supervises it."""
+"""Metrics of one server for Prometheus, and its health for a supervisor, over HTTP."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from petals_tune.wire.messages import Forward, Message, Refusal, Step
 from petals_tune.wire.records import ServerRecord
-from servers.listening import listening
+from servers.http_server import http_server
 from servers.requests.handler import Handler
 from servers.scheduling.compute_thread import ComputeThread
 
@@ -23,7 +23,7 @@ _BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60
 
 
 class Watched(Protocol):
-    """The server, as far as it is looked at."""
+    """What the metrics read of a server."""
 
     handler: Handler | None
     compute: ComputeThread
@@ -33,9 +33,9 @@ class Watched(Protocol):
 
 
 class Metrics(Collector):
-    """Counters of one server, and gauges that are read when somebody asks. All on the event loop.
+    """Counters of one server, and gauges that are read at each scrape.
 
-    So an answer also says that the event loop, which serves the clients, is alive.
+    Scrapes are answered on the event loop that serves the clients, so an answer also shows that this is alive.
     """
 
     def __init__(self) -> None:
@@ -60,8 +60,8 @@ class Metrics(Collector):
     def watch(self, server: Watched) -> None:
         self._server = server
 
-    def replied(self, request: Message, reply: Message, elapsed_s: float) -> None:
-        """Count one request."""
+    def count_request(self, request: Message, reply: Message, elapsed_s: float) -> None:
+        """Count a request that was answered after `elapsed_s`."""
         kind = type(request).__name__
         refused = reply.error if isinstance(reply, Refusal) else ""
         self._requests.labels(kind, refused).inc()
@@ -79,7 +79,9 @@ class Metrics(Collector):
         yield InfoMetricFamily("petals_tune_server", "What this server announces", value={**facts, **more})
         yield GaugeMetricFamily("petals_tune_online", "1: announced and serving", value=record.state == "online")
         yield GaugeMetricFamily("petals_tune_blocks", "Blocks that it hosts", value=len(record.blocks))
-        yield GaugeMetricFamily("petals_tune_waiting", "Functions that wait to be run", value=server.compute.waiting)
+        yield GaugeMetricFamily(
+            "petals_tune_waiting", "Functions that wait to be run", value=server.compute.queue_length
+        )
         if handler is not None:
             stores = handler.stores
             yield GaugeMetricFamily("petals_tune_streams", "Open streams of clients", value=handler.streams)
@@ -90,12 +92,12 @@ class Metrics(Collector):
             yield GaugeMetricFamily("petals_tune_cache_free_bytes", "Room for more", value=stores.sessions.free_bytes)
 
     @asynccontextmanager
-    async def served(self, host: str, port: int) -> AsyncIterator[int]:
+    async def serving(self, host: str, port: int) -> AsyncIterator[int]:
         """Serve /metrics and /health; yields the port. Raises ConfigError where it is taken."""
         app = web.Application()
         app.add_routes([web.get("/metrics", self._metrics), web.get("/health", self._health)])
-        async with listening(app, host, port, key="metrics_port") as found:
-            yield found
+        async with http_server(app, host, port, key="metrics_port") as bound_port:
+            yield bound_port
 
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})

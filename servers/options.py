@@ -1,4 +1,4 @@
-"""What a server can be told: conf/serve.yaml with its types."""
+"""Options of a server: conf/serve.yaml with types."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from petals_tune.model.disk import DiskCache
 from petals_tune.wire.records import MAX_NAME
 from petals_tune.wire.span import BlockSpan
 from servers.requests.admission import RequestLimits
+from servers.stores.budgets import Budgets
 
 _GB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Swarm:
+class SwarmOptions:
     initial_peers: list[str]
     host_maddrs: list[str]
     announce_maddrs: list[str]
@@ -49,6 +50,17 @@ class Limits:
     max_request_s: Annotated[float, Field(gt=0)]
     drain_s: Annotated[float, Field(ge=0)]
 
+    @property
+    def budgets(self) -> Budgets:
+        """Memory that the server sets aside for its clients, in bytes."""
+        adapters = int(self.max_adapter_gb * _GB)
+        return Budgets(
+            leases=int(self.max_lease_gb * _GB),
+            sessions=int(self.max_cache_gb * _GB),
+            adapters=adapters,
+            sums=adapters,  # an adapter's gradients are as large as the adapter
+        )
+
     def of_requests(self) -> RequestLimits:
         return RequestLimits(
             max_streams=self.max_streams,
@@ -56,7 +68,7 @@ class Limits:
             max_in_flight=self.max_in_flight,
             max_requests_per_s=self.max_requests_per_s,
             max_request_s=self.max_request_s,
-            max_receiving_bytes=int(self.max_receiving_gb * 2**30),
+            max_receiving_bytes=int(self.max_receiving_gb * _GB),
             max_message_bytes=int(self.max_message_mb * 2**20),
             max_positions=self.max_positions,
             max_tokens=self.max_tokens,
@@ -71,7 +83,7 @@ class Disk:
 
 @dataclass(frozen=True, kw_only=True)
 class Serve:
-    """All options of one server; conf/serve.yaml says what each is for."""
+    """All options of one server; conf/serve.yaml describes each."""
 
     model: Model
     blocks: Any  # as BlockSpan.parse reads it; `span` is the result
@@ -87,20 +99,22 @@ class Serve:
     public_name: Annotated[str, Field(max_length=MAX_NAME)]
     metrics_port: Annotated[int, Field(ge=1, lt=2**16)] | None
     metrics_host: str
-    swarm: Swarm
+    swarm: SwarmOptions
     limits: Limits
     disk: Disk
     exit_with_stdin: bool
 
     @property
     def span(self) -> BlockSpan | None:
-        """The blocks that it was told to host; None where it chooses. Raises ConfigError for what is no span."""
+        """The blocks to host; None where the server chooses. Raises ConfigError for what is no span."""
         if self.blocks is None:
             return None
         span = BlockSpan.parse(self.blocks)
         if self.num_blocks not in (None, len(span)):
             raise ConfigError(
-                f"blocks={span} are {len(span)} blocks and num_blocks={self.num_blocks}: give one of them"
+                f"blocks={span} are {len(span)} blocks and num_blocks={self.num_blocks}: give one of them",
+                key="num_blocks",
+                seen=self.num_blocks,
             )
         return span
 

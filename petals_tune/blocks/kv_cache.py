@@ -28,7 +28,6 @@ class Session:
     max_length: int
     adapter: Adapter | None
     adapter_version: str | None
-    used_s: float
     position: int = 0
     padding: torch.Tensor | None = None  # (B, max_length) bool; None: no position was ever padded
     storage: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # layer -> keys, values: (B, heads, M, D)
@@ -36,7 +35,7 @@ class Session:
     @classmethod
     def probe(cls, span: BlockSpan) -> Session:
         """A session of one position of one row, to measure with."""
-        return cls(client="", span=span, rows=1, max_length=1, adapter=None, adapter_version=None, used_s=0)
+        return cls(client="", span=span, rows=1, max_length=1, adapter=None, adapter_version=None)
 
     def prepare(self, step: Step) -> None:
         """Go back to the step's position, reorder rows, store its padding. Raises RequestRefused, SessionLost."""

@@ -25,6 +25,14 @@ _CGROUPS = (
 def check_device(device: str) -> None:
     """Raises ConfigError where torch cannot compute on `device` here."""
     try:
+        torch.device(device)
+    except RuntimeError:  # its text lists two dozen devices, most of them never built
+        raise ConfigError(
+            f"device={device} is no device that torch knows: write cpu, cuda or, of several GPUs, cuda:1",
+            key="device",
+            seen=device,
+        ) from None
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch's build without CUDA asserts that it has it
         reason = str(error).strip().split("\n", 1)[0]

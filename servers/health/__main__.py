@@ -1,4 +1,4 @@
-"""The command: show a swarm."""
+"""Command `python -m servers.health`: show a swarm in the browser or the terminal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Options and their defaults; a key below another is typed with a dot:"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Swarm:
+class SwarmOptions:
     initial_peers: Annotated[list[str], Field(min_length=1)]
     key: str | None
     token: str | None
@@ -28,9 +28,9 @@ class Swarm:
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """All options; conf/health.yaml says what each is for."""
+    """All options; conf/health.yaml describes each."""
 
-    swarm: Swarm
+    swarm: SwarmOptions
     identity_path: str | None
     host: str
     port: Annotated[int, Field(ge=0, lt=2**16)]
@@ -48,14 +48,14 @@ def run(options: Health) -> None:
     import uvloop  # this and the imports below are slow; --help should not wait for them
 
     from petals_tune.net.peer import joined
-    from servers.health.table import table
+    from servers.health.table import format_table
     from servers.health.watch import Watch
     from servers.health.web import Pages
-    from servers.listening import listening
+    from servers.http_server import http_server
 
-    async def shown(watch: Watch, stop: asyncio.Event) -> None:
+    async def serve_page(watch: Watch, stop: asyncio.Event) -> None:
         pages = Pages()
-        async with listening(pages.app(), options.host, options.port, key="port") as port:
+        async with http_server(pages.app(), options.host, options.port, key="port") as port:
             pages.report = await watch.look()
             print(f"ready: http://{options.host}:{port}", flush=True)
             while not stop.is_set():
@@ -65,7 +65,7 @@ def run(options: Health) -> None:
                     pages.report = await watch.look()
 
     async def until_stopped() -> bool:
-        """Whether all blocks were covered in the end."""
+        """Return whether all blocks are covered."""
         stop = stop_on_signals()
         swarm = options.swarm
         async with joined(
@@ -78,10 +78,10 @@ def run(options: Health) -> None:
             watch = Watch(peer)
             try:
                 if not options.once:
-                    await peer.while_daemon_lives(shown(watch, stop), stop)
+                    await peer.while_daemon_lives(serve_page(watch, stop), stop)
                     return True
                 report = await peer.while_daemon_lives(watch.look(), stop)
-                print(table(report, coloured=sys.stdout.isatty()))
+                print(format_table(report, coloured=sys.stdout.isatty()))
                 return report.is_whole
             finally:
                 await watch.close()

@@ -1,4 +1,4 @@
-"""What there is to say of a swarm, from its records and from how its servers answer. Pure."""
+"""State of a swarm, computed from its records and its servers' answers. No I/O."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from servers.membership.placement import block_replicas, block_throughputs
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """How a server answered just now: in so many seconds, or not, for this reason."""
+    """Answer of a server to a ping: its latency, or the problem why there is none."""
 
     latency_s: float | None = None
     problem: str = ""
@@ -34,7 +34,7 @@ class ServerReport(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     version: str
     free_cache_bytes: int | None
-    latency_s: float | None  # of an empty request and its answer, from here
+    latency_s: float | None  # of a ping from here
     addresses: tuple[str, ...]
 
 
@@ -46,25 +46,25 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     revision: str
     total_blocks: int
     servers: tuple[ServerReport, ...]
-    block_tokens_per_s: tuple[float, ...]  # of each block, all servers that answer together
-    block_servers: tuple[int, ...]  # how many those are
+    block_tokens_per_s: tuple[float, ...]  # of each block, summed over servers that answer
+    block_servers: tuple[int, ...]  # of each block, number of servers that answer
     uncovered: tuple[BlockSpan, ...]
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """A swarm at one moment; more than one model in it is a mistake that shows."""
+    """A swarm at one moment. More than one model in it is a mistake of those who host them."""
 
     taken_at_unix_s: float
     models: tuple[ModelReport, ...]
 
     @property
     def is_whole(self) -> bool:
-        """Every block of a model, and of all that are there, has a server that answers."""
+        """Whether there is a model and every block of every model has a server that answers."""
         return bool(self.models) and not any(model.uncovered for model in self.models)
 
 
 def report(records: Sequence[ServerRecord], answers: Mapping[str, Answer], *, now_unix_s: float) -> Report:
-    """The state of a swarm from what its servers announce, and the answers of those online, by peer."""
+    """Compute the report from what servers announce and how those online answered, by peer."""
     groups: list[list[ServerRecord]] = []
     for record in records:
         for group in groups:

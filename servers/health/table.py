@@ -1,4 +1,4 @@
-"""A report as text for the terminal."""
+"""Format a report as text for a terminal."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from servers.health.report import ModelReport, Report, ServerReport
 
 _RED = "\x1b[31m{}\x1b[0m"
-WIDTH = 48  # characters for the picture of the blocks, at most
+WIDTH = 48  # most characters of a row's diagram of the blocks
 _MARKS = {"online": "#", "joining": "-", "silent": "?"}
 _HEAD = ("server", "blocks", "state", "tokens/s", "quantized", "dtype", "version", "free cache", "latency")
 
 
-def table(report: Report, *, coloured: bool = False) -> str:
-    """Models, their servers with a picture of the blocks that each holds, and what nobody holds, in red."""
+def format_table(report: Report, *, coloured: bool = False) -> str:
+    """Format models, their servers with a diagram of the blocks that each holds, and in red the uncovered blocks."""
     models = "\n\n".join(_of_model(model, red=_RED if coloured else "{}") for model in report.models)
     return models or "no server is announced in this swarm"
 
@@ -25,7 +25,7 @@ def _of_model(model: ModelReport, *, red: str) -> str:
         f"slowest block {_rate(min(model.block_tokens_per_s))} tokens/s"
     ]
     width = min(WIDTH, model.total_blocks)
-    rows = [("", *_HEAD), *((_picture(model, server, width), *_cells(server)) for server in model.servers)]
+    rows = [("", *_HEAD), *((_diagram(model, server, width), *_cells(server)) for server in model.servers)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines += ["  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [f"{server.peer[-6:]} is silent: {_plain(server.problem)}" for server in model.servers if server.problem]
@@ -49,7 +49,7 @@ def _cells(server: ServerReport) -> Sequence[str]:
     )
 
 
-def _picture(model: ModelReport, server: ServerReport, width: int) -> str:
+def _diagram(model: ModelReport, server: ServerReport, width: int) -> str:
     """One character for each block, or for several; marked where the server holds any of them."""
     first = server.blocks.start * width // model.total_blocks
     last = -(-server.blocks.stop * width // model.total_blocks)
@@ -61,5 +61,5 @@ def _rate(tokens_per_s: float) -> str:
 
 
 def _plain(text: str) -> str:
-    """What strangers wrote, without the characters that a terminal obeys."""
+    """Replace control characters in text that strangers wrote."""
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -12,12 +12,12 @@ from petals_tune.wire.messages import Ping
 from petals_tune.wire.records import ServerRecord
 from servers.health.report import Answer, Report, report
 
-ANSWER_S = 3.0  # a server that takes longer is silent
-MOST_AT_ONCE = 64  # servers that are asked at the same time
+ANSWER_S = 3.0  # timeout of a ping; a server that takes longer is silent
+MOST_AT_ONCE = 64  # pings at the same time
 
 
 class Watch:
-    """Reports on a swarm. One stream for each server stays open from report to report."""
+    """Read-only swarm monitor. Keeps one stream to each server open between looks."""
 
     def __init__(self, peer: Peer):
         self._directory = peer.directory
@@ -25,7 +25,7 @@ class Watch:
         self._asking = asyncio.Semaphore(MOST_AT_ONCE)
 
     async def look(self) -> Report:
-        """The swarm now."""
+        """Return the state of the swarm now."""
         snapshot = await self._directory.snapshot()
         answers = await asyncio.gather(*(self._ask(server) for server in snapshot.servers))
         online = {server.peer: answer for server, answer in zip(snapshot.servers, answers, strict=True)}

@@ -1,4 +1,4 @@
-"""The page and its JSON."""
+"""The health page and its JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from aiohttp import web
 
 from servers.health.report import Report
 
-# Names and texts of strangers are shown: the page takes nothing from elsewhere and sends nothing there.
+# The page shows names and texts of strangers, so it may load nothing from elsewhere and send nothing there.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -20,7 +20,7 @@ _HEADERS = {
 
 
 class Pages:
-    """Shows the report that it was given last."""
+    """Serves the latest `report`."""
 
     def __init__(self) -> None:
         self.report: Report | None = None

@@ -1,1 +1,1 @@
-"""A server's place among the others: which blocks it hosts, and how fast it is."""
+"""A server as a member of its swarm: its announcement, its choice of blocks, its throughput."""

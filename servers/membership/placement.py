@@ -1,6 +1,6 @@
-"""Which blocks to host. Pure: a snapshot of the swarm goes in, a span comes out; no clock, no sockets.
+"""Placement rule: which blocks to host. A snapshot of the swarm goes in, a span comes out; no clock, no I/O.
 
-A block's throughput is what all servers of it compute together, in tokens/s; a swarm is as fast as its worst block.
+A block's throughput is the sum over its servers, in tokens/s; a swarm is as fast as its slowest block.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from petals_tune.wire.span import BlockSpan
 
 
 def block_throughputs(servers: Sequence[ServerRecord], total_blocks: int) -> np.ndarray:
-    """(L,) tokens/s of each block."""
+    """Return tokens/s of each block (L,)."""
     rates = np.zeros(total_blocks)
     for server in servers:
         rates[server.blocks.start : server.blocks.stop] += server.throughput.of_span(len(server.blocks))
@@ -23,7 +23,7 @@ def block_throughputs(servers: Sequence[ServerRecord], total_blocks: int) -> np.
 
 
 def block_replicas(servers: Sequence[ServerRecord], total_blocks: int) -> np.ndarray:
-    """(L,) how many of `servers` hold each block."""
+    """Return how many of `servers` hold each block (L,)."""
     counts = np.zeros(total_blocks, dtype=int)
     for server in servers:
         counts[server.blocks.start : server.blocks.stop] += 1
@@ -31,9 +31,9 @@ def block_replicas(servers: Sequence[ServerRecord], total_blocks: int) -> np.nda
 
 
 def best_span(others: np.ndarray, length: int, *, otherwise: BlockSpan | None = None) -> BlockSpan:
-    """The `length` blocks that need one more server most: the worst one, then the next worst, and so on.
+    """Return the `length` blocks that need one more server most: by the slowest one, then the next slowest, and so on.
 
-    `others` are the throughputs (L,) without this server. Of equal spans, `otherwise` or the first.
+    `others` are the throughputs (L,) without this server. Of equal spans, it is `otherwise` or else the first.
     Source: Petals' rule for a server that joins (Borzunov et al. 2023, arXiv:2312.08361, appendix D).
     """
     length = min(length, len(others))
@@ -47,13 +47,13 @@ def best_span(others: np.ndarray, length: int, *, otherwise: BlockSpan | None = 
 def better_span(
     others: np.ndarray, replicas: np.ndarray, here: BlockSpan, rate: float, *, balance_quality: float
 ) -> BlockSpan | None:
-    """Where a server of `rate` tokens/s that holds `here` should move to; None where it should stay.
+    """Return where a server of `rate` tokens/s that holds `here` should move to; None where it should stay.
 
-    `others` are the throughputs (L,) without this server, `replicas` how many others are online for each block (L,):
-    those that still load are no help yet. It compares the worst of the blocks that it would leave or take up, before
-    and after: a move is worth the reload where that was below `balance_quality` of what it would be. Every move makes
-    the sorted throughputs better, so servers that move one after the other come to rest. What is left keeps a server,
-    and two where no gap is closed: one of them may go while this one loads.
+    `others` are the throughputs (L,) without this server, `replicas` how many others are online for each block (L,);
+    servers that still load do not count. The slowest of the blocks that the server would leave or take up is compared
+    before and after: a move is worth the reload where it was below `balance_quality` of what it would be. Every move
+    improves the sorted throughputs, so servers that move one after the other come to rest. A block that is left keeps
+    at least one server, and two where the move closes no gap: one of them may end while this one loads.
     """
     there = best_span(others, len(here))
     left, taken = _outside(here, there), _outside(there, here)
@@ -65,6 +65,6 @@ def better_span(
 
 
 def _outside(span: BlockSpan, other: BlockSpan) -> np.ndarray:
-    """Indices of the blocks of `span` that `other` lacks."""
+    """Return the indices of the blocks of `span` that are not in `other`."""
     blocks = np.arange(span.start, span.stop)
     return blocks[(blocks < other.start) | (blocks >= other.stop)]

@@ -1,4 +1,4 @@
-"""How fast this server is: its computing is measured at its first start, its line at every start."""
+"""Throughput of this server: of its compute, measured at its first start, and of its network, at every start."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _SENDING_TIMEOUT_S = 30.0
 _MOST_PEERS = 3
 
 
-def computing(
+def measure_computing(
     checkpoint: Checkpoint, *, quantization: str, dtype: torch.dtype, device: str, folder: Path, again: bool = False
 ) -> Throughput:
-    """Tokens/s through one block of this model, as this thread computes it.
+    """Return tokens/s through one block of this model, as this thread computes it.
 
-    Measured on a block of made-up numbers, since which blocks this server hosts depends on the result. Kept in `folder`
-    by all that it depends on, and taken from there unless it is to be measured `again`.
+    Measured on a block of random weights, since which blocks this server hosts depends on the result. The result is
+    kept in `folder` by all that it depends on, and read from there unless it is to be measured `again`.
     """
     depends_on = [
         *(checkpoint.digest, quantization, str(dtype), _device_name(device), torch.get_num_threads()),
@@ -71,7 +71,7 @@ def computing(
     return measured
 
 
-async def sending(peer: Peer, servers: Sequence[ServerRecord], model: str, hidden_size: int) -> float | None:
+async def measure_sending(peer: Peer, servers: Sequence[ServerRecord], model: str, hidden_size: int) -> float | None:
     """Tokens/s whose float32 hidden states this machine can send to other servers of the swarm.
 
     The best of a few: a line is at least as fast as what went through it. None where there is nobody to send to.
@@ -92,7 +92,7 @@ async def sending(peer: Peer, servers: Sequence[ServerRecord], model: str, hidde
 
 
 async def _ping_s(stream: ServerStream, size_bytes: int) -> float:
-    ping = Ping(filler=os.urandom(size_bytes))  # nothing on the way can pack it
+    ping = Ping(filler=os.urandom(size_bytes))  # random, so that nothing on the way can compress it
     started_s = time.perf_counter()
     await stream.call(ping, timeout_s=_SENDING_TIMEOUT_S)
     return time.perf_counter() - started_s
@@ -116,13 +116,13 @@ def _one_batch(engine: Engine) -> Callable[[], None]:
     request = Forward(span=BlockSpan(0, 1), hidden=hidden, keep=True, input_grad=True)
 
     def run() -> None:
-        engine.forward(request, None).output[0, -1, -1].item()  # a GPU answers before it is done
+        engine.forward(request, None).output[0, -1, -1].item()  # waits for a GPU
 
     return run
 
 
 def _median_s(run: Callable[[], None]) -> float:
-    run()  # the first one is slower
+    run()  # the first run is slower
     seconds: list[float] = []
     while len(seconds) < _LEAST_RUNS or sum(seconds) < _LEAST_S:
         started_s = time.perf_counter()

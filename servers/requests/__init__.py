@@ -1,1 +1,1 @@
-"""One client's requests: admission, streams, the handler, handing outputs on."""
+"""Serving of clients' requests: streams, admission, execution, hand-over of outputs to other servers."""

@@ -1,4 +1,4 @@
-"""Outputs that go from server to server without the client in between: what is awaited here, and whom to give to.
+"""Hand-over of outputs from server to server, without the client in between: the receiving and the sending end.
 
 Shapes: B rows, S positions, H hidden size.
 """
@@ -23,37 +23,47 @@ from petals_tune.wire.records import ServerRecord, same_model
 
 logger = logging.getLogger(__name__)
 
-EARLY_S = 60.0  # how long a tensor is kept whose request is not here yet: it may be queued at its client
+EARLY_S = 60.0  # how long a tensor is kept whose request is not here yet: the request may be queued at its client
 MAX_EARLY = 1024  # such tensors
-MAX_SPENT = 4096  # tickets that are remembered as used, or not wanted any more
-HAND_ON_S = 5.0  # to open a stream to the next server, or to write to it; then the client delivers instead
+MAX_SPENT = 4096  # tickets that are remembered as used or withdrawn
+HAND_ON_S = 5.0  # timeout for opening a stream to the next server and for writing to it; then the client sends instead
 SHUT_S = 30.0  # a server that could not be reached is not tried again for so long
-LOOK_AGAIN_S = 5.0  # between two looks at who is in the swarm
+LOOK_AGAIN_S = 5.0  # between two snapshots of the directory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Delivered:
-    """A tensor that another server handed on. Its memory counts as that server's until it is given back."""
+    """A tensor that another server handed on. Its memory is that server's quota until `release` is called."""
 
     tensor: torch.Tensor  # (B, S, H)
-    give_back: Callable[[], None]
+    release: Callable[[], None]
 
 
-class Expected:
-    """Requests that wait for their tensor, and tensors that came before their request. On the event loop."""
+class Inbox:
+    """Brings together requests and the tensors that other servers hand on for them, whichever comes first.
+
+    Both name a ticket, which is good once. Used by the event loop alone.
+    """
 
     def __init__(self) -> None:
-        # By ticket: the giver, and what it gives.
+        # By ticket: the sending server, and the tensor to come.
         self._waiting: dict[bytes, tuple[str, asyncio.Future[Delivered]]] = {}
-        self._early: dict[bytes, tuple[float, Delivered]] = {}  # by ticket, oldest first: when it came
-        self._spent: dict[bytes, None] = {}  # tickets for which nothing is kept or awaited any more, oldest first
+        self._early: dict[bytes, tuple[float, Delivered]] = {}  # by ticket, oldest first: time of arrival
+        self._spent: dict[bytes, None] = {}  # tickets that were used or withdrawn, oldest first
 
-    async def take(self, comes: HandOver) -> Delivered:
-        """The tensor that `comes`. Raises NotHandedOn where it will not, RequestRefused for a ticket that is in use."""
+    async def receive(self, comes: HandOver) -> Delivered:
+        """Wait for the tensor that `comes` describes.
+
+        Raises NotHandedOn where it will not come, RequestRefused where another request waits with the same ticket.
+        """
         if comes.ticket in self._waiting:
             raise RequestRefused("a second request waits for the same tensor")
         if comes.ticket in self._spent:
-            raise NotHandedOn(f"the tensor of server {comes.peer} was used before, or could not be kept for so long")
+            raise NotHandedOn(
+                f"the tensor of server {comes.peer} was used before, or could not be kept for so long",
+                peer=comes.peer,
+                reason="used or dropped",
+            )
         if (early := self._early.pop(comes.ticket, None)) is not None:
             self._spend(comes.ticket)
             return early[1]
@@ -63,49 +73,50 @@ class Expected:
             return await coming
         except asyncio.CancelledError:
             if coming.done() and not coming.cancelled() and coming.exception() is None:
-                coming.result().give_back()
+                coming.result().release()
             raise
         finally:
             del self._waiting[comes.ticket]
             self._spend(comes.ticket)
 
-    def deliver(self, delivery: Delivery, give_back: Callable[[], None]) -> None:
-        """`delivery` is here; `give_back` is called once its memory is free again."""
-        delivered = Delivered(tensor=delivery.tensor, give_back=give_back)
+    def deliver(self, delivery: Delivery, release: Callable[[], None]) -> None:
+        """Pass on the tensor of `delivery`, or keep it for its request. Whoever is done with it calls `release`."""
+        delivered = Delivered(tensor=delivery.tensor, release=release)
         _, coming = self._waiting.get(delivery.ticket, ("", None))
         if coming is not None and not coming.done():
             coming.set_result(delivered)
         elif coming is not None or delivery.ticket in self._early or delivery.ticket in self._spent:
-            give_back()  # a second time, or too late
+            release()  # a second time, or too late
         else:
             now_s = time.monotonic()
             self._early[delivery.ticket] = now_s, delivered
-            self._give_up_old(now_s)
+            self._drop_old(now_s)
 
     def withdraw(self, tickets: list[bytes]) -> None:
-        """Nobody wants what comes for these any more."""
+        """Drop the tensors of these tickets, whenever they come, and fail the requests that wait for them."""
         for ticket in tickets:
             if (early := self._early.pop(ticket, None)) is not None:
-                early[1].give_back()
-            self._fail(ticket, NotHandedOn("the client withdrew this request"))
+                early[1].release()
+            self._fail(ticket, NotHandedOn("the client withdrew this request", reason="withdrawn"))
             self._spend(ticket)
 
-    def gone(self, peer: str, why: str) -> None:
-        """Nothing more comes from `peer`."""
-        for ticket, (giver, _) in list(self._waiting.items()):
-            if giver == peer:
-                self._fail(ticket, NotHandedOn(f"server {peer} did not hand its output on: {why}"))
+    def fail_from(self, peer: str, reason: str) -> None:
+        """Fail the requests that wait for tensors of `peer`."""
+        for ticket, (sender, _) in list(self._waiting.items()):
+            if sender == peer:
+                text = f"server {peer} did not hand its output on: {reason}"
+                self._fail(ticket, NotHandedOn(text, peer=peer, reason="peer lost"))
 
     def _fail(self, ticket: bytes, error: NotHandedOn) -> None:
         _, coming = self._waiting.get(ticket, ("", None))
         if coming is not None and not coming.done():
             coming.set_exception(error)
 
-    def _give_up_old(self, now_s: float) -> None:
+    def _drop_old(self, now_s: float) -> None:
         for ticket, (since_s, delivered) in list(self._early.items()):
             if now_s - since_s <= EARLY_S and len(self._early) <= MAX_EARLY:
                 break
-            delivered.give_back()
+            delivered.release()
             del self._early[ticket]
             self._spend(ticket)
 
@@ -116,7 +127,7 @@ class Expected:
 
 
 class Neighbours:
-    """The other servers of the swarm, as this one hands its outputs on to them. On the event loop.
+    """Hands outputs on to the other servers of the swarm. Used by the event loop alone.
 
     Only peers that announce blocks of the same model are dialled: a client cannot point a server anywhere else.
     """
@@ -130,7 +141,7 @@ class Neighbours:
         self._shut_until_s: dict[str, float] = {}
 
     async def hand_on(self, goes: HandOver, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` (B, S, H) is on its way to the server where it `goes`."""
+        """Send `tensor` (B, S, H) to the server where it `goes`; False where that server cannot be reached."""
         record = await self._record(goes.peer)
         if record is None or self._shut_until_s.get(goes.peer, 0.0) > time.monotonic():
             return False
@@ -143,7 +154,7 @@ class Neighbours:
             async with asyncio.timeout(HAND_ON_S):
                 await stream.send(Delivery(ticket=goes.ticket, tensor=tensor))
         except (TimeoutError, PetalsTuneError) as error:
-            await stream.close()  # a frame may be written in part
+            await stream.close()  # a frame may have been written in part
             self._shut(goes.peer, error)
             return False
         return True
@@ -158,7 +169,7 @@ class Neighbours:
         self._snapshot = None  # it may be back at another address
 
     async def _record(self, peer: str) -> ServerRecord | None:
-        """What `peer` announces; None, and nothing is kept of it, where it is no server of this model."""
+        """Return the announced record of `peer`; None where it is no server of this model."""
         if (record := self._known(peer)) is not None:
             return record
         async with self._one_looks:

@@ -1,4 +1,4 @@
-"""A client's stream as the server reads it: a greeting, then messages, none of which can take more than its limits."""
+"""Server side of a client's stream: reads the Hello and then messages, within the client's quota."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from petals_tune.wire import frames
 from petals_tune.wire.codec import MAX_HELLO_BYTES, decode_hello
 from petals_tune.wire.frames import Assembler, Dropped
 from petals_tune.wire.messages import Hello
-from servers.requests.admission import Gate, Guest
+from servers.requests.admission import Admission, ClientQuota
 
 logger = logging.getLogger(__name__)
 
-GREETING_S = 10.0  # a stream on which nobody said Hello for so long is closed
-STALL_S = 60.0  # one in the middle of a message, of either direction, on which nothing moves
-IDLE_S = 60.0  # one on which nothing happens may have to go for another, where there is no room for more
+GREETING_S = 10.0  # a stream without a Hello for so long is closed
+STALL_S = 60.0  # a stream is closed where a message, of either direction, makes no progress for so long
+IDLE_S = 60.0  # a stream that is idle for longer is closed to make room for a new one
 _WATCH_S = 1.0
 
 
 class ClientStream(MessageWriter):
-    """One stream of one client, and what it has under way."""
+    """One stream of one client, and its requests in flight."""
 
-    def __init__(self, connection: Connection, guest: Guest):
+    def __init__(self, connection: Connection, quota: ClientQuota):
         super().__init__(connection)
-        self.client, self.guest = connection.peer, guest
-        self.message_id = 0  # of the frame that was read last
-        self.check_still_in: Callable[[], None] = lambda: None  # raises AccessDenied; of a member of a private swarm
-        self.tasks: dict[int, asyncio.Task[None]] = {}  # requests that are not answered yet
-        self._taken_bytes = 0
-        limits = guest.limits
+        self.client, self.quota = connection.peer, quota
+        self.message_id = 0  # of the last frame that was read
+        self.check_still_in: Callable[[], None] = lambda: None  # raises AccessDenied; set in a private swarm
+        self.tasks: dict[int, asyncio.Task[None]] = {}  # requests in flight, by message id
+        self._reserved_bytes = 0
+        limits = quota.limits
         self._assembler = Assembler(
             max_message_bytes=limits.max_message_bytes,
             max_open_bytes=limits.max_receiving_bytes,
-            admit=self._take,
+            admit=self._reserve,
         )
         self._heard_s = time.monotonic()
         self._greeted = self._inside_frame = False
 
     async def hello(self) -> Hello:
-        """The first message. Raises ProtocolError where it is anything but a small Hello."""
+        """Read the first message. Raises ProtocolError where it is anything but a small Hello."""
         length, self.message_id, remaining = frames.read_header(await self.connection.read_exactly(frames.HEADER.size))
         if remaining or length > MAX_HELLO_BYTES:
             raise ProtocolError(f"the first message is a Hello of at most {MAX_HELLO_BYTES} bytes")
@@ -53,7 +53,7 @@ class ClientStream(MessageWriter):
         return hello
 
     async def next_message(self) -> tuple[int, bytes | Dropped]:
-        """(id, body) of the next whole message, at the client's pace or, where it asks too often, at ours.
+        """Read the next whole message, (id, body), no faster than the client's max_requests_per_s.
 
         Raises ProtocolError for frames that break the rules, AccessDenied once the client's token is no longer good.
         """
@@ -66,46 +66,46 @@ class ClientStream(MessageWriter):
             self._heard_s, self._inside_frame = time.monotonic(), False
             body = self._assembler.feed(self.message_id, payload, remaining)
             if body is not None:
-                if pause_s := self.guest.pause_s(self._heard_s):
-                    await asyncio.sleep(pause_s)
+                if delay_s := self.quota.delay_s(self._heard_s):
+                    await asyncio.sleep(delay_s)
                 return self.message_id, body
 
-    def begin(self, message_id: int) -> None:
-        """One more request to answer. Raises ServerBusy; ProtocolError where its id is that of another one."""
+    def start_request(self, message_id: int) -> None:
+        """Count one more request in flight. Raises ServerBusy; ProtocolError where another one has its id."""
         if message_id in self.tasks:
             raise ProtocolError(f"a second request with the id {message_id} before the first one was answered")
-        self.guest.begin()
+        self.quota.start_request()
 
-    def started(self, message_id: int, task: asyncio.Task[None], size: int) -> None:
-        """`task` answers a request of `size` bytes; until it is done they count."""
+    def track(self, message_id: int, task: asyncio.Task[None], size_bytes: int) -> None:
+        """Count a request of `size_bytes` as in flight until `task`, which answers it, is done."""
         self.tasks[message_id] = task
 
-        def ended(task: asyncio.Task[None]) -> None:
+        def finish(task: asyncio.Task[None]) -> None:
             del self.tasks[message_id]
-            self.guest.end()
-            self.give_back(size)
+            self.quota.finish_request()
+            self.release(size_bytes)
             if not task.cancelled() and (error := task.exception()) is not None:
-                # It will never be answered: say so by ending the stream.
+                # The client would wait for an answer that never comes.
                 logger.error("a bug while serving a request; its stream is closed", exc_info=error)
                 self.connection.close()
 
-        task.add_done_callback(ended)
+        task.add_done_callback(finish)
 
-    def give_back(self, size: int) -> None:
-        """The memory of a request is free again."""
-        size = min(size, self._taken_bytes)  # all of it was given back when the stream ended
-        self._taken_bytes -= size
-        self.guest.give_back(size)
+    def release(self, size_bytes: int) -> None:
+        """Release the memory of a request."""
+        size_bytes = min(size_bytes, self._reserved_bytes)  # `end` released all of it
+        self._reserved_bytes -= size_bytes
+        self.quota.release(size_bytes)
 
     def end(self) -> None:
-        """Close, and let go of everything."""
+        """Close the stream, cancel its requests and release their memory."""
         for task in self.tasks.values():
             task.cancel()
-        self.give_back(self._taken_bytes)
+        self.release(self._reserved_bytes)
         self.connection.close()
 
     def is_stuck(self, now_s: float) -> bool:
-        """Whether the client stands in the middle of something and does not move on."""
+        """Whether a Hello or a message is overdue."""
         if not self._greeted:
             return now_s - self._heard_s > GREETING_S
         if self.blocked_since_s is not None and now_s - self.blocked_since_s > STALL_S:
@@ -113,20 +113,20 @@ class ClientStream(MessageWriter):
         return (self._inside_frame or len(self._assembler) > 0) and now_s - self._heard_s > STALL_S
 
     def idle_s(self, now_s: float) -> float:
-        """Seconds since anything happened; 0 where something is under way."""
+        """Seconds since the last frame; 0 while a message or a request is in flight."""
         return 0.0 if self.tasks or self._inside_frame or len(self._assembler) else now_s - self._heard_s
 
-    def _take(self, size: int) -> bool:
-        taken = self.guest.take(size)
-        self._taken_bytes += size if taken else 0
-        return taken
+    def _reserve(self, size_bytes: int) -> bool:
+        reserved = self.quota.reserve(size_bytes)
+        self._reserved_bytes += size_bytes if reserved else 0
+        return reserved
 
 
 class OpenStreams:
-    """All streams of a server; a watch ends those that are stuck."""
+    """All open streams of a server; those that are stuck are closed."""
 
-    def __init__(self, gate: Gate):
-        self._gate = gate
+    def __init__(self, admission: Admission):
+        self._admission = admission
         self._open: set[ClientStream] = set()
         self._watching: asyncio.Task[None] | None = None
 
@@ -134,33 +134,33 @@ class OpenStreams:
         return len(self._open)
 
     def enter(self, connection: Connection) -> ClientStream:
-        """A new stream. Where there are too many, the one that idles longest has to go. Raises ServerBusy."""
-        if self._gate.is_full:
-            self._end_idle(time.monotonic())
-        stream = ClientStream(connection, self._gate.enter(connection.peer))
+        """Admit a new stream, closing the one that is idle longest where there are too many. Raises ServerBusy."""
+        if self._admission.is_full:
+            self._close_idle(time.monotonic())
+        stream = ClientStream(connection, self._admission.open_stream(connection.peer))
         self._open.add(stream)
         if self._watching is None or self._watching.done():
             self._watching = asyncio.create_task(self._watch())
         return stream
 
     def leave(self, stream: ClientStream) -> None:
-        """Idempotent."""
+        """End a stream. Idempotent."""
         if stream in self._open:
             self._open.remove(stream)
             stream.end()
-            self._gate.leave(stream.client)
+            self._admission.close_stream(stream.client)
 
     def finish(self) -> None:
-        """Send what was written on all streams, and their end; whoever reads it closes them."""
+        """Send what was written on all streams, then EOF; a client that reads it closes its side."""
         for stream in self._open:
             stream.connection.finish()
 
     def close(self) -> None:
-        """Close all streams; those who read them notice."""
+        """Close all streams; whoever reads from one gets an error."""
         for stream in self._open:
             stream.connection.close()
 
-    def _end_idle(self, now_s: float) -> None:
+    def _close_idle(self, now_s: float) -> None:
         longest = max(self._open, key=lambda stream: stream.idle_s(now_s))
         if longest.idle_s(now_s) > IDLE_S:
             self.leave(longest)
@@ -170,5 +170,5 @@ class OpenStreams:
             await asyncio.sleep(_WATCH_S)
             now_s = time.monotonic()
             for stream in [stream for stream in self._open if stream.is_stuck(now_s)]:
-                logger.info("stream of client %s closed: nothing moves on it", stream.client)
+                logger.info("stream of client %s closed: it made no progress", stream.client)
                 stream.connection.abort()

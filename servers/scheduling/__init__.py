@@ -1,1 +1,1 @@
-"""What is computed when: queues, batches of steps, the computing thread."""
+"""Scheduling of computation: the fair queue, batches of generation steps, the compute thread."""

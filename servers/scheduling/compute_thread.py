@@ -1,4 +1,4 @@
-"""One computing thread: torch lets go of the interpreter lock, so the event loop goes on answering meanwhile."""
+"""The compute thread. torch releases the interpreter lock while it computes, so the event loop goes on serving."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from servers.scheduling.fair_queue import Priority, WorkQueue
+from servers.scheduling.fair_queue import FairQueue, Priority
 
 T = TypeVar("T")
 
@@ -18,11 +18,11 @@ _Work = tuple[Callable[[], Any], asyncio.Future[Any], asyncio.AbstractEventLoop]
 
 
 class ComputeThread:
-    """Runs functions one after the other, in the order of `turns`."""
+    """Runs functions one after the other, in the order of the fair queue."""
 
     def __init__(self, threads: int | None = None):
-        self._queue: WorkQueue[_Work] = WorkQueue()
-        self._changed = threading.Condition()  # guards the queue
+        self._queue: FairQueue[_Work] = FairQueue()
+        self._changed = threading.Condition()  # lock of the queue
         self._stopping = False
         if threads is not None:
             torch.set_num_threads(threads)  # of the thread below, and of the event loop's, which computes short steps
@@ -31,20 +31,20 @@ class ComputeThread:
         self._thread.start()
 
     @property
-    def idle(self) -> bool:
-        """Nothing runs or waits. It stays so while the event loop, which alone hands work over, does something else."""
+    def is_idle(self) -> bool:
+        """Whether nothing runs or waits. Only the event loop adds work, so True stays true until it does."""
         return not self._unfinished
 
     @property
-    def waiting(self) -> int:
-        """How many functions wait for their turn."""
+    def queue_length(self) -> int:
+        """How many functions wait."""
         with self._changed:
             return len(self._queue)
 
     async def run(self, priority: Priority, function: Callable[[], T], *, client: str = "") -> T:
-        """Run `function` on the thread, when it is the turn of `client`; "" is the server itself, or several at once.
+        """Run `function` on the thread on behalf of `client`; "" is the server itself, or several clients at once.
 
-        Where the caller is cancelled before that, it does not run.
+        Does not run it where the caller is cancelled before its turn.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
@@ -74,12 +74,12 @@ class ComputeThread:
             try:
                 if not future.cancelled():
                     result = function()
-            except BaseException as raised:  # noqa: BLE001  # it is raised again where it was asked for
+            except BaseException as raised:  # noqa: BLE001  # raised again in `run`
                 error = raised
             with self._changed:
-                self._queue.ran(time.perf_counter() - started_s)
+                self._queue.charge(time.perf_counter() - started_s)
             loop.call_soon_threadsafe(self._settle, future, result, error)
-            del function, future, result, error  # nothing of a request is kept while the next one is waited for
+            del function, future, result, error  # or a request's tensors would live until the next one comes
 
     def _settle(self, future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
         self._unfinished -= 1

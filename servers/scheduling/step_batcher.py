@@ -1,7 +1,7 @@
-"""Steps of different sessions, batched: whatever waits when the blocks are free goes through them together.
+"""Continuous batching: generation steps of several sessions that wait for the blocks share one pass through them.
 
-A batch of one position costs little more than a single step, which has to read all the weights too. So where several
-sessions are at work, a step waits a little for others (`StepBatcher._gather`).
+A batch of steps costs little more than one step, since either reads all weights once. So where several sessions are
+active, a step waits a little for others (`StepBatcher._wait_for_batch`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.kv_cache import Session
 from petals_tune.wire.messages import Step
 from servers.scheduling.compute_thread import ComputeThread
-from servers.scheduling.fair_queue import Priority, Turns
+from servers.scheduling.fair_queue import FairScheduler, Priority
 
 MAX_BATCH_ROWS = 64
-COMPANY = 0.5  # of the sessions at work are enough to begin: a chain's next server computes for the other half
-PATIENCE_STEPS = 0.5  # how long a batch waits for company, in durations of a step
-AT_WORK_STEPS = 32  # a session that has not stepped for so long, in the same unit, is not at work
-INLINE_S = 0.05  # shorter steps run on the event loop itself: handing one over to a thread and back takes 1 ms
+ENOUGH_SESSIONS = 0.5  # of the active ones start a batch: the others are at another server of their chain meanwhile
+MAX_WAIT_STEPS = 0.5  # how long a batch waits for more steps, in durations of a step
+ACTIVE_STEPS = 32  # a session whose last step is longer ago, in durations of a step, is not active
+INLINE_S = 0.05  # shorter steps run on the event loop itself: the way to the compute thread and back takes 1 ms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +34,11 @@ class _Waiting:
     session: Session
     step: Step
     done: asyncio.Future[torch.Tensor]
-    position: int | None  # that others in a batch must have too
+    position: int | None  # which all steps of its batch must have; None: any
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Steps with equal keys can share a batch: one new position each, on the same blocks, with one adapter."""
+        """Steps with equal keys can share a batch: one new position each, same blocks, same adapter."""
         alone = id(self) if self.step.hidden.shape[1] > 1 else None
         session = self.session
         adapter = session.adapter_version and (session.client, session.adapter_version)
@@ -46,20 +46,20 @@ class _Waiting:
 
 
 class StepBatcher:
-    """Collects steps while the blocks are busy. Lives on the event loop."""
+    """Batches the steps that wait. Used by the event loop alone."""
 
     def __init__(self, engine: Engine, compute: ComputeThread):
         self._engine, self._compute = engine, compute
         self._waiting: list[_Waiting] = []
         self._arrived = asyncio.Event()
-        self._last: dict[int, tuple[float, tuple[object, ...]]] = {}  # by session: when it stepped, and the step's key
+        self._last: dict[int, tuple[float, tuple[object, ...]]] = {}  # by session: time and key of its last step
         self._batches: asyncio.Task[None] | None = None
-        self._turns: Turns[str] = Turns()  # of clients
-        self._single_s = math.inf  # what the last batch of one position took
+        self._scheduler: FairScheduler[str] = FairScheduler()  # of clients
+        self._single_s = math.inf  # duration of the last batch of one position a row
 
     async def run(self, session: Session, step: Step) -> torch.Tensor:
-        """The output (B, S, H) of the blocks of `session` for `step`. Raises RequestRefused, SessionLost."""
-        # A batch fills its rows from the left, and the library measures a window from the end of the longest one.
+        """Compute the output (B, S, H) of the blocks of `session` for `step`. Raises RequestRefused, SessionLost."""
+        # Rows of a batch are filled from the left, and transformers counts a window from the end of the longest.
         position = step.position if self._engine.loaded.family.windowed else None
         done = asyncio.get_running_loop().create_future()
         waiting = _Waiting(session=session, step=step, done=done, position=position)
@@ -67,40 +67,40 @@ class StepBatcher:
         self._last[id(session)] = time.monotonic(), waiting.key
         self._arrived.set()
         if self._batches is None or self._batches.done():
-            # A task starts when the loop has gone round: the other steps that were read just now come along.
+            # A task starts in the loop's next iteration, after other steps that have arrived already.
             self._batches = asyncio.create_task(self._run_batches())
         return await waiting.done
 
     async def _run_batches(self) -> None:
         while self._waiting:
-            first = self._next()
-            await self._gather(first.key)
+            first = self._choose_first()
+            await self._wait_for_batch(first.key)
             short = self._single_s < INLINE_S and first.step.hidden.shape[1] == 1
-            if short and self._compute.idle:
+            if short and self._compute.is_idle:
                 _deliver(*self._run_batch(first))
-                await asyncio.sleep(0)  # the answers leave
+                await asyncio.sleep(0)  # for the answers to be sent
             else:
                 _deliver(*await self._compute.run(Priority.STEP, partial(self._run_batch, first)))
 
-    def _next(self) -> _Waiting:
-        """The oldest step of the client whose turn it is; others may go with it."""
-        client = self._turns.next(dict.fromkeys(waiting.session.client for waiting in self._waiting))
+    def _choose_first(self) -> _Waiting:
+        """Return the oldest step of the client that is next; others may share its batch."""
+        client = self._scheduler.choose(dict.fromkeys(waiting.session.client for waiting in self._waiting))
         return next(waiting for waiting in self._waiting if waiting.session.client == client)
 
-    async def _gather(self, key: tuple[object, ...]) -> None:
-        """Give sessions that are at work the time to join the step that is next."""
+    async def _wait_for_batch(self, key: tuple[object, ...]) -> None:
+        """Wait until enough of the active sessions have a step with `key`, or for MAX_WAIT_STEPS."""
         step_s, now_s = min(self._single_s, INLINE_S), time.monotonic()
-        self._last = {name: last for name, last in self._last.items() if now_s - last[0] < AT_WORK_STEPS * step_s}
-        enough = COMPANY * sum(theirs == key for _, theirs in self._last.values())
+        self._last = {session: last for session, last in self._last.items() if now_s - last[0] < ACTIVE_STEPS * step_s}
+        enough = ENOUGH_SESSIONS * sum(last_key == key for _, last_key in self._last.values())
 
-        def few() -> bool:
+        def too_few() -> bool:
             return sum(waiting.key == key for waiting in self._waiting) < enough
 
-        if not few():
+        if not too_few():
             return
         with suppress(TimeoutError):
-            async with asyncio.timeout(PATIENCE_STEPS * step_s):
-                while few():
+            async with asyncio.timeout(MAX_WAIT_STEPS * step_s):
+                while too_few():
                     self._arrived = asyncio.Event()
                     await self._arrived.wait()
 
@@ -110,16 +110,16 @@ class StepBatcher:
         outputs: Sequence[torch.Tensor | BaseException]
         try:
             outputs = self._engine.step([(waiting.session, waiting.step) for waiting in batch])
-        except BaseException as error:  # noqa: BLE001  # it is raised again where each step was asked for
+        except BaseException as error:  # noqa: BLE001  # raised again in the `run` of each step
             outputs = [error] * len(batch)
         elapsed_s = time.perf_counter() - started_s
-        self._turns.charge(elapsed_s)
+        self._scheduler.charge(elapsed_s)
         if first.step.hidden.shape[1] == 1:
             self._single_s = elapsed_s
         return batch, outputs
 
     def _take(self, first: _Waiting) -> list[_Waiting]:
-        """`first`, and the steps that can go with it."""
+        """Remove from the queue, and return, `first` and the steps that can share its batch."""
         batch: list[_Waiting] = []
         rows = 0
         sessions: set[int] = set()

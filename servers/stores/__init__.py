@@ -1,1 +1,1 @@
-"""What a server keeps for its clients between requests, in fair shares of budgets of bytes."""
+"""State that a server keeps for its clients between requests, in fair shares of budgets of bytes."""

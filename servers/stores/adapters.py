@@ -1,4 +1,4 @@
-"""Clients' adapters, and the gradients of adapters that wait to be summed, in fair shares of budgets of bytes."""
+"""Clients' adapters, and the gradients of adapters that wait to be summed."""
 
 from __future__ import annotations
 
@@ -11,127 +11,93 @@ from petals_tune.blocks.adapters import Adapter
 from petals_tune.errors import AdapterMissing, RequestRefused, ServerBusy
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.span import BlockSpan
-from servers.stores.budget import Shares
-
-
-class AdapterCache:
-    """The last versions of each client's adapters, in fair shares of a budget of bytes."""
-
-    def __init__(self, *, max_bytes: int, versions_per_client: int = 4):
-        self._versions = versions_per_client
-        self._shares: Shares[_Upload] = Shares(max_bytes)
-        self._adapters: dict[_Upload, Adapter] = {}
-
-    def put(self, client: str, version: str, span: BlockSpan, parts: Sequence[AdapterPart]) -> None:
-        """Keep an adapter, and forget the client's oldest ones for it.
-
-        Raises RequestRefused where it never fits, ServerBusy where others have the room now.
-        """
-        adapter, upload = Adapter(tuple(parts)), _Upload(client, version, span)
-        if adapter.bytes > self._shares.max_bytes:
-            raise RequestRefused(
-                f"an adapter of {adapter.bytes / 2**20:.0f} MB on blocks {span}, and this server keeps "
-                f"{self._shares.max_bytes / 2**20:.0f} MB of adapters"
-            )
-        if upload in self._adapters:
-            self._drop(upload)
-        while (leaving := self._shares.make_room(client, adapter.bytes)) is None:
-            if not (own := self._shares.of(client)):
-                raise ServerBusy(f"no room for an adapter of {adapter.bytes / 2**20:.0f} MB now")
-            self._drop(own[0])
-        for other in leaving:
-            self._drop(other)
-        for tensor in adapter.tensors:
-            tensor.requires_grad_(True)
-        self._keep(upload, adapter)
-        for oldest in self._shares.of(client)[: -self._versions]:
-            self._drop(oldest)
-
-    def get(self, client: str, version: str, span: BlockSpan) -> Adapter:
-        """Raises AdapterMissing where the client has to upload it (again)."""
-        for upload in self._shares.of(client):
-            if upload.version == version and upload.span.covers(span):
-                adapter = self._drop(upload)
-                self._keep(upload, adapter)  # as the newest
-                return adapter.on(span)
-        raise AdapterMissing(f"adapter {version[:12]} on blocks {span} is not here")
-
-    def drop_client(self, client: str) -> None:
-        for upload in self._shares.of(client):
-            self._drop(upload)
-
-    def _keep(self, upload: _Upload, adapter: Adapter) -> None:
-        self._adapters[upload] = adapter
-        self._shares.hold(upload, upload.client, adapter.bytes)
-
-    def _drop(self, upload: _Upload) -> Adapter:
-        self._shares.drop(upload)
-        return self._adapters.pop(upload)
+from servers.stores.budgeted_store import BudgetedStore
 
 
 class _Upload(NamedTuple):
-    client: str
     version: str
     span: BlockSpan
 
 
-class GradientSums:
-    """Adapter gradients of a client's micro-batches, to be summed when it collects them.
+class AdapterCache(BudgetedStore[_Upload, Adapter]):
+    """The last versions of each client's adapters."""
 
-    Terms are added in the order of their places, so that a sum does not depend on what was computed first.
-    """
+    def __init__(self, *, max_bytes: int, versions_per_client: int = 4):
+        super().__init__(max_bytes=max_bytes)
+        self._versions = versions_per_client
 
-    def __init__(self, *, max_bytes: int, sums_per_client: int = 8):
-        self._kept = sums_per_client
-        self._shares: Shares[_Term] = Shares(max_bytes)
-        self._terms: dict[_Term, list[torch.Tensor]] = {}
+    def put(self, client: str, version: str, span: BlockSpan, parts: Sequence[AdapterPart]) -> None:
+        """Keep an adapter, dropping the client's oldest ones where it needs their room.
 
-    def add(self, client: str, number: int, place: int, gradients: list[torch.Tensor]) -> None:
-        """Add a term, once. The oldest sum of a client that never collects is forgotten.
-
-        Raises RequestRefused for a term that is no like of the others, ServerBusy where it does not fit.
+        Raises RequestRefused where it never fits, ServerBusy where others have the room now.
         """
-        new = _Term(client, number, place)
-        if new in self._terms:
-            return
-        mine = self._shares.of(client)
-        for term in (term for term in mine if term.number == number):
-            if [t.shape for t in self._terms[term]] != [t.shape for t in gradients]:
-                raise RequestRefused(f"the terms of sum {number} have not the same shapes")
-            break
-        size = sum(tensor.nbytes for tensor in gradients)
-        leaving = self._shares.make_room(client, size)
-        if leaving is None:
-            raise ServerBusy(f"no room for {size / 2**20:.0f} MB of adapter gradients now")
-        for other in leaving:
-            self._drop(other)
-        self._terms[new] = gradients
-        self._shares.hold(new, client, size)
-        numbers = list(dict.fromkeys(term.number for term in [*mine, new]))
-        for term in mine:
-            if term.number in numbers[: -self._kept]:
-                self._drop(term)
+        adapter, upload = Adapter(tuple(parts)), _Upload(version, span)
+        if adapter.bytes > self.max_bytes:
+            raise RequestRefused(
+                f"an adapter of {adapter.bytes / 2**20:.0f} MB on blocks {span}, and this server keeps "
+                f"{self.max_bytes / 2**20:.0f} MB of adapters"
+            )
+        self.remove(client, upload)
+        while not self.insert(client, upload, adapter, adapter.bytes):
+            if not (own := self.keys_of(client)):
+                raise ServerBusy(f"no room for an adapter of {adapter.bytes / 2**20:.0f} MB now")
+            self.remove(client, own[0])
+        for tensor in adapter.tensors:
+            tensor.requires_grad_(True)
+        for oldest in self.keys_of(client)[: -self._versions]:
+            self.remove(client, oldest)
 
-    def take(self, client: str, number: int) -> list[list[torch.Tensor]]:
-        """The terms of a sum in their order, which ends with this; none where it is not here."""
-        terms = sorted(term for term in self._shares.of(client) if term.number == number)
-        return [self._drop(term) for term in terms]
-
-    def drop_client(self, client: str) -> None:
-        for term in self._shares.of(client):
-            self._drop(term)
-
-    def _drop(self, term: _Term) -> list[torch.Tensor]:
-        self._shares.drop(term)
-        return self._terms.pop(term)
+    def get(self, client: str, version: str, span: BlockSpan) -> Adapter:
+        """Return the part of an adapter on `span`. Raises AdapterMissing where the client has to upload it (again)."""
+        for upload in self.keys_of(client):
+            if upload.version == version and upload.span.covers(span):
+                adapter = self.remove(client, upload)
+                assert adapter is not None
+                self.insert(client, upload, adapter, adapter.bytes)  # as the newest; its room is still free
+                return adapter.on(span)
+        raise AdapterMissing(f"adapter {version[:12]} on blocks {span} is not here")
 
 
 class _Term(NamedTuple):
-    client: str
-    number: int
-    place: int
+    sum_id: int
+    place: int  # in the order of summing
 
 
-def summed(terms: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-    """The tensors of all terms, added up in their order."""
+class GradientSums(BudgetedStore[_Term, list[torch.Tensor]]):
+    """Adapter gradients of a client's micro-batches, kept until the client collects their sum.
+
+    Terms are summed in the order of their places, so that a sum does not depend on which was computed first.
+    """
+
+    def __init__(self, *, max_bytes: int, sums_per_client: int = 8):
+        super().__init__(max_bytes=max_bytes)
+        self._max_sums = sums_per_client
+
+    def add(self, client: str, sum_id: int, place: int, gradients: list[torch.Tensor]) -> None:
+        """Keep a term; one that is here already stays. The oldest sums of a client that never collects are dropped.
+
+        Raises RequestRefused for a term whose shapes differ from the others', ServerBusy where it does not fit.
+        """
+        new, earlier = _Term(sum_id, place), self.keys_of(client)
+        if new in earlier:
+            return
+        like = next((self.lookup(client, term) for term in earlier if term.sum_id == sum_id), None)
+        if like is not None and [t.shape for t in like] != [t.shape for t in gradients]:
+            raise RequestRefused(f"the terms of sum {sum_id} have not the same shapes")
+        size_bytes = sum(tensor.nbytes for tensor in gradients)
+        if not self.insert(client, new, gradients, size_bytes):
+            raise ServerBusy(f"no room for {size_bytes / 2**20:.0f} MB of adapter gradients now")
+        sums = list(dict.fromkeys(term.sum_id for term in self.keys_of(client)))
+        for term in earlier:
+            if term.sum_id in sums[: -self._max_sums]:
+                self.remove(client, term)
+
+    def take(self, client: str, sum_id: int) -> list[list[torch.Tensor]]:
+        """Remove and return the terms of a sum in order; none where the sum is not here."""
+        terms = sorted(term for term in self.keys_of(client) if term.sum_id == sum_id)
+        return [gradients for term in terms if (gradients := self.remove(client, term)) is not None]
+
+
+def sum_terms(terms: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """Add up the tensors of all terms, in order."""
     return [sum(same[1:], start=same[0]).float() for same in zip(*terms, strict=True)]

@@ -34,7 +34,7 @@ from petals_tune.model.convert import embedded_model
 from petals_tune.swarm.local import server_process
 
 MB = 2**20
-ALLOWED_MB = 400  # beside the weights and one block in float32
+ALLOWED_MB = 520  # beside the weights and one block in float32
 IDLE_S = 2.0
 MODELS: dict[str, PretrainedConfig] = {
     "wide": BloomConfig(n_layer=6, hidden_size=2048, n_head=16, vocab_size=256),
@@ -106,15 +106,9 @@ def started(source: str, disk: Path, quantization: str) -> dict[str, float]:
 
 def imports() -> dict[str, float]:
     """Resident memory after each import, as a server does them."""
-    lines = [
-        "import importlib",
-        "from servers.lean import lean_hivemind, lean_transformers",
-        "lean_hivemind()",
-        "import torch",
-        "with lean_transformers():",
-    ]
+    lines = ["import importlib"]
     for module in IMPORTS:
-        lines += [f"    importlib.import_module({module!r})", "    print(open('/proc/self/status').read(), end='\\0')"]
+        lines += [f"importlib.import_module({module!r})", "print(open('/proc/self/status').read(), end='\\0')"]
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
     return {module: memory_mb(text)["VmRSS"] for module, text in zip(IMPORTS, done.stdout.split("\0"), strict=False)}
 

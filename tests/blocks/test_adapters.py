@@ -11,7 +11,8 @@ from petals_tune.wire.messages import Backward
 from petals_tune.wire.span import BlockSpan
 from tests.models import relative_error
 from tests.raising import raises
-from tests.servers.parts import forward, hidden, load
+from tests.servers.parts import forward, load
+from tests.servers.steps import hidden
 
 WIDTH, INNER = 32, 48  # of the small Llama
 

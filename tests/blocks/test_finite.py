@@ -9,7 +9,8 @@ from petals_tune.errors import NotFinite, RequestRefused
 from petals_tune.wire.messages import Backward
 from tests.models import FAMILIES, relative_error
 from tests.raising import raises
-from tests.servers.parts import SPAN, forward, hidden, load, session, step
+from tests.servers.parts import forward, load
+from tests.servers.steps import SPAN, hidden, session, step
 
 BAD = {"NaN": float("nan"), "Inf": float("inf"), "-Inf": float("-inf")}
 

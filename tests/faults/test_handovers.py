@@ -134,15 +134,15 @@ def test_an_output_that_does_not_arrive_is_delivered_by_the_client(network, expe
 
 def test_a_tensor_that_comes_before_its_request_is_kept_for_it(network, expected, monkeypatch):
     handler = network.servers["b"].handler
-    take = handler._expected.take
+    receive = handler._inbox.receive
 
     async def late(comes):
         await early.wait()
-        return await take(comes)
+        return await receive(comes)
 
-    deliver, early = handler._expected.deliver, asyncio.Event()
-    monkeypatch.setattr(handler._expected, "take", late)
-    monkeypatch.setattr(handler._expected, "deliver", lambda *args: (deliver(*args), early.set()))
+    deliver, early = handler._inbox.deliver, asyncio.Event()
+    monkeypatch.setattr(handler._inbox, "receive", late)
+    monkeypatch.setattr(handler._inbox, "deliver", lambda *args: (deliver(*args), early.set()))
     step = TrainingStep(network)
     step.run()
     check(step, expected)

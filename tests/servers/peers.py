@@ -18,11 +18,10 @@ from petals_tune.wire.messages import PROTOCOL, Forward, Hello, PutAdapter, Welc
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 from servers.requests.admission import RequestLimits
-from servers.requests.handler import Handler, Stores
+from servers.requests.handler import Handler
 from servers.scheduling.compute_thread import ComputeThread
-from servers.stores.adapters import AdapterCache, GradientSums
-from servers.stores.leases import LeaseStore
-from servers.stores.sessions import SessionStore
+from servers.stores.budgets import Budgets
+from servers.stores.stores import Stores
 from tests.net.played_peer import LONG_S, PlayedPeer
 from tests.servers.parts import load
 
@@ -52,12 +51,7 @@ def engine_of(folder: Path) -> Iterator[tuple[Engine, ComputeThread]]:
 
 def stores(*, token_bytes: int = 256, **max_bytes: int) -> Stores:
     sizes = {"leases": 2**20, "sessions": 2**20, "adapters": 2**20, "sums": 2**20, **max_bytes}
-    return Stores(
-        leases=LeaseStore(max_bytes=sizes["leases"], max_age_s=600),
-        sessions=SessionStore(max_bytes=sizes["sessions"], max_idle_s=600, token_bytes=token_bytes),
-        adapters=AdapterCache(max_bytes=sizes["adapters"]),
-        sums=GradientSums(max_bytes=sizes["sums"]),
-    )
+    return Stores.within(Budgets(**sizes), max_lease_age_s=600, max_session_idle_s=600, token_bytes=token_bytes)
 
 
 def record_of(peer: str = "server") -> ServerRecord:

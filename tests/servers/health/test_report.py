@@ -1,22 +1,10 @@
 """What is said of a swarm, from records and answers alone."""
 
-from typing import Any
-
 import msgspec
 
-from petals_tune.wire.records import ServerRecord, Throughput
 from petals_tune.wire.span import BlockSpan
 from servers.health.report import Answer, Report, report
-from servers.health.table import table
-
-WELL = Answer(latency_s=0.0125)
-
-
-def server(peer: str, start: int, stop: int, rate: float = 120.0, **fields: Any) -> ServerRecord:
-    given = {"model": "digest", "model_name": "tiny", "total_blocks": 8, "quantization": "int8", "dtype": "float32"}
-    speed = Throughput(step=rate, batch=rate)
-    spoken = {"peer": peer, "addresses": (), "blocks": BlockSpan(start, stop), "throughput": speed}
-    return ServerRecord(**{**given, **spoken, **fields})
+from tests.servers.health.records import WELL, server
 
 
 def test_a_covered_swarm():
@@ -53,32 +41,8 @@ def test_another_model_in_the_swarm_shows_and_does_not_count_for_the_first():
 def test_an_empty_swarm_is_not_whole():
     seen = report([], {}, now_unix_s=5)
     assert not seen.is_whole
-    assert table(seen) == "no server is announced in this swarm"
 
 
 def test_a_report_is_json_and_back():
     seen = report([server("a", 0, 4, free_cache_bytes=7)], {"a": WELL}, now_unix_s=5)
     assert msgspec.json.decode(msgspec.json.encode(seen), type=Report) == seen
-
-
-def test_the_table():
-    records = [
-        server("peer-of-anna", 0, 4, public_name="anna", version="0.1.0", free_cache_bytes=2**29),
-        server("peer-of-otto", 4, 7, public_name="o\x1b[2Jtto"),
-    ]
-    text = table(report(records, {"peer-of-anna": WELL}, now_unix_s=5))
-    lines = text.splitlines()
-    assert lines[0] == "tiny: 8 blocks, 2 servers, slowest block 0 tokens/s"
-    expected = "####.... anna ..f-anna 0:4 online 30 int8 float32 0.1.0 0.50 GB 12.5 ms"
-    assert lines[2].split() == expected.split()
-    assert lines[3].startswith("....???.  o?[2Jtto ..f-otto"), "no control character of a stranger reaches the terminal"
-    assert lines[-1] == "UNCOVERED: no server answers for blocks 4:8"
-    assert "\x1b" not in text
-    coloured = table(report(records, {}, now_unix_s=5), coloured=True)
-    assert coloured.endswith("\x1b[31mUNCOVERED: no server answers for blocks 0:8\x1b[0m")
-
-
-def test_many_blocks_share_a_character_and_a_small_span_is_still_seen():
-    seen = report([server("a", 99, 100, total_blocks=100)], {"a": WELL}, now_unix_s=5)
-    picture = table(seen).splitlines()[2].split()[0]
-    assert picture == "." * 47 + "#"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from petals_tune.wire.records import ServerRecord, Throughput
 from petals_tune.wire.span import BlockSpan
 from servers.membership.placement import best_span, better_span, block_replicas, block_throughputs
-from tests.benchmarks.placement import simulate
+from tests.servers.membership.simulator import simulate
 
 
 def server(start: int, stop: int, batch: float = 60.0, network: float | None = None) -> ServerRecord:

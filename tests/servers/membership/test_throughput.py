@@ -6,7 +6,7 @@ import torch
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.wire.records import Throughput
 from servers.membership import throughput
-from servers.membership.throughput import computing
+from servers.membership.throughput import measure_computing
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def measuring(model_folder, tmp_path, monkeypatch):
 
     def measure(quantization: str = "none", family: str = "llama", **options) -> Throughput:
         source = Checkpoint(str(model_folder(family)))
-        return computing(
+        return measure_computing(
             source, quantization=quantization, dtype=torch.float32, device="cpu", folder=tmp_path, **options
         )
 

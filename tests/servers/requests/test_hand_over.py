@@ -1,4 +1,4 @@
-"""Tensors that other servers hand on: each is given back once, whatever happens to it, and none is kept for ever."""
+"""Tensors that other servers hand on: the memory of each is released once, and none stays for ever."""
 
 import asyncio
 from collections import Counter
@@ -8,22 +8,23 @@ import torch
 
 from petals_tune.errors import NotHandedOn, RequestRefused
 from petals_tune.wire.messages import Delivery, HandOver
-from servers.requests import hand_over as handover
-from servers.requests.hand_over import Expected
+from servers.requests import hand_over
+from servers.requests.hand_over import Inbox
+from tests.raising import raises
 
 
-class Desk:
-    """Deliveries to `expected`, and how often the memory of each was given back."""
+class Deliveries:
+    """Deliveries to an inbox, and how often the memory of each was released."""
 
     def __init__(self) -> None:
-        self.expected, self.given_back = Expected(), Counter[int]()
+        self.inbox, self.released = Inbox(), Counter[int]()
 
     def deliver(self, number: int) -> None:
         delivery = Delivery(ticket=ticket(number), tensor=torch.full((1, 1, 1), float(number)))
-        self.expected.deliver(delivery, lambda: self.given_back.update([number]))
+        self.inbox.deliver(delivery, lambda: self.released.update([number]))
 
-    def take(self, number: int, giver: str = "a") -> asyncio.Task[handover.Delivered]:
-        return asyncio.create_task(self.expected.take(HandOver(peer=giver, ticket=ticket(number))))
+    def receive(self, number: int, giver: str = "a") -> asyncio.Task[hand_over.Delivered]:
+        return asyncio.create_task(self.inbox.receive(HandOver(peer=giver, ticket=ticket(number))))
 
 
 def ticket(number: int) -> bytes:
@@ -31,75 +32,75 @@ def ticket(number: int) -> bytes:
 
 
 async def test_before_or_after_its_request_a_tensor_reaches_it():
-    desk = Desk()
-    first = desk.take(1)
+    deliveries = Deliveries()
+    first = deliveries.receive(1)
     await asyncio.sleep(0)
     for number in (1, 2):
-        desk.deliver(number)
-    for number, task in ((1, first), (2, desk.take(2))):
+        deliveries.deliver(number)
+    for number, task in ((1, first), (2, deliveries.receive(2))):
         assert (await task).tensor.item() == number
-    assert not desk.given_back, "that is for the request to do, once it is computed"
+    assert not deliveries.released, "that is for the request to do, once it is computed"
 
 
 async def test_a_ticket_is_good_once():
-    desk = Desk()
-    desk.deliver(1)
-    await desk.take(1)
-    with pytest.raises(NotHandedOn, match="used before"):
-        await desk.take(1)
-    desk.deliver(1)
-    assert desk.given_back == {1: 1}, "the second delivery"
-    waiting = desk.take(2)
+    deliveries = Deliveries()
+    deliveries.deliver(1)
+    await deliveries.receive(1)
+    with raises(NotHandedOn, peer="a", reason="used or dropped"):
+        await deliveries.receive(1)
+    deliveries.deliver(1)
+    assert deliveries.released == {1: 1}, "the second delivery"
+    waiting = deliveries.receive(2)
     await asyncio.sleep(0)
-    with pytest.raises(RequestRefused, match="second request"):
-        await desk.take(2)
+    with raises(RequestRefused):
+        await deliveries.receive(2)
     waiting.cancel()
 
 
 async def test_who_left_gives_nothing_more_and_others_do():
-    desk = Desk()
-    from_a, from_b = desk.take(1, "a"), desk.take(2, "b")
+    deliveries = Deliveries()
+    from_a, from_b = deliveries.receive(1, "a"), deliveries.receive(2, "b")
     await asyncio.sleep(0)
-    desk.expected.gone("a", "it left")
-    with pytest.raises(NotHandedOn, match="server a did not hand its output on: it left"):
+    deliveries.inbox.fail_from("a", "it left")
+    with raises(NotHandedOn, peer="a", reason="peer lost"):
         await from_a
-    desk.deliver(2)
+    deliveries.deliver(2)
     assert (await from_b).tensor.item() == 2
 
 
 async def test_what_is_withdrawn_is_given_back_whenever_it_comes():
-    desk = Desk()
-    waiting = desk.take(1)
-    desk.deliver(2)
+    deliveries = Deliveries()
+    waiting = deliveries.receive(1)
+    deliveries.deliver(2)
     await asyncio.sleep(0)
-    desk.expected.withdraw([ticket(1), ticket(2), ticket(3)])
-    with pytest.raises(NotHandedOn, match="withdrew"):
+    deliveries.inbox.withdraw([ticket(1), ticket(2), ticket(3)])
+    with raises(NotHandedOn, reason="withdrawn"):
         await waiting
     for number in (1, 3):
-        desk.deliver(number)
-    assert desk.given_back == {1: 1, 2: 1, 3: 1}
+        deliveries.deliver(number)
+    assert deliveries.released == {1: 1, 2: 1, 3: 1}
 
 
 async def test_a_request_that_is_cancelled_while_its_tensor_comes_gives_it_back():
-    desk = Desk()
-    waiting = desk.take(1)
+    deliveries = Deliveries()
+    waiting = deliveries.receive(1)
     await asyncio.sleep(0)
-    desk.deliver(1)
+    deliveries.deliver(1)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    assert desk.given_back == {1: 1}
+    assert deliveries.released == {1: 1}
 
 
 async def test_tensors_without_a_request_are_few_and_do_not_stay(monkeypatch):
-    monkeypatch.setattr(handover, "MAX_EARLY", 3)
-    desk = Desk()
+    monkeypatch.setattr(hand_over, "MAX_EARLY", 3)
+    deliveries = Deliveries()
     for number in range(5):
-        desk.deliver(number)
-    assert desk.given_back == {0: 1, 1: 1}
-    with pytest.raises(NotHandedOn, match="could not be kept"):
-        await desk.take(0)
-    assert (await desk.take(4)).tensor.item() == 4
-    monkeypatch.setattr(handover, "EARLY_S", 0.0)
-    desk.deliver(5)
-    assert desk.given_back.keys() >= {2, 3}
+        deliveries.deliver(number)
+    assert deliveries.released == {0: 1, 1: 1}
+    with raises(NotHandedOn, peer="a", reason="used or dropped"):
+        await deliveries.receive(0)
+    assert (await deliveries.receive(4)).tensor.item() == 4
+    monkeypatch.setattr(hand_over, "EARLY_S", 0.0)
+    deliveries.deliver(5)
+    assert deliveries.released.keys() >= {2, 3}

@@ -220,8 +220,8 @@ async def test_a_request_without_room_is_dropped_as_it_comes_and_the_next_one_is
         await greedy.write(FRAME.pack(1, 99, 49_000) + b"x")  # half of the memory, and no more comes
         assert isinstance(await greedy.ask(Ping()), Refusal | Pong)
         assert isinstance(await alice.ask(forward()), Forwarded)
-        assert house.handler._gate.receiving_bytes >= 49_000
-    assert house.handler._gate.receiving_bytes == 0, "a stream that ended gives all of it back"
+        assert house.handler._admission.receiving_bytes >= 49_000
+    assert house.handler._admission.receiving_bytes == 0, "a stream that ended gives all of it back"
 
 
 async def test_a_sender_that_stops_in_the_middle_of_a_message_is_closed(engine, monkeypatch):
@@ -275,7 +275,7 @@ async def test_a_client_that_leaves_takes_everything_along(engine):
         await peer.ask(put(lora()))
         await peer.ask(Backward(again=forward(adapter="v"), grad=torch.ones(1, 2, HIDDEN), adapter_sum=1))
         kept = house.stores
-        held = [kept.leases.used_bytes, kept.sessions.used_bytes, kept.adapters._shares.used_bytes]
-        assert all(size > 0 for size in [*held, kept.sums._shares.used_bytes])
-    left = [kept.leases.used_bytes, kept.sessions.used_bytes, kept.adapters._shares.used_bytes]
-    assert [*left, kept.sums._shares.used_bytes, len(house.handler._streams)] == [0] * 5
+        held = [kept.leases.used_bytes, kept.sessions.used_bytes, kept.adapters.used_bytes]
+        assert all(size > 0 for size in [*held, kept.sums.used_bytes])
+    left = [kept.leases.used_bytes, kept.sessions.used_bytes, kept.adapters.used_bytes]
+    assert [*left, kept.sums.used_bytes, len(house.handler._streams)] == [0] * 5

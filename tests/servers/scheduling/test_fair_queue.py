@@ -2,7 +2,7 @@
 
 import pytest
 
-from servers.scheduling.fair_queue import STEP_SHARE, Priority, Turns, WorkQueue
+from servers.scheduling.fair_queue import STEP_SHARE, FairQueue, FairScheduler, Priority
 
 STEP_S, BATCH_S = 0.02, 1.0
 
@@ -11,7 +11,7 @@ class Server:
     """Works off a queue in made-up time."""
 
     def __init__(self) -> None:
-        self.queue: WorkQueue[tuple[str, float]] = WorkQueue()
+        self.queue: FairQueue[tuple[str, float]] = FairQueue()
         self.now_s = 0.0
         self.spent: dict[str, float] = {}
 
@@ -22,7 +22,7 @@ class Server:
         name, elapsed_s = self.queue.pop()
         self.now_s += elapsed_s
         self.spent[name] = self.spent.get(name, 0.0) + elapsed_s
-        self.queue.ran(elapsed_s)
+        self.queue.charge(elapsed_s)
         return name
 
 
@@ -101,13 +101,13 @@ def test_nothing_is_saved_up_by_being_idle(server):
 
 
 def test_newcomers_without_end_do_not_starve_who_stays_and_are_forgotten():
-    turns: Turns[str] = Turns()
+    scheduler: FairScheduler[str] = FairScheduler()
     chosen = []
     for number in range(1000):
-        chosen.append(turns.next([f"client {number}", "stays"]))
-        turns.charge(1.0)
+        chosen.append(scheduler.choose([f"client {number}", "stays"]))
+        scheduler.charge(1.0)
     assert chosen.count("stays") == pytest.approx(500, abs=200)
-    assert len(turns) < 10
+    assert len(scheduler) < 10
 
 
 def test_the_length_is_what_waits(server):

@@ -1,162 +1,14 @@
-"""Steps of sessions that are batched, and the store of sessions, which keeps its budget."""
+"""The store of KV caches keeps its budget."""
 
-import asyncio
-
-import pytest
 import torch
 
 from petals_tune.blocks.adapters import Adapter
-from petals_tune.blocks.engine import Engine
-from petals_tune.blocks.kv_cache import Session
 from petals_tune.errors import RequestRefused, ServerBusy, SessionLost
 from petals_tune.wire.adapter import AdapterPart
-from petals_tune.wire.messages import OpenSession, Step
+from petals_tune.wire.messages import OpenSession
 from petals_tune.wire.span import BlockSpan
-from servers.scheduling.compute_thread import ComputeThread
-from servers.scheduling.step_batcher import StepBatcher
 from servers.stores.sessions import SessionStore
-from tests.models import relative_error
-from tests.servers.parts import SPAN, hidden, load, outputs, session, step
-
-TOLERANCE = 1e-5
-LINEAR = {"bloom": ("self_attention.query_key_value", 96), "llama": ("mlp.gate_proj", 48)}
-
-
-@pytest.fixture(params=["bloom", "llama"])
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def engine(family: str, model_folder) -> Engine:
-    return Engine(load(model_folder(family), str(SPAN)))
-
-
-def lora(family: str, seed: int) -> Adapter:
-    module, wide = LINEAR[family]
-    generator = torch.Generator().manual_seed(seed)
-    pair = [torch.randn(4, 32, generator=generator), torch.randn(wide, 4, generator=generator)]
-    return Adapter((AdapterPart(block=2, method="lora", module=module, scaling=1.0, tensors=pair),))
-
-
-def test_waiting_steps_go_together_and_adapters_do_not_mix(engine, family, monkeypatch):
-    """Four sessions step at once: two plain ones, and two clients with adapters of their own."""
-    loras = {"a": lora(family, 1), "b": lora(family, 2)}
-
-    def started() -> list[Session]:
-        made = [session(), session(), *(session(adapter=each, version=name) for name, each in loras.items())]
-        for number, each in enumerate(made):
-            outputs(engine, (each, step(hidden(1, 2 + number, number), 0)))
-        return made
-
-    steps = [step(hidden(1, 1, 20 + number), 2 + number) for number in range(4)]
-    expected = [outputs(engine, pair)[0] for pair in zip(started(), steps, strict=True)]
-    assert relative_error(expected[2], expected[3]) > 0.01
-
-    batches: list[int] = []
-    run = engine.step
-
-    def counted(batch):
-        batches.append(len(batch))
-        return run(batch)
-
-    monkeypatch.setattr(engine, "step", counted)
-    compute = ComputeThread(1)
-    batcher = StepBatcher(engine, compute)
-
-    async def all_at_once() -> list[torch.Tensor]:
-        pairs = zip(sessions, steps, strict=True)
-        return list(await asyncio.gather(*(batcher.run(each, wanted) for each, wanted in pairs)))
-
-    try:
-        for _ in range(2):  # the first time on the thread, then short enough for the event loop itself
-            sessions, found = started(), []
-            batches.clear()
-            found = asyncio.run(all_at_once())
-            assert sorted(batches) == [1, 1, 2]
-            for one, other in zip(found, expected, strict=True):
-                assert relative_error(one, other) < TOLERANCE
-            batcher._batches = None  # asyncio.run closed its loop
-    finally:
-        compute.stop()
-
-
-@pytest.mark.parametrize(("patience", "sizes"), [(1e9, [4, 2]), (0, [4, 1, 1])])
-def test_a_step_waits_for_half_of_the_sessions_at_work(family, engine, monkeypatch, patience, sizes):
-    monkeypatch.setattr("servers.scheduling.step_batcher.PATIENCE_STEPS", patience)
-    monkeypatch.setattr("servers.scheduling.step_batcher.AT_WORK_STEPS", 1e9)
-    batches: list[int] = []
-    monkeypatch.setattr(engine, "step", lambda steps, run=engine.step: batches.append(len(steps)) or run(steps))
-    compute = ComputeThread()
-    batcher = StepBatcher(engine, compute)
-    sessions = [session() for _ in range(4)]
-    stranger = session(adapter=lora(family, 1), version="one")  # shares no step with the others, and waits for none
-
-    async def work() -> None:
-        await asyncio.gather(*(batcher.run(each, step(hidden(1, 1, 0), 0)) for each in sessions))
-        first = asyncio.create_task(batcher.run(sessions[0], step(hidden(1, 1, 0), 1)))
-        if patience:
-            await asyncio.sleep(0.05)
-            assert not first.done()
-        else:
-            await first
-        await asyncio.gather(first, batcher.run(sessions[1], step(hidden(1, 1, 0), 1)))
-        await batcher.run(stranger, step(hidden(1, 1, 0), 0))
-
-    try:
-        asyncio.run(work())
-    finally:
-        compute.stop()
-    assert batches == [*sizes, 1]
-
-
-def test_a_client_with_many_steps_waits_for_one_with_a_single_step(engine, monkeypatch):
-    """Prefills share no pass; four of one client came first."""
-    order: list[str] = []
-    monkeypatch.setattr(
-        engine, "step", lambda steps, run=engine.step: order.extend(each.client for each, _ in steps) or run(steps)
-    )
-    compute = ComputeThread()
-    batcher = StepBatcher(engine, compute)
-
-    async def work() -> None:
-        sessions = [session(client=client) for client in ("greedy",) * 4 + ("meek",)]
-        await asyncio.gather(*(batcher.run(each, step(hidden(1, 2, 0), 0)) for each in sessions))
-
-    try:
-        asyncio.run(work())
-    finally:
-        compute.stop()
-    assert order == ["greedy", "meek", "greedy", "greedy", "greedy"]
-
-
-def test_where_attention_has_a_window_only_equal_positions_share_a_step(model_folder):
-    """Windows of four, rows of 9 and 3 positions: a batch would measure the window from the end of the longest row."""
-    engine = Engine(load(model_folder("mistral"), str(SPAN)))
-
-    def started() -> list[Session]:
-        made = [session(), session(), session()]
-        for each, length in zip(made, (9, 3, 3), strict=True):
-            outputs(engine, (each, step(hidden(1, length, length), 0)))
-        return made
-
-    def steps() -> list[Step]:
-        return [step(hidden(1, 1, 1), 9), step(hidden(1, 1, 2), 3), step(hidden(1, 1, 3), 3)]
-
-    wanted = [outputs(engine, pair)[0] for pair in zip(started(), steps(), strict=True)]
-    wrong = outputs(engine, *zip(started(), steps(), strict=True))
-    assert relative_error(wrong[1], wanted[1]) > 1e-3, "the trap is there"
-    compute = ComputeThread(1)
-    batcher = StepBatcher(engine, compute)
-
-    async def all_at_once() -> list[torch.Tensor]:
-        return list(await asyncio.gather(*map(batcher.run, started(), steps())))
-
-    try:
-        for found, expected in zip(asyncio.run(all_at_once()), wanted, strict=True):
-            assert relative_error(found, expected) < TOLERANCE
-    finally:
-        compute.stop()
+from tests.raising import raises
 
 
 def open_request(rows: int = 1, max_length: int = 10) -> OpenSession:
@@ -169,7 +21,7 @@ def store(max_bytes: int = 1000) -> SessionStore:
 
 
 def test_what_never_fits_is_refused_with_the_length_that_would():
-    with pytest.raises(RequestRefused, match="max_length=25 would fit"):
+    with raises(RequestRefused, max_length=25):
         store().open("a", open_request(rows=2, max_length=26), None, 0)
     store().open("a", open_request(rows=2, max_length=25), None, 0)
 
@@ -177,9 +29,9 @@ def test_what_never_fits_is_refused_with_the_length_that_would():
 def test_what_does_not_fit_now_may_fit_elsewhere():
     kept = store()
     first = kept.open("a", open_request(max_length=40), None, 0)
-    with pytest.raises(ServerBusy, match="max_length=10 would fit"):
+    with raises(ServerBusy, max_length=10):
         kept.open("a", open_request(max_length=11), None, 0)
-    with pytest.raises(ServerBusy, match="max_length=25 would fit"):
+    with raises(ServerBusy, max_length=25):
         kept.open("b", open_request(max_length=26), None, 0)
     kept.close("b", first)  # not theirs to close
     assert len(kept) == 1
@@ -191,19 +43,19 @@ def test_a_client_that_holds_all_makes_room_for_another_and_has_no_claim_on_it_a
     kept = store()
     greedy = [kept.open("greedy", open_request(), None, 0) for _ in range(5)]
     other = kept.open("other", open_request(max_length=20), None, 0)
-    for number in greedy[:3]:
-        kept.get("greedy", number, 0)
-    for number in greedy[3:]:
-        with pytest.raises(SessionLost):
-            kept.get("greedy", number, 0)
-    with pytest.raises(ServerBusy):
+    for session in greedy[:3]:
+        kept.get("greedy", session, 0)
+    for session in greedy[3:]:
+        with raises(SessionLost):
+            kept.get("greedy", session, 0)
+    with raises(ServerBusy):
         kept.open("greedy", open_request(), None, 0)
     assert kept.get("other", other, 0).rows == 1
 
 
 def test_a_session_is_charged_for_the_adapter_that_it_keeps():
     adapter = Adapter((AdapterPart(block=0, method="prompt", tensors=[torch.zeros(5, 10)]),))
-    with pytest.raises(RequestRefused, match="max_length=40 would fit"):
+    with raises(RequestRefused, max_length=40):
         store().open("a", open_request(max_length=41), adapter, 0)
     kept = store()
     kept.open("a", open_request(max_length=40), adapter, 0)
@@ -214,15 +66,15 @@ def test_sessions_of_clients_that_left_or_fell_silent_are_dropped():
     kept = store()
     gone, idle = kept.open("a", open_request(), None, 0), kept.open("b", open_request(), None, 0)
     kept.drop_client("a")
-    with pytest.raises(SessionLost):
+    with raises(SessionLost):
         kept.get("a", gone, 1)
     kept.get("b", idle, 50)
     mine = kept.open("c", open_request(), None, 100)  # b was heard 50 s ago
     assert len(kept) == 2
     kept.open("c", open_request(), None, 111)
-    with pytest.raises(SessionLost):
+    with raises(SessionLost):
         kept.get("b", idle, 111)
     assert kept.get("c", mine, 111).client == "c"
-    with pytest.raises(SessionLost):
+    with raises(SessionLost):
         kept.get("b", mine, 111)
     assert kept.used_bytes == 2 * 200

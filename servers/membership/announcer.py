@@ -1,0 +1,41 @@
+"""Announcement of this server in the swarm's directory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from petals_tune.net.directory import Directory
+from petals_tune.wire.records import ServerRecord
+
+
+class Announcer:
+    """Keeps this server's record in the DHT until it is withdrawn."""
+
+    def __init__(self, directory: Directory, *, lasts_s: float):
+        """Announcements expire after `lasts_s` and are renewed three times in it."""
+        self.directory, self._lasts_s = directory, lasts_s
+        self.record: ServerRecord | None = None
+        self.refresh: Callable[[ServerRecord], ServerRecord] = lambda record: record  # called before each renewal
+        self._renewal: asyncio.Task[None] | None = None
+
+    async def announce(self, record: ServerRecord) -> None:
+        """Announce `record` in place of what was announced before."""
+        self.record = record
+        await self.directory.announce(record, lasts_s=self._lasts_s)
+        if self._renewal is None:
+            self._renewal = asyncio.create_task(self._renew())
+
+    async def withdraw(self) -> None:
+        if self.record is not None:
+            record, self.record = self.record, None
+            await self.directory.withdraw(record)
+        if self._renewal is not None:
+            self._renewal.cancel()
+
+    async def _renew(self) -> None:
+        while self.record is not None:
+            await asyncio.sleep(self._lasts_s / 3)
+            if self.record is not None:
+                self.record = self.refresh(self.record)
+                await self.directory.announce(self.record, lasts_s=self._lasts_s)

@@ -1,0 +1,22 @@
+"""Memory that a server sets aside for what it keeps for its clients.
+
+The stores are made from it and a server that chooses its number of blocks subtracts it, so it imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budgets:
+    """Bytes that each store may hold."""
+
+    leases: int
+    sessions: int
+    adapters: int
+    sums: int
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(astuple(self))

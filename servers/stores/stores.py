@@ -1,0 +1,34 @@
+"""All that a server keeps for its clients between requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from servers.stores.adapters import AdapterCache, GradientSums
+from servers.stores.budgets import Budgets
+from servers.stores.leases import LeaseStore
+from servers.stores.sessions import SessionStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stores:
+    """One store of each kind. What a client holds is dropped when its last stream ends."""
+
+    leases: LeaseStore
+    sessions: SessionStore
+    adapters: AdapterCache
+    sums: GradientSums
+
+    @classmethod
+    def within(cls, budgets: Budgets, *, max_lease_age_s: float, max_session_idle_s: float, token_bytes: int) -> Stores:
+        """Make empty stores. `token_bytes`: KV cache of one position of one row in one block."""
+        return cls(
+            leases=LeaseStore(max_bytes=budgets.leases, max_age_s=max_lease_age_s),
+            sessions=SessionStore(max_bytes=budgets.sessions, max_idle_s=max_session_idle_s, token_bytes=token_bytes),
+            adapters=AdapterCache(max_bytes=budgets.adapters),
+            sums=GradientSums(max_bytes=budgets.sums),
+        )
+
+    def drop_client(self, client: str) -> None:
+        for store in (self.leases, self.sessions, self.adapters, self.sums):
+            store.drop_client(client)

@@ -1,0 +1,113 @@
+"""Requests without a stream: each reply equals what the engine computes, and belongs to its client."""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from petals_tune.errors import AdapterMissing, BlocksNotHere, LeaseLost, RequestRefused, SessionLost
+from petals_tune.wire.messages import Backward, CollectSum, Done, Forward, Message, OpenSession, Step
+from petals_tune.wire.span import BlockSpan
+from servers.requests.admission import Admission
+from servers.requests.execution import Executor
+from tests.raising import raises
+from tests.servers.peers import HIDDEN, LIMITS, SPAN, forward, prompt, put, stores
+
+ME, ANOTHER = "me", "another"
+GRAD = torch.ones(1, 2, HIDDEN)
+
+
+@pytest.fixture
+def executor(engine) -> Executor:
+    return executor_of(engine, ME, ANOTHER)
+
+
+def executor_of(engine, *clients: str, **changes: int) -> Executor:
+    admission = Admission(dataclasses.replace(LIMITS, **changes))
+    for client in clients:
+        admission.open_stream(client)
+    return Executor(*engine, stores(), admission)
+
+
+async def test_a_forward_is_what_the_engine_computes(executor, engine):
+    hidden = torch.randn(2, 3, HIDDEN)
+    reply = await executor.run(ME, Forward(span=SPAN, hidden=hidden.clone()))
+    assert torch.equal(reply.hidden, engine[0].forward(Forward(span=SPAN, hidden=hidden.clone()), None).output)
+    assert reply.lease is None
+
+
+async def test_a_lease_ends_with_its_backward_and_is_its_clients(executor):
+    lease = (await executor.run(ME, forward(keep=True))).lease
+    with raises(LeaseLost):
+        await executor.run(ANOTHER, Backward(lease=lease, grad=GRAD))
+    kept = await executor.run(ME, Backward(lease=lease, grad=GRAD))
+    again = await executor.run(ME, Backward(again=forward(), grad=GRAD))
+    torch.testing.assert_close(kept.hidden, again.hidden)
+    with raises(LeaseLost):
+        await executor.run(ME, Backward(lease=lease, grad=GRAD))
+
+
+async def test_nothing_is_kept_for_a_client_that_has_left(engine):
+    executor = executor_of(engine)
+    reply = await executor.run("gone", forward(keep=True))
+    assert reply.lease is None
+    assert executor._stores.leases.used_bytes == 0
+
+
+async def test_steps_of_a_session_equal_one_forward(executor):
+    hidden = torch.randn(1, 4, HIDDEN)
+    session = (await executor.run(ME, OpenSession(span=SPAN, rows=1, max_length=4))).session
+    outputs = []
+    for position in range(4):
+        step = Step(session=session, hidden=hidden[:, position : position + 1].clone(), position=position)
+        outputs.append((await executor.run(ME, step)).hidden)
+    whole = await executor.run(ME, Forward(span=SPAN, hidden=hidden))
+    torch.testing.assert_close(torch.cat(outputs, dim=1), whole.hidden)
+    with raises(SessionLost):
+        await executor.run(ANOTHER, Step(session=session, hidden=hidden[:, :1], position=0))
+
+
+async def test_terms_of_a_sum_are_summed_when_they_are_collected(executor):
+    assert isinstance(await executor.run(ME, put(prompt())), Done)
+    alone = await executor.run(ME, Backward(again=forward(adapter="v"), grad=GRAD))
+    for term in range(3):
+        reply = await executor.run(ME, Backward(again=forward(adapter="v"), grad=GRAD, adapter_sum=1, term=term))
+        assert reply.adapter == [], "kept here"
+    collected = await executor.run(ME, CollectSum(adapter_sum=1))
+    assert collected.terms == 3
+    torch.testing.assert_close(collected.adapter, [3 * gradient for gradient in alone.adapter])
+    with raises(AdapterMissing):
+        await executor.run(ANOTHER, forward(adapter="v"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "positions", "fits"), [(1, 8, True), (1, 9, False), (2, 8, True), (3, 6, False), (16, 1, True)]
+)
+async def test_requests_have_at_most_max_positions_and_max_tokens(engine, rows, positions, fits):
+    executor = executor_of(engine, ME, max_positions=8, max_tokens=16)
+    large = forward(rows, positions)
+    requests: list[Callable[[], Message]] = [
+        lambda: large,
+        lambda: Backward(again=large, grad=large.hidden.clone()),
+    ]
+    for request in requests:
+        if fits:
+            await executor.run(ME, request())
+        else:
+            with raises(RequestRefused):
+                await executor.run(ME, request())
+
+
+@pytest.mark.parametrize(
+    "request_", [OpenSession(span=BlockSpan(0, 2), rows=1, max_length=4), put(span=BlockSpan(0, 2))]
+)
+async def test_other_blocks_are_refused_before_anything_is_kept(executor, request_):
+    with raises(BlocksNotHere):
+        await executor.run(ME, request_)
+    assert len(executor._stores.sessions) == len(executor._stores.adapters) == 0
+
+
+async def test_a_message_that_asks_nothing_is_refused(executor):
+    with raises(RequestRefused):
+        await executor.run(ME, Done())

@@ -1,0 +1,145 @@
+"""Batches of steps by direct calls: they equal lone steps, and no client waits for another's many."""
+
+import asyncio
+
+import pytest
+import torch
+
+from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.kv_cache import Session
+from petals_tune.wire.messages import Step
+from servers.scheduling.compute_thread import ComputeThread
+from servers.scheduling.step_batcher import StepBatcher
+from tests.models import relative_error
+from tests.servers.parts import load
+from tests.servers.steps import SPAN, TOLERANCE, hidden, lora, outputs, session, step
+
+
+@pytest.fixture(params=["bloom", "llama"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def engine(family: str, model_folder) -> Engine:
+    return Engine(load(model_folder(family), str(SPAN)))
+
+
+def test_waiting_steps_go_together_and_adapters_do_not_mix(engine, family, monkeypatch):
+    """Four sessions step at once: two plain ones, and two clients with adapters of their own."""
+    loras = {"a": lora(family, 1), "b": lora(family, 2)}
+
+    def started() -> list[Session]:
+        made = [session(), session(), *(session(adapter=each, version=name) for name, each in loras.items())]
+        for number, each in enumerate(made):
+            outputs(engine, (each, step(hidden(1, 2 + number, number), 0)))
+        return made
+
+    steps = [step(hidden(1, 1, 20 + number), 2 + number) for number in range(4)]
+    expected = [outputs(engine, pair)[0] for pair in zip(started(), steps, strict=True)]
+    assert relative_error(expected[2], expected[3]) > 0.01
+
+    batches: list[int] = []
+    run = engine.step
+
+    def counted(batch):
+        batches.append(len(batch))
+        return run(batch)
+
+    monkeypatch.setattr(engine, "step", counted)
+    compute = ComputeThread(1)
+    batcher = StepBatcher(engine, compute)
+
+    async def all_at_once() -> list[torch.Tensor]:
+        pairs = zip(sessions, steps, strict=True)
+        return list(await asyncio.gather(*(batcher.run(each, wanted) for each, wanted in pairs)))
+
+    try:
+        for _ in range(2):  # the first time on the thread, then short enough for the event loop itself
+            sessions, found = started(), []
+            batches.clear()
+            found = asyncio.run(all_at_once())
+            assert sorted(batches) == [1, 1, 2]
+            for one, other in zip(found, expected, strict=True):
+                assert relative_error(one, other) < TOLERANCE
+            batcher._batches = None  # asyncio.run closed its loop
+    finally:
+        compute.stop()
+
+
+@pytest.mark.parametrize(("patience", "sizes"), [(1e9, [4, 2]), (0, [4, 1, 1])])
+def test_a_step_waits_for_half_of_the_sessions_at_work(family, engine, monkeypatch, patience, sizes):
+    monkeypatch.setattr("servers.scheduling.step_batcher.MAX_WAIT_STEPS", patience)
+    monkeypatch.setattr("servers.scheduling.step_batcher.ACTIVE_STEPS", 1e9)
+    batches: list[int] = []
+    monkeypatch.setattr(engine, "step", lambda steps, run=engine.step: batches.append(len(steps)) or run(steps))
+    compute = ComputeThread()
+    batcher = StepBatcher(engine, compute)
+    sessions = [session() for _ in range(4)]
+    stranger = session(adapter=lora(family, 1), version="one")  # shares no step with the others, and waits for none
+
+    async def work() -> None:
+        await asyncio.gather(*(batcher.run(each, step(hidden(1, 1, 0), 0)) for each in sessions))
+        first = asyncio.create_task(batcher.run(sessions[0], step(hidden(1, 1, 0), 1)))
+        if patience:
+            await asyncio.sleep(0.05)
+            assert not first.done()
+        else:
+            await first
+        await asyncio.gather(first, batcher.run(sessions[1], step(hidden(1, 1, 0), 1)))
+        await batcher.run(stranger, step(hidden(1, 1, 0), 0))
+
+    try:
+        asyncio.run(work())
+    finally:
+        compute.stop()
+    assert batches == [*sizes, 1]
+
+
+def test_a_client_with_many_steps_waits_for_one_with_a_single_step(engine, monkeypatch):
+    """Prefills share no pass; four of one client came first."""
+    order: list[str] = []
+    monkeypatch.setattr(
+        engine, "step", lambda steps, run=engine.step: order.extend(each.client for each, _ in steps) or run(steps)
+    )
+    compute = ComputeThread()
+    batcher = StepBatcher(engine, compute)
+
+    async def work() -> None:
+        sessions = [session(client=client) for client in ("greedy",) * 4 + ("meek",)]
+        await asyncio.gather(*(batcher.run(each, step(hidden(1, 2, 0), 0)) for each in sessions))
+
+    try:
+        asyncio.run(work())
+    finally:
+        compute.stop()
+    assert order == ["greedy", "meek", "greedy", "greedy", "greedy"]
+
+
+def test_where_attention_has_a_window_only_equal_positions_share_a_step(model_folder):
+    """Windows of four, rows of 9 and 3 positions: a batch would measure the window from the end of the longest row."""
+    engine = Engine(load(model_folder("mistral"), str(SPAN)))
+
+    def started() -> list[Session]:
+        made = [session(), session(), session()]
+        for each, length in zip(made, (9, 3, 3), strict=True):
+            outputs(engine, (each, step(hidden(1, length, length), 0)))
+        return made
+
+    def steps() -> list[Step]:
+        return [step(hidden(1, 1, 1), 9), step(hidden(1, 1, 2), 3), step(hidden(1, 1, 3), 3)]
+
+    wanted = [outputs(engine, pair)[0] for pair in zip(started(), steps(), strict=True)]
+    wrong = outputs(engine, *zip(started(), steps(), strict=True))
+    assert relative_error(wrong[1], wanted[1]) > 1e-3, "the trap is there"
+    compute = ComputeThread(1)
+    batcher = StepBatcher(engine, compute)
+
+    async def all_at_once() -> list[torch.Tensor]:
+        return list(await asyncio.gather(*map(batcher.run, started(), steps())))
+
+    try:
+        for found, expected in zip(asyncio.run(all_at_once()), wanted, strict=True):
+            assert relative_error(found, expected) < TOLERANCE
+    finally:
+        compute.stop()

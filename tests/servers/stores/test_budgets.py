@@ -1,0 +1,25 @@
+from petals_tune.config import composed
+from servers.options import Serve
+from servers.stores.budgets import Budgets
+from tests.servers.hosting import options_of
+
+
+def limits(*overrides: str):
+    return options_of(*(f"limits.{text}" for text in overrides)).limits
+
+
+def test_the_total_is_all_that_the_stores_may_hold():
+    assert Budgets(leases=1, sessions=20, adapters=300, sums=4000).total_bytes == 4321
+
+
+def test_adapters_and_the_sums_of_their_gradients_have_a_budget_each_and_both_count():
+    budgets = limits("max_lease_gb=3", "max_cache_gb=0.5", "max_adapter_gb=0.25").budgets
+    assert (budgets.adapters, budgets.sums) == (268435456, 268435456)
+    assert budgets.total_bytes == 4294967296, "3 + 0.5 + 2 x 0.25 GB"
+
+
+def test_the_defaults_are_those_of_the_file():
+    section = composed(config_name="serve").limits
+    gigabytes = section.max_lease_gb + section.max_cache_gb + 2 * section.max_adapter_gb
+    assert isinstance(options_of(), Serve)
+    assert limits().budgets.total_bytes == gigabytes * 2**30

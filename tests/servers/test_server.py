@@ -1,0 +1,55 @@
+"""One server in this process, with its p2p daemon: it announces, serves, and withdraws when it is told to stop."""
+
+import asyncio
+
+import pytest
+
+from petals_tune.errors import ConfigError
+from petals_tune.wire.span import BlockSpan
+from servers.server import serve
+from tests.raising import raises
+from tests.servers.hosting import options_of
+
+
+def never_ready(*_: object) -> None:
+    pytest.fail("it has loaded blocks")
+
+
+async def test_a_device_that_torch_does_not_know_is_refused_before_anything_is_joined():
+    with raises(ConfigError, key="device", seen="cdua") as caught:
+        await serve(options_of("device=cdua"), never_ready, asyncio.Event())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.swarm
+async def test_more_blocks_than_the_model_has_are_refused(model_folder, tmp_path):
+    options = options_of(f"model.source='{model_folder('llama')}'", f"disk.folder='{tmp_path}'", "num_blocks=99")
+    with raises(ConfigError, key="num_blocks", seen=99):
+        await serve(options, never_ready, asyncio.Event())
+
+
+@pytest.mark.swarm
+async def test_a_server_announces_its_blocks_and_ends_when_it_is_told_to(model_folder, tmp_path):
+    seen, stop = [], asyncio.Event()
+
+    def on_ready(record, engine) -> None:
+        seen.append((record, engine))
+        stop.set()
+
+    overrides = [f"disk.folder='{tmp_path}'", "num_blocks=3", "quantization=none", "throughput=1000"]
+    async with asyncio.timeout(120):
+        await serve(options_of(f"model.source='{model_folder('llama')}'", *overrides), on_ready, stop)
+    ((record, engine),) = seen
+    assert (record.blocks, record.total_blocks, record.state) == (BlockSpan(0, 3), 6, "online")
+    assert record.throughput.batch == 1000
+    assert record.free_cache_bytes == 2**30, "limits.max_cache_gb"
+    assert engine.trimmed.span == record.blocks
+
+
+@pytest.mark.swarm
+async def test_a_stop_before_the_first_block_is_loaded_ends_it_too(model_folder, tmp_path):
+    stop = asyncio.Event()
+    stop.set()
+    overrides = [f"disk.folder='{tmp_path}'", "blocks='0:3'", "quantization=none", "throughput=1000"]
+    async with asyncio.timeout(120):
+        await serve(options_of(f"model.source='{model_folder('llama')}'", *overrides), never_ready, stop)
