@@ -11,9 +11,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain, groupby, zip_longest
 from operator import itemgetter
+from pathlib import Path
 
 from petals_tune.data.rows import Example, Message
 from petals_tune.data.source import SplitName, SplitShares, check_whole_number, corpus_file, hash_fraction
@@ -105,10 +106,14 @@ class ChitChat(SplitShares):
     @cached_property
     def _conversations(self) -> dict[SplitName, list[Conversation]]:
         path = corpus_file("chitchat_dataset", "dataset.json", requirement=REQUIREMENT)
-        corpus = json.loads(path.read_text(encoding="utf-8"))
-        conversations = (read_conversation(name, entry) for name, entry in corpus.items())
-        usable = (c for c in conversations if len(c.turns) >= MIN_TURNS and len(c.speakers) == 2)
+        usable = (c for c in read_corpus(path) if len(c.turns) >= MIN_TURNS and len(c.speakers) == 2)
         return split_by_person(usable, self.split_of_person)
+
+
+@cache
+def read_corpus(path: Path) -> tuple[Conversation, ...]:
+    corpus = json.loads(path.read_text(encoding="utf-8"))
+    return tuple(read_conversation(name, entry) for name, entry in corpus.items())
 
 
 def read_conversation(name: str, entry: dict) -> Conversation:
