@@ -1,7 +1,9 @@
-# make demo   install, then fine-tune the embedded default on a local swarm of two server processes
-# make test   install, then the whole test suite
-# make lint   install, then ruff and mypy
-# make clean  remove what the others made, .venv included
+# make demo       install, then fine-tune the embedded default on a local swarm of two server processes
+# make test       install, then the whole test suite but for the slow tests: under 15 minutes on two cores
+# make test-fast  the tests that start no servers, in two processes: under 3 minutes
+# make test-slow  the tests that do not fit into the time of make test
+# make lint       install, then ruff and mypy
+# make clean      remove what the others made, .venv included
 #
 # Everything is installed into .venv and nowhere else. Another interpreter: make demo PYTHON=python3.12
 #
@@ -15,14 +17,22 @@ INSTALLED := $(VENV)/.installed
 # Errors only: a failed install still says why.
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-fast test-slow lint clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	$(BIN)/python -m petals_tune recipe=personachat
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+# loadfile: the tests of a file share its fixtures, so they run in one process.
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not swarm and not slow" -n 2 --dist loadfile
+
+# 5 is pytest's status where there is no such test.
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

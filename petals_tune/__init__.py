@@ -1,4 +1,4 @@
-"""A fine-tuning toolkit over a remote backbone: the blocks run on servers, what is trained stays with you."""
+"""Fine-tuning of language models whose frozen blocks run on servers; trained parameters stay on the client."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ __all__ = [
     "local_swarm",
 ]
 
-_WHERE = {
+_MODULES = {
     "AutoDistributedModel": "petals_tune.remote.auto",
     "AutoDistributedModelForCausalLM": "petals_tune.remote.auto",
     "AutoDistributedModelForSequenceClassification": "petals_tune.remote.auto",
@@ -28,12 +28,12 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: servers and `--help` need little of this package.
+    """Import a name on first use: servers and `--help` need little of this package.
 
-    `DistributedBloomForCausalLM` and its like are there for every model class of transformers.
+    A name such as `DistributedBloomForCausalLM` exists for each model class of transformers.
     """
-    if name in _WHERE:
-        return getattr(import_module(_WHERE[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     if name.startswith("Distributed"):
         return import_module("petals_tune.remote.auto").distributed_class_named(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

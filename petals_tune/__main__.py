@@ -1,4 +1,4 @@
-"""The command: fine-tune as a recipe says."""
+"""The training command: python -m petals_tune recipe=NAME [key=value ...]"""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from petals_tune.cli import quiet_libraries, report_errors
 from petals_tune.config import CONFIG_NAME, check_arguments, folder_of, register_recipes
 
 if TYPE_CHECKING:
-    from petals_tune.train.sweep import Runs
+    from petals_tune.train.sweep import JobRunner
 
 
 def main() -> None:
     """python -m petals_tune recipe=NAME [key=value ...]"""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a bug keeps its traceback
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends a run as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends a run as Ctrl-C does
     quiet_libraries()
     register_recipes()
     with report_errors():
         check_arguments(sys.argv[1:])
         with ExitStack() as stack:
-            runs: list[Runs] = []
+            runners: list[JobRunner] = []
 
             @hydra.main(version_base="1.3", config_path=str(folder_of("conf")), config_name=CONFIG_NAME)
             def tune(cfg: DictConfig) -> float:
-                from petals_tune.train.sweep import Runs  # not above: --help and tab completion need no torch
+                from petals_tune.train.sweep import JobRunner  # not above: --help and tab completion need no torch
 
-                if not runs:
-                    runs.append(stack.enter_context(Runs()))
+                if not runners:
+                    runners.append(stack.enter_context(JobRunner()))
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
-                    return runs[0].run(cfg)  # Hydra takes the errors of a job, and goes on with the next one
+                    return runners[0].run(cfg)  # Hydra handles a job's errors and runs the next one
                 with report_errors():
-                    return runs[0].run(cfg)
+                    return runners[0].run(cfg)
 
             tune()
 

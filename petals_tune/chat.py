@@ -24,7 +24,7 @@ CONFIG_NAME = "chat"
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """All options of a chat; conf/chat.yaml says what each is for."""
+    """All options of a chat; conf/chat.yaml documents them."""
 
     adapter: str | None
     model: TunedModel
@@ -49,41 +49,43 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(folder_of("conf")), config_name=CONFIG_NAME)
 def chat(cfg: DictConfig) -> None:
-    """Answer the prompt, or every line of the terminal or the pipe until it ends."""
+    """Answer the prompt, or each line of the terminal, or all of a pipe."""
     with report_errors():
         if cfg.adapter is None and cfg.model.source is None:
-            raise ConfigError("say whom to talk to: adapter=outputs/.../adapter, or model=default for the bare model")
+            raise ConfigError(
+                "say whom to talk to: adapter=outputs/.../adapter, or model=default for the bare model", key="adapter"
+            )
         from petals_tune.tuning.saved import adapter_folder, base_of  # slow; a mistyped key should not wait for it
 
         adapter = None if cfg.adapter is None else adapter_folder(cfg.adapter)
         base = cfg.model.source
         if base is None and adapter is not None:
             base = base_of(adapter)
-        with opened(cfg, adapter, base) as (model, tokenizer):
-            talk(model, tokenizer, cfg, turns(cfg.prompt))
+        with open_model(cfg, adapter, base) as (model, tokenizer):
+            talk(model, tokenizer, cfg, read_turns(cfg.prompt))
 
 
 def with_prompt_key(arguments: Sequence[str]) -> list[str]:
-    """`--prompt TEXT` and `--prompt=TEXT` as Hydra's key, quoted so that any text can stand in it."""
-    rest, found = iter(arguments), []
+    """Replace `--prompt TEXT` and `--prompt=TEXT` with Hydra's key, quoted so that any text is possible."""
+    rest, replaced = iter(arguments), []
     for argument in rest:
         flag, equals, text = argument.partition("=")
         if flag == "--prompt":
             text = text if equals else next(rest, "")
-            argument = f"prompt='{_quoted(text)}'"
-        found.append(argument)
-    return found
+            argument = f"prompt='{_escape(text)}'"
+        replaced.append(argument)
+    return replaced
 
 
-def _quoted(text: str) -> str:
-    """`text` inside single quotes: OmegaConf reads `${`, Hydra the quote, and a backslash counts only before these."""
+def _escape(text: str) -> str:
+    """Escape `text` for single quotes: `${` for OmegaConf, quotes for Hydra, and backslashes before either."""
     without_interpolation = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
-    return re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (found[2] and "\\'"), without_interpolation)
+    return re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + (match[2] and "\\'"), without_interpolation)
 
 
 @contextmanager
-def opened(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[Any, Any]]:
-    """(model, tokenizer) over the swarm of `cfg`; a local swarm ends with the block.
+def open_model(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[Any, Any]]:
+    """Open the swarm of `cfg` and yield (model, tokenizer); the end of the block closes a local swarm.
 
     Raises ConfigError for an adapter with a classification head.
     """
@@ -93,14 +95,16 @@ def opened(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[A
     from petals_tune.model.convert import model_folder
     from petals_tune.model.families import family_of, placeholder_model
     from petals_tune.remote.auto import AutoDistributedModelForCausalLM
-    from petals_tune.train.quiet import quiet
+    from petals_tune.train.quiet import silence_known_warnings
     from petals_tune.tuning.saved import load_adapter, saved_config
 
-    quiet()
+    silence_known_warnings()
     if adapter is not None and saved_config(adapter).task_type == "SEQ_CLS":
         raise ConfigError(
             f"{adapter} classifies and cannot talk; python -m petals_tune.evaluate adapter={adapter} recipe=NAME "
-            "measures it"
+            "measures it",
+            key="adapter",
+            seen=adapter,
         )
     source = model_folder(base)
     blocks = family_of(placeholder_model(Checkpoint(source).config)).total_blocks
@@ -109,10 +113,12 @@ def opened(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[A
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model.source={base} has no tokenizer to talk with: {error}") from None
-    # Not on stdout: a pipe gets the answers alone.
-    print(f"{swarm.opening(blocks)} ...", file=sys.stderr, flush=True)
-    with swarm.opened(source, blocks) as peers:
+        raise ConfigError(
+            f"model.source={base} has no tokenizer to talk with: {error}", key="model.source", seen=base
+        ) from None
+    # On stderr: stdout has the answers alone, for a pipe.
+    print(f"{swarm.describe_opening(blocks)} ...", file=sys.stderr, flush=True)
+    with swarm.open(source, blocks) as peers:
         options = swarm.client_options()
         model: Any = AutoDistributedModelForCausalLM.from_pretrained(source, initial_peers=peers, **options)
         try:
@@ -121,12 +127,12 @@ def opened(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[A
             model.remote_blocks.close()
 
 
-def turns(prompt: str | None) -> Iterator[str]:
-    """The one turn of `prompt`, all of a pipe as one turn, or the lines of a terminal until Ctrl-D or Ctrl-C."""
+def read_turns(prompt: str | None) -> Iterator[str]:
+    """Yield `prompt`, or all of a pipe as one turn, or the lines of a terminal until Ctrl-D or Ctrl-C."""
     if prompt is not None:
         yield prompt
         return
-    if not on_a_terminal(prompt):
+    if not reads_terminal(prompt):
         yield sys.stdin.read().strip()
         return
     print("Say something; Ctrl-C stops an answer, Ctrl-D ends the chat.", flush=True)
@@ -140,8 +146,8 @@ def turns(prompt: str | None) -> Iterator[str]:
             yield line
 
 
-def talk(model: Any, tokenizer: Any, cfg: DictConfig, said: Iterator[str]) -> None:
-    """Answer every turn, token by token. One session keeps the caches, so that only new tokens are sent.
+def talk(model: Any, tokenizer: Any, cfg: DictConfig, turns: Iterator[str]) -> None:
+    """Print an answer to each turn, token by token, in one session, whose KV caches save sending old tokens again.
 
     Raises ConfigError where the chat has no room for another answer.
     """
@@ -162,16 +168,18 @@ def talk(model: Any, tokenizer: Any, cfg: DictConfig, said: Iterator[str]) -> No
         **(sampling if cfg.temperature else {"do_sample": False}),
     )
     with base_model(model).inference_session(max_length=cfg.max_length):
-        for turn in said:
+        for turn in turns:
             messages.append({"role": "user", "content": turn})
             ids = torch.tensor([context_ids(messages, tokenizer)])
             length = ids.shape[1] + cfg.max_new_tokens
             if length > cfg.max_length:
                 raise ConfigError(
                     f"the chat is {ids.shape[1]} tokens long and the next answer may take {cfg.max_new_tokens}: "
-                    f"start again, with max_length={2 * length} for a longer one"
+                    f"start again, with max_length={2 * length} for a longer one",
+                    key="max_length",
+                    seen=cfg.max_length,
                 )
-            with stoppable() if on_a_terminal(cfg.prompt) else nullcontext() as stop:
+            with stop_on_interrupt() if reads_terminal(cfg.prompt) else nullcontext() as stop:
                 output = model.generate(
                     input_ids=ids, generation_config=generation, streamer=streamer, stopping_criteria=stop
                 )
@@ -179,14 +187,14 @@ def talk(model: Any, tokenizer: Any, cfg: DictConfig, said: Iterator[str]) -> No
             messages.append({"role": "assistant", "content": answer.strip()})
 
 
-def on_a_terminal(prompt: str | None) -> bool:
-    """Whether a person types the turns."""
+def reads_terminal(prompt: str | None) -> bool:
+    """Whether a person types the turns at a terminal."""
     return prompt is None and sys.stdin.isatty()
 
 
 @contextmanager
-def stoppable() -> Iterator[list[Callable[..., bool]]]:
-    """Criteria for `generate`: the first Ctrl-C ends the answer after the next token, a second one interrupts."""
+def stop_on_interrupt() -> Iterator[list[Callable[..., bool]]]:
+    """Yield stopping criteria for `generate`: the first Ctrl-C ends the answer after a token, a second interrupts."""
     stopped = False
 
     def stop(*_: object) -> None:
@@ -202,7 +210,7 @@ def stoppable() -> Iterator[list[Callable[..., bool]]]:
 
 
 def base_model(model: Any) -> Any:
-    """The grafted model inside, where PEFT wraps it."""
+    """Return the model inside, where PEFT wraps it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

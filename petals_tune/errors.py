@@ -91,13 +91,18 @@ class HubUnreachable(PetalsTuneError, ConnectionError):
 class DataError(PetalsTuneError, ValueError):
     """A row, a column or a split that cannot be used; the text names it."""
 
-    source: str = ""  # the file or data set
+    source: str = ""  # the file, folder, package or data set
+    split: str = ""
     row: int | None = None  # counted from 1, as an editor counts lines
     column: str = ""
+    seen: object = None  # what stood there
 
 
 class Diverged(PetalsTuneError, ArithmeticError):
     """A loss or a gradient that is not finite; it was not applied to any weight."""
+
+    step: int = 0  # optimizer steps that were taken before it
+    parameter: str = ""  # whose gradient it is; empty: the loss
 
 
 class ProtocolError(PetalsTuneError, ValueError):

@@ -21,7 +21,7 @@ FILE = "evaluation.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Run):
-    """All options of an evaluation: those of a run, whose data and objective it takes, and these."""
+    """All options of an evaluation: those of a run, which select the data and the objective, and these."""
 
     adapter: str
     split: Literal["validation", "test", "training"]
@@ -38,11 +38,11 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(folder_of("conf")), config_name=CONFIG_NAME)
 def evaluate(cfg: DictConfig) -> None:
-    """Print the adapter's metrics, and the base model's beside them where cfg.zero_shot asks for it; leave both."""
+    """Print the adapter's metrics and write them to a file; with cfg.zero_shot those of the base model too."""
     with report_errors():
-        from petals_tune.train.measure import measured  # slow; a mistyped key should not wait for it
+        from petals_tune.train.measure import evaluate_adapter  # slow; a mistyped key should not wait for it
 
-        metrics = measured(cfg, schema=Evaluation)
+        metrics = evaluate_adapter(cfg, schema=Evaluation)
         folder = Path(cfg.output_dir)
         write_text(folder / FILE, json.dumps(metrics, indent=2) + "\n")
         print(f"these figures are in {folder / FILE}")

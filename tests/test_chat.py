@@ -12,12 +12,13 @@ from omegaconf import DictConfig
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from petals_tune.chat import CONFIG_NAME, Chat, opened, stoppable, talk, turns, with_prompt_key
+from petals_tune.chat import CONFIG_NAME, Chat, open_model, read_turns, stop_on_interrupt, talk, with_prompt_key
 from petals_tune.config import check, composed
 from petals_tune.data.chitchat import persona_message
 from petals_tune.data.rows import context_ids
 from petals_tune.errors import ConfigError
 from petals_tune.model.convert import embedded_model
+from tests.raising import raises
 
 
 def config(*overrides: str) -> DictConfig:
@@ -35,23 +36,23 @@ def test_any_text_can_be_a_prompt(text, form):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "key"),
     [
-        (["top_p=0"], "top_p is 0"),
-        (["model=nobody"], "model=nobody is not there"),
-        (["swarm=join"], "initial_peers"),
-        (["presona=[x]"], "did you mean persona"),
+        (["top_p=0"], "top_p"),
+        (["model=nobody"], "model"),
+        (["swarm=join"], "swarm.initial_peers"),
+        (["presona=[x]"], "presona"),
     ],
 )
-def test_a_mistake_is_said_before_anything_starts(overrides, said):
-    with pytest.raises(ConfigError, match=said):
+def test_a_mistake_is_an_error_before_a_server_starts(overrides, key):
+    with raises(ConfigError, key=key):
         config(*overrides)
 
 
 def test_a_pipe_is_one_turn(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
-    assert list(turns(None)) == ["two\nlines"]
-    assert list(turns("hello")) == ["hello"]
+    assert list(read_turns(None)) == ["two\nlines"]
+    assert list(read_turns("hello")) == ["hello"]
 
 
 def test_a_model_can_be_named_instead_of_an_adapter():
@@ -73,18 +74,17 @@ def test_a_terminal_is_read_until_the_person_leaves(monkeypatch, leaves):
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", read)
-    assert list(turns(None)) == ["hello", "bye"]
+    assert list(read_turns(None)) == ["hello", "bye"]
 
 
 def test_an_adapter_that_classifies_is_refused_before_a_server_starts(tmp_path):
     LoraConfig(task_type="SEQ_CLS").save_pretrained(tmp_path)
-    said = pytest.raises(ConfigError, match=r"classifies and cannot talk; python -m petals_tune\.evaluate adapter=")
-    with said, opened(config(), tmp_path, "embedded"):
+    with raises(ConfigError, key="adapter", seen=tmp_path), open_model(config(), tmp_path, "embedded"):
         pass
 
 
 class Local:
-    """The embedded model without a swarm, under the one method that a chat needs of a grafted one."""
+    """The embedded model without a swarm, with the method of a remote model that a chat needs."""
 
     def __init__(self, model: Any):
         self._model = model
@@ -99,13 +99,13 @@ class Local:
 
 
 @pytest.fixture(scope="module")
-def spoken() -> tuple[Local, Any]:
+def local_model() -> tuple[Local, Any]:
     folder = embedded_model()
     return Local(AutoModelForCausalLM.from_pretrained(folder).eval()), AutoTokenizer.from_pretrained(folder)
 
 
-def test_turns_are_added_up_in_the_format_of_training_and_answers_are_printed(spoken, capsys):
-    model, tokenizer = spoken
+def test_turns_accumulate_in_the_format_of_training_and_answers_are_printed(local_model, capsys):
+    model, tokenizer = local_model
     cfg = config("persona=[I play the cello.]", "max_new_tokens=5", "temperature=0")
     talk(model, tokenizer, cfg, iter(["Hi!", "And you?"]))
     first, second = model.seen[-2:]
@@ -116,7 +116,7 @@ def test_turns_are_added_up_in_the_format_of_training_and_answers_are_printed(sp
     assert tokenizer.decode(second[0, first.shape[1] :][:3]).strip() in answers
 
 
-def test_ctrl_c_on_a_terminal_stops_the_answer_and_the_chat_goes_on(spoken, monkeypatch):
+def test_ctrl_c_on_a_terminal_stops_the_answer_and_the_chat_goes_on(local_model, monkeypatch):
     class Interrupted(Local):
         def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
             def press(ids: torch.Tensor, *_: Any, **__: Any) -> bool:
@@ -128,9 +128,9 @@ def test_ctrl_c_on_a_terminal_stops_the_answer_and_the_chat_goes_on(spoken, monk
             return super().generate(input_ids, **options)
 
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    model, tokenizer = Interrupted(spoken[0]._model), spoken[1]
-    said = config("max_new_tokens=30", "temperature=0")
-    talk(model, tokenizer, said, iter(["Tell me a story.", "And then?"]))
+    model, tokenizer = Interrupted(local_model[0]._model), local_model[1]
+    cfg = config("max_new_tokens=30", "temperature=0")
+    talk(model, tokenizer, cfg, iter(["Tell me a story.", "And then?"]))
     first, second = model.seen
     answer = tokenizer.decode(second[0, first.shape[1] : first.shape[1] + 2])
     messages = [
@@ -145,7 +145,7 @@ def test_ctrl_c_on_a_terminal_stops_the_answer_and_the_chat_goes_on(spoken, monk
 
 
 def test_ctrl_c_twice_interrupts_an_answer_that_does_not_come():
-    with stoppable() as (stopped,):
+    with stop_on_interrupt() as (stopped,):
         assert not stopped(None, None)
         signal.raise_signal(signal.SIGINT)
         assert stopped(None, None)
@@ -153,7 +153,7 @@ def test_ctrl_c_twice_interrupts_an_answer_that_does_not_come():
             signal.raise_signal(signal.SIGINT)
 
 
-def test_a_chat_that_is_full_says_how_to_go_on(spoken):
-    model, tokenizer = spoken
-    with pytest.raises(ConfigError, match=r"start again, with max_length=\d+"):
+def test_a_chat_that_is_too_long_is_an_error(local_model):
+    model, tokenizer = local_model
+    with raises(ConfigError, key="max_length", seen=20):
         talk(model, tokenizer, config("max_length=20", "max_new_tokens=5"), iter(["Hi!"]))

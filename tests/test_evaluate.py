@@ -1,4 +1,4 @@
-"""Figures of any adapter on either split."""
+"""Evaluation of an adapter on each split."""
 
 from pathlib import Path
 
@@ -8,8 +8,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from petals_tune.config import check_arguments
 from petals_tune.errors import ConfigError
 from petals_tune.evaluate import CONFIG_NAME, Evaluation
-from petals_tune.train.measure import measured
+from petals_tune.train.measure import evaluate_adapter
 from petals_tune.train.run import run
+from tests.raising import raises
 from tests.train.conftest import Compose, tiny_folder, tiny_run  # noqa: F401  fixtures
 from tests.train.tiny import LocalConnection
 
@@ -29,27 +30,27 @@ def test_an_evaluation_repeats_the_figures_of_the_run(tiny_run: Compose, tmp_pat
     cfg = tiny_run("sst2", "optimizer.lr=0.1")
     after = run(cfg, LocalConnection())
     adapter = tmp_path / "out" / "adapter"
-    figures = measured(evaluation(cfg, adapter, "validation"), LocalConnection(), schema=Evaluation)
+    figures = evaluate_adapter(evaluation(cfg, adapter, "validation"), LocalConnection(), schema=Evaluation)
     assert figures["adapter"] == pytest.approx(after["after"], rel=1e-5)
     assert figures["base"] == pytest.approx(after["zero_shot"], rel=1e-5)
-    training = measured(evaluation(cfg, adapter, "training"), LocalConnection(), schema=Evaluation)
-    test = measured(evaluation(cfg, adapter, "test"), LocalConnection(), schema=Evaluation)
+    training = evaluate_adapter(evaluation(cfg, adapter, "training"), LocalConnection(), schema=Evaluation)
+    test = evaluate_adapter(evaluation(cfg, adapter, "test"), LocalConnection(), schema=Evaluation)
     assert len({round(each["adapter"]["loss"], 6) for each in (figures, training, test)}) == 3
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "key"),
     [
-        ("recipe=sst2", "adapter has no value"),
-        ("recipe=sst2 adapter=x split=tests", "split is 'tests': it must be 'validation', 'test' or 'training'"),
-        ("recipe=sst2 adaptor=x", "did you mean adapter"),
+        ("recipe=sst2", "adapter"),
+        ("recipe=sst2 adapter=x split=tests", "split"),
+        ("recipe=sst2 adaptor=x", "adaptor"),
     ],
 )
-def test_a_mistake_is_one_sentence(arguments: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_an_error_has_the_key_of_the_mistake(arguments: str, key: str) -> None:
+    with raises(ConfigError, key=key):
         check_arguments(arguments.split(), config_name=CONFIG_NAME, schema=Evaluation)
 
 
-def test_what_is_right_passes() -> None:
+def test_valid_arguments_pass() -> None:
     for arguments in ("adapter=x recipe=sst2", "adapter=x data=sst2 objective=label_words", "--help"):
         check_arguments(arguments.split(), config_name=CONFIG_NAME, schema=Evaluation)

@@ -17,7 +17,7 @@ from petals_tune.config import composed
 from petals_tune.errors import PetalsTuneError
 from petals_tune.evaluate import Evaluation
 from petals_tune.merge import merge_adapter
-from petals_tune.train.measure import measured
+from petals_tune.train.measure import evaluate_adapter
 from petals_tune.train.run import run
 from tests.train.tiny import LocalConnection
 
@@ -27,7 +27,7 @@ by_name = ["recipe=tune_my_data", "data.source.path=tiny/rows", "data.source.val
 for streaming in ("false", "true"):
     cfg = composed([*by_name, "adapter=tiny/adapter", "split=test", f"data.source.streaming={streaming}"],
                    config_name="evaluate")
-    metrics = measured(cfg, LocalConnection(), schema=Evaluation)
+    metrics = evaluate_adapter(cfg, LocalConnection(), schema=Evaluation)
     print(json.dumps({"loss": metrics["adapter"]["loss"]}))
 after = run(composed([*by_name, "tuning.init_from=tiny/adapter", "model=of_adapter"]), LocalConnection())
 print(json.dumps({"trained": (out / "run" / "adapter" / "adapter_model.safetensors").exists()}))

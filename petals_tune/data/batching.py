@@ -1,4 +1,6 @@
-"""Which rows go together: short rows packed into one, rows of alike length in one batch. Pure but for the sampler."""
+"""Packing of short rows, batches of similar length, and the order of rows over epochs and processes."""
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,28 +10,28 @@ from torch.utils.data import DistributedSampler
 
 from petals_tune.data.rows import Row
 
-_OPEN_PACKS = 16  # rows that may still take another one
-_BUCKET_BATCHES = 16  # batches that are sorted by length at a time
+_OPEN_PACKS = 16  # packs that may still take another row
+_BUCKET_BATCHES = 16  # batches whose rows are sorted by length together
 
 
 def pack(rows: Sequence[Row], max_tokens: int) -> list[Row]:
-    """Rows joined end to end, up to max_tokens each: fewer rows, almost no padding.
+    """Join rows end to end into rows of at most `max_tokens`: fewer rows, almost no padding.
 
-    A row in a pack sees the rows before it: blocks are given a padding mask, which cannot part them.
+    A row attends to those before it in its pack: blocks get a padding mask alone, which cannot separate them.
     """
     packed: list[list[Row]] = []
-    waiting: list[tuple[list[Row], int]] = []  # a pack, and the tokens that still fit into it
+    open_packs: list[tuple[list[Row], int]] = []  # a pack, and the tokens that still fit into it
     for row in rows:
         length = len(row.input_ids)
-        place = next((n for n, (_, room) in enumerate(waiting) if length <= room), None)
-        if place is None:
-            own = [row]
-            packed.append(own)
-            waiting = [*waiting, (own, max_tokens - length)][-_OPEN_PACKS:]
+        index = next((n for n, (_, free) in enumerate(open_packs) if length <= free), None)
+        if index is None:
+            parts = [row]
+            packed.append(parts)
+            open_packs = [*open_packs, (parts, max_tokens - length)][-_OPEN_PACKS:]
         else:
-            parts, room = waiting[place]
+            parts, free = open_packs[index]
             parts.append(row)
-            waiting[place] = (parts, room - length)
+            open_packs[index] = (parts, free - length)
     return [
         Row(
             input_ids=[token for row in parts for token in row.input_ids],
@@ -41,48 +43,50 @@ def pack(rows: Sequence[Row], max_tokens: int) -> list[Row]:
 
 
 def training_order(lengths: Sequence[int], *, batch_rows: int, buckets: bool, seed: int, epoch: int) -> list[int]:
-    """Positions of all rows, shuffled. With `buckets`, the batch_rows that follow each other are of alike length.
+    """Return a random permutation of the row indices for one epoch.
 
-    Only a short last batch stays where it is, at the end.
+    With `buckets`, the `batch_rows` rows of a batch have similar lengths, and the batches are shuffled; a last batch
+    with fewer rows stays at the end.
     """
-    dice = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order: list[int] = torch.randperm(len(lengths), generator=dice).tolist()
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order: list[int] = torch.randperm(len(lengths), generator=generator).tolist()
     if not buckets:
         return order
     window = batch_rows * _BUCKET_BATCHES
     by_length = [
-        position
+        row
         for start in range(0, len(order), window)
-        for position in sorted(order[start : start + window], key=lambda position: lengths[position])
+        for row in sorted(order[start : start + window], key=lambda row: lengths[row])
     ]
     batches = [by_length[start : start + batch_rows] for start in range(0, len(order), batch_rows)]
-    whole = [batch for batch in batches if len(batch) == batch_rows]
-    mixed = [whole[n] for n in torch.randperm(len(whole), generator=dice).tolist()]
-    return [position for batch in [*mixed, *batches[len(whole) :]] for position in batch]
+    full = [batch for batch in batches if len(batch) == batch_rows]
+    shuffled = [full[n] for n in torch.randperm(len(full), generator=generator).tolist()]
+    return [row for batch in [*shuffled, *batches[len(full) :]] for row in batch]
 
 
 class RowOrder(DistributedSampler):
-    """The rows of one of several processes, in this epoch's order, which a checkpoint can resume.
+    """Training sampler of one of several processes; a checkpoint can resume it within an epoch.
 
-    The batches that all processes take in one step are the batch that a single process would take with as many rows
-    in all. Rows are repeated where they do not go round. (Lightning leaves a DistributedSampler as it is.)
+    The processes' batches of one step are together the batch of a single process with `ranks` times the rows. Rows are
+    repeated where their number is no multiple of `ranks`. (A DistributedSampler, because Lightning keeps those.)
     """
 
     def __init__(self, lengths: Sequence[int], *, batch_size: int, buckets: bool, seed: int, rank: int, ranks: int):
         super().__init__(lengths, num_replicas=ranks, rank=rank, seed=seed)  # type: ignore[arg-type]  # it asks for the length alone
         self.lengths, self.batch_rows, self.buckets = lengths, batch_size * ranks, buckets
 
-    def __iter__(self) -> "Place":
-        return Place(self, {"seed": self.seed, "epoch": self.epoch, "taken": 0})
+    def __iter__(self) -> EpochIterator:
+        return EpochIterator(self, {"seed": self.seed, "epoch": self.epoch, "taken": 0})
 
-    def order(self, seed: int, epoch: int) -> list[int]:
+    def epoch_order(self, seed: int, epoch: int) -> list[int]:
+        """Return this process's row indices of one epoch."""
         order = training_order(self.lengths, batch_rows=self.batch_rows, buckets=self.buckets, seed=seed, epoch=epoch)
         order += order[: -len(order) % self.num_replicas]
         return order[self.rank :: self.num_replicas]
 
 
-class Place(Iterator[int]):
-    """Where one epoch is. torchdata's loader saves the state and loads it again."""
+class EpochIterator(Iterator[int]):
+    """Row indices of one epoch. torchdata's StatefulDataLoader saves and loads its state."""
 
     def __init__(self, rows: RowOrder, state: dict[str, int]):
         self.rows = rows
@@ -99,12 +103,12 @@ class Place(Iterator[int]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.state = dict(state)
-        self.order = self.rows.order(state["seed"], state["epoch"])
-        self.rows.epoch = state["epoch"] + 1  # Lightning sets it for each epoch; a loop by hand goes on by itself
+        self.order = self.rows.epoch_order(state["seed"], state["epoch"])
+        self.rows.epoch = state["epoch"] + 1  # Lightning sets it for each epoch; a plain loop over the loader does not
 
 
 class RowShare(DistributedSampler):
-    """Every `ranks`-th row, none twice: what one of several processes validates."""
+    """Evaluation sampler of one of several processes: every `ranks`-th row, none of them repeated."""
 
     def __init__(self, rows: Sequence[Row], *, rank: int, ranks: int):
         super().__init__(rows, num_replicas=ranks, rank=rank, shuffle=False)  # type: ignore[arg-type]  # the same

@@ -1,4 +1,6 @@
-"""Questions and answers from ChatterBot's corpus (package `chatterbot-corpus`): they stand in for instructions."""
+"""Questions and answers from ChatterBot's corpus (package `chatterbot-corpus`), in place of instruction data."""
+
+from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,15 +10,15 @@ from typing import Any
 import yaml
 
 from petals_tune.data.rows import Example
-from petals_tune.data.source import Shares, Side, corpus_file, fraction
+from petals_tune.data.source import SplitName, SplitShares, corpus_file, hash_fraction
 from petals_tune.errors import ConfigError
 
 REQUIREMENT = "chatterbot-corpus==1.3.3"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Questions(Shares):
-    """The English corpus as a source of examples: a question as the user's turn, its answer as the assistant's."""
+class Questions(SplitShares):
+    """Source of examples from the English corpus: a question as the user's turn, its answer as the assistant's."""
 
     topics: Sequence[str]  # files of the corpus, such as "trivia"
     system: str = "Answer in one short sentence."
@@ -25,13 +27,17 @@ class Questions(Shares):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.topics, str) or not self.topics:
-            raise ConfigError(f"data.source.topics is {self.topics!r}: it must be a list of topics, such as [trivia]")
+            raise ConfigError(
+                f"data.source.topics is {self.topics!r}: it must be a list of topics, such as [trivia]",
+                key="data.source.topics",
+                seen=self.topics,
+            )
 
     @property
     def description(self) -> str:
         return (
             f"questions and answers of ChatterBot's corpus ({REQUIREMENT}) on {', '.join(self.topics)}; "
-            f"{self.said('the questions are')}"
+            f"{self.format_shares('the questions are')}"
         )
 
     def train(self) -> Iterator[Example]:
@@ -43,32 +49,33 @@ class Questions(Shares):
     def test(self) -> Iterator[Example]:
         return self._examples("test")
 
-    def _examples(self, side: Side) -> Iterator[Example]:
-        return (example for draw, example in self._drawn if self.side(draw) == side)
+    def _examples(self, split: SplitName) -> Iterator[Example]:
+        return (example for fraction, example in self._all_examples if self.split_of(fraction) == split)
 
     @cached_property
-    def _drawn(self) -> list[tuple[float, Example]]:
+    def _all_examples(self) -> list[tuple[float, Example]]:
+        """(hash fraction of the question, example), in the order of the fractions."""
         pairs = [pair for topic in self.topics for pair in read_pairs(topic)]
         distinct = {question.lower(): (question, answer) for question, answer in reversed(pairs)}
-        order = sorted((fraction(key), *pair) for key, pair in distinct.items())
-        return [(draw, example(question, answer, self.system)) for draw, question, answer in order]
+        order = sorted((hash_fraction(key), *pair) for key, pair in distinct.items())
+        return [(fraction, build_example(question, answer, self.system)) for fraction, question, answer in order]
 
 
 def read_pairs(topic: str) -> Iterator[tuple[str, str]]:
-    """(question, answer) of a topic's conversations, their first two turns."""
+    """Yield (question, answer), the first two turns, of each conversation on a topic."""
     path = corpus_file("chatterbot_corpus", f"data/english/{topic}.yml", requirement=REQUIREMENT)
-    yield from pairs_of(yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"])
+    yield from first_pairs(yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"])
 
 
-def pairs_of(conversations: Iterable[Any]) -> Iterator[tuple[str, str]]:
+def first_pairs(conversations: Iterable[Any]) -> Iterator[tuple[str, str]]:
     for turns in conversations:
-        # A few entries of the corpus are no list of turns, for want of a line break or of quotes.
+        # A few entries of the corpus are no list of turns: a line break or quotes are missing in the file.
         if isinstance(turns, list) and len(turns) >= 2 and not any(isinstance(turn, dict | list) for turn in turns):
             question, answer = (" ".join(str(turn).split()) for turn in turns[:2])
             yield question, answer
 
 
-def example(question: str, answer: str, system: str) -> Example:
+def build_example(question: str, answer: str, system: str) -> Example:
     return Example(
         context=({"role": "system", "content": system}, {"role": "user", "content": question}), answer=answer
     )

@@ -1,8 +1,10 @@
-"""An example becomes rows: token ids, and labels that are -100 wherever nothing is learned. Pure functions.
+"""Encoding: an example becomes rows of token ids, and of labels that are -100 where a token is not supervised.
 
-The mask rule is written here and nowhere else: the context is read, the answer and its end are learned. Of a plain text
-all is learned but its first token, which nothing precedes.
+The mask rule is written here alone: the answer and its end are supervised, the context is not. Of a plain text all
+tokens are supervised but the first of each row, which nothing precedes.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,16 +24,16 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A chat so far, and the assistant's answer, which is what is learned."""
+    """A chat, and the assistant's next answer, which is supervised."""
 
     context: tuple[Message, ...]
     answer: str
-    every_answer: bool = False  # learn the assistant's turns in the context too
+    every_answer: bool = False  # the assistant's turns in the context are supervised too
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledText:
-    """A prompt, and the word that must come next: a single token such as " positive", its leading space included."""
+    """A prompt, and the label word that follows it: a single token such as " positive", its leading space included."""
 
     prompt: str
     word: str
@@ -39,18 +41,18 @@ class LabelledText:
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """Plain text, learned whole."""
+    """Plain text, all of it supervised."""
 
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Token ids of one row, T of them. labels[t] is the token at t where it is learned, else -100 (not shifted)."""
+    """T token ids, and T labels: the token itself where it is supervised, else -100. Labels are not shifted."""
 
     input_ids: list[int]
     labels: list[int]
-    cut_tokens: int = 0  # of the context, left out so that the row fits
+    cut_tokens: int = 0  # tokens of the context that were left out to make the row short enough
 
     @property
     def supervised_tokens(self) -> int:
@@ -58,60 +60,60 @@ class Row:
 
     @property
     def prompt_ids(self) -> list[int]:
-        """What comes before the first learned token: the input for generating the answer."""
+        """The tokens before the first supervised one: the input for generating the answer."""
         return self.input_ids[: next(t for t, label in enumerate(self.labels) if label != IGNORED)]
 
 
 def rows_of(example: Example | LabelledText | Text, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Row]:
-    """The rows of an example: its context, then the answer and the end of its turn.
+    """Encode an example: its context, then the answer and the end of its turn.
 
-    A long context loses its oldest turns, never the system message, the last turn or any of the answer; where even so
-    the row has more than max_tokens tokens, there is no row. A long text becomes several rows.
+    A long context loses its oldest turns, but not the system message, the last turn or any of the answer; where the row
+    is longer than `max_tokens` even then, the list is empty. A long text becomes several rows.
     Raises DataError when the answer is empty, when a label word is not one token, or when the chat template refuses
     the messages.
     """
     if isinstance(example, Text):
-        return list(_pieces(example, tokenizer, max_tokens))
-    whole_tokens = 0
+        return list(_text_rows(example, tokenizer, max_tokens))
+    full_length = 0
     for segments in _segments(example, tokenizer):
-        tokens = sum(len(ids) for ids, _ in segments)
-        whole_tokens = whole_tokens or tokens
-        if tokens <= max_tokens:
+        length = sum(len(ids) for ids, _ in segments)
+        full_length = full_length or length
+        if length <= max_tokens:
             row = Row(
                 input_ids=[token for ids, _ in segments for token in ids],
-                labels=[token if learned else IGNORED for ids, learned in segments for token in ids],
-                cut_tokens=whole_tokens - tokens,
+                labels=[token if supervised else IGNORED for ids, supervised in segments for token in ids],
+                cut_tokens=full_length - length,
             )
             return [row]
     return []
 
 
-# Token ids in a row, and whether they are learned.
+# Consecutive token ids, and whether they are supervised.
 Segment = tuple[list[int], bool]
 
 
 def _segments(example: Example | LabelledText, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Segment]]:
-    """The parts of a row, once for each way to shorten the context, the whole one first."""
+    """Yield the segments of a row, with the whole context first and then with ever fewer of its turns."""
     match example:
         case LabelledText(prompt=prompt, word=word):
             yield [(tokenizer(prompt)["input_ids"], False), ([word_id(word, tokenizer)], True)]
         case Example(context=context, answer=answer):
             if not (answer := answer.strip()):
-                raise DataError(f"a row has an empty answer: {example}")
-            as_segments = _template_segments if tokenizer.chat_template else _transcript_segments
-            for shorter in _shortened(context):
-                turns = [*shorter, {"role": "assistant", "content": answer}]
+                raise DataError(f"a row has an empty answer: {example}", seen=example.answer)
+            encode = _template_segments if tokenizer.chat_template else _transcript_segments
+            for shortened in _shortened_contexts(context):
+                turns = [*shortened, {"role": "assistant", "content": answer}]
                 last = len(turns) - 1
-                learned = [
+                supervised = [
                     position
                     for position, turn in enumerate(turns)
                     if turn["role"] == "assistant" and (example.every_answer or position == last)
                 ]
-                yield as_segments(turns, learned, tokenizer)
+                yield encode(turns, supervised, tokenizer)
 
 
-def _pieces(example: Text, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Iterator[Row]:
-    """A text and its end, cut where a row is full. A last piece of one token would teach nothing."""
+def _text_rows(example: Text, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Iterator[Row]:
+    """Cut a text and its end token into rows. A last piece of one token is dropped: it has no supervised token."""
     ids = [*tokenizer(example.text)["input_ids"], *_end_ids(tokenizer)]
     for start in range(0, len(ids) - 1, max_tokens):
         piece = ids[start : start + max_tokens]
@@ -120,28 +122,29 @@ def _pieces(example: Text, tokenizer: PreTrainedTokenizerBase, max_tokens: int) 
 
 
 def context_ids(context: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A chat as the token ids that its next answer follows: those that training saw before the answer."""
+    """Encode a chat as the prompt of its next answer, with the same token ids as in training."""
     if tokenizer.chat_template:
-        text = _chat_text(list(context), tokenizer, add_generation_prompt=True)
+        text = _apply_template(list(context), tokenizer, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokenizer(f"{transcript(context)}{SPEAKERS['assistant']}:")["input_ids"]
+    return tokenizer(f"{format_transcript(context)}{SPEAKERS['assistant']}:")["input_ids"]
 
 
 def word_id(word: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The one token of a label word. Raises DataError, with the tokens seen, where it is not exactly one."""
+    """Return the token id of a label word. Raises DataError where the word is not exactly one token."""
     ids = tokenizer(word, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         raise DataError(
             f"the label word {word!r} is {len(ids)} tokens for this tokenizer ({tokenizer.convert_ids_to_tokens(ids)}),"
-            " and a label must be one: take another word, with a leading space for most tokenizers"
+            " and a label must be one: take another word, with a leading space for most tokenizers",
+            seen=word,
         )
     return ids[0]
 
 
-def _shortened(context: Sequence[Message]) -> Iterator[list[Message]]:
-    """The context without its oldest turns, from none left out to all but the last.
+def _shortened_contexts(context: Sequence[Message]) -> Iterator[list[Message]]:
+    """Yield the context with ever more of its oldest turns left out, down to the user's last one.
 
-    What is left begins with a turn of the user, since many chat templates refuse anything else.
+    Each begins with a turn of the user (after the system message), since many chat templates refuse anything else.
     """
     system = [message for message in context if message["role"] == "system"]
     turns = [message for message in context if message["role"] != "system"]
@@ -151,46 +154,51 @@ def _shortened(context: Sequence[Message]) -> Iterator[list[Message]]:
 
 
 def _template_segments(
-    turns: list[Message], learned: Sequence[int], tokenizer: PreTrainedTokenizerBase
+    turns: list[Message], supervised: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[Segment]:
-    """`learned` are the positions of the turns that are learned, in order."""
+    """Encode turns by the tokenizer's chat template; `supervised` are the indices of supervised turns, in order."""
     segments: list[Segment] = []
-    seen = ""
-    for position in learned:
-        prompt = _chat_text(turns[:position], tokenizer, add_generation_prompt=True)
-        chat = _chat_text(turns[: position + 1], tokenizer, add_generation_prompt=False)
-        if not (chat.startswith(prompt) and prompt.startswith(seen)):
+    encoded = ""
+    for position in supervised:
+        prompt = _apply_template(turns[:position], tokenizer, add_generation_prompt=True)
+        chat = _apply_template(turns[: position + 1], tokenizer, add_generation_prompt=False)
+        if not (chat.startswith(prompt) and prompt.startswith(encoded)):
             raise DataError(
-                f"the tokenizer's chat template has no place for an answer: {prompt!r} does not begin {chat!r}"
+                f"the tokenizer's chat template has no place for an answer: {prompt!r} does not begin {chat!r}",
+                seen=chat,
             )
         answer = turns[position]["content"].strip()
-        # The template may go on after the end of the turn (a line break): no model should learn to say that.
+        # A template may add a line break after the end of the turn, which a model should not learn to generate.
         reply = chat[len(prompt) :].rstrip()
-        # The text is cut where generation starts, so that training and generation see the same tokens.
-        segments.append((tokenizer(prompt[len(seen) :], add_special_tokens=False)["input_ids"], False))
+        # Tokenized apart, where generation starts, so that training and generation see the same tokens.
+        segments.append((tokenizer(prompt[len(encoded) :], add_special_tokens=False)["input_ids"], False))
         reply_ids = tokenizer(reply, add_special_tokens=False)["input_ids"]
         segments.append((reply_ids + _end_ids(tokenizer) if reply.endswith(answer) else reply_ids, True))
-        seen = prompt + reply
+        encoded = prompt + reply
     return segments
 
 
-def _chat_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:
+def _apply_template(messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise DataError(f"the tokenizer's chat template refuses the turns {roles}: {error}") from error
+        raise DataError(
+            f"the tokenizer's chat template refuses the turns {roles}: {error}",
+            seen=tuple(message["role"] for message in messages),
+        ) from error
     assert isinstance(text, str)  # one chat, not tokenized
     return text
 
 
 def _transcript_segments(
-    turns: list[Message], learned: Sequence[int], tokenizer: PreTrainedTokenizerBase
+    turns: list[Message], supervised: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> list[Segment]:
+    """Encode turns as a transcript; `supervised` as in `_template_segments`."""
     segments: list[Segment] = []
     done = 0
-    for position in learned:
-        between = f"{transcript(turns[done:position])}{SPEAKERS['assistant']}:"
+    for position in supervised:
+        between = f"{format_transcript(turns[done:position])}{SPEAKERS['assistant']}:"
         segments.append((tokenizer(between, add_special_tokens=not done)["input_ids"], False))
         answer = tokenizer(f" {turns[position]['content'].strip()}", add_special_tokens=False)["input_ids"]
         segments.append((answer + _end_ids(tokenizer), True))
@@ -198,8 +206,8 @@ def _transcript_segments(
     return segments
 
 
-def transcript(context: Sequence[Message]) -> str:
-    """The context as readable text, for tokenizers without a chat template: `User: ...`, a turn a line."""
+def format_transcript(context: Sequence[Message]) -> str:
+    """Format a chat for tokenizers without a chat template: one line per turn, `User: ...`."""
     system = (f"{message['content']}\n\n" for message in context if message["role"] == "system")
     turns = (f"{SPEAKERS[m['role']]}: {m['content']}\n" for m in context if m["role"] != "system")
     return "".join([*system, *turns])

@@ -1,1 +1,1 @@
-"""The training loop: Lightning drives it, what is trained is injected."""
+"""Training with Lightning: module, objectives, callbacks, a whole run, and sweeps."""

@@ -1,4 +1,4 @@
-"""What training needs to know of the remote blocks inside a model; a plain local model has none."""
+"""Access to the remote blocks inside a model. A plain local model, which has none, may be trained too."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from transformers import PreTrainedModel
 
 from petals_tune.net.stats import SwarmStats
 
-Net = PreTrainedModel | PeftModel  # what is trained: a model, usually wrapped by PEFT
+Net = PreTrainedModel | PeftModel  # the model that is trained, usually wrapped by PEFT
 
 
 def remote_blocks(net: nn.Module) -> Any:
-    """The blocks on the swarm inside a model, wrapped by PEFT or not; None in a plain local model."""
+    """Return the `RemoteBlocks` of a model, wrapped by PEFT or not; None for a plain local model."""
     base = net.get_base_model() if isinstance(net, PeftModel) else net
     return getattr(base, "remote_blocks", None)
 
 
 def swarm_stats(net: nn.Module) -> SwarmStats:
-    """The running totals of the model's swarm client; zeros for a plain local model."""
+    """Return the running totals of the model's swarm client; zeros for a plain local model."""
     blocks = remote_blocks(net)
     return SwarmStats() if blocks is None else blocks.stats
 
 
-def coverage(net: nn.Module) -> str:
-    """Who holds which blocks, and the way that the next call takes: one line for a person who joins."""
+def describe_swarm(net: nn.Module) -> str:
+    """Describe in one line how many servers hold the blocks, and the route of the next call."""
     blocks = remote_blocks(net)
     if blocks is None:
         return "all blocks are on this machine"
@@ -39,8 +39,8 @@ def coverage(net: nn.Module) -> str:
     )
 
 
-def where_blocks_run(net: nn.Module) -> str:
-    """How the frozen blocks are run, for whoever reads figures that were measured over them."""
+def describe_block_location(net: nn.Module) -> str:
+    """Describe where and in which quantization the frozen blocks run, for the adapter's model card."""
     blocks = remote_blocks(net)
     if blocks is None:
         return "on this machine"

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes on: speed, progress, and replies before and after."""
+"""Callbacks of a run: speed metrics, progress, the newest checkpoint, and replies before and after training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from petals_tune.files import replacing, write_text
 from petals_tune.net.stats import ServerTimes
 from petals_tune.train.backbone import swarm_stats
 from petals_tune.train.module import FineTuner
-from petals_tune.train.resume import Place, set_random_states
+from petals_tune.train.resume import TrainingPosition, set_random_states
 
 MB = 1e6
 
@@ -38,9 +38,9 @@ def data_of(trainer: Trainer) -> TextData:
 
 
 class Speed(Callback):
-    """Logs tokens/s, the swarm's share of the step time, what went over the network so far, and the learning rate.
+    """Logs tokens/s, the share of a step spent waiting for the swarm, the traffic so far, and the learning rate.
 
-    `swarm/reply_ms/..PEER` is the mean time of a step's requests to one server, its computing included.
+    `swarm/reply_ms/..PEER` is the mean time from a request to the reply of one server, computing included, in one step.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Speed(Callback):
 
     @property
     def tokens_per_s(self) -> float:
-        """Of all training steps so far."""
+        """Mean over all training steps so far."""
         return self._tokens / self._train_s if self._train_s else 0.0
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, batch_idx: int) -> None:
@@ -56,7 +56,7 @@ class Speed(Callback):
         stats = swarm_stats(net_of(module))
         self._waited_s = stats.wait_s
         self._before = {peer: replace(times) for peer, times in stats.servers.items()}
-        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # before the schedule moves it on
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # before the schedule changes it
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -78,7 +78,7 @@ class Speed(Callback):
 
 
 class Progress(TQDMProgressBar):
-    """Lightning's progress bar on a terminal; elsewhere `lines` plain lines over the whole training."""
+    """Lightning's progress bar on a terminal; elsewhere `lines` plain lines over the training."""
 
     def __init__(self, lines: int = 10):
         super().__init__()
@@ -87,14 +87,14 @@ class Progress(TQDMProgressBar):
             self.disable()
 
     def get_metrics(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-        now = trainer.callback_metrics
-        shown = {
-            "loss": now.get("train/loss"),
-            "tokens/s": now.get("train/tokens_per_s"),
-            "waits for the swarm": now.get("swarm/wait_share"),
+        logged = trainer.callback_metrics
+        values = {
+            "loss": logged.get("train/loss"),
+            "tokens/s": logged.get("train/tokens_per_s"),
+            "waits for the swarm": logged.get("swarm/wait_share"),
         }
         formats = {"loss": "{:.3f}", "tokens/s": "{:.0f}", "waits for the swarm": "{:.0%}"}
-        return {name: formats[name].format(float(value)) for name, value in shown.items() if value is not None}
+        return {name: formats[name].format(float(value)) for name, value in values.items() if value is not None}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         super().on_train_start(trainer, module)
@@ -110,11 +110,11 @@ class Progress(TQDMProgressBar):
             return
         left_s = (time.perf_counter() - self._started_s) / (step - self._first_step) * (steps - step)
         metrics = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, module).items())
-        print(f"step      {step}/{steps}  {metrics}  {duration(left_s)} left", flush=True)
+        print(f"step      {step}/{steps}  {metrics}  {format_duration(left_s)} left", flush=True)
 
 
-def duration(seconds: float) -> str:
-    """`48 s`, `3 min 12 s`, `2 h 05 min`."""
+def format_duration(seconds: float) -> str:
+    """Format a duration as `48 s`, `3 min 12 s` or `2 h 05 min`."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s" if minutes else f"{rest} s"
@@ -122,31 +122,31 @@ def duration(seconds: float) -> str:
 
 
 class NewestCheckpoint(Checkpoint):
-    """Keeps one checkpoint at `path`: every few steps, and when training ends, by Ctrl-C or an error too.
+    """Saves one checkpoint to `path`: every few steps, and when training ends, also by Ctrl-C or an error.
 
-    It is written during the fit: afterwards the data loader has forgotten its place in the epoch. One that an error
-    writes in the middle of a step stands before that step: a run that goes on from it takes the step again, with the
-    same batches and random numbers.
+    The last one is saved within the fit, since the data loader loses its position in the epoch afterwards. After an
+    error in the middle of a step the checkpoint has the position before that step, so that a resumed run repeats the
+    step with the same batches and random numbers.
     """
 
     def __init__(self, path: str, every_n_steps: int = 50):
         self.path = Path(path)
         self.every_n_steps = every_n_steps
         self._saved_step = 0
-        self._place: Place | None = None
+        self._position: TrainingPosition | None = None
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._place = Place.loaded(checkpoint)
+        self._position = TrainingPosition.from_checkpoint(checkpoint)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._place is not None:
-            set_random_states(self._place.random_states)
+        if self._position is not None:
+            set_random_states(self._position.random_states)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if self._place is None or self._place.step != trainer.global_step:
-            self._place = Place.of(trainer)
+        if self._position is None or self._position.step != trainer.global_step:
+            self._position = TrainingPosition.from_trainer(trainer)
         if trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
 
@@ -157,8 +157,8 @@ class NewestCheckpoint(Checkpoint):
         self._save(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._place is not None and self._place.step == trainer.global_step:
-            self._place.put_into(checkpoint)
+        if self._position is not None and self._position.step == trainer.global_step:
+            self._position.write_to(checkpoint)
 
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self._saved_step:
@@ -169,9 +169,9 @@ class NewestCheckpoint(Checkpoint):
 
 
 class SampleReplies(Callback):
-    """Greedy replies to the data's fixed held-out samples, before and after training, printed and saved.
+    """Generates greedy replies to fixed validation samples before and after training.
 
-    Writes replies.json and replies.txt into `folder`, and a table where a logger is W&B's.
+    Prints them, writes replies.json and replies.txt into `folder`, and logs a table to W&B.
     """
 
     def __init__(self, folder: str, max_new_tokens: int = 24):
@@ -182,13 +182,13 @@ class SampleReplies(Callback):
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         samples = data_of(trainer).samples if trainer.is_global_zero else []
         self._replies = [{"prompt": sample.prompt, "person": sample.reply} for sample in samples]
-        self._reply(trainer, module, "before")
+        self._generate(trainer, module, "before")
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._reply(trainer, module, "after")
+        self._generate(trainer, module, "after")
         if not self._replies:
             return
-        text = "\n\n".join(map(readable, self._replies))
+        text = "\n\n".join(map(format_reply, self._replies))
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "replies.json", json.dumps(self._replies, indent=2, ensure_ascii=False) + "\n")
         write_text(self.folder / "replies.txt", text + "\n")
@@ -198,7 +198,7 @@ class SampleReplies(Callback):
                 columns = list(self._replies[0])
                 logger.log_table("replies", columns, [list(reply.values()) for reply in self._replies])
 
-    def _reply(self, trainer: Trainer, module: LightningModule, when: str) -> None:
+    def _generate(self, trainer: Trainer, module: LightningModule, when: str) -> None:
         data = data_of(trainer)
         for reply, sample in zip(self._replies, data.samples if self._replies else (), strict=True):
             reply[when] = greedy_reply(module, data, sample.prompt_ids, max_new_tokens=self.max_new_tokens)
@@ -206,7 +206,7 @@ class SampleReplies(Callback):
 
 @torch.inference_mode()
 def greedy_reply(module: LightningModule, data: TextData, prompt_ids: list[int], *, max_new_tokens: int) -> str:
-    """The model's most likely continuation of a prompt, token by token, as text."""
+    """Generate the greedy continuation of a prompt, as text."""
     input_ids = torch.tensor([prompt_ids], device=module.device)
     output = net_of(module).generate(
         input_ids=input_ids,
@@ -218,8 +218,8 @@ def greedy_reply(module: LightningModule, data: TextData, prompt_ids: list[int],
     return str(data.tokenizer.decode(output[0, len(prompt_ids) :], skip_special_tokens=True)).strip()
 
 
-def readable(reply: dict[str, str]) -> str:
-    """A sampled reply as a few lines: the end of the dialogue, then who says what to it."""
+def format_reply(reply: dict[str, str]) -> str:
+    """Format a sample in lines: the end of the dialogue, the person's reply, and the model's before and after."""
     names = {"prompt": "dialogue", "person": "person", "before": "before", "after": "after"}
     indent = " " * 10
     lines = []

@@ -1,4 +1,4 @@
-"""The learning curves of a run as one picture."""
+"""Plot of a run's learning curves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LABELS = {"train": "training batches", "val": "validation", "zero_shot": "zero-s
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """metric -> (step, value) points, of a metrics.csv."""
+    """Read a metrics.csv as metric -> (step, value) points."""
     points: dict[str, list[tuple[int, float]]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -27,14 +27,14 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def draw_curves(metrics: Path, picture: Path, *, title: str) -> None:
-    """Write training and validation curves over the steps; one panel for each kind of metric that was measured."""
+    """Plot training and validation metrics over the steps, with one panel for each kind of metric."""
     points = read_metrics(metrics)
     kinds = [kind for kind in UNITS if f"val/{kind}" in points]
-    # Figure, not pyplot: no display is looked for, and nothing is left open.
+    # Figure, not pyplot, which would look for a display and keep the figure open.
     figure = Figure(figsize=(8, 1.2 + 3.2 * len(kinds)), layout="constrained")
     panels = figure.subplots(len(kinds), sharex=True, squeeze=False)[:, 0]
     for panel, kind in zip(panels, kinds, strict=True):
-        _draw_kind(panel, kind, points)
+        _plot_kind(panel, kind, points)
     panels[0].legend(frameon=False)
     panels[-1].set_xlabel("optimizer steps")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -43,7 +43,7 @@ def draw_curves(metrics: Path, picture: Path, *, title: str) -> None:
         figure.savefig(partial, dpi=120)
 
 
-def _draw_kind(panel: Axes, kind: str, points: dict[str, list[tuple[int, float]]]) -> None:
+def _plot_kind(panel: Axes, kind: str, points: dict[str, list[tuple[int, float]]]) -> None:
     if train := points.get(f"train/{kind}"):
         steps, values = zip(*train, strict=True)
         panel.plot(steps, values, color="tab:blue", alpha=0.35, linewidth=1, label=LABELS["train"])
@@ -58,7 +58,7 @@ def _draw_kind(panel: Axes, kind: str, points: dict[str, list[tuple[int, float]]
 
 
 def _smooth(values: tuple[float, ...], *, keep: float = 0.85) -> list[float]:
-    """Exponential moving average that weighs the first values rightly."""
+    """Return the exponential moving average, bias-corrected for the first values."""
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
         total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)

@@ -1,4 +1,4 @@
-"""The trained adapter as files that stock PEFT reads, with a card that says what it is."""
+"""Export of the trained adapter in PEFT's format, with a model card."""
 
 from __future__ import annotations
 
@@ -64,42 +64,42 @@ _EMBEDDED_NOTE = f"""
 def export_adapter(net: PeftModel, folder: Path, result: Result) -> None:
     """Write adapter_config.json, adapter_model.safetensors and README.md of the active adapter.
 
-    Stock `PeftModel.from_pretrained(model, folder)` loads it, on a local model or on a remote one; deep prompts, which
-    PEFT does not know, lie beside it and come with `petals_tune.tuning.saved.load_adapter`.
+    Stock `PeftModel.from_pretrained(model, folder)` loads it on a local or remote model. Deep prompts, which PEFT does
+    not know, are a file of their own, which `petals_tune.tuning.saved.load_adapter` loads too.
     """
     config = net.peft_config[net.active_adapter]
     config.base_model_name_or_path = result.base
     if isinstance(config, PromptTuningConfig):
-        # What the prompt began with is history (config.yaml has it), and the tokenizer's path is this machine's.
+        # Of no use for loading: config.yaml has the initial text, and the tokenizer's path is one of this machine.
         config.prompt_tuning_init = PromptTuningInit.RANDOM
         config.prompt_tuning_init_text = config.tokenizer_name_or_path = None
     base_model: Any = net.get_base_model()
     deep = deep_prompts(base_model) is not None
     with filling(folder) as partial:
-        # "auto" would ask a hub whether the base model's vocabulary grew; nothing here resizes it.
+        # "auto" would ask the hub whether the vocabulary was resized, which is never done here.
         net.save_pretrained(str(partial), save_embedding_layers=False)
         if deep:
             save_deep_prompts(base_model, partial)
         result.adapter_bytes = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
-        # PEFT's own card is a form to fill in, with this machine's paths.
-        text = card(config, result, deep=deep, num_labels=base_model.config.num_labels)
+        # Replaces PEFT's own card, a template with paths of this machine.
+        text = model_card(config, result, deep=deep, num_labels=base_model.config.num_labels)
         (partial / "README.md").write_text(text, encoding="utf-8")
 
 
-def card(config: PeftConfig, result: Result, *, deep: bool, num_labels: int = 2) -> str:
-    """The README.md of an adapter, as the hub shows it."""
+def model_card(config: PeftConfig, result: Result, *, deep: bool, num_labels: int = 2) -> str:
+    """Build the README.md of an adapter, with the hub's front matter."""
     embedded = result.base == EMBEDDED
-    on_hub = f"HuggingFaceTB/{EMBEDDED_NAME}" if embedded else result.base
-    front_matter = ["library_name: peft", f"tags: [petals_tune, {method(config, deep=deep)[1]}]"]
-    if not Path(on_hub).is_dir():
-        front_matter.insert(0, f"base_model: {on_hub}")
+    hub_name = f"HuggingFaceTB/{EMBEDDED_NAME}" if embedded else result.base
+    front_matter = ["library_name: peft", f"tags: [petals_tune, {describe_method(config, deep=deep)[1]}]"]
+    if not Path(hub_name).is_dir():
+        front_matter.insert(0, f"base_model: {hub_name}")
     classifies = config.task_type == "SEQ_CLS"
     auto = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
     labels = f", num_labels={num_labels}" if classifies else ""
     return _CARD.format(
         front_matter="\n".join(front_matter),
         name=result.name,
-        method=method(config, deep=deep)[0],
+        method=describe_method(config, deep=deep)[0],
         base=result.base,
         trained_share=result.trained_share,
         blocks=result.blocks,
@@ -107,27 +107,27 @@ def card(config: PeftConfig, result: Result, *, deep: bool, num_labels: int = 2)
         steps=result.steps,
         seed=result.seed,
         started_from=f" It started from the adapter `{result.started_from}`." if result.started_from else "",
-        figures=_table(result),
-        load=(_DEEP if deep else _PEFT).format(auto=auto, arguments=f'"{on_hub}"{labels}'),
+        figures=_metrics_table(result),
+        load=(_DEEP if deep else _PEFT).format(auto=auto, arguments=f'"{hub_name}"{labels}'),
         note="".join([_DEEP_NOTE * deep, _EMBEDDED_NOTE * embedded]),
     )
 
 
-def method(config: PeftConfig, *, deep: bool = False) -> tuple[str, str]:
-    """An adapter's method: for a sentence, and as a tag."""
+def describe_method(config: PeftConfig, *, deep: bool = False) -> tuple[str, str]:
+    """Describe an adapter's method: for a sentence, and as a tag."""
     if deep:
         return f"deep-prompt ({getattr(config, 'num_virtual_tokens', '?')} positions at every block)", "deep-prompt"
     if config.peft_type == PeftType.PROMPT_TUNING:
         return f"soft-prompt ({getattr(config, 'num_virtual_tokens', '?')} tokens)", "prompt-tuning"
     if config.peft_type == PeftType.LORA:
         modules = getattr(config, "target_modules", None) or ()
-        named = ", ".join(sorted(modules)) if not isinstance(modules, str) else modules
-        return f"LoRA (r={getattr(config, 'r', '?')} on {named})", "lora"
+        names = ", ".join(sorted(modules)) if not isinstance(modules, str) else modules
+        return f"LoRA (r={getattr(config, 'r', '?')} on {names})", "lora"
     name = str(getattr(config.peft_type, "value", config.peft_type))
     return name, name.lower()
 
 
-def _table(result: Result) -> str:
+def _metrics_table(result: Result) -> str:
     if not result.measured:
         return "Not measured."
     names = list(dict.fromkeys(name for metrics in result.measured.values() for name in metrics))

@@ -1,4 +1,4 @@
-"""Where metrics go: always metrics.csv in the output folder, and to the loggers of the config group `logger`."""
+"""Loggers: metrics.csv in the output folder, and what is handed to W&B and others."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ class MetricsFile(CSVLogger):
     @rank_zero_only
     def save(self) -> None:
         super().save()
-        # Hyperparameters are in config.yaml; here they would be an empty file.
+        # Hyperparameters are in config.yaml; Lightning's file for them would be empty.
         Path(self.log_dir, self.experiment.NAME_HPARAMS_FILE).unlink(missing_ok=True)
 
 
 def wandb_logger(*, save_dir: str, name: str, project: str, **options: Any) -> WandbLogger:
-    """Lightning's W&B logger, offline where this machine has no account. WANDB_MODE, if set, has the last word.
+    """Build Lightning's W&B logger, offline where this machine has no account. WANDB_MODE, if set, has precedence.
 
     Further options are those of wandb.init.
     """
     mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_account() else "offline")
     settings = wandb.Settings(silent=True, console="off")
-    wandb.setup(settings)  # or it warns of an option that Lightning always passes
+    wandb.setup(settings)  # otherwise it warns of an option that Lightning always passes
     return WandbLogger(save_dir=save_dir, name=name, project=project, mode=mode, settings=settings, **options)
 
 
-def tell_config(loggers: Iterable[Logger], cfg: DictConfig) -> None:
-    """Hand the whole configuration, resolved, to loggers that show one; metrics.csv has config.yaml beside it."""
+def log_config(loggers: Iterable[Logger], cfg: DictConfig) -> None:
+    """Log the resolved configuration; not to metrics.csv, which has config.yaml beside it."""
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     for logger in loggers:
         if not isinstance(logger, CSVLogger):
             logger.log_hyperparams(resolved)
 
 
-def publish(loggers: Iterable[Logger], output: Path, result: Result) -> None:
-    """Give W&B what a run left beside its metrics: the figures, the curves' picture, and the adapter as an artifact."""
+def log_results(loggers: Iterable[Logger], output: Path, result: Result) -> None:
+    """Log a run's result, its learning curves and the adapter, as an artifact, to W&B."""
     for logger in loggers:
         if not isinstance(logger, WandbLogger):
             continue
@@ -62,22 +62,22 @@ def publish(loggers: Iterable[Logger], output: Path, result: Result) -> None:
             logger.log_image("curves", [str(output / "curves.png")])
         if not (output / "adapter").is_dir():  # not a single step was taken
             continue
-        name = re.sub(r"[^\w.-]", "-", result.name)  # what W&B takes for a name
+        name = re.sub(r"[^\w.-]", "-", result.name)  # characters that W&B allows in a name
         adapter = wandb.Artifact(f"{name}-adapter", type="adapter", metadata=asdict(result))
         # immutable: the output folder keeps the files, so W&B's staging folder needs no copy of them.
         adapter.add_dir(str(output / "adapter"), policy="immutable")
         run.log_artifact(adapter)
 
 
-def finish(loggers: Iterable[Logger]) -> None:
-    """End W&B runs now, so that another run of this process gets its own."""
+def finish_wandb_runs(loggers: Iterable[Logger]) -> None:
+    """Finish W&B's runs, so that the next run of this process gets its own."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()
 
 
 def has_wandb_account() -> bool:
-    """A key in the environment, or one that `wandb login` left in ~/.netrc."""
+    """Whether there is a key in the environment, or in ~/.netrc from `wandb login`."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

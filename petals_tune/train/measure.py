@@ -1,4 +1,4 @@
-"""The metrics of an adapter, without training it."""
+"""Evaluation of an adapter without training it."""
 
 from __future__ import annotations
 
@@ -14,45 +14,48 @@ from petals_tune.data.module import TextData
 from petals_tune.data.rows import Row
 from petals_tune.train.module import FineTuner
 from petals_tune.train.parts import prepare
-from petals_tune.train.quiet import quiet
-from petals_tune.train.result import shown
-from petals_tune.train.run import Connect, interrupts_raised, named, remote_model, say
+from petals_tune.train.quiet import silence_known_warnings
+from petals_tune.train.result import format_metrics
+from petals_tune.train.run import Connect, display_name, raise_interrupts, remote_model, say
 from petals_tune.tuning.saved import load_adapter
 
 Split = Literal["training", "validation", "test"]
 
-STAGES: dict[Split, str] = {"training": "fit", "validation": "validate", "test": "test"}  # in Lightning's words
+STAGES: dict[Split, str] = {"training": "fit", "validation": "validate", "test": "test"}  # Lightning's names
 
 
-def measured(
+def evaluate_adapter(
     cfg: DictConfig, connect: Connect = remote_model, *, schema: type[Run] = Run
 ) -> dict[str, dict[str, float]]:
-    """The metrics of `tuning.init_from` on `cfg.split`: `adapter`, and `base` for the model alone with `zero_shot`.
+    """Compute the metrics of the adapter `tuning.init_from` on `cfg.split`.
+
+    Returns them as `adapter`, and with `cfg.zero_shot` those of the model alone as `base`.
 
     Raises ConfigError before any server is started.
     """
-    quiet()
+    silence_known_warnings()
     check(cfg, schema=schema)
     seed_everything(cfg.seed, verbose=False)
     parts = prepare(cfg, stage=STAGES[cfg.split])
     assert parts.adapter is not None  # evaluate.yaml sets it
     Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
-    rows, loader = rows_and_loader(parts.data, cfg.split)
-    say(f"model     {named(parts.base)}, {parts.blocks} blocks, with the adapter {parts.adapter}")
+    rows, loader = load_split(parts.data, cfg.split)
+    say(f"model     {display_name(parts.base)}, {parts.blocks} blocks, with the adapter {parts.adapter}")
     say(f"data      {parts.data.source.description}; {len(rows):,} rows of the {cfg.split} split")
     metrics = {}
     with connect(parts) as model:
         if cfg.zero_shot:
             tuner = FineTuner(model, parts.objective, parts.optimizer)
-            metrics["base"] = validated(parts.trainer, tuner, loader)
-            say(f"base      {shown(metrics['base'])}")
+            metrics["base"] = validate(parts.trainer, tuner, loader)
+            say(f"base      {format_metrics(metrics['base'])}")
         tuner = FineTuner(load_adapter(model, parts.adapter), parts.objective, parts.optimizer)
-        metrics["adapter"] = validated(parts.trainer, tuner, loader)
-        say(f"adapter   {shown(metrics['adapter'])}")
+        metrics["adapter"] = validate(parts.trainer, tuner, loader)
+        say(f"adapter   {format_metrics(metrics['adapter'])}")
     return metrics
 
 
-def rows_and_loader(data: TextData, split: Split) -> tuple[list[Row], StatefulDataLoader]:
+def load_split(data: TextData, split: Split) -> tuple[list[Row], StatefulDataLoader]:
+    """Return the rows and the loader of a split."""
     match split:
         case "training":
             return data.train_split.rows, data.train_dataloader()
@@ -62,7 +65,7 @@ def rows_and_loader(data: TextData, split: Split) -> tuple[list[Row], StatefulDa
             return data.test_split.rows, data.test_dataloader()
 
 
-def validated(trainer: Trainer, tuner: FineTuner, loader: StatefulDataLoader) -> dict[str, float]:
-    with interrupts_raised(trainer):
+def validate(trainer: Trainer, tuner: FineTuner, loader: StatefulDataLoader) -> dict[str, float]:
+    with raise_interrupts(trainer):
         trainer.validate(tuner, loader, verbose=False)
     return tuner.summaries["val"][1]

@@ -1,4 +1,4 @@
-"""The LightningModule: parts come built, one step is shared, a checkpoint holds what is trained and nothing else."""
+"""The LightningModule: training and evaluation steps, and checkpoints that hold the trained parameters alone."""
 
 from __future__ import annotations
 
@@ -20,57 +20,65 @@ from petals_tune.errors import ConfigError, Diverged
 from petals_tune.train.backbone import Net
 from petals_tune.train.objective import Objective, Scores
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
-MakeSchedule = Callable[..., LRScheduler]  # called as schedule(optimizer=...), with num_training_steps=N if it takes it
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+ScheduleFactory = Callable[
+    ..., LRScheduler
+]  # called with optimizer=..., and num_training_steps=N if it has that argument
 
-# With the others, weights and hidden states of the client would have another type than what the servers send back.
+# The others change the dtype of the client's weights and hidden states, and then those of the servers do not match.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 class FineTuner(LightningModule):
-    """Trains the parameters of `net` that require a gradient: a PEFT model's, or whatever the caller left so.
+    """Trains the parameters of `net` that require a gradient, usually those of a PEFT adapter.
 
-    `optimizer` is called with those parameters, `schedule` with the optimizer and `num_training_steps`. With several
-    processes (`strategy="ddp"`) a step learns from all their supervised tokens alike, as one process with the whole
-    batch would.
+    net:        the model, with local or remote blocks
+    objective:  the loss and the metrics
+    optimizer:  called with the trained parameters
+    schedule:   called with the optimizer and, if it has such an argument, `num_training_steps`; None: constant
+
+    With several processes (`strategy="ddp"`) all supervised tokens of a step have the same weight, as with one process
+    and the whole batch.
     """
 
     def __init__(
         self,
         net: Net,
         objective: Objective,
-        optimizer: MakeOptimizer,
-        schedule: MakeSchedule | None = None,
+        optimizer: OptimizerFactory,
+        schedule: ScheduleFactory | None = None,
     ):
         super().__init__()
-        self.strict_loading = False  # a checkpoint has no backbone
+        self.strict_loading = False  # a checkpoint has no frozen weights
         self.net = net.train()
         self.objective = objective
-        self.split = "val"  # what a validation's metrics are called after
-        self.summaries: dict[str, tuple[int, dict[str, float]]] = {}  # split -> (step, its last validation)
-        self._make_optimizer = optimizer
-        self._make_schedule = schedule
+        self.split = "val"  # prefix of a validation's metrics
+        self.summaries: dict[str, tuple[int, dict[str, float]]] = {}  # split -> (step, metrics) of its last evaluation
+        self._optimizer_factory = optimizer
+        self._schedule_factory = schedule
         self._totals: dict[str, MeanMetric] = {}
 
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)
-        # DDP broadcasts what is frozen as well, which would give the weightless blocks memory.
+        # DDP would broadcast frozen parameters too, and so allocate memory for remote blocks' placeholder weights.
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
         self._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in self.named_buffers())]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        scores = self._scores(batch)
-        share = self._share(scores.count)
+        scores = self._score(batch)
+        weight = self._batch_weight(scores.count)
         for name, value in {"loss": scores.loss, **scores.metrics}.items():
-            self.log(f"train/{name}", share * value, batch_size=scores.count, prog_bar=True, sync_dist=True)
-        return share * scores.loss
+            self.log(f"train/{name}", weight * value, batch_size=scores.count, prog_bar=True, sync_dist=True)
+        return weight * scores.loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        for name, parameter in self.trained():
+        for name, parameter in self.trained_parameters():
             if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
                 raise Diverged(
                     f"the gradient of {name} is not finite at step {self.global_step}; it was not applied: training "
-                    "diverged, try a smaller optimizer.lr"
+                    "diverged, try a smaller optimizer.lr",
+                    step=self.global_step,
+                    parameter=name,
                 )
 
     def on_validation_epoch_start(self) -> None:
@@ -80,7 +88,7 @@ class FineTuner(LightningModule):
         self._totals = {}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        scores = self._scores(batch)
+        scores = self._score(batch)
         for name, value in {"loss": scores.loss, **scores.metrics}.items():
             if name not in self._totals:
                 self._totals[name] = MeanMetric().to(self.device)
@@ -91,22 +99,22 @@ class FineTuner(LightningModule):
         self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        self._report(self.split)
+        self._log_summary(self.split)
 
     def on_test_epoch_end(self) -> None:
-        self._report("test")
+        self._log_summary("test")
 
-    def _report(self, split: str) -> None:
-        # The totals of several processes are added up by `compute`.
+    def _log_summary(self, split: str) -> None:
+        # `compute` adds up the totals of all processes.
         summary = self.objective.summary({name: total.compute().item() for name, total in self._totals.items()})
         self.summaries[split] = (self.global_step, summary)
         self.log_dict({f"{split}/{name}": value for name, value in summary.items()}, sync_dist=True)
-        # Inside a fit Lightning would log under the number of the last batch: one less than the steps that were taken.
+        # Within a fit Lightning logs the index of the last step, one less than the number of steps.
         self.log("step", float(self.global_step), sync_dist=True)
 
     @contextmanager
     def validating_as(self, split: str) -> Iterator[None]:
-        """Call the metrics of validations in this block `split/...` instead of `val/...`."""
+        """Within the block, name the metrics of validations `split/...` instead of `val/...`."""
         before, self.split = self.split, split
         try:
             yield
@@ -114,58 +122,67 @@ class FineTuner(LightningModule):
             self.split = before
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        trained = [parameter for _, parameter in self.trained()]
-        if not trained:
-            raise ConfigError("nothing to train: no parameter of the model requires a gradient; choose tuning=prompt")
-        optimizer = self._make_optimizer(trained)
-        if self._make_schedule is None:
+        parameters = [parameter for _, parameter in self.trained_parameters()]
+        if not parameters:
+            raise ConfigError(
+                "nothing to train: no parameter of the model requires a gradient; choose tuning=prompt", key="tuning"
+            )
+        optimizer = self._optimizer_factory(parameters)
+        if self._schedule_factory is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = scheduled(self._make_schedule, optimizer, steps)
+        schedule = build_schedule(self._schedule_factory, optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def trained(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and parameters of what is trained."""
+    def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Return names and parameters that require a gradient."""
         return [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] = {name: parameter.detach() for name, parameter in self.trained()}
+        checkpoint["state_dict"] = {name: parameter.detach() for name, parameter in self.trained_parameters()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Loading is not strict, so a checkpoint of something else would leave everything as it was without a word.
+        # Loading is not strict: without this check a checkpoint of another adapter would change nothing, silently.
         saved = {name: tuple(tensor.shape) for name, tensor in checkpoint["state_dict"].items()}
-        wanted = {name: tuple(parameter.shape) for name, parameter in self.trained()}
-        if saved != wanted:
-            raise ConfigError(f"ckpt_path is of another run: it holds {saved}, and this run trains {wanted}")
+        expected = {name: tuple(parameter.shape) for name, parameter in self.trained_parameters()}
+        if saved != expected:
+            raise ConfigError(
+                f"ckpt_path is of another run: it holds {saved}, and this run trains {expected}",
+                key="ckpt_path",
+                seen=saved,
+            )
 
-    def _share(self, count: int) -> float:
-        """What this process's mean over `count` tokens weighs against the others', whose gradients DDP will average."""
+    def _batch_weight(self, count: int) -> float:
+        """Return the weight of this process's mean over `count` tokens, such that DDP's average is over all tokens."""
         if self.trainer.world_size == 1:
             return 1.0
         mean: Any = self.trainer.strategy.reduce(torch.tensor(float(count), device=self.device), reduce_op="mean")
         return count / mean.item()
 
-    def _scores(self, batch: Batch) -> Scores:
+    def _score(self, batch: Batch) -> Scores:
         scores = self.objective(self.net, batch)
         if not torch.isfinite(scores.loss):
             raise Diverged(
                 f"the loss is {scores.loss.item()} at step {self.global_step}: training diverged or a batch is broken;"
-                " try a smaller optimizer.lr"
+                " try a smaller optimizer.lr",
+                step=self.global_step,
             )
         return scores
 
 
-def scheduled(make: MakeSchedule, optimizer: Optimizer, steps: int) -> LRScheduler:
-    """transformers' schedules need to know how many steps there will be, torch's have options of their own."""
-    known = {"num_training_steps": steps} if "num_training_steps" in inspect.signature(make).parameters else {}
-    return make(optimizer=optimizer, **known)
+def build_schedule(factory: ScheduleFactory, optimizer: Optimizer, steps: int) -> LRScheduler:
+    """Call a schedule's factory: those of transformers need the number of steps, those of torch do not take it."""
+    options = {"num_training_steps": steps} if "num_training_steps" in inspect.signature(factory).parameters else {}
+    return factory(optimizer=optimizer, **options)
 
 
 def check_precision(trainer: Trainer) -> None:
-    """Raises ConfigError for a precision that changes the type of the client's weights."""
+    """Raise ConfigError for a precision that changes the dtype of the client's weights."""
     if trainer.precision not in PRECISIONS:
         raise ConfigError(
             f"trainer.precision={trainer.precision} would change the client's weights, and what is trained, to another "
             f"type than the servers' replies: choose {' or '.join(PRECISIONS)}. What travels is a matter of "
-            "swarm.wire_format and swarm.grad_format, what the servers compute with, of swarm.quantization"
+            "swarm.wire_format and swarm.grad_format, what the servers compute with, of swarm.quantization",
+            key="trainer.precision",
+            seen=trainer.precision,
         )

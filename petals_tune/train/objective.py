@@ -1,4 +1,4 @@
-"""What a batch is scored by. Only the positions that predict a supervised token ever reach the model's head.
+"""Objectives: loss and metrics of a batch. The model's head computes only positions that predict a supervised token.
 
 Shapes: B rows, P soft-prompt tokens, T text tokens, S = P + T, H hidden, V vocabulary, N supervised tokens, W words.
 """
@@ -24,15 +24,15 @@ from petals_tune.train.backbone import Net
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Of one batch. `metrics` are means over the same `count` tokens; the loss is one of them by nature."""
+    """Loss and metrics of one batch, all means over its `count` supervised tokens."""
 
-    loss: Tensor  # () mean nats per supervised token, with its graph
+    loss: Tensor  # () nats per supervised token, with its autograd graph
     count: int  # N
-    metrics: dict[str, Tensor]  # further means, without a graph
+    metrics: dict[str, Tensor]  # beside the loss, without an autograd graph
 
 
 class Objective(Protocol):
-    """Scores a batch; `headline` is the metric that a run is judged by, `task_type` says which head it needs."""
+    """Scores a batch. `headline` is a run's main metric, `task_type` determines the head that the model needs."""
 
     headline: str
     task_type: TaskType
@@ -40,7 +40,7 @@ class Objective(Protocol):
     def __call__(self, net: Net, batch: Batch) -> Scores: ...
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        """What to report of exact means over a whole split, the loss among them."""
+        """Return the metrics of a split from the exact means over its tokens, the loss among them."""
 
 
 class CausalLM:
@@ -58,7 +58,7 @@ class CausalLM:
 
 
 class LabelWords:
-    """Classification: the supervised token of a row is its label word, compared with the other label words alone."""
+    """Classification by label words: cross entropy of a row's label word among the label words alone."""
 
     headline = "accuracy"
     task_type = TaskType.CAUSAL_LM
@@ -73,11 +73,13 @@ class LabelWords:
         return self._scores(logits[:, self._ids.to(logits.device)], targets)
 
     def _scores(self, choices: Tensor, targets: Tensor) -> Scores:
-        """Of (N, W) scores of the classes, and the (N,) label words that were said."""
+        """Score (N, W) logits of the label words against the (N,) label words of the rows."""
         matches = targets[:, None] == self._ids.to(targets.device)  # (N, W)
         if not matches.any(dim=1).all():
-            strange = targets[~matches.any(dim=1)][0].item()
-            raise DataError(f"a row's label is token {strange}, which is none of the label words {self.words}")
+            unknown = targets[~matches.any(dim=1)][0].item()
+            raise DataError(
+                f"a row's label is token {unknown}, which is none of the label words {self.words}", seen=unknown
+            )
         labels, choices = matches.long().argmax(dim=1), choices.float()
         accuracy = (choices.detach().argmax(dim=1) == labels).float().mean()
         return Scores(loss=F.cross_entropy(choices, labels), count=len(targets), metrics={"accuracy": accuracy})
@@ -87,10 +89,10 @@ class LabelWords:
 
 
 class ClassHead(LabelWords):
-    """Classification by a trained head of W rows, which starts as the label words' rows of the language model's head.
+    """Classification by a trained head of W rows, initialized with the label words' rows of the language model's head.
 
-    So the first step is as good as label words are, where a random head would have to learn what a sentiment is.
-    The head reads the hidden state before the label word; the word itself comes after it and is not seen.
+    So the first step is as good as with label words, while a random head would start from nothing. The head's input is
+    the hidden state at the position before the label word.
     """
 
     task_type = TaskType.SEQ_CLS
@@ -99,11 +101,11 @@ class ClassHead(LabelWords):
         super().__init__(words, tokenizer)
         self._pad_id = choose_pad_id(tokenizer)
 
-    def start_head(self, model: PreTrainedModel, source: str) -> None:
-        """Fill the head of a sequence classifier, and name the padding token, without which it takes no batches."""
+    def initialize_head(self, model: PreTrainedModel, source: str) -> None:
+        """Initialize the head of a sequence classifier, and set its padding token, which it needs for batches."""
         head = classification_head(model)
         with torch.no_grad():
-            head.weight.copy_(output_rows(model, Checkpoint(source), self._ids))
+            head.weight.copy_(head_rows(model, Checkpoint(source), self._ids))
         model.config.pad_token_id = self._pad_id
 
     def __call__(self, net: Net, batch: Batch) -> Scores:
@@ -111,19 +113,19 @@ class ClassHead(LabelWords):
 
 
 def load_model(objective: Objective, source: str, *, causal_lm: Any, classifier: Any, **options: Any) -> Any:
-    """The model that an objective needs, by the `from_pretrained` of one of two auto classes, local or distributed.
+    """Load the model that an objective needs, with one of two auto classes, local or distributed.
 
-    A classifier's head starts as the objective says, and not at random.
+    A classifier's head is initialized by the objective, not at random.
     """
     if not isinstance(objective, ClassHead):
         return causal_lm.from_pretrained(source, **options)
     model = classifier.from_pretrained(source, num_labels=len(objective.words), **options)
-    objective.start_head(model, source)
+    objective.initialize_head(model, source)
     return model
 
 
-def output_rows(model: PreTrainedModel, checkpoint: Checkpoint, ids: Tensor) -> Tensor:
-    """(W, H) rows of the language model's head for W tokens; `model` has its embeddings, `checkpoint` the rest."""
+def head_rows(model: PreTrainedModel, checkpoint: Checkpoint, ids: Tensor) -> Tensor:
+    """Return the (W, H) rows of the language model's head for W tokens: from `checkpoint`, or of tied embeddings."""
     head = next((name for name in checkpoint.tensor_names if name.endswith(("lm_head.weight", "embed_out.weight"))), "")
     if not head or checkpoint.config.get_text_config().tie_word_embeddings:
         return model.get_input_embeddings().weight[ids]  # type: ignore[index]  # a tensor
@@ -131,59 +133,59 @@ def output_rows(model: PreTrainedModel, checkpoint: Checkpoint, ids: Tensor) -> 
 
 
 def classification_head(model: nn.Module) -> Any:
-    """The head of a sequence classifier, wrapped by PEFT or not."""
+    """Return the head of a sequence classifier, wrapped by PEFT or not."""
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return base.score
 
 
 def class_logits(net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(B, W) logits of a sequence classifier, and the (B,) label words; B rows with one supervised token each.
+    """Return the (B, W) logits of a sequence classifier, and the (B,) label words; each row has one supervised token.
 
-    The library pools the last token that is not padding, or with a soft prompt the last position. Here every position
-    of the head's input is the one that precedes the label word, so that padding may stand on either side.
+    transformers pools the last token that is not padding, or with a soft prompt the last position. Here each position
+    of the head's input is replaced with the one before the label word, so that padding may be on either side.
     """
     targets = batch["labels"].new_empty(0)
 
-    def pick(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
+    def select(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
         nonlocal targets
         hidden = inputs[0]  # (B, S, H)
-        predicts, targets = predicting(hidden, batch["labels"])
+        predicts, targets = predicting_positions(hidden, batch["labels"])
         if not (predicts.sum(dim=1) == 1).all():
             raise DataError("a row for a trained head needs exactly one supervised token: set data.pack=false")
         return (hidden[predicts][:, None].expand_as(hidden),)
 
-    return hooked(net, classification_head(net), pick, batch), targets
+    return logits_with_hook(net, classification_head(net), select, batch), targets
 
 
 def supervised_logits(net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(N, V) logits of the positions that predict a supervised token, and the (N,) tokens to predict.
+    """Return the (N, V) logits of the positions that predict a supervised token, and the (N,) tokens to predict.
 
-    The head of a small model is a large part of its work, so hidden states are picked before it, on a stock PEFT model
-    too, whose soft prompt makes S = P + T positions of T. Raises DataError where nothing is supervised.
+    Hidden states are selected before the head, which is a large part of a small model's computation. Works on a stock
+    PEFT model too, whose soft prompt makes S = P + T positions of T. Raises DataError without a supervised token.
     """
     targets = batch["labels"].new_empty(0)
 
-    def pick(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
+    def select(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
         nonlocal targets
-        predicts, targets = predicting(inputs[0], batch["labels"])
+        predicts, targets = predicting_positions(inputs[0], batch["labels"])
         if not len(targets):
             raise DataError("a batch without a supervised token: nothing can be learned from it")
         return (inputs[0][predicts],)
 
-    return hooked(net, net.get_output_embeddings(), pick, batch), targets
+    return logits_with_hook(net, net.get_output_embeddings(), select, batch), targets
 
 
-def predicting(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, S) which positions of (B, S, H) hidden states predict a supervised token of (B, T), and the (N,) tokens."""
-    # Position s predicts the token at s + 1, and nothing precedes the first one unless a soft prompt does.
+def predicting_positions(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the (B, S) mask of positions that predict a supervised token of (B, T) labels, and the (N,) tokens."""
+    # Position s predicts the token at s + 1; the first token is predicted by a soft prompt or not at all.
     labels = F.pad(labels, (hidden.shape[1] - labels.shape[1], 0), value=IGNORED)
     labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return labels != IGNORED, labels[labels != IGNORED]
 
 
-def hooked(net: Net, head: nn.Module, pick: Callable[..., tuple[Tensor]], batch: Batch) -> Tensor:
-    """The logits of a batch, with `pick` between the blocks and the head."""
-    hook = head.register_forward_pre_hook(pick)
+def logits_with_hook(net: Net, head: nn.Module, select: Callable[..., tuple[Tensor]], batch: Batch) -> Tensor:
+    """Compute the logits of a batch, with `select` applied to the head's input."""
+    hook = head.register_forward_pre_hook(select)
     try:
         output = net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     finally:

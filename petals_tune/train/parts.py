@@ -1,4 +1,4 @@
-"""Everything a run is made of but the model: built, and therefore known to be sound, before a server starts."""
+"""The parts of a run but for the model, built and checked before a server starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from petals_tune.errors import ConfigError
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.convert import model_folder
 from petals_tune.train.loggers import MetricsFile
-from petals_tune.train.module import MakeOptimizer, MakeSchedule, check_precision, scheduled
+from petals_tune.train.module import OptimizerFactory, ScheduleFactory, build_schedule, check_precision
 from petals_tune.train.objective import Objective
 from petals_tune.train.options import Swarm
 from petals_tune.tuning.saved import adapter_folder, base_of, saved_config
@@ -28,38 +28,35 @@ from petals_tune.tuning.support import check_config
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """See the module. `source` is a folder in Hugging Face format or a hub name, `blocks` how many blocks it has.
+    """What `prepare` builds from a configuration."""
 
-    `base` is the name by which `source` was asked for, `adapter` the folder of one to start from.
-    """
-
-    base: str
-    source: str
-    blocks: int
-    adapter: Path | None
+    base: str  # the base model, as the configuration names it
+    source: str  # its folder in Hugging Face format, or its name on the hub
+    blocks: int  # how many it has
+    adapter: Path | None  # folder of an adapter to start from
     data: TextData
     objective: Objective
     tuning: PeftConfig
-    optimizer: MakeOptimizer
-    schedule: MakeSchedule
+    optimizer: OptimizerFactory
+    schedule: ScheduleFactory
     swarm: Swarm
     trainer: Trainer
 
 
 def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
-    """Build what needs no server, the quick parts first; `stage` is what the data is set up for, in Lightning's words.
+    """Build the parts, the quick ones first, and read the data that `stage` (of Lightning) needs.
 
     Raises ConfigError or DataError.
     """
     swarm: Swarm = build(cfg.swarm, where="swarm")
     optimizer = build(cfg.optimizer, where="optimizer")
     schedule = build(cfg.schedule, where="schedule")
-    _try(optimizer, schedule)
+    _check_optimizer(optimizer, schedule)
     trainer = build_trainer(cfg)
     check_precision(trainer)
     init_from = cfg.tuning.get("init_from")
     adapter = None if init_from is None else adapter_folder(init_from)
-    base = cfg.model.source or _base_of(adapter)
+    base = cfg.model.source or _base_model_of(adapter)
     source = model_folder(base)
     blocks = Checkpoint(source).config.get_text_config().num_hidden_layers
     swarm.check(blocks)
@@ -88,33 +85,34 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
     )
 
 
-def _base_of(adapter: Path | None) -> str:
+def _base_model_of(adapter: Path | None) -> str:
     if adapter is None:
         raise ConfigError(
             "model=of_adapter takes the base model that an adapter names, and there is no adapter: "
-            "give tuning.init_from=FOLDER_OR_HUB_NAME, or another model"
+            "give tuning.init_from=FOLDER_OR_HUB_NAME, or another model",
+            key="tuning.init_from",
         )
     return base_of(adapter)
 
 
 def build_trainer(cfg: DictConfig) -> Trainer:
-    """A stock Trainer with the callbacks and loggers of the configuration, and metrics.csv."""
+    """Build a stock Trainer with the callbacks and loggers of the configuration, and metrics.csv."""
     loggers = [build(section, where=f"logger.{name}") for name, section in cfg.logger.items()]
     callbacks = [build(section, where=f"callbacks.{name}") for name, section in cfg.callbacks.items() if section]
     metrics = MetricsFile(Path(cfg.output_dir))
     try:
         return build(cfg.trainer, where="trainer", logger=[metrics, *loggers], callbacks=callbacks)
     except MisconfigurationException as error:
-        raise ConfigError(f"trainer: {error}") from error
+        raise ConfigError(f"trainer: {error}", key="trainer") from error
 
 
-def _try(optimizer: MakeOptimizer, schedule: MakeSchedule) -> None:
-    """Lightning makes these in the middle of a fit; bad options should be known before."""
+def _check_optimizer(optimizer: OptimizerFactory, schedule: ScheduleFactory) -> None:
+    """Call both factories once, to find bad options before Lightning calls them within a fit."""
     try:
-        made = optimizer([nn.Parameter(torch.zeros(1))])
+        built = optimizer([nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer: {error}") from error
+        raise ConfigError(f"optimizer: {error}", key="optimizer") from error
     try:
-        scheduled(schedule, made, 1)
+        build_schedule(schedule, built, 1)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"schedule: {error}") from error
+        raise ConfigError(f"schedule: {error}", key="schedule") from error

@@ -1,4 +1,4 @@
-"""What came out of a run, as figures: for its last lines, its adapter's card, result.json, and a sweep's table."""
+"""Figures of a run, for its last line, the adapter's model card, result.json, and a sweep's table."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from petals_tune.files import write_text
 
 FILE = "result.json"
 
-Measured = dict[str, dict[str, float]]  # "zero_shot", "before", "after" -> metric -> value
+StageMetrics = dict[str, dict[str, float]]  # "zero_shot", "before", "after" -> metric -> value
 
 
 @dataclass(kw_only=True)
 class Result:
-    """Figures of one run, filled in as they become known."""
+    """Figures of one run, set as they become known."""
 
     name: str
-    base: str  # model.source, as it was asked for
-    data: str  # one line: which data, how it is split
-    headline: str  # the metric that the run is judged by
+    base: str  # the base model, as the configuration names it
+    data: str  # the data and its splits, in one line
+    headline: str  # the main metric of the run's objective
     seed: int
     blocks: str = "on this machine"  # where and how the frozen blocks ran
-    started_from: str | None = None  # an adapter
+    started_from: str | None = None  # adapter that the training started from
     steps: int = 0
     trained_parameters: int = 0
     parameters: int = 0
-    measured: Measured = field(default_factory=dict)
+    measured: StageMetrics = field(default_factory=dict)
     minutes: float = 0.0
-    tokens_per_s: float = 0.0  # of the training steps, padding left out
+    tokens_per_s: float = 0.0  # of training steps, without padding
     sent_mb: float = 0.0
     received_mb: float = 0.0
     retries: int = 0
@@ -46,18 +46,18 @@ class Result:
     def trained_share(self) -> str:
         return f"{self.trained_parameters:,} of {self.parameters:,} parameters"
 
-    def said(self) -> str:
-        """All of it in a sentence: the headline metric and the loss, before -> after, and what that took."""
+    def format_summary(self) -> str:
+        """Format the main metric and the loss, before -> after, with time, traffic and parameters, in one line."""
         before, after = self.measured["before"], self.measured["after"]
-        learned = [f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in (self.headline, "loss")]
+        metrics = [f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in (self.headline, "loss")]
         if zero_shot := self.measured.get("zero_shot"):
-            learned.append(f"zero-shot {self.headline} {zero_shot[self.headline]:.3f}")
+            metrics.append(f"zero-shot {self.headline} {zero_shot[self.headline]:.3f}")
         return (
-            f"{', '.join(learned)} in {self.minutes:.1f} min; {self.tokens_per_s:.0f} tokens/s; "
+            f"{', '.join(metrics)} in {self.minutes:.1f} min; {self.tokens_per_s:.0f} tokens/s; "
             f"sent {self.sent_mb:.0f} MB, received {self.received_mb:.0f} MB; trained {self.trained_share}"
         )
 
 
-def shown(metrics: dict[str, float]) -> str:
-    """`loss 3.909  perplexity 49.826`."""
+def format_metrics(metrics: dict[str, float]) -> str:
+    """Format metrics as `loss 3.909  perplexity 49.826`."""
     return "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())

@@ -1,4 +1,4 @@
-"""Where a training stands between two optimizer steps, so that a step that was broken off is taken again exactly."""
+"""Position of a training between two optimizer steps, from which an interrupted step is repeated exactly."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ RANDOM_KEY = "random_states"  # in a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """What changes within a step and has to be put back: progress, the data loader's position, random states.
+class TrainingPosition:
+    """State that changes within a step: Lightning's progress, the data loader's position, and random states.
 
-    Weights, optimizer and schedule change at its end alone.
+    Weights, optimizer and schedule change at the end of a step alone, so that they are not part of it.
     """
 
     step: int
@@ -26,28 +26,28 @@ class Place:
     random_states: dict[str, Any]
 
     @classmethod
-    def of(cls, trainer: Trainer) -> Place:
-        """The place of `trainer`, asked when a batch has ended."""
+    def from_trainer(cls, trainer: Trainer) -> TrainingPosition:
+        """Copy the position of `trainer` after a batch."""
         loop = copy.deepcopy(trainer.fit_loop.state_dict())
         return cls(step=trainer.global_step, fit_loop=loop, random_states=random_states())
 
     @classmethod
-    def loaded(cls, checkpoint: dict[str, Any]) -> Place:
-        """The place that a checkpoint was written at."""
+    def from_checkpoint(cls, checkpoint: dict[str, Any]) -> TrainingPosition:
+        """Copy the position that a checkpoint was saved at."""
         return cls(
             step=checkpoint["global_step"],
             fit_loop=copy.deepcopy(checkpoint["loops"]["fit_loop"]),
             random_states=checkpoint.get(RANDOM_KEY, {}),
         )
 
-    def put_into(self, checkpoint: dict[str, Any]) -> None:
+    def write_to(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["loops"]["fit_loop"] = self.fit_loop
         checkpoint[RANDOM_KEY] = self.random_states
 
 
 def random_states() -> dict[str, Any]:
-    """The states of all global generators, in types that `torch.load(weights_only=True)` reads."""
-    numpy: Any = np.random.get_state()  # the global one is what libraries draw from
+    """Return the states of all global random generators, in types that `torch.load(weights_only=True)` reads."""
+    numpy: Any = np.random.get_state()  # of the global generator, which libraries use
     name, keys, *rest = numpy
     states: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -60,7 +60,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Put back what `random_states` gave; a checkpoint of something else may have none."""
+    """Restore what `random_states` returned; does nothing without any, as in a checkpoint of another program."""
     if not states:
         return
     torch.set_rng_state(states["torch"])

@@ -1,4 +1,4 @@
-"""One run, from its configuration to what it leaves: parts, swarm, model, adapter, fit, export."""
+"""One run: prepare the parts, open the swarm, load the model, tune it, export the adapter."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from petals_tune.config import check
 from petals_tune.files import write_text
 from petals_tune.model.convert import EMBEDDED, EMBEDDED_NAME
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
-from petals_tune.train.backbone import coverage, remote_blocks, swarm_stats, where_blocks_run
+from petals_tune.train.backbone import describe_block_location, describe_swarm, remote_blocks, swarm_stats
 from petals_tune.train.callbacks import MB, Speed
 from petals_tune.train.curves import draw_curves
-from petals_tune.train.export import export_adapter, method
-from petals_tune.train.loggers import finish, publish, tell_config
+from petals_tune.train.export import describe_method, export_adapter
+from petals_tune.train.loggers import finish_wandb_runs, log_config, log_results
 from petals_tune.train.module import FineTuner
 from petals_tune.train.objective import load_model
 from petals_tune.train.parts import Parts, prepare
-from petals_tune.train.quiet import quiet
-from petals_tune.train.result import Measured, Result, shown
+from petals_tune.train.quiet import silence_known_warnings
+from petals_tune.train.result import Result, StageMetrics, format_metrics
 from petals_tune.tuning.saved import load_adapter
 from petals_tune.tuning.support import tune
 
@@ -35,15 +35,15 @@ Connect = Callable[[Parts], AbstractContextManager[PreTrainedModel]]
 
 @contextmanager
 def remote_model(parts: Parts) -> Iterator[PreTrainedModel]:
-    """The model over its swarm. The connection and a local swarm end with the block, however it ends."""
-    say(f"swarm     {parts.swarm.opening(parts.blocks)} ...")
-    with parts.swarm.opened(parts.source, parts.blocks) as peers, joined(parts, peers) as model:
+    """Open the swarm and load the model over it; the end of the block closes the connection and a local swarm."""
+    say(f"swarm     {parts.swarm.describe_opening(parts.blocks)} ...")
+    with parts.swarm.open(parts.source, parts.blocks) as peers, connected_model(parts, peers) as model:
         yield model
 
 
 @contextmanager
-def joined(parts: Parts, peers: list[str]) -> Iterator[PreTrainedModel]:
-    """The model over the swarm of `peers`; the connection ends with the block."""
+def connected_model(parts: Parts, peers: list[str]) -> Iterator[PreTrainedModel]:
+    """Load the model over the swarm of `peers`; the connection is closed at the end of the block."""
     started_s = time.monotonic()
     model = load_model(
         parts.objective,
@@ -54,21 +54,21 @@ def joined(parts: Parts, peers: list[str]) -> Iterator[PreTrainedModel]:
         **parts.swarm.client_options(),
     )
     try:
-        say(f"connected in {time.monotonic() - started_s:.1f} s; {coverage(model)}")
+        say(f"connected in {time.monotonic() - started_s:.1f} s; {describe_swarm(model)}")
         yield model
     finally:
         remote_blocks(model).close()
 
 
-def run(cfg: DictConfig, connect: Connect = remote_model) -> Measured:
-    """Tune as `cfg` says; returns the metrics `before` and `after`, and `zero_shot` where it was asked for.
+def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
+    """Tune as `cfg` says; returns the metrics `before` and `after` training, and `zero_shot` with `cfg.zero_shot`.
 
-    Leaves in cfg.output_dir: config.yaml, metrics.csv, checkpoint.ckpt (the trained tensors alone), adapter/ in PEFT's
-    format, curves.png, result.json, and what callbacks and loggers write. Raises ConfigError before any server is
-    started.
+    Writes into cfg.output_dir: config.yaml, metrics.csv, checkpoint.ckpt (the trained parameters alone), adapter/ in
+    PEFT's format, curves.png, result.json, and what callbacks and loggers write. Raises ConfigError before any server
+    is started.
     """
     started_s = time.monotonic()
-    quiet()
+    silence_known_warnings()
     check(cfg)
     seed_everything(cfg.seed, verbose=False)
     parts = prepare(cfg)
@@ -76,8 +76,11 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> Measured:
     output.mkdir(parents=True, exist_ok=True)
     if parts.trainer.is_global_zero:
         write_text(output / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    tell_config(parts.trainer.loggers, cfg)
-    say(f"model     {named(parts.base)}, {parts.blocks} blocks\n{parts.data.description}\n{parts.data.summary()}\n")
+    log_config(parts.trainer.loggers, cfg)
+    say(
+        f"model     {display_name(parts.base)}, {parts.blocks} blocks\n"
+        f"{parts.data.description}\n{parts.data.summary()}\n"
+    )
 
     result = Result(
         name=cfg.name,
@@ -89,17 +92,17 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> Measured:
     )
     try:
         with connect(parts) as model:
-            result.blocks = where_blocks_run(model)
+            result.blocks = describe_block_location(model)
             if cfg.zero_shot:
                 measure(parts, FineTuner(model, parts.objective, parts.optimizer), "zero_shot", into=result.measured)
             net = load_adapter(model, parts.adapter, trainable=True) if parts.adapter else tune(model, parts.tuning)
             result.trained_parameters, result.parameters = net.get_nb_trainable_parameters()
-            say(f"trains    {result.trained_share}: {method(net.peft_config[net.active_adapter])[0]}")
+            say(f"trains    {result.trained_share}: {describe_method(net.peft_config[net.active_adapter])[0]}")
             tuner = FineTuner(net, parts.objective, parts.optimizer, parts.schedule)
             try:
                 fit(parts, tuner, result, ckpt_path=cfg.ckpt_path)
             finally:
-                # Also on Ctrl-C and when the swarm is gone: what was trained is on this machine.
+                # Also after Ctrl-C or the loss of the swarm: the trained parameters are on this machine.
                 add_figures(result, parts.trainer, net, minutes=(time.monotonic() - started_s) / 60)
                 if parts.trainer.global_step and parts.trainer.is_global_zero:
                     export(parts.trainer, tuner, output, result)
@@ -111,38 +114,38 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> Measured:
                         say(f"          to talk to it: python -m petals_tune.chat adapter={output}/adapter")
         if parts.trainer.is_global_zero:
             result.save(output)
-            publish(parts.trainer.loggers, output, result)
+            log_results(parts.trainer.loggers, output, result)
     finally:
-        finish(parts.trainer.loggers)
-    say(f"{result.said()}; all of it is in {output}")
+        finish_wandb_runs(parts.trainer.loggers)
+    say(f"{result.format_summary()}; all of it is in {output}")
     return result.measured
 
 
 def fit(parts: Parts, tuner: FineTuner, result: Result, *, ckpt_path: str | None) -> None:
-    """Validate, fit, validate."""
+    """Validate, fit, and validate again."""
     measure(parts, tuner, "before", into=result.measured)
-    with interrupts_raised(parts.trainer):
+    with raise_interrupts(parts.trainer):
         parts.trainer.fit(tuner, datamodule=parts.data, ckpt_path=ckpt_path)
     step, summary = tuner.summaries["val"]
     measure(parts, tuner, "after", into=result.measured, known=summary if step == parts.trainer.global_step else None)
 
 
 def measure(
-    parts: Parts, tuner: FineTuner, when: str, *, into: Measured, known: dict[str, float] | None = None
+    parts: Parts, tuner: FineTuner, when: str, *, into: StageMetrics, known: dict[str, float] | None = None
 ) -> None:
-    """Put the metrics of the whole validation split into `into[when]`, and print them as soon as they are known."""
+    """Compute the metrics of the validation split, unless `known`; print them and store them as `into[when]`."""
     if known is None:
         rows = len(parts.data.validation_split.rows)
         say(f"{when:<10}measuring {rows} validation rows ...")
-        with tuner.validating_as(when if when == "zero_shot" else "val"), interrupts_raised(parts.trainer):
+        with tuner.validating_as(when if when == "zero_shot" else "val"), raise_interrupts(parts.trainer):
             parts.trainer.validate(tuner, datamodule=parts.data, verbose=False)
             known = tuner.summaries[tuner.split][1]
     into[when] = known
-    say(f"{when:<10}{shown(known)}")
+    say(f"{when:<10}{format_metrics(known)}")
 
 
 def add_figures(result: Result, trainer: Trainer, net: PeftModel, *, minutes: float) -> None:
-    """What the run took so far."""
+    """Set the figures of time, traffic and speed so far."""
     stats = swarm_stats(net)
     result.steps, result.minutes = trainer.global_step, minutes
     result.sent_mb, result.received_mb, result.retries = stats.sent_bytes / MB, stats.received_bytes / MB, stats.retries
@@ -152,8 +155,8 @@ def add_figures(result: Result, trainer: Trainer, net: PeftModel, *, minutes: fl
 
 
 @contextmanager
-def interrupts_raised(trainer: Trainer) -> Iterator[None]:
-    """Ctrl-C inside Lightning leaves as KeyboardInterrupt, not as its sys.exit(1) with SIGINT ignored from then on."""
+def raise_interrupts(trainer: Trainer) -> Iterator[None]:
+    """Raise KeyboardInterrupt for Ctrl-C within Lightning, which otherwise ignores SIGINT and calls sys.exit(1)."""
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -165,17 +168,17 @@ def interrupts_raised(trainer: Trainer) -> Iterator[None]:
 
 
 def export(trainer: Trainer, tuner: FineTuner, output: Path, result: Result) -> None:
-    """Leave the adapter and the curves."""
+    """Write the adapter and the learning curves."""
     export_adapter(tuner.net, output / "adapter", result)
     metrics = output / "metrics.csv"
-    if metrics.exists():  # a fast_dev_run has none
+    if metrics.exists():  # not after a fast_dev_run
         draw_curves(metrics, output / "curves.png", title=result.name)
 
 
-def named(base: str) -> str:
+def display_name(base: str) -> str:
     return f"{EMBEDDED_NAME} ({EMBEDDED})" if base == EMBEDDED else base
 
 
 def say(text: str) -> None:
-    """A line of a run's story: at once, whoever reads it, a terminal or a file."""
+    """Print a line of a run at once, into a file or a pipe too."""
     print(text, flush=True)

@@ -1,4 +1,4 @@
-"""The runs of one command. Those of a sweep (-m) share one swarm, and end with a table and a picture."""
+"""The jobs of one command. Those of a sweep (-m) share one local swarm, and end with a table and a plot."""
 
 from __future__ import annotations
 
@@ -24,40 +24,49 @@ from petals_tune.train.curves import read_metrics
 from petals_tune.train.options import ClientOptions, LocalSwarm
 from petals_tune.train.parts import Parts
 from petals_tune.train.result import Result
-from petals_tune.train.run import joined, remote_model, run, say
+from petals_tune.train.run import connected_model, remote_model, run, say
 
 Direction = Literal["minimize", "maximize"]
-KNOWN: dict[str, Direction] = {"loss": "minimize", "perplexity": "minimize", "accuracy": "maximize"}
+METRIC_DIRECTIONS: dict[str, Direction] = {"loss": "minimize", "perplexity": "minimize", "accuracy": "maximize"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
-    """What jobs are compared by, and which way is better."""
+    """The metric that jobs are compared by, and whether it is minimized or maximized."""
 
     metric: str
     direction: Direction
 
     @classmethod
-    def of(cls, cfg: DictConfig, *, sweeper: Any) -> Goal:
-        """The goal of a job, before it runs. Raises ConfigError where the `sweeper` would look the other way."""
+    def from_config(cls, cfg: DictConfig, *, sweeper: Any) -> Goal:
+        """Return the goal of a job. Raises ConfigError where the `sweeper` optimizes in the other direction."""
         metric = cfg.sweep.metric or get_object(cfg.objective._target_).headline
-        direction = cfg.sweep.direction or KNOWN.get(metric)
+        direction = cfg.sweep.direction or METRIC_DIRECTIONS.get(metric)
         if direction is None:
-            raise ConfigError(f"which {metric} is better? Say sweep.direction=minimize or sweep.direction=maximize")
-        theirs = sweeper.get("direction")  # Optuna's; Hydra's own sweeper runs all there is, and has none
-        theirs = getattr(theirs, "name", theirs)
-        if theirs not in (None, direction):
             raise ConfigError(
-                f"this sweeper would {theirs} the {metric} of the jobs: add hydra.sweeper.direction={direction}, "
-                "or choose another sweep.metric, such as loss"
+                f"which {metric} is better? Say sweep.direction=minimize or sweep.direction=maximize",
+                key="sweep.direction",
+            )
+        of_sweeper = sweeper.get("direction")  # Optuna's; Hydra's own sweeper runs all jobs and has none
+        of_sweeper = getattr(of_sweeper, "name", of_sweeper)
+        if of_sweeper not in (None, direction):
+            raise ConfigError(
+                f"this sweeper would {of_sweeper} the {metric} of the jobs: add hydra.sweeper.direction={direction}, "
+                "or choose another sweep.metric, such as loss",
+                key="hydra.sweeper.direction",
+                seen=of_sweeper,
             )
         return cls(metric=metric, direction=direction)
 
     def value(self, result: Result) -> float:
-        """Raises ConfigError where the run has no such metric."""
+        """Return the metric of a run. Raises ConfigError where the run has no such metric."""
         after = result.measured["after"]
         if self.metric not in after:
-            raise ConfigError(f"sweep.metric is {self.metric!r}: a validation of this run has {', '.join(after)}")
+            raise ConfigError(
+                f"sweep.metric is {self.metric!r}: a validation of this run has {', '.join(after)}",
+                key="sweep.metric",
+                seen=self.metric,
+            )
         return after[self.metric]
 
 
@@ -77,15 +86,15 @@ class Job:
         return self.goal.value(self.result)
 
 
-class Runs:
-    """Runs the jobs that Hydra hands over; leaving the block ends the swarm and reports a sweep, however it ended."""
+class JobRunner:
+    """Runs the jobs of a command. Leaving the block closes the swarm and reports a sweep, also after an error."""
 
     def __init__(self) -> None:
-        self._swarm = KeptSwarm()
+        self._swarm = SharedSwarm()
         self._jobs: list[Job] = []
         self._folder = Path()
 
-    def __enter__(self) -> Runs:
+    def __enter__(self) -> JobRunner:
         return self
 
     def __exit__(
@@ -96,13 +105,13 @@ class Runs:
             report(self._jobs, self._folder)
 
     def run(self, cfg: DictConfig) -> float:
-        """Tune as `cfg` says; returns what the job is compared by, for a sweeper that chooses by itself."""
+        """Tune as `cfg` says; returns the goal's value, by which a sweeper such as Optuna chooses the next job."""
         hydra = HydraConfig.get()
         if hydra.mode != RunMode.MULTIRUN:
             return run(cfg)["after"]["loss"]
         self._folder = Path(hydra.sweep.dir)
         overrides = dict(text.partition("=")[::2] for text in hydra.overrides.task)
-        goal = Goal.of(cfg, sweeper=hydra.sweeper)
+        goal = Goal.from_config(cfg, sweeper=hydra.sweeper)
         job = Job(number=hydra.job.num, overrides=overrides, folder=Path(cfg.output_dir), goal=goal)
         say(f"\njob       {job.number}: {' '.join(hydra.overrides.task)}")
         try:
@@ -110,18 +119,18 @@ class Runs:
             result = Result.load(job.folder)
             value = goal.value(result)
         except PetalsTuneError as error:
-            # The others go on; Hydra raises this one again when they are done.
+            # The other jobs are run nevertheless; Hydra raises the error at the end.
             say(f"job       {job.number} failed: {error}")
             self._jobs.append(job)
             if isinstance(error, SwarmError | ServerError):
-                self._swarm.close()  # the next job gets another one
+                self._swarm.close()  # the next job starts a new one
             raise
         self._jobs.append(replace(job, result=result))
         return value
 
 
-class KeptSwarm:
-    """A `Connect` that keeps a local swarm for the next run, until one asks for other servers."""
+class SharedSwarm:
+    """A `Connect` that keeps a local swarm running for the next job, until one needs other servers."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -134,15 +143,15 @@ class KeptSwarm:
             with remote_model(parts) as model:
                 yield model
             return
-        # How the client talks to its servers is no reason to start others.
-        as_client: dict[str, Any] = {field.name: field.default for field in fields(ClientOptions)}
-        wanted = parts.source, replace(parts.swarm, **as_client)
-        if self._opened != wanted:
+        # Options of the client do not need other servers.
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(ClientOptions)}
+        servers = parts.source, replace(parts.swarm, **defaults)
+        if self._opened != servers:
             self.close()
-            say(f"swarm     {parts.swarm.opening(parts.blocks)}, for all jobs ...")
-            self._peers = self._stack.enter_context(parts.swarm.opened(parts.source, parts.blocks))
-            self._opened = wanted
-        with joined(parts, self._peers) as model:
+            say(f"swarm     {parts.swarm.describe_opening(parts.blocks)}, for all jobs ...")
+            self._peers = self._stack.enter_context(parts.swarm.open(parts.source, parts.blocks))
+            self._opened = servers
+        with connected_model(parts, self._peers) as model:
             yield model
 
     def close(self) -> None:
@@ -151,21 +160,21 @@ class KeptSwarm:
 
 
 def report(jobs: Sequence[Job], folder: Path) -> None:
-    """Print the table, the best job first, and leave it with a picture as sweep.csv and sweep.png."""
-    done = ranked(jobs)
-    table = rows_of(done, failed=[job for job in jobs if job.result is None])
+    """Print a table of the jobs, the best first, and write it to sweep.csv, with a plot in sweep.png."""
+    done = rank_jobs(jobs)
+    table = table_rows(done, failed=[job for job in jobs if job.result is None])
     with replacing(folder / "sweep.csv") as partial, partial.open("w", newline="") as file:
         csv.writer(file).writerows(table)
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     for row in table:
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if done:
-        draw_sweep(done, folder / "sweep.png")
+        plot_sweep(done, folder / "sweep.png")
     say(f"the sweep is in {folder}: sweep.csv{', sweep.png' if done else ''}, and one folder for each job")
 
 
-def ranked(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs that ended well; those that are judged by the same metric side by side, the best first."""
+def rank_jobs(jobs: Sequence[Job]) -> list[Job]:
+    """Sort the successful jobs by metric, and within a metric from the best to the worst."""
 
     def order(job: Job) -> tuple[str, float, float]:
         assert job.result is not None
@@ -175,9 +184,9 @@ def ranked(jobs: Sequence[Job]) -> list[Job]:
     return sorted((job for job in jobs if job.result is not None), key=order)
 
 
-def rows_of(done: Sequence[Job], *, failed: Sequence[Job]) -> list[list[str]]:
-    """A header, then a row for each job: what differs between them, what they reached, what it took."""
-    keys = differing([*done, *failed])
+def table_rows(done: Sequence[Job], *, failed: Sequence[Job]) -> list[list[str]]:
+    """Build a header and one row per job: differing overrides, metrics before and after, time and traffic."""
+    keys = differing_overrides([*done, *failed])
     table = [["job", *keys, "metric", "before", "after", "loss", "min", "tokens/s", "sent MB"]]
     for job in done:
         result = job.result
@@ -198,35 +207,37 @@ def rows_of(done: Sequence[Job], *, failed: Sequence[Job]) -> list[list[str]]:
     return table
 
 
-def differing(jobs: Sequence[Job]) -> list[str]:
-    """The overrides that are not the same in all jobs; of a single one, all."""
+def differing_overrides(jobs: Sequence[Job]) -> list[str]:
+    """Return the keys of overrides that are not the same in all jobs; of a single job, all keys."""
     keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
     return [key for key in keys if len(jobs) == 1 or len({job.overrides.get(key) for job in jobs}) > 1]
 
 
-def short(value: str) -> str:
-    """A number that a sweeper drew, with the digits that matter."""
+def shorten_number(value: str) -> str:
+    """Round a number to four digits; other texts are returned as they are."""
     try:
         return f"{float(value):.4g}"
     except ValueError:
         return value
 
 
-def draw_sweep(jobs: Sequence[Job], picture: Path) -> None:
-    """What the jobs are compared by, the best on top, beside their validation loss over the steps."""
-    keys = differing(jobs)
-    labels = [", ".join(f"{key}={short(job.overrides[key])}" for key in keys if key in job.overrides) for job in jobs]
+def plot_sweep(jobs: Sequence[Job], picture: Path) -> None:
+    """Plot the jobs' metric, the best on top, beside their validation loss over the steps."""
+    keys = differing_overrides(jobs)
+    labels = [
+        ", ".join(f"{key}={shorten_number(job.overrides[key])}" for key in keys if key in job.overrides) for job in jobs
+    ]
     figure = Figure(figsize=(11, 1.6 + 0.35 * len(jobs) + 1.5), layout="constrained")
     metric, curves = figure.subplots(1, 2)
-    for place, (job, label) in enumerate(zip(jobs, labels, strict=True)):
-        color = f"C{place % 10}"
-        metric.plot(job.value, place, "o", color=color)
+    for index, (job, label) in enumerate(zip(jobs, labels, strict=True)):
+        color = f"C{index % 10}"
+        metric.plot(job.value, index, "o", color=color)
         points = read_metrics(job.folder / "metrics.csv").get("val/loss", [])
         curves.plot(*zip(*points, strict=True), marker=".", color=color, label=label)
     metric.set_yticks(range(len(jobs)), labels)
     metric.invert_yaxis()
-    compared = dict.fromkeys(job.goal.metric for job in jobs)
-    metric.set_xlabel(f"{' or '.join(compared)} after training")
+    metrics = dict.fromkeys(job.goal.metric for job in jobs)
+    metric.set_xlabel(f"{' or '.join(metrics)} after training")
     metric.grid(alpha=0.3)
     curves.set_xlabel("optimizer steps")
     curves.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -7,15 +7,16 @@ from petals_tune.data.chitchat import (
     ChitChat,
     Conversation,
     Turn,
-    is_telling,
+    is_personal_statement,
+    personal_statements,
     read_conversation,
     replies,
     split_by_person,
-    telling_lines,
 )
-from petals_tune.data.source import Side
+from petals_tune.data.source import SplitName
 from petals_tune.errors import ConfigError, DataError
 from petals_tune.model import packaged
+from tests.raising import raises
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,8 @@ def conversation(name: str, *turns: tuple[str, str]) -> Conversation:
 
 
 def test_messages_in_a_row_are_one_turn() -> None:
-    said = [("ann", "Hi"), ("ann", " how  are you? "), ("ann", ""), ("bob", "Fine"), ("ann", "Good")]
-    entry = {"messages": [[{"sender": who, "text": text, "timestamp": ""}] for who, text in said]}
+    messages = [("ann", "Hi"), ("ann", " how  are you? "), ("ann", ""), ("bob", "Fine"), ("ann", "Good")]
+    entry = {"messages": [[{"sender": who, "text": text, "timestamp": ""}] for who, text in messages]}
     assert read_conversation("a", entry).turns == (
         Turn(speaker="ann", lines=("Hi", "how are you?")),
         Turn(speaker="bob", lines=("Fine",)),
@@ -38,26 +39,26 @@ def test_messages_in_a_row_are_one_turn() -> None:
 
 
 def test_nobody_who_is_kept_from_training_is_in_it_in_either_role(corpus: ChitChat) -> None:
-    train, validation, test = (corpus._split[side] for side in ("train", "validation", "test"))
+    train, validation, test = (corpus._conversations[split] for split in ("train", "validation", "test"))
     assert len(train) > 1000
     assert len(validation) > 500
     assert len(test) > 100
-    assert {corpus.side_of(person) for chat in train for person in chat.speakers} == {"train"}
-    assert all("validation" in map(corpus.side_of, chat.speakers) for chat in validation)
-    assert {corpus.side_of(person) for chat in test for person in chat.speakers} == {"train", "test"}
+    assert {corpus.split_of_person(person) for chat in train for person in chat.speakers} == {"train"}
+    assert all("validation" in map(corpus.split_of_person, chat.speakers) for chat in validation)
+    assert {corpus.split_of_person(person) for chat in test for person in chat.speakers} == {"train", "test"}
 
 
-@pytest.mark.parametrize("side", ["validation", "test"])
-def test_only_people_of_a_side_answer_in_it(corpus: ChitChat, side: Side) -> None:
-    said = {
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_only_people_of_a_split_answer_in_it(corpus: ChitChat, split: SplitName) -> None:
+    answers = {
         "\n".join(turn.lines)
-        for chat in corpus._split[side]
+        for chat in corpus._conversations[split]
         for turn in chat.turns
-        if corpus.side_of(turn.speaker) == side
+        if corpus.split_of_person(turn.speaker) == split
     }
-    examples = list(islice(getattr(corpus, side)(), 300))
+    examples = list(islice(getattr(corpus, split)(), 300))
     assert len(examples) > 50
-    assert all(example.answer in said for example in examples)
+    assert all(example.answer in answers for example in examples)
 
 
 def test_every_person_answers_once_before_anyone_answers_twice() -> None:
@@ -80,8 +81,8 @@ def test_replies_do_not_depend_on_the_order_of_the_file() -> None:
 
 
 def test_a_persona_is_what_the_person_said_in_other_conversations(corpus: ChitChat) -> None:
-    chats = corpus._split["validation"]
-    said = {(turn.speaker, chat.name, line) for chat in chats for turn in chat.turns for line in turn.lines}
+    chats = corpus._conversations["validation"]
+    lines = {(turn.speaker, chat.name, line) for chat in chats for turn in chat.turns for line in turn.lines}
     places = defaultdict(set)
     for chat in chats:
         for turn in chat.turns:
@@ -93,12 +94,12 @@ def test_a_persona_is_what_the_person_said_in_other_conversations(corpus: ChitCh
         header, *persona = example.context[0]["content"].split("\n- ")
         assert header == "You are chatting. You have said before:"
         assert len(persona) == 2
-        elsewhere = {line for who, where, line in said if who == speaker and where != name}
+        elsewhere = {line for who, where, line in lines if who == speaker and where != name}
         assert set(persona) <= elsewhere
 
 
 @pytest.mark.parametrize(
-    ("line", "telling"),
+    ("line", "personal"),
     [
         ("I'm majoring in music", True),
         ("my brother lives in Oregon", True),
@@ -110,8 +111,8 @@ def test_a_persona_is_what_the_person_said_in_other_conversations(corpus: ChitCh
         ("I love " + "very " * 10 + "long lines", False),
     ],
 )
-def test_persona_lines_are_short_and_tell_something(line: str, telling: bool) -> None:
-    assert is_telling(line) is telling
+def test_persona_lines_are_short_statements_about_the_speaker(line: str, personal: bool) -> None:
+    assert is_personal_statement(line) is personal
 
 
 def test_one_persona_line_for_each_conversation() -> None:
@@ -119,7 +120,7 @@ def test_one_persona_line_for_each_conversation() -> None:
         conversation("1", ("ann", "I live in Oregon now"), ("bob", "ok"), ("ann", "I play the piano")),
         conversation("2", ("ann", "I have a red bike")),
     ]
-    assert telling_lines(chats)["ann"] == {"1": "I live in Oregon now", "2": "I have a red bike"}
+    assert personal_statements(chats)["ann"] == {"1": "I live in Oregon now", "2": "I have a red bike"}
 
 
 def test_history_is_limited_and_roles_follow_the_one_who_answers(corpus: ChitChat) -> None:
@@ -136,7 +137,7 @@ def test_without_a_persona_there_is_still_a_system_message() -> None:
 
 
 def test_one_person_decides_where_a_conversation_goes() -> None:
-    sides: dict[str, Side] = {"ann": "train", "bob": "validation", "cid": "test"}
+    sides: dict[str, SplitName] = {"ann": "train", "bob": "validation", "cid": "test"}
     people = {"train": "ann ann", "validation": "ann bob", "test": "ann cid"}
     chats = {side: conversation(pair, *((who, "a") for who in pair.split())) for side, pair in people.items()}
     both = conversation("both", ("cid", "a"), ("bob", "b"))
@@ -150,11 +151,12 @@ def test_the_validation_does_not_depend_on_the_test(corpus: ChitChat) -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("persona_lines", -1), ("persona_lines", "2"), ("history_turns", 0)])
 def test_a_bad_value_names_its_key(key: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=rf"data\.source\.{key} is {value!r}"):
+    with raises(ConfigError, key=f"data.source.{key}", seen=value):
         ChitChat(**{key: value})  # type: ignore[arg-type]
 
 
 def test_a_missing_package_is_an_error_with_the_command_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packaged, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"pip install chitchat-dataset==0\.9\.0"):
+    with raises(DataError, source="chitchat-dataset==0.9.0") as caught:
         next(ChitChat().train())
+    assert "pip install chitchat-dataset==0.9.0" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Rows of tables, in the columns of public data sets, become examples."""
+"""Conversion of table rows, in the columns of public data sets, to examples."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import pytest
 from petals_tune.data.columns import Answers, Chats, Columns, Labels, PersonaChat, Texts
 from petals_tune.data.rows import Example, LabelledText, Text
 from petals_tune.errors import ConfigError, DataError
+from tests.raising import raises
 
 WORDS = (" negative", " positive")
 SST2 = Labels(words=WORDS, text="sentence", template="Review: {text}\nSentiment:")
@@ -46,8 +47,8 @@ def test_a_text_and_its_label_word() -> None:
 
 
 def test_labels_may_be_names() -> None:
-    named = Labels(words=WORDS, labels=["bad", "good"])
-    assert only(named, {"text": "x", "label": "good"}).word == " positive"
+    by_name = Labels(words=WORDS, labels=["bad", "good"])
+    assert only(by_name, {"text": "x", "label": "good"}).word == " positive"
 
 
 def test_a_brace_in_a_text_is_no_placeholder() -> None:
@@ -88,35 +89,35 @@ def test_a_dialogue_of_personachat_is_one_example_a_reply() -> None:
 
 
 BAD_ROWS = [
-    (Answers(), {"prompt": "Why?", "answer": None}, "'answer' is empty"),
-    (Answers(), {"prompt": "  ", "answer": "So."}, "'prompt' is empty"),
-    (Answers(), {"prompt": "Why?", "answer": ["So."]}, "'answer' holds a list, and a text is needed"),
-    (Chats(), {"messages": [{"role": "user", "content": "Hi"}]}, "no turn of the assistant"),
-    (Chats(), {"messages": [{"from": "human", "value": "Hi"}]}, "is no turn"),
-    (Chats(), {"messages": None}, "no turn of the assistant"),
-    (SST2, {"sentence": "x", "label": None}, "the label in 'label' is None: expected one of 0, 1"),
-    (SST2, {"sentence": "x", "label": -1}, "GLUE's test"),
-    (SST2, {"sentence": "x", "label": 2}, "is 2: expected one of 0, 1"),
-    (Texts(), {"text": ""}, "'text' is empty"),
-    (PersonaChat(), {"personality": ["I."], "history": ["Hi"], "candidates": []}, "'candidates' is empty"),
+    (Answers(), {"prompt": "Why?", "answer": None}, "answer", None),
+    (Answers(), {"prompt": "  ", "answer": "So."}, "prompt", None),
+    (Answers(), {"prompt": "Why?", "answer": ["So."]}, "answer", ["So."]),
+    (Chats(), {"messages": [{"role": "user", "content": "Hi"}]}, "messages", None),
+    (Chats(), {"messages": [{"from": "human", "value": "Hi"}]}, "messages", {"from": "human", "value": "Hi"}),
+    (Chats(), {"messages": None}, "messages", None),
+    (SST2, {"sentence": "x", "label": None}, "label", None),
+    (SST2, {"sentence": "x", "label": -1}, "label", -1),
+    (SST2, {"sentence": "x", "label": 2}, "label", 2),
+    (Texts(), {"text": ""}, "text", None),
+    (PersonaChat(), {"personality": ["I."], "history": ["Hi"], "candidates": []}, "candidates", None),
 ]
 
 
-@pytest.mark.parametrize(("columns", "row", "text"), BAD_ROWS)
-def test_a_row_that_cannot_be_used_says_why(columns: Columns, row: dict[str, Any], text: str) -> None:
-    with pytest.raises(DataError, match=text):
+@pytest.mark.parametrize(("columns", "row", "column", "seen"), BAD_ROWS)
+def test_an_error_of_a_bad_row_has_its_column(columns: Columns, row: dict[str, Any], column: str, seen: object) -> None:
+    with raises(DataError, column=column, seen=seen):
         list(columns.examples(row))
 
 
 @pytest.mark.parametrize(
-    ("options", "text"),
+    ("options", "option"),
     [
-        ({"words": "negative"}, "must be a list of two or more different words"),
-        ({"words": [" a", " a"]}, "must be a list of two or more different words"),
-        ({"words": WORDS, "labels": ["x"]}, "labels has 1 values and words 2"),
-        ({"words": WORDS, "template": "Review:"}, "must contain {text}"),
+        ({"words": "negative"}, "words"),
+        ({"words": [" a", " a"]}, "words"),
+        ({"words": WORDS, "labels": ["x"]}, "labels"),
+        ({"words": WORDS, "template": "Review:"}, "template"),
     ],
 )
-def test_bad_label_options_name_their_key(options: dict[str, Any], text: str) -> None:
-    with pytest.raises(ConfigError, match=text):
+def test_an_error_of_bad_label_options_has_their_key(options: dict[str, Any], option: str) -> None:
+    with raises(ConfigError, key=f"data.source.columns.{option}", seen=options[option]):
         Labels(**options)

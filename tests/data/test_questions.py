@@ -1,14 +1,15 @@
 import pytest
 
 from petals_tune.data import source
-from petals_tune.data.questions import Questions, pairs_of
+from petals_tune.data.questions import Questions, first_pairs
 from petals_tune.errors import ConfigError, DataError
+from tests.raising import raises
 
 
-def test_a_question_is_on_one_side_of_the_split_and_has_one_answer() -> None:
+def test_a_question_is_in_one_split_and_has_one_answer() -> None:
     questions = Questions(topics=["trivia", "science"])
     train, held_out = list(questions.train()), list(questions.validation())
-    asked = [{example.context[-1]["content"].lower() for example in side} for side in (train, held_out)]
+    asked = [{example.context[-1]["content"].lower() for example in split} for split in (train, held_out)]
     assert len(asked[0]) == len(train) > 200
     assert len(asked[1]) == len(held_out) > 20
     assert not asked[0] & asked[1]
@@ -21,12 +22,12 @@ def test_a_question_is_on_one_side_of_the_split_and_has_one_answer() -> None:
 
 def test_entries_that_are_no_conversation_are_left_out() -> None:
     entries = [["Which year?", 1963], {"a: b": None}, ["alone"], "text", ["Two?", "  a\n b ", "more"]]
-    assert list(pairs_of(entries)) == [("Which year?", "1963"), ("Two?", "a b")]
+    assert list(first_pairs(entries)) == [("Which year?", "1963"), ("Two?", "a b")]
 
 
 def test_topics_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="must be a list of topics"):
+    with raises(ConfigError, key="data.source.topics", seen="trivia"):
         Questions(topics="trivia")
     monkeypatch.setattr(source, "installed_file", lambda package, name: None)
-    with pytest.raises(DataError, match=r"pip install chatterbot-corpus==1\.3\.3"):
+    with raises(DataError, source="chatterbot-corpus==1.3.3"):
         next(Questions(topics=["trivia"]).train())

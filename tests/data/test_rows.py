@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 from petals_tune.data.chitchat import ChitChat
 from petals_tune.data.rows import IGNORED, Example, LabelledText, Message, Row, Text, rows_of
 from petals_tune.errors import DataError
+from tests.raising import raises
 
 SYSTEM: Message = {"role": "system", "content": "You are chatting."}
 
@@ -68,7 +69,7 @@ def test_the_limit_is_exact_and_the_answer_is_never_cut(tokenizer: PreTrainedTok
 
 @pytest.mark.parametrize("answer", ["", "  \n"])
 def test_an_empty_answer_is_an_error(tokenizer: PreTrainedTokenizerBase, answer: str) -> None:
-    with pytest.raises(DataError, match="empty answer"):
+    with raises(DataError, seen=answer):
         encode(chat("Hi", answer=answer), tokenizer, max_tokens=100)
 
 
@@ -90,13 +91,13 @@ def test_a_template_without_an_end_of_turn_gets_one(bare: PreTrainedTokenizerBas
 
 def test_a_template_that_refuses_the_turns_is_a_data_error(bare: PreTrainedTokenizerBase) -> None:
     bare.chat_template = "{{ raise_exception('System role not supported') }}"
-    with pytest.raises(DataError, match="refuses the turns system, user: System role not supported"):
+    with raises(DataError, seen=("system", "user")):
         encode(chat("Hi"), bare, max_tokens=100)
 
 
 def test_a_template_that_rewrites_the_prompt_is_a_data_error(bare: PreTrainedTokenizerBase) -> None:
     bare.chat_template = "{{ messages | length }} turns"
-    with pytest.raises(DataError, match="no place for an answer"):
+    with raises(DataError, seen="3 turns"):
         encode(chat("Hi"), bare, max_tokens=100)
 
 
@@ -107,8 +108,8 @@ def test_a_label_word_is_the_one_learned_token_at_the_end(tokenizer: PreTrainedT
     assert row.labels[-1] == row.input_ids[-1] == tokenizer.convert_tokens_to_ids("Ġpositive")
 
 
-def test_a_label_word_of_several_tokens_is_named_with_its_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(DataError, match=r"label word ' unputdownable' is \d tokens .*must be one"):
+def test_a_label_word_of_several_tokens_is_an_error(tokenizer: PreTrainedTokenizerBase) -> None:
+    with raises(DataError, seen=" unputdownable"):
         encode(LabelledText(prompt="Review: good .\nSentiment:", word=" unputdownable"), tokenizer, max_tokens=50)
 
 

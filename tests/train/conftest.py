@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,30 +16,31 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("model") / "tiny")
 
 
+def tiny_config(model: Path, output: Path, recipe: str, *overrides: str) -> DictConfig:
+    """The configuration of a recipe on the tiny model and the tiny corpora, with further overrides."""
+    source, words = ("TinyReviews", WORDS) if recipe.startswith("sst2") else ("TinyTalk", None)
+    soft_prompt = [] if "lora" in recipe else ["tuning.tokens=4"]
+    cfg = composed(
+        [
+            f"recipe={recipe}",
+            f"model.source={model}",
+            f"output_dir={output}",
+            "logger=csv",
+            *soft_prompt,
+            "data.batch_size=4",
+            "trainer.max_steps=6",
+            "trainer.val_check_interval=3",
+            "callbacks.replies.max_new_tokens=4",
+            *overrides,
+        ]
+    )
+    if words:
+        cfg.objective.words = list(words)
+    cfg.data.source = OmegaConf.create({"_target_": f"tests.train.tiny.{source}"})
+    return cfg
+
+
 @pytest.fixture
 def tiny_run(tiny_folder: Path, tmp_path: Path) -> Compose:
-    """The configuration of a recipe on the tiny model and the tiny corpora, with further overrides."""
-
-    def make(recipe: str, *overrides: str) -> DictConfig:
-        source, words = ("TinyReviews", WORDS) if recipe.startswith("sst2") else ("TinyTalk", None)
-        soft_prompt = [] if "lora" in recipe else ["tuning.tokens=4"]
-        cfg = composed(
-            [
-                f"recipe={recipe}",
-                f"model.source={tiny_folder}",
-                f"output_dir={tmp_path / 'out'}",
-                "logger=csv",
-                *soft_prompt,
-                "data.batch_size=4",
-                "trainer.max_steps=6",
-                "trainer.val_check_interval=3",
-                "callbacks.replies.max_new_tokens=4",
-                *overrides,
-            ]
-        )
-        if words:
-            cfg.objective.words = list(words)
-        cfg.data.source = OmegaConf.create({"_target_": f"tests.train.tiny.{source}"})
-        return cfg
-
-    return make
+    """`tiny_config` with the outputs in `tmp_path / "out"`."""
+    return partial(tiny_config, tiny_folder, tmp_path / "out")

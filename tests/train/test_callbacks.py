@@ -1,13 +1,9 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from peft import PromptTuningConfig, get_peft_model
 
 from petals_tune.data.module import TextData
-from petals_tune.net.stats import SwarmStats
-from petals_tune.train.backbone import swarm_stats
-from petals_tune.train.callbacks import greedy_reply, readable
+from petals_tune.train.callbacks import format_reply, greedy_reply
 from petals_tune.train.module import FineTuner
 from petals_tune.train.objective import CausalLM
 from petals_tune.train.run import run
@@ -32,22 +28,15 @@ def test_a_reply_is_the_most_likely_continuation() -> None:
     assert greedy_reply(tuner.eval(), data, sample.prompt_ids, max_new_tokens=5) == expected
 
 
-def test_the_stats_are_those_of_the_model_inside() -> None:
-    net = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    assert swarm_stats(net) == SwarmStats()
-    net.get_base_model().remote_blocks = SimpleNamespace(stats=SwarmStats(sent_bytes=7))
-    assert swarm_stats(net).sent_bytes == 7
-
-
 def test_without_a_terminal_progress_is_plain_lines(tiny_run: Compose, capsys: pytest.CaptureFixture[str]) -> None:
     run(tiny_run("sst2", "callbacks.progress.lines=3"), LocalConnection())
-    said = capsys.readouterr()
-    lines = [line for line in said.out.splitlines() if line.startswith("step ")]
+    printed = capsys.readouterr()
+    lines = [line for line in printed.out.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["2/6", "4/6", "6/6"]
     assert all(word in lines[0] for word in ("loss", "tokens/s", "swarm", "s left"))
-    assert "\r" not in said.out + said.err
+    assert "\r" not in printed.out + printed.err
 
 
-def test_readable_replies_line_up() -> None:
+def test_formatted_replies_line_up() -> None:
     reply = {"prompt": "Hi\nthere", "person": "a", "before": "", "after": "c"}
-    assert readable(reply) == "dialogue  Hi\n          there\nperson    a\nbefore\nafter     c"
+    assert format_reply(reply) == "dialogue  Hi\n          there\nperson    a\nbefore\nafter     c"

@@ -17,6 +17,7 @@ from petals_tune.errors import ConfigError
 from petals_tune.train.module import FineTuner
 from petals_tune.train.objective import CausalLM
 from petals_tune.train.run import run
+from tests.raising import raises
 from tests.train.conftest import Compose
 from tests.train.tiny import WORDS, LocalConnection, TinyReviews, tiny_model, tiny_tokenizer
 from tests.train.together import LORA, STEPS, talk, trainer, tuner
@@ -68,17 +69,15 @@ def test_early_stopping_and_the_best_checkpoint(tmp_path: Path) -> None:
     fitting.fit(module, datamodule=talk(batch_size=4))
     assert fitting.current_epoch == 2
     saved = torch.load(best.best_model_path, weights_only=True)["state_dict"]
-    assert saved.keys() == {name for name, _ in module.trained()}
+    assert saved.keys() == {name for name, _ in module.trained_parameters()}
     again = tuner(tiny_model())
     fitting.validate(again, datamodule=talk(batch_size=4), ckpt_path=best.best_model_path, verbose=False)
-    assert all(torch.equal(saved[name], value) for name, value in again.trained())
+    assert all(torch.equal(saved[name], value) for name, value in again.trained_parameters())
 
 
 @pytest.mark.parametrize("precision", ["16-true", "bf16-true", "64-true"])
-def test_a_precision_that_changes_weights_is_refused_by_name(precision: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"trainer\.precision={precision} would change.*choose 32-true or bf16-mixed"
-    ):
+def test_a_precision_that_changes_weights_is_refused(precision: str, tmp_path: Path) -> None:
+    with raises(ConfigError, key="trainer.precision", seen=precision):
         trainer(tmp_path, precision=precision).fit(tuner(tiny_model()), datamodule=talk(batch_size=4))
 
 
@@ -87,7 +86,7 @@ def test_mixed_precision_keeps_what_is_trained_in_32_bits(tmp_path: Path) -> Non
     for precision in ("32-true", "bf16-mixed"):
         module, fitting = tuner(tiny_model()), trainer(tmp_path, precision=precision)
         fitting.fit(module, datamodule=talk(batch_size=4))
-        assert {value.dtype for _, value in module.trained()} == {torch.float32}
+        assert {value.dtype for _, value in module.trained_parameters()} == {torch.float32}
         losses.append(fitting.test(module, datamodule=talk(batch_size=4), verbose=False)[0]["test/loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
     assert losses[1] != losses[0]

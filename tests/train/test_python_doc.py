@@ -11,7 +11,6 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.swarm
-@pytest.mark.slow
 def test_the_script_runs(tmp_path: Path) -> None:
     script = (ROOT / "docs" / "python.md").read_text().split("```python\n")[1].split("```")[0]
     (tmp_path / "script.py").write_text(script)

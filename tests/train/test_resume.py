@@ -1,4 +1,4 @@
-"""A run that was broken off in the middle of a step goes on as if nothing had happened."""
+"""A run that was interrupted in the middle of a step and resumed equals an uninterrupted one."""
 
 from pathlib import Path
 from typing import Any
@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from petals_tune.errors import SwarmTimeout
 from petals_tune.train.module import FineTuner
 from petals_tune.train.run import run
-from tests.train.conftest import Compose
+from tests.train.conftest import tiny_config
 from tests.train.tiny import LocalConnection
 
 LORA = {
@@ -32,46 +32,54 @@ class LosesItsSwarm(Callback):
             raise SwarmTimeout("nobody is there any more")
 
 
-def trained(checkpoint: Path) -> dict[str, Any]:
-    return torch.load(checkpoint, weights_only=True)
+def config(model: Path, output: Path, *overrides: str) -> DictConfig:
+    cfg = tiny_config(
+        model,
+        output,
+        "personachat",
+        "~tuning.tokens",
+        "~tuning.init_text",
+        "~callbacks.replies",
+        "optimizer.lr=0.05",
+        "trainer.accumulate_grad_batches=2",
+        "trainer.max_steps=9",
+        "trainer.val_check_interval=4",
+        *overrides,
+    )
+    cfg.tuning = OmegaConf.create(LORA)
+    return cfg
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoint.ckpt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The checkpoint of a run that was not interrupted."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run(config(tiny_folder, folder), LocalConnection())
+    return read_checkpoint(folder)
 
 
 # Of 10 batches an epoch, 2 a step: in the first epoch, in the middle of an accumulation, at a step's first batch, in
 # the second epoch; and once where a validation has just been.
 @pytest.mark.parametrize("at", [4, 5, 8, 13, 14])
 def test_a_run_that_lost_its_swarm_in_a_step_and_goes_on_equals_one_that_did_not(
-    at: int, tiny_run: Compose, tmp_path: Path
+    at: int, uninterrupted: dict[str, Any], tiny_folder: Path, tmp_path: Path
 ) -> None:
-    def config(folder: str, *overrides: str) -> Any:
-        output = tmp_path / folder
-        cfg = tiny_run(
-            "personachat",
-            f"output_dir={output}",
-            "~tuning.tokens",
-            "~tuning.init_text",
-            "~callbacks.replies",
-            "optimizer.lr=0.05",
-            "trainer.accumulate_grad_batches=2",
-            "trainer.max_steps=9",
-            "trainer.val_check_interval=4",
-            *overrides,
-        )
-        cfg.tuning = OmegaConf.create(LORA)
-        return cfg
-
-    whole, broken, resumed = "whole", "broken", "resumed"
-    run(config(whole), LocalConnection())
     loses = f"+callbacks.loses={{_target_: tests.train.test_resume.LosesItsSwarm, at: {at}}}"
     with pytest.raises(SwarmTimeout):
-        run(config(broken, loses), LocalConnection())
+        run(config(tiny_folder, tmp_path / "broken", loses), LocalConnection())
     torch.rand(5)  # another process would have drawn other numbers
-    run(config(resumed, f"ckpt_path={tmp_path / broken / 'checkpoint.ckpt'}"), LocalConnection())
+    checkpoint = f"ckpt_path={tmp_path / 'broken' / 'checkpoint.ckpt'}"
+    run(config(tiny_folder, tmp_path / "resumed", checkpoint), LocalConnection())
 
-    left, right = (trained(tmp_path / folder / "checkpoint.ckpt") for folder in (whole, resumed))
-    assert left["global_step"] == right["global_step"] == 9
-    assert left["lr_schedulers"] == right["lr_schedulers"]
-    for name, tensor in left["state_dict"].items():
-        torch.testing.assert_close(right["state_dict"][name], tensor, rtol=0, atol=0)
-    moments = [found["optimizer_states"][0]["state"] for found in (left, right)]
+    resumed = read_checkpoint(tmp_path / "resumed")
+    assert uninterrupted["global_step"] == resumed["global_step"] == 9
+    assert uninterrupted["lr_schedulers"] == resumed["lr_schedulers"]
+    for name, tensor in uninterrupted["state_dict"].items():
+        torch.testing.assert_close(resumed["state_dict"][name], tensor, rtol=0, atol=0)
+    moments = [found["optimizer_states"][0]["state"] for found in (uninterrupted, resumed)]
     for key, state in moments[0].items():
         torch.testing.assert_close(moments[1][key]["exp_avg"], state["exp_avg"], rtol=0, atol=0)

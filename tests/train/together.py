@@ -66,7 +66,9 @@ def main(model_folder: str, out: Path) -> None:
         facts = f"placeholder={placeholder} sent={model.remote_blocks.stats.sent_bytes} loss={tested['test/loss']:.9f}"
         (out / f"rank_{run.global_rank}.txt").write_text(facts)
         if run.is_global_zero:
-            save_file({name: value.detach() for name, value in module.trained()}, out / "trained.safetensors")
+            save_file(
+                {name: value.detach() for name, value in module.trained_parameters()}, out / "trained.safetensors"
+            )
         run.strategy.barrier()
         model.remote_blocks.close()
 
