@@ -90,7 +90,7 @@ class _Server:
     ):
         self._options, self._here, self.compute, self._announcer = options, here, compute, announcer
         self._peer, self._metrics = here.id, metrics
-        announcer.refresh = self._refreshed
+        announcer.refresh = self._refresh
         self._checkpoint = Checkpoint(options.model.source, options.disk_cache)
         self._dtype = torch_dtype(options.dtype, self._checkpoint.config, options.device)
         self._plan: Plan
@@ -99,6 +99,7 @@ class _Server:
         self.handler: Handler | None = None
 
     async def run(self, on_ready: OnReady, stop: asyncio.Event) -> None:
+        """Plan, accept streams, and host blocks until `stop` is set."""
         options = self._options
         self._plan = plan = await make_plan(options, self._checkpoint, self._dtype, self._here, self.compute)
         self._placer = Placer(
@@ -151,13 +152,18 @@ class _Server:
             await self._announcer.withdraw()
         else:
             logger.warning("moves from blocks %s to %s, which need this server more", span, next_span)
+        await self._drain(handler)
+        return next_span
+
+    async def _drain(self, handler: Handler) -> None:
+        """Wait for running requests, at most `limits.drain_s`, and close the streams."""
+        drain_s = self._options.limits.drain_s
         try:
-            await asyncio.wait_for(handler.wait_until_idle(), limits.drain_s)
+            await asyncio.wait_for(handler.wait_until_idle(), drain_s)
         except TimeoutError:
-            logger.warning("requests that ran for more than %g s after the stop were left unfinished", limits.drain_s)
+            logger.warning("requests that ran for more than %g s after the stop were left unfinished", drain_s)
         self.handler = None
         await handler.close()
-        return next_span
 
     async def _load(self, span: BlockSpan, stop: asyncio.Event) -> Engine:
         """Load blocks `span`. Raises _Stopped after the block during which `stop` was set."""
@@ -212,7 +218,7 @@ class _Server:
             public_name=self._options.public_name,
         )
 
-    def _refreshed(self, record: ServerRecord) -> ServerRecord:
+    def _refresh(self, record: ServerRecord) -> ServerRecord:
         free = None if self.handler is None else self.handler.stores.sessions.free_bytes
         return msgspec.structs.replace(record, free_cache_bytes=free, addresses=self._here.addresses)
 

@@ -190,7 +190,7 @@ def _truncated(chance: random.Random) -> bytes:
 
 
 def _bad_request(chance: random.Random) -> bytes:
-    request, _, _ = chance.choice(list(BAD_REQUESTS.values()))
+    request, _ = chance.choice(list(BAD_REQUESTS.values()))
     return encode(request)
 
 

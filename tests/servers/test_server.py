@@ -22,13 +22,6 @@ async def test_a_device_that_torch_does_not_know_is_refused_before_anything_is_j
 
 
 @pytest.mark.swarm
-async def test_more_blocks_than_the_model_has_are_refused(model_folder, tmp_path):
-    options = options_of(f"model.source='{model_folder('llama')}'", f"disk.folder='{tmp_path}'", "num_blocks=99")
-    with raises(ConfigError, key="num_blocks", seen=99):
-        await serve(options, never_ready, asyncio.Event())
-
-
-@pytest.mark.swarm
 async def test_a_server_announces_its_blocks_and_ends_when_it_is_told_to(model_folder, tmp_path):
     seen, stop = [], asyncio.Event()
 

@@ -48,68 +48,61 @@ FRAME = struct.Struct(">IQI")
 NAN = torch.full((1, 2, HIDDEN), float("nan"))
 INF = torch.full((1, 2, HIDDEN), float("inf"))
 
-# What is wrong -> (what is sent, the error in the refusal, a piece of its text)
-BAD_REQUESTS: dict[str, tuple[Message, str, str]] = {
-    "blocks of another server": (forward(span=BlockSpan(0, 2)), "BlocksNotHere", "blocks 0:2 are not here"),
-    "blocks beyond the model": (forward(span=BlockSpan(1, 2**40)), "BlocksNotHere", "are not here"),
-    "wrong hidden size": (Forward(span=SPAN, hidden=torch.ones(1, 2, 31)), "RequestRefused", "hidden size 31"),
-    "NaN in hidden states": (Forward(span=SPAN, hidden=NAN), "RequestRefused", "non-finite"),
-    "Inf in hidden states": (Forward(span=SPAN, hidden=INF), "RequestRefused", "non-finite"),
+# What is wrong -> (what is sent, the error in the refusal)
+BAD_REQUESTS: dict[str, tuple[Message, str]] = {
+    "blocks of another server": (forward(span=BlockSpan(0, 2)), "BlocksNotHere"),
+    "blocks beyond the model": (forward(span=BlockSpan(1, 2**40)), "BlocksNotHere"),
+    "wrong hidden size": (Forward(span=SPAN, hidden=torch.ones(1, 2, 31)), "RequestRefused"),
+    "NaN in hidden states": (Forward(span=SPAN, hidden=NAN), "RequestRefused"),
+    "Inf in hidden states": (Forward(span=SPAN, hidden=INF), "RequestRefused"),
     "NaN in a forward to run again": (
         Backward(again=Forward(span=SPAN, hidden=NAN), grad=torch.ones(1, 2, HIDDEN)),
         "RequestRefused",
-        "non-finite",
     ),
-    "NaN in a gradient": (Backward(again=forward(), grad=NAN), "RequestRefused", "non-finite"),
+    "NaN in a gradient": (Backward(again=forward(), grad=NAN), "RequestRefused"),
     "a gradient of another shape": (
         Backward(again=forward(), grad=torch.ones(1, 3, HIDDEN)),
         "RequestRefused",
-        "(1, 3",
     ),
-    "more positions than allowed": (forward(positions=65), "RequestRefused", "limits.max_positions"),
-    "more rows than allowed": (forward(rows=9, positions=32), "RequestRefused", "limits.max_tokens"),
+    "more positions than allowed": (forward(positions=65), "RequestRefused"),
+    "more rows than allowed": (forward(rows=9, positions=32), "RequestRefused"),
     "more of them than allowed, to be handed on by another server": (
         Chained(request=without_tensor(forward(positions=65)), comes=HandOver(peer="other", ticket=bytes(16))),
         "RequestRefused",
-        "limits.max_positions",
     ),
-    "no hidden size at all": (without_tensor(forward()), "RequestRefused", "hidden size 0"),
+    "no hidden size at all": (without_tensor(forward()), "RequestRefused"),
     "the same in a backward": (
         Backward(again=forward(positions=65), grad=torch.ones(1, 65, HIDDEN)),
         "RequestRefused",
-        "limits.max_positions",
     ),
     "nothing that needs a gradient": (
         Backward(again=forward(input_grad=False), grad=torch.ones(1, 2, HIDDEN)),
         "RequestRefused",
-        "nothing on these blocks",
     ),
-    "an unknown adapter": (forward(adapter="v9"), "AdapterMissing", "v9"),
-    "an unknown lease": (Backward(lease=2**60, grad=torch.ones(1, 2, HIDDEN)), "LeaseLost", "is not kept here"),
-    "a negative lease": (Backward(lease=-1, grad=torch.ones(1, 2, HIDDEN)), "LeaseLost", "is not kept here"),
-    "an unknown session": (Step(session=2**60, hidden=torch.ones(1, 1, HIDDEN), position=0), "SessionLost", "not kept"),
-    "a session for ever": (OpenSession(span=SPAN, rows=2**62, max_length=2**62), "RequestRefused", "would fit"),
-    "a session on other blocks": (OpenSession(span=BlockSpan(4, 6), rows=1, max_length=4), "BlocksNotHere", "4:6"),
+    "an unknown adapter": (forward(adapter="v9"), "AdapterMissing"),
+    "an unknown lease": (Backward(lease=2**60, grad=torch.ones(1, 2, HIDDEN)), "LeaseLost"),
+    "a negative lease": (Backward(lease=-1, grad=torch.ones(1, 2, HIDDEN)), "LeaseLost"),
+    "an unknown session": (Step(session=2**60, hidden=torch.ones(1, 1, HIDDEN), position=0), "SessionLost"),
+    "a session for ever": (OpenSession(span=SPAN, rows=2**62, max_length=2**62), "RequestRefused"),
+    "a session on other blocks": (OpenSession(span=BlockSpan(4, 6), rows=1, max_length=4), "BlocksNotHere"),
     "a session with an unknown adapter": (
         OpenSession(span=SPAN, rows=1, max_length=4, adapter="v9"),
         "AdapterMissing",
-        "v9",
     ),
-    "LoRA on a linear that is not there": (put(lora(module="mlp.eval")), "RequestRefused", "no linear"),
-    "LoRA of the wrong shape": (put(lora(tensors=[torch.ones(2, 31), torch.ones(48, 2)])), "RequestRefused", "needs A"),
-    "LoRA of rank 0": (put(lora(rank=0)), "RequestRefused", "needs A"),
-    "LoRA without tensors": (put(lora(tensors=[])), "RequestRefused", "needs A"),
-    "LoRA with an infinite scaling": (put(lora(scaling=float("inf"))), "RequestRefused", "scaling"),
-    "LoRA of integers": (put(lora(tensors=[torch.ones(2, HIDDEN).long()] * 2)), "RequestRefused", "finite floats"),
+    "LoRA on a linear that is not there": (put(lora(module="mlp.eval")), "RequestRefused"),
+    "LoRA of the wrong shape": (put(lora(tensors=[torch.ones(2, 31), torch.ones(48, 2)])), "RequestRefused"),
+    "LoRA of rank 0": (put(lora(rank=0)), "RequestRefused"),
+    "LoRA without tensors": (put(lora(tensors=[])), "RequestRefused"),
+    "LoRA with an infinite scaling": (put(lora(scaling=float("inf"))), "RequestRefused"),
+    "LoRA of integers": (put(lora(tensors=[torch.ones(2, HIDDEN).long()] * 2)), "RequestRefused"),
     "a prompt of NaN": (
         put(prompt(tensors=[torch.full((2, HIDDEN), float("nan"))])),
         "RequestRefused",
-        "finite floats",
     ),
-    "two prompts on a block": (put(prompt(), prompt()), "RequestRefused", "twice"),
-    "an adapter on other blocks": (put(span=BlockSpan(0, 6)), "BlocksNotHere", "0:6 are not here"),
-    "an answer in place of a request": (Done(), "RequestRefused", "Done is not a request"),
-    "a second Hello": (Hello(), "RequestRefused", "Hello is not a request"),
+    "two prompts on a block": (put(prompt(), prompt()), "RequestRefused"),
+    "an adapter on other blocks": (put(span=BlockSpan(0, 6)), "BlocksNotHere"),
+    "an answer in place of a request": (Done(), "RequestRefused"),
+    "a second Hello": (Hello(), "RequestRefused"),
 }
 
 # Messages that are none: nothing of them is a request, and the stream goes on.
@@ -132,10 +125,10 @@ GARBAGE: dict[str, bytes] = {
 
 @pytest.mark.parametrize("what", BAD_REQUESTS)
 async def test_a_bad_request_is_refused_by_name_and_the_next_one_is_served(engine, what):
-    request, error, text = BAD_REQUESTS[what]
+    request, error = BAD_REQUESTS[what]
     async with House(engine).client() as peer:
         refusal = await peer.refused(request)
-        assert (refusal.error, text in refusal.text) == (error, True), refusal
+        assert refusal.error == error, refusal
         assert isinstance(await peer.ask(forward()), Forwarded)
 
 
@@ -166,26 +159,26 @@ def test_a_message_that_was_changed_on_the_way_costs_nobody_anything(engine, dat
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    "data",
     [
-        (FRAME.pack(frames.MAX_FRAME_BYTES + 1, 7, 0), "a frame of"),
-        (FRAME.pack(2**32 - 1, 7, 0), "a frame of"),
-        (FRAME.pack(1, 7, 2**31) + b"x", "a message of"),
-        (FRAME.pack(0, 7, 10), "does not continue"),
-        (FRAME.pack(1, 7, 10) + b"x" + FRAME.pack(1, 7, 10) + b"x", "does not continue"),
-        (FRAME.pack(1, 7, 10) + b"x" + FRAME.pack(2, 7, 9) + b"xx", "does not continue"),
-        (b"".join(FRAME.pack(1, number, 1) + b"x" for number in range(10, 140)), "unfinished messages"),
-        (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "a frame of"),
+        FRAME.pack(frames.MAX_FRAME_BYTES + 1, 7, 0),
+        FRAME.pack(2**32 - 1, 7, 0),
+        FRAME.pack(1, 7, 2**31) + b"x",
+        FRAME.pack(0, 7, 10),
+        FRAME.pack(1, 7, 10) + b"x" + FRAME.pack(1, 7, 10) + b"x",
+        FRAME.pack(1, 7, 10) + b"x" + FRAME.pack(2, 7, 9) + b"xx",
+        b"".join(FRAME.pack(1, number, 1) + b"x" for number in range(10, 140)),
+        b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
     ],
     ids=["long", "longest", "large message", "empty", "duplicate", "overlap", "never ended", "http"],
 )
-async def test_frames_that_cannot_be_followed_end_the_stream_alone(engine, data, said):
+async def test_frames_that_cannot_be_followed_end_the_stream_alone(engine, data):
     house = House(engine)
     async with house.client("alice") as other, house.client() as peer:
         await peer.write(data)
         (refusal,) = await peer.last_words()
         assert isinstance(refusal, Refusal)
-        assert (refusal.error, said in refusal.text) == ("ProtocolError", True), refusal
+        assert refusal.error == "ProtocolError", refusal
         assert isinstance(await other.ask(forward()), Forwarded)
     async with house.client() as again:
         assert isinstance(await again.ask(forward()), Forwarded)
@@ -278,7 +271,7 @@ async def test_a_prompt_longer_than_the_sequence_is_refused_wherever_it_is_used(
             Step(session=opened.session, hidden=grad, position=0),
         ):
             refusal = await peer.refused(request)
-            assert (refusal.error, "a prompt of 3 positions" in refusal.text) == ("RequestRefused", True), refusal
+            assert refusal.error == "RequestRefused", refusal
 
 
 async def test_terms_of_a_sum_that_are_not_alike_are_refused(engine):
@@ -289,7 +282,7 @@ async def test_terms_of_a_sum_that_are_not_alike_are_refused(engine):
         first = Backward(again=forward(adapter="a"), grad=grad, adapter_sum=1)
         assert isinstance(await peer.ask(first), Gradients)
         other = Backward(again=forward(adapter="b"), grad=grad, adapter_sum=1, term=1)
-        assert "not the same shapes" in (await peer.refused(other)).text
+        assert (await peer.refused(other)).error == "RequestRefused"
         collected = await peer.ask(CollectSum(adapter_sum=1))
         assert isinstance(collected, CollectedSum)
         assert collected.terms == 1

@@ -76,7 +76,7 @@ async def test_a_client_of_another_model_learns_so(engine):
         await peer.send(Hello(model="other"))
         (refusal,) = await peer.last_words()
         assert isinstance(refusal, Refusal)
-        assert (refusal.error, "serves tiny" in refusal.text) == ("SwarmMismatch", True)
+        assert refusal.error == "SwarmMismatch"
 
 
 async def _served(house: House) -> Message:
@@ -107,19 +107,19 @@ def token_of(key: SigningKey, name: str = "alice", owner: SigningKey = OWNER, ex
 
 
 @pytest.mark.parametrize(
-    ("token", "text"),
+    "token",
     [
-        (None, "this swarm is private"),
-        (b"", "this swarm is private"),
-        (b"garbage", "not a token"),
-        (token_of(MALLORY, owner=MALLORY), "not signed by this swarm's key"),
-        (token_of(ALICE), "was issued to peer"),
-        (token_of(MALLORY, expires_s=1000), "has expired"),
-        (token_of(MALLORY, name="mallory"), "was revoked"),
+        None,
+        b"",
+        b"garbage",
+        token_of(MALLORY, owner=MALLORY),
+        token_of(ALICE),
+        token_of(MALLORY, expires_s=1000),
+        token_of(MALLORY, name="mallory"),
     ],
     ids=["none", "empty", "garbage", "forged", "copied", "expired", "revoked"],
 )
-async def test_a_private_server_reads_nothing_of_a_peer_before_its_token_is_checked(engine, token, text, monkeypatch):
+async def test_a_private_server_reads_nothing_of_a_peer_before_its_token_is_checked(engine, token, monkeypatch):
     read = []
     monkeypatch.setattr("servers.requests.handler.decode", lambda body: read.append(body))
     async with House(engine, members=private({"mallory"})).stranger(MALLORY.peer) as peer:
@@ -128,7 +128,7 @@ async def test_a_private_server_reads_nothing_of_a_peer_before_its_token_is_chec
         await peer.send(forward())
         (refusal,) = await peer.last_words()
         assert isinstance(refusal, Refusal)
-        assert (refusal.error, text in refusal.text) == ("AccessDenied", True), refusal
+        assert refusal.error == "AccessDenied", refusal
     assert read == []
 
 
@@ -185,9 +185,9 @@ async def test_requests_beyond_those_in_flight_are_refused_as_busy_and_the_other
         for _ in range(12):
             await greedy.send(forward(4, 64))
         answers = [(await greedy.read())[1] for _ in range(12)]
-        busy = [answer.text for answer in answers if isinstance(answer, Refusal)]
+        busy = [answer.error for answer in answers if isinstance(answer, Refusal)]
         assert busy
-        assert set(busy) == {"more than 4 requests in flight"}
+        assert set(busy) == {"ServerBusy"}
         assert sum(isinstance(answer, Forwarded) for answer in answers) == 12 - len(busy) >= 4
         assert isinstance(await alice.ask(forward()), Forwarded)
         assert isinstance(await greedy.ask(forward()), Forwarded)
@@ -201,7 +201,7 @@ async def test_a_request_that_is_not_done_in_time_is_refused_and_never_begun(eng
     blocked = asyncio.create_task(engine[1].run(Priority.FORWARD, release.wait))
     house = House(engine, limits=dataclasses.replace(LIMITS, max_request_s=0.1))
     async with house.client() as client:
-        assert "limits.max_request_s" in (await client.refused(forward())).text
+        assert (await client.refused(forward())).error == "ServerBusy"
         comes = HandOver(peer="nobody", ticket=bytes(16))
         refusal = await client.refused(Chained(request=without_tensor(forward()), comes=comes))
         assert refusal.error == "ServerBusy"
@@ -215,7 +215,7 @@ async def test_a_request_without_room_is_dropped_as_it_comes_and_the_next_one_is
     house = House(engine, limits=dataclasses.replace(LIMITS, max_receiving_bytes=100_000))
     async with house.client("greedy") as greedy, house.client("alice") as alice:
         large = Forward(span=SPAN, hidden=torch.ones(4, 64, 2 * HIDDEN))  # 64 KiB
-        assert "no room for a request of" in (await greedy.refused(large)).text
+        assert (await greedy.refused(large)).error == "ServerBusy"
         assert isinstance(await greedy.ask(forward()), Forwarded)
         await greedy.write(FRAME.pack(1, 99, 49_000) + b"x")  # half of the memory, and no more comes
         assert isinstance(await greedy.ask(Ping()), Refusal | Pong)
@@ -264,7 +264,7 @@ async def test_a_client_that_asks_too_often_is_read_no_faster(engine):
 async def test_an_adapter_that_never_fits_is_refused_with_what_would(engine):
     async with House(engine, kept=stores(adapters=1000)).client() as peer:
         refusal = await peer.refused(put(prompt(positions=32)))
-        assert (refusal.error, "of adapters" in refusal.text) == ("RequestRefused", True)
+        assert refusal.error == "RequestRefused"
 
 
 async def test_a_client_that_leaves_takes_everything_along(engine):
