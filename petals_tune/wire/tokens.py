@@ -109,17 +109,17 @@ def verify(encoded: bytes, *, swarm: bytes | None = None) -> Token:
 def check(token: Token, *, peer: str, now_s: float, revoked: Collection[str] = (), hosts: bool = False) -> None:
     """Raise AccessDenied where `token` does not let `peer` into its swarm, or not as a host where `hosts` is asked."""
     if token.peer != peer:
+        reason = "peer"
         text = f"was issued to peer {token.peer}, and this is {peer}: use the identity file that it was issued for"
-        raise AccessDenied(f"the token of {token.name} {text}", reason="peer", member=token.name)
-    if now_s >= token.expires_s:
-        text = "has expired: ask the swarm's owner for a new one"
-        raise AccessDenied(f"the token of {token.name} {text}", reason="expired", member=token.name)
-    if token.name in revoked:
-        text = "was revoked by the swarm's owner"
-        raise AccessDenied(f"the token of {token.name} {text}", reason="revoked", member=token.name)
-    if hosts and not token.hosts:
-        text = "does not let it host blocks (issue it with --hosts)"
-        raise AccessDenied(f"the token of {token.name} {text}", reason="hosts", member=token.name)
+    elif now_s >= token.expires_s:
+        reason, text = "expired", "has expired: ask the swarm's owner for a new one"
+    elif token.name in revoked:
+        reason, text = "revoked", "was revoked by the swarm's owner"
+    elif hosts and not token.hosts:
+        reason, text = "hosts", "does not let it host blocks (issue it with --hosts)"
+    else:
+        return
+    raise AccessDenied(f"the token of {token.name} {text}", reason=reason, member=token.name)
 
 
 def secret_text(key: SigningKey) -> str:

@@ -6,7 +6,7 @@ import pickle
 import pytest
 from hivemind.proto import crypto_pb2
 
-from petals_tune.errors import ConfigError
+from petals_tune.errors import ConfigError, ProtocolError
 from petals_tune.wire.signing import SigningKey, identity_bytes, identity_from, is_signed, public_key_of
 from tests.raising import raises
 
@@ -43,3 +43,9 @@ def test_a_private_key_shows_itself_nowhere():
     for copied in (pickle.dumps, copy.deepcopy):
         with pytest.raises(TypeError, match="not copied"):
             copied(OWNER)
+
+
+@pytest.mark.parametrize("peer", ["", "Qm", "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N", "0" * 60, "1" * 100])
+def test_a_peer_id_without_an_ed25519_key_is_refused(peer):
+    with raises(ProtocolError, what="peer id"):
+        public_key_of(peer)
