@@ -69,7 +69,13 @@ FORBIDDEN_CALLS = {
 # Who handles what strangers sent opens no file and starts no process: no path of theirs can be one.
 HANDLES_STRANGERS = (
     "petals_tune.wire",
-    *(f"petals_tune.net.{name}" for name in ("stream", "dht_auth", "directory", "dial_back", "circuit_relay")),
+    *(
+        f"petals_tune.net.{name}"
+        for name in (
+            *("circuit_relay", "dht_auth", "dial_back", "directory", "hivemind_dht"),
+            *("in_process", "peer", "pool", "stream", "transport"),
+        )
+    ),
     *(f"petals_tune.blocks.{name}" for name in ("adapters", "engine", "graphs", "kernels", "kv_cache")),
     *("servers.requests", "servers.stores", "servers.scheduling"),
     *("servers.health.report", "servers.health.table"),
