@@ -72,7 +72,13 @@ FORBIDDEN_CALLS = {
 HANDLES_STRANGERS = (
     "petals_tune.wire",
     "petals_tune.adapters",
-    *(f"petals_tune.net.{name}" for name in ("stream", "dht_auth", "directory", "dial_back", "circuit_relay")),
+    *(
+        f"petals_tune.net.{name}"
+        for name in (
+            *("circuit_relay", "dht_auth", "dial_back", "directory", "hivemind_dht"),
+            *("in_process", "peer", "pool", "stream", "transport"),
+        )
+    ),
     *(f"petals_tune.blocks.{name}" for name in ("adapters", "engine", "graphs", "kernels", "kv_cache")),
     *("servers.requests", "servers.stores", "servers.scheduling"),
     *("servers.health.report", "servers.health.table"),

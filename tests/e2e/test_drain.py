@@ -10,13 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hivemind.p2p import P2P
 
 from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.errors import ServerBusy
-from petals_tune.net.directory import Directory
-from petals_tune.net.hivemind_p2p import start_dht, start_p2p, stop_dht, stop_p2p
-from petals_tune.net.stats import SwarmStats
+from petals_tune.net.peer import Peer
 from petals_tune.net.stream import ServerStream
 from petals_tune.swarm import loop
 from petals_tune.swarm.local import ServerProcess, server_process
@@ -24,6 +21,7 @@ from petals_tune.wire.messages import Forward, Forwarded, Message
 from petals_tune.wire.span import BlockSpan
 from tests.models import BLOCKS, plain_model, save_model
 from tests.processes import LONG_S, descendants, wait_until
+from tests.watcher import watching
 
 pytestmark = pytest.mark.swarm
 # A second or so each: queued, they keep a server busy for as long as a test needs.
@@ -34,16 +32,15 @@ SHORT_WORK = Forward(span=BlockSpan(0, 1), hidden=torch.ones(1, 1, 32))
 
 @dataclass(frozen=True, kw_only=True)
 class Swarm:
-    """Two servers of all blocks, one announced as much the faster; and a client of our own."""
+    """Two servers of all blocks, one announced as much the faster; and a peer of our own."""
 
     folder: Path
     fast: ServerProcess
     slow: ServerProcess
-    p2p: P2P
-    directory: Directory
+    peer: Peer
 
     async def withdrawn(self, server: ServerProcess) -> None:
-        while peer_of(server) in {record.peer for record in (await self.directory.snapshot()).servers}:
+        while peer_of(server) in {record.peer for record in (await self.peer.directory.snapshot()).servers}:
             await asyncio.sleep(0.05)
 
 
@@ -55,11 +52,8 @@ def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swarm]:
         peers = slow.wait_until_ready()
         fast = stack.enter_context(server(folder, "throughput=1e6", f"swarm.initial_peers=[{','.join(peers)}]"))
         fast.wait_until_ready()
-        p2p = loop.run(start_p2p(peers, listens=False))
-        stack.callback(lambda: loop.run(stop_p2p(p2p)))
-        node = loop.run(start_dht(p2p, peers, client_mode=True))
-        stack.callback(lambda: loop.run(stop_dht(node)))
-        yield Swarm(folder=folder, fast=fast, slow=slow, p2p=p2p, directory=Directory(node))
+        peer = stack.enter_context(watching(peers))
+        yield Swarm(folder=folder, fast=fast, slow=slow, peer=peer)
 
 
 def server(folder: Path, *overrides: str):
@@ -70,9 +64,9 @@ def peer_of(server: ServerProcess) -> str:
     return server.wait_until_ready()[0].rpartition("/p2p/")[2]
 
 
-async def opened(p2p: P2P, server: ServerProcess) -> ServerStream:
+async def opened(peer: Peer, server: ServerProcess) -> ServerStream:
     addresses = server.wait_until_ready()
-    return await ServerStream.open(p2p, peer_of(server), addresses, None, timeout_s=LONG_S, stats=SwarmStats())
+    return await ServerStream.open(peer.transport, peer_of(server), addresses, model=None, timeout_s=LONG_S)
 
 
 def ask(stream: ServerStream, request: Message) -> asyncio.Task[Message]:
@@ -94,7 +88,7 @@ def test_a_server_that_drains_ends_what_runs_and_its_clients_move_with_their_ses
         half = model.generate(ids, max_new_tokens=4, do_sample=False)
 
         async def drain() -> list[Message]:
-            stream = await opened(swarm.p2p, swarm.fast)
+            stream = await opened(swarm.peer, swarm.fast)
             running = [ask(stream, LONG_WORK) for _ in range(4)]
             await first_of(running)
             swarm.fast.process.send_signal(signal.SIGTERM)
@@ -128,7 +122,7 @@ def test_a_second_interrupt_ends_a_server_at_once(swarm):
     """Last: the server that all others need ends."""
 
     async def interrupt() -> None:
-        stream = await opened(swarm.p2p, swarm.slow)
+        stream = await opened(swarm.peer, swarm.slow)
         running = [ask(stream, LONG_WORK) for _ in range(12)]
         await first_of(running)
         asking: list[asyncio.Task[Message]] = []

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from petals_tune.net.directory import Directory
-from petals_tune.net.hivemind_p2p import start_dht, start_p2p, stop_p2p
 from petals_tune.swarm import loop
 from petals_tune.swarm.local import ServerProcess, server_process
 from petals_tune.wire.span import BlockSpan
 from tests.models import save_model
 from tests.processes import LONG_S, Process, descendants, wait_until
+from tests.watcher import watching
 
 pytestmark = pytest.mark.swarm
 FIRST, SECOND = BlockSpan(0, 3), BlockSpan(3, 6)
@@ -40,11 +39,7 @@ class Swarm:
 def swarm(folder: Path) -> Iterator[Swarm]:
     with ExitStack() as stack:
         peers = stack.enter_context(server(folder, FIRST)).wait_until_ready()
-        p2p = loop.run(start_p2p(peers, listens=False))
-        stack.callback(lambda: loop.run(stop_p2p(p2p)))
-        node = loop.run(start_dht(p2p, peers, client_mode=True))
-        stack.callback(lambda: loop.run(node.shutdown()))
-        directory = Directory(node)
+        directory = stack.enter_context(watching(peers)).directory
         yield Swarm(peers=peers, held=lambda: [s.blocks for s in loop.run(directory.snapshot()).servers])
 
 

@@ -1,7 +1,7 @@
 """Real servers that are not told which blocks to host."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,14 +9,13 @@ import torch
 
 from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.errors import ServerUnreachable
-from petals_tune.net.directory import Directory
-from petals_tune.net.hivemind_p2p import start_dht, start_p2p, stop_dht, stop_p2p
 from petals_tune.swarm import loop
 from petals_tune.swarm.local import ServerProcess, server_process
 from petals_tune.wire.records import ServerRecord, Throughput
 from petals_tune.wire.span import BlockSpan, gaps
 from tests.models import BLOCKS, plain_model, relative_error, save_model
 from tests.processes import wait_until
+from tests.watcher import watching
 
 pytestmark = pytest.mark.swarm
 OPTIONS = [
@@ -107,18 +106,8 @@ def test_a_server_of_another_model_is_told_what_the_swarm_serves(start, folder, 
     assert other.process.wait() == 2
 
 
-class watched:
-    """Eyes that are no server's: the servers that are online, by peer id."""
-
-    def __init__(self, peers: list[str]):
-        self._peers = peers
-
-    def __enter__(self) -> Callable[[], dict[str, ServerRecord]]:
-        self._p2p = loop.run(start_p2p(self._peers, listens=False))
-        self._node = loop.run(start_dht(self._p2p, self._peers, client_mode=True))
-        directory = Directory(self._node)
-        return lambda: {server.peer: server for server in loop.run(directory.snapshot()).servers}
-
-    def __exit__(self, *error: object) -> None:
-        loop.run(stop_dht(self._node))
-        loop.run(stop_p2p(self._p2p))
+@contextmanager
+def watched(peers: list[str]) -> Iterator[Callable[[], dict[str, ServerRecord]]]:
+    """The servers that are online, by peer id, as a peer sees them that only looks on."""
+    with watching(peers) as peer:
+        yield lambda: {server.peer: server for server in loop.run(peer.directory.snapshot()).servers}

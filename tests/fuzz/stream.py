@@ -22,17 +22,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from hivemind.p2p import P2P, PeerID
-from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
 
-from petals_tune.net.hivemind_p2p import start_p2p, stop_p2p
+from petals_tune.errors import ConnectionLost
+from petals_tune.net.peer import Peer, joined
 from petals_tune.swarm.local import ServerProcess, server_process
 from petals_tune.wire import frames
 from petals_tune.wire.codec import encode
-from petals_tune.wire.frames import BROKEN
 from petals_tune.wire.messages import PROTOCOL, Forwarded, Hello, Message, Ping, Refusal, Welcome
 from tests.models import save_model
-from tests.servers.peers import SPAN, Peer, forward
+from tests.net.played_peer import PlayedPeer
+from tests.servers.peers import SPAN, forward
 from tests.servers.requests.test_handler import BAD_REQUESTS, GARBAGE
 from tests.wire.test_messages import EXAMPLES
 
@@ -74,48 +73,46 @@ async def fuzz(
 ) -> dict[str, Counter[str]]:
     """What senders were told, by kind. Raises AssertionError where the honest client is not served as before."""
     told: dict[str, Counter[str]] = {}
-    honest_p2p, bad_p2p = await start_p2p(addresses, listens=False), await start_p2p(addresses, listens=False)
-    try:
-        async with opened(honest_p2p, addresses) as honest:
-            expected = await honest.ask(forward())
-            assert isinstance(expected, Forwarded)
-            for kind, (bad, whole) in KINDS.items():
-                told[kind] = await tried(bad_p2p, addresses, bad, inputs, chance, whole=whole)
-                await same(honest, expected)
-            told["streams without a word"] = await idle_streams(bad_p2p, addresses, idle)
+    async with (
+        joined(addresses, listens=False) as honest_peer,
+        joined(addresses, listens=False) as bad_peer,
+        opened(honest_peer, addresses) as honest,
+    ):
+        expected = await honest.ask(forward())
+        assert isinstance(expected, Forwarded)
+        for kind, (bad, whole) in KINDS.items():
+            told[kind] = await tried(bad_peer, addresses, bad, inputs, chance, whole=whole)
             await same(honest, expected)
-    finally:
-        await stop_p2p(bad_p2p)
-        await stop_p2p(honest_p2p)
+        told["streams without a word"] = await idle_streams(bad_peer, addresses, idle)
+        await same(honest, expected)
     return told
 
 
-async def same(honest: Peer, expected: Forwarded) -> None:
+async def same(honest: PlayedPeer, expected: Forwarded) -> None:
     answer = await honest.ask(forward())
     assert isinstance(answer, Forwarded), answer
     assert torch.equal(answer.hidden, expected.hidden)
 
 
 @asynccontextmanager
-async def opened(p2p: P2P, addresses: Sequence[str], *, greet: bool = True) -> AsyncIterator[Peer]:
-    peer_id = PeerID.from_base58(addresses[0].rpartition("/p2p/")[2])
-    _, reader, writer = await p2p.call_binary_stream_handler(peer_id, PROTOCOL)
-    peer = Peer(reader, writer)
+async def opened(peer: Peer, addresses: Sequence[str], *, greet: bool = True) -> AsyncIterator[PlayedPeer]:
+    connection = await peer.transport.dial(addresses[0].rpartition("/p2p/")[2], addresses, PROTOCOL)
+    played = PlayedPeer(connection)
     try:
         if greet:
-            assert isinstance(await peer.ask(Hello()), Welcome)
-        yield peer
+            assert isinstance(await played.ask(Hello()), Welcome)
+        yield played
     finally:
-        writer.close()
+        connection.close()
 
 
 async def tried(
-    p2p: P2P, addresses: Sequence[str], bad: Bad, inputs: int, chance: random.Random, *, whole: bool
+    bad_peer: Peer, addresses: Sequence[str], bad: Bad, inputs: int, chance: random.Random, *, whole: bool
 ) -> Counter[str]:
     """Send `inputs` bad ones, as the body of a frame (`whole`) or past the frames; a stream that ends is replaced."""
     told: Counter[str] = Counter()
     while told.total() < inputs:
-        async with opened(p2p, addresses) as peer:
+        async with opened(bad_peer, addresses) as peer:
             while told.total() < inputs:
                 data = bad(chance)
                 try:
@@ -123,7 +120,7 @@ async def tried(
                     if not whole:
                         await peer.write(data)
                     answer = await answered(peer, number, await peer.send(Ping()))
-                except BROKEN:
+                except ConnectionLost:
                     told["closed"] += 1
                     break
                 told[answer] += 1
@@ -132,7 +129,7 @@ async def tried(
     return told
 
 
-async def answered(peer: Peer, number: int | None, ping: int) -> str:
+async def answered(peer: PlayedPeer, number: int | None, ping: int) -> str:
     """What the server says to message `number`, or at all, before it ends the stream or answers the ping behind it.
 
     A ping is answered at once, and a request when it was computed; messages without an answer are followed by it alone.
@@ -145,7 +142,7 @@ async def answered(peer: Peer, number: int | None, ping: int) -> str:
         except TimeoutError:
             assert heard_ping or number is None, "the server no longer answers"
             return said if heard_ping else WAITS
-        except BROKEN:
+        except ConnectionLost:
             if said == "no answer due":
                 raise
             return f"{said}, closed"
@@ -156,18 +153,18 @@ async def answered(peer: Peer, number: int | None, ping: int) -> str:
             return said
 
 
-async def idle_streams(p2p: P2P, addresses: Sequence[str], count: int) -> Counter[str]:
+async def idle_streams(bad_peer: Peer, addresses: Sequence[str], count: int) -> Counter[str]:
     """Open as many streams as we can and say nothing on them."""
     told: Counter[str] = Counter()
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(count):
             try:
-                peer = await stack.enter_async_context(opened(p2p, addresses, greet=False))
+                peer = await stack.enter_async_context(opened(bad_peer, addresses, greet=False))
                 async with asyncio.timeout(0.005):
-                    await peer.reader.readexactly(1)
+                    await peer.connection.read_exactly(1)
             except TimeoutError:
                 told["open"] += 1
-            except (*BROKEN, P2PDaemonError):
+            except ConnectionLost:
                 told["closed"] += 1
     return told
 

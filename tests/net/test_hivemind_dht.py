@@ -1,7 +1,6 @@
 """Real DHT nodes on 127.0.0.1: a server that announces, and a client that looks."""
 
 import asyncio
-import dataclasses
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,8 +11,6 @@ import msgspec
 import pytest
 import pytest_asyncio
 from hivemind.dht.node import DHTNode
-from hivemind.dht.validation import DHTRecord
-from hivemind.utils import MSGPackSerializer
 from hivemind.utils.timed_storage import get_dht_time
 
 from petals_tune.errors import ClockSkew, ServerUnreachable
@@ -190,32 +187,6 @@ async def test_nobody_announces_or_withdraws_anothers_blocks(nodes, name):
     assert (await HivemindDirectory(client, name).snapshot()).servers == (honest,), (
         "the client goes on with what it knew"
     )
-
-
-async def test_an_old_record_is_not_put_back_under_a_later_end_or_another_key():
-    guard, until = SignedRecords(key_of("a")), get_dht_time() + 60
-    subkey = MSGPackSerializer.dumps(key_of("a").peer)
-    signed = DHTRecord(b"key", subkey, guard.sign_value(DHTRecord(b"key", subkey, b"value", until)), until)
-    assert guard.validate(signed)
-    assert guard.strip_value(signed) == b"value"
-    changes = {"key": b"yek", "subkey": MSGPackSerializer.dumps(key_of("b").peer), "value": signed.value + b"x"}
-    for field, value in {**changes, "expiration_time": until + 1}.items():
-        assert not guard.validate(dataclasses.replace(signed, **{field: value})), field
-
-
-@pytest.mark.parametrize(
-    "subkey", [b"", b"\xd9", b"\xc4\x01a", MSGPackSerializer.dumps("QmRSA"), b"\xd9\x34" + bytes(52)]
-)
-async def test_a_record_under_anything_but_a_peer_id_is_refused(subkey):
-    assert not SignedRecords(None).validate(DHTRecord(b"key", subkey, bytes(100), get_dht_time() + 60))
-
-
-async def test_records_that_are_large_or_would_stay_for_ever_are_refused():
-    guard, subkey = SignedRecords(key_of("a")), MSGPackSerializer.dumps(key_of("a").peer)
-    for size, lasts_s, taken in ((100, 60, True), (5000, 60, False), (100, 10**6, False)):
-        until = get_dht_time() + lasts_s
-        value = guard.sign_value(DHTRecord(b"key", subkey, bytes(size), until))
-        assert guard.validate(DHTRecord(b"key", subkey, value, until)) is taken
 
 
 async def test_swarms_of_other_names_do_not_see_each_other(nodes):

@@ -1,0 +1,19 @@
+"""A peer that only looks on, for tests of real swarms."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from petals_tune.net.members import Members
+from petals_tune.net.peer import Peer, joined
+from petals_tune.swarm import loop
+
+
+@contextmanager
+def watching(initial_peers: Sequence[str], members: Members | None = None) -> Iterator[Peer]:
+    """A client of a swarm, on the background loop."""
+    context = joined(initial_peers, members=members, listens=False)
+    peer = loop.run(context.__aenter__())
+    try:
+        yield peer
+    finally:
+        loop.run(context.__aexit__(None, None, None))
