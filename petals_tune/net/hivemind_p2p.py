@@ -41,6 +41,7 @@ class HivemindTransport:
     def __init__(self, p2p: P2P):
         self.p2p = p2p
         self.id = str(p2p.peer_id)
+        self._stopped = False
 
     @classmethod
     async def start(
@@ -102,15 +103,16 @@ class HivemindTransport:
         """
         shutdown = asyncio.ensure_future(self.p2p.shutdown())
         await asyncio.sleep(0)  # it sends the signal before it waits
-        if self.alive:
+        if not self._stopped and self.p2p._child.returncode is None:
             with suppress(ChildProcessError):  # the loop did notice
                 await asyncio.to_thread(os.waitpid, self.p2p._child.pid, 0)
         shutdown.cancel()
+        self._stopped = True  # the loop may never learn of the end that was waited for here
 
     @property
     def alive(self) -> bool:
         """Whether the daemon runs."""
-        return self.p2p._child.returncode is None
+        return not self._stopped and self.p2p._child.returncode is None
 
     async def ended(self) -> str:
         """Wait until the daemon has ended; returns how, for an error's text."""

@@ -12,7 +12,7 @@ from petals_tune.net.stream import ServerStream
 from petals_tune.net.transport import Connection
 from petals_tune.wire.codec import decode, encode
 from petals_tune.wire.frames import HEADER, Assembler, cut, read_header
-from petals_tune.wire.messages import PROTOCOL, Hello, Message, Refusal, Welcome
+from petals_tune.wire.messages import PROTOCOL, Hello, Message, Pong, Refusal, Welcome
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 
@@ -115,3 +115,19 @@ async def opening(
     client = network.peer("client").transport
     work = ServerStream.open(client, peer, (), model="m", members=members, timeout_s=timeout_s, stats=stats)
     return asyncio.create_task(work), await ends.get()
+
+
+async def answer_pings(network: InProcessNetwork, peer: str = PEER) -> None:
+    """Have server `peer` greet its clients and answer their pings."""
+
+    async def serve(connection: Connection) -> None:
+        played = PlayedPeer(connection)
+        try:
+            await played.welcome()
+            while True:
+                number, _ = await played.read()
+                await played.send(Pong(), number)
+        except ConnectionLost:
+            connection.close()
+
+    await network.peer(peer).transport.accept(PROTOCOL, serve)

@@ -1,12 +1,15 @@
 import json
 
+import msgspec
 import pytest
 import torch
 
 from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.net.in_process import InProcessNetwork
 from petals_tune.wire.records import Throughput
 from servers.membership import throughput
-from servers.membership.throughput import measure_computing
+from servers.membership.throughput import measure_computing, measure_sending
+from tests.net.played_peer import RECORD, answer_pings
 
 
 @pytest.fixture
@@ -57,3 +60,17 @@ def test_a_kept_measurement_that_is_damaged_is_made_again(measuring, tmp_path, c
     assert measuring().batch > 0
     assert len(measuring.built) == 2
     assert path.name in caplog.text
+
+
+async def test_the_line_is_measured_to_whoever_answers_and_streams_are_closed():
+    network = InProcessNetwork()
+    await answer_pings(network)
+    gone = msgspec.structs.replace(RECORD, peer="gone")
+    me = network.peer("me")
+    rate = await measure_sending(me, [gone, RECORD], "m", hidden_size=64)
+    assert rate is not None
+    assert rate > 0
+    for serving in list(network.find(RECORD.peer).serving):
+        await serving
+    assert await measure_sending(me, [gone], "m", hidden_size=64) is None
+    assert await measure_sending(me, [], "m", hidden_size=64) is None
