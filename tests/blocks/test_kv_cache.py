@@ -1,4 +1,4 @@
-"""KV caches by direct calls: batched steps equal lone ones."""
+"""Sessions and their caches by direct calls: steps one by one, and steps of several sessions together."""
 
 import pytest
 import torch
@@ -10,8 +10,9 @@ from petals_tune.errors import RequestRefused, SessionLost
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Backward
 from tests.models import relative_error
-from tests.servers.parts import forward, load
-from tests.servers.steps import SPAN, TOLERANCE, hidden, outputs, session, step
+from tests.servers.parts import SPAN, forward, hidden, load, outputs, session, step
+
+TOLERANCE = 1e-5
 
 
 @pytest.fixture(params=["bloom", "llama"])
