@@ -1,4 +1,4 @@
-"""KV caches by direct calls: batched steps equal lone ones."""
+"""Sessions and their caches by direct calls: steps one by one, and steps of several sessions together."""
 
 import pytest
 import torch
@@ -11,7 +11,9 @@ from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Backward
 from tests.models import relative_error
 from tests.servers.parts import forward, load
-from tests.servers.steps import SPAN, TOLERANCE, hidden, outputs, session, step
+from tests.servers.steps import SPAN, hidden, outputs, session, step
+
+TOLERANCE = 1e-5
 
 
 @pytest.fixture(params=["bloom", "llama"])

@@ -5,14 +5,19 @@ import asyncio
 import pytest
 import torch
 
+from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.kv_cache import Session
+from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Step
 from servers.scheduling.compute_thread import ComputeThread
 from servers.scheduling.step_batcher import StepBatcher
 from tests.models import relative_error
 from tests.servers.parts import load
-from tests.servers.steps import SPAN, TOLERANCE, hidden, lora, outputs, session, step
+from tests.servers.steps import SPAN, hidden, outputs, session, step
+
+TOLERANCE = 1e-5
+LINEAR = {"bloom": ("self_attention.query_key_value", 96), "llama": ("mlp.gate_proj", 48)}
 
 
 @pytest.fixture(params=["bloom", "llama"])
@@ -23,6 +28,13 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def engine(family: str, model_folder) -> Engine:
     return Engine(load(model_folder(family), str(SPAN)))
+
+
+def lora(family: str, seed: int) -> Adapter:
+    module, wide = LINEAR[family]
+    generator = torch.Generator().manual_seed(seed)
+    pair = [torch.randn(4, 32, generator=generator), torch.randn(wide, 4, generator=generator)]
+    return Adapter((AdapterPart(block=2, method="lora", module=module, scaling=1.0, tensors=pair),))
 
 
 def test_waiting_steps_go_together_and_adapters_do_not_mix(engine, family, monkeypatch):
