@@ -122,7 +122,7 @@ class Engine:
             sessions = [session for session, _ in good.values()]
             adapter = sessions[0].adapter
             if adapter is not None and sessions[0].position > 0:
-                adapter = adapter.after_first_step()
+                adapter = adapter.after_first_step
             with self._configured(sessions[0].span, CallPlan.of(adapter, train=False, seed=0)):
                 output = self._step(sessions, [step for _, step in good.values()])
                 all_finite = _are_finite(output)
