@@ -12,7 +12,7 @@ from peft import PromptTuningConfig, PromptTuningInit
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from petals_tune.blocks.quantization import find_scheme
+from petals_tune.blocks.quantization import SchemeName
 from petals_tune.errors import ConfigError
 from petals_tune.net.members import refuse_keys
 from petals_tune.swarm.hand_over import HandOverRule
@@ -68,12 +68,11 @@ class LocalSwarm(ClientOptions):
 
     servers: Count = 2  # equal spans, where `spans` does not name them
     spans: Sequence[Any] | None = None  # "start:stop" of each server; spans may overlap
-    quantization: str = "int8"  # a name that petals_tune.blocks.quantization has
+    quantization: SchemeName = "int8"
     threads_per_server: Count = 1
 
     def check(self, blocks: int) -> None:
         self.spans_of(blocks)
-        find_scheme(self.quantization, key="swarm.quantization")
 
     def spans_of(self, blocks: int) -> list[BlockSpan]:
         """One span a server. Raises ConfigError where they leave a gap or end behind the last block."""
