@@ -1,1 +1,1 @@
-"""Adapters on the client: PEFT's methods on local and remote blocks, and their files. Imports nothing of the network."""
+"""Adapters on the client: PEFT's methods on local and remote blocks, and their files."""
