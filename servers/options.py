@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from petals_tune.blocks.quantization import SchemeName
 from petals_tune.config import Model
 from petals_tune.errors import ConfigError
 from petals_tune.model.convert import cache_folder
@@ -91,7 +92,7 @@ class Serve:
     balance_period_s: Annotated[float, Field(gt=0)]
     balance_quality: Annotated[float, Field(ge=0, le=1)]
     throughput: Literal["auto", "measure"] | Annotated[float, Field(gt=0)]
-    quantization: str  # a name that petals_tune.blocks.quantization has
+    quantization: SchemeName
     dtype: Literal["auto", "float32", "float16", "bfloat16"]
     device: str
     threads: Annotated[int, Field(ge=1)] | None

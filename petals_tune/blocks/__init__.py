@@ -1,1 +1,1 @@
-"""Transformer blocks in memory: loading, quantization, adapters, the engine. Knows no network."""
+"""Transformer blocks in memory: loading, quantization, adapters, the engine. Imports nothing of the network."""

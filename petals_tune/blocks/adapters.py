@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Adapter:
     def on(self, span: BlockSpan) -> Adapter:
         return Adapter(tuple(part for part in self.parts if part.block in span))
 
+    @cached_property
     def after_first_step(self) -> Adapter:
         """What remains of it in a generation session once the first positions are in the caches."""
         return Adapter(tuple(part for part in self.parts if not METHODS[part.method].first_step_only))
@@ -47,6 +49,17 @@ class Adapter:
                     f"a {part.method} of {least} positions in a sequence of {positions}; a session's first step has "
                     f"to hold the whole {part.method}",
                 )
+
+    @cached_property
+    def by_place(self) -> tuple[Parts, Parts]:
+        """The parts at inputs and the parts at outputs, by their places; made once for all steps of a session."""
+        at_input: dict[Place, list[tuple[AdapterMethod, AdapterPart]]] = {}
+        at_output: dict[Place, list[tuple[AdapterMethod, AdapterPart]]] = {}
+        for part in self.parts:
+            method = METHODS[part.method]
+            parts = at_input if method.is_at_input(part) else at_output
+            parts.setdefault((part.block, part.module), []).append((method, part))
+        return at_input, at_output
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -68,12 +81,7 @@ class CallPlan:
 
     @classmethod
     def of(cls, adapter: Adapter | None, *, train: bool, seed: int) -> CallPlan:
-        at_input: dict[Place, list[tuple[AdapterMethod, AdapterPart]]] = {}
-        at_output: dict[Place, list[tuple[AdapterMethod, AdapterPart]]] = {}
-        for part in adapter.parts if adapter is not None else ():
-            method = METHODS[part.method]
-            parts = at_input if method.is_at_input(part) else at_output
-            parts.setdefault((part.block, part.module), []).append((method, part))
+        at_input, at_output = ({}, {}) if adapter is None else adapter.by_place
         return cls(at_input=at_input, at_output=at_output, train=train, seed=seed)
 
 

@@ -94,8 +94,8 @@ class Engine:
         if graph.hidden is None and not graph.adapter:
             raise RequestRefused("nothing on these blocks needs a gradient")
         at_input, at_adapter = graph.gradients(request.grad.to(self._device))
-        # An adapter's gradient may miss positions that the gradient at the input has.
-        if not _are_finite(at_input, *at_adapter) or (at_input is None and not _are_finite(request.grad)):
+        # Where there is no gradient at the input, an adapter's may miss positions of the one that came.
+        if not _are_finite(request.grad if at_input is None else at_input, *at_adapter):
             if not _are_finite(request.grad):
                 raise RequestRefused("non-finite numbers in the gradient")
             raise NotFinite(f"non-finite gradients come out of blocks {self.loaded.span}, from finite ones")
@@ -122,7 +122,7 @@ class Engine:
             sessions = [session for session, _ in good.values()]
             adapter = sessions[0].adapter
             if adapter is not None and sessions[0].position > 0:
-                adapter = adapter.after_first_step()
+                adapter = adapter.after_first_step
             with self._configured(sessions[0].span, CallPlan.of(adapter, train=False, seed=0)):
                 output = self._step(sessions, [step for _, step in good.values()])
                 all_finite = _are_finite(output)
@@ -165,7 +165,7 @@ class Engine:
         )
 
     def _output(self, request: Forward, adapter: Adapter | None, hidden: torch.Tensor) -> torch.Tensor:
-        """What the blocks of a request make of `hidden` (B, S, H), the request's own on the engine's device."""
+        """The output (B, S, H) of a request's blocks for `hidden`, its own input on the engine's device."""
         self._check(request.span, hidden)
         if adapter is not None:
             adapter.check_positions(hidden.shape[1])
@@ -243,8 +243,8 @@ class Engine:
             self.hooks.plan = None
 
 
-def _are_finite(*tensors: torch.Tensor | None) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
+def _are_finite(*tensors: torch.Tensor) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _positions(session: Session, step: Step) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 
 @dataclass
 class KeptMemory:
-    """The storages that a graph keeps alive, each counted once, weights left out."""
+    """Bytes of the storages that a graph keeps alive: each counted once, the model's weights left out."""
 
     weights: frozenset[int]  # data pointers of the model's own storages
     storages: dict[int, int] = field(default_factory=dict)  # data pointer -> bytes
@@ -31,9 +31,9 @@ class KeptMemory:
 
     @contextmanager
     def counting(self, hidden_from_autograd: Iterable[nn.Module]) -> Iterator[None]:
-        """Count what autograd saves meanwhile, and the inputs of modules that keep theirs where it cannot see them.
+        """Count what autograd saves in the meantime, and the inputs of the modules `hidden_from_autograd`.
 
-        bitsandbytes' int8 linear keeps its input on `ctx`, past the saved-tensor hooks.
+        Those keep their inputs on `ctx`, where saved-tensor hooks do not see them: bitsandbytes' int8 linear does.
         """
 
         def save(tensor: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,7 @@ class KeptMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """The output of a forward, and what its backward gives gradients for."""
+    """The output of a forward with its autograd graph, and the tensors that its backward gives gradients for."""
 
     output: torch.Tensor  # (B, S, H)
     hidden: torch.Tensor | None  # the input (B, S, H), where its gradient is wanted

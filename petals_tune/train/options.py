@@ -12,7 +12,7 @@ from peft import PromptTuningConfig, PromptTuningInit
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from petals_tune.blocks.quantization import find_scheme
+from petals_tune.blocks.quantization import SchemeName
 from petals_tune.errors import ConfigError
 from petals_tune.net.members import refuse_keys
 from petals_tune.swarm.hand_over import HandOverRule
@@ -68,12 +68,11 @@ class LocalSwarm(ClientOptions):
 
     servers: Count = 2  # with equal spans, unless `spans` is given
     spans: Sequence[Any] | None = None  # "start:stop" of each server; spans may overlap
-    quantization: str = "int8"  # a name that petals_tune.blocks.quantization has
+    quantization: SchemeName = "int8"
     threads_per_server: Count = 1
 
     def check(self, blocks: int) -> None:
         self.server_spans(blocks)
-        find_scheme(self.quantization, key="swarm.quantization")
 
     def server_spans(self, blocks: int) -> list[BlockSpan]:
         """Return one span per server. Raises ConfigError where they leave a gap or exceed the model's blocks."""

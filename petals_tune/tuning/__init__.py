@@ -1,1 +1,1 @@
-"""What is trained inside the blocks; knows no network."""
+"""Adapters on the client: PEFT's methods on local and remote blocks, and their files."""

@@ -1,4 +1,4 @@
-"""Adapters as folders in PEFT's format, trained here or anywhere else: onto a model with local or remote blocks."""
+"""Loads adapters from folders in PEFT's format, trained here or elsewhere, onto local or remote blocks."""
 
 from __future__ import annotations
 

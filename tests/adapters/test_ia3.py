@@ -10,12 +10,14 @@ import torch
 
 from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.adapters.ia3 import IA3
+from petals_tune.config import build, check, composed
 from petals_tune.errors import RequestRefused, UnsupportedAdapter
-from petals_tune.tuning.support import collect_adapter, tune
+from petals_tune.tuning.support import check_config, collect_adapter, tune
 from petals_tune.wire.adapter import AdapterPart
 from tests.inprocess import in_process_swarm
 from tests.models import VOCABULARY, masks, plain_model, relative_error
 from tests.raising import raises
+from tests.train.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")
 TOLERANCE = 1e-5
@@ -142,3 +144,11 @@ def test_the_shape_says_whether_inputs_or_outputs_are_scaled(shape, at_input):
     part = AdapterPart(block=5, method="ia3", module="up", tensors=[torch.ones(shape)])
     IA3().check(part, torch.nn.Linear(4, 3), hidden_size=4)
     assert IA3().is_at_input(part) is at_input
+
+
+def test_a_run_builds_it_from_the_configuration():
+    cfg = composed(["recipe=instruct", "output_dir=out", "tuning=ia3", "tuning.target_modules=[v_proj,down_proj]"])
+    check(cfg)
+    built = build(cfg.tuning, where="tuning", tokenizer=tiny_tokenizer())
+    assert (type(built), built.target_modules) == (peft.IA3Config, {"v_proj", "down_proj"})
+    check_config(built)

@@ -1,9 +1,12 @@
 """Registry of quantization schemes: one class a scheme, in a file of its own, looked up by name.
 
-To add a scheme: write its class, and list it here. It costs nothing to look one up: bitsandbytes is imported on use.
+To add a scheme: write its class, and list it here. The names are needed where options are checked, before anything slow
+is imported: a scheme imports torch, transformers and bitsandbytes on use.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
 
 from petals_tune.blocks.quantization.base import Quantization
 from petals_tune.blocks.quantization.int8 import Int8
@@ -13,12 +16,19 @@ from petals_tune.errors import ConfigError
 
 SCHEMES: dict[str, Quantization] = {scheme.name: scheme for scheme in (Int8(), NF4(), Unquantized())}
 
+if TYPE_CHECKING:
+    SchemeName = str
+else:
+    SchemeName = Literal[tuple(sorted(SCHEMES))]  # of an option: a value that is none of them is refused with the list
 
-def find_scheme(name: str, *, key: str = "quantization") -> Quantization:
-    """The scheme of that name. Raises ConfigError, which lists those that exist, for the option `key`."""
+
+def find_scheme(name: str) -> Quantization:
+    """The scheme of that name. Raises ConfigError, which lists those that exist."""
     if name not in SCHEMES:
-        raise ConfigError(f"{key}={name!r} is not one of {', '.join(sorted(SCHEMES))}", key=key, seen=name)
+        raise ConfigError(
+            f"quantization={name!r} is not one of {', '.join(sorted(SCHEMES))}", key="quantization", seen=name
+        )
     return SCHEMES[name]
 
 
-__all__ = ["SCHEMES", "Quantization", "find_scheme"]
+__all__ = ["SCHEMES", "Quantization", "SchemeName", "find_scheme"]

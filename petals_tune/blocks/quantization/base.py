@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
-
-import torch
-from torch import nn
-from transformers import BitsAndBytesConfig
+from typing import TYPE_CHECKING, ClassVar
 
 from petals_tune.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import BitsAndBytesConfig
 
 
 class Quantization(ABC):
@@ -62,9 +63,9 @@ class Quantization(ABC):
 
     def is_available(self, device: str) -> bool:
         """Can the weights be quantized and multiplied on `device` here?"""
-        from bitsandbytes import supported_torch_devices  # takes seconds, and clients need the names alone
+        from bitsandbytes import supported_torch_devices
 
-        return torch.device(device).type in supported_torch_devices
+        return device.partition(":")[0] in supported_torch_devices
 
     def check_available(self, device: str) -> None:
         """Raises ConfigError where the scheme cannot be used on `device`."""

@@ -5,24 +5,27 @@ Source: Dettmers et al. 2022, arXiv:2208.07339, without its outliers: they are f
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
-from torch import nn
-from transformers import BitsAndBytesConfig
+from typing import TYPE_CHECKING, ClassVar
 
 from petals_tune.blocks.quantization.base import Quantization
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import BitsAndBytesConfig
 
 
 class Int8(Quantization):
     name: ClassVar[str] = "int8"
 
     def loading_config(self, dtype: torch.dtype) -> BitsAndBytesConfig:
-        from petals_tune.blocks.quantization.int8_loading import QuantizeByRowsConfig  # imports bitsandbytes
+        from petals_tune.blocks.quantization.int8_loading import QuantizeByRowsConfig
 
         return QuantizeByRowsConfig(load_in_8bit=True, llm_int8_threshold=0.0)
 
     def stored_config(self, dtype: torch.dtype) -> BitsAndBytesConfig:
+        from transformers import BitsAndBytesConfig
+
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
 
     def weight_bytes(self, inputs: int, outputs: int, dtype: torch.dtype) -> float:

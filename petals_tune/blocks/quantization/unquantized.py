@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, ClassVar
 
 from petals_tune.blocks.quantization.base import Quantization
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 class Unquantized(Quantization):

@@ -1,10 +1,13 @@
 """What every scheme keeps, and how exact each is."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from petals_tune.blocks.engine import Engine
-from petals_tune.blocks.quantization import SCHEMES
+from petals_tune.blocks.quantization import SCHEMES, find_scheme
 from petals_tune.errors import ConfigError
 from petals_tune.wire.messages import Backward
 from tests.models import relative_error
@@ -82,3 +85,25 @@ def test_an_unknown_quantization_is_refused_with_those_there_are(model_folder):
     with raises(ConfigError, key="quantization", seen="int4") as caught:
         load(model_folder("llama"), "0:1", "int4")
     assert all(name in str(caught.value) for name in SCHEMES)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEMES))
+def test_a_scheme_is_there_on_a_cpu_and_a_gpu(name):
+    assert find_scheme(name).name == name
+    for device in ("cpu", "cuda", "cuda:1"):
+        find_scheme(name).check_available(device)
+
+
+def test_a_device_that_bitsandbytes_does_not_know_is_refused():
+    for name in ("int8", "nf4"):
+        with raises(ConfigError, key="quantization", seen=name):
+            find_scheme(name).check_available("vulkan")
+    find_scheme("none").check_available("vulkan")
+
+
+def test_the_names_cost_nothing_to_import():
+    code = (
+        "import sys, petals_tune.blocks.quantization; print({'bitsandbytes', 'torch', 'transformers'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -21,3 +21,7 @@ def test_int8_linears_in_eval_mode_would_depend_on_the_mode():
     find_scheme("int8").set_mode(linear, training=False)
     with torch.no_grad():
         assert torch.equal(linear(x), outputs[0])
+
+
+def test_a_weight_takes_a_byte_and_an_output_a_float32_scale():
+    assert find_scheme("int8").weight_bytes(1000, 30, torch.float16) == 30 * 1000 + 30 * 4
