@@ -1,8 +1,8 @@
-"""Every command and every piece of Python in README.md and docs/ is checked; how, is said in `CHECKS`.
+"""Checks of every command and every piece of Python in README.md and docs/; `CHECKS` has the check of each command.
 
-Commands of ours are composed and checked against their schemas, as `--cfg job` would be: every key, choice and value in
-them exists. That they then do what they say is tested where each is at home (tests/e2e, tests/train, test_chat.py,
-test_merge.py, ...). Python must compile, and every name that it imports must be there.
+Our own commands are composed and checked against their schemas: every key, choice and value in them exists. What they
+do is tested elsewhere (tests/e2e, tests/train, test_chat.py, test_merge.py, ...). Python must compile, and every name
+that it imports must exist.
 """
 
 import ast
@@ -21,7 +21,7 @@ from servers.options import Serve
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-# What stands for a reader's own value in a command.
+# Placeholders for a reader's own value in a command.
 PLACEHOLDERS = {
     r"\brecipe=NAME\b": "recipe=sst2",
     r"\[key=value \.\.\.\]": "",
@@ -82,7 +82,7 @@ def _chat(arguments: list[str]) -> None:
 
 
 def _make(arguments: list[str]) -> None:
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {word for word in arguments if "=" not in word} <= set(targets)
 
 
@@ -98,7 +98,7 @@ def _file_exists(arguments: list[str]) -> None:
 def _unchecked(arguments: list[str]) -> None: ...
 
 
-# (how a command begins, how it is checked); the first that fits.
+# (beginning of a command, its check); the first that matches is used.
 CHECKS: list[tuple[str, Callable[[list[str]], None]]] = [
     ("python -m petals_tune.chat", _chat),
     ("python -m petals_tune.evaluate", _composed("evaluate", schema=evaluate.Evaluation)),
@@ -133,8 +133,8 @@ def test_a_command_is_one_that_works(page: str, command: str) -> None:
             if not optuna:
                 check(arguments_of(bare.removeprefix(beginning)))
             return
-    if named := re.match(r"python -m ([\w.]+)", bare):
-        _module_exists([named[1]])  # a command without Hydra: its own tests know its arguments
+    if module := re.match(r"python -m ([\w.]+)", bare):
+        _module_exists([module[1]])  # a command without Hydra: its own tests know its arguments
         return
     pytest.fail(f"{page} has a command that nobody checks: {command}")
 
