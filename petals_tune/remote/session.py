@@ -61,7 +61,7 @@ class RemoteCache(Cache):
     def __del__(self) -> None:
         session = getattr(self, "_session", None)
         if session is not None:
-            loop.soon_task(session.close)
+            loop.start_task(session.close)
 
     # What generate() and the models' mask functions ask.
 

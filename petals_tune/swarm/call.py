@@ -12,16 +12,14 @@ from typing import Protocol
 
 import torch
 
-from petals_tune.errors import (
-    BadReply,
-)
+from petals_tune.errors import BadReply
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.hand_over import HandOverRule, Pass
 from petals_tune.swarm.replies import bad_reply, check_tensor, expect, gradients_by_block
 from petals_tune.swarm.route import Hop
 from petals_tune.swarm.sender import Sender
 from petals_tune.swarm.sums import AdapterSums, PartialSum, Term
-from petals_tune.swarm.trace import CallContext, ChainGradients, Leg, Stage, Trace
+from petals_tune.swarm.trace import CallContext, ChainGradients, Leg, Stage
 from petals_tune.wire.messages import (
     Backward,
     CloseSession,
@@ -197,9 +195,9 @@ class Calls:
             await self.observer.on_sum(partial, found)
         return found
 
-    async def release(self, trace: Trace) -> None:
-        """Give the leases of `trace` back."""
-        for leg in trace.legs:
+    async def release(self, legs: Sequence[Leg]) -> None:
+        """Give the leases of `legs` back."""
+        for leg in legs:
             if leg.lease is not None:
                 await self._sender.notify(leg.hop, Release(leases=[leg.lease]))
 

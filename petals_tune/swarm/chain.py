@@ -52,7 +52,11 @@ class Chain:
                     legs.append(leg)
                     yield stage.hop.span.stop
 
-        await self.repair.along_route(span, go, work=hidden.shape[0] * hidden.shape[1])
+        try:
+            await self.repair.along_route(span, go, work=hidden.shape[0] * hidden.shape[1])
+        except BaseException:
+            await self.calls.release(legs)
+            raise
         return Trace(hidden=current, context=context, legs=tuple(legs))
 
     async def backward(
@@ -148,6 +152,6 @@ class Chain:
         leg = replace(term.leg, stage=stage, lease=None)
         return await self._leg_back(leg, term.grad, term.context, Pass(), self.repair.attempts())
 
-    async def release(self, trace: Trace) -> None:
-        """Give the leases of `trace` back."""
-        await self.calls.release(trace)
+    async def release(self, traces: Sequence[Trace]) -> None:
+        """Give the leases of `traces` back."""
+        await self.calls.release([leg for trace in traces for leg in trace.legs])

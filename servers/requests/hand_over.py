@@ -142,10 +142,11 @@ class Neighbours:
 
     async def hand_on(self, goes: HandOver, tensor: torch.Tensor) -> bool:
         """Send `tensor` (B, S, H) to the server where it `goes`; False where that server cannot be reached."""
-        record = await self._record(goes.peer)
-        if record is None or self._shut_until_s.get(goes.peer, 0.0) > time.monotonic():
+        if self._shut_until_s.get(goes.peer, 0.0) > time.monotonic():
             return False
         try:
+            if (record := await self._record(goes.peer)) is None:
+                return False
             stream = await self._pool.get(record)
         except PetalsTuneError as error:
             self._shut(goes.peer, error)
