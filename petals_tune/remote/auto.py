@@ -20,7 +20,7 @@ from petals_tune.errors import ConfigError, UnsupportedModel
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.families import family_of, placeholder_model, without_blocks
 from petals_tune.net.members import Members
-from petals_tune.remote.blocks import Backbone, graft
+from petals_tune.remote.blocks import Backbone, put_remote_blocks
 from petals_tune.remote.generation import RemoteGeneration, with_whole_input
 from petals_tune.remote.prompted import check_tuning_mode, prompted
 from petals_tune.remote.selftest import self_test
@@ -116,8 +116,8 @@ class DistributedModel:
                 returns_tuple=returns_tuple,
                 micro_batch_rows=micro_batch_rows,
             )
-            graft(model, family, skeleton, backbone)
-            model.name_or_path = model.config._name_or_path = str(source)
+            put_remote_blocks(model, family, skeleton, backbone)
+            model.name_or_path = model.config.name_or_path = str(source)
             model.__class__ = cls
             model.register_forward_pre_hook(
                 _check_pooling if _is_classifier(cls) else with_whole_input, with_kwargs=True

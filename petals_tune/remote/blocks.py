@@ -169,7 +169,7 @@ class RemoteSpan(Skeleton):
 
 
 class RemoteBlocks(RemoteSpan):
-    """All blocks of a grafted model, in the place of its layer list."""
+    """All blocks of a model, in the place of its layer list."""
 
     def __init__(self, blocks: Any, *, backbone: Backbone):
         blocks = list(blocks)
@@ -198,7 +198,7 @@ class RemoteBlocks(RemoteSpan):
         """Leave the swarm. A call afterwards fails."""
         loop.run(self.backbone.chain.client.close())
 
-    def watch(self, owner: nn.Module) -> None:
+    def register_hooks(self, owner: nn.Module) -> None:
         """Catch the arguments of `owner`, the module whose forward loops over these blocks.
 
         A call with `use_cache=True` alone gets a session of its own.
@@ -253,12 +253,14 @@ class RemoteBlocks(RemoteSpan):
         return self.new_session(DEFAULT_MAX_LENGTH) if use_cache and not torch.is_grad_enabled() else None
 
 
-def graft(model: PreTrainedModel, family: Family, skeleton: nn.ModuleList, backbone: Backbone) -> RemoteBlocks:
+def put_remote_blocks(
+    model: PreTrainedModel, family: Family, skeleton: nn.ModuleList, backbone: Backbone
+) -> RemoteBlocks:
     """Put remote blocks into `model`, which was loaded without any, in place. `skeleton` has placeholder weights."""
     base: Any = model.base_model
     blocks: Any = RemoteBlocks(skeleton.children(), backbone=backbone)
     family.put_blocks(base, blocks)
-    blocks.watch(family.owner(base))
+    blocks.register_hooks(family.owner(base))
     model.remote_blocks = blocks
     model.config.num_hidden_layers = family.total_blocks
     return blocks

@@ -22,7 +22,7 @@ from petals_tune.model.families import (
     trimmed_config,
     without_blocks,
 )
-from petals_tune.remote.blocks import Backbone, RemoteSpan, graft
+from petals_tune.remote.blocks import Backbone, RemoteSpan, put_remote_blocks
 from petals_tune.remote.skeleton import fill_with_placeholders
 from petals_tune.wire.span import BlockSpan
 
@@ -171,7 +171,7 @@ def swapped_twin(plain: Any, config: PretrainedConfig, family: Family, *, return
     backbone.parts = parts
     skeleton = family.blocks_of(placeholder)
     fill_with_placeholders(skeleton, torch.float32)
-    graft(twin, family, skeleton, backbone)
+    put_remote_blocks(twin, family, skeleton, backbone)
     return twin
 
 

@@ -91,7 +91,7 @@ class RemoteCache(Cache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         raise ConfigError("dropping rows of a running session is not supported; open another session")
 
-    # What the grafted model does with it.
+    # What the model with remote blocks does with it.
 
     def expect(self, ids: torch.Tensor) -> torch.Tensor:
         """The part of the whole text `ids` (B, T) that the caches do not hold yet: at least its last token.
