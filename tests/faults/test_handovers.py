@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from petals_tune.errors import ServerBusy
 from petals_tune.swarm import loop
 from petals_tune.swarm.session import ChainSession, Inputs
-from petals_tune.wire.messages import Delivery, HandOver, Step
+from petals_tune.wire.messages import Delivery, HandOver, Message, Step, Stepped
 from servers.requests import hand_over as handover
+from servers.stores.sessions import SessionStore
 from tests.faults.network import Network
 from tests.faults.step import WHOLE, WIDTH, TrainingStep, check
 from tests.models import relative_error
@@ -211,4 +213,26 @@ def test_a_server_that_comes_back_with_fewer_blocks_does_not_hand_on_for_its_old
 
     outputs = Generation(network).run(before_last=restart)
     assert network.handed_on, "before the restart"
+    assert max(relative_error(*pair) for pair in zip(outputs, undisturbed, strict=True)) <= 1e-6
+
+
+def test_a_session_whose_replay_fails_is_closed(network, monkeypatch):
+    network.hand_over = "never"
+    undisturbed, closed = Generation(network).run(), []
+    monkeypatch.setattr(SessionStore, "close", lambda self, client, number: closed.append(number))
+
+    def replace() -> None:
+        network.kill("b")
+        spare = network.serve("spare", "2:4")
+
+        def fail_once(reply: Message) -> Message:
+            if isinstance(reply, Stepped):
+                spare.handler.lie = None
+                raise ServerBusy("not now")
+            return reply
+
+        spare.handler.lie = fail_once
+
+    outputs = Generation(network).run(before_last=replace)
+    assert closed == [1], "the first one at `spare`"
     assert max(relative_error(*pair) for pair in zip(outputs, undisturbed, strict=True)) <= 1e-6
