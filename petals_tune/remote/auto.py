@@ -22,7 +22,7 @@ from petals_tune.model.families import family_of, placeholder_model, without_blo
 from petals_tune.net.members import Members
 from petals_tune.remote.blocks import Backbone, put_remote_blocks
 from petals_tune.remote.generation import RemoteGeneration, with_whole_input
-from petals_tune.remote.prompted import check_tuning_mode, prompted
+from petals_tune.remote.prompted import check_tuning_mode, with_prompts
 from petals_tune.remote.selftest import self_test
 from petals_tune.remote.skeleton import fill_with_placeholders
 from petals_tune.swarm import loop
@@ -88,7 +88,7 @@ class DistributedModel:
         """
         check_tuning_mode(tuning_mode, pre_seq_len)
         checkpoint = Checkpoint(str(source))
-        config = _changed(checkpoint.config, config_changes)
+        config = _with_changes(checkpoint.config, config_changes)
         if not isinstance(config, cls.plain_class.config_class):
             raise UnsupportedModel(f"{cls.__name__} cannot load {source}: its model_type is {config.model_type!r}")
         placeholder = placeholder_model(config)
@@ -122,7 +122,9 @@ class DistributedModel:
             model.register_forward_pre_hook(
                 _check_pooling if _is_classifier(cls) else with_whole_input, with_kwargs=True
             )
-            return model if tuning_mode is None or pre_seq_len is None else prompted(model, tuning_mode, pre_seq_len)
+            return (
+                model if tuning_mode is None or pre_seq_len is None else with_prompts(model, tuning_mode, pre_seq_len)
+            )
         except BaseException:
             loop.run(client.close())
             raise
@@ -179,7 +181,7 @@ class AutoDistributedModelForSequenceClassification(_AutoDistributed):
     _mapping = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 
-def _changed(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
+def _with_changes(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
     """A copy of `config` with other values. Raises ConfigError for a name that it does not have."""
     if unknown := [name for name in changes if not hasattr(config, name)]:
         raise ConfigError(f"from_pretrained: {unknown[0]} is no option, and no field of {type(config).__name__}")

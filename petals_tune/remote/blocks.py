@@ -211,9 +211,9 @@ class RemoteBlocks(RemoteSpan):
             raise ConfigError(
                 "call the base model of remote blocks with keyword arguments (input_ids may be positional)"
             )
-        if _asked(owner, kwargs, "output_attentions"):
+        if _option(owner, kwargs, "output_attentions"):
             raise ConfigError("output_attentions: servers do not send attention weights; leave it False")
-        wants_states = _asked(owner, kwargs, "output_hidden_states")
+        wants_states = _option(owner, kwargs, "output_hidden_states")
         session = self._session_for(kwargs.get("past_key_values"), kwargs.get("use_cache"))
         if wants_states and session is not None:
             raise ConfigError("output_hidden_states: a generation session has none; pass use_cache=False")
@@ -279,7 +279,7 @@ class _Weightless:
         )
 
 
-def _asked(owner: Any, kwargs: dict[str, Any], name: str) -> Any:
+def _option(owner: Any, kwargs: dict[str, Any], name: str) -> Any:
     value = kwargs.get(name)
     return getattr(owner.config, name, False) if value is None else value
 

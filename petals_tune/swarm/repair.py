@@ -76,23 +76,23 @@ class Repair:
                     async with aclosing(go(route)) as going:
                         async for reached in going:
                             start = reached
-                            self.moved_on(attempts)
+                            self.made_progress(attempts)
             except Retriable as error:
                 await self.pause(attempts, error)
 
-    async def or_else(
+    async def with_fallback(
         self, work: Callable[[], Awaitable[T]], otherwise: Callable[[], Awaitable[U]], attempts: Attempts
     ) -> T | U:
         """The result of `work`, a request to one server; where that fails, the result of `otherwise`."""
         try:
-            result = await self.with_what_lacks(work)
+            result = await self.supply_missing(work)
         except ServerError as error:
             await self.pause(attempts, error)
             return await otherwise()
-        self.moved_on(attempts)
+        self.made_progress(attempts)
         return result
 
-    async def with_what_lacks(self, work: Callable[[], Awaitable[T]]) -> T:
+    async def supply_missing(self, work: Callable[[], Awaitable[T]]) -> T:
         """The result of `work`, a request to one server, repeated once for each thing that the server lacks.
 
         It lacks the graph of a lease, an adapter, or an output that another server was to hand on; by the second time
@@ -130,9 +130,9 @@ class Repair:
         self._router.refresh_soon()
         await asyncio.sleep(pause_s * random.uniform(*JITTER))
 
-    def moved_on(self, attempts: Attempts) -> None:
+    def made_progress(self, attempts: Attempts) -> None:
         """A server completed its part."""
         now_s = time.monotonic()
         if attempts.count:
             logger.info("went on after %.2f s; what had failed: %s", now_s - attempts.since_s, attempts.server_error)
-        attempts.moved_on(now_s)
+        attempts.made_progress(now_s)

@@ -162,7 +162,7 @@ class ChainSession:
         number = 0
         async with self._calls.steps([session.hop for session in sessions], ahead) as along:
             while number < len(self._sessions):
-                output = await self._repair.or_else(
+                output = await self._repair.with_fallback(
                     partial(self._through, self._sessions[number], inputs, position, along),
                     partial(self._replace, number, attempts),
                     attempts,
@@ -208,7 +208,7 @@ class ChainSession:
                 opened = partial(
                     self._calls.open_session, hop, self._context, rows=self.rows, max_length=self.max_length
                 )
-                session = HopSession(hop=hop, id=await self._repair.with_what_lacks(opened))
+                session = HopSession(hop=hop, id=await self._repair.supply_missing(opened))
                 outputs, position = [], 0
                 try:
                     for inputs in replay:
