@@ -122,6 +122,9 @@ class ConnectionLost(PetalsTuneError, ConnectionError):
 class RequestRefused(PetalsTuneError, ValueError):
     """A server refused a request that no other server would accept either."""
 
+    reason: str = ""  # "hidden size", "hidden not finite", "gradient shape", "gradient not finite", "no gradient",
+    # "rows", "order", "too long", "adapter", "sum", "ticket", "kind"; empty where a limit is exceeded
+    limit: str = ""  # the limit that it exceeds, as its option is called: "max_positions"
     block: int | None = None  # where one block of the request is at fault
     module: str = ""  # path inside that block, where an adapter's part is at fault
     max_length: int | None = None  # of a session that would fit, where one does not
@@ -196,6 +199,7 @@ class ServerBusy(ServerError):
     """The server has no room for this request now."""
 
     limit: str = ""  # the limit of the server that is reached, as its option is called: "max_streams"
+    leaving: bool = False  # it answers what it has begun, and takes no more
     max_length: int | None = None  # of a session that would fit, where one does not
 
 

@@ -160,4 +160,4 @@ def shapes(part: AdapterPart) -> list[tuple[int, ...]]:
 
 def refusal(part: AdapterPart, reason: str) -> RequestRefused:
     where = f"adapter on block {part.block} {part.module}".rstrip()
-    return RequestRefused(f"{where}: {reason}", block=part.block, module=part.module)
+    return RequestRefused(f"{where}: {reason}", reason="adapter", block=part.block, module=part.module)
