@@ -74,6 +74,7 @@ class UnsupportedModel(ConfigError):
     source: str = ""  # the folder, or the name on the hub
     file: str = ""
     model_type: str = ""  # as config.json names the architecture
+    reason: str = ""  # "encoder", "state", "blocks": no decoder of one list; "fails", "differs", "size": its self-test
 
 
 class UnsupportedAdapter(ConfigError):

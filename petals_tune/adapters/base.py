@@ -114,7 +114,9 @@ class LinearMethod(AdapterMethod):
         if merged:
             raise UnsupportedAdapter(
                 f"{where}: {self.peft_type} was merged, and the block's weights are on the servers; call "
-                "unmerge_adapter()"
+                "unmerge_adapter()",
+                key="tuning",
+                seen="merged",
             )
 
     def owns(self, layer: nn.Module) -> bool:

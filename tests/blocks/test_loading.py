@@ -101,7 +101,7 @@ def test_blocks_that_the_model_does_not_have_are_refused(model_folder):
 
 
 def test_a_folder_without_a_model_is_refused_by_name(tmp_path):
-    with pytest.raises(UnsupportedModel, match=r"config\.json"):
+    with raises(UnsupportedModel, file="config.json", source=str(tmp_path)):
         load(tmp_path, "0:1")
 
 

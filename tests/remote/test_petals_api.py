@@ -17,6 +17,7 @@ from petals_tune.tuning.deep_prompt import deep_prompts
 from tests.inprocess import in_process_swarm
 from tests.models import BLOCKS, VOCABULARY, masks, plain_model, relative_error, save_model
 from tests.parity import remote
+from tests.raising import raises
 
 TOLERANCE = 1e-5
 ROWS, LENGTH, PROMPT = 3, 8, 4
@@ -92,16 +93,16 @@ def test_tuning_mode_gives_the_numbers_of_pefts_prompt_tuning(folder):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "key"),
     [
-        ({"tuning_mode": "ptune"}, "go together"),
-        ({"pre_seq_len": 3}, "go together"),
-        ({"tuning_mode": "lora", "pre_seq_len": 3}, "is not one of ptune, deep_ptune"),
-        ({"num_lables": 3}, "num_lables is no option"),
+        ({"tuning_mode": "ptune"}, "pre_seq_len"),
+        ({"pre_seq_len": 3}, "tuning_mode"),
+        ({"tuning_mode": "lora", "pre_seq_len": 3}, "tuning_mode"),
+        ({"num_lables": 3}, "num_lables"),
     ],
 )
-def test_wrong_options_are_refused_by_name(folder, options, words):
-    with pytest.raises(ConfigError, match=words):
+def test_wrong_options_are_refused_by_name(folder, options, key):
+    with raises(ConfigError, key=key):
         AutoDistributedModelForCausalLM.from_pretrained(str(folder), initial_peers=[], **options)
 
 
@@ -111,7 +112,7 @@ def test_a_class_by_name_is_the_librarys_with_remote_blocks(model, folder):
     assert petals_tune.DistributedLlamaForSequenceClassification.__name__ == "DistributedLlamaForSequenceClassification"
     with pytest.raises(AttributeError, match="transformers has no model class for 'DistributedNobody'"):
         _ = petals_tune.DistributedNobody
-    with pytest.raises(UnsupportedModel, match=r"DistributedLlamaForCausalLM cannot load .* model_type is 'bloom'"):
+    with raises(UnsupportedModel, source=str(folder), model_type="bloom"):
         petals_tune.DistributedLlamaForCausalLM.from_pretrained(str(folder), initial_peers=[])
 
 
@@ -135,7 +136,7 @@ def test_a_classifier_with_a_soft_prompt_wants_padding_on_the_left(folder):
         output = model(IDS, attention_mask=masks(ROWS, LENGTH)["left"], labels=labels)
         assert output.logits.shape == (ROWS, 2)
         output.loss.backward()
-        with pytest.raises(ConfigError, match="pad on the left"):
+        with raises(ConfigError, key="padding_side"):
             model(IDS, attention_mask=masks(ROWS, LENGTH)["right"], labels=labels)
 
 
@@ -195,25 +196,25 @@ def test_blocks_by_hand_take_a_mask(model):
         unmasked = base.ln_f(model.remote_blocks(entered))
     assert relative_error(given, wanted) <= TOLERANCE
     assert relative_error(unmasked, wanted) > 1e-2
-    with pytest.raises(ConfigError, match="a 2-D mask"):
+    with raises(ConfigError, key="attention_mask"):
         model.remote_blocks(entered, attention_mask=mask[:, None])
 
 
 def test_a_block_without_weights_does_not_run(model):
-    with pytest.raises(ConfigError, match=r"block 3 has no weights here.*remote_blocks\[3:4\]"):
+    with raises(ConfigError, key="remote_blocks", seen=3):
         model.remote_blocks[3](hidden_states())
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "key"),
     [
-        ({"output_attentions": True}, "servers do not send attention weights"),
-        ({"output_hidden_states": True, "use_cache": True}, "pass use_cache=False"),
-        ({"output_hidden_states": [1, 2]}, "pass True"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"output_hidden_states": True, "use_cache": True}, "use_cache"),
+        ({"output_hidden_states": [1, 2]}, "output_hidden_states"),
     ],
 )
-def test_what_servers_do_not_send_is_refused_by_name(model, options, words):
-    with torch.no_grad(), pytest.raises(ConfigError, match=words):
+def test_what_servers_do_not_send_is_refused_by_name(model, options, key):
+    with torch.no_grad(), raises(ConfigError, key=key):
         model(IDS, **options)
     with torch.no_grad():
         assert model(IDS).logits.shape == (ROWS, LENGTH, VOCABULARY)  # and the model still works
