@@ -90,7 +90,8 @@ class DistributedModel:
         checkpoint = Checkpoint(str(source))
         config = _with_changes(checkpoint.config, config_changes)
         if not isinstance(config, cls.plain_class.config_class):
-            raise UnsupportedModel(f"{cls.__name__} cannot load {source}: its model_type is {config.model_type!r}")
+            text = f"{cls.__name__} cannot load {source}: its model_type is {config.model_type!r}"
+            raise UnsupportedModel(text, source=source, model_type=config.model_type)
         placeholder = placeholder_model(config)
         family = family_of(placeholder)
         returns_tuple = self_test(cls.plain_class, config)
@@ -157,7 +158,8 @@ class _AutoDistributed:
         config = Checkpoint(str(source)).config
         if type(config) not in cls._mapping:
             needed = cls.__name__.replace(_PREFIX, "")
-            raise UnsupportedModel(f"transformers has no {needed} for model_type={config.model_type!r}")
+            text = f"transformers has no {needed} for model_type={config.model_type!r}"
+            raise UnsupportedModel(text, source=source, model_type=config.model_type)
         found = cls._mapping[type(config)]
         plain = found[0] if isinstance(found, tuple) else found
         return distributed_class(plain).from_pretrained(source, **options)
@@ -184,7 +186,8 @@ class AutoDistributedModelForSequenceClassification(_AutoDistributed):
 def _with_changes(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
     """A copy of `config` with other values. Raises ConfigError for a name that it does not have."""
     if unknown := [name for name in changes if not hasattr(config, name)]:
-        raise ConfigError(f"from_pretrained: {unknown[0]} is no option, and no field of {type(config).__name__}")
+        text = f"from_pretrained: {unknown[0]} is no option, and no field of {type(config).__name__}"
+        raise ConfigError(text, key=unknown[0])
     changed = copy.deepcopy(config)
     for name, value in changes.items():
         setattr(changed, name, value)
@@ -204,5 +207,6 @@ def _check_pooling(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     if not any(head._forward_pre_hooks for head in heads):  # else somebody chooses what the head sees
         raise ConfigError(
             "a soft prompt with a classification head reads the last position of a row, and here it is padding: "
-            'pad on the left, tokenizer.padding_side = "left"'
+            'pad on the left, tokenizer.padding_side = "left"',
+            key="padding_side",
         )

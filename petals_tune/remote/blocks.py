@@ -111,7 +111,8 @@ class RemoteSpan(Skeleton):
             return super().__getitem__(index)
         start, stop, step = index.indices(len(self))
         if step != 1 or start >= stop:
-            raise ConfigError(f"remote blocks are cut as start:stop with start < stop, not {index}")
+            text = f"remote blocks are cut as start:stop with start < stop, not {index}"
+            raise ConfigError(text, key="remote_blocks", seen=index)
         first = self.span.start
         cut = RemoteSpan(
             list(self.children())[index], span=BlockSpan(first + start, first + stop), backbone=self.backbone
@@ -209,16 +210,20 @@ class RemoteBlocks(RemoteSpan):
     def _before(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if len(args) > 1:
             raise ConfigError(
-                "call the base model of remote blocks with keyword arguments (input_ids may be positional)"
+                "call the base model of remote blocks with keyword arguments (input_ids may be positional)",
+                key="input_ids",
             )
         if _option(owner, kwargs, "output_attentions"):
-            raise ConfigError("output_attentions: servers do not send attention weights; leave it False")
+            text = "output_attentions: servers do not send attention weights; leave it False"
+            raise ConfigError(text, key="output_attentions")
         wants_states = _option(owner, kwargs, "output_hidden_states")
         session = self._session_for(kwargs.get("past_key_values"), kwargs.get("use_cache"))
         if wants_states and session is not None:
-            raise ConfigError("output_hidden_states: a generation session has none; pass use_cache=False")
+            text = "output_hidden_states: a generation session has none; pass use_cache=False"
+            raise ConfigError(text, key="use_cache")
         if wants_states and (wants_states is not True or kwargs.get("return_dict") is False):
-            raise ConfigError("output_hidden_states: pass True, and leave return_dict as it is")
+            text = "output_hidden_states: pass True, and leave return_dict as it is"
+            raise ConfigError(text, key="output_hidden_states")
         positions = kwargs.get("position_ids")
         call = ModelCall(
             backbone=self.backbone,
@@ -247,7 +252,8 @@ class RemoteBlocks(RemoteSpan):
         if cache is not None and cache.get_seq_length():
             raise ConfigError(
                 "past_key_values: a local cache knows nothing of remote blocks; pass the one that the model returned, "
-                "or a session of model.inference_session()"
+                "or a session of model.inference_session()",
+                key="past_key_values",
             )
         # A config says use_cache=True by default; only a caller who asks for a cache gets one.
         return self.new_session(DEFAULT_MAX_LENGTH) if use_cache and not torch.is_grad_enabled() else None
@@ -275,7 +281,9 @@ class _Weightless:
     def __call__(self, block: nn.Module, args: Any) -> None:
         raise ConfigError(
             f"block {self.number} has no weights here: run it on the swarm with "
-            f"remote_blocks[{self.number}:{self.number + 1}](hidden)"
+            f"remote_blocks[{self.number}:{self.number + 1}](hidden)",
+            key="remote_blocks",
+            seen=self.number,
         )
 
 
@@ -289,6 +297,7 @@ def _padding(mask: torch.Tensor | None) -> torch.Tensor | None:
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        raise ConfigError(f"attention_mask: a 2-D mask (B, S) is needed, not {getattr(mask, 'shape', type(mask))}")
+        text = f"attention_mask: a 2-D mask (B, S) is needed, not {getattr(mask, 'shape', type(mask))}"
+        raise ConfigError(text, key="attention_mask")
     padding = mask.bool()
     return None if bool(padding.all()) else padding

@@ -66,7 +66,8 @@ class RemoteCall:
         if not torch.isfinite(grad).all():
             raise RequestRefused(
                 f"non-finite numbers in the gradient at the output of blocks {self.span}: the loss or what follows the "
-                "blocks made them, no server; lower the learning rate, or clip"
+                "blocks made them, no server; lower the learning rate, or clip",
+                reason="gradient not finite",
             )
         grads = grad.split([len(trace.hidden) for trace in traces])
         # A single micro-batch has nothing to be summed with: its gradients come back with the backward itself.

@@ -63,7 +63,9 @@ def _run_guarded(model_class: Any, config: PretrainedConfig) -> bool:
             text = str(error).strip().split("\n", 1)[0]
             raise UnsupportedModel(
                 f"model_type={config.model_type!r}: a tiny model of this architecture does not run with its blocks "
-                f"apart: {type(error).__name__}: {text}"
+                f"apart: {type(error).__name__}: {text}",
+                model_type=config.model_type,
+                reason="fails",
             ) from error
         finally:
             torch.set_num_threads(threads)
@@ -75,7 +77,9 @@ def _run(model_class: Any, config: PretrainedConfig) -> bool:
     if parameters > _MOST_PARAMETERS:
         raise UnsupportedModel(
             f"model_type={config.model_type!r}: no small model of this architecture could be made to try it on; the "
-            f"smallest found has {parameters:,} parameters"
+            f"smallest found has {parameters:,} parameters",
+            model_type=config.model_type,
+            reason="size",
         )
     plain = model_class(copy.deepcopy(small)).eval()
     for parameter in plain.parameters():
@@ -98,7 +102,9 @@ def _run(model_class: Any, config: PretrainedConfig) -> bool:
             if not error <= TOLERANCE:
                 raise UnsupportedModel(
                     f"model_type={config.model_type!r}: with its blocks apart and {side} padding, a tiny model of this "
-                    f"architecture gives another {what}: {error:.1e} of the largest value where {TOLERANCE:g} would do"
+                    f"architecture gives another {what}: {error:.1e} of the largest value where {TOLERANCE:g} would do",
+                    model_type=config.model_type,
+                    reason="differs",
                 )
     return returns_tuple
 

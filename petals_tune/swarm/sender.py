@@ -210,7 +210,9 @@ def _check_size(stream: ServerStream, request: Message) -> None:
         if isinstance(request, PutAdapter):
             raise RequestRefused(
                 f"the adapter on blocks {request.span} has {size_bytes / 2**20:.1f} MB, {found}\n"
-                "  train fewer modules, or with a lower rank"
+                "  train fewer modules, or with a lower rank",
+                reason="adapter",
+                limit="max_message_mb",
             )
         raise MessageTooLarge(
             f"a request has {size_bytes / 2**20:.1f} MB, {found}\n"

@@ -122,7 +122,9 @@ class ChainSession:
         if position + len(inputs) > self.max_length:
             raise RequestRefused(
                 f"the session was opened for max_length={self.max_length} positions and this step would reach "
-                f"{position + len(inputs)}; open it with a larger max_length"
+                f"{position + len(inputs)}; open it with a larger max_length",
+                reason="too long",
+                max_length=position + len(inputs),
             )
         for session in self._sessions:
             session.history.cut(position)

@@ -57,7 +57,7 @@ class Inbox:
         Raises NotHandedOn where it will not come, RequestRefused where another request waits with the same ticket.
         """
         if comes.ticket in self._waiting:
-            raise RequestRefused("a second request waits for the same tensor")
+            raise RequestRefused("a second request waits for the same tensor", reason="ticket")
         if comes.ticket in self._spent:
             raise NotHandedOn(
                 f"the tensor of server {comes.peer} was used before, or could not be kept for so long",

@@ -108,7 +108,7 @@ class Handler:
         except PetalsTuneError as error:
             logger.info("a stream of client %s closed: %s", client, error)
             with suppress(ConnectionLost):
-                await stream.write(stream.message_id, _refusal(error))
+                await stream.write(stream.message_id, Refusal.of(error))
         finally:
             self._readers.discard(reader_task)
             self._streams.leave(stream)
@@ -144,9 +144,10 @@ class Handler:
             token = members.admit(hello.token, stream.client)
             stream.check_still_in = lambda: members.check_still_in(token)
         if self.draining:
-            raise ServerBusy("this server is leaving the swarm")
+            raise ServerBusy("this server is leaving the swarm", leaving=True)
         if hello.model is not None and not same_model(hello.model, self.record.model):
-            raise SwarmMismatch(mismatch_text([self.record], hello.model, whose="the client's model"))
+            text = mismatch_text([self.record], hello.model, whose="the client's model")
+            raise SwarmMismatch(text, wanted=hello.model, found=(self.record.model,))
         welcome = Welcome(
             record=self.record,
             max_in_flight=self._limits.max_in_flight,
@@ -160,7 +161,8 @@ class Handler:
         if isinstance(body, Dropped):
             # It may have been an output that was handed on; its ticket was dropped with it.
             self._inbox.fail_from(stream.client, "there was no room for it")
-            await stream.write(message_id, _refusal(ServerBusy(f"no room for a request of {body.total} bytes now")))
+            busy = ServerBusy(f"no room for a request of {body.total} bytes now", limit="max_receiving_gb")
+            await stream.write(message_id, Refusal.of(busy))
             return
         try:
             message = decode(body)
@@ -182,7 +184,7 @@ class Handler:
         except (ProtocolError, ServerBusy) as error:
             if message_id in stream.tasks:
                 raise  # a refusal under this id would answer another request
-            await stream.write(message_id, _refusal(error))
+            await stream.write(message_id, Refusal.of(error))
         stream.release(len(body))
 
     def _start(self, stream: ClientStream, message_id: int, request: Message, size_bytes: int) -> None:
@@ -198,20 +200,20 @@ class Handler:
         started_s = time.monotonic()
         try:
             if self.draining:
-                raise ServerBusy("this server is leaving the swarm")
+                raise ServerBusy("this server is leaving the swarm", leaving=True)
             async with asyncio.timeout(self._limits.max_request_s):
                 reply = await self._reply(stream.client, request)
         except TimeoutError:  # a computation that runs already goes on, and its result is dropped
             limit = f"{self._limits.max_request_s:g} s (this server's limits.max_request_s)"
-            reply = _refusal(ServerBusy(f"the request was not done after {limit}", limit="max_request_s"))
+            reply = Refusal.of(ServerBusy(f"the request was not done after {limit}", limit="max_request_s"))
         except PetalsTuneError as error:
-            reply = _refusal(error)
+            reply = Refusal.of(error)
         except MemoryError as error:
-            reply = _refusal(ServerBusy(f"out of memory: {error}"))
+            reply = Refusal.of(ServerBusy(f"out of memory: {error}"))
         except RuntimeError as error:
             # torch's own error on input that passed our checks: its traceback is logged, the client goes elsewhere.
             logger.exception("request of %s failed", stream.client)
-            reply = _refusal(ServerError(f"the computation failed: {error}"))
+            reply = Refusal.of(ServerError(f"the computation failed: {error}"))
         if self._on_reply is not None:
             asked = request.request if isinstance(request, Chained) else request
             self._on_reply(asked, reply, time.monotonic() - started_s)
@@ -254,7 +256,3 @@ def _with_tensor(request: Request, tensor: torch.Tensor) -> Request:
         pass
     text = f"{tuple(tensor.shape)} {tensor.dtype} was handed on, which does not fit the request"
     raise NotHandedOn(text, reason="wrong shape")
-
-
-def _refusal(error: PetalsTuneError) -> Refusal:
-    return Refusal(error=type(error).__name__, text=str(error))
