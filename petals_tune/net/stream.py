@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 SILENCE_S = 6.0  # a server whose event loop sends nothing for so long is stopped or gone
 MAX_MESSAGE_BYTES = 2**31
+OVERHEAD_BYTES = 2**16  # of a message beside its tensors
 
 T = TypeVar("T")
 
@@ -154,6 +155,11 @@ class ServerStream(MessageWriter):
             _check_host(members, welcome.token, self.peer)
         self.welcome = welcome
         self._window = asyncio.Semaphore(welcome.max_in_flight)
+
+    @property
+    def max_tensor_bytes(self) -> int:
+        """Bytes of tensors that the server takes in one message."""
+        return self.welcome.max_message_bytes - OVERHEAD_BYTES
 
     @property
     def alive(self) -> bool:

@@ -44,7 +44,6 @@ from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import encoded_bytes
 
 KEPT_UPLOADS = 8  # versions of adapters that a stream remembers to have carried; servers keep fewer
-OVERHEAD_BYTES = 2**16  # of a message beside its tensors
 
 UploadName = tuple[str, BlockSpan]
 Request = Forward | Backward | Step
@@ -202,9 +201,10 @@ def _retrieve_error(done: asyncio.Task[Any]) -> None:
 
 def _check_size(stream: ServerStream, request: Message) -> None:
     """Raises MessageTooLarge for more than the server takes in one message, RequestRefused for such an adapter."""
-    size_bytes, limit_bytes = _tensor_bytes(request), stream.welcome.max_message_bytes - OVERHEAD_BYTES
-    if isinstance(request, Forward) and request.keep:
-        size_bytes += _tensor_bytes(request.hidden)  # its backward may bring the input and a gradient together
+    size_bytes, limit_bytes = _tensor_bytes(request), stream.max_tensor_bytes
+    asked = request.request if isinstance(request, Chained) else request
+    if isinstance(asked, Forward) and asked.keep:
+        size_bytes += _tensor_bytes(asked.hidden)  # its backward may bring the input and a gradient together
     if size_bytes > limit_bytes:
         found = f"and server {stream.peer} takes {limit_bytes / 2**20:.1f} MB in a message (its limits.max_message_mb)"
         if isinstance(request, PutAdapter):

@@ -20,6 +20,7 @@ from petals_tune.net.peer import Peer
 from petals_tune.net.pool import StreamPool
 from petals_tune.wire.messages import Delivery, HandOver
 from petals_tune.wire.records import ServerRecord, same_model
+from petals_tune.wire.tensors import encoded_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +152,8 @@ class Neighbours:
         except PetalsTuneError as error:
             self._shut(goes.peer, error)
             return False
+        if encoded_bytes(tensor) > stream.max_tensor_bytes:
+            return False  # the client cuts its batch, or delivers
         try:
             async with asyncio.timeout(HAND_ON_S):
                 await stream.send(Delivery(ticket=goes.ticket, tensor=tensor))

@@ -9,7 +9,7 @@ import torch
 
 from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.errors import MessageTooLarge, RequestRefused
-from petals_tune.swarm.sender import OVERHEAD_BYTES
+from petals_tune.net.stream import OVERHEAD_BYTES
 from petals_tune.wire.messages import Backward, Chained, Forward, Message, Step
 from servers.requests.handler import Handler
 from servers.stores.leases import LeaseStore
