@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import bitsandbytes  # noqa: F401  # 8-bit tensors need it: loaded here, not inside a request that has a second
 import msgspec
 import pytest
 
