@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -109,6 +109,7 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in folder_of("recipes").glob("*.yaml"))
 
 
+@cache
 def register_recipes() -> None:
     """Register every recipes/NAME.yaml in Hydra's group `recipe`: the files are outside conf/."""
     for name in recipe_names():

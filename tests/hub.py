@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +18,18 @@ from urllib.parse import unquote, urlsplit
 
 COMMIT = "a" * 40
 ROOT = Path(__file__).parent.parent
+
+# Reads lines [script, folder] and answers each with a line [what it printed, its traceback].
+RUN_SCRIPTS = """
+import contextlib, io, json, sys, traceback
+for line in sys.stdin:
+    script, sys.argv[1] = json.loads(line)
+    printed, complaints = io.StringIO(), ""
+    with contextlib.redirect_stdout(printed):
+        try: exec(script, {})
+        except Exception: complaints = traceback.format_exc()
+    print(json.dumps([printed.getvalue().splitlines(), complaints]), flush=True)
+"""
 
 
 @dataclass(kw_only=True)
@@ -53,6 +65,27 @@ class Hub:
             server.shutdown()
             server.server_close()
 
+    def forget(self) -> None:
+        """Forget what was asked for, and behave."""
+        for each in (self.downloads, self.parts, self.cuts, self.holds, self.damages, self.sent_bytes):
+            each.clear()
+
+    @contextmanager
+    def one_process(self, library: Path) -> Iterator[Callable[[str, Path], list[str]]]:
+        """What `known_to` does, for many scripts in one process: importing transformers takes seconds."""
+        process = self.started(RUN_SCRIPTS, library)
+
+        def run(script: str, folder: Path) -> list[str]:
+            print(json.dumps([script, str(folder)]), file=process.stdin, flush=True)
+            lines, complaints = json.loads(process.stdout.readline())
+            assert not complaints, complaints
+            return lines
+
+        try:
+            yield run
+        finally:
+            process.communicate(timeout=120)
+
     def known_to(self, script: str, folder: Path) -> list[str]:
         """What `script` prints with `folder` as its argument, in a process that knows this hub for the hub."""
         process = self.started(script, folder)
@@ -74,6 +107,7 @@ class Hub:
             [sys.executable, "-c", script, str(folder)],
             env=environment,
             cwd=ROOT,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -20,9 +20,9 @@ from petals_tune.errors import ConfigError, UnsupportedModel
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.families import family_of, placeholder_model, without_blocks
 from petals_tune.net.members import Members
-from petals_tune.remote.blocks import Backbone, graft
+from petals_tune.remote.blocks import Backbone, put_remote_blocks
 from petals_tune.remote.generation import RemoteGeneration, with_whole_input
-from petals_tune.remote.prompted import check_tuning_mode, prompted
+from petals_tune.remote.prompted import check_tuning_mode, with_prompts
 from petals_tune.remote.selftest import self_test
 from petals_tune.remote.skeleton import fill_with_placeholders
 from petals_tune.swarm import loop
@@ -88,7 +88,7 @@ class DistributedModel:
         """
         check_tuning_mode(tuning_mode, pre_seq_len)
         checkpoint = Checkpoint(str(source))
-        config = _changed(checkpoint.config, config_changes)
+        config = _with_changes(checkpoint.config, config_changes)
         if not isinstance(config, cls.plain_class.config_class):
             text = f"{cls.__name__} cannot load {source}: its model_type is {config.model_type!r}"
             raise UnsupportedModel(text, source=source, model_type=config.model_type)
@@ -117,13 +117,15 @@ class DistributedModel:
                 returns_tuple=returns_tuple,
                 micro_batch_rows=micro_batch_rows,
             )
-            graft(model, family, skeleton, backbone)
-            model.name_or_path = model.config._name_or_path = str(source)
+            put_remote_blocks(model, family, skeleton, backbone)
+            model.name_or_path = model.config.name_or_path = str(source)
             model.__class__ = cls
             model.register_forward_pre_hook(
                 _check_pooling if _is_classifier(cls) else with_whole_input, with_kwargs=True
             )
-            return model if tuning_mode is None or pre_seq_len is None else prompted(model, tuning_mode, pre_seq_len)
+            return (
+                model if tuning_mode is None or pre_seq_len is None else with_prompts(model, tuning_mode, pre_seq_len)
+            )
         except BaseException:
             loop.run(client.close())
             raise
@@ -181,7 +183,7 @@ class AutoDistributedModelForSequenceClassification(_AutoDistributed):
     _mapping = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 
-def _changed(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
+def _with_changes(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
     """A copy of `config` with other values. Raises ConfigError for a name that it does not have."""
     if unknown := [name for name in changes if not hasattr(config, name)]:
         text = f"from_pretrained: {unknown[0]} is no option, and no field of {type(config).__name__}"

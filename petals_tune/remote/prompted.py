@@ -40,7 +40,7 @@ def check_tuning_mode(tuning_mode: str | None, pre_seq_len: int | None) -> None:
         raise ConfigError(text, key="tuning_mode", seen=tuning_mode)
 
 
-def prompted(model: Any, tuning_mode: str, pre_seq_len: int) -> Any:
+def with_prompts(model: Any, tuning_mode: str, pre_seq_len: int) -> Any:
     """A PeftModel around `model`, with `pre_seq_len` trained positions."""
     config = TUNING_MODES[tuning_mode](task_type=_task(model), num_virtual_tokens=pre_seq_len)
     net: Any = tune(model, config)

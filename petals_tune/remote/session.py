@@ -62,7 +62,7 @@ class RemoteCache(Cache):
     def __del__(self) -> None:
         session = getattr(self, "_session", None)
         if session is not None:
-            loop.soon_task(session.close)
+            loop.start_task(session.close)
 
     # What generate() and the models' mask functions ask.
 
@@ -92,7 +92,7 @@ class RemoteCache(Cache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         raise ConfigError("dropping rows of a running session is not supported; open another session")
 
-    # What the grafted model does with it.
+    # What the model with remote blocks does with it.
 
     def expect(self, ids: torch.Tensor) -> torch.Tensor:
         """The part of the whole text `ids` (B, T) that the caches do not hold yet: at least its last token.

@@ -108,7 +108,7 @@ class Handler:
         except PetalsTuneError as error:
             logger.info("a stream of client %s closed: %s", client, error)
             with suppress(ConnectionLost):
-                await stream.send(stream.message_id, Refusal.of(error))
+                await stream.write(stream.message_id, Refusal.of(error))
         finally:
             self._readers.discard(reader_task)
             self._streams.leave(stream)
@@ -129,10 +129,11 @@ class Handler:
         """End all streams and drop what is kept for their clients.
 
         The last replies may still be in the p2p daemon, which ends soon: so EOF is sent first, and clients that have
-        read it close their side.
+        read it close their side. One that reads nothing would keep its stream, and this handler's blocks in memory.
         """
-        for end in (self._streams.finish, self._streams.close):
-            end()
+        for end in (Connection.finish, Connection.close, Connection.abort):
+            for connection in self._streams.connections:
+                end(connection)
             if self._readers:
                 await asyncio.wait(set(self._readers), timeout=CLOSING_S)
 
@@ -153,7 +154,7 @@ class Handler:
             max_message_bytes=self._limits.max_message_bytes,
             token=None if members is None else members.own_token(),
         )
-        await stream.send(stream.message_id, welcome)
+        await stream.write(stream.message_id, welcome)
 
     async def _receive(self, stream: ClientStream, message_id: int, body: bytes | Dropped) -> None:
         """Answer a message, or start a task that does. A bad message is refused, and the stream goes on."""
@@ -161,13 +162,13 @@ class Handler:
             # It may have been an output that was handed on; its ticket was dropped with it.
             self._inbox.fail_from(stream.client, "there was no room for it")
             busy = ServerBusy(f"no room for a request of {body.total} bytes now", limit="max_receiving_gb")
-            await stream.send(message_id, Refusal.of(busy))
+            await stream.write(message_id, Refusal.of(busy))
             return
         try:
             message = decode(body)
             match message:
                 case Ping():
-                    await stream.send(message_id, Pong())
+                    await stream.write(message_id, Pong())
                 case Withdrawn():
                     self._inbox.withdraw(message.tickets)
                 case Release():
@@ -183,7 +184,7 @@ class Handler:
         except (ProtocolError, ServerBusy) as error:
             if message_id in stream.tasks:
                 raise  # a refusal under this id would answer another request
-            await stream.send(message_id, Refusal.of(error))
+            await stream.write(message_id, Refusal.of(error))
         stream.release(len(body))
 
     def _start(self, stream: ClientStream, message_id: int, request: Message, size_bytes: int) -> None:
@@ -217,7 +218,7 @@ class Handler:
             asked = request.request if isinstance(request, Chained) else request
             self._on_reply(asked, reply, time.monotonic() - started_s)
         try:
-            await stream.send(message_id, reply)
+            await stream.write(message_id, reply)
         except ConnectionLost:
             reply = reply.reply if isinstance(reply, ChainedReply) else reply
             if isinstance(reply, Forwarded) and reply.lease is not None:

@@ -103,7 +103,7 @@ class ClientStream(MessageWriter):
         for task in self.tasks.values():
             task.cancel()
         self.release(self._reserved_bytes)
-        self.connection.close()
+        self.close_connection()
 
     def is_stuck(self, now_s: float) -> bool:
         """Whether a Hello or a message is overdue."""
@@ -151,15 +151,9 @@ class OpenStreams:
             stream.end()
             self._admission.close_stream(stream.client)
 
-    def finish(self) -> None:
-        """Send what was written on all streams, then EOF; a client that reads it closes its side."""
-        for stream in self._open:
-            stream.connection.finish()
-
-    def close(self) -> None:
-        """Close all streams; whoever reads from one gets an error."""
-        for stream in self._open:
-            stream.connection.close()
+    @property
+    def connections(self) -> list[Connection]:
+        return [stream.connection for stream in self._open]
 
     def _close_idle(self, now_s: float) -> None:
         longest = max(self._open, key=lambda stream: stream.idle_s(now_s))

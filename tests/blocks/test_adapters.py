@@ -92,7 +92,11 @@ def test_an_adapter_tells_what_is_in_a_span_and_what_remains_after_a_first_step(
         adapter.check_positions(4)
 
 
-@pytest.mark.parametrize("part", [lora(1), ia3(1), ia3(1, tensors=[torch.rand(1, WIDTH)])], ids=str)
+@pytest.mark.parametrize(
+    "part",
+    [lora(1), ia3(1), ia3(1, tensors=[torch.rand(1, WIDTH)])],
+    ids=["lora", "ia3 on the output", "ia3 on the input"],
+)
 def test_hooks_are_where_a_plan_needs_them_and_nowhere_else(model_folder, part):
     loaded = load(model_folder("llama"), "0:3")
     hooks = AdapterHooks(loaded.blocks, 0)

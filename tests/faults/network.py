@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,6 @@ class Network(InProcessNetwork):
         super().__init__()
         self.directory = SlowDirectory(self)
         self.hand_over = hand_over
-        self._engines: dict[str, Engine] = {}
         self._folder = folder
         self._compute = ComputeThread()
         self.servers: dict[str, FakeServer] = {}
@@ -184,7 +184,7 @@ class Network(InProcessNetwork):
             **{"quantization": "none", "dtype": "float32", **changes},
         )
         handler = HeldHandler(
-            self.engine(span),
+            engine_of(self._folder, span),
             self._compute,
             stores(leases=GB, sessions=GB, adapters=GB, sums=GB),
             record,
@@ -198,10 +198,8 @@ class Network(InProcessNetwork):
         return server
 
     def engine(self, span: str) -> Engine:
-        """One for all servers of a span."""
-        if span not in self._engines:
-            self._engines[span] = Engine(load(self._folder, span))
-        return self._engines[span]
+        """The engine of all servers of `span`."""
+        return engine_of(self._folder, span)
 
     async def end(self, name: str) -> None:
         """As SIGKILL would end it."""
@@ -235,6 +233,12 @@ class SlowDirectory(InProcessDirectory):
         if self._network.at_lookup is not None:
             await self._network.at_lookup()
         return Snapshot.of(server.record for server in self._network.servers.values())
+
+
+@cache
+def engine_of(folder: Path, span: str) -> Engine:
+    """One for all servers of a span, in all tests: to load it takes longer than a training step."""
+    return Engine(load(folder, span))
 
 
 def id_of(name: str) -> str:

@@ -14,7 +14,7 @@ from tests.models import relative_error
 
 ROWS, LENGTH, WIDTH = 4, 5, 32
 WHOLE = BlockSpan(0, 6)
-REPLY_S = 1.0
+REPLY_S = 0.5
 TOLERANCE = 1e-6
 
 

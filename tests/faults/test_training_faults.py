@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import torch
 
+from petals_tune.blocks.engine import Engine
 from petals_tune.errors import Diverged, NotFinite, RequestRefused, ServerUnreachable, SwarmTimeout, UncoveredBlocks
 from petals_tune.swarm import loop, retry
 from petals_tune.wire.messages import Backward, CollectSum, Forward, Forwarded, Gradients, PutAdapter, Stepped
@@ -18,7 +19,7 @@ from petals_tune.wire.span import BlockSpan
 from tests.faults.network import Network, id_of
 from tests.faults.step import WIDTH, TrainingStep, check
 from tests.raising import raises
-from tests.servers.parts import forward
+from tests.servers.parts import forward, load
 
 pytestmark = pytest.mark.usefixtures("short_silence")
 
@@ -195,8 +196,8 @@ def test_numbers_that_two_servers_find_not_finite_are_the_requests_own(network):
         step.run()
 
 
-def test_a_server_names_the_block_that_makes_nan_from_finite_numbers(network):
-    engine = network.engine("3:6")
+def test_a_server_names_the_block_that_makes_nan_from_finite_numbers(folder):
+    engine = Engine(load(folder, "3:6"))
     engine._blocks[1].register_forward_hook(lambda module, args, output: output * torch.nan)
     hidden = torch.ones(1, 2, WIDTH)
     for keep in (False, True):

@@ -1,6 +1,7 @@
 """Checkpoints in local folders, and through the real hub client against a small hub on 127.0.0.1 that counts."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,10 +93,24 @@ def test_a_hub_that_cannot_be_reached_is_nobodys_mistake(monkeypatch):
         _ = Checkpoint("tiny/llama").config  # tests are offline by choice
 
 
+@pytest.fixture(scope="module")
+def hub_and_process(folder, tmp_path_factory):
+    with Hub(models={"tiny/llama": folder}).serving() as hub, hub.one_process(tmp_path_factory.mktemp("hub")) as run:
+        yield hub, run
+
+
 @pytest.fixture
-def hub(folder):
-    with Hub(models={"tiny/llama": folder}).serving() as hub:
-        yield hub
+def hub(hub_and_process) -> Hub:
+    hub, _ = hub_and_process
+    hub.forget()
+    return hub
+
+
+@pytest.fixture
+def with_hub(hub_and_process, tmp_path) -> Callable[[str], list[str]]:
+    """What a script prints, in a process that knows `hub` for its hub."""
+    _, run = hub_and_process
+    return lambda script: run(SCRIPT + script, tmp_path)
 
 
 SCRIPT = """
@@ -119,18 +134,13 @@ def load(block, source=None):
 """
 
 
-def with_hub(hub: Hub, script: str, folder: Path) -> list[str]:
-    """What `script` prints, in a process that knows `hub` for its hub."""
-    return hub.known_to(SCRIPT + script, folder)
-
-
 def shards_of(folder: Path, *blocks: int) -> set[str]:
     weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     return {file for name, file in weight_map.items() if any(f".layers.{block}." in name for block in blocks)}
 
 
-def test_from_a_hub_only_the_shards_that_are_needed_come_and_they_come_once(hub, folder, tmp_path):
-    (digest,) = with_hub(hub, "print(checkpoint().digest); load(2); load(2); load(3)", tmp_path)
+def test_from_a_hub_only_the_shards_that_are_needed_come_and_they_come_once(hub, folder, with_hub):
+    (digest,) = with_hub("print(checkpoint().digest); load(2); load(2); load(3)")
     local = Checkpoint(str(folder)).digest
     assert same_model(local, digest)
     assert local != digest, "a hub tells the checksums of the weights"
@@ -139,11 +149,15 @@ def test_from_a_hub_only_the_shards_that_are_needed_come_and_they_come_once(hub,
     assert {hub.downloads[shard] for shard in hub.shards} == {1}
 
 
-def test_a_download_that_is_cut_goes_on_where_it_was(hub, folder, tmp_path):
+def test_who_loads_blocks_does_not_load_peft(with_hub):
+    assert with_hub("load(0); print('peft' in sys.modules)") == ["False"]
+
+
+def test_a_download_that_is_cut_goes_on_where_it_was(hub, folder, with_hub):
     (shard, *_) = shards_of(folder, 1)
     hub.cuts.add(shard)
     small_pieces = "import huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = 1024\n"  # it keeps whole ones
-    (size,) = with_hub(hub, small_pieces + "print(load(1))", tmp_path)
+    (size,) = with_hub(small_pieces + "print(load(1))")
     assert not hub.cuts, "it was cut"
     ((file, first),) = hub.parts
     assert file == shard
@@ -151,23 +165,23 @@ def test_a_download_that_is_cut_goes_on_where_it_was(hub, folder, tmp_path):
     assert int(size) > 0
 
 
-def test_a_file_with_wrong_bytes_is_named_and_not_kept(hub, folder, tmp_path):
+def test_a_file_with_wrong_bytes_is_named_and_not_kept(hub, folder, with_hub):
     (shard, *_) = shards_of(folder, 1)
     hub.damages[shard] = 2
     script = "try: load(1)\nexcept PetalsTuneError as error: print(error.source, error.file)\nprint(load(1))"
-    named, size = with_hub(hub, script, tmp_path)
+    named, size = with_hub(script)
     assert named == f"tiny/llama {shard}"
     assert int(size) > 0
     assert hub.downloads[shard] == 3, "it is fetched anew once before that is an error"
 
 
-def test_a_server_stays_inside_its_disk_budget(hub, folder, tmp_path):
+def test_a_server_stays_inside_its_disk_budget(hub, folder, with_hub, tmp_path):
     shards = [file.stat().st_size for file in folder.glob("*.safetensors")]
     budget = 3 * max(shards)
     assert sum(shards) > budget, "not all would fit"
     script = f"for block in range(4): load(block, checkpoint({budget}))\n"
     script += "try: load(0, checkpoint(1000, 'another'))\nexcept PetalsTuneError as error: print(error)"
-    (text,) = with_hub(hub, script, tmp_path)
+    (text,) = with_hub(script)
     assert hub.shards == shards_of(folder, 0, 1, 2, 3)
     files = [file for file in (tmp_path / "disk").rglob("*") if file.is_file() and not file.is_symlink()]
     weights = [file.stat().st_size for file in files if file.stat().st_size > 1000]

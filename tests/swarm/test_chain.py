@@ -145,6 +145,6 @@ def test_a_trace_that_is_given_up_gives_its_leases_back(network):
     trace = gone(chain, CallContext())
     leases = [server.handler.stores.leases for server in network.servers.values()]
     assert [len(each) for each in leases] == [1, 1]
-    loop.run(chain.release(trace))
+    loop.run(chain.release([trace]))
     loop.run(chain.forward(HIDDEN, CallContext(), WHOLE, keep=False, input_grad=False))  # behind it, on each stream
     assert [len(each) for each in leases] == [0, 0]

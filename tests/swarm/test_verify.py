@@ -6,7 +6,7 @@ Whole checks, over servers of which one lies, are in tests/faults/test_liars.py.
 import pytest
 import torch
 
-from petals_tune.swarm.verify import COMPUTED, Answer, Deviation, deviation, drawn, outvoted, tolerance
+from petals_tune.swarm.verify import COMPUTED, Answer, Deviation, choose_outvoted, deviation, is_selected, tolerance
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WIRE_FORMATS, as_received
 
@@ -22,7 +22,7 @@ def test_the_share_that_is_checked_is_the_one_that_was_asked_for_and_follows_fro
     inputs[:, :, :7] = 1.0  # all texts begin alike
 
     def chosen(seed: int, share: float, kind: str = "forward") -> list[bool]:
-        return [drawn(share, seed=seed, kind=kind, span=SPAN, hidden=hidden) for hidden in inputs]
+        return [is_selected(share, seed=seed, kind=kind, span=SPAN, hidden=hidden) for hidden in inputs]
 
     assert sum(chosen(0, 0.02)) == pytest.approx(80, abs=30)
     assert chosen(0, 0.02) == chosen(0, 0.02)
@@ -35,10 +35,10 @@ def test_the_share_that_is_checked_is_the_one_that_was_asked_for_and_follows_fro
 def test_a_third_answer_tells_who_is_wrong_or_that_nobody_knows():
     good, bad, worse = answer(1.0, 2.0), answer(1.01, 2.02), answer(9.0, 9.0)
     close, wide = Deviation(largest=1e-3, typical=1e-3), Deviation(largest=6e-3, typical=6e-3)
-    assert outvoted(bad, good, good, close) is bad
-    assert outvoted(good, bad, good, close) is bad
-    assert outvoted(good, bad, worse, close) is None
-    assert outvoted(good, bad, answer(1.005, 2.01), wide) is None, "the third one agrees with both"
+    assert choose_outvoted(bad, good, good, close) is bad
+    assert choose_outvoted(good, bad, good, close) is bad
+    assert choose_outvoted(good, bad, worse, close) is None
+    assert choose_outvoted(good, bad, answer(1.005, 2.01), wide) is None, "the third one agrees with both"
 
 
 def rounded(values: torch.Tensor, wire_format: str) -> Answer:
