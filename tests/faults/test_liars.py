@@ -53,7 +53,7 @@ def test_honest_servers_are_checked_and_left_alone_whatever_their_cut(network, e
     assert step.chain.client.stats.checks >= 10, "two micro-batches over two legs, forward and back, and the sums"
     assert step.chain.client.stats.outvoted == 0
     assert not step.chain.client.banned()
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("petals_tune")]
 
 
 def scaled(kind: type[Message], field: str):
