@@ -37,7 +37,7 @@ class TrainingStep:
     """Two micro-batches forward and back, with LoRA on all blocks and a gradient at the input."""
 
     def __init__(self, network: Network, **policy: Any):
-        self._network, self.chain = network, network.chain(reply_s=REPLY_S, **policy)
+        self._network, self.chain = network, network.chain(**{"reply_s": REPLY_S, **policy})
         context = CallContext(adapter=adapter(), train=True, seed=7)
         self._call = RemoteCall(chain=self.chain, span=WHOLE, context=context, rows=ROWS // 2)
         drawn = torch.Generator().manual_seed(1)

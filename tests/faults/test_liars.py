@@ -32,7 +32,8 @@ class Checked(TrainingStep):
     """A step, all of which is checked."""
 
     def __init__(self, network: Network, wire_format: str = "float32"):
-        super().__init__(network, verify=1.0, wire_format=wire_format)
+        # An honest server of a busy machine may take longer than other tests wait for one that is lost.
+        super().__init__(network, verify=1.0, wire_format=wire_format, reply_s=LONG_S)
 
     def settle(self) -> None:
         """Wait until every check has ended."""
@@ -52,7 +53,7 @@ def test_honest_servers_are_checked_and_left_alone_whatever_their_cut(network, e
     assert step.chain.client.stats.checks >= 10, "two micro-batches over two legs, forward and back, and the sums"
     assert step.chain.client.stats.outvoted == 0
     assert not step.chain.client.banned()
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("petals_tune")]
 
 
 def scaled(kind: type[Message], field: str):
