@@ -74,6 +74,7 @@ class UnsupportedModel(ConfigError):
     source: str = ""  # the folder, or the name on the hub
     file: str = ""
     model_type: str = ""  # as config.json names the architecture
+    reason: str = ""  # "encoder", "state", "blocks": no decoder of one list; "fails", "differs", "size": its self-test
 
 
 class UnsupportedAdapter(ConfigError):
@@ -122,6 +123,9 @@ class ConnectionLost(PetalsTuneError, ConnectionError):
 class RequestRefused(PetalsTuneError, ValueError):
     """A server refused a request that no other server would accept either."""
 
+    reason: str = ""  # "hidden size", "hidden not finite", "gradient shape", "gradient not finite", "no gradient",
+    # "rows", "order", "too long", "adapter", "sum", "ticket", "kind"; empty where a limit is exceeded
+    limit: str = ""  # the limit that it exceeds, as its option is called: "max_positions"
     block: int | None = None  # where one block of the request is at fault
     module: str = ""  # path inside that block, where an adapter's part is at fault
     max_length: int | None = None  # of a session that would fit, where one does not
@@ -196,6 +200,7 @@ class ServerBusy(ServerError):
     """The server has no room for this request now."""
 
     limit: str = ""  # the limit of the server that is reached, as its option is called: "max_streams"
+    leaving: bool = False  # it answers what it has begun, and takes no more
     max_length: int | None = None  # of a session that would fit, where one does not
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from petals_tune.cli import report_errors
 from petals_tune.errors import ConfigError
 from petals_tune.files import write_text
-from petals_tune.net.members import load_identity, ranked, read_text, revoked_in
+from petals_tune.net.members import load_identity, parse_revoked, path_of_rank, read_text
 from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.tokens import issue, key_from, public_text, secret_text, token_text
 
@@ -93,12 +93,12 @@ def issue_token(given: argparse.Namespace) -> None:
             seen=given.processes,
         )
     issue(key, name=given.name, peer=SigningKey.new().peer, hosts=False, expires_s=0)  # a bad name makes no file
-    identities = [ranked(Path(f"{given.name}.identity"), rank) for rank in range(given.processes)]
+    identities = [path_of_rank(Path(f"{given.name}.identity"), rank) for rank in range(given.processes)]
     peers = given.peer or [load_identity(path, make=True).peer for path in identities]
     expires_s = int(time.time() + given.days * DAY_S)
     tokens = [issue(key, name=given.name, peer=peer, hosts=given.hosts, expires_s=expires_s) for peer in peers]
     for rank, token in enumerate(tokens):
-        path = ranked(Path(f"{given.name}.token"), rank)
+        path = path_of_rank(Path(f"{given.name}.token"), rank)
         _write(path, token_text(token))
         print(
             f"{path}: lets peer {token.peer} {'host and use' if given.hosts else 'use'} blocks for {given.days:g} days"
@@ -140,7 +140,7 @@ def _revoked_path(key: Path) -> Path:
 
 def _revoked(key: Path) -> list[str]:
     path = _revoked_path(key)
-    return revoked_in(path.read_text(encoding="utf-8")) if path.exists() else []
+    return parse_revoked(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 if __name__ == "__main__":

@@ -159,6 +159,19 @@ def test_every_link_between_pages_leads_somewhere() -> None:
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def test_every_file_and_function_that_a_page_names_exists() -> None:
+    """`path/file.py`, or `path/file.py: name`, where a path may leave `petals_tune/` or `servers/` out."""
+    missing = []
+    for page in PAGES:
+        for path, name in re.findall(r"`([\w/]+/[\w/]+\.py)(?:: ([\w.]+))?`", page.read_text()):
+            found = [top / path for top in (ROOT, ROOT / "petals_tune", ROOT / "servers") if (top / path).is_file()]
+            source = found[0].read_text() if found else ""
+            defined = all(re.search(rf"\b(def|class) {part}\b", source) for part in name.split(".") if part)
+            if "NAME" not in path and not (found and defined):
+                missing.append(f"{page.name}: {path} {name}")
+    assert not missing
+
+
 def test_every_recipe_is_named_in_the_documentation() -> None:
     text = "".join(page.read_text() for page in PAGES)
     assert not [name for name in recipe_names() if name not in text]

@@ -114,7 +114,9 @@ class LinearMethod(AdapterMethod):
         if merged:
             raise UnsupportedAdapter(
                 f"{where}: {self.peft_type} was merged, and the block's weights are on the servers; call "
-                "unmerge_adapter()"
+                "unmerge_adapter()",
+                key="tuning",
+                seen="merged",
             )
 
     def owns(self, layer: nn.Module) -> bool:
@@ -160,4 +162,4 @@ def shapes(part: AdapterPart) -> list[tuple[int, ...]]:
 
 def refusal(part: AdapterPart, reason: str) -> RequestRefused:
     where = f"adapter on block {part.block} {part.module}".rstrip()
-    return RequestRefused(f"{where}: {reason}", block=part.block, module=part.module)
+    return RequestRefused(f"{where}: {reason}", reason="adapter", block=part.block, module=part.module)

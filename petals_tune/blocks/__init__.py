@@ -1,1 +1,1 @@
-"""Transformer blocks in memory: loading, quantization, adapters, the engine. Imports nothing of the network."""
+"""Transformer blocks in memory: loading, quantization, adapters, the engine. No network."""

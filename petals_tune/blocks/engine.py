@@ -90,14 +90,15 @@ class Engine:
             assert request.again is not None
             graph = self._graph(request.again, adapter)
         if request.grad.shape != graph.output.shape:
-            raise RequestRefused(f"a gradient {tuple(request.grad.shape)} for an output {tuple(graph.output.shape)}")
+            text = f"a gradient {tuple(request.grad.shape)} for an output {tuple(graph.output.shape)}"
+            raise RequestRefused(text, reason="gradient shape")
         if graph.hidden is None and not graph.adapter:
-            raise RequestRefused("nothing on these blocks needs a gradient")
+            raise RequestRefused("nothing on these blocks needs a gradient", reason="no gradient")
         at_input, at_adapter = graph.gradients(request.grad.to(self._device))
         # Where there is no gradient at the input, an adapter's may miss positions of the one that came.
         if not _are_finite(request.grad if at_input is None else at_input, *at_adapter):
             if not _are_finite(request.grad):
-                raise RequestRefused("non-finite numbers in the gradient")
+                raise RequestRefused("non-finite numbers in the gradient", reason="gradient not finite")
             raise NotFinite(f"non-finite gradients come out of blocks {self.loaded.span}, from finite ones")
         return at_input, at_adapter
 
@@ -185,7 +186,7 @@ class Engine:
         """The error for an output that is not finite: of the input `hidden`, or of the first block in another `run`."""
         if not _are_finite(hidden):
             text = f"non-finite numbers in the hidden states at block {span.start}"
-            return RequestRefused(text, block=span.start)
+            return RequestRefused(text, block=span.start, reason="hidden not finite")
         bad: list[int] = []
 
         def hook(number: int, block: nn.Module, args: object, output: Any) -> None:
@@ -221,7 +222,8 @@ class Engine:
     def _check(self, span: BlockSpan, hidden: torch.Tensor) -> None:
         self.check_span(span)
         if hidden.shape[2] != self.hidden_size:
-            raise RequestRefused(f"hidden size {hidden.shape[2]}, and the model's is {self.hidden_size}")
+            text = f"hidden size {hidden.shape[2]}, and the model's is {self.hidden_size}"
+            raise RequestRefused(text, reason="hidden size")
 
     @contextmanager
     def _configured(self, span: BlockSpan, plan: CallPlan) -> Iterator[None]:

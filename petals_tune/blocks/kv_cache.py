@@ -41,17 +41,19 @@ class Session:
         """Go back to the step's position, reorder rows, store its padding. Raises RequestRefused, SessionLost."""
         rows, length = step.hidden.shape[:2]
         if rows != self.rows:
-            raise RequestRefused(f"a step of {rows} rows in a session of {self.rows}")
+            raise RequestRefused(f"a step of {rows} rows in a session of {self.rows}", reason="rows")
         if step.position > self.position:
             raise SessionLost(f"the session is at position {self.position}, the step at {step.position}")
         if step.position + length > self.max_length:
             raise RequestRefused(
                 f"the session was opened for {self.max_length} positions and this step would reach "
-                f"{step.position + length}; open it with max_length={step.position + length} or more"
+                f"{step.position + length}; open it with max_length={step.position + length} or more",
+                reason="too long",
+                max_length=step.position + length,
             )
         if step.order is not None:
             if int(step.order.min()) < 0 or int(step.order.max()) >= rows:
-                raise RequestRefused(f"order names rows beyond 0:{rows}")
+                raise RequestRefused(f"order names rows beyond 0:{rows}", reason="order")
             for tensors in self.storage.values():
                 for tensor in tensors:
                     tensor[:, :, : step.position] = tensor[step.order, :, : step.position]

@@ -85,6 +85,7 @@ def blocks_that_fit(free: int, budgets: int, one_block: int, full_block: int, to
             f"{free / _GB:.1f} GB of memory are free, and a server of one block needs "
             f"{(one_block + full_block + budgets) / (1 - SPARE) / _GB:.1f} GB: {budgets / _GB:.1f} GB for leases and "
             f"caches, {one_block / _GB:.2f} GB for the block and {full_block / _GB:.2f} GB more while it loads\n"
-            "  lower limits.max_lease_gb or limits.max_cache_gb, or say num_blocks=1 to try all the same"
+            "  lower limits.max_lease_gb or limits.max_cache_gb, or say num_blocks=1 to try all the same",
+            key="num_blocks",
         )
     return min(room // one_block, total_blocks)

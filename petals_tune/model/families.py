@@ -89,6 +89,7 @@ def family_of(base: PreTrainedModel) -> Family:
         raise UnsupportedModel(
             f"{what} is an encoder and a decoder; decoders alone can be split, such as BLOOM or Llama",
             model_type=config.model_type,
+            reason="encoder",
         )
     kinds = set(getattr(config, "layer_types", None) or [])
     if getattr(base, "_is_stateful", False) or not kinds <= _ATTENTION:
@@ -96,6 +97,7 @@ def family_of(base: PreTrainedModel) -> Family:
             f"{what} has blocks with a state of their own ({', '.join(sorted(kinds - _ATTENTION)) or 'recurrent'}); "
             "servers keep the keys and values of attention alone",
             model_type=config.model_type,
+            reason="state",
         )
     total: int = getattr(config, "num_hidden_layers", 0)
     lists = [
@@ -107,6 +109,7 @@ def family_of(base: PreTrainedModel) -> Family:
             f"{what} has {len(lists)} lists of {total} blocks; "
             "a decoder with exactly one can be split, such as BLOOM, Llama, Mistral or Qwen",
             model_type=config.model_type,
+            reason="blocks",
         )
     return Family(
         blocks=lists[0],

@@ -1,1 +1,1 @@
-"""The network seam: transports, streams, the directory, identities. Clients and servers stand on it."""
+"""Network layer: transports, connections, streams, the DHT and identities. Clients and servers both use it."""

@@ -16,10 +16,9 @@ from itertools import compress
 from typing import Annotated, TypeVar
 
 import msgspec
-from hivemind.utils.multiaddr import Multiaddr
 
 from petals_tune.errors import AccessDenied, ConnectionLost, ProtocolError, ServerBusy
-from petals_tune.net.hivemind_p2p import peer_of
+from petals_tune.net.hivemind_p2p import part_of, peer_of
 from petals_tune.net.members import Members
 from petals_tune.net.transport import Connection, Transport
 from petals_tune.wire.tokens import TokenBytes
@@ -128,7 +127,7 @@ async def _is_libp2p(address: str) -> bool:
     """Whether a libp2p peer listens there, by TCP."""
     try:
         async with asyncio.timeout(DIAL_S):
-            connection = Connection(address, *await asyncio.open_connection(_host(address), _part(address, "tcp")))
+            connection = Connection(address, *await asyncio.open_connection(_host(address), part_of(address, "tcp")))
             try:
                 return await connection.read_exactly(len(_GREETING)) == _GREETING
             finally:
@@ -139,14 +138,7 @@ async def _is_libp2p(address: str) -> bool:
 
 def _host(address: str) -> str | None:
     """The IP address in a multiaddress; None where there is none."""
-    return _part(address, "ip4") or _part(address, "ip6")
-
-
-def _part(address: str, protocol: str) -> str | None:
-    try:
-        return str(Multiaddr(address)[protocol])
-    except (LookupError, ValueError):
-        return None
+    return part_of(address, "ip4") or part_of(address, "ip6")
 
 
 async def _write(connection: Connection, message: Question | Answer) -> None:

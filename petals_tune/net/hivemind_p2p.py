@@ -61,14 +61,12 @@ class HivemindTransport:
         Raises ConfigError for an address that is none, ServerUnreachable where no initial peer answers.
         """
         for maddr in initial_peers:
-            try:
-                Multiaddr(maddr)["p2p"]
-            except (ValueError, LookupError):
+            if part_of(maddr, "p2p") is None:
                 raise ConfigError(
                     f"swarm.initial_peers: {maddr!r} is not like /ip4/127.0.0.1/tcp/31337/p2p/12D3Koo...",
                     key="swarm.initial_peers",
                     seen=maddr,
-                ) from None
+                )
         with TemporaryDirectory() as folder:  # the daemon reads its key from a file, and only when it starts
             identity_path = None
             if identity is not None:
@@ -230,6 +228,15 @@ def on_this_machine(addresses: Sequence[str]) -> bool:
 def peer_of(address: str) -> str:
     """The peer id at the end of a multiaddress."""
     return address.rpartition("/p2p/")[2]
+
+
+def part_of(address: str, protocol: str) -> str | None:
+    """The value of `protocol` ("ip4", "tcp", "p2p") in a multiaddress; None where it has none, or is no address."""
+    try:
+        with hivemind_errors():
+            return str(Multiaddr(address)[protocol])
+    except ConnectionLost:
+        return None
 
 
 def encode_address(address: str) -> Multiaddr:

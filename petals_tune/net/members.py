@@ -55,8 +55,8 @@ class Members:
     def of_client(cls, token_path: str | Path, identity_path: str | Path | None) -> Members:
         """A client's view; the identity is beside the token unless said otherwise. Raises ConfigError, AccessDenied."""
         refuse_keys(token_path, key="swarm.token")
-        own = of_this_rank(Path(token_path))
-        identity = identity_beside(own, None if identity_path is None else of_this_rank(Path(identity_path)))
+        own = path_of_this_rank(Path(token_path))
+        identity = identity_beside(own, None if identity_path is None else path_of_this_rank(Path(identity_path)))
         return cls.with_token(own, identity)
 
     @classmethod
@@ -126,11 +126,11 @@ class RevokedNames:
                 return self._names
             if (stat.st_mtime_ns, stat.st_ino) != self._seen:
                 self._seen = stat.st_mtime_ns, stat.st_ino
-                self._names = frozenset(revoked_in(self._path.read_text(encoding="utf-8")))
+                self._names = frozenset(parse_revoked(self._path.read_text(encoding="utf-8")))
         return self._names
 
 
-def revoked_in(text: str) -> list[str]:
+def parse_revoked(text: str) -> list[str]:
     """Names, one a line; what follows a # is a comment."""
     return [name for line in text.splitlines() if (name := line.partition("#")[0].strip())]
 
@@ -193,15 +193,15 @@ def identity_beside(token_path: str | Path, path: str | Path | None) -> SigningK
     return load_identity(path or Path(token_path).with_suffix(".identity"), make=False)
 
 
-def ranked(path: Path, rank: int) -> Path:
+def path_of_rank(path: Path, rank: int) -> Path:
     """Where a process of that rank has its own: NAME.token, NAME.rank1.token, NAME.rank2.token, ..."""
     return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
 
-def of_this_rank(path: Path) -> Path:
+def path_of_this_rank(path: Path) -> Path:
     """The file of this process: of several that train together, each is a peer of its own. Raises ConfigError."""
     rank = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)  # of torchrun; of Lightning
-    own = ranked(path, rank)
+    own = path_of_rank(path, rank)
     if rank and not own.exists():
         raise ConfigError(
             f"{own} is not there. Of several processes that train together each is a peer of its own, with a token and "

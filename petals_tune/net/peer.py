@@ -17,6 +17,7 @@ from petals_tune.net.directory import Directory
 from petals_tune.net.hivemind_dht import HivemindDirectory
 from petals_tune.net.hivemind_p2p import HivemindTransport, handle_loop_exception, on_this_machine, peer_of
 from petals_tune.net.members import Members, credentials
+from petals_tune.net.stream import ServerStream
 from petals_tune.net.transport import Transport
 
 Reach = Literal["auto", "direct", "relay"]  # auto: direct where a peer of the swarm can dial this one
@@ -157,8 +158,6 @@ async def _ask_for_the_reason(
     transport: Transport, initial_peers: Sequence[str], members: Members | None, *, timeout_s: float
 ) -> None:
     """Raises AccessDenied, or what else a server says: the DHT of a private swarm does not answer whom it refuses."""
-    from petals_tune.net.stream import ServerStream  # loads torch, which a node of the directory does without
-
     for address in initial_peers:
         with suppress(ServerError):
             peer = peer_of(address)

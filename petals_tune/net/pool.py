@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from petals_tune.errors import ServerUnreachable
 from petals_tune.net.peer import Peer
 from petals_tune.net.stats import SwarmStats
 from petals_tune.net.stream import ServerStream
@@ -25,7 +26,12 @@ class StreamPool:
             opening = self._streams[server.peer] = asyncio.create_task(self._open(server))
             # Those who waited may be cancelled; asyncio would complain of an error that nobody asked for.
             opening.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return await asyncio.shield(opening)
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            if opening.cancelled() and not asyncio.current_task().cancelling():  # type: ignore[union-attr]  # in a task
+                raise ServerUnreachable(f"the stream to server {server.peer} was closed", peer=server.peer) from None
+            raise
 
     def living(self, peer_id: str) -> ServerStream | None:
         """The stream to a server if it is open; never opens one."""

@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from petals_tune.errors import (
     AccessDenied,
@@ -22,7 +23,19 @@ from petals_tune.net.stats import SwarmStats
 from petals_tune.net.transport import Connection, Transport
 from petals_tune.wire import frames
 from petals_tune.wire.codec import decode, encode
-from petals_tune.wire.messages import PROTOCOL, Hello, Message, Ping, Refusal, Welcome
+from petals_tune.wire.messages import (
+    PROTOCOL,
+    ChainedReply,
+    CloseSession,
+    Forwarded,
+    Hello,
+    Message,
+    Ping,
+    Refusal,
+    Release,
+    SessionOpened,
+    Welcome,
+)
 from petals_tune.wire.span import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -30,6 +43,9 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 SILENCE_S = 6.0  # a server whose event loop sends nothing for so long is stopped or gone
 MAX_MESSAGE_BYTES = 2**31
+OVERHEAD_BYTES = 2**16  # of a message beside its tensors
+
+T = TypeVar("T")
 
 
 class MessageWriter:
@@ -38,32 +54,58 @@ class MessageWriter:
     def __init__(self, connection: Connection):
         self.connection = connection
         self._lock = asyncio.Lock()
+        self._running: set[asyncio.Task[Any]] = set()  # asyncio keeps no strong reference to a task
         self.blocked_since_s: float | None = None  # time.monotonic() since when the reader takes nothing
 
-    async def send(self, message_id: int, message: Message) -> int:
-        """Write `message`; returns its bytes, frames included. Raises ConnectionLost."""
+    async def write(self, message_id: int, message: Message) -> int:
+        """Write `message`; returns its bytes, frames included. Raises ConnectionLost.
+
+        A message that was begun is written to its end, even where the caller is cancelled: the reader would keep memory
+        for the rest of it.
+        """
+        body = encode(message)
+        if len(body) <= frames.MAX_FRAME_BYTES:
+            return await self._write(message_id, body)
+        return await asyncio.shield(self._keep(asyncio.create_task(self._write(message_id, body))))
+
+    def _keep(self, task: asyncio.Task[T]) -> asyncio.Task[T]:
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+    def close_connection(self) -> None:
+        """Close the connection; at once where the reader takes nothing, since its writers would wait for ever."""
+        if self.blocked_since_s is None:
+            self.connection.close()
+        else:
+            self.connection.abort()
+
+    async def _write(self, message_id: int, body: bytes) -> int:
         sent = 0
-        for header, payload in frames.cut(message_id, encode(message)):
+        for header, payload in frames.cut(message_id, body):
             async with self._lock:
                 self.blocked_since_s = time.monotonic()
-                await self.connection.write(header, payload)
-                self.blocked_since_s = None
+                try:
+                    await self.connection.write(header, payload)
+                finally:
+                    self.blocked_since_s = None
             sent += len(header) + len(payload)
         return sent
 
 
-class ServerStream:
+class ServerStream(MessageWriter):
     """The client's end of a connection to one server; replies are matched with their requests by id.
 
     Every pending request fails at once when the connection ends or the server falls silent.
     """
 
     def __init__(self, connection: Connection, stats: SwarmStats):
+        super().__init__(connection)
         self.peer = connection.peer
         self.adapters: dict[tuple[str, BlockSpan], asyncio.Task[Message]] = {}  # uploads on this stream, by version
         self.welcome: Welcome
         self.round_trip_s: float  # of the greeting
-        self._connection, self._writer, self._stats = connection, MessageWriter(connection), stats
+        self._stats = stats
         self._window = asyncio.Semaphore(1)  # requests in flight
         self._ids = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Message]] = {}
@@ -115,6 +157,11 @@ class ServerStream:
         self._window = asyncio.Semaphore(welcome.max_in_flight)
 
     @property
+    def max_tensor_bytes(self) -> int:
+        """Bytes of tensors that the server takes in one message."""
+        return self.welcome.max_message_bytes - OVERHEAD_BYTES
+
+    @property
     def alive(self) -> bool:
         return self._failure is None
 
@@ -164,7 +211,7 @@ class ServerStream:
 
     async def _send(self, message_id: int, message: Message) -> None:
         try:
-            sent_bytes = await self._writer.send(message_id, message)
+            sent_bytes = await self.write(message_id, message)
         except ConnectionLost as error:
             self._fail(f"the stream to server {self.peer} broke: {error}")
         else:
@@ -176,16 +223,20 @@ class ServerStream:
         assembler = frames.Assembler(max_message_bytes=MAX_MESSAGE_BYTES, max_open_bytes=2 * MAX_MESSAGE_BYTES)
         try:
             while True:
-                header = await self._connection.read_exactly(frames.HEADER.size)
+                header = await self.connection.read_exactly(frames.HEADER.size)
                 length, message_id, remaining = frames.read_header(header)
-                payload = await self._connection.read_exactly(length)
+                payload = await self.connection.read_exactly(length)
                 self._heard_s = time.monotonic()
                 self._stats.received_bytes += len(header) + length
                 body = assembler.feed(message_id, payload, remaining)
                 assert not isinstance(body, frames.Dropped)  # all is admitted here
-                pending = self._pending.get(message_id)
-                if body is not None and pending is not None and not pending.done():
-                    pending.set_result(decode(body))
+                if body is None:
+                    continue
+                reply, pending = decode(body), self._pending.get(message_id)
+                if pending is not None and not pending.done():
+                    pending.set_result(reply)
+                elif (giving_back := _give_back(reply)) is not None:
+                    self._keep(asyncio.create_task(self.notify(giving_back)))
         except ProtocolError as error:
             self._fail(f"server {self.peer} breaks the protocol: {error}")
         except ConnectionLost as error:
@@ -195,28 +246,44 @@ class ServerStream:
         """Notice a server that is stopped or unplugged: the event loop of a living one answers while it computes."""
         while self._failure is None:
             await asyncio.sleep(HEARTBEAT_S)
-            silence_s = time.monotonic() - self._heard_s
-            if not self._pending:
+            now_s = time.monotonic()
+            silence_s = now_s - self._heard_s
+            if not self._pending or silence_s <= HEARTBEAT_S:
                 continue
+            if self.blocked_since_s is not None:  # it takes nothing, not even a Ping
+                silence_s = min(silence_s, now_s - self.blocked_since_s)
             if silence_s > SILENCE_S:
                 self._fail(f"server {self.peer} fell silent for {silence_s:.0f} s")
-            elif silence_s > HEARTBEAT_S:
+            elif self.blocked_since_s is None:
                 await self.notify(Ping())
 
-    def _fail(self, why: str) -> None:
+    def _fail(self, why: str, *, flush: bool = False) -> None:
+        """Fail all requests; with `flush`, what was written before is still sent."""
         if self._failure is None:
             self._failure = ServerUnreachable(why, peer=self.peer)
             for pending in self._pending.values():
                 if not pending.done():
                     pending.set_exception(self._failure)
-            self._connection.close()
+            if flush:
+                self.close_connection()
+            else:
+                self.connection.abort()
 
     async def close(self) -> None:
         """End the stream; pending requests fail."""
-        self._fail(f"the stream to server {self.peer} was closed")
+        self._fail(f"the stream to server {self.peer} was closed", flush=True)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _give_back(reply: Message) -> Message | None:
+    """The message that frees what a server keeps for a `reply` that comes too late; None where it keeps nothing."""
+    if isinstance(reply, ChainedReply):
+        reply = reply.reply
+    if isinstance(reply, SessionOpened):
+        return CloseSession(session=reply.session)
+    return Release(leases=[reply.lease]) if isinstance(reply, Forwarded) and reply.lease is not None else None
 
 
 def _check_host(members: Members, token: bytes | None, peer: str) -> None:

@@ -1,1 +1,1 @@
-"""Where a Hugging Face model meets the swarm: its block list is replaced by one that runs elsewhere."""
+"""Hugging Face models whose blocks run on a swarm: loading, autograd and generation."""

@@ -20,9 +20,9 @@ from petals_tune.errors import ConfigError, UnsupportedModel
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.families import family_of, placeholder_model, without_blocks
 from petals_tune.net.members import Members
-from petals_tune.remote.blocks import Backbone, graft
+from petals_tune.remote.blocks import Backbone, put_remote_blocks
 from petals_tune.remote.generation import RemoteGeneration, with_whole_input
-from petals_tune.remote.prompted import check_tuning_mode, prompted
+from petals_tune.remote.prompted import check_tuning_mode, with_prompts
 from petals_tune.remote.selftest import self_test
 from petals_tune.remote.skeleton import fill_with_placeholders
 from petals_tune.swarm import loop
@@ -88,9 +88,10 @@ class DistributedModel:
         """
         check_tuning_mode(tuning_mode, pre_seq_len)
         checkpoint = Checkpoint(str(source))
-        config = _changed(checkpoint.config, config_changes)
+        config = _with_changes(checkpoint.config, config_changes)
         if not isinstance(config, cls.plain_class.config_class):
-            raise UnsupportedModel(f"{cls.__name__} cannot load {source}: its model_type is {config.model_type!r}")
+            text = f"{cls.__name__} cannot load {source}: its model_type is {config.model_type!r}"
+            raise UnsupportedModel(text, source=source, model_type=config.model_type)
         placeholder = placeholder_model(config)
         family = family_of(placeholder)
         returns_tuple = self_test(cls.plain_class, config)
@@ -116,13 +117,15 @@ class DistributedModel:
                 returns_tuple=returns_tuple,
                 micro_batch_rows=micro_batch_rows,
             )
-            graft(model, family, skeleton, backbone)
-            model.name_or_path = model.config._name_or_path = str(source)
+            put_remote_blocks(model, family, skeleton, backbone)
+            model.name_or_path = model.config.name_or_path = str(source)
             model.__class__ = cls
             model.register_forward_pre_hook(
                 _check_pooling if _is_classifier(cls) else with_whole_input, with_kwargs=True
             )
-            return model if tuning_mode is None or pre_seq_len is None else prompted(model, tuning_mode, pre_seq_len)
+            return (
+                model if tuning_mode is None or pre_seq_len is None else with_prompts(model, tuning_mode, pre_seq_len)
+            )
         except BaseException:
             loop.run(client.close())
             raise
@@ -155,7 +158,8 @@ class _AutoDistributed:
         config = Checkpoint(str(source)).config
         if type(config) not in cls._mapping:
             needed = cls.__name__.replace(_PREFIX, "")
-            raise UnsupportedModel(f"transformers has no {needed} for model_type={config.model_type!r}")
+            text = f"transformers has no {needed} for model_type={config.model_type!r}"
+            raise UnsupportedModel(text, source=source, model_type=config.model_type)
         found = cls._mapping[type(config)]
         plain = found[0] if isinstance(found, tuple) else found
         return distributed_class(plain).from_pretrained(source, **options)
@@ -179,10 +183,11 @@ class AutoDistributedModelForSequenceClassification(_AutoDistributed):
     _mapping = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 
-def _changed(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
+def _with_changes(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
     """A copy of `config` with other values. Raises ConfigError for a name that it does not have."""
     if unknown := [name for name in changes if not hasattr(config, name)]:
-        raise ConfigError(f"from_pretrained: {unknown[0]} is no option, and no field of {type(config).__name__}")
+        text = f"from_pretrained: {unknown[0]} is no option, and no field of {type(config).__name__}"
+        raise ConfigError(text, key=unknown[0])
     changed = copy.deepcopy(config)
     for name, value in changes.items():
         setattr(changed, name, value)
@@ -202,5 +207,6 @@ def _check_pooling(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     if not any(head._forward_pre_hooks for head in heads):  # else somebody chooses what the head sees
         raise ConfigError(
             "a soft prompt with a classification head reads the last position of a row, and here it is padding: "
-            'pad on the left, tokenizer.padding_side = "left"'
+            'pad on the left, tokenizer.padding_side = "left"',
+            key="padding_side",
         )

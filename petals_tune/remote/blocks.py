@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,11 +38,17 @@ class ModelCall:
     """
 
     backbone: Backbone
-    outer: Token[ModelCall | None] | None = None  # what ran in this thread before
     padding: torch.Tensor | None  # (B, S) bool, True = attend
     positions: torch.Tensor | None  # (B or 1, S) int64
     session: RemoteCache | None
     hidden_states: list[torch.Tensor] | None  # what entered each block, where the caller wants to see it
+
+    def begin(self) -> None:
+        """Make this the call that runs in this thread."""
+        self._outer = _running_call.set(self)
+
+    def end(self) -> None:
+        _running_call.reset(self._outer)
 
 
 # Of the thread: a model may be called from several at once, and its layers are given no argument of ours.
@@ -105,7 +111,8 @@ class RemoteSpan(Skeleton):
             return super().__getitem__(index)
         start, stop, step = index.indices(len(self))
         if step != 1 or start >= stop:
-            raise ConfigError(f"remote blocks are cut as start:stop with start < stop, not {index}")
+            text = f"remote blocks are cut as start:stop with start < stop, not {index}"
+            raise ConfigError(text, key="remote_blocks", seen=index)
         first = self.span.start
         cut = RemoteSpan(
             list(self.children())[index], span=BlockSpan(first + start, first + stop), backbone=self.backbone
@@ -135,16 +142,22 @@ class RemoteSpan(Skeleton):
         call = self.backbone.call
         if call is None:
             return self.backbone.run(self, hidden, _padding(attention_mask), position_ids)
-        if call.session is not None:
-            output = self._step(hidden, call, call.session)
-        elif call.hidden_states is None:
-            output = self.backbone.run(self, hidden, call.padding, call.positions)
-        else:
-            output = hidden
-            for number in range(len(self)):  # one call for each block: servers send what leaves a span, no more
-                call.hidden_states.append(output)
-                output = self.backbone.run(self[number : number + 1], output, call.padding, call.positions)
+        try:
+            output = self._run_in(call, hidden)
+        except KeyboardInterrupt:  # after which torch calls no hook, not even those that are always called
+            call.end()
+            raise
         return (output,) if self.backbone.returns_tuple else output
+
+    def _run_in(self, call: ModelCall, hidden: torch.Tensor) -> torch.Tensor:
+        if call.session is not None:
+            return self._step(hidden, call, call.session)
+        if call.hidden_states is None:
+            return self.backbone.run(self, hidden, call.padding, call.positions)
+        for number in range(len(self)):  # one call for each block: servers send what leaves a span, no more
+            call.hidden_states.append(hidden)
+            hidden = self.backbone.run(self[number : number + 1], hidden, call.padding, call.positions)
+        return hidden
 
     def adapter(self) -> tuple[AdapterVersion | None, list[torch.Tensor]]:
         """What is trained inside these blocks. Raises UnsupportedAdapter for what servers would not run."""
@@ -157,7 +170,7 @@ class RemoteSpan(Skeleton):
 
 
 class RemoteBlocks(RemoteSpan):
-    """All blocks of a grafted model, in the place of its layer list."""
+    """All blocks of a model, in the place of its layer list."""
 
     def __init__(self, blocks: Any, *, backbone: Backbone):
         blocks = list(blocks)
@@ -186,7 +199,7 @@ class RemoteBlocks(RemoteSpan):
         """Leave the swarm. A call afterwards fails."""
         loop.run(self.backbone.chain.client.close())
 
-    def watch(self, owner: nn.Module) -> None:
+    def register_hooks(self, owner: nn.Module) -> None:
         """Catch the arguments of `owner`, the module whose forward loops over these blocks.
 
         A call with `use_cache=True` alone gets a session of its own.
@@ -197,16 +210,20 @@ class RemoteBlocks(RemoteSpan):
     def _before(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if len(args) > 1:
             raise ConfigError(
-                "call the base model of remote blocks with keyword arguments (input_ids may be positional)"
+                "call the base model of remote blocks with keyword arguments (input_ids may be positional)",
+                key="input_ids",
             )
-        if _asked(owner, kwargs, "output_attentions"):
-            raise ConfigError("output_attentions: servers do not send attention weights; leave it False")
-        wants_states = _asked(owner, kwargs, "output_hidden_states")
+        if _option(owner, kwargs, "output_attentions"):
+            text = "output_attentions: servers do not send attention weights; leave it False"
+            raise ConfigError(text, key="output_attentions")
+        wants_states = _option(owner, kwargs, "output_hidden_states")
         session = self._session_for(kwargs.get("past_key_values"), kwargs.get("use_cache"))
         if wants_states and session is not None:
-            raise ConfigError("output_hidden_states: a generation session has none; pass use_cache=False")
+            text = "output_hidden_states: a generation session has none; pass use_cache=False"
+            raise ConfigError(text, key="use_cache")
         if wants_states and (wants_states is not True or kwargs.get("return_dict") is False):
-            raise ConfigError("output_hidden_states: pass True, and leave return_dict as it is")
+            text = "output_hidden_states: pass True, and leave return_dict as it is"
+            raise ConfigError(text, key="output_hidden_states")
         positions = kwargs.get("position_ids")
         call = ModelCall(
             backbone=self.backbone,
@@ -215,7 +232,7 @@ class RemoteBlocks(RemoteSpan):
             session=session,
             hidden_states=[] if wants_states else None,
         )
-        call.outer = _running_call.set(call)
+        call.begin()
         # transformers' own capture would wait for hooks on layers that never run here.
         given = {"past_key_values": session, "use_cache": session is not None, "output_hidden_states": False}
         return args, {**kwargs, **given}
@@ -224,8 +241,7 @@ class RemoteBlocks(RemoteSpan):
         call = self.backbone.call
         if call is None:  # it was refused
             return
-        assert call.outer is not None
-        _running_call.reset(call.outer)
+        call.end()
         if call.hidden_states is not None and output is not None:
             # As in transformers: what enters each block, then the end with the final norm.
             output["hidden_states"] = (*call.hidden_states, output.last_hidden_state)
@@ -236,18 +252,21 @@ class RemoteBlocks(RemoteSpan):
         if cache is not None and cache.get_seq_length():
             raise ConfigError(
                 "past_key_values: a local cache knows nothing of remote blocks; pass the one that the model returned, "
-                "or a session of model.inference_session()"
+                "or a session of model.inference_session()",
+                key="past_key_values",
             )
         # A config says use_cache=True by default; only a caller who asks for a cache gets one.
         return self.new_session(DEFAULT_MAX_LENGTH) if use_cache and not torch.is_grad_enabled() else None
 
 
-def graft(model: PreTrainedModel, family: Family, skeleton: nn.ModuleList, backbone: Backbone) -> RemoteBlocks:
+def put_remote_blocks(
+    model: PreTrainedModel, family: Family, skeleton: nn.ModuleList, backbone: Backbone
+) -> RemoteBlocks:
     """Put remote blocks into `model`, which was loaded without any, in place. `skeleton` has placeholder weights."""
     base: Any = model.base_model
     blocks: Any = RemoteBlocks(skeleton.children(), backbone=backbone)
     family.put_blocks(base, blocks)
-    blocks.watch(family.owner(base))
+    blocks.register_hooks(family.owner(base))
     model.remote_blocks = blocks
     model.config.num_hidden_layers = family.total_blocks
     return blocks
@@ -262,11 +281,13 @@ class _Weightless:
     def __call__(self, block: nn.Module, args: Any) -> None:
         raise ConfigError(
             f"block {self.number} has no weights here: run it on the swarm with "
-            f"remote_blocks[{self.number}:{self.number + 1}](hidden)"
+            f"remote_blocks[{self.number}:{self.number + 1}](hidden)",
+            key="remote_blocks",
+            seen=self.number,
         )
 
 
-def _asked(owner: Any, kwargs: dict[str, Any], name: str) -> Any:
+def _option(owner: Any, kwargs: dict[str, Any], name: str) -> Any:
     value = kwargs.get(name)
     return getattr(owner.config, name, False) if value is None else value
 
@@ -276,6 +297,7 @@ def _padding(mask: torch.Tensor | None) -> torch.Tensor | None:
     if mask is None:
         return None
     if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        raise ConfigError(f"attention_mask: a 2-D mask (B, S) is needed, not {getattr(mask, 'shape', type(mask))}")
+        text = f"attention_mask: a 2-D mask (B, S) is needed, not {getattr(mask, 'shape', type(mask))}"
+        raise ConfigError(text, key="attention_mask")
     padding = mask.bool()
     return None if bool(padding.all()) else padding

@@ -41,20 +41,21 @@ class RemoteCall:
         Raises MessageTooLarge where a single row is too large.
         """
         rows = min(self.rows, len(hidden))
+        traces: dict[int, Trace] = {}  # by first row
+
+        async def go(start: int, stop: int) -> None:
+            part, context = hidden[start:stop], self.context.rows(start, stop)
+            traces[start] = await self.chain.forward(part, context, self.span, keep=keep, input_grad=input_grad)
+
         while True:
-            forwards = [
-                self.chain.forward(
-                    hidden[start : start + rows],
-                    self.context.rows(start, start + rows),
-                    self.span,
-                    keep=keep,
-                    input_grad=input_grad,
-                )
-                for start in range(0, len(hidden), rows)
-            ]
             try:
-                return self._wait_for(_all(forwards))
-            except MessageTooLarge as error:
+                self._wait_for(_all([go(start, start + rows) for start in range(0, len(hidden), rows)]))
+                return [traces[start] for start in sorted(traces)]
+            except BaseException as error:
+                KeptTraces(self.chain, list(traces.values()))  # which dies, and gives the leases of the others back
+                traces.clear()
+                if not isinstance(error, MessageTooLarge):
+                    raise
                 rows = fewer(rows, error)
 
     def backward(self, traces: Sequence[Trace], grad: torch.Tensor) -> tuple[torch.Tensor | None, list[ChainGradients]]:
@@ -65,7 +66,8 @@ class RemoteCall:
         if not torch.isfinite(grad).all():
             raise RequestRefused(
                 f"non-finite numbers in the gradient at the output of blocks {self.span}: the loss or what follows the "
-                "blocks made them, no server; lower the learning rate, or clip"
+                "blocks made them, no server; lower the learning rate, or clip",
+                reason="gradient not finite",
             )
         grads = grad.split([len(trace.hidden) for trace in traces])
         # A single micro-batch has nothing to be summed with: its gradients come back with the backward itself.
@@ -110,12 +112,7 @@ class KeptTraces:
 
     def __del__(self) -> None:
         if self.leased:
-            loop.soon_task(functools.partial(_release_all, self.chain, self.traces))
-
-
-async def _release_all(chain: Chain, traces: list[Trace]) -> None:
-    for trace in traces:
-        await chain.release(trace)
+            loop.start_task(functools.partial(self.chain.release, self.traces))
 
 
 class RemoteBlocksFunction(torch.autograd.Function):
@@ -137,9 +134,9 @@ class RemoteBlocksFunction(torch.autograd.Function):
         call: RemoteCall = ctx.call
         # ctx stays as it is, so that retain_graph=True gives the same gradients twice. The leases are spent the first
         # time; the second time the blocks are computed again from the inputs that the traces hold.
-        ctx.kept.leased = False
         _ = ctx.saved_tensors  # raises where the adapter was changed in place since the forward, as torch does
         hidden, terms = call.backward(ctx.kept.traces, grad)
+        ctx.kept.leased = False  # where it failed, some are not spent
         return None, hidden, *_summed(call, terms)
 
 

@@ -16,7 +16,7 @@ from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
 
 
 class RemoteGeneration:
-    """Mixed into the class of a grafted model, in front of transformers' `GenerationMixin`."""
+    """Mixed into the class of a model with remote blocks, in front of transformers' `GenerationMixin`."""
 
     remote_blocks: Any
     _active_session: RemoteCache | None = None

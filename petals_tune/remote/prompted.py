@@ -33,12 +33,14 @@ class TextPositions:
 def check_tuning_mode(tuning_mode: str | None, pre_seq_len: int | None) -> None:
     """Raises ConfigError for an unknown mode, and where one is given without the other."""
     if (tuning_mode is None) != (pre_seq_len is None):
-        raise ConfigError(f"tuning_mode={tuning_mode!r} and pre_seq_len={pre_seq_len} go together: give both, or none")
+        text = f"tuning_mode={tuning_mode!r} and pre_seq_len={pre_seq_len} go together: give both, or none"
+        raise ConfigError(text, key="pre_seq_len" if pre_seq_len is None else "tuning_mode")
     if tuning_mode is not None and tuning_mode not in TUNING_MODES:
-        raise ConfigError(f"tuning_mode={tuning_mode!r} is not one of {', '.join(TUNING_MODES)}")
+        text = f"tuning_mode={tuning_mode!r} is not one of {', '.join(TUNING_MODES)}"
+        raise ConfigError(text, key="tuning_mode", seen=tuning_mode)
 
 
-def prompted(model: Any, tuning_mode: str, pre_seq_len: int) -> Any:
+def with_prompts(model: Any, tuning_mode: str, pre_seq_len: int) -> Any:
     """A PeftModel around `model`, with `pre_seq_len` trained positions."""
     config = TUNING_MODES[tuning_mode](task_type=_task(model), num_virtual_tokens=pre_seq_len)
     net: Any = tune(model, config)

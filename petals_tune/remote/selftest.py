@@ -22,7 +22,7 @@ from petals_tune.model.families import (
     trimmed_config,
     without_blocks,
 )
-from petals_tune.remote.blocks import Backbone, RemoteSpan, graft
+from petals_tune.remote.blocks import Backbone, RemoteSpan, put_remote_blocks
 from petals_tune.remote.skeleton import fill_with_placeholders
 from petals_tune.wire.span import BlockSpan
 
@@ -46,36 +46,40 @@ def self_test(model_class: Any, config: PretrainedConfig) -> bool:
     key = (model_class, config.to_json_string())
     with _one_at_a_time:  # it sets what the whole process shares
         if key not in _passed:
-            _passed[key] = _guarded(model_class, config)
+            _passed[key] = _run_guarded(model_class, config)
         return _passed[key]
 
 
-def _guarded(model_class: Any, config: PretrainedConfig) -> bool:
+def _run_guarded(model_class: Any, config: PretrainedConfig) -> bool:
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         torch.set_num_threads(1)  # threads that wait for each other take longer than matrices of this size
         try:
-            return _tested(model_class, config)
+            return _run(model_class, config)
         except _FAILURES as error:
             if isinstance(error, UnsupportedModel):
                 raise
-            said = str(error).strip().split("\n", 1)[0]
+            text = str(error).strip().split("\n", 1)[0]
             raise UnsupportedModel(
                 f"model_type={config.model_type!r}: a tiny model of this architecture does not run with its blocks "
-                f"apart: {type(error).__name__}: {said}"
+                f"apart: {type(error).__name__}: {text}",
+                model_type=config.model_type,
+                reason="fails",
             ) from error
         finally:
             torch.set_num_threads(threads)
 
 
-def _tested(model_class: Any, config: PretrainedConfig) -> bool:
+def _run(model_class: Any, config: PretrainedConfig) -> bool:
     small = tiny(config)
     parameters = sum(parameter.numel() for parameter in placeholder_model(small).parameters())
     if parameters > _MOST_PARAMETERS:
         raise UnsupportedModel(
             f"model_type={config.model_type!r}: no small model of this architecture could be made to try it on; the "
-            f"smallest found has {parameters:,} parameters"
+            f"smallest found has {parameters:,} parameters",
+            model_type=config.model_type,
+            reason="size",
         )
     plain = model_class(copy.deepcopy(small)).eval()
     for parameter in plain.parameters():
@@ -98,7 +102,9 @@ def _tested(model_class: Any, config: PretrainedConfig) -> bool:
             if not error <= TOLERANCE:
                 raise UnsupportedModel(
                     f"model_type={config.model_type!r}: with its blocks apart and {side} padding, a tiny model of this "
-                    f"architecture gives another {what}: {error:.1e} of the largest value where {TOLERANCE:g} would do"
+                    f"architecture gives another {what}: {error:.1e} of the largest value where {TOLERANCE:g} would do",
+                    model_type=config.model_type,
+                    reason="differs",
                 )
     return returns_tuple
 
@@ -171,7 +177,7 @@ def swapped_twin(plain: Any, config: PretrainedConfig, family: Family, *, return
     backbone.parts = parts
     skeleton = family.blocks_of(placeholder)
     fill_with_placeholders(skeleton, torch.float32)
-    graft(twin, family, skeleton, backbone)
+    put_remote_blocks(twin, family, skeleton, backbone)
     return twin
 
 

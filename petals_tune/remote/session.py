@@ -39,7 +39,8 @@ class RemoteCache(Cache):
     def rollback(self, position: int) -> None:
         """Forget what lies behind the first `position` positions."""
         if not 0 <= position <= self.position:
-            raise ConfigError(f"rollback({position}): the session is at position {self.position}")
+            where = f"the session is at position {self.position}"
+            raise ConfigError(f"rollback({position}): {where}", key="rollback", seen=position)
         if self.ids is not None:
             text = self.ids.shape[1] - (self.position - position)
             self.ids = self.ids[:, :text] if text > 0 else None
@@ -61,7 +62,7 @@ class RemoteCache(Cache):
     def __del__(self) -> None:
         session = getattr(self, "_session", None)
         if session is not None:
-            loop.soon_task(session.close)
+            loop.start_task(session.close)
 
     # What generate() and the models' mask functions ask.
 
@@ -91,7 +92,7 @@ class RemoteCache(Cache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         raise ConfigError("dropping rows of a running session is not supported; open another session")
 
-    # What the grafted model does with it.
+    # What the model with remote blocks does with it.
 
     def expect(self, ids: torch.Tensor) -> torch.Tensor:
         """The part of the whole text `ids` (B, T) that the caches do not hold yet: at least its last token.
@@ -123,7 +124,8 @@ class RemoteCache(Cache):
     ) -> torch.Tensor:
         """The output (B, S, H) of all blocks for the next positions; `padding` (B, position + S) is of all of them."""
         if hidden.requires_grad and torch.is_grad_enabled():
-            raise ConfigError("a generation session has no gradients: call the model with use_cache=False to train")
+            text = "a generation session has no gradients: call the model with use_cache=False to train"
+            raise ConfigError(text, key="use_cache")
         new, ids = hidden.shape[1], self._next_ids
         started_s = time.perf_counter()
         if self._session is None:

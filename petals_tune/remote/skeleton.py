@@ -21,11 +21,11 @@ def is_placeholder(tensor: torch.Tensor) -> bool:
 def fill_with_placeholders(module: nn.Module, dtype: torch.dtype) -> None:
     """Replace all parameters and buffers of `module`, in place, by frozen placeholder weights on the CPU."""
     for inner in module.modules():
-        for name, parameter in inner.named_parameters(recurse=False):
+        for name, parameter in list(inner.named_parameters(recurse=False)):
             placeholder = torch.zeros((), dtype=dtype if parameter.is_floating_point() else parameter.dtype)
-            inner._parameters[name] = nn.Parameter(placeholder.expand(parameter.shape), requires_grad=False)
-        for name, buffer in inner.named_buffers(recurse=False):
-            inner._buffers[name] = torch.zeros((), dtype=buffer.dtype).expand(buffer.shape)
+            setattr(inner, name, nn.Parameter(placeholder.expand(parameter.shape), requires_grad=False))
+        for name, buffer in list(inner.named_buffers(recurse=False)):
+            setattr(inner, name, torch.zeros((), dtype=buffer.dtype).expand(buffer.shape))
 
 
 class Skeleton(nn.ModuleList):

@@ -1,1 +1,1 @@
-"""The client's side of the network: who is there, which way to go, what to do when a server fails. No autograd."""
+"""Client side of a swarm: routes, requests, repair and spot checks. No autograd."""

@@ -5,23 +5,21 @@ Nothing is tried again here: what fails, raises (swarm/repair.py). Shapes: B row
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import replace
 from typing import Protocol
 
 import torch
 
-from petals_tune.errors import (
-    BadReply,
-)
+from petals_tune.errors import BadReply
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.hand_over import HandOverRule, Pass
 from petals_tune.swarm.replies import bad_reply, check_tensor, expect, gradients_by_block
 from petals_tune.swarm.route import Hop
 from petals_tune.swarm.sender import Sender
 from petals_tune.swarm.sums import AdapterSums, PartialSum, Term
-from petals_tune.swarm.trace import CallContext, ChainGradients, Leg, Stage, Trace
+from petals_tune.swarm.trace import CallContext, ChainGradients, Leg, Stage
 from petals_tune.wire.messages import (
     Backward,
     CloseSession,
@@ -37,6 +35,8 @@ from petals_tune.wire.messages import (
     Stepped,
 )
 from petals_tune.wire.tensors import WireFormat, in_format
+
+EnteredPass = AbstractAsyncContextManager[Pass]
 
 
 class Observer(Protocol):
@@ -70,8 +70,7 @@ class Calls:
 
     # Training
 
-    @asynccontextmanager
-    async def forwards(self, stages: Sequence[Stage], like: torch.Tensor, context: CallContext) -> AsyncIterator[Pass]:
+    def forwards(self, stages: Sequence[Stage], like: torch.Tensor, context: CallContext) -> EnteredPass:
         """A pass of `forward` along `stages`, for hidden states of the shape of `like`; adapters are on their way."""
         for stage in stages:
             self._sender.begin_upload(stage.hop, context)
@@ -80,8 +79,7 @@ class Calls:
         def request(number: int) -> Forward:
             return self._forward(stages[number], context, empty)
 
-        async with self._sender.in_pass([stage.hop for stage in stages], request, context) as along:
-            yield along
+        return self._sender.in_pass([stage.hop for stage in stages], request, context)
 
     async def forward(
         self, stage: Stage, hidden: torch.Tensor, context: CallContext, along: Pass
@@ -117,18 +115,14 @@ class Calls:
             reply_format=self.wire_format,
         )
 
-    @asynccontextmanager
-    async def backwards(
-        self, legs: Sequence[Leg], context: CallContext, sums: AdapterSums | None, term: int
-    ) -> AsyncIterator[Pass]:
+    def backwards(self, legs: Sequence[Leg], context: CallContext, sums: AdapterSums | None, term: int) -> EnteredPass:
         """A pass of `backward` along `legs`, the last one of the forward first."""
 
         def request(number: int) -> Backward:
             leg = legs[number]
             return self._backward(leg, context, _sum_of(leg, sums), term, leg.hidden[:, :, :0])
 
-        async with self._sender.in_pass([leg.hop for leg in legs], request, context) as along:
-            yield along
+        return self._sender.in_pass([leg.hop for leg in legs], request, context)
 
     async def backward(
         self,
@@ -197,9 +191,9 @@ class Calls:
             await self.observer.on_sum(partial, found)
         return found
 
-    async def release(self, trace: Trace) -> None:
-        """Give the leases of `trace` back."""
-        for leg in trace.legs:
+    async def release(self, legs: Sequence[Leg]) -> None:
+        """Give the leases of `legs` back."""
+        for leg in legs:
             if leg.lease is not None:
                 await self._sender.notify(leg.hop, Release(leases=[leg.lease]))
 
@@ -213,11 +207,9 @@ class Calls:
         with self._checking(hop):
             return expect(hop, answer, SessionOpened).session
 
-    @asynccontextmanager
-    async def steps(self, hops: Sequence[Hop], request: Callable[[int], Step]) -> AsyncIterator[Pass]:
+    def steps(self, hops: Sequence[Hop], request: Callable[[int], Step]) -> EnteredPass:
         """A pass of `step` along `hops`; `request` makes the one of a hop, by its number, without its tensor."""
-        async with self._sender.in_pass(hops, request, CallContext()) as along:  # the sessions have the adapter
-            yield along
+        return self._sender.in_pass(hops, request, CallContext())  # the sessions have the adapter
 
     async def step(
         self, hop: Hop, hidden: torch.Tensor, build: Callable[[torch.Tensor], Step], along: Pass

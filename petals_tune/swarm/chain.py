@@ -48,11 +48,15 @@ class Chain:
             async with self.calls.forwards(stages, current, context) as along:
                 for stage in stages:
                     request = partial(self.calls.forward, stage, current, context, along)
-                    leg, current = await self.repair.with_what_lacks(request)
+                    leg, current = await self.repair.supply_missing(request)
                     legs.append(leg)
                     yield stage.hop.span.stop
 
-        await self.repair.along_route(span, go, work=hidden.shape[0] * hidden.shape[1])
+        try:
+            await self.repair.along_route(span, go, work=hidden.shape[0] * hidden.shape[1])
+        except BaseException:
+            await self.calls.release(legs)
+            raise
         return Trace(hidden=current, context=context, legs=tuple(legs))
 
     async def backward(
@@ -120,7 +124,7 @@ class Chain:
 
         if self.client.lost(leg.hop.server):
             return await elsewhere()
-        return await self.repair.or_else(there, elsewhere, attempts)
+        return await self.repair.with_fallback(there, elsewhere, attempts)
 
     async def collect(self, sums: AdapterSums) -> list[ChainGradients]:
         """The adapter's gradients that servers added up. What a lost server had is computed again elsewhere."""
@@ -139,7 +143,7 @@ class Chain:
             found = await self.calls.collect(partial_sum)
             return None if found is None else [found]
 
-        found = await self.repair.or_else(collected, again, self.repair.attempts())
+        found = await self.repair.with_fallback(collected, again, self.repair.attempts())
         return await again() if found is None else found
 
     async def _term_again(self, term: Term) -> ChainGradients:
@@ -148,6 +152,6 @@ class Chain:
         leg = replace(term.leg, stage=stage, lease=None)
         return await self._leg_back(leg, term.grad, term.context, Pass(), self.repair.attempts())
 
-    async def release(self, trace: Trace) -> None:
-        """Give the leases of `trace` back."""
-        await self.calls.release(trace)
+    async def release(self, traces: Sequence[Trace]) -> None:
+        """Give the leases of `traces` back."""
+        await self.calls.release([leg for trace in traces for leg in trace.legs])

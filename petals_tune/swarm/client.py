@@ -178,7 +178,7 @@ class SwarmClient:
             return await self._streams.get(server)
         except ServerError as error:
             self.failed(server, error)
-            raise type(error)(f"blocks {server.blocks}: {error}", peer=server.peer) from error
+            raise type(error)(f"blocks {server.blocks}: {error}", **vars(error) | {"peer": server.peer}) from error
 
     def open_stream(self, server: ServerRecord) -> ServerStream | None:
         """The stream to `server` if there is a living one."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -16,6 +16,7 @@ from typing import Literal
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.route import Hop
 from petals_tune.wire.messages import TICKET_BYTES, HandOver, Message
+from petals_tune.wire.span import BlockSpan
 
 HandOverRule = Literal["auto", "always", "never"]
 
@@ -42,6 +43,12 @@ class HandOverRules:
         """`giver` could not reach `taker`."""
         self._apart_until_s[giver, taker] = time.monotonic() + APART_S
 
+    def tickets(self, hops: Sequence[Hop]) -> Iterator[tuple[Hop, Hop, bytes]]:
+        """(giver, taker, a random ticket) for each two neighbours of which one hands on to the other."""
+        for giver, taker in pairwise(hops):
+            if self.applies(giver, taker):
+                yield giver, taker, secrets.token_bytes(TICKET_BYTES)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SentAhead:
@@ -54,20 +61,11 @@ class SentAhead:
 
 @dataclass
 class Pass:
-    """One pass along a route: requests that wait ahead, and where outputs go. By the first block of a span."""
+    """One pass along a route: requests that wait ahead, and where outputs go.
 
-    comes: dict[int, HandOver] = field(default_factory=dict)  # the tensor of the request for this span
-    goes: dict[int, HandOver] = field(default_factory=dict)  # the output of this span
-    waiting: dict[int, SentAhead] = field(default_factory=dict)
+    By whole spans: where a lost server is replaced by several, the first of them has its first block, not its output.
+    """
+
+    goes: dict[BlockSpan, HandOver] = field(default_factory=dict)  # the output of this span
+    waiting: dict[BlockSpan, SentAhead] = field(default_factory=dict)
     handed_on: bool = False  # the output of the server that answered last
-
-    @classmethod
-    def along(cls, hops: Sequence[Hop], rules: HandOverRules) -> Pass:
-        """With a random ticket between each two neighbours of which one hands on to the other."""
-        new = cls()
-        for giver, taker in pairwise(hops):
-            if rules.applies(giver, taker):
-                ticket = secrets.token_bytes(TICKET_BYTES)
-                new.goes[giver.span.start] = HandOver(peer=taker.server.peer, ticket=ticket)
-                new.comes[taker.span.start] = HandOver(peer=giver.server.peer, ticket=ticket)
-        return new

@@ -68,7 +68,8 @@ def peers_of_the_first_rank() -> list[str]:
         return peers.split(",")
     raise ConfigError(
         "this process has LOCAL_RANK={LOCAL_RANK} and no local swarm of rank 0 to join: start servers first, "
-        "and give all ranks swarm=join swarm.initial_peers=[...]".format(**os.environ)
+        "and give all ranks swarm=join swarm.initial_peers=[...]".format(**os.environ),
+        key="swarm.initial_peers",
     )
 
 

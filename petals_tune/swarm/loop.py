@@ -1,4 +1,4 @@
-"""One background event loop per process: the door from ordinary code into asyncio."""
+"""One background event loop per process, on which synchronous code runs coroutines."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ T = TypeVar("T")
 _WAKE_S = 1.0
 _lock = threading.Lock()
 _current: tuple[int, asyncio.AbstractEventLoop] | None = None
+_started: set[asyncio.Task[object]] = set()  # asyncio keeps no strong reference to a task
 
 
 def background_loop() -> asyncio.AbstractEventLoop:
@@ -44,7 +45,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         raise
 
 
-def soon_task(work: Callable[[], Coroutine[Any, Any, object]]) -> None:
+def start_task(work: Callable[[], Coroutine[Any, Any, object]]) -> None:
     """Start `work` on the background loop without waiting; safe from a finalizer and at interpreter exit."""
 
     def start() -> None:
@@ -52,13 +53,5 @@ def soon_task(work: Callable[[], Coroutine[Any, Any, object]]) -> None:
         _started.add(task)
         task.add_done_callback(_started.discard)
 
-    soon(start)
-
-
-_started: set[asyncio.Task[object]] = set()  # asyncio keeps no strong reference to a task
-
-
-def soon(function: Callable[..., object], *args: object) -> None:
-    """Call `function` on the background loop without waiting; safe from a finalizer and at interpreter exit."""
     if _current is not None and _current[0] == os.getpid() and not _current[1].is_closed():
-        _current[1].call_soon_threadsafe(function, *args)
+        _current[1].call_soon_threadsafe(start)

@@ -31,8 +31,8 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-class Swarm(Protocol):
-    """What a repair needs of the client."""
+class Router(Protocol):
+    """Finds routes: what a repair needs of the client."""
 
     policy: RetryPolicy
     stats: SwarmStats
@@ -46,8 +46,8 @@ class Swarm(Protocol):
 class Repair:
     """Tries work again, as a policy says. All methods run on the background loop."""
 
-    def __init__(self, swarm: Swarm, policy: RetryPolicy | None = None):
-        self._swarm, self._policy = swarm, policy or swarm.policy
+    def __init__(self, router: Router, policy: RetryPolicy | None = None):
+        self._router, self._policy = router, policy or router.policy
         self._notices = Notices()
 
     def attempts(self) -> Attempts:
@@ -71,28 +71,28 @@ class Repair:
         start = span.start
         while start < span.stop:
             try:
-                route = await self._swarm.route(BlockSpan(start, span.stop), work=work)
-                with self._swarm.load.reserved(route, work):
+                route = await self._router.route(BlockSpan(start, span.stop), work=work)
+                with self._router.load.reserved(route, work):
                     async with aclosing(go(route)) as going:
                         async for reached in going:
                             start = reached
-                            self.moved_on(attempts)
+                            self.made_progress(attempts)
             except Retriable as error:
                 await self.pause(attempts, error)
 
-    async def or_else(
+    async def with_fallback(
         self, work: Callable[[], Awaitable[T]], otherwise: Callable[[], Awaitable[U]], attempts: Attempts
     ) -> T | U:
         """The result of `work`, a request to one server; where that fails, the result of `otherwise`."""
         try:
-            result = await self.with_what_lacks(work)
+            result = await self.supply_missing(work)
         except ServerError as error:
             await self.pause(attempts, error)
             return await otherwise()
-        self.moved_on(attempts)
+        self.made_progress(attempts)
         return result
 
-    async def with_what_lacks(self, work: Callable[[], Awaitable[T]]) -> T:
+    async def supply_missing(self, work: Callable[[], Awaitable[T]]) -> T:
         """The result of `work`, a request to one server, repeated once for each thing that the server lacks.
 
         It lacks the graph of a lease, an adapter, or an output that another server was to hand on; by the second time
@@ -121,18 +121,18 @@ class Repair:
         """Wait before the work that failed is tried again. Raises what `Attempts.failed` raises."""
         now_s = time.monotonic()
         pause_s = attempts.failed(error, now_s)
-        self._swarm.stats.retries += 1
+        self._router.stats.retries += 1
         if self._notices.due(attempts.since_s, now_s):
             since = time.strftime("%H:%M:%S", time.localtime(time.time() - (now_s - attempts.since_s)))
             logger.warning(
                 "waiting since %s, and until swarm.timeout_s=%g s are over: %s", since, attempts.policy.timeout_s, error
             )
-        self._swarm.refresh_soon()
+        self._router.refresh_soon()
         await asyncio.sleep(pause_s * random.uniform(*JITTER))
 
-    def moved_on(self, attempts: Attempts) -> None:
+    def made_progress(self, attempts: Attempts) -> None:
         """A server completed its part."""
         now_s = time.monotonic()
         if attempts.count:
             logger.info("went on after %.2f s; what had failed: %s", now_s - attempts.since_s, attempts.server_error)
-        attempts.moved_on(now_s)
+        attempts.made_progress(now_s)

@@ -38,7 +38,7 @@ class Attempts:
     server_error: Retriable | None = None  # the last of them
     not_finite: NotFinite | None = None  # the first of them
 
-    def moved_on(self, now_s: float) -> None:
+    def made_progress(self, now_s: float) -> None:
         self.since_s, self.count, self.failures = now_s, 0, 0
         self.server_error = self.not_finite = None
 

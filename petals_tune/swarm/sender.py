@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 import torch
@@ -33,6 +34,7 @@ from petals_tune.wire.messages import (
     ChainedReply,
     Delivery,
     Forward,
+    HandOver,
     Message,
     PutAdapter,
     Step,
@@ -42,7 +44,6 @@ from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import encoded_bytes
 
 KEPT_UPLOADS = 8  # versions of adapters that a stream remembers to have carried; servers keep fewer
-OVERHEAD_BYTES = 2**16  # of a message beside its tensors
 
 UploadName = tuple[str, BlockSpan]
 Request = Forward | Backward | Step
@@ -65,24 +66,29 @@ class Sender:
 
         What still waits at the end is withdrawn.
         """
-        along = Pass.along(hops, self._rules)
-        for number, hop in enumerate(hops):
-            if (comes := along.comes.get(hop.span.start)) is not None:
-                chained = Chained(request=request(number), comes=comes, goes=along.goes.get(hop.span.start))
-                reply = asyncio.create_task(self.ask(hop, chained, context))
-                reply.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may never be awaited
-                along.waiting[hop.span.start] = SentAhead(hop=hop, ticket=comes.ticket, reply=reply)
+        along, comes = Pass(), {}
+        for giver, taker, ticket in self._rules.tickets(hops):
+            along.goes[giver.span] = HandOver(peer=taker.server.peer, ticket=ticket)
+            comes[taker.span] = HandOver(peer=giver.server.peer, ticket=ticket)
         try:
+            for number, hop in enumerate(hops):
+                if hop.span in comes:
+                    chained = Chained(request=request(number), comes=comes[hop.span], goes=along.goes.get(hop.span))
+                    reply = asyncio.create_task(self.ask(hop, chained, context))
+                    reply.add_done_callback(_retrieve_error)  # it may never be awaited
+                    along.waiting[hop.span] = SentAhead(hop=hop, ticket=comes[hop.span].ticket, reply=reply)
             yield along
         finally:
+            for waiting in along.waiting.values():
+                waiting.reply.cancel()  # all of them before anything is awaited, which may be cancelled itself
             for waiting in along.waiting.values():
                 await self._withdraw(waiting)
 
     async def send(self, hop: Hop, tensor: torch.Tensor, build: Build, context: CallContext, along: Pass) -> Message:
         """The reply to the request that `build` makes of `tensor`, or to the one that waits ahead for it."""
         handed_on, along.handed_on = along.handed_on, False
-        goes = along.goes.pop(hop.span.start, None)
-        ahead = along.waiting.pop(hop.span.start, None)
+        goes = along.goes.pop(hop.span, None)
+        ahead = along.waiting.pop(hop.span, None)
         try:
             if ahead is not None:
                 reply = await self._reply_ahead(ahead, tensor, handed_on=handed_on)
@@ -91,7 +97,7 @@ class Sender:
                 reply = await self.ask(hop, request if goes is None else Chained(request=request, goes=goes), context)
         except NotKept:
             if goes is not None:
-                along.goes[hop.span.start] = goes  # for the request that is sent instead
+                along.goes[hop.span] = goes  # for the request that is sent instead
             raise
         if not isinstance(reply, ChainedReply):
             return reply
@@ -106,7 +112,9 @@ class Sender:
         try:
             if not handed_on and not ahead.reply.done():
                 stream = await self._client.stream(server)
-                await stream.notify(Delivery(ticket=ahead.ticket, tensor=tensor))
+                delivery = Delivery(ticket=ahead.ticket, tensor=tensor)
+                _check_size(stream, delivery)
+                await stream.notify(delivery)
             done, _ = await asyncio.wait({ahead.reply}, timeout=self._client.policy.reply_s)
             if done:
                 return ahead.reply.result()
@@ -161,7 +169,7 @@ class Sender:
             task: asyncio.Task[object] = asyncio.create_task(self._upload(hop, context))
             self._uploading.add(task)
             task.add_done_callback(self._uploading.discard)
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # `ask` meets the error itself
+            task.add_done_callback(_retrieve_error)  # `ask` meets the error itself
 
     async def _upload(self, hop: Hop, context: CallContext) -> tuple[UploadName, asyncio.Task[Message]] | None:
         """Give the server the adapter: once, however many micro-batches need it at the same time."""
@@ -185,17 +193,26 @@ class Sender:
             del stream.adapters[name]
 
 
+def _retrieve_error(done: asyncio.Task[Any]) -> None:
+    """As a task's callback: asyncio would complain of an error that nobody asked for."""
+    if not done.cancelled():
+        done.exception()
+
+
 def _check_size(stream: ServerStream, request: Message) -> None:
     """Raises MessageTooLarge for more than the server takes in one message, RequestRefused for such an adapter."""
-    size_bytes, limit_bytes = _tensor_bytes(request), stream.welcome.max_message_bytes - OVERHEAD_BYTES
-    if isinstance(request, Forward) and request.keep:
-        size_bytes += _tensor_bytes(request.hidden)  # its backward may bring the input and a gradient together
+    size_bytes, limit_bytes = _tensor_bytes(request), stream.max_tensor_bytes
+    asked = request.request if isinstance(request, Chained) else request
+    if isinstance(asked, Forward) and asked.keep:
+        size_bytes += _tensor_bytes(asked.hidden)  # its backward may bring the input and a gradient together
     if size_bytes > limit_bytes:
         found = f"and server {stream.peer} takes {limit_bytes / 2**20:.1f} MB in a message (its limits.max_message_mb)"
         if isinstance(request, PutAdapter):
             raise RequestRefused(
                 f"the adapter on blocks {request.span} has {size_bytes / 2**20:.1f} MB, {found}\n"
-                "  train fewer modules, or with a lower rank"
+                "  train fewer modules, or with a lower rank",
+                reason="adapter",
+                limit="max_message_mb",
             )
         raise MessageTooLarge(
             f"a request has {size_bytes / 2**20:.1f} MB, {found}\n"

@@ -84,11 +84,11 @@ class History:
 
 
 @dataclass
-class _Station:
+class HopSession:
     """One server of the route, with the session that it keeps for us."""
 
     hop: Hop
-    session: int
+    id: int
     history: History = field(default_factory=History)
     order: torch.Tensor | None = None  # rows to reorder with the next step
 
@@ -109,7 +109,7 @@ class ChainSession:
         self.rows, self.max_length = rows, max_length
         self._calls, self._repair = calls, repair
         self._span, self._context = span, CallContext(adapter=adapter)
-        self._stations: list[_Station] = []
+        self._sessions: list[HopSession] = []
         self._most_positions = MOST_POSITIONS
 
     async def step(self, inputs: Inputs, *, position: int, order: torch.Tensor | None) -> torch.Tensor:
@@ -122,16 +122,18 @@ class ChainSession:
         if position + len(inputs) > self.max_length:
             raise RequestRefused(
                 f"the session was opened for max_length={self.max_length} positions and this step would reach "
-                f"{position + len(inputs)}; open it with a larger max_length"
+                f"{position + len(inputs)}; open it with a larger max_length",
+                reason="too long",
+                max_length=position + len(inputs),
             )
-        for station in self._stations:
-            station.history.cut(position)
+        for session in self._sessions:
+            session.history.cut(position)
             if order is not None:
-                station.history.reorder(order)
-                station.order = order if station.order is None else station.order[order]
+                session.history.reorder(order)
+                session.order = order if session.order is None else session.order[order]
         attempts = self._repair.attempts()
-        if not self._stations:
-            self._stations = await self._open(self._span, [], attempts)
+        if not self._sessions:
+            self._sessions = await self._open(self._span, [], attempts)
         outputs, start = [], 0
         while start < len(inputs):
             part = inputs.cut(start, start + self._most_positions)
@@ -145,25 +147,25 @@ class ChainSession:
 
     async def close(self) -> None:
         """Give the caches back."""
-        for station in self._stations:
-            await self._calls.close_session(station.hop, station.session)
-        self._stations = []
+        for session in self._sessions:
+            await self._calls.close_session(session.hop, session.id)
+        self._sessions = []
 
     async def _step(self, inputs: Inputs, position: int, attempts: Attempts) -> torch.Tensor:
-        """The output for some positions, from station to station."""
-        for station in self._stations:
-            station.history.cut(position)
-        stations = list(self._stations)  # those that are lost give their places to others
+        """The output for some positions, from session to session."""
+        for session in self._sessions:
+            session.history.cut(position)
+        sessions = list(self._sessions)  # those that are lost give their places to others
         empty = inputs.with_hidden(inputs.hidden[:, :, :0])
 
         def ahead(number: int) -> Step:
-            return self._request(stations[number], empty, position, empty.hidden)
+            return self._request(sessions[number], empty, position, empty.hidden)
 
         number = 0
-        async with self._calls.steps([station.hop for station in stations], ahead) as along:
-            while number < len(self._stations):
-                output = await self._repair.or_else(
-                    partial(self._through, self._stations[number], inputs, position, along),
+        async with self._calls.steps([session.hop for session in sessions], ahead) as along:
+            while number < len(self._sessions):
+                output = await self._repair.with_fallback(
+                    partial(self._through, self._sessions[number], inputs, position, along),
                     partial(self._replace, number, attempts),
                     attempts,
                 )
@@ -172,35 +174,35 @@ class ChainSession:
                     number += 1
         return inputs.hidden
 
-    async def _through(self, station: _Station, inputs: Inputs, position: int, along: Pass) -> torch.Tensor:
-        """The output (B, S, H) of one station for `inputs`."""
-        build = partial(self._request, station, inputs, position)
-        output = await self._calls.step(station.hop, inputs.hidden, build, along)
-        station.order = None
-        station.history.add(inputs)
+    async def _through(self, session: HopSession, inputs: Inputs, position: int, along: Pass) -> torch.Tensor:
+        """The output (B, S, H) of one session for `inputs`."""
+        build = partial(self._request, session, inputs, position)
+        output = await self._calls.step(session.hop, inputs.hidden, build, along)
+        session.order = None
+        session.history.add(inputs)
         return output
 
-    def _request(self, station: _Station, inputs: Inputs, position: int, hidden: torch.Tensor) -> Step:
+    def _request(self, session: HopSession, inputs: Inputs, position: int, hidden: torch.Tensor) -> Step:
         return Step(
-            session=station.session,
+            session=session.id,
             hidden=hidden,
             position=position,
             padding=inputs.padding,
             positions=inputs.positions,
-            order=station.order,
+            order=session.order,
             reply_format=self._calls.wire_format,
         )
 
     async def _replace(self, number: int, attempts: Attempts) -> None:
-        """Put other servers in the place of station `number`, and bring them to where it was."""
-        lost = self._stations[number]
-        await self._calls.close_session(lost.hop, lost.session)
+        """Put other servers in the place of session `number`, and bring them to where it was."""
+        lost = self._sessions[number]
+        await self._calls.close_session(lost.hop, lost.id)
         others = await self._open(lost.hop.span, lost.history.replayed(), attempts)
-        self._stations[number : number + 1] = others
+        self._sessions[number : number + 1] = others
 
-    async def _open(self, span: BlockSpan, replay: list[Inputs], attempts: Attempts) -> list[_Station]:
-        """Stations for `span` that have seen `replay`."""
-        stations: list[_Station] = []
+    async def _open(self, span: BlockSpan, replay: list[Inputs], attempts: Attempts) -> list[HopSession]:
+        """Sessions for `span` that have seen `replay`."""
+        sessions: list[HopSession] = []
 
         async def go(route: Sequence[Hop]) -> AsyncGenerator[int, None]:
             nonlocal replay
@@ -208,19 +210,23 @@ class ChainSession:
                 opened = partial(
                     self._calls.open_session, hop, self._context, rows=self.rows, max_length=self.max_length
                 )
-                station = _Station(hop=hop, session=await self._repair.with_what_lacks(opened))
+                session = HopSession(hop=hop, id=await self._repair.supply_missing(opened))
                 outputs, position = [], 0
-                for inputs in replay:
-                    outputs.append(inputs.with_hidden(await self._through(station, inputs, position, Pass())))
-                    position += len(inputs)
-                stations.append(station)
+                try:
+                    for inputs in replay:
+                        outputs.append(inputs.with_hidden(await self._through(session, inputs, position, Pass())))
+                        position += len(inputs)
+                except BaseException:
+                    await self._calls.close_session(hop, session.id)
+                    raise
+                sessions.append(session)
                 replay = outputs
                 yield hop.span.stop
 
         try:
             await self._repair.along_route(span, go, work=self.rows, attempts=attempts)
         except BaseException:
-            for station in stations:
-                await self._calls.close_session(station.hop, station.session)
+            for session in sessions:
+                await self._calls.close_session(session.hop, session.id)
             raise
-        return stations
+        return sessions

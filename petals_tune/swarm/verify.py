@@ -69,7 +69,7 @@ Pick = Callable[[Done], tuple[torch.Tensor, ...]]  # what of it is compared
 Work = tuple[Leg, CallContext, torch.Tensor | None]  # a forward, and the gradient (B, S, H) where it goes back too
 
 
-def drawn(share: float, *, seed: int, kind: str, span: BlockSpan, hidden: torch.Tensor) -> bool:
+def is_selected(share: float, *, seed: int, kind: str, span: BlockSpan, hidden: torch.Tensor) -> bool:
     """Whether this piece of work is checked: the same for the same seed and input, whatever runs beside it."""
     # All of them: the first positions are often the same, a soft prompt or a token that begins every text.
     values = zlib.crc32(hidden.contiguous().view(torch.uint8).numpy().tobytes())
@@ -119,7 +119,7 @@ def tolerance(dtype: str, formats: Iterable[str]) -> Deviation:
     return Deviation(largest=error + step, typical=error + math.sqrt(error * step))
 
 
-def outvoted(first: Answer, second: Answer, third: Answer, limit: Deviation) -> Answer | None:
+def choose_outvoted(first: Answer, second: Answer, third: Answer, limit: Deviation) -> Answer | None:
     """Which of the first two a third one denies, where it agrees with the other; None where that is not clear."""
     first_agrees, second_agrees = (deviation(each, third).within(limit) for each in (first, second))
     if first_agrees == second_agrees:
@@ -144,24 +144,24 @@ class SpotChecks:
         self.running: set[asyncio.Task[None]] = set()
 
     async def on_forward(self, leg: Leg, context: CallContext, output: torch.Tensor) -> None:
-        if self._drawn("forward", leg):
+        if self._is_selected("forward", leg):
             await self._begin([(leg, context, None)], _output, Done(output=output))
 
     async def on_backward(
         self, leg: Leg, context: CallContext, grad: torch.Tensor, found: ChainGradients, *, summed: bool
     ) -> None:
-        if self._drawn("backward", leg):
+        if self._is_selected("backward", leg):
             pick = _input_gradients if summed else _all_gradients  # the adapter's are in the server's sum
             await self._begin([(leg, context, grad)], pick, Done(gradients=[found]))
 
     async def on_sum(self, partial_sum: PartialSum, found: ChainGradients) -> None:
-        if self._drawn("sum", partial_sum.terms[0].leg):
+        if self._is_selected("sum", partial_sum.terms[0].leg):
             terms = sorted(partial_sum.terms, key=lambda term: term.place)
             work: list[Work] = [(term.leg, term.context, term.grad) for term in terms]
             await self._begin(work, _adapter_gradients, Done(gradients=[found]))
 
-    def _drawn(self, kind: str, leg: Leg) -> bool:
-        return drawn(self._share, seed=self._seed, kind=kind, span=leg.hop.span, hidden=leg.hidden)
+    def _is_selected(self, kind: str, leg: Leg) -> bool:
+        return is_selected(self._share, seed=self._seed, kind=kind, span=leg.hop.span, hidden=leg.hidden)
 
     async def _begin(self, work: list[Work], pick: Pick, done: Done) -> None:
         """Start the check of `work`, which one server has `done`."""
@@ -190,7 +190,7 @@ class SpotChecks:
         except PetalsTuneError as error:  # nobody to ask, or a fault on the way, or the model has left the swarm
             logger.debug("blocks %s of server %s were not checked: %s", span, server.peer, error)
             return
-        liar = outvoted(first, second, third, limit)
+        liar = choose_outvoted(first, second, third, limit)
         if liar is None or len(liar.servers) > 1:
             logger.warning("%s, and a third answer does not tell who is wrong", text)
             return

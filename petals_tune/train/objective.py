@@ -151,7 +151,9 @@ def class_logits(net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
         hidden = inputs[0]  # (B, S, H)
         predicts, targets = predicting_positions(hidden, batch["labels"])
         if not (predicts.sum(dim=1) == 1).all():
-            raise DataError("a row for a trained head needs exactly one supervised token: set data.pack=false")
+            raise DataError(
+                "a row for a trained head needs exactly one supervised token: set data.pack=false", column="labels"
+            )
         return (hidden[predicts][:, None].expand_as(hidden),)
 
     return logits_with_hook(net, classification_head(net), select, batch), targets
@@ -169,7 +171,7 @@ def supervised_logits(net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
         nonlocal targets
         predicts, targets = predicting_positions(inputs[0], batch["labels"])
         if not len(targets):
-            raise DataError("a batch without a supervised token: nothing can be learned from it")
+            raise DataError("a batch without a supervised token: nothing can be learned from it", column="labels")
         return (inputs[0][predicts],)
 
     return logits_with_hook(net, net.get_output_embeddings(), select, batch), targets

@@ -53,7 +53,7 @@ def save_deep_prompts(model: PreTrainedModel, folder: Path) -> None:
     """Write `deep_prompt.safetensors`, to lie beside the soft prompt's files."""
     prompts = deep_prompts(model)
     if prompts is None:
-        raise ConfigError("this model has no deep prompts to save")
+        raise ConfigError("this model has no deep prompts to save", key="tuning")
     with replacing(folder / FILE) as partial:
         save_file({_KEY: prompts.contiguous().cpu()}, partial)
 

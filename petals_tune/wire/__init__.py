@@ -1,1 +1,1 @@
-"""What crosses the network, as values: no sockets, no threads. The client and the servers share this room."""
+"""Messages, tensors, frames, records and tokens as values. No I/O; clients and servers share it."""

@@ -6,7 +6,7 @@ No field can carry code. Shapes: B rows, S positions, H hidden size.
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, get_origin, get_type_hints
 
 import msgspec
 import torch
@@ -19,16 +19,19 @@ from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WireFormat
 from petals_tune.wire.tokens import TokenBytes
 
-PROTOCOL = "/petals_tune/3"  # the libp2p protocol of our streams; a change of any message below changes the number
+PROTOCOL = "/petals_tune/4"  # the libp2p protocol of our streams; a change of any message below changes the number
 
 MAX_PARTS = 100_000  # of an adapter: 100 blocks with 10 adapted linears each make 1000
 MAX_LEASES = 10_000  # in one Release
 MAX_TICKETS = 1_000  # in one Withdrawn
 MAX_POSITION = 2**24  # no model has as many
+MAX_FIELDS = 16  # of an error in a Refusal
+MAX_FIELD_TEXT = 1024  # characters of one
 TICKET_BYTES = 16
 
 Name = Annotated[str, msgspec.Meta(max_length=128)]
 Ticket = Annotated[bytes, msgspec.Meta(min_length=TICKET_BYTES, max_length=TICKET_BYTES)]
+FieldValue = bool | int | float | Annotated[str, msgspec.Meta(max_length=MAX_FIELD_TEXT)] | None
 Request = TypeVar("Request", bound="Forward | Backward | Step")  # those that send a tensor through blocks
 
 
@@ -274,12 +277,36 @@ class Refusal(Message, frozen=True, tag="refusal"):
 
     error: str
     text: str
+    fields: Annotated[dict[Name, FieldValue], msgspec.Meta(max_length=MAX_FIELDS)] = {}  # of the error
+
+    @classmethod
+    def of(cls, error: PetalsTuneError) -> Refusal:
+        """Return the refusal that tells a client of `error`: its text, and those of its fields that can be sent."""
+        return cls(error=type(error).__name__, text=str(error), fields=_checked(type(error), vars(error)))
 
     def to_error(self, server: str) -> PetalsTuneError:
-        """Return the error to raise on the client's side; a ServerError where the name is not of a refusal."""
+        """Return the error to raise on the client's side; a ServerError where the name is not of a refusal.
+
+        A field that its class does not declare, or a value of another type than is declared, is dropped.
+        """
         kind = _REFUSALS.get(self.error, errors.ServerError)
-        text = f"{self.text} (said by server {server})"
-        return kind(text, peer=server) if issubclass(kind, errors.ServerError) else kind(text)
+        fields = _checked(kind, self.fields)
+        if issubclass(kind, errors.ServerError):
+            fields["peer"] = server
+        return kind(f"{self.text} (said by server {server})", **fields)
+
+
+def _checked(kind: type[PetalsTuneError], fields: dict[str, Any]) -> dict[str, Any]:
+    """Those of `fields` that class `kind` declares, with values of the declared types, small enough for a message."""
+    checked = {}
+    for name, declared in _FIELDS.get(kind, {}).items():
+        try:
+            if name in fields:
+                msgspec.convert(fields[name], FieldValue)
+                checked[name] = msgspec.convert(fields[name], declared)
+        except msgspec.ValidationError:
+            continue
+    return checked
 
 
 _REFUSALS: dict[str, type[PetalsTuneError]] = {
@@ -290,4 +317,14 @@ _REFUSALS: dict[str, type[PetalsTuneError]] = {
         *(errors.RequestRefused, errors.MessageTooLarge, errors.ProtocolError),
         *(errors.SwarmMismatch, errors.AccessDenied),
     )
+}
+
+# Types of their fields by name; without `peer`, which the receiver knows better.
+_FIELDS: dict[type[PetalsTuneError], dict[str, Any]] = {
+    kind: {
+        name: declared
+        for name, declared in get_type_hints(kind).items()
+        if get_origin(declared) is not ClassVar and name != "peer"
+    }
+    for kind in _REFUSALS.values()
 }

@@ -81,7 +81,8 @@ def identity_from(data: bytes) -> SigningKey:
     """Read the key of an identity file. Raises ConfigError where it holds none, or one of another kind."""
     seed = data.removeprefix(_IDENTITY)[:KEY_BYTES]
     if len(seed) != KEY_BYTES or identity_bytes(key := SigningKey(seed)) != data:
-        raise ConfigError("it does not hold an ed25519 key; make one:  python -m servers.keys identity FILE")
+        text = "it does not hold an ed25519 key; make one:  python -m servers.keys identity FILE"
+        raise ConfigError(text, key="identity_path")
     return key
 
 

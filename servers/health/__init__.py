@@ -1,1 +1,1 @@
-"""The swarm at a glance: who hosts what, how fast, and what nobody hosts. A page, JSON, or a table in the terminal."""
+"""Read-only swarm monitor: who hosts which blocks, how fast, and which are missing. A page, JSON, or a table."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 
+from petals_tune.errors import ConnectionLost
 from petals_tune.net.directory import Directory
 from petals_tune.wire.records import ServerRecord
+
+logger = logging.getLogger(__name__)
 
 
 class Announcer:
@@ -38,4 +42,7 @@ class Announcer:
             await asyncio.sleep(self._lasts_s / 3)
             if self.record is not None:
                 self.record = self.refresh(self.record)
-                await self.directory.announce(self.record, lasts_s=self._lasts_s)
+                try:
+                    await self.directory.announce(self.record, lasts_s=self._lasts_s)
+                except ConnectionLost as error:
+                    logger.warning("this server's announcement was not renewed, and will be tried again: %s", error)

@@ -57,7 +57,7 @@ class Executor:
                 return self._open_session(client, request)
             case PutAdapter():
                 return await self._put_adapter(client, request)
-        raise RequestRefused(f"{type(request).__name__} is not a request")
+        raise RequestRefused(f"{type(request).__name__} is not a request", reason="kind")
 
     def check_size(self, hidden: torch.Tensor) -> None:
         """Raises RequestRefused for more than one request may compute; attention's memory grows with S squared."""
@@ -65,12 +65,14 @@ class Executor:
         if positions > self._limits.max_positions:
             raise RequestRefused(
                 f"{positions} positions a row, and this server takes {self._limits.max_positions} at once "
-                "(its limits.max_positions)"
+                "(its limits.max_positions)",
+                limit="max_positions",
             )
         if rows * positions > self._limits.max_tokens:
             raise RequestRefused(
                 f"{rows} rows of {positions} positions, and this server takes {self._limits.max_tokens} positions in "
-                "all at once (its limits.max_tokens): send fewer rows, swarm.micro_batch_rows"
+                "all at once (its limits.max_tokens): send fewer rows, swarm.micro_batch_rows",
+                limit="max_tokens",
             )
 
     async def _forward(self, client: str, request: Forward) -> Forwarded:

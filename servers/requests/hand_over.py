@@ -20,6 +20,7 @@ from petals_tune.net.peer import Peer
 from petals_tune.net.pool import StreamPool
 from petals_tune.wire.messages import Delivery, HandOver
 from petals_tune.wire.records import ServerRecord, same_model
+from petals_tune.wire.tensors import encoded_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Inbox:
         Raises NotHandedOn where it will not come, RequestRefused where another request waits with the same ticket.
         """
         if comes.ticket in self._waiting:
-            raise RequestRefused("a second request waits for the same tensor")
+            raise RequestRefused("a second request waits for the same tensor", reason="ticket")
         if comes.ticket in self._spent:
             raise NotHandedOn(
                 f"the tensor of server {comes.peer} was used before, or could not be kept for so long",
@@ -142,14 +143,17 @@ class Neighbours:
 
     async def hand_on(self, goes: HandOver, tensor: torch.Tensor) -> bool:
         """Send `tensor` (B, S, H) to the server where it `goes`; False where that server cannot be reached."""
-        record = await self._record(goes.peer)
-        if record is None or self._shut_until_s.get(goes.peer, 0.0) > time.monotonic():
+        if self._shut_until_s.get(goes.peer, 0.0) > time.monotonic():
             return False
         try:
+            if (record := await self._record(goes.peer)) is None:
+                return False
             stream = await self._pool.get(record)
         except PetalsTuneError as error:
             self._shut(goes.peer, error)
             return False
+        if encoded_bytes(tensor) > stream.max_tensor_bytes:
+            return False  # the client cuts its batch, or delivers
         try:
             async with asyncio.timeout(HAND_ON_S):
                 await stream.send(Delivery(ticket=goes.ticket, tensor=tensor))

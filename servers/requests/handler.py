@@ -108,7 +108,7 @@ class Handler:
         except PetalsTuneError as error:
             logger.info("a stream of client %s closed: %s", client, error)
             with suppress(ConnectionLost):
-                await stream.send(stream.message_id, _refusal(error))
+                await stream.write(stream.message_id, Refusal.of(error))
         finally:
             self._readers.discard(reader_task)
             self._streams.leave(stream)
@@ -129,10 +129,11 @@ class Handler:
         """End all streams and drop what is kept for their clients.
 
         The last replies may still be in the p2p daemon, which ends soon: so EOF is sent first, and clients that have
-        read it close their side.
+        read it close their side. One that reads nothing would keep its stream, and this handler's blocks in memory.
         """
-        for end in (self._streams.finish, self._streams.close):
-            end()
+        for end in (Connection.finish, Connection.close, Connection.abort):
+            for connection in self._streams.connections:
+                end(connection)
             if self._readers:
                 await asyncio.wait(set(self._readers), timeout=CLOSING_S)
 
@@ -143,29 +144,31 @@ class Handler:
             token = members.admit(hello.token, stream.client)
             stream.check_still_in = lambda: members.check_still_in(token)
         if self.draining:
-            raise ServerBusy("this server is leaving the swarm")
+            raise ServerBusy("this server is leaving the swarm", leaving=True)
         if hello.model is not None and not same_model(hello.model, self.record.model):
-            raise SwarmMismatch(mismatch_text([self.record], hello.model, whose="the client's model"))
+            text = mismatch_text([self.record], hello.model, whose="the client's model")
+            raise SwarmMismatch(text, wanted=hello.model, found=(self.record.model,))
         welcome = Welcome(
             record=self.record,
             max_in_flight=self._limits.max_in_flight,
             max_message_bytes=self._limits.max_message_bytes,
             token=None if members is None else members.own_token(),
         )
-        await stream.send(stream.message_id, welcome)
+        await stream.write(stream.message_id, welcome)
 
     async def _receive(self, stream: ClientStream, message_id: int, body: bytes | Dropped) -> None:
         """Answer a message, or start a task that does. A bad message is refused, and the stream goes on."""
         if isinstance(body, Dropped):
             # It may have been an output that was handed on; its ticket was dropped with it.
             self._inbox.fail_from(stream.client, "there was no room for it")
-            await stream.send(message_id, _refusal(ServerBusy(f"no room for a request of {body.total} bytes now")))
+            busy = ServerBusy(f"no room for a request of {body.total} bytes now", limit="max_receiving_gb")
+            await stream.write(message_id, Refusal.of(busy))
             return
         try:
             message = decode(body)
             match message:
                 case Ping():
-                    await stream.send(message_id, Pong())
+                    await stream.write(message_id, Pong())
                 case Withdrawn():
                     self._inbox.withdraw(message.tickets)
                 case Release():
@@ -181,7 +184,7 @@ class Handler:
         except (ProtocolError, ServerBusy) as error:
             if message_id in stream.tasks:
                 raise  # a refusal under this id would answer another request
-            await stream.send(message_id, _refusal(error))
+            await stream.write(message_id, Refusal.of(error))
         stream.release(len(body))
 
     def _start(self, stream: ClientStream, message_id: int, request: Message, size_bytes: int) -> None:
@@ -197,25 +200,25 @@ class Handler:
         started_s = time.monotonic()
         try:
             if self.draining:
-                raise ServerBusy("this server is leaving the swarm")
+                raise ServerBusy("this server is leaving the swarm", leaving=True)
             async with asyncio.timeout(self._limits.max_request_s):
                 reply = await self._reply(stream.client, request)
         except TimeoutError:  # a computation that runs already goes on, and its result is dropped
             limit = f"{self._limits.max_request_s:g} s (this server's limits.max_request_s)"
-            reply = _refusal(ServerBusy(f"the request was not done after {limit}", limit="max_request_s"))
+            reply = Refusal.of(ServerBusy(f"the request was not done after {limit}", limit="max_request_s"))
         except PetalsTuneError as error:
-            reply = _refusal(error)
+            reply = Refusal.of(error)
         except MemoryError as error:
-            reply = _refusal(ServerBusy(f"out of memory: {error}"))
+            reply = Refusal.of(ServerBusy(f"out of memory: {error}"))
         except RuntimeError as error:
             # torch's own error on input that passed our checks: its traceback is logged, the client goes elsewhere.
             logger.exception("request of %s failed", stream.client)
-            reply = _refusal(ServerError(f"the computation failed: {error}"))
+            reply = Refusal.of(ServerError(f"the computation failed: {error}"))
         if self._on_reply is not None:
             asked = request.request if isinstance(request, Chained) else request
             self._on_reply(asked, reply, time.monotonic() - started_s)
         try:
-            await stream.send(message_id, reply)
+            await stream.write(message_id, reply)
         except ConnectionLost:
             reply = reply.reply if isinstance(reply, ChainedReply) else reply
             if isinstance(reply, Forwarded) and reply.lease is not None:
@@ -253,7 +256,3 @@ def _with_tensor(request: Request, tensor: torch.Tensor) -> Request:
         pass
     text = f"{tuple(tensor.shape)} {tensor.dtype} was handed on, which does not fit the request"
     raise NotHandedOn(text, reason="wrong shape")
-
-
-def _refusal(error: PetalsTuneError) -> Refusal:
-    return Refusal(error=type(error).__name__, text=str(error))

@@ -47,7 +47,7 @@ class ClientStream(MessageWriter):
         """Read the first message. Raises ProtocolError where it is anything but a small Hello."""
         length, self.message_id, remaining = frames.read_header(await self.connection.read_exactly(frames.HEADER.size))
         if remaining or length > MAX_HELLO_BYTES:
-            raise ProtocolError(f"the first message is a Hello of at most {MAX_HELLO_BYTES} bytes")
+            raise ProtocolError(f"the first message is a Hello of at most {MAX_HELLO_BYTES} bytes", what="hello")
         hello = decode_hello(await self.connection.read_exactly(length))
         self._greeted = True
         return hello
@@ -73,7 +73,8 @@ class ClientStream(MessageWriter):
     def start_request(self, message_id: int) -> None:
         """Count one more request in flight. Raises ServerBusy; ProtocolError where another one has its id."""
         if message_id in self.tasks:
-            raise ProtocolError(f"a second request with the id {message_id} before the first one was answered")
+            text = f"a second request with the id {message_id} before the first one was answered"
+            raise ProtocolError(text, what="message")
         self.quota.start_request()
 
     def track(self, message_id: int, task: asyncio.Task[None], size_bytes: int) -> None:
@@ -102,7 +103,7 @@ class ClientStream(MessageWriter):
         for task in self.tasks.values():
             task.cancel()
         self.release(self._reserved_bytes)
-        self.connection.close()
+        self.close_connection()
 
     def is_stuck(self, now_s: float) -> bool:
         """Whether a Hello or a message is overdue."""
@@ -150,15 +151,9 @@ class OpenStreams:
             stream.end()
             self._admission.close_stream(stream.client)
 
-    def finish(self) -> None:
-        """Send what was written on all streams, then EOF; a client that reads it closes its side."""
-        for stream in self._open:
-            stream.connection.finish()
-
-    def close(self) -> None:
-        """Close all streams; whoever reads from one gets an error."""
-        for stream in self._open:
-            stream.connection.close()
+    @property
+    def connections(self) -> list[Connection]:
+        return [stream.connection for stream in self._open]
 
     def _close_idle(self, now_s: float) -> None:
         longest = max(self._open, key=lambda stream: stream.idle_s(now_s))

@@ -35,12 +35,15 @@ class AdapterCache(BudgetedStore[_Upload, Adapter]):
         if adapter.bytes > self.max_bytes:
             raise RequestRefused(
                 f"an adapter of {adapter.bytes / 2**20:.0f} MB on blocks {span}, and this server keeps "
-                f"{self.max_bytes / 2**20:.0f} MB of adapters"
+                f"{self.max_bytes / 2**20:.0f} MB of adapters",
+                reason="adapter",
+                limit="max_adapter_gb",
             )
         self.remove(client, upload)
         while not self.insert(client, upload, adapter, adapter.bytes):
             if not (own := self.keys_of(client)):
-                raise ServerBusy(f"no room for an adapter of {adapter.bytes / 2**20:.0f} MB now")
+                text = f"no room for an adapter of {adapter.bytes / 2**20:.0f} MB now"
+                raise ServerBusy(text, limit="max_adapter_gb")
             self.remove(client, own[0])
         for tensor in adapter.tensors:
             tensor.requires_grad_(True)
@@ -83,10 +86,11 @@ class GradientSums(BudgetedStore[_Term, list[torch.Tensor]]):
             return
         like = next((self.lookup(client, term) for term in earlier if term.sum_id == sum_id), None)
         if like is not None and [t.shape for t in like] != [t.shape for t in gradients]:
-            raise RequestRefused(f"the terms of sum {sum_id} have not the same shapes")
+            raise RequestRefused(f"the terms of sum {sum_id} have not the same shapes", reason="sum")
         size_bytes = sum(tensor.nbytes for tensor in gradients)
         if not self.insert(client, new, gradients, size_bytes):
-            raise ServerBusy(f"no room for {size_bytes / 2**20:.0f} MB of adapter gradients now")
+            text = f"no room for {size_bytes / 2**20:.0f} MB of adapter gradients now"
+            raise ServerBusy(text, limit="max_adapter_gb")
         sums = list(dict.fromkeys(term.sum_id for term in self.keys_of(client)))
         for term in earlier:
             if term.sum_id in sums[: -self._max_sums]:

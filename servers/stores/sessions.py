@@ -41,6 +41,7 @@ class SessionStore(BudgetedStore[int, Session]):
                 f"blocks {request.span}, and this server has {self.max_bytes / 2**20:.0f} MB in all: "
                 f"max_length={max_length} would fit",
                 max_length=max_length,
+                limit="max_cache_gb",
             )
         session = Session(
             client=client,
@@ -56,6 +57,7 @@ class SessionStore(BudgetedStore[int, Session]):
             raise ServerBusy(
                 f"no room for {size_bytes / 2**20:.0f} MB of cache now: max_length={max_length} would fit",
                 max_length=max_length,
+                limit="max_cache_gb",
             )
         return session_id
 

@@ -123,7 +123,7 @@ def test_what_a_server_would_not_run_is_refused_by_name(models, family):
     block = next(iter(remote.remote_blocks.children()))
     layer = next(module for module in block.modules() if IA3().owns(module))
     layer.merged_adapters.append("default")
-    with raises(UnsupportedAdapter):
+    with raises(UnsupportedAdapter, seen="merged"):
         collect_adapter([(0, block)])
     layer.merged_adapters.clear()
     with net.disable_adapter():

@@ -154,7 +154,7 @@ def test_without_keep_there_is_no_graph(model_folder):
     [
         (forward("0:3", hidden_states()), BlocksNotHere, {}),
         (forward("3:6", hidden_states()), BlocksNotHere, {}),
-        (forward("2:5", torch.zeros(1, 2, 33)), RequestRefused, {"block": None}),
+        (forward("2:5", torch.zeros(1, 2, 33)), RequestRefused, {"reason": "hidden size"}),
         (forward("3:5", torch.full((1, 2, 32), float("nan"))), RequestRefused, {"block": 3}),
         (forward("2:5", torch.full((1, 2, 32), float("inf"))), RequestRefused, {"block": 2}),
     ],
@@ -171,5 +171,5 @@ def test_what_these_blocks_cannot_do_is_refused_forward_and_backward(model_folde
 def test_a_gradient_that_does_not_fit_is_refused(model_folder):
     engine = Engine(load(model_folder("llama"), "2:5"))
     again = forward("2:5", hidden_states())
-    with raises(RequestRefused):
+    with raises(RequestRefused, reason="gradient shape"):
         engine.backward(Backward(again=again, grad=out_gradient(length=6)), None, None)

@@ -27,13 +27,13 @@ def test_a_bad_number_anywhere_in_the_input_or_the_gradient_is_refused(model_fol
             spoilt = hidden(2, 6, 0)
             spoilt[row, position, 7] = bad
             for keep in (False, True):
-                with raises(RequestRefused, block=2):
+                with raises(RequestRefused, block=2, reason="hidden not finite"):
                     engine.forward(forward("2:5", spoilt, padding=padding, keep=keep), None)
             again = forward("2:5", spoilt, padding=padding)
             with raises(RequestRefused, block=2):
                 engine.backward(Backward(again=again, grad=hidden(2, 6, 1)), None, None)
             graph = engine.forward(forward("2:5", hidden(2, 6, 0), padding=padding, keep=True), None).graph
-            with raises(RequestRefused):
+            with raises(RequestRefused, reason="gradient not finite"):
                 engine.backward(Backward(lease=1, grad=spoilt), graph, None)
 
 
@@ -92,7 +92,7 @@ def test_a_bad_gradient_is_refused_where_an_adapters_gradient_does_not_show_it(m
     graph = Graph(output=torch.cat([prompt, torch.ones(1, 1, 32)], dim=1), hidden=None, adapter=[prompt])
     grad = hidden(1, 2, 1)
     grad[0, 1, 0] = torch.nan
-    with raises(RequestRefused):
+    with raises(RequestRefused, reason="gradient not finite"):
         engine.backward(Backward(lease=1, grad=grad), graph, None)
 
 

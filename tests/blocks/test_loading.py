@@ -96,7 +96,7 @@ def test_only_the_files_that_hold_the_span_are_needed(model_folder, tmp_path):
         (needed / file).symlink_to(folder / file)
     assert len(files) < len({*source._files.values()})
     assert load(needed, "3:4").weight_bytes == load(folder, "3:4").weight_bytes
-    with raises(UnsupportedModel):
+    with raises(UnsupportedModel, source=str(needed)):
         load(needed, "0:6")
 
 
@@ -106,7 +106,7 @@ def test_blocks_that_the_model_does_not_have_are_refused(model_folder):
 
 
 def test_a_folder_without_a_model_is_refused_by_name(tmp_path):
-    with pytest.raises(UnsupportedModel, match=r"config\.json"):
+    with raises(UnsupportedModel, file="config.json", source=str(tmp_path)):
         load(tmp_path, "0:1")
 
 
@@ -114,7 +114,7 @@ def test_a_damaged_file_is_refused_by_name(model_folder, tmp_path):
     folder = model_folder("llama")
     (tmp_path / "config.json").symlink_to(folder / "config.json")
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:100])
-    with raises(UnsupportedModel):
+    with raises(UnsupportedModel, source=str(tmp_path), file="model.safetensors"):
         load(tmp_path, "0:1")
 
 

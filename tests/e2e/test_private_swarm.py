@@ -79,18 +79,16 @@ def test_members_are_served_by_both_servers(swarm):
 
 
 def test_who_has_no_token_is_told_what_to_do(swarm):
-    with raises(AccessDenied) as caught, swarm.watching(None):
+    with raises(AccessDenied, reason="missing"), swarm.watching(None):
         pass
-    assert "swarm.token=FILE" in str(caught.value)
 
 
 def test_a_copied_token_is_useless_elsewhere(swarm):
     """Past the check that the thief's own client would make: the servers refuse it."""
     token = token_from((swarm.folder / "alice.token").read_text())
     thief = Members(token.swarm, SigningKey.new(), lambda _: token)
-    with raises(AccessDenied) as caught, swarm.watching(thief):
+    with raises(AccessDenied, reason="peer", member="alice"), swarm.watching(thief):
         pass
-    assert "alice" in str(caught.value)
 
 
 def test_a_token_of_another_swarm_is_useless_here(swarm, tmp_path, monkeypatch):
@@ -98,7 +96,7 @@ def test_a_token_of_another_swarm_is_useless_here(swarm, tmp_path, monkeypatch):
     keys(["new"])
     keys(["issue", "--name", "alice"])
     other = Members.with_token("alice.token", load_identity("alice.identity", make=False))
-    with raises(AccessDenied), swarm.watching(other):
+    with raises(AccessDenied, reason="signature"), swarm.watching(other):
         pass
 
 
@@ -135,12 +133,12 @@ def test_who_is_revoked_is_out_in_the_middle_of_its_work_and_others_are_not(swar
     with torch.no_grad():
         alice(IDS)
         keys(["revoke", "--name", "alice", "--key", str(swarm.folder / "swarm.key")])
-        with raises(AccessDenied):
+        with raises(AccessDenied, reason="revoked", member="alice"):
             use_until(time.monotonic() + LONG_S, alice)  # servers look at the list once a second
         carol(IDS)
     for model in (alice, carol):
         model.remote_blocks.close()
-    with raises(AccessDenied):
+    with raises(AccessDenied, reason="revoked", member="alice"):
         join_until(time.monotonic() + LONG_S, swarm, "alice")  # one server may have looked later than the other
 
 

@@ -197,6 +197,10 @@ class Network(InProcessNetwork):
         server.running.set()
         return server
 
+    def engine(self, span: str) -> Engine:
+        """The engine of all servers of `span`."""
+        return engine_of(self._folder, span)
+
     async def end(self, name: str) -> None:
         """As SIGKILL would end it."""
         neighbours = self.servers.pop(name).handler._neighbours

@@ -12,11 +12,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from petals_tune.errors import RequestRefused, SwarmTimeout
+from petals_tune.errors import RequestRefused, ServerBusy, SwarmTimeout
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM
 from petals_tune.swarm.local import ServerProcess, local_swarm, server_process
 from petals_tune.swarm.retry import RetryPolicy
 from tests.models import VOCABULARY, plain_model, save_model
+from tests.raising import raises
 
 NEW = 12
 CACHE_POSITIONS = 40
@@ -83,7 +84,7 @@ def generated(model: Any, **options: Any) -> torch.Tensor:
 
 def stations(session: Any) -> list[tuple[str, str]]:
     """(span, peer) of the servers that keep the session now."""
-    return [(str(station.hop.span), station.hop.server.peer) for station in session._session._stations]
+    return [(str(station.hop.span), station.hop.server.peer) for station in session._session._sessions]
 
 
 def test_two_servers_killed_one_after_the_other_and_replaced_by_a_different_cut(folder):
@@ -143,7 +144,7 @@ def test_a_cache_that_is_too_small_says_what_would_fit_and_a_client_that_leaves_
         try:
             with (
                 first.inference_session(max_length=CACHE_POSITIONS + 1),
-                pytest.raises(RequestRefused, match=f"max_length={CACHE_POSITIONS} would fit"),
+                raises(RequestRefused, limit="max_cache_gb", max_length=CACHE_POSITIONS),
             ):
                 generated(first)
             with first.inference_session(max_length=CACHE_POSITIONS - 5):
@@ -151,9 +152,11 @@ def test_a_cache_that_is_too_small_says_what_would_fit_and_a_client_that_leaves_
                 half = CACHE_POSITIONS // 2  # its fair share, for which the first would have to make room
                 with (
                     second.inference_session(max_length=half + 1),
-                    pytest.raises(SwarmTimeout, match=f"max_length={half} would fit"),
+                    raises(SwarmTimeout, limit="swarm.timeout_s") as caught,
                 ):
                     generated(second)
+                assert isinstance(caught.value.last, ServerBusy)
+                assert (caught.value.last.limit, caught.value.last.max_length) == ("max_cache_gb", half)
                 first.remote_blocks.close()  # it vanishes: its session was never given back
             assert torch.equal(generated(second), expected)
         finally:

@@ -1,16 +1,18 @@
 """Servers that hand their outputs on to the next one, without the client in between, and what can go wrong there."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from petals_tune.errors import ServerBusy
 from petals_tune.swarm import loop
 from petals_tune.swarm.session import ChainSession, Inputs
-from petals_tune.wire.messages import Delivery, HandOver, Step
+from petals_tune.wire.messages import Delivery, HandOver, Message, Step, Stepped
 from servers.requests import hand_over as handover
+from servers.stores.sessions import SessionStore
 from tests.faults.network import Network
 from tests.faults.step import WHOLE, WIDTH, TrainingStep, check
 from tests.models import relative_error
@@ -158,9 +160,11 @@ class Generation:
         drawn = torch.Generator().manual_seed(5)
         self._inputs = [torch.randn(1, length, WIDTH, generator=drawn) for length in (3, 1, 1, 1, 1)]
 
-    def run(self) -> list[torch.Tensor]:
+    def run(self, *, before_last: Callable[[], object] = lambda: None) -> list[torch.Tensor]:
         outputs, position = [], 0
         for hidden in self._inputs:
+            if len(outputs) == len(self._inputs) - 1:
+                before_last()
             inputs = Inputs(hidden=hidden, padding=None, positions=None)
             outputs.append(loop.run(self._session.step(inputs, position=position, order=None)))
             position += len(inputs)
@@ -191,4 +195,44 @@ def test_a_generation_that_is_handed_on_outlives_each_of_its_servers(network, lo
     outputs = Generation(network).run()
     assert fault.fired.is_set()
     assert network.handed_on, "before the fault"
+    assert max(relative_error(*pair) for pair in zip(outputs, undisturbed, strict=True)) <= 1e-6
+
+
+@pytest.mark.parametrize("lost", ["a", "b"])
+def test_a_server_that_comes_back_with_fewer_blocks_does_not_hand_on_for_its_old_ones(network, lost):
+    """It lost its session; its part of the blocks is computed first, and the output is not what the next one awaits."""
+    network.hand_over = "never"
+    undisturbed = Generation(network).run()
+    network.hand_over = "always"
+    first = network.servers[lost].record.blocks.start
+
+    def restart() -> None:
+        network.kill(lost)
+        network.serve(lost, f"{first}:{first + 1}")
+        network.serve("rest", f"{first + 1}:{first + 2}")
+
+    outputs = Generation(network).run(before_last=restart)
+    assert network.handed_on, "before the restart"
+    assert max(relative_error(*pair) for pair in zip(outputs, undisturbed, strict=True)) <= 1e-6
+
+
+def test_a_session_whose_replay_fails_is_closed(network, monkeypatch):
+    network.hand_over = "never"
+    undisturbed, closed = Generation(network).run(), []
+    monkeypatch.setattr(SessionStore, "close", lambda self, client, number: closed.append(number))
+
+    def replace() -> None:
+        network.kill("b")
+        spare = network.serve("spare", "2:4")
+
+        def fail_once(reply: Message) -> Message:
+            if isinstance(reply, Stepped):
+                spare.handler.lie = None
+                raise ServerBusy("not now")
+            return reply
+
+        spare.handler.lie = fail_once
+
+    outputs = Generation(network).run(before_last=replace)
+    assert closed == [1], "the first one at `spare`"
     assert max(relative_error(*pair) for pair in zip(outputs, undisturbed, strict=True)) <= 1e-6

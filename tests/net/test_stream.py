@@ -29,6 +29,8 @@ from petals_tune.net.stream import MessageWriter, ServerStream
 from petals_tune.wire import frames
 from petals_tune.wire.frames import HEADER
 from petals_tune.wire.messages import (
+    ChainedReply,
+    CloseSession,
     Done,
     Forward,
     Forwarded,
@@ -38,6 +40,7 @@ from petals_tune.wire.messages import (
     Pong,
     Refusal,
     Release,
+    SessionOpened,
     Welcome,
 )
 from petals_tune.wire.records import ServerRecord
@@ -62,6 +65,9 @@ async def connect() -> AsyncIterator[Callable]:
     yield make
     for stream in opened:
         await stream.close()
+
+
+LARGE = Forward(span=BlockSpan(0, 1), hidden=torch.zeros(1, 64, 2**18))  # 64 MB: more than a socket takes at once
 
 
 def forward(value: float) -> Forward:
@@ -185,6 +191,24 @@ async def test_an_answer_that_nobody_waits_for_any_more_is_ignored(connect):
     assert await asked == Done()
 
 
+@pytest.mark.parametrize(
+    ("kept", "freeing"),
+    [
+        (Forwarded(hidden=torch.zeros(1, 1, 1), lease=5), Release(leases=[5])),
+        (ChainedReply(reply=Forwarded(hidden=torch.zeros(1, 1, 1), lease=6), handed_on=True), Release(leases=[6])),
+        (SessionOpened(session=7), CloseSession(session=7)),
+    ],
+    ids=["lease", "chained", "session"],
+)
+async def test_what_a_server_keeps_for_a_request_that_was_given_up_is_given_back(connect, kept, freeing):
+    stream, peer = await connect()
+    asked = asking(stream, forward(1))
+    late, _ = await peer.read()
+    asked.cancel()
+    await peer.send(kept, late)
+    assert (await peer.read())[1] == freeing
+
+
 async def test_a_request_that_is_cancelled_leaves_its_place_to_others(connect):
     stream, peer = await connect(max_in_flight=1)
     first = asking(stream, forward(1))
@@ -265,6 +289,32 @@ async def test_a_server_that_computes_for_long_is_waited_for_while_it_says_that_
     assert not asked.done()
     await peer.send(Done(), message_id)
     assert await asked == Done()
+
+
+@pytest.mark.parametrize("ended", ["silent", "closed"])
+async def test_a_request_that_a_stopped_server_does_not_even_take_fails_as_those_that_wait_do(connect, clock, ended):
+    stream, _peer = await connect()
+    asked = [asking(stream, request) for request in (LARGE, forward(0))]
+    while stream.blocked_since_s is None:
+        await asyncio.sleep(0)
+    clock.now_s += 2 * stream_module.SILENCE_S
+    if ended == "closed":
+        await stream.close()
+    errors = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(error) for error in errors] == [ServerUnreachable] * 2
+
+
+async def test_a_request_that_is_cancelled_while_it_is_written_is_written_to_its_end(connect):
+    stream, peer = await connect()
+    asked = asking(stream, LARGE)
+    while stream.blocked_since_s is None:
+        await asyncio.sleep(0)
+    asked.cancel()
+    await asyncio.sleep(0)
+    assert asked.done()
+    _, request = await peer.read()
+    assert request.hidden.shape == LARGE.hidden.shape
+    assert len(peer._assembler) == 0
 
 
 async def test_silence_counts_from_the_first_question(connect, clock):
@@ -356,9 +406,6 @@ def test_the_played_record_is_a_legal_one():
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(RECORD), type=ServerRecord) == RECORD
 
 
-LARGE = Forward(span=BlockSpan(0, 1), hidden=torch.zeros(1, 64, 2**18))  # 64 MB: more than a socket takes at once
-
-
 async def writer_and_peer() -> tuple[MessageWriter, PlayedPeer]:
     near, far = await InProcessNetwork().connect("here", "there")
     return MessageWriter(near), PlayedPeer(far)
@@ -369,7 +416,7 @@ def test_a_small_message_overtakes_a_large_one_and_bytes_are_counted():
 
     async def check() -> None:
         writer, peer = await writer_and_peer()
-        large, small = (asyncio.create_task(writer.send(*each)) for each in ((1, LARGE), (2, Ping())))
+        large, small = (asyncio.create_task(writer.write(*each)) for each in ((1, LARGE), (2, Ping())))
         assert [(await peer.read())[0] for _ in range(2)] == [2, 1]
         assert await large > 2**26 > 100 > await small
         assert await large + await small == peer.read_bytes
@@ -380,7 +427,7 @@ def test_a_small_message_overtakes_a_large_one_and_bytes_are_counted():
 def test_writers_that_wait_for_a_slow_reader_fail_when_the_connection_is_closed():
     async def check() -> None:
         writer, _peer = await writer_and_peer()
-        sends = [asyncio.create_task(writer.send(number, LARGE)) for number in range(3)]
+        sends = [asyncio.create_task(writer.write(number, LARGE)) for number in range(3)]
         while writer.blocked_since_s is None:
             await asyncio.sleep(0)
         await asyncio.sleep(0.01)

@@ -2,12 +2,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
 
 from petals_tune import AutoDistributedModelForCausalLM, local_swarm
+from tests.inprocess import in_process_swarm
 from tests.models import plain_model, save_model
+from tests.parity import remote
 
 
 class Swarms:
@@ -59,3 +62,17 @@ def start_swarms(tmp_path_factory: pytest.TempPathFactory) -> Callable:
         return running_swarms(folder, *cuts, quantization=quantization)
 
     return start
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A small BLOOM, hosted by two servers."""
+    folder = save_model(tmp_path_factory.mktemp("models") / "bloom", "bloom")
+    with in_process_swarm(folder, "0:2", "2:6"):
+        yield folder
+
+
+@pytest.fixture
+def model(folder: Path) -> Iterator[Any]:
+    with remote(AutoDistributedModelForCausalLM, folder) as loaded:
+        yield loaded

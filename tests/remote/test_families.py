@@ -6,10 +6,13 @@ from tests.models import FAMILIES
 from tests.parity import parity
 
 TOLERANCE = 1e-5
+# Gradients of float32 itself are this far off: of a GPT-2, on a Xeon, the plain model's 9e-6 from those in float64, and
+# ours 1.4e-5 in another direction.
+TOLERANCES = {"LoRA gradients": 3e-5}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_gives_the_numbers_of_the_plain_model(family, tmp_path):
     figures = parity(family, tmp_path)
     assert figures.pop("tokens") == 1, "greedy generation gives the same tokens"
-    assert {name: error for name, error in figures.items() if not error <= TOLERANCE} == {}
+    assert {name: error for name, error in figures.items() if not error <= TOLERANCES.get(name, TOLERANCE)} == {}

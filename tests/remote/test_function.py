@@ -1,5 +1,6 @@
 """Cutting a batch into micro-batches: what servers take in one message, and what the numbers are then."""
 
+import time
 from pathlib import Path
 
 import peft
@@ -7,10 +8,11 @@ import pytest
 import torch
 
 from petals_tune import AutoDistributedModelForCausalLM
-from petals_tune.errors import MessageTooLarge
-from petals_tune.swarm.sender import OVERHEAD_BYTES
+from petals_tune.errors import MessageTooLarge, RequestRefused
+from petals_tune.net.stream import OVERHEAD_BYTES
 from petals_tune.wire.messages import Backward, Chained, Forward, Message, Step
 from servers.requests.handler import Handler
+from servers.stores.leases import LeaseStore
 from tests.inprocess import in_process_swarm
 from tests.models import VOCABULARY, plain_model, relative_error, save_model
 
@@ -90,3 +92,77 @@ def test_a_long_prompt_is_read_in_as_many_positions_as_a_server_takes(folder, re
     steps = [request for request in requests if isinstance(request, Step)]
     assert max(step.hidden.shape[1] for step in steps) == 2
     assert sum(step.hidden.shape[1] for step in steps) == 2 * (LENGTH + 5), "each position once at each of two servers"
+
+
+@pytest.fixture
+def leases(monkeypatch: pytest.MonkeyPatch) -> list[LeaseStore]:
+    """What servers in this process keep."""
+    stores: list[LeaseStore] = []
+    keep = LeaseStore.keep
+
+    def seen(self: LeaseStore, *args):
+        if self not in stores:
+            stores.append(self)
+        return keep(self, *args)
+
+    monkeypatch.setattr(LeaseStore, "keep", seen)
+    return stores
+
+
+def left(leases: list[LeaseStore]) -> int:
+    """How many leases are kept once those that are on their way back have come."""
+    deadline_s = time.monotonic() + 30
+    while sum(map(len, leases)) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    return sum(map(len, leases))
+
+
+def test_where_one_micro_batch_fails_the_leases_of_the_others_go_back(folder, leases, monkeypatch):
+    reply, forwards = Handler._reply, 0
+
+    async def fail_at_last(self: Handler, client: str, request: Message) -> Message:
+        nonlocal forwards
+        if isinstance(request, Forward) and request.span.start == 2:
+            forwards += 1
+            if forwards == ROWS:
+                raise RequestRefused("not this one")
+        return await reply(self, client, request)
+
+    monkeypatch.setattr(Handler, "_reply", fail_at_last)
+    with in_process_swarm(folder, "0:2", "2:6"):
+        model = remote(folder)
+        model.remote_blocks.backbone.micro_batch_rows = 1
+        with pytest.raises(RequestRefused):
+            gradients(model)
+        assert len(leases) == 2, "both servers kept some"
+        assert left(leases) == 0
+        model.remote_blocks.close()
+
+
+def test_where_a_backward_cannot_begin_its_leases_go_back(folder, leases):
+    with in_process_swarm(folder, "0:2", "2:6"):
+        model = remote(folder)
+        output = model.remote_blocks(torch.randn(ROWS, LENGTH, HIDDEN, requires_grad=True))
+        assert sum(map(len, leases)) == 2 * -(-ROWS * LENGTH // 128)
+        with pytest.raises(RequestRefused):
+            output.backward(torch.full_like(output, torch.nan))
+        del output
+        assert left(leases) == 0
+        model.remote_blocks.close()
+
+
+def test_an_interrupted_call_of_the_model_is_over(folder, monkeypatch):
+    with in_process_swarm(folder, "0:6"):
+        model = remote(folder)
+        blocks, hidden = model.remote_blocks, torch.randn(1, LENGTH, HIDDEN)
+        expected = blocks(hidden)
+        with monkeypatch.context() as patch:
+            patch.setattr(blocks.backbone, "run", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(input_ids=IDS[:1], attention_mask=torch.tensor([[0] + [1] * (LENGTH - 1)]))
+        torch.testing.assert_close(blocks(hidden), expected)
+        model.remote_blocks.close()
+
+
+def interrupt(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt

@@ -9,7 +9,6 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from petals_tune.errors import ConfigError, RequestRefused
 from petals_tune.swarm import session as swarm_session
 from tests.models import VOCABULARY
 from tests.remote.conftest import Swarms
@@ -159,28 +158,6 @@ def test_a_second_turn_sends_only_what_is_new(remote):
     new_positions, servers, calls = 3 + 2, 2, 3
     assert servers * new_positions * HIDDEN_BYTES < sent < servers * (new_positions * HIDDEN_BYTES + calls * 200)
     assert sent < 40 * HIDDEN_BYTES  # the first turn again, to one of the servers
-
-
-def test_step_by_step_with_rollback(swarms, remote):
-    ids = text(2, LENGTH)
-    expected = swarms.plain(input_ids=ids).logits
-    with torch.no_grad(), remote.inference_session(max_length=32) as session:
-        for _ in range(2):
-            parts = [remote(input_ids=part, past_key_values=session).logits for part in ids.split(4, dim=1)]
-            torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)
-            session.rollback(4)
-            again = remote(input_ids=ids[:, 4:], past_key_values=session).logits
-            torch.testing.assert_close(again, expected[:, 4:], rtol=1e-4, atol=1e-4)
-            session.rollback(0)
-        with pytest.raises(ConfigError, match=r"rollback\(5\): the session is at position 0"):
-            session.rollback(5)
-
-
-def test_a_session_that_is_full_says_so_and_the_servers_go_on(swarms, remote):
-    ids = text(1, LENGTH)
-    with remote.inference_session(max_length=12), pytest.raises(RequestRefused, match=r"max_length=12 .* reach 13"):
-        generated(remote, ids, do_sample=False)
-    assert torch.equal(generated(remote, ids, do_sample=False), generated(swarms.plain, ids, do_sample=False))
 
 
 def test_long_prompts_go_through_the_servers_in_pieces(swarms, remote, monkeypatch):

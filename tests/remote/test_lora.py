@@ -9,10 +9,11 @@ import torch
 
 from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.errors import ServerError, UnsupportedAdapter
-from petals_tune.swarm.client import SwarmClient
+from petals_tune.swarm.sender import Sender
 from petals_tune.tuning.deep_prompt import DeepPromptConfig, load_deep_prompts, save_deep_prompts, with_deep_prompts
 from petals_tune.wire.messages import CollectedSum, CollectSum
 from tests.models import VOCABULARY, relative_error
+from tests.raising import raises
 from tests.remote.conftest import Swarms
 
 pytestmark = pytest.mark.swarm
@@ -85,19 +86,19 @@ def test_sums_are_the_same_every_time(swarms):
 
 @pytest.mark.parametrize("fault", ["lost", "a stranger's term"])
 def test_a_sum_that_is_lost_or_not_ours_is_computed_again(swarms, fault, monkeypatch):
-    model, ask, hit = swarms.remote(2), SwarmClient.ask, []
+    model, ask, hit = swarms.remote(2), Sender.ask, []
 
-    async def failing(self, server, request):
-        reply = await ask(self, server, request)
+    async def failing(self, hop, request, context=None):
+        reply = await ask(self, hop, request, context)
         if isinstance(request, CollectSum) and not hit:
-            hit.append(server)
+            hit.append(hop)
             if fault == "lost":
                 raise ServerError("gone")
             assert isinstance(reply, CollectedSum)
             return msgspec.structs.replace(reply, terms=reply.terms + 1)
         return reply
 
-    monkeypatch.setattr(SwarmClient, "ask", failing)
+    monkeypatch.setattr(Sender, "ask", failing)
     found = lora_gradients(model, 2)
     assert len(hit) == 1
     assert_same(found, lora_gradients(swarms.plain))
@@ -180,7 +181,7 @@ def test_what_a_server_would_not_run_is_refused_before_any_traffic(swarms):
     model = swarms.remote(2)
     net = peft.get_peft_model(model, lora(lora_bias=True))
     before = model.remote_blocks.stats.sent_bytes
-    with pytest.raises(UnsupportedAdapter, match="lora_bias=False"):
+    with raises(UnsupportedAdapter, key="tuning.lora_bias"):
         net(**batch())
     assert model.remote_blocks.stats.sent_bytes == before
     net.unload()

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from petals_tune.blocks.engine import Engine
+from petals_tune.errors import PetalsTuneError
 from petals_tune.net.in_process import InProcessNetwork
 from petals_tune.net.members import Members
 from petals_tune.wire.adapter import AdapterPart
-from petals_tune.wire.messages import PROTOCOL, Forward, Hello, PutAdapter, Welcome
+from petals_tune.wire.messages import PROTOCOL, Forward, Hello, PutAdapter, Refusal, Welcome
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 from servers.requests.admission import RequestLimits
@@ -69,6 +70,11 @@ def record_of(peer: str = "server") -> ServerRecord:
 
 def forward(rows: int = 1, positions: int = 2, **fields: Any) -> Forward:
     return Forward(**{"span": SPAN, "hidden": torch.ones(rows, positions, HIDDEN), **fields})
+
+
+def is_refusal_of(error: PetalsTuneError, refusal: Refusal) -> bool:
+    """Whether it has the class of `error` and its fields, be its text what it may."""
+    return refusal.error == type(error).__name__ and vars(error).items() <= refusal.fields.items()
 
 
 class House:

@@ -12,7 +12,9 @@ from tests.servers.hosting import options_of
 
 TEXT = (Path(__file__).parents[2] / "docs" / "hosting.md").read_text()
 ROWS = [
-    line.split(" | ") for line in TEXT[TEXT.index("## Coming from Petals") :].splitlines() if line.startswith("| `")
+    line.split(" | ")
+    for line in TEXT[TEXT.index("## Options of Petals servers") :].splitlines()
+    if line.startswith("| `")
 ]
 
 

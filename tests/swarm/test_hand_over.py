@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import pytest
 
 from petals_tune.swarm import hand_over
-from petals_tune.swarm.hand_over import APART_S, FAR_S, HandOverRules, Pass
+from petals_tune.swarm.hand_over import APART_S, FAR_S, HandOverRules
 from petals_tune.wire.records import ServerRecord
 from tests.swarm.test_trace import ROUTE
 
@@ -55,17 +55,13 @@ def test_two_servers_that_could_not_reach_each_other_are_left_alone_for_a_while(
 
 def test_a_pass_has_one_ticket_between_neighbours_that_hand_on():
     rules = HandOverRules(Streams(), "always")  # type: ignore[arg-type]
-    along = Pass.along(ROUTE, rules)
-    assert [(start, goes.peer) for start, goes in along.goes.items()] == [(0, B.server.peer), (2, C.server.peer)]
-    assert [(start, comes.peer) for start, comes in along.comes.items()] == [(2, A.server.peer), (4, B.server.peer)]
-    assert along.goes[0].ticket == along.comes[2].ticket
-    assert along.goes[2].ticket == along.comes[4].ticket != along.goes[0].ticket
+    (*first, ticket), (*second, other_ticket) = rules.tickets(ROUTE)
+    assert (first, second) == ([A, B], [B, C])
+    assert ticket != other_ticket
     rules.failed(A.server.peer, B.server.peer)
-    apart = Pass.along(ROUTE, rules)
-    assert (set(apart.goes), set(apart.comes)) == ({2}, {4})
+    assert [hops for *hops, _ in rules.tickets(ROUTE)] == [[B, C]]
 
 
 @pytest.mark.parametrize("hops", [(), (A,)])
 def test_a_pass_of_less_than_two_servers_hands_nothing_on(hops):
-    along = Pass.along(hops, HandOverRules(Streams(), "always"))  # type: ignore[arg-type]
-    assert (along.goes, along.comes) == ({}, {})
+    assert not list(HandOverRules(Streams(), "always").tickets(hops))  # type: ignore[arg-type]

@@ -71,10 +71,14 @@ def test_ctrl_c_cancels_what_runs():
     assert cancelled.wait(timeout=30)
 
 
-def test_soon_calls_on_the_loop():
+def test_a_task_is_started_on_the_loop():
     called = threading.Event()
     loop.background_loop()
-    loop.soon(called.set)
+
+    async def work() -> None:
+        called.set()
+
+    loop.start_task(work)
     assert called.wait(timeout=30)
 
 
@@ -82,7 +86,12 @@ def outcome(script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
 
 
-IMPORTS = "import asyncio, os\nfrom petals_tune.swarm import loop\nasync def three(): return 3\n"
+IMPORTS = """
+import asyncio, os
+from petals_tune.swarm import loop
+async def three(): return 3
+async def end(): os._exit(1)
+"""
 
 
 def test_a_forked_child_gets_a_loop_of_its_own():
@@ -91,7 +100,7 @@ assert loop.run(three()) == 3
 before = loop.background_loop()
 child = os.fork()
 if child == 0:
-    loop.soon(os._exit, 1)  # the parent's loop: nothing may come of it
+    loop.start_task(end)  # the parent's loop: nothing may come of it
     os._exit(0 if loop.run(three()) == 3 and loop.background_loop() is not before else 2)
 _, status = os.waitpid(child, 0)
 assert os.waitstatus_to_exitcode(status) == 0, status
@@ -106,7 +115,7 @@ def test_a_finalizer_may_use_the_loop_at_interpreter_exit():
     script = """
 class Kept:
     def __del__(self):
-        loop.soon(print, "released")
+        loop.start_task(three)
 kept = Kept()
 loop.run(three())
 kept.itself = kept

@@ -98,7 +98,7 @@ async def test_what_no_other_server_could_do_leaves_at_once(error):
     swarm = Counted()
     for work in (
         lambda: Repair(swarm).along_route(BlockSpan(0, 6), failing_at({2: [error]}, []), work=1),
-        lambda: Repair(swarm).or_else(Work([error]), Work([]), Repair(swarm).attempts()),
+        lambda: Repair(swarm).with_fallback(Work([error]), Work([]), Repair(swarm).attempts()),
         lambda: Repair(swarm).until_done(Work([error]), Repair(swarm).attempts()),
     ):
         with pytest.raises(type(error)) as caught:
@@ -109,19 +109,19 @@ async def test_what_no_other_server_could_do_leaves_at_once(error):
 
 async def test_each_thing_that_a_server_lacks_is_sent_once():
     work = Work([LeaseLost("l"), AdapterMissing("a"), NotHandedOn("n")])
-    assert await Repair(Counted()).with_what_lacks(work) == "done"
+    assert await Repair(Counted()).supply_missing(work) == "done"
     assert work.calls == 4
     with raises(AdapterMissing):
-        await Repair(Counted()).with_what_lacks(Work([AdapterMissing("a"), AdapterMissing("still")]))
+        await Repair(Counted()).supply_missing(Work([AdapterMissing("a"), AdapterMissing("still")]))
     with raises(SessionLost):
-        await Repair(Counted()).with_what_lacks(Work([SessionLost("all inputs are needed")]))
+        await Repair(Counted()).supply_missing(Work([SessionLost("all inputs are needed")]))
 
 
 async def test_a_request_whose_server_fails_is_done_otherwise_and_one_that_succeeds_is_not():
     swarm = Counted()
     otherwise = Work([])
     for errors, calls, retries in (([], 0, 0), ([ServerUnreachable("gone")], 1, 1), ([SessionLost("s")], 2, 2)):
-        assert await Repair(swarm).or_else(Work(errors), otherwise, Repair(swarm).attempts()) == "done"
+        assert await Repair(swarm).with_fallback(Work(errors), otherwise, Repair(swarm).attempts()) == "done"
         assert (otherwise.calls, swarm.stats.retries) == (calls, retries)
 
 

@@ -25,7 +25,7 @@ def test_work_that_moves_on_starts_anew():
     attempts = Attempts(POLICY, since_s=0)
     attempts.failed(GONE, 1)
     attempts.failed(GONE, 2)
-    attempts.moved_on(50)
+    attempts.made_progress(50)
     assert attempts.failed(GONE, 149) == 1
     with pytest.raises(SwarmTimeout):
         attempts.failed(GONE, 150)
@@ -61,7 +61,7 @@ def test_numbers_that_are_not_finite_twice_are_nobodys_fault_but_the_runs():
     attempts.failed(GONE, 2)
     with raises(Diverged):
         attempts.failed(NAN, 3)
-    attempts.moved_on(4)
+    attempts.made_progress(4)
     attempts.failed(NAN, 5)
 
 

@@ -67,7 +67,7 @@ def test_only_supervised_positions_reach_the_head_and_the_hook_is_gone_afterward
 
 def test_the_hook_is_gone_after_an_error() -> None:
     net, rows = net_with("plain"), batch("right")
-    with raises(DataError):
+    with raises(DataError, column="labels"):
         CausalLM()(net, rows | {"labels": torch.full_like(rows["labels"], IGNORED)})
     assert net(**rows).logits.shape == (3, 9, 320)
 
@@ -152,7 +152,7 @@ def test_packed_rows_are_no_rows_for_a_head() -> None:
     objective, net = classifier("plain")
     rows = reviews([WORDS[1]])
     twice = {name: torch.cat([tensor, tensor], dim=1) for name, tensor in rows.items()}
-    with raises(DataError):
+    with raises(DataError, column="labels"):
         objective(net, twice)
 
 

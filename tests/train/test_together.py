@@ -54,5 +54,5 @@ def test_a_further_rank_starts_no_servers(monkeypatch: pytest.MonkeyPatch) -> No
         assert peers == ["/ip4/127.0.0.1/tcp/1/p2p/a", "/ip4/127.0.0.1/tcp/2/p2p/b"]
     monkeypatch.delenv("PETALS_TUNE_LOCAL_SWARM")
     lonely = local_swarm("nowhere", spans=["0:1"])
-    with raises(ConfigError), lonely:
+    with raises(ConfigError, key="swarm.initial_peers"), lonely:
         pass

@@ -84,5 +84,5 @@ def test_files_come_back_on_another_model_and_damaged_ones_are_refused(model, tm
 
 def test_a_model_without_any_has_none_to_save(model, tmp_path):
     assert deep_prompts(model) is None
-    with raises(ConfigError):
+    with raises(ConfigError, key="tuning"):
         save_deep_prompts(model, tmp_path)

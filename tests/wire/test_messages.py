@@ -1,3 +1,5 @@
+from typing import Any
+
 import msgspec
 import pytest
 import torch
@@ -100,6 +102,7 @@ EXAMPLES: list[Message] = [
     Withdrawn(tickets=[TICKET]),
     Done(),
     Refusal(error="LeaseLost", text="gone"),
+    Refusal(error="RequestRefused", text="long", fields={"max_length": 7, "reason": "too long", "block": None}),
 ]
 NAMES = [type(example).__name__ for example in EXAMPLES]
 
@@ -170,6 +173,77 @@ def test_a_refusal_is_raised_as_the_error_that_it_names(name):
 @pytest.mark.parametrize("name", [*sorted(LOCAL), "KeyError", "SystemExit", ""])
 def test_a_refusal_of_another_name_is_a_servers_failure(name):
     assert type(Refusal(error=name, text="").to_error("peer")) is ServerError
+
+
+FIELDS: list[PetalsTuneError] = [
+    errors.RequestRefused("t", reason="too long", max_length=7, block=0),
+    errors.RequestRefused("t", limit="max_tokens", module="self_attn.q_proj", block=None),
+    errors.MessageTooLarge("t", size_bytes=2**40, limit_bytes=0),
+    errors.ServerBusy("t", limit="max_streams", leaving=True),
+    errors.NotFinite("t", block=3),
+    errors.NotHandedOn("t", reason="withdrawn"),
+    errors.AccessDenied("t", reason="expired", member="alice"),
+    errors.SwarmMismatch("t", wanted="digest"),
+    errors.ProtocolError("t", what="hello"),
+]
+
+
+@pytest.mark.parametrize("error", FIELDS, ids=lambda error: type(error).__name__)
+def test_the_fields_of_an_error_arrive_with_it(error):
+    found = decode(encode(Refusal.of(error))).to_error("12D3KooW")
+    assert type(found) is type(error)
+    assert {name: value for name, value in vars(found).items() if name != "peer"} == vars(error)
+
+
+def test_a_field_that_cannot_be_sent_stays_behind_and_the_peer_is_the_one_that_answered():
+    refusal = Refusal.of(errors.SwarmMismatch("t", wanted="a", found=("b", "c")))
+    assert refusal.fields == {"wanted": "a"}
+    assert Refusal.of(errors.AccessDenied("t", member="a" * 5000)).fields == {}
+    handed_on = Refusal.of(errors.NotHandedOn("t", peer="another", reason="peer lost"))
+    assert handed_on.fields == {"reason": "peer lost"}
+    assert handed_on.to_error("me").peer == "me"
+
+
+HOSTILE: dict[str, tuple[str, dict[str, Any]]] = {
+    "unknown names": ("ServerBusy", {"nonsense": 1, "": 2, "__class__": "int", "args": "x", "with_traceback": 1}),
+    "what no server may say": ("ServerBusy", {"peer": "another", "fault": "yours"}),
+    "an int for text": ("ServerBusy", {"limit": 7}),
+    "text for an int": ("RequestRefused", {"max_length": "7"}),
+    "a float for an int": ("RequestRefused", {"max_length": 7.5}),
+    "a bool for an int": ("NotFinite", {"block": True}),
+    "an int for a bool": ("ServerBusy", {"leaving": 1}),
+    "none for text": ("AccessDenied", {"reason": None}),
+    "a reason that there is not": ("NotHandedOn", {"reason": "because"}),
+    "a field of another error": ("LeaseLost", {"block": 3}),
+    "an error that servers do not raise": ("ConfigError", {"key": "swarm.attempts"}),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_fields_that_an_error_does_not_have_are_dropped(what):
+    name, fields = HOSTILE[what]
+    error = decode(encode(Refusal(error=name, text="because", fields=fields))).to_error("12D3KooW")
+    assert vars(error) == ({"peer": "12D3KooW"} if isinstance(error, ServerError) else {})
+    assert error.args == ("because (said by server 12D3KooW)",)
+
+
+TOO_MUCH: dict[str, Any] = {
+    "many": {f"f{number}": 0 for number in range(17)},
+    "a long name": {"f" * 129: 0},
+    "a long text": {"limit": "x" * 1025},
+    "a list": {"limit": ["x"]},
+    "a map": {"limit": {"x": 1}},
+    "bytes": {"limit": b"x"},
+    "a number as a name": {7: 0},
+    "no map": [1],
+}
+
+
+@pytest.mark.parametrize("what", TOO_MUCH)
+def test_fields_of_any_other_kind_or_size_are_no_message(what):
+    raw = {"kind": "refusal", "error": "ServerBusy", "text": "", "fields": TOO_MUCH[what]}
+    with raises(ProtocolError, what="message"):
+        decode(msgspec.msgpack.encode(raw))
 
 
 def test_only_a_servers_failures_are_tried_elsewhere():

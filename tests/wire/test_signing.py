@@ -32,7 +32,7 @@ def test_identity_files_are_what_the_daemon_reads():
 
 @pytest.mark.parametrize("data", [b"", b"\x08\x01\x12\x40", identity_bytes(ALICE)[:-1], identity_bytes(ALICE) + b"x"])
 def test_what_is_no_identity_is_refused(data):
-    with raises(ConfigError):
+    with raises(ConfigError, key="identity_path"):
         identity_from(data)
 
 

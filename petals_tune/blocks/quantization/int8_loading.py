@@ -1,7 +1,7 @@
 """Quantization to 8 bits while transformers loads a model, some rows at a time.
 
 On a CPU, bitsandbytes quantizes a whole matrix at once, with four more copies of it in memory in 16 bits. transformers
-takes quantizers of others by name (`register_quantizer`); this one differs from the library's in that operation alone.
+takes quantizers of others by name (`register_quantizer`); this one differs from its own in that operation alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _WEIGHTS_AT_ONCE = 2**20
 
 
 class QuantizeByRowsConfig(BitsAndBytesConfig):
-    """The library's configuration, which chooses the quantizer below."""
+    """transformers' configuration, which chooses the quantizer below."""
 
     def __init__(self, **options: Any):
         super().__init__(**options)

@@ -49,5 +49,5 @@ def test_as_many_blocks_as_fit_beside_all_four_budgets(layout, monkeypatch):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: int(free / 0.9) + 1)
         assert number(layout, "quantization=none", *limits) == fit
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(4 * GB / 0.9))
-    with raises(ConfigError):
+    with raises(ConfigError, key="num_blocks"):
         number(layout, "quantization=none", *limits)

@@ -95,7 +95,8 @@ async def test_requests_have_at_most_max_positions_and_max_tokens(engine, rows, 
         if fits:
             await executor.run(ME, request())
         else:
-            with raises(RequestRefused):
+            limit = "max_positions" if positions > 8 else "max_tokens"
+            with raises(RequestRefused, limit=limit):
                 await executor.run(ME, request())
 
 
@@ -109,5 +110,5 @@ async def test_other_blocks_are_refused_before_anything_is_kept(executor, reques
 
 
 async def test_a_message_that_asks_nothing_is_refused(executor):
-    with raises(RequestRefused):
+    with raises(RequestRefused, reason="kind"):
         await executor.run(ME, Done())

@@ -52,7 +52,7 @@ async def test_a_ticket_is_good_once():
     assert deliveries.released == {1: 1}, "the second delivery"
     waiting = deliveries.receive(2)
     await asyncio.sleep(0)
-    with raises(RequestRefused):
+    with raises(RequestRefused, reason="ticket"):
         await deliveries.receive(2)
     waiting.cancel()
 

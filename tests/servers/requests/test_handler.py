@@ -11,6 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petals_tune.blocks.engine import Engine
+from petals_tune.errors import (
+    AdapterMissing,
+    BlocksNotHere,
+    LeaseLost,
+    PetalsTuneError,
+    ProtocolError,
+    RequestRefused,
+    SessionLost,
+)
 from petals_tune.wire import frames
 from petals_tune.wire.codec import encode
 from petals_tune.wire.messages import (
@@ -38,7 +47,7 @@ from petals_tune.wire.messages import (
 )
 from petals_tune.wire.span import BlockSpan
 from servers.scheduling.compute_thread import ComputeThread
-from tests.servers.peers import HIDDEN, SPAN, House, forward, lora, prompt, put
+from tests.servers.peers import HIDDEN, SPAN, House, forward, is_refusal_of, lora, prompt, put
 from tests.wire.test_messages import EXAMPLES
 
 Parts = tuple[Engine, ComputeThread]
@@ -48,61 +57,80 @@ FRAME = struct.Struct(">IQI")
 NAN = torch.full((1, 2, HIDDEN), float("nan"))
 INF = torch.full((1, 2, HIDDEN), float("inf"))
 
-# What is wrong -> (what is sent, the error in the refusal)
-BAD_REQUESTS: dict[str, tuple[Message, str]] = {
-    "blocks of another server": (forward(span=BlockSpan(0, 2)), "BlocksNotHere"),
-    "blocks beyond the model": (forward(span=BlockSpan(1, 2**40)), "BlocksNotHere"),
-    "wrong hidden size": (Forward(span=SPAN, hidden=torch.ones(1, 2, 31)), "RequestRefused"),
-    "NaN in hidden states": (Forward(span=SPAN, hidden=NAN), "RequestRefused"),
-    "Inf in hidden states": (Forward(span=SPAN, hidden=INF), "RequestRefused"),
+# What is wrong -> (what is sent, the error that comes back, with any text)
+T = ""
+BAD_REQUESTS: dict[str, tuple[Message, PetalsTuneError]] = {
+    "blocks of another server": (forward(span=BlockSpan(0, 2)), BlocksNotHere(T)),
+    "blocks beyond the model": (forward(span=BlockSpan(1, 2**40)), BlocksNotHere(T)),
+    "wrong hidden size": (Forward(span=SPAN, hidden=torch.ones(1, 2, 31)), RequestRefused(T, reason="hidden size")),
+    "NaN in hidden states": (Forward(span=SPAN, hidden=NAN), RequestRefused(T, reason="hidden not finite", block=1)),
+    "Inf in hidden states": (Forward(span=SPAN, hidden=INF), RequestRefused(T, reason="hidden not finite", block=1)),
     "NaN in a forward to run again": (
         Backward(again=Forward(span=SPAN, hidden=NAN), grad=torch.ones(1, 2, HIDDEN)),
-        "RequestRefused",
+        RequestRefused(T, reason="hidden not finite", block=1),
     ),
-    "NaN in a gradient": (Backward(again=forward(), grad=NAN), "RequestRefused"),
+    "NaN in a gradient": (Backward(again=forward(), grad=NAN), RequestRefused(T, reason="gradient not finite")),
     "a gradient of another shape": (
         Backward(again=forward(), grad=torch.ones(1, 3, HIDDEN)),
-        "RequestRefused",
+        RequestRefused(T, reason="gradient shape"),
     ),
-    "more positions than allowed": (forward(positions=65), "RequestRefused"),
-    "more rows than allowed": (forward(rows=9, positions=32), "RequestRefused"),
+    "more positions than allowed": (forward(positions=65), RequestRefused(T, limit="max_positions")),
+    "more rows than allowed": (forward(rows=9, positions=32), RequestRefused(T, limit="max_tokens")),
     "more of them than allowed, to be handed on by another server": (
         Chained(request=without_tensor(forward(positions=65)), comes=HandOver(peer="other", ticket=bytes(16))),
-        "RequestRefused",
+        RequestRefused(T, limit="max_positions"),
     ),
-    "no hidden size at all": (without_tensor(forward()), "RequestRefused"),
+    "no hidden size at all": (without_tensor(forward()), RequestRefused(T, reason="hidden size")),
     "the same in a backward": (
         Backward(again=forward(positions=65), grad=torch.ones(1, 65, HIDDEN)),
-        "RequestRefused",
+        RequestRefused(T, limit="max_positions"),
     ),
     "nothing that needs a gradient": (
         Backward(again=forward(input_grad=False), grad=torch.ones(1, 2, HIDDEN)),
-        "RequestRefused",
+        RequestRefused(T, reason="no gradient"),
     ),
-    "an unknown adapter": (forward(adapter="v9"), "AdapterMissing"),
-    "an unknown lease": (Backward(lease=2**60, grad=torch.ones(1, 2, HIDDEN)), "LeaseLost"),
-    "a negative lease": (Backward(lease=-1, grad=torch.ones(1, 2, HIDDEN)), "LeaseLost"),
-    "an unknown session": (Step(session=2**60, hidden=torch.ones(1, 1, HIDDEN), position=0), "SessionLost"),
-    "a session for ever": (OpenSession(span=SPAN, rows=2**62, max_length=2**62), "RequestRefused"),
-    "a session on other blocks": (OpenSession(span=BlockSpan(4, 6), rows=1, max_length=4), "BlocksNotHere"),
+    "an unknown adapter": (forward(adapter="v9"), AdapterMissing(T)),
+    "an unknown lease": (Backward(lease=2**60, grad=torch.ones(1, 2, HIDDEN)), LeaseLost(T)),
+    "a negative lease": (Backward(lease=-1, grad=torch.ones(1, 2, HIDDEN)), LeaseLost(T)),
+    "an unknown session": (Step(session=2**60, hidden=torch.ones(1, 1, HIDDEN), position=0), SessionLost(T)),
+    "a session for ever": (
+        OpenSession(span=SPAN, rows=2**62, max_length=2**62),
+        RequestRefused(T, limit="max_cache_gb"),
+    ),
+    "a session on other blocks": (OpenSession(span=BlockSpan(4, 6), rows=1, max_length=4), BlocksNotHere(T)),
     "a session with an unknown adapter": (
         OpenSession(span=SPAN, rows=1, max_length=4, adapter="v9"),
-        "AdapterMissing",
+        AdapterMissing(T),
     ),
-    "LoRA on a linear that is not there": (put(lora(module="mlp.eval")), "RequestRefused"),
-    "LoRA of the wrong shape": (put(lora(tensors=[torch.ones(2, 31), torch.ones(48, 2)])), "RequestRefused"),
-    "LoRA of rank 0": (put(lora(rank=0)), "RequestRefused"),
-    "LoRA without tensors": (put(lora(tensors=[])), "RequestRefused"),
-    "LoRA with an infinite scaling": (put(lora(scaling=float("inf"))), "RequestRefused"),
-    "LoRA of integers": (put(lora(tensors=[torch.ones(2, HIDDEN).long()] * 2)), "RequestRefused"),
+    "LoRA on a linear that is not there": (
+        put(lora(module="mlp.eval")),
+        RequestRefused(T, reason="adapter", block=1, module="mlp.eval"),
+    ),
+    "LoRA of the wrong shape": (
+        put(lora(tensors=[torch.ones(2, 31), torch.ones(48, 2)])),
+        RequestRefused(T, reason="adapter", block=1, module="mlp.gate_proj"),
+    ),
+    "LoRA of rank 0": (put(lora(rank=0)), RequestRefused(T, reason="adapter", block=1, module="mlp.gate_proj")),
+    "LoRA without tensors": (
+        put(lora(tensors=[])),
+        RequestRefused(T, reason="adapter", block=1, module="mlp.gate_proj"),
+    ),
+    "LoRA with an infinite scaling": (
+        put(lora(scaling=float("inf"))),
+        RequestRefused(T, reason="adapter", block=1, module="mlp.gate_proj"),
+    ),
+    "LoRA of integers": (
+        put(lora(tensors=[torch.ones(2, HIDDEN).long()] * 2)),
+        RequestRefused(T, reason="adapter", block=1, module="mlp.gate_proj"),
+    ),
     "a prompt of NaN": (
         put(prompt(tensors=[torch.full((2, HIDDEN), float("nan"))])),
-        "RequestRefused",
+        RequestRefused(T, reason="adapter", block=1, module=""),
     ),
-    "two prompts on a block": (put(prompt(), prompt()), "RequestRefused"),
-    "an adapter on other blocks": (put(span=BlockSpan(0, 6)), "BlocksNotHere"),
-    "an answer in place of a request": (Done(), "RequestRefused"),
-    "a second Hello": (Hello(), "RequestRefused"),
+    "two prompts on a block": (put(prompt(), prompt()), RequestRefused(T, reason="adapter", block=1, module="")),
+    "an adapter on other blocks": (put(span=BlockSpan(0, 6)), BlocksNotHere(T)),
+    "an answer in place of a request": (Done(), RequestRefused(T, reason="kind")),
+    "a second Hello": (Hello(), RequestRefused(T, reason="kind")),
 }
 
 # Messages that are none: nothing of them is a request, and the stream goes on.
@@ -128,7 +156,7 @@ async def test_a_bad_request_is_refused_by_name_and_the_next_one_is_served(engin
     request, error = BAD_REQUESTS[what]
     async with House(engine).client() as peer:
         refusal = await peer.refused(request)
-        assert refusal.error == error, refusal
+        assert is_refusal_of(error, refusal), refusal
         assert isinstance(await peer.ask(forward()), Forwarded)
 
 
@@ -159,26 +187,26 @@ def test_a_message_that_was_changed_on_the_way_costs_nobody_anything(engine, dat
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("data", "what"),
     [
-        FRAME.pack(frames.MAX_FRAME_BYTES + 1, 7, 0),
-        FRAME.pack(2**32 - 1, 7, 0),
-        FRAME.pack(1, 7, 2**31) + b"x",
-        FRAME.pack(0, 7, 10),
-        FRAME.pack(1, 7, 10) + b"x" + FRAME.pack(1, 7, 10) + b"x",
-        FRAME.pack(1, 7, 10) + b"x" + FRAME.pack(2, 7, 9) + b"xx",
-        b"".join(FRAME.pack(1, number, 1) + b"x" for number in range(10, 140)),
-        b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+        (FRAME.pack(frames.MAX_FRAME_BYTES + 1, 7, 0), "frame"),
+        (FRAME.pack(2**32 - 1, 7, 0), "frame"),
+        (FRAME.pack(1, 7, 2**31) + b"x", "message"),
+        (FRAME.pack(0, 7, 10), "frame"),
+        (FRAME.pack(1, 7, 10) + b"x" + FRAME.pack(1, 7, 10) + b"x", "frame"),
+        (FRAME.pack(1, 7, 10) + b"x" + FRAME.pack(2, 7, 9) + b"xx", "frame"),
+        (b"".join(FRAME.pack(1, number, 1) + b"x" for number in range(10, 140)), "message"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", "frame"),
     ],
     ids=["long", "longest", "large message", "empty", "duplicate", "overlap", "never ended", "http"],
 )
-async def test_frames_that_cannot_be_followed_end_the_stream_alone(engine, data):
+async def test_frames_that_cannot_be_followed_end_the_stream_alone(engine, data, what):
     house = House(engine)
     async with house.client("alice") as other, house.client() as peer:
         await peer.write(data)
         (refusal,) = await peer.last_words()
         assert isinstance(refusal, Refusal)
-        assert refusal.error == "ProtocolError", refusal
+        assert is_refusal_of(ProtocolError(T, what=what), refusal), refusal
         assert isinstance(await other.ask(forward()), Forwarded)
     async with house.client() as again:
         assert isinstance(await again.ask(forward()), Forwarded)
@@ -248,14 +276,14 @@ async def test_a_session_refuses_steps_that_do_not_continue_it(engine):
             return Step(session=opened.session, hidden=hidden, position=position, **fields)
 
         for bad, error in [
-            (step(rows=1), "RequestRefused"),
-            (step(positions=5), "RequestRefused"),
-            (step(position=3), "SessionLost"),
-            (step(position=2**60), "SessionLost"),
-            (step(order=torch.tensor([0, 2])), "RequestRefused"),
-            (step(order=torch.tensor([0, -1])), "RequestRefused"),
+            (step(rows=1), RequestRefused(T, reason="rows")),
+            (step(positions=5), RequestRefused(T, reason="too long", max_length=5)),
+            (step(position=3), SessionLost(T)),
+            (step(position=2**60), SessionLost(T)),
+            (step(order=torch.tensor([0, 2])), RequestRefused(T, reason="order")),
+            (step(order=torch.tensor([0, -1])), RequestRefused(T, reason="order")),
         ]:
-            assert (await peer.refused(bad)).error == error
+            assert is_refusal_of(error, await peer.refused(bad))
         assert isinstance(await peer.ask(step()), Stepped)
 
 
@@ -271,7 +299,7 @@ async def test_a_prompt_longer_than_the_sequence_is_refused_wherever_it_is_used(
             Step(session=opened.session, hidden=grad, position=0),
         ):
             refusal = await peer.refused(request)
-            assert refusal.error == "RequestRefused", refusal
+            assert is_refusal_of(RequestRefused(T, reason="adapter", block=1), refusal), refusal
 
 
 async def test_terms_of_a_sum_that_are_not_alike_are_refused(engine):
@@ -282,7 +310,7 @@ async def test_terms_of_a_sum_that_are_not_alike_are_refused(engine):
         first = Backward(again=forward(adapter="a"), grad=grad, adapter_sum=1)
         assert isinstance(await peer.ask(first), Gradients)
         other = Backward(again=forward(adapter="b"), grad=grad, adapter_sum=1, term=1)
-        assert (await peer.refused(other)).error == "RequestRefused"
+        assert is_refusal_of(RequestRefused(T, reason="sum"), await peer.refused(other))
         collected = await peer.ask(CollectSum(adapter_sum=1))
         assert isinstance(collected, CollectedSum)
         assert collected.terms == 1

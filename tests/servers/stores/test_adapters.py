@@ -57,9 +57,9 @@ def test_a_clients_older_versions_make_room_and_those_of_others_only_beyond_thei
     adapters.put("a", "v2", SPAN, parts(0))
     assert [(upload.version) for upload in adapters.keys_of("a")] == ["v2"]
     adapters.get("b", "v1", SPAN)
-    with raises(ServerBusy):
+    with raises(ServerBusy, limit="max_adapter_gb"):
         adapters.put("c", "v1", SPAN, parts(0))
-    with raises(RequestRefused):
+    with raises(RequestRefused, limit="max_adapter_gb"):
         adapters.put("c", "v1", SPAN, parts(0, 1, 2))
     assert adapters.used_bytes == 80
 
@@ -92,7 +92,7 @@ def test_half_precision_terms_are_summed_to_floats():
 def test_terms_of_different_shapes_are_refused_and_the_sum_stays():
     sums = GradientSums(max_bytes=10**4)
     sums.add("a", 1, 0, term(1.0))
-    with raises(RequestRefused):
+    with raises(RequestRefused, reason="sum"):
         sums.add("a", 1, 1, term(1.0, size=4))
     assert len(sums.take("a", 1)) == 1
 
@@ -109,6 +109,6 @@ def test_sums_that_a_client_never_collects_are_dropped_the_oldest_first():
 def test_a_term_without_room_is_refused_as_busy(client):
     sums = GradientSums(max_bytes=60)  # a term is 9 floats
     sums.add("a", 1, 0, term(1.0))
-    with raises(ServerBusy):
+    with raises(ServerBusy, limit="max_adapter_gb"):
         sums.add(client, 2, 0, term(1.0))
     assert sums.used_bytes == 36

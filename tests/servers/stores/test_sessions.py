@@ -48,7 +48,7 @@ def test_a_client_that_holds_all_makes_room_for_another_and_has_no_claim_on_it_a
     for session in greedy[3:]:
         with raises(SessionLost):
             kept.get("greedy", session, 0)
-    with raises(ServerBusy):
+    with raises(ServerBusy, limit="max_cache_gb"):
         kept.open("greedy", open_request(), None, 0)
     assert kept.get("other", other, 0).rows == 1
 

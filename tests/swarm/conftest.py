@@ -1,0 +1,22 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.network import Network
+from tests.models import save_model
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model") / "llama", "llama")
+
+
+@pytest.fixture
+def network(folder: Path) -> Iterator[Network]:
+    """Blocks 0:3 at `a`, 3:6 at `b`."""
+    network = Network(folder)
+    network.serve("a", "0:3")
+    network.serve("b", "3:6")
+    yield network
+    network.stop()
