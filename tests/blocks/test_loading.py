@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,14 +37,18 @@ def block_values(model: PreTrainedModel, **inputs: torch.Tensor) -> list[torch.T
     return seen
 
 
+@cache
+def values_of(folder: Path, padding: str) -> list[torch.Tensor]:
+    ids, mask = torch.arange(21).reshape(3, 7), masks(3, 7)[padding]
+    return block_values(plain_model(folder), input_ids=ids, attention_mask=mask)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("span", ["0:6", "0:2", "2:5", "5:6"])
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 def test_a_span_gives_what_the_same_blocks_give_in_the_whole_model(model_folder, family, span, padding):
     folder = model_folder(family)
-    mask = masks(3, 7)[padding]
-    ids = torch.arange(21).reshape(3, 7)
-    values = block_values(plain_model(folder), input_ids=ids, attention_mask=mask)
+    mask, values = masks(3, 7)[padding], values_of(folder, padding)
     loaded = load(folder, span)
     assert len(loaded.blocks) == len(loaded.span)
     hidden, wanted = values[loaded.span.start], values[loaded.span.stop]
