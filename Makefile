@@ -1,6 +1,6 @@
 # make demo       install, then fine-tune the embedded default on a local swarm of two server processes
-# make test       install, then the whole test suite but for the slow tests: under 15 minutes on two cores
-# make test-fast  the tests that start no servers, in two processes: under 3 minutes
+# make test       install, then the test suite but for the slow tests
+# make test-fast  the tests that start no servers, in two processes: about 3 minutes on two cores
 # make test-slow  the tests that do not fit into the time of make test
 # make lint       install, then ruff and mypy
 # make clean      remove what the others made, .venv included

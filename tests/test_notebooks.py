@@ -22,6 +22,7 @@ plt.show = lambda: plt.gcf().savefig(f"picture{plt.gcf().number}.png")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.swarm
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_draws_and_holds_no_results(notebook: Path, tmp_path: Path) -> None:

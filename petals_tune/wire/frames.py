@@ -61,7 +61,7 @@ class Assembler:
     def feed(self, message_id: int, payload: bytes, remaining: int) -> bytes | Dropped | None:
         """Add a frame; return the message when this was its last. Raises ProtocolError for a frame out of order."""
         if message_id not in self._open:
-            admitted = self._begin(message_id, len(payload) + remaining)
+            admitted = self._begin(len(payload) + remaining)
             if not remaining:
                 return payload if admitted else Dropped(len(payload))
             self._open[message_id] = (
@@ -84,7 +84,7 @@ class Assembler:
         self.open_bytes -= total
         return body  # type: ignore[return-value]  # a bytearray reads like bytes; a copy of it would cost as much again
 
-    def _begin(self, message_id: int, total: int) -> bool:
+    def _begin(self, total: int) -> bool:
         """Return whether a new message is kept. Raises ProtocolError where it breaks a limit of this stream."""
         if total > self._max_message_bytes:
             raise ProtocolError(

@@ -263,11 +263,6 @@ def carrying(request: Request, tensor: torch.Tensor) -> Request:
     return msgspec.structs.replace(request, **{name: tensor})
 
 
-def without_tensor(request: Request) -> Request:
-    """Return a copy of `request` with an empty tensor, for a Chained whose tensor comes from another server."""
-    return carrying(request, carried(request)[:, :, :0])
-
-
 class Done(Message, frozen=True, tag="done"):
     """Reply without content to a request that succeeded."""
 

@@ -15,6 +15,7 @@ from tests.models import plain_model, relative_error, save_model
 
 pytestmark = [
     pytest.mark.swarm,
+    pytest.mark.slow,
     pytest.mark.skipif(
         os.geteuid() != 0 or not os.access("/dev/net/tun", os.W_OK), reason="namespaces and TUN devices are root's"
     ),

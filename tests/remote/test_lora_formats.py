@@ -11,7 +11,7 @@ from petals_tune import AutoDistributedModelForCausalLM
 from tests.models import VOCABULARY, relative_error
 from tests.remote.conftest import Swarms
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.slow]
 ROWS, LENGTH, PROMPT, WIDTH = 8, 32, 4, 64
 CUT = ["0:3", "3:6"]
 

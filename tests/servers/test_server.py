@@ -36,7 +36,7 @@ async def test_a_server_announces_its_blocks_and_ends_when_it_is_told_to(model_f
     assert (record.blocks, record.total_blocks, record.state) == (BlockSpan(0, 3), 6, "online")
     assert record.throughput.batch == 1000
     assert record.free_cache_bytes == 2**30, "limits.max_cache_gb"
-    assert engine.trimmed.span == record.blocks
+    assert engine.loaded.span == record.blocks
 
 
 @pytest.mark.swarm

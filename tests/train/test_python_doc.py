@@ -10,6 +10,7 @@ from peft import PeftConfig
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.swarm
 def test_the_script_runs(tmp_path: Path) -> None:
     script = (ROOT / "docs" / "python.md").read_text().split("```python\n")[1].split("```")[0]

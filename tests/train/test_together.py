@@ -18,6 +18,7 @@ from tests.train.together import talk, trainer, tuner
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
+@pytest.mark.slow
 @pytest.mark.swarm
 def test_two_processes_learn_what_one_does_with_the_whole_batch(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -35,7 +35,6 @@ from petals_tune.wire.messages import (
     Stepped,
     Welcome,
     Withdrawn,
-    without_tensor,
 )
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
@@ -96,7 +95,7 @@ EXAMPLES: list[Message] = [
     Stepped(hidden=HIDDEN),
     CloseSession(session=9),
     Chained(request=FORWARD, goes=HandOver(peer="peer", ticket=TICKET)),
-    Chained(request=without_tensor(Backward(lease=5, grad=HIDDEN)), comes=HandOver(peer="peer", ticket=TICKET)),
+    Chained(request=Backward(lease=5, grad=HIDDEN[:, :, :0]), comes=HandOver(peer="peer", ticket=TICKET)),
     ChainedReply(reply=Stepped(hidden=HIDDEN), handed_on=True),
     Delivery(ticket=TICKET, tensor=HIDDEN),
     Withdrawn(tickets=[TICKET]),

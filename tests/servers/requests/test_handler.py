@@ -43,7 +43,6 @@ from petals_tune.wire.messages import (
     SessionOpened,
     Step,
     Stepped,
-    without_tensor,
 )
 from petals_tune.wire.span import BlockSpan
 from servers.scheduling.compute_thread import ComputeThread
@@ -77,10 +76,10 @@ BAD_REQUESTS: dict[str, tuple[Message, PetalsTuneError]] = {
     "more positions than allowed": (forward(positions=65), RequestRefused(T, limit="max_positions")),
     "more rows than allowed": (forward(rows=9, positions=32), RequestRefused(T, limit="max_tokens")),
     "more of them than allowed, to be handed on by another server": (
-        Chained(request=without_tensor(forward(positions=65)), comes=HandOver(peer="other", ticket=bytes(16))),
+        Chained(request=forward(hidden=torch.ones(1, 65, 0)), comes=HandOver(peer="other", ticket=bytes(16))),
         RequestRefused(T, limit="max_positions"),
     ),
-    "no hidden size at all": (without_tensor(forward()), RequestRefused(T, reason="hidden size")),
+    "no hidden size at all": (forward(hidden=torch.ones(1, 2, 0)), RequestRefused(T, reason="hidden size")),
     "the same in a backward": (
         Backward(again=forward(positions=65), grad=torch.ones(1, 65, HIDDEN)),
         RequestRefused(T, limit="max_positions"),

@@ -33,7 +33,6 @@ from petals_tune.wire.messages import (
     Pong,
     Refusal,
     Welcome,
-    without_tensor,
 )
 from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.tokens import issue
@@ -213,7 +212,7 @@ async def test_a_request_that_is_not_done_in_time_is_refused_and_never_begun(eng
         busy = ServerBusy("", limit="max_request_s")
         assert is_refusal_of(busy, await client.refused(forward()))
         comes = HandOver(peer="nobody", ticket=bytes(16))
-        refusal = await client.refused(Chained(request=without_tensor(forward()), comes=comes))
+        refusal = await client.refused(Chained(request=forward(hidden=torch.ones(1, 2, 0)), comes=comes))
         assert is_refusal_of(busy, refusal)
     release.set()
     await blocked
