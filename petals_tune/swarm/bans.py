@@ -47,7 +47,11 @@ class Bans:
 
     def active(self, now_s: float) -> frozenset[str]:
         """All to be passed over."""
-        return self.offenders(now_s) | _later(self.not_finite_until_s, now_s) | self.until_s.keys()
+        return self.wrong(now_s) | self.until_s.keys()
+
+    def wrong(self, now_s: float) -> frozenset[str]:
+        """Those that returned numbers that were not finite or cannot be right: asked after those that only failed."""
+        return self.offenders(now_s) | _later(self.not_finite_until_s, now_s)
 
     def doubtful(self, now_s: float) -> frozenset[str]:
         """Those whose ban has ended, and who were not reached since."""

@@ -97,8 +97,9 @@ class SwarmClient:
     async def route(self, span: BlockSpan, *, work: int) -> tuple[Hop, ...]:
         """The cheapest chain for `span`, where one block costs `work` (rows x positions).
 
-        Servers that failed are passed over until they were reached again, unless nobody else holds their blocks. One
-        that returned wrong numbers is not asked even then.
+        Servers that failed are passed over until they were reached again, unless nobody else holds their blocks; those
+        that returned NaN, unless not even a failed one holds them. One that returned what cannot be right is not asked
+        even then.
         """
         self._check_open()
         if self._snapshot is None:
@@ -118,7 +119,11 @@ class SwarmClient:
         try:
             return plan(self.banned())
         except UncoveredBlocks:
-            return plan(self._bans.offenders(time.monotonic()))
+            now_s = time.monotonic()
+            try:
+                return plan(self._bans.wrong(now_s))
+            except UncoveredBlocks:
+                return plan(self._bans.offenders(now_s))
 
     def plan(self, span: BlockSpan, *, work: int, banned: frozenset[str]) -> tuple[Hop, ...]:
         """The cheapest chain without the `banned`, as the last snapshot has it. Raises UncoveredBlocks."""

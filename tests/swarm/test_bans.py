@@ -49,6 +49,9 @@ def test_wrong_numbers_are_not_forgotten_for_an_answer():
         bans.answered(peer)
         bans.reached(peer)
     assert bans.active(1.0) == {"liar", "nan"}
+    bans.failed("gone", 0.0)
+    assert bans.wrong(1.0) == {"liar", "nan"}
+    bans.answered("gone")
     assert bans.offenders(1.0) == {"liar"}, "the other one is asked where there is nobody else"
     assert bans.active(NOT_FINITE_S) == {"liar"}
     assert bans.active(OFFENCE_S) == frozenset()

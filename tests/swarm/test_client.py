@@ -246,6 +246,15 @@ async def test_a_server_that_computes_wrongly_is_not_asked_even_where_nobody_els
     assert "server a " in warning
 
 
+async def test_a_server_that_only_failed_is_asked_before_one_that_returned_nan():
+    """A request that meets NaN twice ends the run, and the one that failed may have been only slow."""
+    swarm = Swarm(A, B)
+    assert await swarm.peers() == ["a"]
+    swarm.client.failed(A, NotFinite("NaN", peer="a"))
+    swarm.client.failed(B, ServerUnreachable("silent", peer="b"))
+    assert await swarm.peers() == ["b"]
+
+
 async def test_a_server_whose_ban_ended_is_reached_beside_the_work_and_only_then_used(monkeypatch):
     swarm, clock = Swarm(A, B), Clock()
     await swarm.client.refresh()
