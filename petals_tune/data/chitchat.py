@@ -16,7 +16,7 @@ from itertools import chain, groupby, zip_longest
 from operator import itemgetter
 from pathlib import Path
 
-from petals_tune.data.rows import Example, Message
+from petals_tune.data.examples import Example, Message
 from petals_tune.data.source import SplitName, SplitShares, check_whole_number, corpus_file, hash_fraction
 
 REQUIREMENT = "chitchat-dataset==0.9.0"

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from petals_tune.data.chitchat import persona_message
-from petals_tune.data.rows import Example, LabelledText, Message, Text
+from petals_tune.data.examples import AnyExample, Example, LabelledText, Message, Text
 from petals_tune.data.source import check_whole_number
 from petals_tune.errors import ConfigError, DataError
 
 TableRow = Mapping[str, Any]  # column -> value
-AnyExample = Example | LabelledText | Text
 
 ROLES = ("system", "user", "assistant")
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from petals_tune.data.batching import RowOrder, RowShare, pack
 from petals_tune.data.collate import PADDING_SIDES, PaddingSide, choose_pad_id, collate
-from petals_tune.data.rows import Example, LabelledText, Row, Text, rows_of
+from petals_tune.data.examples import AnyExample
+from petals_tune.data.rows import Row, rows_of
 from petals_tune.data.source import Source, check_whole_number
 from petals_tune.errors import ConfigError, DataError
 
@@ -187,9 +188,7 @@ class TextData(LightningDataModule):
     def _decode(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
 
-    def _encode(
-        self, name: str, examples: Iterable[Example | LabelledText | Text], max_rows: int | None
-    ) -> EncodedSplit:
+    def _encode(self, name: str, examples: Iterable[AnyExample], max_rows: int | None) -> EncodedSplit:
         rows: list[Row] = []
         left_out = 0
         for example in examples:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from petals_tune.data.rows import Example
+from petals_tune.data.examples import Example
 from petals_tune.data.source import SplitName, SplitShares, corpus_file, hash_fraction
 from petals_tune.errors import ConfigError
 

@@ -12,38 +12,12 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from petals_tune.data.examples import AnyExample, Chat, Example, LabelledText, Message, Text
 from petals_tune.errors import DataError
 
 IGNORED = -100  # the label that torch's cross entropy skips
 
 SPEAKERS = {"user": "User", "assistant": "Assistant"}
-
-# One turn, as chat templates take it: {"role": "system" | "user" | "assistant", "content": ...}.
-Message = dict[str, str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """A chat, and the assistant's next answer, which is supervised."""
-
-    context: tuple[Message, ...]
-    answer: str
-    every_answer: bool = False  # the assistant's turns in the context are supervised too
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelledText:
-    """A prompt, and the label word that follows it: a single token such as " positive", its leading space included."""
-
-    prompt: str
-    word: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """Plain text, all of it supervised."""
-
-    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +38,7 @@ class Row:
         return self.input_ids[: next(t for t, label in enumerate(self.labels) if label != IGNORED)]
 
 
-def rows_of(example: Example | LabelledText | Text, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Row]:
+def rows_of(example: AnyExample, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Row]:
     """Encode an example: its context, then the answer and the end of its turn.
 
     A long context loses its oldest turns, but not the system message, the last turn or any of the answer; where the row
@@ -92,17 +66,20 @@ def rows_of(example: Example | LabelledText | Text, tokenizer: PreTrainedTokeniz
 Segment = tuple[list[int], bool]
 
 
-def _segments(example: Example | LabelledText, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Segment]]:
+def _segments(example: Example | Chat | LabelledText, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Segment]]:
     """Yield the segments of a row, with the whole context first and then with ever fewer of its turns."""
     match example:
         case LabelledText(prompt=prompt, word=word):
             yield [(tokenizer(prompt)["input_ids"], False), ([word_id(word, tokenizer)], True)]
+        case Chat(messages=messages, learned=learned):
+            encode = _template_segments if tokenizer.chat_template else _transcript_segments
+            yield encode(list(messages[: learned[-1] + 1]), learned, tokenizer)
         case Example(context=context, answer=answer):
             if not (answer := answer.strip()):
                 raise DataError(f"a row has an empty answer: {example}", seen=example.answer)
             encode = _template_segments if tokenizer.chat_template else _transcript_segments
             for shortened in _shortened_contexts(context):
-                turns = [*shortened, {"role": "assistant", "content": answer}]
+                turns: list[Message] = [*shortened, {"role": "assistant", "content": answer}]
                 last = len(turns) - 1
                 supervised = [
                     position
@@ -180,7 +157,9 @@ def _template_segments(
 
 def _apply_template(messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool) -> str:
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = tokenizer.apply_chat_template(
+            [dict(m) for m in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from petals_tune.data.rows import Example, LabelledText, Text
+from petals_tune.data.examples import AnyExample
 from petals_tune.errors import ConfigError, DataError
 from petals_tune.model.packaged import installed_file
 
@@ -22,13 +22,13 @@ class Source(Protocol):
     def description(self) -> str:
         """The data and its splits, in one line without a full stop."""
 
-    def train(self) -> Iterator[Example | LabelledText | Text]:
+    def train(self) -> Iterator[AnyExample]:
         """Yield the training examples in a fixed pseudorandom order, so that the first n are a fair sample."""
 
-    def validation(self) -> Iterator[Example | LabelledText | Text]:
+    def validation(self) -> Iterator[AnyExample]:
         """Yield the validation examples, in such an order too."""
 
-    def test(self) -> Iterator[Example | LabelledText | Text]:
+    def test(self) -> Iterator[AnyExample]:
         """Yield the test examples, which no choice depends on, in such an order too; there may be none."""
 
 

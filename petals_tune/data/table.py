@@ -15,8 +15,8 @@ from typing import Any
 import datasets
 from datasets import Dataset, IterableDataset
 
-from petals_tune.data.columns import AnyExample, Columns, TableRow
-from petals_tune.data.rows import Example, LabelledText
+from petals_tune.data.columns import Columns, TableRow
+from petals_tune.data.examples import AnyExample, Chat, Example, LabelledText
 from petals_tune.data.source import SplitName, SplitShares, corpus_file, hash_fraction
 from petals_tune.errors import DataError
 
@@ -212,6 +212,8 @@ def prompt_fraction(example: AnyExample) -> float:
     match example:
         case Example(context=context):
             prompt_text = "\n".join(turn["content"] for turn in context)
+        case Chat(messages=messages, learned=learned):
+            prompt_text = "\n".join(turn["content"] for turn in messages[: learned[-1]])
         case LabelledText(prompt=prompt):
             prompt_text = prompt
         case _:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from petals_tune.data.columns import Answers, Chats, Columns, Labels, PersonaChat, Texts
-from petals_tune.data.rows import Example, LabelledText, Text
+from petals_tune.data.examples import Example, LabelledText, Text
 from petals_tune.errors import ConfigError, DataError
 from tests.raising import raises
 

@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from petals_tune.config import build, composed
+from petals_tune.data.examples import LabelledText, Text
 from petals_tune.data.module import TextData
-from petals_tune.data.rows import LabelledText, Text
 from petals_tune.errors import ConfigError, DataError
 from tests.raising import raises
 

@@ -4,7 +4,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from petals_tune.data.chitchat import ChitChat
-from petals_tune.data.rows import IGNORED, Example, LabelledText, Message, Row, Text, rows_of
+from petals_tune.data.examples import Example, LabelledText, Message, Text
+from petals_tune.data.rows import IGNORED, Row, rows_of
 from petals_tune.errors import DataError
 from tests.raising import raises
 

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from petals_tune.config import build, composed
 from petals_tune.data.columns import Answers, Labels, Texts
+from petals_tune.data.examples import Example
 from petals_tune.data.module import TextData
-from petals_tune.data.rows import Example
 from petals_tune.data.table import Table, shuffled_rows
 from petals_tune.errors import DataError
 from tests.raising import raises

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from petals_tune.data.rows import Example, LabelledText, Message
+from petals_tune.data.examples import Example, LabelledText, Message
 from petals_tune.train.objective import load_model
 from petals_tune.train.parts import Parts
 
