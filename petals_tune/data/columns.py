@@ -124,7 +124,7 @@ class Labels:
         yield LabelledText(prompt=prompt, word=self.words[self.label_names.index(label)])
 
     def _label(self, row: TableRow) -> str:
-        """The label as one of `label_names`: a number of a CSV file or of a float column, such as 1.0, is a class too."""
+        """The label as one of `label_names`; 1.0, as a CSV file or a float column has it, is the class 1."""
         names, value = self.label_names, row[self.label]
         try:
             label = cell_text(value)

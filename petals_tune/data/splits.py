@@ -64,11 +64,11 @@ class FileSplit:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return self._stored.columns if self._stored else ()
+        return () if self._stored is None else self._stored.columns
 
     @property
     def rows(self) -> int | None:
-        return len(self._stored) if self._stored else None
+        return None if self._stored is None else len(self._stored)
 
     @property
     def digest(self) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from petals_tune.data.columns import Columns
 from petals_tune.data.examples import AnyExample, Chat, Example, LabelledText
 from petals_tune.data.formats import TableRow, cell_text
-from petals_tune.data.source import SplitName, SplitShares, hash_fraction
+from petals_tune.data.source import CountedExamples, SplitName, SplitShares, hash_fraction
 from petals_tune.data.splits import Split, find_splits
 from petals_tune.errors import DataError
 
@@ -44,8 +44,7 @@ class Table(SplitShares):
                        are then shuffled within a buffer of a thousand
     quotes:            whether cells of .csv and .tsv may stand in double quotes; None: those of .csv may
 
-    Reading raises DataError with the row's number. Each of the methods that yield examples counts the rows that it
-    leaves out, by reason, in `left_out`.
+    Reading raises DataError with the row's number.
     """
 
     path: str
@@ -74,18 +73,18 @@ class Table(SplitShares):
         splits = sorted((name, split.digest) for name, split in self._splits.items())
         return hashlib.sha256(str(splits).encode()).hexdigest()
 
-    def train(self, left_out: Counter[str] | None = None) -> Iterator[AnyExample]:
-        return self._share_of_train("train", left_out)
+    def train(self) -> CountedExamples:
+        return self._share_of_train("train")
 
-    def validation(self, left_out: Counter[str] | None = None) -> Iterator[AnyExample]:
+    def validation(self) -> CountedExamples:
         if self.validation_split is None:
-            return self._share_of_train("validation", left_out)
-        return self._examples(self.validation_split, left_out)
+            return self._share_of_train("validation")
+        return self._examples(self.validation_split)
 
-    def test(self, left_out: Counter[str] | None = None) -> Iterator[AnyExample]:
+    def test(self) -> CountedExamples:
         if self.test_split is None:
-            return self._share_of_train("test", left_out)
-        return self._examples(self.test_split, left_out)
+            return self._share_of_train("test")
+        return self._examples(self.test_split)
 
     @cached_property
     def _shares(self) -> SplitShares:
@@ -95,14 +94,15 @@ class Table(SplitShares):
             test_share=self.test_share if self.test_split is None else 0.0,
         )
 
-    def _share_of_train(self, split: SplitName, left_out: Counter[str] | None) -> Iterator[AnyExample]:
-        return self._examples(self.train_split, left_out, share=split)
+    def _share_of_train(self, split: SplitName) -> CountedExamples:
+        return self._examples(self.train_split, share=split)
 
-    def _examples(
-        self, name: str, left_out: Counter[str] | None, share: SplitName | None = None
-    ) -> Generator[AnyExample]:
+    def _examples(self, name: str, share: SplitName | None = None) -> CountedExamples:
+        left_out: Counter[str] = Counter()
+        return CountedExamples(self._read(name, share, left_out), left_out)
+
+    def _read(self, name: str, share: SplitName | None, left_out: Counter[str]) -> Generator[AnyExample]:
         """Yield the examples of a split, or of a share of it. A row that gives several is counted as that many."""
-        left_out = Counter() if left_out is None else left_out
         table = self._split(name)
         read = 0
         try:
@@ -154,6 +154,8 @@ class Table(SplitShares):
                 f"{self.path} has no split {name!r}: it has {', '.join(self._splits)}", source=self.path, split=name
             )
         split = self._splits[name]
+        if split.rows == 0:
+            raise DataError(f"{self.path}, split {name}: there is no row in it", source=self.path, split=name)
         options = self.columns.required | {f"where.{column}": column for column in self.where}
         for option, column in options.items():
             if split.columns and column not in split.columns:
