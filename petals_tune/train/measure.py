@@ -42,6 +42,8 @@ def evaluate_adapter(
     rows, loader = load_split(parts.data, cfg.split)
     say(f"model     {display_name(parts.base)}, {parts.blocks} blocks, with the adapter {parts.adapter}")
     say(f"data      {parts.data.source.description}; {len(rows):,} rows of the {cfg.split} split")
+    if parts.asked:
+        say(f"asked     {parts.asked}")
     metrics = {}
     with connect(parts) as model:
         if cfg.zero_shot:

@@ -24,8 +24,9 @@ class Prompting:
     """How the training rows asked the model."""
 
     form: Literal["chat", "label", "text"] = "chat"  # turns; a text with a label word after it; plain text
-    system: str | None = None  # of all rows; None: no system turn, or one of each row's own
-    persona: bool = False  # to `system` the rows added lines of a persona
+    system: str | None = None  # text of the system turn, the same in all rows; None: they had none
+    per_row: bool = False  # rows had system texts of their own instead
+    persona: bool = False  # those were `system` with lines of a persona after it
     template: str | None = None  # of label rows, with {text}; None: unknown
     chat_template: str | None = None  # of the tokenizer; None: it had none, and chats were transcripts
 
