@@ -149,7 +149,8 @@ def _describe_prompting(identity: Identity) -> str:
         return "It was trained on plain text."
     if asked.form == "label":
         words = f"; the labels of its head are {list(identity.labels)}" if identity.labels else ""
-        return f"It was asked with the template {asked.template!r}{words}."
+        template = f"the template {asked.template!r}" if asked.template else "texts that a label follows"
+        return f"It was asked with {template}{words}."
     turns = "the tokenizer's chat template" if asked.chat_template else "transcripts, `User: ...` and `Assistant: ...`"
     if asked.persona:
         system = f"the system text {asked.system!r}, with lines of a persona"

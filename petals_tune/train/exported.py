@@ -1,4 +1,4 @@
-"""Choice of the tensors that a run exports: the best checkpoint by a monitored metric where one is kept, else the last."""
+"""Choice of the tensors that a run exports: the best checkpoint by a monitored metric, or else the last step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Exported:
 
     def describe(self) -> str:
         if self.best_of is None:
-            return f"step {self.step}, the last one"
+            return f"step {self.step}, the last"
         return f"step {self.step}, the best kept checkpoint by {self.best_of}"
 
 

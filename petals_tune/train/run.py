@@ -110,7 +110,7 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
                     result.exported = tuner.exported.describe()
                     export(tuner, output, result, identity)
                     say(
-                        f"saved     the adapter of {result.exported} in {output}\n"
+                        f"saved     {result.exported}, in {output}\n"
                         f"          to go on from it: ckpt_path={output}/checkpoint.ckpt"
                     )
                     if parts.objective.task_type == TaskType.CAUSAL_LM:

@@ -74,7 +74,7 @@ def check_task(folder: Path, *, saved: str | None, wanted: str) -> None:
 
 
 def check_labels(folder: Path, *, saved: tuple[str, ...], wanted: tuple[str, ...]) -> None:
-    """Raise ConfigError where the rows of a classification head belong to other labels, or to these in another order."""
+    """Raise ConfigError where the rows of a classification head are for other labels, or these in another order."""
     if saved and saved != wanted:
         raise ConfigError(
             f"the adapter {folder} has a head for the labels {list(saved)}, and this run has {list(wanted)}: "

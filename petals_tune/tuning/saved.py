@@ -209,7 +209,7 @@ def _resize_vocabulary(model: PreTrainedModel, weights: dict[str, Tensor]) -> No
     names = [name for name, module in model.named_modules() if id(module) in embeddings]
     stored = (f"base_model.model.{name}.{inner}weight" for name in names for inner in ("", "base_layer."))
     rows = {weights[name].shape[0] for name in stored if name in weights}
-    current: Any = model.get_input_embeddings().weight  # type: ignore[union-attr]  # every model has them
+    current: Any = model.get_input_embeddings().weight
     if len(rows) == 1 and rows != {current.shape[0]}:
         model.resize_token_embeddings(rows.pop(), mean_resizing=False)
 
