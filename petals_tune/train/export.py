@@ -30,6 +30,8 @@ The base model's blocks ran {blocks}, unchanged.
 {data}. {steps} optimizer steps, seed {seed}; the tensors are those of {exported}.{started_from}
 {asked}
 
+{rows}
+
 ## Figures
 
 On the validation split of that data, over the blocks named above:
@@ -127,6 +129,7 @@ def model_card(config: PeftConfig, result: Result, identity: Identity, *, deep: 
         trained_share=result.trained_share,
         blocks=result.blocks,
         data=result.data[:1].upper() + result.data[1:],
+        rows=_rows_table(result),
         steps=result.steps,
         seed=result.seed,
         exported=result.exported,
@@ -173,6 +176,14 @@ def describe_method(config: PeftConfig, *, deep: bool = False) -> tuple[str, str
         return f"LoRA (r={getattr(config, 'r', '?')} on {names})", "lora"
     name = str(getattr(config.peft_type, "value", config.peft_type))
     return name, name.lower()
+
+
+def _rows_table(result: Result) -> str:
+    lines = ["| split | rows in the data | used | left out |", "|---|---|---|---|"]
+    for split, counts in result.rows.items():
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in counts["left_out"].items())
+        lines.append(f"| {split} | {counts['in_data']:,} | {counts['used']:,} | {left_out} |")
+    return "\n".join([*lines, "", f"SHA-256 of the data: `{result.data_digest}`."])
 
 
 def _metrics_table(result: Result) -> str:

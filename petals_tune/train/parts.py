@@ -79,7 +79,7 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
     if trained is None or stage == "fit":
         data, asked = build(cfg.data, where="data", tokenizer=tokenizer), None
     else:
-        data, asked = _data_as_trained(cfg.data, trained.prompting, tokenizer)
+        data, asked = _data_as_trained(cfg.data, trained.prompting, tokenizer, stage=stage)
     data.setup(stage)
     return Parts(
         base=base,
@@ -103,7 +103,7 @@ def head_labels(objective: Objective) -> tuple[str, ...]:
 
 
 def _data_as_trained(
-    section: DictConfig, trained: Prompting, tokenizer: PreTrainedTokenizerBase
+    section: DictConfig, trained: Prompting, tokenizer: PreTrainedTokenizerBase, *, stage: str
 ) -> tuple[TextData, str | None]:
     """Build data that asks as the adapter was trained, and describe what that changed."""
     changes = []
@@ -114,7 +114,7 @@ def _data_as_trained(
     if changed is not section:
         changes.append(f"its template {trained.template!r}")
     data: TextData = build(changed, where="data", tokenizer=tokenizer)
-    source = asked_as_trained(data.source, prompting_of(data.source, tokenizer), trained)
+    source = asked_as_trained(data.source, prompting_of(data.source, tokenizer, stage=stage), trained)
     if source is not data.source:
         data.source = source
         changes.append(f"its system text {trained.system!r}" if trained.system else "no system text")

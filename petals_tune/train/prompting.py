@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice, takewhile
 from typing import Any
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from petals_tune.data.chitchat import persona_message
 from petals_tune.data.examples import AnyExample, Chat, Example, LabelledText, Message, Text
-from petals_tune.data.source import Source
+from petals_tune.data.source import CountedExamples, Source
 from petals_tune.tuning.identity import Prompting
 
 SAMPLED_EXAMPLES = 500  # sources yield their examples in a pseudorandom order
@@ -20,12 +20,13 @@ SAMPLED_EXAMPLES = 500  # sources yield their examples in a pseudorandom order
 TEMPLATE_KEY = "source.columns.template"  # of the section `data`
 
 
-def prompting_of(source: Source, tokenizer: PreTrainedTokenizerBase) -> Prompting:
-    """Read from the first training examples of a source how they ask.
+def prompting_of(source: Source, tokenizer: PreTrainedTokenizerBase, *, stage: str = "fit") -> Prompting:
+    """Read from the first examples of a source, those of a stage of Lightning's, how they ask.
 
     A system text counts where all of them have the same one; texts of each row's own are part of the rows.
     """
-    examples = list(islice(source.train(), SAMPLED_EXAMPLES))
+    split = {"fit": source.train, "validate": source.validation, "test": source.test}[stage]
+    examples = list(islice(split(), SAMPLED_EXAMPLES))
     match examples[0] if examples else None:
         case LabelledText():
             template = getattr(getattr(source, "columns", None), "template", None)
@@ -90,13 +91,24 @@ class WithSystem:
         return self._source.description
 
     def train(self) -> Iterator[AnyExample]:
-        return map(self._changed, self._source.train())
+        return self._all_changed(self._source.train())
 
     def validation(self) -> Iterator[AnyExample]:
-        return map(self._changed, self._source.validation())
+        return self._all_changed(self._source.validation())
 
     def test(self) -> Iterator[AnyExample]:
-        return map(self._changed, self._source.test())
+        return self._all_changed(self._source.test())
+
+    def _all_changed(self, examples: Iterator[AnyExample]) -> Iterator[AnyExample]:
+        if isinstance(examples, CountedExamples):
+            return CountedExamples(self._each_changed(examples), examples.left_out)
+        return map(self._changed, examples)
+
+    def _each_changed(self, examples: CountedExamples) -> Generator[AnyExample]:
+        try:
+            yield from map(self._changed, examples)
+        finally:
+            examples.close()
 
     def _changed(self, example: AnyExample) -> AnyExample:
         before = list(takewhile(lambda turn: turn["role"] == "system", turns_of(example)))

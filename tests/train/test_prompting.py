@@ -1,12 +1,14 @@
 """How training data asks is read from it, and given to the data of an evaluation."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
 
 import pytest
 from omegaconf import OmegaConf
 
 from petals_tune.data.chitchat import persona_message
 from petals_tune.data.examples import AnyExample, Chat, Example, LabelledText, Text
+from petals_tune.data.source import CountedExamples
 from petals_tune.train.prompting import asked_as_trained, prompting_of, with_trained_template
 from petals_tune.tuning.identity import Prompting
 from tests.train.tiny import tiny_tokenizer
@@ -72,6 +74,28 @@ def test_an_evaluation_asks_with_the_system_text_of_the_training() -> None:
     assert brief[1].messages[0]["content"] == "Be brief."
     assert [brief[1].messages[position]["role"] for position in brief[1].learned] == ["assistant"]
     assert [none[1].messages[position]["role"] for position in none[1].learned] == ["assistant"]
+
+
+def test_the_counts_of_a_table_stay() -> None:
+    counted = Counter[str]()
+
+    def read() -> Generator[AnyExample]:
+        try:
+            yield question()
+            counted["empty"] += 1
+            yield question()
+        finally:
+            counted["not read"] += 1
+
+    class Counted(Rows):
+        def train(self) -> CountedExamples:
+            return CountedExamples(read(), counted)
+
+    rows = asked_as_trained(Counted([]), Prompting(), Prompting(system="Be brief.")).train()
+    assert isinstance(rows, CountedExamples)
+    assert next(rows).context[0]["content"] == next(rows).context[0]["content"] == "Be brief."
+    rows.close()
+    assert rows.left_out == {"empty": 1, "not read": 1}
 
 
 def test_system_texts_of_each_row_are_left_alone() -> None:
