@@ -107,7 +107,7 @@ def open_model(
 ) -> Iterator[tuple[Any, Any]]:
     """Open the swarm of `cfg` and yield (model, tokenizer); the end of the block closes a local swarm.
 
-    Raises ConfigError for an adapter with a classification head, or of another model.
+    Raises ConfigError for an adapter with a classification head, or of another model, and for two system texts.
     """
     from petals_tune.model.checkpoint import Checkpoint
     from petals_tune.model.convert import model_folder
@@ -118,6 +118,8 @@ def open_model(
     from petals_tune.tuning.support import check_config
 
     silence_known_warnings()
+    if cfg.persona and cfg.system is not None:
+        raise ConfigError("persona and system are both a system text: give one of them", key="system", seen=cfg.system)
     if adapter is not None and saved_config(adapter).task_type == "SEQ_CLS":
         raise ConfigError(
             f"{adapter} classifies and cannot talk; python -m petals_tune.evaluate adapter={adapter} recipe=NAME "
@@ -220,8 +222,6 @@ def first_messages(cfg: DictConfig, trained: Prompting) -> list[Message]:
     """Return the turns before the first question: the persona or the system text of `cfg`, else the adapter's own."""
     from petals_tune.data.chitchat import persona_message
 
-    if cfg.persona and cfg.system is not None:
-        raise ConfigError("persona and system are both a system text: give one of them", key="system", seen=cfg.system)
     if cfg.persona:
         return [persona_message(cfg.persona)]
     system = trained.system if cfg.system is None else cfg.system

@@ -196,8 +196,8 @@ def test_persona_and_system_go_before_the_adapters_own_text():
     question = {"role": "user", "content": "Why?"}
     verse = {"role": "system", "content": "Answer in verse."}
     assert model.seen == [context_ids([first, question], tokenizer) for first in (persona_message(["I sing."]), verse)]
-    with raises(ConfigError, key="system", seen="x"):
-        talk(model, tokenizer, config("persona=[I sing.]", "system=x"), iter(["Why?"]), own)
+    with raises(ConfigError, key="system", seen="x"), open_model(config("persona=[I sing.]", "system=x"), None, "none"):
+        pass
 
 
 def test_labels_and_plain_texts_are_asked_without_a_chat():

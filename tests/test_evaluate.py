@@ -89,9 +89,13 @@ def test_an_evaluation_asks_as_the_adapter_was_trained(
     )
     assert "asked " not in capsys.readouterr().out
     file = adapter / IDENTITY
-    file.write_text(file.read_text().replace('"system": null', '"system": "Count."'))
+    text = file.read_text().replace("on this machine", "on servers, as int8")
+    file.write_text(text.replace('"system": null', '"system": "Count."'))
     after = evaluate_adapter(evaluation(tiny_run("personachat"), adapter, "test"), LocalConnection(), schema=Evaluation)
-    assert "asked     as the adapter was trained, with its system text 'Count.'\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "asked     as the adapter was trained, with its system text 'Count.'\n" in printed
+    assert "blocks    on this machine; the adapter was trained with blocks on servers, as int8\n" in printed
+    assert after["blocks"] == "on this machine"
     assert after["adapter"]["loss"] != pytest.approx(before["adapter"]["loss"], rel=1e-3)
 
 

@@ -104,7 +104,7 @@ def export_adapter(net: PeftModel, folder: Path, result: Result, identity: Ident
         net.save_pretrained(str(partial), save_embedding_layers=False)
         if deep:
             save_deep_prompts(base_model, partial)
-        replace(identity, exported=result.exported).save(partial)
+        replace(identity, blocks=result.blocks, exported=result.exported).save(partial)
         result.adapter_bytes = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
         # Replaces PEFT's own card, a template with paths of this machine.
         text = model_card(config, result, identity, deep=deep)

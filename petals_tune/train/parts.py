@@ -23,7 +23,7 @@ from petals_tune.train.module import OptimizerFactory, ScheduleFactory, build_sc
 from petals_tune.train.objective import Objective
 from petals_tune.train.options import Swarm
 from petals_tune.train.prompting import asked_as_trained, prompting_of, with_trained_template
-from petals_tune.tuning.identity import Prompting
+from petals_tune.tuning.identity import Identity, Prompting
 from petals_tune.tuning.saved import adapter_folder, base_of, check_adapter, load_tokenizer, saved_config
 from petals_tune.tuning.support import check_config
 
@@ -37,6 +37,7 @@ class Parts:
     blocks: int  # how many it has
     adapter: Path | None  # folder of an adapter to start from
     data: TextData
+    trained: Identity | None  # what `adapter` was trained for; None: unknown
     asked: str | None  # how the adapter's own prompting changed the data of an evaluation
     objective: Objective
     tuning: PeftConfig
@@ -87,6 +88,7 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
         blocks=blocks,
         adapter=adapter,
         data=data,
+        trained=trained,
         asked=asked,
         objective=objective,
         tuning=tuning,

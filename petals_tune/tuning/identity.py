@@ -40,6 +40,7 @@ class Identity:
     base: Fingerprint
     prompting: Prompting = field(default_factory=Prompting)
     labels: tuple[str, ...] = ()  # label words of a classification head, in the order of its rows
+    blocks: str = ""  # where and in which quantization the frozen blocks ran
     exported: str = ""  # which of the run's steps the tensors are of
 
     @classmethod
