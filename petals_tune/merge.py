@@ -149,11 +149,16 @@ def merge_adapter(adapter: str, output: Path, *, model: str | None = None, dtype
     merged = merged.to(getattr(torch, dtype))
     if (overflown := next((n for n, p in merged.named_parameters() if not p.isfinite().all()), None)) is not None:
         raise ConfigError(f"{overflown} is too large for {dtype}: choose dtype=bfloat16", key="dtype", seen=dtype)
+    asked = identity.prompting if identity is not None else None
+    if asked is not None and asked.form == "chat":
+        tokenizer.chat_template = asked.chat_template
     with filling(output) as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     size_mb = sum(file.stat().st_size for file in output.iterdir()) / 1e6
     print(f"merged {folder} into {base}: {output}, {size_mb:.0f} MB; use it as model.source={output}")
+    if asked is not None and asked.system:
+        print(f"it was trained with the system text {asked.system!r}: give it to chat as system=TEXT")
 
 
 def sample_logits(model: Any) -> Tensor:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from petals_tune.errors import ConfigError, UnsupportedAdapter, UnsupportedModel
 from petals_tune.merge import merge_adapter
 from petals_tune.model.fingerprint import Fingerprint
-from petals_tune.tuning.identity import Identity
+from petals_tune.tuning.identity import Identity, Prompting
 from tests.raising import raises
 from tests.train.tiny import save_tiny, tiny_tokenizer
 
@@ -113,10 +113,18 @@ def test_the_merged_model_computes_what_the_adapter_does(base: Path, tmp_path: P
     assert model.config.tie_word_embeddings is (method in METHODS)
 
 
-def test_the_tokenizer_is_saved_too_and_nothing_is_overwritten(base: Path, tmp_path: Path) -> None:
+def test_the_tokenizer_is_saved_as_it_was_trained_with_and_nothing_is_overwritten(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_adapter(base, tmp_path / "adapter", lora())
+    asked = Prompting(system="Be brief.", chat_template="{{ messages }}")
+    identity = Identity(source=str(base), task="CAUSAL_LM", base=Fingerprint.of(str(base)), prompting=asked)
+    identity.save(tmp_path / "adapter")
     merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged")
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("ab")["input_ids"]
+    assert "'Be brief.'" in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer("ab")["input_ids"]
+    assert tokenizer.chat_template == "{{ messages }}"
     with raises(ConfigError, key="output", seen=tmp_path / "merged"):
         merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged")
 
