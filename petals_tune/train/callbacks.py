@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import textwrap
 import time
@@ -18,7 +17,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from petals_tune.data.collate import Batch, choose_pad_id
 from petals_tune.data.module import TextData
-from petals_tune.files import replacing, write_text
+from petals_tune.files import replacing, write_json, write_text
 from petals_tune.net.stats import ServerTimes
 from petals_tune.train.backbone import swarm_stats
 from petals_tune.train.module import FineTuner
@@ -190,7 +189,7 @@ class SampleReplies(Callback):
             return
         text = "\n\n".join(map(format_reply, self._replies))
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / "replies.json", json.dumps(self._replies, indent=2, ensure_ascii=False) + "\n")
+        write_json(self.folder / "replies.json", self._replies)
         write_text(self.folder / "replies.txt", text + "\n")
         print(f"\n{text}\n", flush=True)
         for logger in trainer.loggers:

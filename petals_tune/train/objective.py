@@ -5,6 +5,8 @@ Shapes: B rows, P soft-prompt tokens, T text tokens, S = P + T, H hidden, V voca
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +22,8 @@ from petals_tune.data.rows import IGNORED, word_id
 from petals_tune.errors import DataError
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.train.backbone import Net
+
+_LARGEST_EXPONENT = math.log(sys.float_info.max)  # 709.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,7 @@ class CausalLM:
         return Scores(loss=F.cross_entropy(logits.float(), targets), count=len(targets), metrics={})
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        return means | {"perplexity": torch.tensor(means["loss"]).exp().item()}
+        return means | {"perplexity": math.exp(means["loss"]) if means["loss"] < _LARGEST_EXPONENT else math.inf}
 
 
 class LabelWords:
