@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from petals_tune.data.collate import Batch, choose_pad_id
+from petals_tune.data.collate import Batch, choose_pad_id, pad_at_end
 from petals_tune.data.rows import IGNORED, word_id
 from petals_tune.errors import DataError
 from petals_tune.model.checkpoint import Checkpoint
@@ -146,8 +146,9 @@ def class_logits(net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the (B, W) logits of a sequence classifier, and the (B,) label words; each row has one supervised token.
 
     transformers pools the last token that is not padding, or with a soft prompt the last position. Here each position
-    of the head's input is replaced with the one before the label word, so that padding may be on either side.
+    of the head's input is replaced with the one before the label word. Padding may be on either side of `batch`.
     """
+    batch = pad_at_end(batch)
     targets = batch["labels"].new_empty(0)
 
     def select(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
@@ -167,8 +168,10 @@ def supervised_logits(net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the (N, V) logits of the positions that predict a supervised token, and the (N,) tokens to predict.
 
     Hidden states are selected before the head, which is a large part of a small model's computation. Works on a stock
-    PEFT model too, whose soft prompt makes S = P + T positions of T. Raises DataError without a supervised token.
+    PEFT model too, whose soft prompt makes S = P + T positions of T. Padding may be on either side of `batch`. Raises DataError without a
+    supervised token.
     """
+    batch = pad_at_end(batch)
     targets = batch["labels"].new_empty(0)
 
     def select(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
