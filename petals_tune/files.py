@@ -60,6 +60,23 @@ def write_text(path: Path, text: str, *, key: str = "", private: bool = False, s
     write_bytes(path, text.encode(), key=key, private=private, shared=shared)
 
 
+def write_first(path: Path, data: bytes) -> bytes:
+    """Write a whole file unless it is there, and return what is there: of several processes the first one decides.
+
+    Raises ConfigError where it cannot be written.
+    """
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    with _errors_explained(path, ""):
+        try:
+            partial.write_bytes(data)
+            _flush_to_disk(partial)
+            with suppress(FileExistsError):
+                os.link(partial, path)
+            return path.read_bytes()
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any, *, key: str = "") -> None:
     """Write a whole JSON file, as `write_text`; numbers that are not finite, which JSON lacks, become null.
 

@@ -38,9 +38,10 @@ class FineTuner(LightningModule):
     optimizer:  called with the trained parameters
     schedule:   called with the optimizer and, if it has such an argument, `num_training_steps`; None: constant
 
-    All supervised tokens of a step (rows, of a classification) have the same weight, as in one process with one batch of
-    the same rows: with several processes (`strategy="ddp"`), and with accumulated batches, also where the last window of
-    an epoch has fewer. After each batch a gradient is the mean over the window so far; `train/loss` is that of the window.
+    All supervised tokens of a step (rows, of a classification) have the same weight, as in one process with one batch
+    of the same rows: with several processes (`strategy="ddp"`), and with accumulated batches, also where the last step
+    of an epoch has fewer of these. After each batch a gradient is the mean over the step's batches so far, and
+    `train/loss` too.
     """
 
     def __init__(

@@ -168,8 +168,8 @@ def supervised_logits(net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the (N, V) logits of the positions that predict a supervised token, and the (N,) tokens to predict.
 
     Hidden states are selected before the head, which is a large part of a small model's computation. Works on a stock
-    PEFT model too, whose soft prompt makes S = P + T positions of T. Padding may be on either side of `batch`. Raises DataError without a
-    supervised token.
+    PEFT model too, whose soft prompt makes S = P + T positions of T. Padding may be on either side of `batch`. Raises
+    DataError without a supervised token.
     """
     batch = pad_at_end(batch)
     targets = batch["labels"].new_empty(0)
