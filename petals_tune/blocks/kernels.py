@@ -2,7 +2,7 @@
 
 torch multiplies float32 matrices with MKL, which on many processors (AMD's, among others) runs at half the speed of
 oneDNN, the other library inside torch. Which of them is faster here is measured once per process, unless it was chosen
-with `choose_library`: the two round differently, and where they are equally fast another measurement may take the other.
+with `choose_library`: the two round differently, and where they tie another measurement may take the other.
 """
 
 from __future__ import annotations

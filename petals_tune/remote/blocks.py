@@ -237,7 +237,8 @@ class RemoteBlocks(RemoteSpan):
         )
         call.begin()
         # transformers' own capture would wait for hooks on layers that never run here.
-        given = {"past_key_values": session, "use_cache": session is not None, "output_hidden_states": False}
+        cached: dict[str, Any] = {"past_key_values": session, "use_cache": session is not None}
+        given = {**cached, "output_hidden_states": False}
         if positions is not None:
             given["position_ids"] = positions
         return args, {**kwargs, **given}

@@ -1,5 +1,6 @@
 import copy
 import json
+import logging
 from pathlib import Path
 
 import msgspec
@@ -124,7 +125,7 @@ def test_a_damaged_choice_is_made_again(restart, tmp_path):
 def test_a_choice_that_cannot_be_kept_is_made_and_said(restart, tmp_path, caplog):
     (tmp_path / "file").touch()
     assert restart(onednn=True, folder=tmp_path / "file" / "throughput") == "oneDNN"
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
 
 
 def test_a_gpu_has_no_choice(restart, tmp_path):
