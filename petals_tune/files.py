@@ -84,7 +84,7 @@ def write_json(path: Path, value: Any, *, key: str = "") -> None:
     """
     for name, number in _non_finite(value):
         logger.warning("%s: %s is %s, which JSON cannot hold: it is null there", path, name, number)
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(replace_non_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n", key=key)
 
 
@@ -97,13 +97,13 @@ def _non_finite(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield from _non_finite(item, f"{name}.{key}" if name else str(key))
 
 
-def _finite(value: Any) -> Any:
+def replace_non_finite(value: Any) -> Any:
     """Return a copy of a JSON value with None for the numbers that are not finite."""
     if isinstance(value, dict):
         # json would write such a key too, as NaN.
-        return {str(key) if isinstance(key, float) else key: _finite(item) for key, item in value.items()}
+        return {str(key) if isinstance(key, float) else key: replace_non_finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [replace_non_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
