@@ -85,7 +85,8 @@ class LabelWords:
                 f"a row's label is token {unknown}, which is none of the label words {self.words}", seen=unknown
             )
         labels, choices = matches.long().argmax(dim=1), choices.float()
-        accuracy = (choices.detach().argmax(dim=1) == labels).float().mean()
+        # In 64 bits, so that the mean over batches is the count of rows to the last digit.
+        accuracy = (choices.detach().argmax(dim=1) == labels).double().mean()
         return Scores(loss=F.cross_entropy(choices, labels), count=len(targets), metrics={"accuracy": accuracy})
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:

@@ -163,7 +163,7 @@ def test_label_words_compares_the_words_alone() -> None:
     last = rows["attention_mask"].sum(dim=1) - 2  # the position before the label word
     choices, labels = logits[torch.arange(3), last], torch.tensor([1, 0, 1])
     torch.testing.assert_close(scores.loss, F.cross_entropy(choices, labels))
-    torch.testing.assert_close(scores.metrics["accuracy"], (choices.argmax(dim=1) == labels).float().mean())
+    torch.testing.assert_close(scores.metrics["accuracy"], (choices.argmax(dim=1) == labels).double().mean())
 
 
 def test_label_words_refuses_a_label_that_is_none() -> None:
