@@ -48,7 +48,12 @@ def test_sampled_replies_are_the_models_own_and_change_nothing(tmp_path: Path) -
     GenerationConfig(do_sample=True, num_beams=3, temperature=9.0).save_pretrained(folder)
     trained = {}
     for replies in (2, 0):
-        overrides = ["tuning.target_modules=[c_attn]", "data.max_tokens=48", f"data.sampled_replies={replies}"]
+        overrides = [
+            "tuning.target_modules=[c_attn]",
+            "data.max_tokens=48",
+            "trainer.max_steps=3",
+            f"data.sampled_replies={replies}",
+        ]
         run(tiny_config(folder, tmp_path / f"{replies}", "personachat_lora", *overrides), LocalConnection())
         trained[replies] = load_file(tmp_path / f"{replies}" / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(trained[0][name], value) for name, value in trained[2].items())

@@ -92,7 +92,7 @@ def test_an_end_in_the_middle_closes_the_swarm_and_keeps_what_was_trained(
 
 
 def test_a_run_goes_on_from_a_checkpoint(tiny_run: Compose, tmp_path: Path) -> None:
-    run(tiny_run("personachat", "trainer.max_steps=3"), LocalConnection())
+    run(tiny_run("personachat", "trainer.max_steps=3", "data.sampled_replies=0"), LocalConnection())
     checkpoint = tmp_path / "out" / "checkpoint.ckpt"
     again = tiny_run("personachat", f"ckpt_path={checkpoint}", f"output_dir={tmp_path / 'again'}")
     run(again, LocalConnection())
@@ -163,7 +163,10 @@ def test_a_loss_too_large_for_float32s_exponential_is_in_the_result(tmp_path: Pa
             loud.model.norm.weight.mul_(factor)
         loud.save_pretrained(folder)
         output = tmp_path / str(finite)
-        run(tiny_config(folder, output, "personachat", "trainer.max_steps=3"), LocalConnection())
+        run(
+            tiny_config(folder, output, "personachat", "trainer.max_steps=3", "data.sampled_replies=0"),
+            LocalConnection(),
+        )
         measured = json.loads((output / "result.json").read_text(), parse_constant=pytest.fail)["measured"]["after"]
         assert measured["loss"] > (88.8 if finite else 710)
         assert measured["perplexity"] == (pytest.approx(math.exp(measured["loss"])) if finite else None)

@@ -98,7 +98,7 @@ class Steps(Callback):
             self.losses.append(trainer.callback_metrics["train/loss"].item())
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_any_grouping_gives_the_steps_of_one_batch_of_the_same_rows(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
