@@ -76,10 +76,10 @@ class RowOrder(DistributedSampler):
     def __init__(self, lengths: Sequence[int], *, batch_size: int, buckets: bool, seed: int, rank: int, ranks: int):
         super().__init__(lengths, num_replicas=ranks, rank=rank, seed=seed)  # type: ignore[arg-type]  # it asks for the length alone
         self.lengths, self.batch_rows, self.buckets = lengths, batch_size * ranks, buckets
-        share = len(range(rank, len(lengths), ranks))
-        # The first process has the most rows; `num_samples` is what DistributedSampler gives every process.
-        missing = -(-self.num_samples // batch_size) > -(-share // batch_size)
-        self.num_samples = share + missing
+        last = len(lengths) % self.batch_rows  # rows of the last step
+        self.repeated = max(0, ranks - last) if last else 0
+        # DistributedSampler would give every process the same number of rows.
+        self.num_samples = len(range(rank, len(lengths) + self.repeated, ranks))
 
     def __iter__(self) -> EpochIterator:
         return EpochIterator(self, {"seed": self.seed, "epoch": self.epoch, "taken": 0})
@@ -87,8 +87,8 @@ class RowOrder(DistributedSampler):
     def epoch_order(self, seed: int, epoch: int) -> list[int]:
         """Return this process's row indices of one epoch."""
         order = training_order(self.lengths, batch_rows=self.batch_rows, buckets=self.buckets, seed=seed, epoch=epoch)
-        order += islice(cycle(order), -len(order) % self.num_replicas)
-        return order[self.rank :: self.num_replicas][: self.num_samples]
+        order += islice(cycle(order), self.repeated)
+        return order[self.rank :: self.num_replicas]
 
 
 class EpochIterator(Iterator[int]):
