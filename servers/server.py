@@ -213,6 +213,7 @@ class _Server:
             quantization=self._options.quantization,
             dtype=str(self._dtype).removeprefix("torch."),
             throughput=self._plan.throughput,
+            matrix_library=self._plan.matrix_library,
             state=state,
             version=__version__,
             public_name=self._options.public_name,

@@ -15,6 +15,7 @@ from petals_tune.errors import ConfigError
 from petals_tune.model.families import Family
 from petals_tune.net.stats import SwarmStats
 from petals_tune.remote.function import RemoteBlocksFunction, RemoteCall
+from petals_tune.remote.positions import positions_behind_gaps
 from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
 from petals_tune.remote.skeleton import Skeleton
 from petals_tune.swarm import loop
@@ -225,6 +226,8 @@ class RemoteBlocks(RemoteSpan):
             text = "output_hidden_states: pass True, and leave return_dict as it is"
             raise ConfigError(text, key="output_hidden_states")
         positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = self._positions(owner, args, kwargs, session)
         call = ModelCall(
             backbone=self.backbone,
             padding=_padding(kwargs.get("attention_mask")),
@@ -234,8 +237,21 @@ class RemoteBlocks(RemoteSpan):
         )
         call.begin()
         # transformers' own capture would wait for hooks on layers that never run here.
-        given = {"past_key_values": session, "use_cache": session is not None, "output_hidden_states": False}
+        cached: dict[str, Any] = {"past_key_values": session, "use_cache": session is not None}
+        given = {**cached, "output_hidden_states": False}
+        if positions is not None:
+            given["position_ids"] = positions
         return args, {**kwargs, **given}
+
+    def _positions(
+        self, owner: Any, args: Any, kwargs: dict[str, Any], session: RemoteCache | None
+    ) -> torch.Tensor | None:
+        """Positions where a soft prompt stands before padding; None for the model's own."""
+        mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
+        if mask is None or mask.dim() != 2 or (embeds is None and session is None):
+            return None  # also in a forward of token ids alone, whose mask is the caller's
+        tokens = embeds if embeds is not None else args[0] if args else kwargs["input_ids"]
+        return positions_behind_gaps(owner, mask, tokens.shape[1])
 
     def _after(self, owner: nn.Module, args: Any, output: Any) -> None:
         call = self.backbone.call

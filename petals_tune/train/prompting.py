@@ -101,7 +101,7 @@ class WithSystem:
 
     def _all_changed(self, examples: Iterator[AnyExample]) -> Iterator[AnyExample]:
         if isinstance(examples, CountedExamples):
-            return CountedExamples(self._each_changed(examples), examples.left_out)
+            return CountedExamples(self._each_changed(examples), examples.left_out, examples.refuse)
         return map(self._changed, examples)
 
     def _each_changed(self, examples: CountedExamples) -> Generator[AnyExample]:
