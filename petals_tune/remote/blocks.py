@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from petals_tune.errors import ConfigError
 from petals_tune.model.families import Family
 from petals_tune.net.stats import SwarmStats
+from petals_tune.remote import arguments
+from petals_tune.remote.config import BlocksConfig
 from petals_tune.remote.function import RemoteBlocksFunction, RemoteCall
 from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
 from petals_tune.remote.skeleton import Skeleton
@@ -126,22 +128,33 @@ class RemoteSpan(Skeleton):
             return getattr(super().__getitem__(0), name)
         return super().__getattr__(name)
 
+    @torch.compiler.disable
     def forward(
         self,
         hidden: torch.Tensor,
-        *_: Any,
+        *args: Any,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        **__: Any,
+        **kwargs: Any,
     ) -> Any:
         """(B, S, H) -> (B, S, H); inside the model's own loop as a tuple, where the family's layers return tuples.
 
-        By hand, `attention_mask` (B, S) hides padding and `position_ids` (B or 1, S) says where the text stands. What
-        the model's loop hands to its layers instead (4-D masks, rotary tables, ALiBi) is made again on the servers.
+        By hand, `attention_mask` (B, S) hides padding and `position_ids` (B or 1, S) says where the text stands; all
+        else is refused. What the model's loop hands to its layers instead (4-D masks, rotary tables, ALiBi) is made
+        again on the servers.
         """
         call = self.backbone.call
         if call is None:
-            return self.backbone.run(self, hidden, _padding(attention_mask), position_ids)
+            if args or kwargs:
+                name = next(iter(kwargs), "a second positional argument")
+                raise ConfigError(
+                    f"remote_blocks(hidden, attention_mask=..., position_ids=...) does not take {name}",
+                    key="remote_blocks",
+                    seen=name,
+                )
+            positions = arguments.position_ids(position_ids)
+            mask = arguments.padding(attention_mask, positions)
+            return self.backbone.run(self, hidden, _of_all_rows(mask, hidden), positions)
         try:
             output = self._run_in(call, hidden)
         except KeyboardInterrupt:  # after which torch calls no hook, not even those that are always called
@@ -152,11 +165,12 @@ class RemoteSpan(Skeleton):
     def _run_in(self, call: ModelCall, hidden: torch.Tensor) -> torch.Tensor:
         if call.session is not None:
             return self._step(hidden, call, call.session)
+        mask = _of_all_rows(call.padding, hidden)
         if call.hidden_states is None:
-            return self.backbone.run(self, hidden, call.padding, call.positions)
+            return self.backbone.run(self, hidden, mask, call.positions)
         for number in range(len(self)):  # one call for each block: servers send what leaves a span, no more
             call.hidden_states.append(hidden)
-            hidden = self.backbone.run(self[number : number + 1], hidden, call.padding, call.positions)
+            hidden = self.backbone.run(self[number : number + 1], hidden, mask, call.positions)
         return hidden
 
     def adapter(self) -> tuple[AdapterVersion | None, list[torch.Tensor]]:
@@ -199,24 +213,20 @@ class RemoteBlocks(RemoteSpan):
         """Leave the swarm. A call afterwards fails."""
         loop.run(self.backbone.chain.client.close())
 
-    def register_hooks(self, owner: nn.Module) -> None:
-        """Catch the arguments of `owner`, the module whose forward loops over these blocks.
+    def register_hooks(self, owner: Any) -> None:
+        """Catch the arguments of `owner`, the module whose forward loops over these blocks, and keep its config.
 
         A call with `use_cache=True` alone gets a session of its own.
         """
+        self._config = BlocksConfig(owner.config)
         owner.register_forward_pre_hook(self._before, with_kwargs=True)
         owner.register_forward_hook(self._after, always_call=True)
 
+    @torch.compiler.disable
     def _before(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if len(args) > 1:
-            raise ConfigError(
-                "call the base model of remote blocks with keyword arguments (input_ids may be positional)",
-                key="input_ids",
-            )
-        if _option(owner, kwargs, "output_attentions"):
-            text = "output_attentions: servers do not send attention weights; leave it False"
-            raise ConfigError(text, key="output_attentions")
-        wants_states = _option(owner, kwargs, "output_hidden_states")
+        self._config.check(owner.config)
+        arguments.check_arguments(owner.config, args, kwargs)
+        wants_states = arguments.option(owner.config, kwargs, "output_hidden_states")
         session = self._session_for(kwargs.get("past_key_values"), kwargs.get("use_cache"))
         if wants_states and session is not None:
             text = "output_hidden_states: a generation session has none; pass use_cache=False"
@@ -224,11 +234,15 @@ class RemoteBlocks(RemoteSpan):
         if wants_states and (wants_states is not True or kwargs.get("return_dict") is False):
             text = "output_hidden_states: pass True, and leave return_dict as it is"
             raise ConfigError(text, key="output_hidden_states")
-        positions = kwargs.get("position_ids")
+        positions = arguments.position_ids(kwargs.get("position_ids"))
+        # In the plain model, a cache is made wherever the config or the caller does not say otherwise.
+        has_cache = arguments.option(owner.config, kwargs, "use_cache")
         call = ModelCall(
             backbone=self.backbone,
-            padding=_padding(kwargs.get("attention_mask")),
-            positions=None if positions is None else positions.long(),
+            padding=arguments.padding(
+                kwargs.get("attention_mask"), positions if session is None else None, packs=not has_cache
+            ),
+            positions=positions,
             session=session,
             hidden_states=[] if wants_states else None,
         )
@@ -237,6 +251,7 @@ class RemoteBlocks(RemoteSpan):
         given = {"past_key_values": session, "use_cache": session is not None, "output_hidden_states": False}
         return args, {**kwargs, **given}
 
+    @torch.compiler.disable
     def _after(self, owner: nn.Module, args: Any, output: Any) -> None:
         call = self.backbone.call
         if call is None:  # it was refused
@@ -249,7 +264,7 @@ class RemoteBlocks(RemoteSpan):
     def _session_for(self, cache: Any, use_cache: bool | None) -> RemoteCache | None:
         if isinstance(cache, RemoteCache):
             return cache
-        if cache is not None and cache.get_seq_length():
+        if cache is not None:  # an empty one too: it would stay empty, and the next step begin a new text
             raise ConfigError(
                 "past_key_values: a local cache knows nothing of remote blocks; pass the one that the model returned, "
                 "or a session of model.inference_session()",
@@ -266,9 +281,9 @@ def put_remote_blocks(
     base: Any = model.base_model
     blocks: Any = RemoteBlocks(skeleton.children(), backbone=backbone)
     family.put_blocks(base, blocks)
+    model.config.num_hidden_layers = family.total_blocks
     blocks.register_hooks(family.owner(base))
     model.remote_blocks = blocks
-    model.config.num_hidden_layers = family.total_blocks
     return blocks
 
 
@@ -287,17 +302,6 @@ class _Weightless:
         )
 
 
-def _option(owner: Any, kwargs: dict[str, Any], name: str) -> Any:
-    value = kwargs.get(name)
-    return getattr(owner.config, name, False) if value is None else value
-
-
-def _padding(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The 2-D mask as bool, or None where it hides nothing."""
-    if mask is None:
-        return None
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        text = f"attention_mask: a 2-D mask (B, S) is needed, not {getattr(mask, 'shape', type(mask))}"
-        raise ConfigError(text, key="attention_mask")
-    padding = mask.bool()
-    return None if bool(padding.all()) else padding
+def _of_all_rows(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:
+    """(B, S) of a mask (B or 1, S)."""
+    return None if mask is None else mask.expand(len(hidden), -1)
