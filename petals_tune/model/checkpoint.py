@@ -84,13 +84,15 @@ class Checkpoint:
             return AutoConfig.from_pretrained(self._config_folder)
 
     @cached_property
-    def generation_config(self) -> GenerationConfig | None:
-        """The parsed generation_config.json; None where there is none. Raises UnsupportedModel where it is damaged."""
+    def generation_config(self) -> GenerationConfig:
+        """Options of generate(), of generation_config.json, or where there is none, of config.json, as older models do.
+
+        Raises UnsupportedModel where the file is damaged.
+        """
         path = self._find(_GENERATION)
-        if path is None:
-            return None
+        options = {} if path is not None else {"config_file_name": "config.json", "_from_model_config": True}
         with self._errors_explained(f"model.source={self.source!r}: {_GENERATION} cannot be used", _GENERATION):
-            return GenerationConfig.from_pretrained(path.parent)
+            return GenerationConfig.from_pretrained(self._config_folder if path is None else path.parent, **options)
 
     @cached_property
     def dtype(self) -> torch.dtype:

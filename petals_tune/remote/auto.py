@@ -123,7 +123,7 @@ class DistributedModel:
                 micro_batch_rows=micro_batch_rows,
             )
             put_remote_blocks(model, family, skeleton, backbone)
-            if model.can_generate() and checkpoint.generation_config is not None:
+            if model.can_generate():
                 model.generation_config = checkpoint.generation_config
             model.name_or_path = model.config.name_or_path = str(source)
             model.__class__ = cls
@@ -142,7 +142,9 @@ class DistributedModel:
 def distributed_class(plain: type[PreTrainedModel]) -> Any:
     """The class `Distributed...` of a model class of transformers."""
     bases = (DistributedModel, RemoteGeneration, plain) if plain.can_generate() else (DistributedModel, plain)
-    return type(f"{_PREFIX}{plain.__name__}", bases, {"plain_class": plain, "__doc__": plain.__doc__})
+    # `petals_tune` has all of these classes by name, so that a pickled one is found.
+    inside = {"plain_class": plain, "__doc__": plain.__doc__, "__module__": "petals_tune"}
+    return type(f"{_PREFIX}{plain.__name__}", bases, inside)
 
 
 def distributed_class_named(name: str) -> Any:

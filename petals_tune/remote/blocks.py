@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -65,6 +65,16 @@ class Backbone:
     returns_tuple: bool  # a layer of this family returns (hidden, ...) instead of hidden
     micro_batch_rows: int | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backbone:
+        return replace(self)  # of a copied model: on the same connection to the swarm
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ConfigError(
+            "a model with remote blocks cannot be pickled: its blocks are a connection to servers; save what is "
+            "trained, with save_pretrained() or state_dict(), and load the model again with from_pretrained()",
+            key="remote_blocks",
+        )
+
     @property
     def call(self) -> ModelCall | None:
         """The call of this model that runs in this thread; None: the blocks are called by hand."""
@@ -121,6 +131,10 @@ class RemoteSpan(Skeleton):
         )
         cut.training = self.training  # not train(): the blocks stay as they are
         return cut
+
+    def __repr__(self) -> str:
+        blocks = repr(nn.ModuleList(list(self.children())))
+        return f"{type(self).__name__}(blocks {self.span}, on servers): {blocks}"
 
     def __getattr__(self, name: str) -> Any:
         # What a model's loop asks its layers, such as Gemma's `attention_type`, the first weightless block answers.
@@ -210,7 +224,7 @@ class RemoteBlocks(RemoteSpan):
         return RemoteCache(self.backbone.chain, self.span, max_length)
 
     def close(self) -> None:
-        """Leave the swarm. A call afterwards fails."""
+        """Leave the swarm. A call afterwards fails, also of a copy of this model, which has the same connection."""
         loop.run(self.backbone.chain.client.close())
 
     def register_hooks(self, owner: Any) -> None:
