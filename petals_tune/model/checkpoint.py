@@ -90,7 +90,9 @@ class Checkpoint:
         Raises UnsupportedModel where the file is damaged.
         """
         path = self._find(_GENERATION)
-        options = {} if path is not None else {"config_file_name": "config.json", "_from_model_config": True}
+        options: dict[str, Any] = (
+            {} if path is not None else {"config_file_name": "config.json", "_from_model_config": True}
+        )
         with self._errors_explained(f"model.source={self.source!r}: {_GENERATION} cannot be used", _GENERATION):
             return GenerationConfig.from_pretrained(self._config_folder if path is None else path.parent, **options)
 

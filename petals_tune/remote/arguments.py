@@ -39,6 +39,15 @@ def check_arguments(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             raise ConfigError(f"{name}: remote blocks do not know this argument", key=name, seen=value)
 
 
+def shape_of_text(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size:
+    """(B, S, ...) of the token ids or embeddings of a call. Raises ConfigError where there are none."""
+    given = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+    text = next((each for each in given if each is not None), None)
+    if text is None:
+        raise ConfigError("give the model input_ids or inputs_embeds", key="input_ids")
+    return text.shape
+
+
 def option(config: Any, kwargs: dict[str, Any], name: str) -> Any:
     """Return an argument of a call, or where it is not given, the config's value."""
     value = kwargs.get(name)
@@ -55,21 +64,24 @@ def position_ids(given: torch.Tensor | None) -> torch.Tensor | None:
     return given.long()
 
 
-def padding(mask: Any, positions: torch.Tensor | None = None, *, packs: bool = True) -> torch.Tensor | None:
-    """(B, S) bool, True = attend, of the 2-D `mask`; None where it hides nothing.
+def padding(
+    mask: Any, shape: torch.Size, positions: torch.Tensor | None = None, *, past: int = 0, packs: bool = True
+) -> torch.Tensor | None:
+    """(B, past + S) bool, True = attend, of the 2-D `mask` for a text of `shape` (B, S, ...); None: it hides nothing.
 
     Without a mask, transformers takes positions that do not count up by one for several texts in a row, which do not
     see each other, if the model `packs`: if it has no cache. So a mask that hides nothing is returned where that would
-    be wrong. Raises ConfigError for a mask that is not 2-D.
+    be wrong. Raises ConfigError for a mask of another shape.
     """
+    wanted = (shape[0], past + shape[1])
     if mask is None:
-        if packs or not _jump(positions):
-            return None
-        assert positions is not None
-        return torch.ones_like(positions, dtype=torch.bool)
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        text = f"attention_mask: a 2-D mask (B, S) is needed, not {getattr(mask, 'shape', type(mask))}"
-        raise ConfigError(text, key="attention_mask")
+        return None if packs or not _jump(positions) else torch.ones(wanted, dtype=torch.bool)
+    if not isinstance(mask, torch.Tensor) or tuple(mask.shape) != wanted:
+        seen = tuple(getattr(mask, "shape", ())) or type(mask).__name__
+        what = f", for the {past} positions of the session and these" if past else ""
+        raise ConfigError(
+            f"attention_mask: a 2-D mask of shape {wanted} is needed{what}, not {seen}", key="attention_mask", seen=seen
+        )
     real = mask.bool()
     return None if bool(real.all()) and not _jump(positions) else real
 

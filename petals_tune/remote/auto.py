@@ -32,6 +32,7 @@ from petals_tune.swarm.hand_over import HandOverRule
 from petals_tune.swarm.joining import join_swarm
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.verify import SpotChecks
+from petals_tune.tuning.support import refuse_adapter_names
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WireFormat
 
@@ -67,23 +68,23 @@ class DistributedModel:
         """A Hugging Face model whose blocks run on the swarm of `initial_peers`; the rest is local and frozen.
 
         `source` is a folder in Hugging Face format or a hub name: what the servers host. `revision`, `token` (the
-        hub's) and `dtype` mean what they mean in transformers, where the default of `dtype` is "auto": the
-        checkpoint's; it is that of the client's part, and servers have their own. generation_config.json counts. Hidden states travel as
-        `wire_format` and their gradients as `grad_format`, in micro-batches of `micro_batch_rows` rows (None: as many
-        as make 128 positions). `hand_over` says whether servers send their outputs straight to the next one of a chain:
-        "always", "never", or "auto", where both are far from here. The blocks are `model.remote_blocks`; its `close()`
-        leaves the swarm. `config_changes` are fields of the config that concern the client's part, such as
-        `num_labels=3`; one that concerns the blocks is refused. A share `verify` of the work is done by a second server too, to find wrong answers
-        (swarm/verify.py); which part of it follows from torch's seed. With it, nothing is handed on: a server could
-        give another one what it does not show us. `policy` says how long work is tried again.
+        hub's) and `dtype` mean what they mean in transformers; `dtype` is that of the client's part, servers have their
+        own, and "auto" is the checkpoint's. Hidden states travel as `wire_format` and their gradients as `grad_format`,
+        in micro-batches of `micro_batch_rows` rows (None: as many as make 128 positions). `hand_over` says whether
+        servers send their outputs straight to the next one of a chain: "always", "never", or "auto", where both are far
+        from here. The blocks are `model.remote_blocks`; its `close()` leaves the swarm. `config_changes` are fields of
+        the config that concern the client's part, such as `num_labels=3`; one that concerns the blocks is refused. A
+        share `verify` of the work is done by a second server too, to find wrong answers (swarm/verify.py); which part
+        of it follows from torch's seed. With it, nothing is handed on: a server could give another one what it does not
+        show us. `policy` says how long work is tried again.
 
         All that the checkpoint holds is frozen: wrap the model with PEFT, or let `tuning_mode="ptune"` (a soft prompt
         of `pre_seq_len` tokens) or `"deep_ptune"` (one at every block as well) do it: then the result is a PeftModel
         whose outputs are those of the text's positions alone. A head that the checkpoint lacks starts at random and is
         trainable.
 
-        A private swarm wants the file `swarm_token` that its owner issued, and the identity that it names (None: beside it);
-        of several processes that train together, rank 1 takes NAME.rank1.token in place of NAME.token, and so on.
+        A private swarm wants the file `swarm_token` that its owner issued, and the identity that it names (None: beside
+        it); of several processes that train together, rank 1 takes NAME.rank1.token in place of NAME.token, and so on.
 
         Raises UnsupportedModel, SwarmMismatch where servers hold another model, UncoveredBlocks with the command
         that would host what is missing, ServerUnreachable where no initial peer answers, AccessDenied where a private
@@ -127,6 +128,7 @@ class DistributedModel:
                 model.generation_config = checkpoint.generation_config
             model.name_or_path = model.config.name_or_path = str(source)
             model.__class__ = cls
+            model.register_forward_pre_hook(_check_adapter_names)
             model.register_forward_pre_hook(
                 _check_pooling if _is_classifier(cls) else with_whole_input, with_kwargs=True
             )
@@ -194,12 +196,16 @@ class AutoDistributedModelForSequenceClassification(_AutoDistributed):
 
 def _dtype(name: torch.dtype | str, checkpoint: Checkpoint) -> torch.dtype:
     """Return the dtype of the client's part, by transformers' names. Raises ConfigError."""
-    found = checkpoint.dtype if name == "auto" else name
+    found: Any = checkpoint.dtype if name == "auto" else name
     found = getattr(torch, found, None) if isinstance(found, str) else found
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         text = f"dtype={name!r} is not a float dtype of torch, or one's name, or 'auto': the checkpoint's"
         raise ConfigError(text, key="dtype", seen=name)
     return found
+
+
+def _check_adapter_names(model: Any, args: Any) -> None:
+    refuse_adapter_names(model, next(model.remote_blocks.children()))
 
 
 def _is_classifier(cls: Any) -> bool:

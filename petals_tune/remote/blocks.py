@@ -113,11 +113,13 @@ class RemoteSpan(Skeleton):
         super().__init__(blocks)
         self.span, self.backbone = span, backbone
 
+    @torch.compiler.disable
     def __iter__(self) -> Iterator[Any]:
         if self.backbone.call is not None:
             return iter((self,))
         return (self[number : number + 1] for number in range(len(self)))
 
+    @torch.compiler.disable
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, slice):
             return super().__getitem__(index)
@@ -167,8 +169,8 @@ class RemoteSpan(Skeleton):
                     seen=name,
                 )
             positions = arguments.position_ids(position_ids)
-            mask = arguments.padding(attention_mask, positions)
-            return self.backbone.run(self, hidden, _of_all_rows(mask, hidden), positions)
+            mask = arguments.padding(attention_mask, hidden.shape, positions)
+            return self.backbone.run(self, hidden, mask, positions)
         try:
             output = self._run_in(call, hidden)
         except KeyboardInterrupt:  # after which torch calls no hook, not even those that are always called
@@ -179,12 +181,11 @@ class RemoteSpan(Skeleton):
     def _run_in(self, call: ModelCall, hidden: torch.Tensor) -> torch.Tensor:
         if call.session is not None:
             return self._step(hidden, call, call.session)
-        mask = _of_all_rows(call.padding, hidden)
         if call.hidden_states is None:
-            return self.backbone.run(self, hidden, mask, call.positions)
+            return self.backbone.run(self, hidden, call.padding, call.positions)
         for number in range(len(self)):  # one call for each block: servers send what leaves a span, no more
             call.hidden_states.append(hidden)
-            hidden = self.backbone.run(self[number : number + 1], hidden, mask, call.positions)
+            hidden = self.backbone.run(self[number : number + 1], hidden, call.padding, call.positions)
         return hidden
 
     def adapter(self) -> tuple[AdapterVersion | None, list[torch.Tensor]]:
@@ -254,7 +255,11 @@ class RemoteBlocks(RemoteSpan):
         call = ModelCall(
             backbone=self.backbone,
             padding=arguments.padding(
-                kwargs.get("attention_mask"), positions if session is None else None, packs=not has_cache
+                kwargs.get("attention_mask"),
+                arguments.shape_of_text(args, kwargs),
+                positions if session is None else None,
+                past=0 if session is None else session.position,
+                packs=not has_cache,
             ),
             positions=positions,
             session=session,
@@ -314,8 +319,3 @@ class _Weightless:
             key="remote_blocks",
             seen=self.number,
         )
-
-
-def _of_all_rows(mask: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor | None:
-    """(B, S) of a mask (B or 1, S)."""
-    return None if mask is None else mask.expand(len(hidden), -1)

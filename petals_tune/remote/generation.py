@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from petals_tune.errors import ConfigError
 from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
+from petals_tune.tuning.support import refuse_adapter_names
 
 
 class RemoteGeneration:
@@ -73,7 +74,8 @@ class RemoteGeneration:
                 self.remote_blocks.new_session(max_cache_length + 1) if session is None else session
             )
         cache = model_kwargs.get("past_key_values")
-        if isinstance(cache, RemoteCache) and cache.position:
+        if isinstance(cache, RemoteCache):
+            refuse_adapter_names(self, next(self.remote_blocks.children()))  # type: ignore[arg-type]  # a model
             cache.begin_turn(self.remote_blocks.adapter()[0])
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -96,7 +98,9 @@ class RemoteGeneration:
                 next_sequence_length = None
             elif inputs_embeds is None and whole_text:
                 # transformers counts the cache's positions, soft prompts included, as text that need not be sent.
-                next_sequence_length = past_key_values.expect(input_ids, attention_mask).shape[1]
+                next_sequence_length = past_key_values.expect(
+                    input_ids, attention_mask, kwargs.get("position_ids")
+                ).shape[1]
         return super().prepare_inputs_for_generation(  # type: ignore[misc]  # of the user's model class
             input_ids,
             next_sequence_length=next_sequence_length,

@@ -38,8 +38,10 @@ class RemoteCache(Cache):
         self._session: ChainSession | None = None
         self._adapter: str | None = None  # version of the adapter that the caches were computed with
         self._padding: torch.Tensor | None = None  # (B, position) bool; None: every position is real
+        self._positions: torch.Tensor | None = None  # (B or 1, position) int64; None: they count from 0
         self._order: torch.Tensor | None = None
         self._next_ids: torch.Tensor | None = None
+        self._by_hand = True  # the next step is not one of generate(), which has compared the adapter
 
     def rollback(self, position: int) -> None:
         """Forget what lies behind the first `position` positions."""
@@ -51,12 +53,15 @@ class RemoteCache(Cache):
             self.ids = self.ids[:, :text] if text > 0 else None
         if self._padding is not None:
             self._padding = self._padding[:, :position]
+        if self._positions is not None:
+            self._positions = self._positions[:, :position]
         self.position, self.virtual = position, min(self.virtual, position)
 
     def close(self) -> None:
         """Give the caches on the servers back; a later call starts at position 0."""
         session, self._session = self._session, None
-        self.position, self.virtual, self.ids, self._padding, self._order = 0, 0, None, None, None
+        self.position, self.virtual, self.ids = 0, 0, None
+        self._padding, self._positions, self._order = None, None, None
         if session is not None:
             loop.run(session.close())
 
@@ -94,6 +99,8 @@ class RemoteCache(Cache):
         self._order = order if self._order is None else self._order[order]
         self.ids = None if self.ids is None else self.ids[order.to(self.ids.device)]
         self._padding = None if self._padding is None else self._padding[order]
+        if self._positions is not None and len(self._positions) > 1:
+            self._positions = self._positions[order]
 
     def crop(self, tokens_to_remove: int) -> None:
         self.rollback(self.position - abs(tokens_to_remove))  # transformers passes -n to remove n
@@ -110,15 +117,18 @@ class RemoteCache(Cache):
     # What the model with remote blocks does with it.
 
     def begin_turn(self, adapter: AdapterVersion | None) -> None:
-        """Start anew where the caches were computed with another adapter than the one that is active now."""
+        """Begin a call of generate(); anew where the caches were computed with another adapter than the active one."""
         if self._session is not None and self._adapter != _version(adapter):
             self.close()
+        self._next_ids, self._by_hand = None, False
 
-    def expect(self, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def expect(
+        self, ids: torch.Tensor, mask: torch.Tensor | None = None, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The part of the whole text `ids` (B, T) that the caches do not hold yet: at least its last token.
 
-        Where `ids` or their `mask` (B, T) part from what the session has seen, it is rolled back to there; to the
-        beginning where the number of rows is another one, or what it has seen is not known as tokens.
+        Where `ids`, their `mask` or their `positions` part from what the session has seen, it is rolled back to there;
+        to the beginning where the number of rows is another one, or what it has seen is not known as tokens.
         """
         if self.ids is None and self.position > self.virtual:
             self.close()
@@ -129,15 +139,18 @@ class RemoteCache(Cache):
             length = min(self.ids.shape[1], ids.shape[1] - 1)
             differing = (self.ids[:, :length] != ids[:, :length].to(self.ids.device)).any(dim=0)
             differing |= self._is_masked_otherwise(mask, length).to(differing.device)
+            if positions is not None and positions.shape[1] == ids.shape[1] and not self.virtual:
+                seen = _counted(self._positions, self.position)[:, :length]
+                differing |= (seen.to(differing.device) != positions[:, :length].to(differing.device)).any(dim=0)
             known = int(differing.nonzero()[0]) if differing.any() else length
         self.rollback(self.virtual + known)
-        self._next_ids = ids[:, known:]
+        self._next_ids, self._by_hand = ids[:, known:], False
         return self._next_ids
 
     def expect_embeddings(self) -> None:
         """Start anew for a text that is given as embeddings: whether the caches hold its beginning is not known."""
         self.close()
-        self._next_ids = None
+        self._next_ids, self._by_hand = None, False
 
     def whole_input(self, ids: torch.Tensor) -> torch.Tensor:
         """The ids that `expect` gave, where a wrapper kept only their end (PEFT does, in a chat's second turn)."""
@@ -156,11 +169,15 @@ class RemoteCache(Cache):
     ) -> torch.Tensor:
         """The output (B, S, H) of all blocks for the next positions; `padding` (B, position + S) is of all of them."""
         ids, self._next_ids = self._next_ids, None
+        by_hand, self._by_hand = self._by_hand, True
         if hidden.requires_grad and torch.is_grad_enabled():
             text = "a generation session has no gradients: call the model with use_cache=False to train"
             raise ConfigError(text, key="use_cache")
         rows, new = hidden.shape[:2]
-        self._check(rows, new, padding)
+        self._check(rows, padding)
+        if by_hand and self._session is not None and self._adapter != _version(adapter()):
+            text = "the adapter was changed since this generation session began: open another session"
+            raise ConfigError(text, key="past_key_values")
         started_s = time.perf_counter()
         if self.position == 0:
             self.virtual = 0 if ids is None else new - ids.shape[1]
@@ -187,24 +204,21 @@ class RemoteCache(Cache):
             self.ids = None
         else:
             self.ids = ids if self.ids is None else torch.cat([self.ids, ids.to(self.ids.device)], dim=1)
+        if positions is not None or self._positions is not None:
+            before, now = _counted(self._positions, self.position), _counted(positions, new, start=self.position)
+            count = max(len(before), len(now))
+            self._positions = torch.cat([before.expand(count, -1), now.expand(count, -1)], dim=1)
         self.position += new
         self._padding = padding
         return output
 
-    def _check(self, rows: int, new: int, padding: torch.Tensor | None) -> None:
+    def _check(self, rows: int, padding: torch.Tensor | None) -> None:
         """Raises ConfigError for another number of rows, or another mask, than what the caches were computed with."""
         if self._session is not None and self._session.rows != rows:
             raise ConfigError(
                 f"{rows} rows in a generation session of {self._session.rows}: open another session",
                 key="past_key_values",
                 seen=rows,
-            )
-        if padding is not None and padding.shape[1] != self.position + new:
-            raise ConfigError(
-                f"attention_mask has {padding.shape[1]} columns, and the generation session has {self.position} "
-                f"positions before these {new}: give the mask of all of them",
-                key="attention_mask",
-                seen=padding.shape[1],
             )
         if self.position and self._is_masked_otherwise(padding, self.position, start=0).any():
             raise ConfigError(
@@ -221,10 +235,17 @@ class RemoteCache(Cache):
         start = self.virtual if start is None else start
         if mask is None and self._padding is None:
             return torch.zeros(length, dtype=torch.bool)
-        seen = torch.ones(1, length, dtype=torch.bool) if self._padding is None else self._padding[:, start:][:, :length]
+        seen = (
+            torch.ones(1, length, dtype=torch.bool) if self._padding is None else self._padding[:, start:][:, :length]
+        )
         now = torch.ones(1, length, dtype=torch.bool) if mask is None else mask[:, :length].bool()
         return (seen.to(now.device) != now).any(dim=0)
 
 
 def _version(adapter: AdapterVersion | None) -> str | None:
     return None if adapter is None else adapter.version
+
+
+def _counted(positions: torch.Tensor | None, length: int, *, start: int = 0) -> torch.Tensor:
+    """(B or 1, length) int64: `positions`, or where there are none, `start`, `start` + 1, ..."""
+    return torch.arange(start, start + length)[None] if positions is None else positions

@@ -1,8 +1,8 @@
 """Tensors as bytes: in their own dtype, as scaled float16 or in blockwise 8 bits. Sizes are checked before allocation.
 
-In scaled float16 each vector along the last dimension has a power of two as its scale: a cast alone would make infinity
-of what is above 65,504, and zero of small gradients. Scaling by a power of two is exact, and a scale of its own for each
-vector makes a row independent of the others in its message.
+In scaled float16 each vector along the last dimension has a power of two as its scale: a cast alone would make
+infinity of what is above 65,504, and zero of small gradients. Scaling by a power of two is exact, and with a scale for
+each vector a row does not depend on the others in its message.
 
 The 8-bit format is hivemind's BLOCKWISE_8BIT without the codebook, which is the same for everybody: bitsandbytes'
 dynamic map. (hivemind 1.1.12's own decoder fails on numpy 2.4, which no longer turns arrays of one element into int.)
