@@ -205,7 +205,7 @@ def _dtype(name: torch.dtype | str, checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _check_adapter_names(model: Any, args: Any) -> None:
-    refuse_adapter_names(model, next(model.remote_blocks.children()))
+    refuse_adapter_names(model, model.remote_blocks)
 
 
 def _is_classifier(cls: Any) -> bool:

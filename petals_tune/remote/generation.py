@@ -75,7 +75,7 @@ class RemoteGeneration:
             )
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, RemoteCache):
-            refuse_adapter_names(self, next(self.remote_blocks.children()))  # type: ignore[arg-type]  # a model
+            refuse_adapter_names(self, self.remote_blocks)  # type: ignore[arg-type]  # a model
             cache.begin_turn(self.remote_blocks.adapter()[0])
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

@@ -108,12 +108,15 @@ def _parts(number: int, block: nn.Module) -> Iterator[tuple[AdapterPart, list[to
                     )
 
 
-def refuse_adapter_names(model: nn.Module, block: nn.Module) -> None:
-    """Raises UnsupportedAdapter where PEFT was called with `adapter_names`, as a look at one remote block shows.
+def refuse_adapter_names(model: nn.Module, blocks: nn.Module) -> None:
+    """Raises UnsupportedAdapter where PEFT was called with `adapter_names`, which it hands to all its layers by hooks.
 
-    PEFT hands them to its layers by hooks, and forgets these after an error: they are removed from all of `model`.
+    PEFT forgets these hooks after an error, so they are removed from all of `model`.
     """
-    if not any(_with_adapter_names(module) for module in block.modules()):
+    if not hasattr(model, "peft_config"):  # which PEFT puts there with its layers
+        return
+    layer = next((module for module in blocks.modules() if isinstance(module, BaseTunerLayer)), None)
+    if layer is None or not _with_adapter_names(layer):
         return
     for module in model.modules():
         for key in _with_adapter_names(module):
