@@ -113,8 +113,17 @@ class RemoteGeneration:
 
 
 def with_whole_input(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """As a forward pre-hook of a model that generates: the ids that its session waits for."""
+    """As a forward pre-hook of a model that generates: the ids that its session waits for.
+
+    Raises ConfigError where the caller wants a cache and gradients.
+    """
     cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+    if kwargs.get("use_cache") is True and torch.is_grad_enabled():
+        raise ConfigError(
+            "use_cache=True: a cache on servers has no gradients; pass use_cache=False to train, or call the model "
+            "under torch.no_grad()",
+            key="use_cache",
+        )
     if isinstance(cache, RemoteCache) and ids is not None:
         kwargs = {**kwargs, "input_ids": cache.whole_input(ids)}
     return args, kwargs

@@ -68,6 +68,7 @@ def test_arguments_without_effect_locally_have_none_here(models):
         ("output_attentions", True),
         ("output_router_logits", True),
         ("past_key_values", DynamicCache()),
+        ("use_cache", True),  # under autograd
         ("head_mask", torch.ones(6, 4)),
         ("prompts", torch.ones(6, 2, 32)),
         ("cu_seq_lens_q", torch.tensor([0, 4, 9])),
