@@ -75,6 +75,8 @@ class RemoteGeneration:
             )
         cache = model_kwargs.get("past_key_values")
         if isinstance(cache, RemoteCache):
+            # Of a local cache; some checkpoints name one. And sessions cut long prompts themselves.
+            generation_config.cache_implementation = generation_config.prefill_chunk_size = None
             refuse_adapter_names(self, self.remote_blocks)  # type: ignore[arg-type]  # a model
             cache.begin_turn(self.remote_blocks.adapter()[0])
         super()._prepare_cache_for_generation(  # type: ignore[misc]

@@ -189,6 +189,16 @@ def test_a_session_goes_on_with_the_adapter_that_is_active(model, folder):
             same(net, local, ids)
 
 
+def test_options_of_a_local_cache_change_nothing(model, plain):
+    first, second = text(2, LENGTH), torch.cat([text(2, LENGTH), text(2, LENGTH, seed=4)], dim=1)
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    with model.inference_session(max_length=64):
+        for ids in (first, second):
+            wanted = plain.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            local = {"prefill_chunk_size": 4, "cache_implementation": "static"}
+            assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **local, **options), wanted)
+
+
 def test_a_session_cannot_be_copied(model):
     with model.inference_session(max_length=16) as session, raises(ConfigError, key="past_key_values"):
         copy.deepcopy(session)
