@@ -193,8 +193,12 @@ class RemoteSpan(Skeleton):
         return collect_adapter(list(enumerate(self.children(), start=self.span.start)))
 
     def _step(self, hidden: torch.Tensor, call: ModelCall, session: RemoteCache) -> torch.Tensor:
-        if session.span != self.span:
-            raise ConfigError(f"a generation session is for all blocks {session.span}, not for {self.span}")
+        if session.span != self.span or session.chain is not self.backbone.chain:
+            raise ConfigError(
+                f"past_key_values: this generation session is for blocks {session.span} of one model, and these are "
+                f"blocks {self.span}{'' if session.chain is self.backbone.chain else ' of another model'}",
+                key="past_key_values",
+            )
         return session.step(hidden, padding=call.padding, positions=call.positions, adapter=lambda: self.adapter()[0])
 
 

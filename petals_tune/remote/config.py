@@ -26,6 +26,8 @@ _OF_THE_CLIENT = frozenset(
 
 def with_changes(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
     """Copy `config` with other values. Raises ConfigError for an unknown field, or one that concerns the blocks."""
+    if "torch_dtype" in changes:  # configs have it still
+        raise ConfigError("from_pretrained: torch_dtype is called dtype", key="torch_dtype")
     if unknown := [name for name in changes if not hasattr(config, name)]:
         text = f"from_pretrained: {unknown[0]} is no option, and no field of {type(config).__name__}"
         raise ConfigError(text, key=unknown[0])

@@ -34,7 +34,7 @@ class RemoteCache(Cache):
         self.max_length = max_length  # text positions
         self.ids: torch.Tensor | None = None
         self.span = span
-        self._chain = chain
+        self.chain = chain
         self._session: ChainSession | None = None
         self._adapter: str | None = None  # version of the adapter that the caches were computed with
         self._padding: torch.Tensor | None = None  # (B, position) bool; None: every position is real
@@ -185,8 +185,8 @@ class RemoteCache(Cache):
             version = adapter()
             self._adapter = _version(version)
             self._session = ChainSession(
-                self._chain.calls,
-                self._chain.repair,
+                self.chain.calls,
+                self.chain.repair,
                 self.span,
                 rows=rows,
                 max_length=self.max_length + self.virtual,
@@ -199,7 +199,7 @@ class RemoteCache(Cache):
         )
         order, self._order = self._order, None
         output = loop.run(self._session.step(inputs, position=self.position, order=order))
-        self._chain.client.stats.wait_s += time.perf_counter() - started_s
+        self.chain.client.stats.wait_s += time.perf_counter() - started_s
         if ids is None or (self.ids is None and self.position > self.virtual):
             self.ids = None
         else:

@@ -141,7 +141,7 @@ def _vectors(shape: Sequence[int]) -> int:
 def _to_scaled16(tensor: torch.Tensor) -> bytes:
     """Encode as exponents of the scales (int8, one a vector), then float16 values times 2 to that exponent."""
     vectors = tensor.view(_vectors(tensor.shape), -1)
-    largest = vectors.abs().amax(dim=1, keepdim=True)
+    largest = torch.maximum(vectors.amax(1, keepdim=True), -vectors.amin(1, keepdim=True))  # .abs() would be a copy
     _, exponents = torch.frexp(largest.where(largest.isfinite(), 1.0))  # what is not finite stays so, unscaled
     shifts = (_SCALED_EXPONENT - exponents).clamp(-_MAX_SHIFT, _MAX_SHIFT).to(torch.int8)
     values = (vectors * _power(shifts)).to(torch.float16)
@@ -160,7 +160,7 @@ def _from_scaled16(raw: memoryview, shape: tuple[int, ...], numel: int) -> torch
     if int(shifts.min()) < -_MAX_SHIFT or int(shifts.max()) > _MAX_SHIFT:
         raise ProtocolError(f"a scale of a float16 tensor is beyond 2**{_MAX_SHIFT}", what="tensor")
     values = torch.frombuffer(bytearray(raw[vectors:]), dtype=torch.float16).view(vectors, -1)
-    return (values.float() * _power(-shifts)).view(shape)
+    return values.float().mul_(_power(-shifts)).view(shape)
 
 
 def _power(exponents: torch.Tensor) -> torch.Tensor:

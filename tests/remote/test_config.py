@@ -40,6 +40,11 @@ def test_a_field_of_the_blocks_that_is_changed_later_is_found(family, field, val
         blocks.check(config)
 
 
+def test_the_old_name_of_dtype_is_not_taken_for_a_field():
+    with raises(ConfigError, key="torch_dtype"):
+        with_changes(config_of("llama"), {"torch_dtype": "bfloat16"})
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_training_loops_change_is_the_clients(family):
     config: PretrainedConfig = config_of(family)

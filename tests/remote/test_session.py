@@ -8,8 +8,10 @@ import peft
 import pytest
 import torch
 
+from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.errors import ConfigError, RequestRefused
 from tests.models import VOCABULARY, plain_model
+from tests.parity import remote
 from tests.raising import raises
 
 LENGTH, NEW = 9, 8
@@ -197,6 +199,16 @@ def test_options_of_a_local_cache_change_nothing(model, plain):
             wanted = plain.generate(ids, attention_mask=torch.ones_like(ids), **options)
             local = {"prefill_chunk_size": 4, "cache_implementation": "static"}
             assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **local, **options), wanted)
+
+
+def test_a_session_of_another_model_is_refused_and_that_of_a_copy_is_not(model, folder):
+    with torch.no_grad(), remote(AutoDistributedModelForCausalLM, folder) as other:
+        copied = copy.deepcopy(other)
+        with other.inference_session(max_length=16) as session:
+            with raises(ConfigError, key="past_key_values"):
+                model(input_ids=text(1, 3), past_key_values=session)
+            copied(input_ids=text(1, 3), past_key_values=session)
+            assert session.position == 3
 
 
 def test_a_session_cannot_be_copied(model):
