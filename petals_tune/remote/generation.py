@@ -56,7 +56,11 @@ class RemoteGeneration:
                 "text: pass the whole text so far to go on with it",
                 key="input_ids",
             )
-        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        try:
+            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            if isinstance(session, RemoteCache):
+                session.end_turn()
 
     def _prepare_cache_for_generation(
         self,

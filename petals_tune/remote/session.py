@@ -147,6 +147,10 @@ class RemoteCache(Cache):
         self._next_ids, self._by_hand = ids[:, known:], False
         return self._next_ids
 
+    def end_turn(self) -> None:
+        """Forget what a call of generate() expected, where it failed."""
+        self._next_ids, self._by_hand = None, True
+
     def expect_embeddings(self) -> None:
         """Start anew for a text that is given as embeddings: whether the caches hold its beginning is not known."""
         self.close()
@@ -155,9 +159,9 @@ class RemoteCache(Cache):
     def whole_input(self, ids: torch.Tensor) -> torch.Tensor:
         """The ids that `expect` gave, where a wrapper kept only their end (PEFT does, in a chat's second turn)."""
         expected = self._next_ids
-        if expected is None:
-            self._next_ids = ids  # a step by hand
-        return ids if expected is None or expected.shape[1] <= ids.shape[1] else expected
+        if self._by_hand or expected is None or expected.shape[1] <= ids.shape[1]:
+            expected = self._next_ids = ids
+        return expected
 
     def step(
         self,

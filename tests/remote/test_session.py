@@ -145,6 +145,18 @@ def test_what_was_stepped_by_hand_is_known_to_a_turn(model, plain):
         assert model.remote_blocks.stats.sent_bytes - sent < 2 * LENGTH * 32 * 4, "one position to each of two servers"
 
 
+def test_what_a_refused_call_was_given_is_not_taken_for_seen(model, plain):
+    ids, other = text(1, LENGTH), text(1, LENGTH, seed=5)
+    with torch.no_grad(), model.inference_session(max_length=32) as session:
+        with raises(ConfigError, key="output_attentions"):
+            model(input_ids=other, past_key_values=session, output_attentions=True)
+        with raises(ConfigError, key="output_attentions"):
+            model.generate(other, attention_mask=torch.ones_like(other), output_attentions=True, max_new_tokens=2)
+        model(input_ids=ids, past_key_values=session)
+        assert torch.equal(session.ids, ids)
+        same(model, plain, torch.cat([other, other], dim=1))
+
+
 def test_a_turn_without_an_input_is_refused_where_it_would_begin_a_new_text(model, plain):
     with model.inference_session(max_length=32) as session:
         options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
