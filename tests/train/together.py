@@ -53,7 +53,7 @@ def main(model_folder: str, out: Path) -> None:
     private = [f"swarm.key='{out}/swarm.key'"]
     with local_swarm(model_folder, spans=["0:1", "1:2"], quantization="none", overrides=private) as peers:
         model = AutoDistributedModelForCausalLM.from_pretrained(
-            model_folder, initial_peers=peers, token=str(out / "alice.token")
+            model_folder, initial_peers=peers, swarm_token=str(out / "alice.token")
         )
         run = trainer(out, strategy="ddp", devices=2, accumulate_grad_batches=2)
         module, data = tuner(model), talk(batch_size=3, length_buckets=False)
