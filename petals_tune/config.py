@@ -76,6 +76,7 @@ class Run:
     output_dir: str
     ckpt_path: str | None  # resume from this checkpoint
     sweep: Sweep
+    instruction: str | None  # the task in words, from which a soft prompt starts; recipes set it
     zero_shot: bool  # also evaluate the base model without an adapter, where that differs from a new adapter
     model: TunedModel
     data: Section
@@ -92,6 +93,9 @@ class Run:
 # Keys without a default: what to type.
 _MISSING = {
     "name": "choose a recipe, recipe=NAME with one of {recipes}, or name a run of your own",
+    "data.source": "choose data, such as data=my_data data.source.path=FILE",
+    "objective.words": "classification needs data with label words, such as data=sst2; other data take "
+    "objective=causal_lm",
     "swarm.initial_peers": "give the addresses that a running server prints, as in "
     "swarm.initial_peers=[/ip4/10.0.0.5/tcp/31337/p2p/Qm...]",
 }
@@ -161,12 +165,13 @@ def check_arguments(arguments: Sequence[str], *, config_name: str = CONFIG_NAME,
 def check(cfg: DictConfig, *, schema: type = Run) -> None:
     """Raise ConfigError for the first key of `cfg` that is unknown, missing, or of a type other than in `schema`."""
     if missing := _first_missing(OmegaConf.to_container(cfg)):
-        hint = _MISSING.get(missing, f"give {missing}=...").format(recipes=", ".join(recipe_names()))
-        raise ConfigError(f"{missing} has no value: {hint}", key=missing)
+        raise _no_value(missing)
     try:
         options: Any = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(first_line(error)) from None
+        if error.full_key in _MISSING:
+            raise _no_value(error.full_key) from None
+        raise ConfigError(f"{error.full_key}: {first_line(error)}", key=error.full_key) from None
     _check_call(schema, options, where="")
     if absent := [field.name for field in fields(schema) if field.name not in options]:
         raise ConfigError(f"a run needs {absent[0]}, and it was taken out", key=absent[0])
@@ -193,6 +198,11 @@ def build(section: DictConfig, *, where: str, **given: Any) -> Any:
         raise ConfigError(f"{where}: {first_line(error)}", key=where) from error
 
 
+def _no_value(key: str) -> ConfigError:
+    hint = _MISSING.get(key, f"give {key}=...").format(recipes=", ".join(recipe_names()))
+    return ConfigError(f"{key} has no value: {hint}", key=key)
+
+
 def _first_missing(section: Any, where: str = "") -> str | None:
     """Return the first key whose value is `???`."""
     for name, value in section.items():
@@ -216,7 +226,7 @@ def _check_call(target: Callable[..., Any], options: Mapping[str, Any], *, where
             _check_value(value, _READ_BY_THE_RUN[key], key)
             continue
         if name not in parameters and not open_ended:
-            raise unknown_option(key, list(parameters), set_now=list(options))
+            raise unknown_option(key, list(parameters), set_now=list(options), built=options.get("_target_"))
         hint = hints.get(name, Any)
         if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, dict):
             _check_call(hint, value, where=key)

@@ -41,12 +41,18 @@ def config_error(
     return ConfigError(first_line(error.__cause__ or error))
 
 
-def unknown_option(key: str, known: Sequence[str], *, set_now: Sequence[str] = ()) -> ConfigError:
-    """Return the error for a key that is not among `known`; of many known ones, those in `set_now` are listed."""
+def unknown_option(
+    key: str, known: Sequence[str], *, set_now: Sequence[str] = (), built: str | None = None
+) -> ConfigError:
+    """Return the error for a key that is not among `known`; of many known ones, those in `set_now` are listed.
+
+    `built` names the class that the section of the key builds.
+    """
     section, _, name = key.rpartition(".")
     meant = _did_you_mean(name, known, prefix=f"{section}." if section else "")
     listed = known if len(known) <= _MANY else [*(option for option in set_now if option in known), "more"]
     owner = section or ("a run" if "data" in known else "this command")
+    owner += f" ({built})" if built else ""
     return ConfigError(f"{key} is no option{meant}; {owner} has {', '.join(listed) or 'none'}", key=key)
 
 
