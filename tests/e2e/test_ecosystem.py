@@ -138,9 +138,20 @@ def test_a_run_of_transformers_goes_on_from_its_checkpoint(folder: Path) -> None
 
 
 # Beside the example's: answers that are generated, and the perplexity of whole texts.
-GENERATED = {"task": "answers", "output_type": "generate_until", "doc_to_target": "{{choices[0]}}",
-             "generation_kwargs": {"until": ["!"], "max_gen_toks": 4, "do_sample": False}}  # fmt: skip
-WHOLE = {"task": "texts", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text"}
+GENERATED = {
+    "task": "answers",
+    "output_type": "generate_until",
+    "doc_to_choice": None,
+    "doc_to_target": "{{choices[0]}}",
+    "generation_kwargs": {"until": ["!"], "max_gen_toks": 4, "do_sample": False},
+}
+WHOLE = {
+    "task": "texts",
+    "output_type": "loglikelihood_rolling",
+    "doc_to_choice": None,
+    "doc_to_text": "",
+    "doc_to_target": "text",
+}
 
 
 @pytest.mark.slow
@@ -152,6 +163,7 @@ def test_the_harness_scores_the_swarm_as_the_plain_model(folder: Path) -> None:
         evaluated = names["simple_evaluate"](
             names["HFLM"](pretrained=names["model"], tokenizer=names["tokenizer"], batch_size=4),
             tasks=tasks,
+            task_manager=names["own_tasks"],
             bootstrap_iters=0,
         )
         assert evaluated["n-samples"].keys() == {"counting", "answers", "texts"}
