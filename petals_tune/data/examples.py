@@ -8,7 +8,7 @@ from typing import Any
 
 # One turn, as chat templates take it: "role" and "content" (a text), and where they are needed "name", "tool_calls",
 # "tool_call_id" and "reasoning_content".
-Message = Mapping[str, Any]
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,16 @@ class Chat:
     messages: tuple[Message, ...]
     learned: tuple[int, ...]  # positions in `messages` of the supervised turns, in order; at least one
     tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas of functions, as chat templates take them
+
+    @property
+    def context(self) -> tuple[Message, ...]:
+        """The turns before the last supervised one."""
+        return self.messages[: self.learned[-1]]
+
+    @property
+    def answer(self) -> str:
+        """The text of the last supervised turn."""
+        return str(self.messages[self.learned[-1]].get("content") or "")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,8 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
     output = Path(cfg.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     if parts.trainer.is_global_zero:
-        write_text(output / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+        digest = f"# SHA-256 of the data: {parts.data.digest}\n"
+        write_text(output / "config.yaml", digest + OmegaConf.to_yaml(cfg, resolve=True))
     log_config(parts.trainer.loggers, cfg)
     say(
         f"model     {display_name(parts.base)}, {parts.blocks} blocks\n"
@@ -88,6 +89,8 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
         data=parts.data.description,
         headline=parts.objective.headline,
         seed=cfg.seed,
+        data_digest=parts.data.digest,
+        rows=parts.data.counts(),
         started_from=cfg.tuning.get("init_from"),
     )
     try:
