@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -90,6 +90,9 @@ class Run:
     logger: Section
 
 
+# Sections of which a run builds one object.
+_BUILT = ("data", "objective", "tuning", "optimizer", "schedule", "swarm", "trainer")
+
 # Keys without a default: what to type.
 _MISSING = {
     "name": "choose a recipe, recipe=NAME with one of {recipes}, or name a run of your own",
@@ -127,7 +130,7 @@ def composed(overrides: Sequence[str] = (), *, config_name: str = CONFIG_NAME) -
     try:
         with initialize_config_dir(config_dir=str(folder_of("conf")), version_base="1.3"):
             return compose(config_name, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise config_error(error, overrides, lambda kept: composed(kept, config_name=config_name)) from None
 
 
@@ -135,9 +138,11 @@ def check_arguments(arguments: Sequence[str], *, config_name: str = CONFIG_NAME,
     """Compose and check the configuration of a command line, of every job of a sweep. Raises ConfigError."""
     args, unknown = get_args_parser().parse_known_args(list(arguments))
     if unknown:
-        raise ConfigError(
-            f"{unknown[0]} is no option: options are written KEY=VALUE; --help lists them", key=unknown[0]
-        )
+        # argparse takes options in one row alone: KEY=VALUE after a flag that stood behind others is left over.
+        hint = "flags stand before all options or behind them" if "=" in unknown[0] else "options are written KEY=VALUE"
+        raise ConfigError(f"{unknown[0]} is no option here: {hint}; --help lists them", key=unknown[0])
+    if args.multirun and (args.cfg or args.info):
+        raise ConfigError("-m runs several jobs, and --cfg and --info show one: leave -m out", key="--multirun")
     if args.config_dir and not Path(args.config_dir).is_dir():
         raise ConfigError(
             f"--config-dir {args.config_dir}: there is no such folder", key="--config-dir", seen=args.config_dir
@@ -173,6 +178,8 @@ def check(cfg: DictConfig, *, schema: type = Run) -> None:
             raise _no_value(error.full_key) from None
         raise ConfigError(f"{error.full_key}: {first_line(error)}", key=error.full_key) from None
     _check_call(schema, options, where="")
+    if empty := [name for name in _BUILT if name in options and "_target_" not in options[name]]:
+        raise ConfigError(f"{empty[0]} has no _target_: choose one, {empty[0]}=NAME; --help lists them", key=empty[0])
     if absent := [field.name for field in fields(schema) if field.name not in options]:
         raise ConfigError(f"a run needs {absent[0]}, and it was taken out", key=absent[0])
 
@@ -246,6 +253,12 @@ def _check_section(section: Mapping[str, Any], *, where: str) -> None:
 
 
 def _check_value(value: Any, hint: Any, key: str) -> None:
+    parts = (hint, *get_args(hint))
+    if isinstance(value, str) and str not in parts and Sequence in map(get_origin, parts):
+        # pydantic takes a text for a sequence of letters.
+        raise ConfigError(
+            f"{key} is {value!r}: it must be a list in brackets, as in '{key}=[{value}]'", key=key, seen=value
+        )
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
         adapter.validate_python(value)
