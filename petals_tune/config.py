@@ -178,7 +178,8 @@ def check(cfg: DictConfig, *, schema: type = Run) -> None:
             raise _no_value(error.full_key) from None
         raise ConfigError(f"{error.full_key}: {first_line(error)}", key=error.full_key) from None
     _check_call(schema, options, where="")
-    if empty := [name for name in _BUILT if name in options and "_target_" not in options[name]]:
+    built = _BUILT if issubclass(schema, Run) else ()
+    if empty := [name for name in built if name in options and "_target_" not in options[name]]:
         raise ConfigError(f"{empty[0]} has no _target_: choose one, {empty[0]}=NAME; --help lists them", key=empty[0])
     if absent := [field.name for field in fields(schema) if field.name not in options]:
         raise ConfigError(f"a run needs {absent[0]}, and it was taken out", key=absent[0])
