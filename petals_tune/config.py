@@ -255,7 +255,7 @@ def _check_section(section: Mapping[str, Any], *, where: str) -> None:
 
 def _check_value(value: Any, hint: Any, key: str) -> None:
     parts = (hint, *get_args(hint))
-    if isinstance(value, str) and str not in parts and Sequence in map(get_origin, parts):
+    if isinstance(value, str) and str not in parts and any(get_origin(part) is Sequence for part in parts):
         # pydantic takes a text for a sequence of letters.
         raise ConfigError(
             f"{key} is {value!r}: it must be a list in brackets, as in '{key}=[{value}]'", key=key, seen=value
