@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -77,6 +77,7 @@ class Run:
     output_dir: str
     ckpt_path: str | None  # resume from this checkpoint
     sweep: Sweep
+    instruction: str | None  # the task in words, from which a soft prompt starts; recipes set it
     zero_shot: bool  # also evaluate the base model without an adapter, where that differs from a new adapter
     model: TunedModel
     data: Section
@@ -90,9 +91,15 @@ class Run:
     logger: Section
 
 
+# Sections of which a run builds one object.
+_BUILT = ("data", "objective", "tuning", "optimizer", "schedule", "swarm", "trainer")
+
 # Keys without a default: what to type.
 _MISSING = {
     "name": "choose a recipe, recipe=NAME with one of {recipes}, or name a run of your own",
+    "data.source": "choose data, such as data=my_data data.source.path=FILE",
+    "objective.words": "classification needs data with label words, such as data=sst2; other data take "
+    "objective=causal_lm",
     "swarm.initial_peers": "give the addresses that a running server prints, as in "
     "swarm.initial_peers=[/ip4/10.0.0.5/tcp/31337/p2p/Qm...]",
 }
@@ -124,7 +131,7 @@ def composed(overrides: Sequence[str] = (), *, config_name: str = CONFIG_NAME) -
     try:
         with initialize_config_dir(config_dir=str(folder_of("conf")), version_base="1.3"):
             return compose(config_name, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise config_error(error, overrides, lambda kept: composed(kept, config_name=config_name)) from None
 
 
@@ -132,9 +139,11 @@ def check_arguments(arguments: Sequence[str], *, config_name: str = CONFIG_NAME,
     """Compose and check the configuration of a command line, of every job of a sweep. Raises ConfigError."""
     args, unknown = get_args_parser().parse_known_args(list(arguments))
     if unknown:
-        raise ConfigError(
-            f"{unknown[0]} is no option: options are written KEY=VALUE; --help lists them", key=unknown[0]
-        )
+        # argparse takes options in one row alone: KEY=VALUE after a flag that stood behind others is left over.
+        hint = "flags stand before all options or behind them" if "=" in unknown[0] else "options are written KEY=VALUE"
+        raise ConfigError(f"{unknown[0]} is no option here: {hint}; --help lists them", key=unknown[0])
+    if args.multirun and (args.cfg or args.info):
+        raise ConfigError("-m runs several jobs, and --cfg and --info show one: leave -m out", key="--multirun")
     if args.config_dir and not Path(args.config_dir).is_dir():
         raise ConfigError(
             f"--config-dir {args.config_dir}: there is no such folder", key="--config-dir", seen=args.config_dir
@@ -162,13 +171,17 @@ def check_arguments(arguments: Sequence[str], *, config_name: str = CONFIG_NAME,
 def check(cfg: DictConfig, *, schema: type = Run) -> None:
     """Raise ConfigError for the first key of `cfg` that is unknown, missing, or of a type other than in `schema`."""
     if missing := _first_missing(OmegaConf.to_container(cfg)):
-        hint = _MISSING.get(missing, f"give {missing}=...").format(recipes=", ".join(recipe_names()))
-        raise ConfigError(f"{missing} has no value: {hint}", key=missing)
+        raise _no_value(missing)
     try:
         options: Any = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(first_line(error)) from None
+        if error.full_key in _MISSING:
+            raise _no_value(error.full_key) from None
+        raise ConfigError(f"{error.full_key}: {first_line(error)}", key=error.full_key) from None
     _check_call(schema, options, where="")
+    built = _BUILT if issubclass(schema, Run) else ()
+    if empty := [name for name in built if name in options and "_target_" not in options[name]]:
+        raise ConfigError(f"{empty[0]} has no _target_: choose one, {empty[0]}=NAME; --help lists them", key=empty[0])
     if absent := [field.name for field in fields(schema) if field.name not in options]:
         raise ConfigError(f"a run needs {absent[0]}, and it was taken out", key=absent[0])
 
@@ -194,6 +207,11 @@ def build(section: DictConfig, *, where: str, **given: Any) -> Any:
         raise ConfigError(f"{where}: {first_line(error)}", key=where) from error
 
 
+def _no_value(key: str) -> ConfigError:
+    hint = _MISSING.get(key, f"give {key}=...").format(recipes=", ".join(recipe_names()))
+    return ConfigError(f"{key} has no value: {hint}", key=key)
+
+
 def _first_missing(section: Any, where: str = "") -> str | None:
     """Return the first key whose value is `???`."""
     for name, value in section.items():
@@ -217,7 +235,7 @@ def _check_call(target: Callable[..., Any], options: Mapping[str, Any], *, where
             _check_value(value, _READ_BY_THE_RUN[key], key)
             continue
         if name not in parameters and not open_ended:
-            raise unknown_option(key, list(parameters), set_now=list(options))
+            raise unknown_option(key, list(parameters), set_now=list(options), built=options.get("_target_"))
         hint = hints.get(name, Any)
         if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, dict):
             _check_call(hint, value, where=key)
@@ -237,6 +255,12 @@ def _check_section(section: Mapping[str, Any], *, where: str) -> None:
 
 
 def _check_value(value: Any, hint: Any, key: str) -> None:
+    parts = (hint, *get_args(hint))
+    if isinstance(value, str) and str not in parts and any(get_origin(part) is Sequence for part in parts):
+        # pydantic takes a text for a sequence of letters.
+        raise ConfigError(
+            f"{key} is {value!r}: it must be a list in brackets, as in '{key}=[{value}]'", key=key, seen=value
+        )
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
         adapter.validate_python(value)

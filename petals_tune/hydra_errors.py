@@ -28,9 +28,12 @@ def config_error(
 
     `compose_again` composes the configuration without the override that failed, to list what could stand there.
     """
-    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        return _unknown_choice(group, choice, error.options)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        missing = error.missing_cfg_file
+        chosen = next(
+            (key for key in map(_key, overrides) if missing.startswith(f"{key}/")), missing.rpartition("/")[0]
+        )
+        return _unknown_choice(chosen, missing.removeprefix(f"{chosen}/"), error.options or [])
     if found := re.match(r"Could not (?:override|append to config\.?) '?([\w./@]+)", str(error)):
         key = found[1]
         kept = [text for text in overrides if _key(text) != key]
@@ -38,15 +41,33 @@ def config_error(
             return _no_option(key, compose_again(kept))
     if isinstance(error, OverrideParseException):
         return _unreadable(error)
+    if found := re.match(r"Ambiguous value for argument '(([^=]+)=.*)'", str(error)):
+        values = found[1].partition("=")[2]
+        return ConfigError(
+            f"{found[1]} has several values: add -m to run each of them, or write '{found[2]}=[{values}]' for a list",
+            key=found[2],
+            seen=found[1],
+        )
+    if found := re.match(r"Multiple values for ([\w/@]+)|([\w/@]+) appears more than once", str(error)):
+        key = found[1] or found[2]
+        return ConfigError(f"{key} is chosen already: write {key}=NAME, once and without a plus sign", key=key)
+    if "Config group override must be" in str(error):
+        return _no_choice(overrides, compose_again([]))
     return ConfigError(first_line(error.__cause__ or error))
 
 
-def unknown_option(key: str, known: Sequence[str], *, set_now: Sequence[str] = ()) -> ConfigError:
-    """Return the error for a key that is not among `known`; of many known ones, those in `set_now` are listed."""
+def unknown_option(
+    key: str, known: Sequence[str], *, set_now: Sequence[str] = (), built: str | None = None
+) -> ConfigError:
+    """Return the error for a key that is not among `known`; of many known ones, those in `set_now` are listed.
+
+    `built` names the class that the section of the key builds.
+    """
     section, _, name = key.rpartition(".")
     meant = _did_you_mean(name, known, prefix=f"{section}." if section else "")
     listed = known if len(known) <= _MANY else [*(option for option in set_now if option in known), "more"]
     owner = section or ("a run" if "data" in known else "this command")
+    owner += f" ({built})" if built else ""
     return ConfigError(f"{key} is no option{meant}; {owner} has {', '.join(listed) or 'none'}", key=key)
 
 
@@ -82,6 +103,12 @@ def _unreadable(error: OverrideParseException) -> ConfigError:
 
 def _no_option(key: str, cfg: DictConfig) -> ConfigError:
     """Return the error for a key that is nowhere in `cfg`."""
+    if key.startswith("hydra."):
+        return ConfigError(f"{key} is no option of Hydra; --cfg hydra lists them", key=key)
+    if "/" in key:
+        parent = key.partition("/")[0]
+        such = ", such as data=my_data" if parent == "data" else ""
+        return ConfigError(f"{key} is no group of the chosen {parent}: choose a {parent} that has it{such}", key=key)
     section, where, (name, *below) = cfg, "", key.split(".")
     while below and isinstance(section.get(name), DictConfig):
         section, where, (name, *below) = section[name], f"{where}{name}.", below
@@ -100,9 +127,26 @@ def _no_option(key: str, cfg: DictConfig) -> ConfigError:
 
 
 def _unknown_choice(group: str, choice: str, known: Sequence[str]) -> ConfigError:
+    if group == "model" and "/" in choice:
+        return ConfigError(
+            f"model={choice} is not there: for a folder or a name on the hub, write model.source={choice}",
+            key=group,
+            seen=choice,
+        )
     meant = _did_you_mean(choice, known, prefix=f"{group}=")
+    listed = f"{group} is one of {', '.join(known)}" if known else "--help lists its choices"
+    return ConfigError(f"{group}={choice} is not there{meant}; {listed}", key=group, seen=choice)
+
+
+def _no_choice(overrides: Sequence[str], cfg: DictConfig) -> ConfigError:
+    """Return the error for a group that was given a number or null, in a command without its overrides `cfg`."""
+    key = next(
+        key
+        for key, value in map(_key_and_value, overrides)
+        if isinstance(cfg.get(key), DictConfig) and not isinstance(value, str | list | dict)
+    )
     return ConfigError(
-        f"{group}={choice} is not there{meant}; {group} is one of {', '.join(known)}", key=group, seen=choice
+        f"{key} is a group, and takes one of its choices (--help lists them) or, for an empty one, ~{key}", key=key
     )
 
 
@@ -113,3 +157,8 @@ def _did_you_mean(name: str, known: Sequence[str], *, prefix: str) -> str:
 
 def _key(override: str) -> str:
     return str(OverridesParser.create().parse_override(override).key_or_group)
+
+
+def _key_and_value(override: str) -> tuple[str, Any]:
+    parsed = OverridesParser.create().parse_override(override)
+    return str(parsed.key_or_group), parsed.value()

@@ -43,6 +43,21 @@ MISTAKES: dict[str, tuple[str, object]] = {
     "--config-dir /nowhere --config-name mine": ("--config-dir", "/nowhere"),
     "--config-name mine": ("--config-name", "mine"),
     "-m recipe=sst2 tuning.tokens=4,0": ("tuning.tokens", 0),
+    "recipe=sst2 tuning=lora tuning.tokens=4": ("tuning.tokens", None),
+    "recipe=sst2 ~tuning": ("tuning", None),
+    "recipe=sst2 logger=null": ("logger", None),
+    "recipe=sst2 seed=0 trainer=5": ("trainer", None),
+    "recipe=sst2 callbacks=[default,early_stoping]": ("callbacks", "early_stoping"),
+    "recipe=sst2 seed=0,1": ("seed", "seed=0,1"),
+    "recipe=sst2 model=/some/folder": ("model", "/some/folder"),
+    "recipe=sst2 model=bigscience/bloom-560m": ("model", "bigscience/bloom-560m"),
+    "recipe=sst2 data/columns=chats": ("data/columns", None),
+    "recipe=sst2 hydra.run.dirr=x": ("hydra.run.dirr", None),
+    "recipe=sst2 +recipe=lm": ("recipe", None),
+    "+recipe=sst2": ("recipe", None),
+    "recipe=sst2 data.max_rows=${nope}": ("data.max_rows", None),
+    "recipe=sst2 -m seed=0,1": ("seed=0,1", None),
+    "recipe=sst2 swarm.spans=0:15": ("swarm.spans", "0:15"),
     "-m recipe=sst2,sst3": ("recipe", "sst3"),
 }
 
@@ -58,6 +73,11 @@ MEANT = {
     "recipe=sst2 model.sauce=x": "model.source",
     "recipe=sst2 max_steps=5": "trainer.max_steps",
 }
+
+
+def test_a_sweep_is_not_shown_as_one_job() -> None:
+    with raises(ConfigError, key="--multirun"):
+        check_arguments(["-m", "recipe=sst2,lm", "--cfg", "job"])
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)

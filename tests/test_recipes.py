@@ -3,7 +3,9 @@ import re
 import pytest
 from omegaconf import OmegaConf
 
-from petals_tune.config import check, composed, folder_of, recipe_names
+from petals_tune.config import check, check_arguments, composed, folder_of, recipe_names
+from petals_tune.errors import ConfigError
+from tests.raising import raises
 
 
 def test_recipe_names() -> None:
@@ -35,20 +37,78 @@ def test_a_recipe_composes_and_every_option_in_it_exists(name: str) -> None:
     assert cfg.name == name
 
 
-# Choices of different groups are composed together: each compose takes a while.
-CHOICES = {
-    "LoRA": ["logger=csv", "tuning=lora", "schedule=constant", "model=bloom-560m"],
-    "two loggers": ["logger=[wandb,tensorboard]"],
+GROUPS = {
+    folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+    for folder in sorted(folder_of("conf").iterdir())
+    if any(folder.glob("*.yaml"))
 }
+LABELLED = {"sst2", "sst2_hub"}  # data with label words
+CLASSIFIES = {"class_head", "label_words"}  # objectives that need them
+
+
+def missing_key(recipe: str, group: str, choice: str) -> str | None:
+    """The key for which a recipe with another choice of one group has no value."""
+    if (group, choice) == ("swarm", "join"):
+        return "swarm.initial_peers"
+    if (group, choice) == ("data", "base"):
+        return "data.source"
+    labelled, classifies = recipe.startswith("sst2"), recipe.startswith("sst2")
+    if group == "data":
+        labelled = choice in LABELLED
+    if group == "objective":
+        classifies = choice in CLASSIFIES
+    return "objective.words" if classifies and not labelled else None
 
 
 @pytest.mark.parametrize("name", recipe_names())
-@pytest.mark.parametrize("choices", CHOICES)
-def test_a_recipe_composes_with_the_choices_of_other_groups(name: str, choices: str) -> None:
-    # A recipe's own options for a soft prompt are none of LoRA's.
-    own = "tokens" in OmegaConf.load(folder_of("recipes") / f"{name}.yaml").get("tuning", {})
-    drop = ["~tuning.tokens", "~tuning.init_text"] if choices == "LoRA" and own else []
-    check(composed([f"recipe={name}", "output_dir=out", *CHOICES[choices], *drop]))
+@pytest.mark.parametrize("tuning", GROUPS["tuning"])
+def test_a_recipe_composes_with_every_adapter_method(name: str, tuning: str) -> None:
+    # Each compose takes a while: a choice of other groups is tried along with each method.
+    number = GROUPS["tuning"].index(tuning)
+    others = [f"{group}={GROUPS[group][number % len(GROUPS[group])]}" for group in ("schedule", "logger", "callbacks")]
+    cfg = composed([f"recipe={name}", "output_dir=out", f"tuning={tuning}", *others])
+    check(cfg)
+    assert cfg.name == name
+    assert cfg.tuning._target_ == OmegaConf.load(folder_of("conf") / "tuning" / f"{tuning}.yaml")._target_
+
+
+def test_the_methods_of_a_recipe_are_swept() -> None:
+    check_arguments(["-m", "recipe=sst2", f"tuning={','.join(GROUPS['tuning'])}"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_recipe_composes_with_every_choice_of_a_group_or_says_what_is_missing(name: str, group: str) -> None:
+    for choice in GROUPS[group]:
+        cfg = composed([f"recipe={name}", "output_dir=out", f"{group}={choice}"])
+        if key := missing_key(name, group, choice):
+            with raises(ConfigError, key=key):
+                check(cfg)
+        else:
+            check(cfg)
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "choice"),
+    [("sst2", "data", "my_data"), ("lm", "objective", "class_head"), ("lm", "data", "base")],
+)
+def test_a_choice_that_the_rest_of_a_recipe_does_not_go_with_is_refused(name: str, group: str, choice: str) -> None:
+    with raises(ConfigError, key=missing_key(name, group, choice)):
+        check(composed([f"recipe={name}", "output_dir=out", f"{group}={choice}"]))
+
+
+def test_two_loggers_are_chosen_together() -> None:
+    cfg = composed(["recipe=sst2", "output_dir=out", "logger=[wandb,tensorboard]"])
+    check(cfg)
+    assert set(cfg.logger) == {"wandb", "tensorboard"}
+
+
+def test_a_soft_prompt_starts_from_the_recipe_s_instruction() -> None:
+    instruction = OmegaConf.load(folder_of("recipes") / "sst2.yaml").instruction
+    assert composed(["recipe=sst2"]).tuning.init_text == instruction
+    assert composed(["recipe=sst2", "tuning=prompt"]).tuning.init_text == instruction
+    assert composed(["recipe=sst2", "tuning.init_text=null"]).tuning.init_text is None
 
 
 @pytest.mark.parametrize("name", recipe_names())

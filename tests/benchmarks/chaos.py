@@ -267,8 +267,6 @@ def trained(
         f"output_dir={output}",
         "logger=csv",
         "tuning=lora",
-        "~tuning.tokens",
-        "~tuning.init_text",
         "swarm=join",
         f"swarm.initial_peers=[{peers}]",
         "swarm.micro_batch_rows=1",

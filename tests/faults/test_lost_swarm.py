@@ -51,8 +51,6 @@ def config(folder: Path, name: str, peers: Sequence[str], *overrides: str) -> Di
             f"model.source={folder / 'tiny'}",
             f"output_dir={folder / name}",
             "logger=csv",
-            "~tuning.tokens",
-            "~tuning.init_text",
             "~callbacks.replies",
             "swarm=join",
             f"swarm.initial_peers=[{','.join(peers)}]",

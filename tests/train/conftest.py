@@ -19,14 +19,16 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_config(model: Path, output: Path, recipe: str, *overrides: str) -> DictConfig:
     """The configuration of a recipe on the tiny model and the tiny corpora, with further overrides."""
     source, words = ("TinyReviews", WORDS) if recipe.startswith("sst2") else ("TinyTalk", None)
-    soft_prompt = [] if "lora" in recipe else ["tuning.tokens=4"]
+    prompted = recipe in ("personachat", "sst2", "sst2_head") and not any(
+        key.startswith("tuning=") for key in overrides
+    )
     cfg = composed(
         [
             f"recipe={recipe}",
             f"model.source={model}",
             f"output_dir={output}",
             "logger=csv",
-            *soft_prompt,
+            *(["tuning.tokens=4"] if prompted else []),
             "data.batch_size=4",
             "trainer.max_steps=6",
             "trainer.val_check_interval=3",

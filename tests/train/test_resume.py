@@ -37,8 +37,6 @@ def config(model: Path, output: Path, *overrides: str) -> DictConfig:
         model,
         output,
         "personachat",
-        "~tuning.tokens",
-        "~tuning.init_text",
         "~callbacks.replies",
         "optimizer.lr=0.05",
         "trainer.accumulate_grad_batches=2",

@@ -138,7 +138,7 @@ def test_a_run_starts_from_an_adapter_of_any_shape(
 
 
 def test_deep_prompts_are_exported_and_gone_on_from(tiny_run: Compose, tmp_path: Path) -> None:
-    cfg = tiny_run("personachat", "optimizer.lr=0.1", "tuning=deep_prompt", "~tuning.tokens", "~tuning.init_text")
+    cfg = tiny_run("personachat", "optimizer.lr=0.1", "tuning=deep_prompt")
     first = run(cfg, LocalConnection())
     card = (tmp_path / "out" / "adapter" / "README.md").read_text()
     assert "Stock PEFT knows no deep prompts" in card
