@@ -14,10 +14,12 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from petals_tune.config import build
+from petals_tune.data.checks import check_positions, check_vocabulary, keep_padding_inside
 from petals_tune.data.module import TextData
 from petals_tune.errors import ConfigError
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.convert import model_folder
+from petals_tune.model.families import learned_positions, placeholder_model
 from petals_tune.train.loggers import MetricsFile
 from petals_tune.train.module import OptimizerFactory, ScheduleFactory, build_schedule, check_precision
 from petals_tune.train.objective import Objective
@@ -58,9 +60,12 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
     adapter = None if init_from is None else adapter_folder(init_from)
     base = cfg.model.source or _base_model_of(adapter)
     source = model_folder(base)
-    blocks = Checkpoint(source).config.get_text_config().num_hidden_layers
+    config = Checkpoint(source).config
+    blocks = config.get_text_config().num_hidden_layers
     swarm.check(blocks)
     tokenizer = AutoTokenizer.from_pretrained(source)
+    vocabulary = config.get_text_config().vocab_size
+    keep_padding_inside(tokenizer, vocabulary)
     objective = build(cfg.objective, where="objective", tokenizer=tokenizer)
     if adapter is None:
         tuning = build(cfg.tuning, where="tuning", tokenizer=tokenizer)
@@ -70,6 +75,11 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
     check_config(tuning)
     data = build(cfg.data, where="data", tokenizer=tokenizer)
     data.setup(stage)
+    rows = [row for split in data.encoded_splits().values() for row in split.rows]
+    check_vocabulary(rows, tokenizer, vocabulary)
+    check_positions(
+        rows, getattr(tuning, "num_virtual_tokens", None) or 0, learned_positions(placeholder_model(config))
+    )
     return Parts(
         base=base,
         source=source,
