@@ -50,6 +50,7 @@ class Model:
     """The frozen base model of a server."""
 
     source: str  # `embedded`, a folder in Hugging Face format, or a name on the hub
+    revision: str | None = None  # branch, tag or commit on the hub; null: its main branch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from omegaconf import DictConfig
 
 from petals_tune.cli import quiet_libraries, report_errors
 from petals_tune.config import Run, check_arguments, folder_of, register_recipes
-from petals_tune.files import write_text
+from petals_tune.files import write_json
 
 CONFIG_NAME = "evaluate"
 FILE = "evaluation.json"
@@ -44,7 +43,7 @@ def evaluate(cfg: DictConfig) -> None:
 
         metrics = evaluate_adapter(cfg, schema=Evaluation)
         folder = Path(cfg.output_dir)
-        write_text(folder / FILE, json.dumps(metrics, indent=2) + "\n")
+        write_json(folder / FILE, metrics)
         print(f"these figures are in {folder / FILE}")
 
 

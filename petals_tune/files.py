@@ -6,13 +6,19 @@ project writes a whole file.
 
 from __future__ import annotations
 
+import json
+import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from petals_tune.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -52,6 +58,53 @@ def write_bytes(path: Path, data: bytes, *, key: str = "", private: bool = False
 def write_text(path: Path, text: str, *, key: str = "", private: bool = False, shared: bool = False) -> None:
     """Write a whole text file, as `write_bytes`, in UTF-8."""
     write_bytes(path, text.encode(), key=key, private=private, shared=shared)
+
+
+def write_first(path: Path, data: bytes) -> bytes:
+    """Write a whole file unless it is there, and return what is there: of several processes the first one decides.
+
+    Raises ConfigError where it cannot be written.
+    """
+    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    with _errors_explained(path, ""):
+        try:
+            partial.write_bytes(data)
+            _flush_to_disk(partial)
+            with suppress(FileExistsError):
+                os.link(partial, path)
+            return path.read_bytes()
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any, *, key: str = "") -> None:
+    """Write a whole JSON file, as `write_text`; numbers that are not finite, which JSON lacks, become null.
+
+    Each of those is named in a warning, such as `measured.after.loss is inf`.
+    """
+    for name, number in _non_finite(value):
+        logger.warning("%s: %s is %s, which JSON cannot hold: it is null there", path, name, number)
+    text = json.dumps(replace_non_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n", key=key)
+
+
+def _non_finite(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers that are not finite, at any depth, with their keys joined by dots."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield name or "the value", value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, item in items:
+        yield from _non_finite(item, f"{name}.{key}" if name else str(key))
+
+
+def replace_non_finite(value: Any) -> Any:
+    """Return a copy of a JSON value with None for the numbers that are not finite."""
+    if isinstance(value, dict):
+        # json would write such a key too, as NaN.
+        return {str(key) if isinstance(key, float) else key: replace_non_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_non_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -91,7 +91,7 @@ class _Server:
         self._options, self._here, self.compute, self._announcer = options, here, compute, announcer
         self._peer, self._metrics = here.id, metrics
         announcer.refresh = self._refresh
-        self._checkpoint = Checkpoint(options.model.source, options.disk_cache)
+        self._checkpoint = Checkpoint(options.model.source, options.disk_cache, options.model.revision)
         self._dtype = torch_dtype(options.dtype, self._checkpoint.config, options.device)
         self._plan: Plan
         self._placer: Placer
@@ -207,12 +207,13 @@ class _Server:
             addresses=self._here.addresses,
             model=self._plan.model,
             model_name=self._options.model.source,
-            revision=self._checkpoint.revision,
+            revision=self._checkpoint.commit,
             blocks=span,
             total_blocks=self._plan.total_blocks,
             quantization=self._options.quantization,
             dtype=str(self._dtype).removeprefix("torch."),
             throughput=self._plan.throughput,
+            matrix_library=self._plan.matrix_library,
             state=state,
             version=__version__,
             public_name=self._options.public_name,

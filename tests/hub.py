@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-COMMIT = "a" * 40
+COMMIT, OLD_COMMIT = "a" * 40, "b" * 40
+_OLD = ("old", OLD_COMMIT)
 ROOT = Path(__file__).parent.parent
 
 # Reads lines [script, folder] and answers each with a line [what it printed, its traceback].
@@ -38,6 +39,8 @@ class Hub:
 
     models: dict[str, Path] = field(default_factory=dict)  # name -> folder; adapters are models to a hub
     datasets: dict[str, Path] = field(default_factory=dict)
+    old: dict[str, Path] = field(default_factory=dict)  # models as they are at the tag "old"
+    secret: str | None = None  # a token that models are given for; None: to everybody
     address: str = ""
     downloads: Counter[str] = field(default_factory=Counter)  # answered requests by file, parts included
     parts: list[tuple[str, int]] = field(default_factory=list)  # (file, first byte) where only the rest was wanted
@@ -135,30 +138,37 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, *, with_body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
-        if found := re.fullmatch(r"/api/(models|datasets)/(\w+/\w+)(?:/(revision|tree)/[^/]+(/.*)?)?", path):
-            kind, name, question, below = found.groups()
-            folder = getattr(self.hub, kind).get(name)
+        if self.hub.secret is not None and self.headers["Authorization"] != f"Bearer {self.hub.secret}":
+            self.missing("RepoNotFound", status=401)
+            return
+        if found := re.fullmatch(r"/api/(models|datasets)/(\w+/\w+)(?:/(revision|tree)/([^/]+)(/.*)?)?", path):
+            kind, name, question, revision, below = found.groups()
+            folder = getattr(self.hub, "old" if revision in _OLD else kind).get(name)
             if folder is None:
                 self.missing("RepoNotFound")
             elif question == "tree":
                 self.as_json([] if below else listed(folder))
             else:
                 siblings = [told | {"rfilename": told["path"]} for told in listed(folder)]
-                self.as_json({"id": name, "sha": COMMIT, "siblings": siblings})
+                commit = OLD_COMMIT if revision in _OLD else COMMIT
+                self.as_json({"id": name, "sha": commit, "siblings": siblings})
             return
-        found = re.fullmatch(rf"/(datasets/)?(\w+/\w+)/resolve/(?:main|{COMMIT})/(.*)", path)
-        repositories = self.hub.datasets if found and found[1] else self.hub.models
+        found = re.fullmatch(rf"/(datasets/)?(\w+/\w+)/resolve/(main|old|{COMMIT}|{OLD_COMMIT})/(.*)", path)
+        is_old = found is not None and found[3] in _OLD
+        models = self.hub.old if is_old else self.hub.models
+        repositories = self.hub.datasets if found and found[1] else models
         folder = repositories.get(found[2]) if found else None
-        file = folder / found[3] if found and folder else None
+        file = folder / found[4] if found and folder else None
+        commit = OLD_COMMIT if is_old else COMMIT
         if file is None or not file.is_file():
-            self.missing("EntryNotFound")
+            self.missing("EntryNotFound", commit=commit)
             return
-        self.send_file(file, with_body=with_body)
+        self.send_file(file, commit=commit, with_body=with_body)
 
-    def send_file(self, file: Path, *, with_body: bool) -> None:
+    def send_file(self, file: Path, *, commit: str, with_body: bool) -> None:
         body = file.read_bytes()
         first, last = 0, len(body) - 1
-        headers = {"ETag": f'"{tag_of(file)}"', "X-Repo-Commit": COMMIT}
+        headers = {"ETag": f'"{tag_of(file)}"', "X-Repo-Commit": commit}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if wanted:
             first, last = int(wanted[1]), min(last, int(wanted[2] or last))
@@ -191,8 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.headed(200, {"Content-Type": "application/json", "Content-Length": str(len(body))})
         self.wfile.write(body)
 
-    def missing(self, code: str) -> None:
-        self.headed(404, {"X-Error-Code": code, "X-Repo-Commit": COMMIT, "Content-Length": "0"})
+    def missing(self, code: str, *, status: int = 404, commit: str = COMMIT) -> None:
+        self.headed(status, {"X-Error-Code": code, "X-Repo-Commit": commit, "Content-Length": "0"})
 
     def headed(self, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)

@@ -1,6 +1,8 @@
 """A writer that fails, or is killed, leaves what was there before."""
 
 import errno
+import json
+import math
 import os
 import re
 import signal
@@ -10,9 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from petals_tune.errors import ConfigError
-from petals_tune.files import filling, replacing, write_text
+from petals_tune.files import filling, replacing, write_json, write_text
 from tests.raising import raises
 
 KILLED_WHILE_WRITING = """
@@ -196,3 +200,38 @@ def test_nothing_is_written_under_its_own_name():
 
 def test_whole_files_are_written_in_one_way():
     assert {file for file, _ in lines_with(RENAMES)} == RENAMING
+
+
+FLOATS = st.floats() | st.sampled_from([math.nan, math.inf, -math.inf])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | FLOATS | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def refuse_constant(word: str) -> None:
+    raise AssertionError(f"{word} is not JSON")
+
+
+@settings(max_examples=60)
+@given(value=VALUES)
+def test_json_has_no_number_that_is_not_finite_at_any_depth(tmp_path_factory, value):
+    def same(read, written):
+        if isinstance(written, dict):
+            return read.keys() == written.keys() and all(same(read[key], written[key]) for key in written)
+        if isinstance(written, list):
+            return len(read) == len(written) and all(map(same, read, written))
+        if isinstance(written, float) and not -math.inf < written < math.inf:
+            return read is None
+        return read == written
+
+    path = tmp_path_factory.getbasetemp() / "value.json"
+    write_json(path, value)
+    assert same(json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant), value)
+
+
+def test_a_number_that_is_not_finite_is_named(tmp_path, caplog):
+    write_json(tmp_path / "result.json", {"measured": {"after": {"loss": math.inf, "rows": [1.0, math.nan]}}})
+    assert caplog.records[0].args[1:] == ("measured.after.loss", math.inf)
+    assert [record.args[1] for record in caplog.records] == ["measured.after.loss", "measured.after.rows.1"]

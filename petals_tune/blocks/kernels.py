@@ -1,7 +1,8 @@
 """Faster kernels for frozen blocks on a CPU: transformers' numbers to float rounding, in fewer passes over memory.
 
 torch multiplies float32 matrices with MKL, which on many processors (AMD's, among others) runs at half the speed of
-oneDNN, the other library inside torch; which of them is faster here is measured once per process.
+oneDNN, the other library inside torch. Which of them is faster here is measured once per process, unless it was chosen
+with `choose_library`: the two round differently, and where they tie another measurement may take the other.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ from petals_tune.blocks.quantization.base import Quantization
 
 # Written out in Python in transformers, operation by operation: 15 % of a step of BLOOM on a CPU.
 _TANH_GELUS = frozenset({"BloomGelu", "NewGELUActivation", "FastGELUActivation"})
+
+Library = Literal["oneDNN", "default"]
 
 FEW_ROWS = 16  # up to here a product reads the weight once and computes little: its layout in memory decides
 _WORTH_IT = 0.9  # oneDNN is used where it takes less than this share of the default library's time
@@ -38,7 +41,7 @@ def use_fast_kernels(model: nn.Module, quantization: Quantization) -> None:
 def _fast_class(linear: nn.Linear) -> type[nn.Linear]:
     """The class for a linear that is not quantized; its own where there is no faster one."""
     is_float = linear.weight.device.type == "cpu" and linear.weight.dtype is torch.float32
-    return FloatLinear if type(linear) is nn.Linear and is_float and onednn_is_faster() else type(linear)
+    return FloatLinear if type(linear) is nn.Linear and is_float and matrix_library() == "oneDNN" else type(linear)
 
 
 class FloatLinear(nn.Linear):
@@ -74,13 +77,27 @@ class FrozenProduct(torch.autograd.Function):
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`F.linear` by the faster library."""
-    fast = weight.dtype is torch.float32 and onednn_is_faster()
+    fast = weight.dtype is torch.float32 and matrix_library() == "oneDNN"
     return _onednn(x, weight, bias) if fast else F.linear(x, weight, bias)
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`F.linear` by oneDNN. torch has no public name for it; its own compiler calls it so."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+_chosen: Library | None = None
+
+
+def choose_library(library: Library | None) -> None:
+    """Compute float32 products of this process by `library` from now on; None: by the faster one."""
+    global _chosen
+    _chosen = library
+
+
+def matrix_library() -> Library:
+    """Return the library that computes float32 products: the chosen one, else the faster one."""
+    return _chosen or ("oneDNN" if onednn_is_faster() else "default")
 
 
 @functools.cache

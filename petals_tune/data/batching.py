@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -67,13 +68,18 @@ def training_order(lengths: Sequence[int], *, batch_rows: int, buckets: bool, se
 class RowOrder(DistributedSampler):
     """Training sampler of one of several processes; a checkpoint can resume it within an epoch.
 
-    The processes' batches of one step are together the batch of a single process with `ranks` times the rows. Rows are
-    repeated where their number is no multiple of `ranks`. (A DistributedSampler, because Lightning keeps those.)
+    The processes' batches of one step are together the batch of a single process with `ranks` times the rows. All have
+    the same number of batches: a row is repeated only where a process would have none in the last one. (A
+    DistributedSampler, because Lightning keeps those.)
     """
 
     def __init__(self, lengths: Sequence[int], *, batch_size: int, buckets: bool, seed: int, rank: int, ranks: int):
         super().__init__(lengths, num_replicas=ranks, rank=rank, seed=seed)  # type: ignore[arg-type]  # it asks for the length alone
         self.lengths, self.batch_rows, self.buckets = lengths, batch_size * ranks, buckets
+        last = len(lengths) % self.batch_rows  # rows of the last step
+        self.repeated = max(0, ranks - last) if last else 0
+        # DistributedSampler would give every process the same number of rows.
+        self.num_samples = len(range(rank, len(lengths) + self.repeated, ranks))
 
     def __iter__(self) -> EpochIterator:
         return EpochIterator(self, {"seed": self.seed, "epoch": self.epoch, "taken": 0})
@@ -81,7 +87,7 @@ class RowOrder(DistributedSampler):
     def epoch_order(self, seed: int, epoch: int) -> list[int]:
         """Return this process's row indices of one epoch."""
         order = training_order(self.lengths, batch_rows=self.batch_rows, buckets=self.buckets, seed=seed, epoch=epoch)
-        order += order[: -len(order) % self.num_replicas]
+        order += islice(cycle(order), self.repeated)
         return order[self.rank :: self.num_replicas]
 
 

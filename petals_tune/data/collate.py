@@ -36,6 +36,17 @@ def collate(rows: Sequence[Row], *, pad_id: int, padding_side: PaddingSide = "ri
     }
 
 
+def pad_at_end(batch: Batch) -> Batch:
+    """Return the batch with each row's padding behind its tokens, and an attention mask of ones.
+
+    A decoder's positions see those before them alone, so that padding at the end needs no mask: each row's numbers are
+    those of the row alone in every family of models, with a soft prompt in front too, and whatever the other rows hold.
+    """
+    order = batch["attention_mask"].bool().long().argsort(dim=1, descending=True, stable=True)
+    rows = {name: tensor.gather(1, order) for name, tensor in batch.items()}
+    return rows | {"attention_mask": torch.ones_like(batch["attention_mask"])}
+
+
 def choose_pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the padding token's id, else the end token's, else 0: padding is masked, so that any valid id works."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):

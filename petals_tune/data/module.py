@@ -81,7 +81,7 @@ class TextData(LightningDataModule):
     pack:                 join short training rows end to end, up to max_tokens; a row then attends to those before it.
                           Validation and test rows are not packed, so that metrics stay comparable
     length_buckets:       make training batches of rows of similar length, which need less padding
-    padding_side:         right, or left for heads that read the last position
+    padding_side:         right, or left for a loop of yours; our objectives give the same numbers with either
     num_workers:          processes that pad batches; 0: this one, which is enough for encoded rows
     seed:                 of the order of the training rows, not of the choice of rows
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
@@ -18,14 +18,16 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from petals_tune.errors import HubUnreachable, PetalsTuneError, UnsupportedModel
 from petals_tune.model.disk import DiskCache
 from petals_tune.model.download import Blob, check
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_INDEX, _SINGLE, _GENERATION = "model.safetensors.index.json", "model.safetensors", "generation_config.json"
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +52,15 @@ class StoredTensor:
 class Checkpoint:
     """A model: `source` is a folder with config.json and safetensors files, or the name of a model on a hub.
 
-    Files from a hub are kept in `disk`; None: in huggingface_hub's own cache.
+    Files from a hub are kept in `disk`; None: in huggingface_hub's own cache. `revision` and `token` are the hub's, as
+    in transformers: a branch, tag or commit (None: the main branch), and an access token (None: HF_TOKEN in the
+    environment, or that of `hf auth login`; False: none).
     """
 
     source: str
     disk: DiskCache | None = None
+    revision: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -78,7 +84,33 @@ class Checkpoint:
             return AutoConfig.from_pretrained(self._config_folder)
 
     @cached_property
-    def revision(self) -> str:
+    def generation_config(self) -> GenerationConfig:
+        """Options of generate(), of generation_config.json, or where there is none, of config.json, as older models do.
+
+        Raises UnsupportedModel where the file is damaged.
+        """
+        path = self._find(_GENERATION)
+        options: dict[str, Any] = (
+            {} if path is not None else {"config_file_name": "config.json", "_from_model_config": True}
+        )
+        with self._errors_explained(f"model.source={self.source!r}: {_GENERATION} cannot be used", _GENERATION):
+            return GenerationConfig.from_pretrained(self._config_folder if path is None else path.parent, **options)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """What `dtype="auto"` means in transformers: the config's dtype, else that of the first float tensor."""
+        stored = getattr(self.config, "dtype", None)
+        if isinstance(stored, torch.dtype):
+            return stored
+        for name, file in self._files.items():
+            with _opened(self._path(file)) as opened:
+                kind = opened.get_slice(name).get_dtype()
+            if kind in _FLOATS:
+                return _FLOATS[kind]
+        return torch.float32
+
+    @cached_property
+    def commit(self) -> str:
         """The commit on the hub, of which all files are; "" for a local folder."""
         _ = self.config  # raises the right error where the source is wrong
         return "" if Path(self.source).is_dir() else self._config_folder.name
@@ -89,13 +121,12 @@ class Checkpoint:
         if Path(self.source).is_dir():
             return Path(self.source)
         try:
-            found = cached_file(self.source, "config.json", **self._place)
+            found = cached_file(self.source, "config.json", **self._hub, **self._place)
             assert found is not None  # it raises where there is none
             return Path(found).parent
         except OSError:
-            here = try_to_load_from_cache(
-                self.source, "config.json"
-            )  # in the library's own cache, where there is no network
+            # In the library's own cache, where there is no network.
+            here = try_to_load_from_cache(self.source, "config.json", revision=self.revision)
             if not isinstance(here, str):
                 raise
             return Path(here).parent
@@ -124,8 +155,8 @@ class Checkpoint:
 
     def state_of(self, names: Iterable[str]) -> list[Any]:
         """Return values that change when these tensors do: to name caches of them. Reads and downloads no tensor."""
-        if self.revision:
-            return [self.source, self.revision]
+        if self.commit:
+            return [self.source, self.commit]
         paths = [self._path(file).resolve() for file in sorted({self._files[name] for name in names})]
         return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
@@ -176,6 +207,10 @@ class Checkpoint:
     def _place(self) -> dict[str, str]:
         return {} if self.disk is None else {"cache_dir": str(self.disk.hub)}
 
+    @property
+    def _hub(self) -> dict[str, Any]:
+        return {"revision": self.revision, "token": self.token}
+
     def _path(self, file: str) -> Path:
         path = self._find(file)
         if path is None:
@@ -187,7 +222,7 @@ class Checkpoint:
         if Path(self.source).is_dir():
             path = Path(self.source) / file
             return path if path.is_file() else None
-        revision = self.revision or None
+        revision = self.commit or None
         for place in (self._place, {}):  # the library's own cache may have it
             here = try_to_load_from_cache(self.source, file, revision=revision, **place)
             if isinstance(here, str):
@@ -202,13 +237,18 @@ class Checkpoint:
         blob = None
         room: AbstractContextManager[None] = nullcontext()
         if file.endswith(".safetensors"):
-            blob = Blob.of(self.source, file, revision=revision, cache=Path(self._place.get("cache_dir", HF_HUB_CACHE)))
+            cache = Path(self._place.get("cache_dir", HF_HUB_CACHE))
+            blob = Blob.of(self.source, file, revision=revision, cache=cache, token=self.token)
         if blob is not None and self.disk is not None:
             room = self.disk.room_for(blob.size_bytes, f"{self.source}: {file}", begun=blob.partial)
         with room:
             is_right = blob is not None and blob.fetch()
             found = cached_file(  # links a file that is there, and downloads one that is not
-                self.source, file, revision=revision, _raise_exceptions_for_missing_entries=False, **self._place
+                self.source,
+                file,
+                _raise_exceptions_for_missing_entries=False,
+                **{**self._hub, "revision": revision},
+                **self._place,
             )
         if found is None:
             return None
@@ -232,10 +272,12 @@ class Checkpoint:
 
     def _sums_of_weights(self) -> list[str]:
         """The SHA-256 of each file of weights, in order; empty where the hub does not list all of them."""
-        if not self.revision:
+        if not self.commit:
             return []
         try:
-            info = HfApi().model_info(self.source, revision=self.revision, files_metadata=True, timeout=10)
+            info = HfApi(token=self.token).model_info(
+                self.source, revision=self.commit, files_metadata=True, timeout=10
+            )
         except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
             return []
         sums = {file.rfilename: file.lfs.sha256 for file in info.siblings or () if file.lfs is not None}

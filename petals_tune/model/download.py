@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock
@@ -37,13 +37,16 @@ class Blob:
     size_bytes: int
     path: Path
     lock: Path  # huggingface_hub's own lock of this blob: its downloads and ours wait for each other
+    token: str | bool | None = field(default=None, repr=False)  # of the hub; None: the environment's
 
     @classmethod
-    def of(cls, source: str, file: str, *, revision: str | None, cache: Path) -> Blob | None:
+    def of(
+        cls, source: str, file: str, *, revision: str | None, cache: Path, token: str | bool | None = None
+    ) -> Blob | None:
         """Ask the hub for a file. None where there is none, or none that can be resumed: use huggingface_hub then."""
         url = hf_hub_url(source, file, revision=revision)
         try:
-            metadata = get_hf_file_metadata(url)
+            metadata = get_hf_file_metadata(url, token=token)
         except EntryNotFoundError:
             return None
         if not metadata.size or metadata.size > MAX_HTTP_DOWNLOAD_SIZE or not _SHA256.fullmatch(metadata.etag or ""):
@@ -54,6 +57,7 @@ class Blob:
             size_bytes=metadata.size,
             path=cache / repository / "blobs" / str(metadata.etag),
             lock=cache / ".locks" / repository / f"{metadata.etag}.lock",
+            token=token,
         )
 
     @property
@@ -78,7 +82,7 @@ class Blob:
                     self.url,
                     file,
                     resume_size=begun_bytes,
-                    headers=build_hf_headers(),
+                    headers=build_hf_headers(token=self.token),
                     expected_size=self.size_bytes,
                 )
                 file.flush()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 import transformers
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -21,6 +20,7 @@ from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.families import family_of, placeholder_model, without_blocks
 from petals_tune.net.members import Members
 from petals_tune.remote.blocks import Backbone, put_remote_blocks
+from petals_tune.remote.config import with_changes
 from petals_tune.remote.generation import RemoteGeneration, with_whole_input
 from petals_tune.remote.prompted import check_tuning_mode, with_prompts
 from petals_tune.remote.selftest import self_test
@@ -32,6 +32,7 @@ from petals_tune.swarm.hand_over import HandOverRule
 from petals_tune.swarm.joining import join_swarm
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.verify import SpotChecks
+from petals_tune.tuning.support import refuse_adapter_names
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WireFormat
 
@@ -51,35 +52,39 @@ class DistributedModel:
         initial_peers: Sequence[str],
         tuning_mode: str | None = None,
         pre_seq_len: int | None = None,
-        dtype: torch.dtype = torch.float32,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        dtype: torch.dtype | str = torch.float32,
         micro_batch_rows: int | None = None,
         wire_format: WireFormat = "float32",
         grad_format: WireFormat = "float32",
         hand_over: HandOverRule = "auto",
         verify: float = 0.0,
-        token: str | None = None,
+        swarm_token: str | None = None,
         identity_path: str | None = None,
         policy: RetryPolicy | None = None,
         **config_changes: Any,
     ) -> Any:
         """A Hugging Face model whose blocks run on the swarm of `initial_peers`; the rest is local and frozen.
 
-        `source` is a folder in Hugging Face format or a hub name: what the servers host. Hidden states travel as
-        `wire_format` and their gradients as `grad_format`, in micro-batches of `micro_batch_rows` rows (None: as many
-        as make 128 positions). `hand_over` says whether servers send their outputs straight to the next one of a chain:
-        "always", "never", or "auto", where both are far from here. The blocks are `model.remote_blocks`; its `close()`
-        leaves the swarm. `config_changes` are fields of the config that concern the client's part, such as
-        `num_labels=3`. A share `verify` of the work is done by a second server too, to find wrong answers
-        (swarm/verify.py); which part of it follows from torch's seed. With it, nothing is handed on: a server could
-        give another one what it does not show us. `policy` says how long work is tried again.
+        `source` is a folder in Hugging Face format or a hub name: what the servers host. `revision`, `token` (the
+        hub's) and `dtype` mean what they mean in transformers; `dtype` is that of the client's part, servers have their
+        own, and "auto" is the checkpoint's. Hidden states travel as `wire_format` and their gradients as `grad_format`,
+        in micro-batches of `micro_batch_rows` rows (None: as many as make 128 positions). `hand_over` says whether
+        servers send their outputs straight to the next one of a chain: "always", "never", or "auto", where both are far
+        from here. The blocks are `model.remote_blocks`; its `close()` leaves the swarm. `config_changes` are fields of
+        the config that concern the client's part, such as `num_labels=3`; one that concerns the blocks is refused. A
+        share `verify` of the work is done by a second server too, to find wrong answers (swarm/verify.py); which part
+        of it follows from torch's seed. With it, nothing is handed on: a server could give another one what it does not
+        show us. `policy` says how long work is tried again.
 
         All that the checkpoint holds is frozen: wrap the model with PEFT, or let `tuning_mode="ptune"` (a soft prompt
         of `pre_seq_len` tokens) or `"deep_ptune"` (one at every block as well) do it: then the result is a PeftModel
         whose outputs are those of the text's positions alone. A head that the checkpoint lacks starts at random and is
         trainable.
 
-        A private swarm wants the file `token` that its owner issued, and the identity that it names (None: beside it);
-        of several processes that train together, rank 1 takes NAME.rank1.token in place of NAME.token, and so on.
+        A private swarm wants the file `swarm_token` that its owner issued, and the identity that it names (None: beside
+        it); of several processes that train together, rank 1 takes NAME.rank1.token in place of NAME.token, and so on.
 
         Raises UnsupportedModel, SwarmMismatch where servers hold another model, UncoveredBlocks with the command
         that would host what is missing, ServerUnreachable where no initial peer answers, AccessDenied where a private
@@ -87,8 +92,9 @@ class DistributedModel:
         Source: Borzunov et al. 2022, arXiv:2209.01188 (clients own the trained parameters, servers stay frozen).
         """
         check_tuning_mode(tuning_mode, pre_seq_len)
-        checkpoint = Checkpoint(str(source))
-        config = _with_changes(checkpoint.config, config_changes)
+        checkpoint = Checkpoint(str(source), revision=revision, token=token)
+        config = with_changes(checkpoint.config, config_changes)
+        dtype = _dtype(dtype, checkpoint)
         if not isinstance(config, cls.plain_class.config_class):
             text = f"{cls.__name__} cannot load {source}: its model_type is {config.model_type!r}"
             raise UnsupportedModel(text, source=source, model_type=config.model_type)
@@ -101,7 +107,7 @@ class DistributedModel:
                 model=checkpoint.digest,
                 blocks=BlockSpan(0, family.total_blocks),
                 policy=policy or RetryPolicy(),
-                members=None if token is None else Members.of_client(token, identity_path),
+                members=None if swarm_token is None else Members.of_client(swarm_token, identity_path),
             )
         )
         try:
@@ -118,8 +124,11 @@ class DistributedModel:
                 micro_batch_rows=micro_batch_rows,
             )
             put_remote_blocks(model, family, skeleton, backbone)
+            if model.can_generate():
+                model.generation_config = checkpoint.generation_config
             model.name_or_path = model.config.name_or_path = str(source)
             model.__class__ = cls
+            model.register_forward_pre_hook(_check_adapter_names)
             model.register_forward_pre_hook(
                 _check_pooling if _is_classifier(cls) else with_whole_input, with_kwargs=True
             )
@@ -135,7 +144,9 @@ class DistributedModel:
 def distributed_class(plain: type[PreTrainedModel]) -> Any:
     """The class `Distributed...` of a model class of transformers."""
     bases = (DistributedModel, RemoteGeneration, plain) if plain.can_generate() else (DistributedModel, plain)
-    return type(f"{_PREFIX}{plain.__name__}", bases, {"plain_class": plain, "__doc__": plain.__doc__})
+    # `petals_tune` has all of these classes by name, so that a pickled one is found.
+    inside = {"plain_class": plain, "__doc__": plain.__doc__, "__module__": "petals_tune"}
+    return type(f"{_PREFIX}{plain.__name__}", bases, inside)
 
 
 def distributed_class_named(name: str) -> Any:
@@ -155,7 +166,7 @@ class _AutoDistributed:
     @classmethod
     def from_pretrained(cls, source: str, **options: Any) -> Any:
         """As `DistributedModel.from_pretrained`, of the class that transformers' auto class would choose."""
-        config = Checkpoint(str(source)).config
+        config = Checkpoint(str(source), revision=options.get("revision"), token=options.get("token")).config
         if type(config) not in cls._mapping:
             needed = cls.__name__.replace(_PREFIX, "")
             text = f"transformers has no {needed} for model_type={config.model_type!r}"
@@ -183,15 +194,18 @@ class AutoDistributedModelForSequenceClassification(_AutoDistributed):
     _mapping = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 
-def _with_changes(config: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
-    """A copy of `config` with other values. Raises ConfigError for a name that it does not have."""
-    if unknown := [name for name in changes if not hasattr(config, name)]:
-        text = f"from_pretrained: {unknown[0]} is no option, and no field of {type(config).__name__}"
-        raise ConfigError(text, key=unknown[0])
-    changed = copy.deepcopy(config)
-    for name, value in changes.items():
-        setattr(changed, name, value)
-    return changed
+def _dtype(name: torch.dtype | str, checkpoint: Checkpoint) -> torch.dtype:
+    """Return the dtype of the client's part, by transformers' names. Raises ConfigError."""
+    found: Any = checkpoint.dtype if name == "auto" else name
+    found = getattr(torch, found, None) if isinstance(found, str) else found
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        text = f"dtype={name!r} is not a float dtype of torch, or one's name, or 'auto': the checkpoint's"
+        raise ConfigError(text, key="dtype", seen=name)
+    return found
+
+
+def _check_adapter_names(model: Any, args: Any) -> None:
+    refuse_adapter_names(model, model.remote_blocks)
 
 
 def _is_classifier(cls: Any) -> bool:

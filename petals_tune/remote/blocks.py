@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -14,7 +14,10 @@ from transformers import PreTrainedModel
 from petals_tune.errors import ConfigError
 from petals_tune.model.families import Family
 from petals_tune.net.stats import SwarmStats
+from petals_tune.remote import arguments
+from petals_tune.remote.config import BlocksConfig
 from petals_tune.remote.function import RemoteBlocksFunction, RemoteCall
+from petals_tune.remote.positions import positions_behind_gaps
 from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
 from petals_tune.remote.skeleton import Skeleton
 from petals_tune.swarm import loop
@@ -63,6 +66,16 @@ class Backbone:
     returns_tuple: bool  # a layer of this family returns (hidden, ...) instead of hidden
     micro_batch_rows: int | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backbone:
+        return replace(self)  # of a copied model: on the same connection to the swarm
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise ConfigError(
+            "a model with remote blocks cannot be pickled: its blocks are a connection to servers; save what is "
+            "trained, with save_pretrained() or state_dict(), and load the model again with from_pretrained()",
+            key="remote_blocks",
+        )
+
     @property
     def call(self) -> ModelCall | None:
         """The call of this model that runs in this thread; None: the blocks are called by hand."""
@@ -101,11 +114,13 @@ class RemoteSpan(Skeleton):
         super().__init__(blocks)
         self.span, self.backbone = span, backbone
 
+    @torch.compiler.disable
     def __iter__(self) -> Iterator[Any]:
         if self.backbone.call is not None:
             return iter((self,))
         return (self[number : number + 1] for number in range(len(self)))
 
+    @torch.compiler.disable
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, slice):
             return super().__getitem__(index)
@@ -120,28 +135,43 @@ class RemoteSpan(Skeleton):
         cut.training = self.training  # not train(): the blocks stay as they are
         return cut
 
+    def __repr__(self) -> str:
+        blocks = repr(nn.ModuleList(list(self.children())))
+        return f"{type(self).__name__}(blocks {self.span}, on servers): {blocks}"
+
     def __getattr__(self, name: str) -> Any:
         # What a model's loop asks its layers, such as Gemma's `attention_type`, the first weightless block answers.
         if not name.startswith("_") and name not in self._modules and len(self):
             return getattr(super().__getitem__(0), name)
         return super().__getattr__(name)
 
+    @torch.compiler.disable
     def forward(
         self,
         hidden: torch.Tensor,
-        *_: Any,
+        *args: Any,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        **__: Any,
+        **kwargs: Any,
     ) -> Any:
         """(B, S, H) -> (B, S, H); inside the model's own loop as a tuple, where the family's layers return tuples.
 
-        By hand, `attention_mask` (B, S) hides padding and `position_ids` (B or 1, S) says where the text stands. What
-        the model's loop hands to its layers instead (4-D masks, rotary tables, ALiBi) is made again on the servers.
+        By hand, `attention_mask` (B, S) hides padding and `position_ids` (B or 1, S) says where the text stands; all
+        else is refused. What the model's loop hands to its layers instead (4-D masks, rotary tables, ALiBi) is made
+        again on the servers.
         """
         call = self.backbone.call
         if call is None:
-            return self.backbone.run(self, hidden, _padding(attention_mask), position_ids)
+            if args or kwargs:
+                name = next(iter(kwargs), "a second positional argument")
+                raise ConfigError(
+                    f"remote_blocks(hidden, attention_mask=..., position_ids=...) does not take {name}",
+                    key="remote_blocks",
+                    seen=name,
+                )
+            positions = arguments.position_ids(position_ids)
+            mask = arguments.padding(attention_mask, hidden.shape, positions)
+            return self.backbone.run(self, hidden, mask, positions)
         try:
             output = self._run_in(call, hidden)
         except KeyboardInterrupt:  # after which torch calls no hook, not even those that are always called
@@ -164,8 +194,12 @@ class RemoteSpan(Skeleton):
         return collect_adapter(list(enumerate(self.children(), start=self.span.start)))
 
     def _step(self, hidden: torch.Tensor, call: ModelCall, session: RemoteCache) -> torch.Tensor:
-        if session.span != self.span:
-            raise ConfigError(f"a generation session is for all blocks {session.span}, not for {self.span}")
+        if session.span != self.span or session.chain is not self.backbone.chain:
+            raise ConfigError(
+                f"past_key_values: this generation session is for blocks {session.span} of one model, and these are "
+                f"blocks {self.span}{'' if session.chain is self.backbone.chain else ' of another model'}",
+                key="past_key_values",
+            )
         return session.step(hidden, padding=call.padding, positions=call.positions, adapter=lambda: self.adapter()[0])
 
 
@@ -196,27 +230,23 @@ class RemoteBlocks(RemoteSpan):
         return RemoteCache(self.backbone.chain, self.span, max_length)
 
     def close(self) -> None:
-        """Leave the swarm. A call afterwards fails."""
+        """Leave the swarm. A call afterwards fails, also of a copy of this model, which has the same connection."""
         loop.run(self.backbone.chain.client.close())
 
-    def register_hooks(self, owner: nn.Module) -> None:
-        """Catch the arguments of `owner`, the module whose forward loops over these blocks.
+    def register_hooks(self, owner: Any) -> None:
+        """Catch the arguments of `owner`, the module whose forward loops over these blocks, and keep its config.
 
         A call with `use_cache=True` alone gets a session of its own.
         """
+        self._config = BlocksConfig(owner.config)
         owner.register_forward_pre_hook(self._before, with_kwargs=True)
         owner.register_forward_hook(self._after, always_call=True)
 
+    @torch.compiler.disable
     def _before(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if len(args) > 1:
-            raise ConfigError(
-                "call the base model of remote blocks with keyword arguments (input_ids may be positional)",
-                key="input_ids",
-            )
-        if _option(owner, kwargs, "output_attentions"):
-            text = "output_attentions: servers do not send attention weights; leave it False"
-            raise ConfigError(text, key="output_attentions")
-        wants_states = _option(owner, kwargs, "output_hidden_states")
+        self._config.check(owner.config)
+        arguments.check_arguments(owner.config, args, kwargs)
+        wants_states = arguments.option(owner.config, kwargs, "output_hidden_states")
         session = self._session_for(kwargs.get("past_key_values"), kwargs.get("use_cache"))
         if wants_states and session is not None:
             text = "output_hidden_states: a generation session has none; pass use_cache=False"
@@ -224,19 +254,44 @@ class RemoteBlocks(RemoteSpan):
         if wants_states and (wants_states is not True or kwargs.get("return_dict") is False):
             text = "output_hidden_states: pass True, and leave return_dict as it is"
             raise ConfigError(text, key="output_hidden_states")
-        positions = kwargs.get("position_ids")
+        given_positions = arguments.position_ids(kwargs.get("position_ids"))
+        positions = given_positions
+        if positions is None:
+            positions = self._positions(owner, args, kwargs, session)
+        # In the plain model, a cache is made wherever the config or the caller does not say otherwise.
+        has_cache = arguments.option(owner.config, kwargs, "use_cache")
         call = ModelCall(
             backbone=self.backbone,
-            padding=_padding(kwargs.get("attention_mask")),
-            positions=None if positions is None else positions.long(),
+            padding=arguments.padding(
+                kwargs.get("attention_mask"),
+                arguments.shape_of_text(args, kwargs),
+                given_positions if session is None else None,
+                past=0 if session is None else session.position,
+                packs=not has_cache,
+            ),
+            positions=positions,
             session=session,
             hidden_states=[] if wants_states else None,
         )
         call.begin()
         # transformers' own capture would wait for hooks on layers that never run here.
-        given = {"past_key_values": session, "use_cache": session is not None, "output_hidden_states": False}
+        cached: dict[str, Any] = {"past_key_values": session, "use_cache": session is not None}
+        given = {**cached, "output_hidden_states": False}
+        if positions is not None:
+            given["position_ids"] = positions
         return args, {**kwargs, **given}
 
+    def _positions(
+        self, owner: Any, args: Any, kwargs: dict[str, Any], session: RemoteCache | None
+    ) -> torch.Tensor | None:
+        """Positions where a soft prompt stands before padding; None for the model's own."""
+        mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
+        if mask is None or mask.dim() != 2 or (embeds is None and session is None):
+            return None  # also in a forward of token ids alone, whose mask is the caller's
+        tokens = embeds if embeds is not None else args[0] if args else kwargs["input_ids"]
+        return positions_behind_gaps(owner, mask, tokens.shape[1])
+
+    @torch.compiler.disable
     def _after(self, owner: nn.Module, args: Any, output: Any) -> None:
         call = self.backbone.call
         if call is None:  # it was refused
@@ -249,7 +304,7 @@ class RemoteBlocks(RemoteSpan):
     def _session_for(self, cache: Any, use_cache: bool | None) -> RemoteCache | None:
         if isinstance(cache, RemoteCache):
             return cache
-        if cache is not None and cache.get_seq_length():
+        if cache is not None:  # an empty one too: it would stay empty, and the next step begin a new text
             raise ConfigError(
                 "past_key_values: a local cache knows nothing of remote blocks; pass the one that the model returned, "
                 "or a session of model.inference_session()",
@@ -266,9 +321,9 @@ def put_remote_blocks(
     base: Any = model.base_model
     blocks: Any = RemoteBlocks(skeleton.children(), backbone=backbone)
     family.put_blocks(base, blocks)
+    model.config.num_hidden_layers = family.total_blocks
     blocks.register_hooks(family.owner(base))
     model.remote_blocks = blocks
-    model.config.num_hidden_layers = family.total_blocks
     return blocks
 
 
@@ -285,19 +340,3 @@ class _Weightless:
             key="remote_blocks",
             seen=self.number,
         )
-
-
-def _option(owner: Any, kwargs: dict[str, Any], name: str) -> Any:
-    value = kwargs.get(name)
-    return getattr(owner.config, name, False) if value is None else value
-
-
-def _padding(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The 2-D mask as bool, or None where it hides nothing."""
-    if mask is None:
-        return None
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        text = f"attention_mask: a 2-D mask (B, S) is needed, not {getattr(mask, 'shape', type(mask))}"
-        raise ConfigError(text, key="attention_mask")
-    padding = mask.bool()
-    return None if bool(padding.all()) else padding

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from petals_tune.errors import ConfigError
 from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
+from petals_tune.tuning.support import refuse_adapter_names
 
 
 class RemoteGeneration:
@@ -44,15 +45,47 @@ class RemoteGeneration:
             finally:
                 self._active_session = outer
 
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Raises ConfigError without an input in a session that holds a text already."""
+        given = kwargs.get("past_key_values")
+        session = self._active_session if given is None else given
+        nothing = inputs is None and kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None
+        if nothing and isinstance(session, RemoteCache) and session.position:
+            raise ConfigError(
+                f"generate() without an input, in a session that holds {session.position} positions, would begin a new "
+                "text: pass the whole text so far to go on with it",
+                key="input_ids",
+            )
+        try:
+            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            if isinstance(session, RemoteCache):
+                session.end_turn()
+
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            max_length = generation_config.max_length or DEFAULT_MAX_LENGTH
-            session = self._active_session
             # `or` would not do: transformers' caches count their layers, and ours has none, so it is false.
-            model_kwargs["past_key_values"] = self.remote_blocks.new_session(max_length) if session is None else session
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+            session = self._active_session
+            # The last token is generated and never fed. With inputs_embeds, max_length counts new tokens alone.
+            model_kwargs["past_key_values"] = (
+                self.remote_blocks.new_session(max_cache_length + 1) if session is None else session
+            )
+        cache = model_kwargs.get("past_key_values")
+        if isinstance(cache, RemoteCache):
+            # Of a local cache; some checkpoints name one. And sessions cut long prompts themselves.
+            generation_config.cache_implementation = generation_config.prefill_chunk_size = None
+            refuse_adapter_names(self, self.remote_blocks)  # type: ignore[arg-type]  # a model
+            cache.begin_turn(self.remote_blocks.adapter()[0])
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
 
     def prepare_inputs_for_generation(
         self,
@@ -61,25 +94,42 @@ class RemoteGeneration:
         past_key_values: Any = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        whole_text = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
-        if isinstance(past_key_values, RemoteCache) and inputs_embeds is None and whole_text:
-            # transformers counts the cache's positions, soft prompts included, as text tokens that need not be sent.
-            next_sequence_length = past_key_values.expect(input_ids).shape[1]
+        if isinstance(past_key_values, RemoteCache):
+            whole_text = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
+            if inputs_embeds is not None and is_first_iteration:
+                past_key_values.expect_embeddings()
+                next_sequence_length = None
+            elif inputs_embeds is None and whole_text:
+                # transformers counts the cache's positions, soft prompts included, as text that need not be sent.
+                next_sequence_length = past_key_values.expect(
+                    input_ids, attention_mask, kwargs.get("position_ids")
+                ).shape[1]
         return super().prepare_inputs_for_generation(  # type: ignore[misc]  # of the user's model class
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
             **kwargs,
         )
 
 
 def with_whole_input(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """As a forward pre-hook of a model that generates: the ids that its session waits for."""
+    """As a forward pre-hook of a model that generates: the ids that its session waits for.
+
+    Raises ConfigError where the caller wants a cache and gradients.
+    """
     cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+    if kwargs.get("use_cache") is True and torch.is_grad_enabled():
+        raise ConfigError(
+            "use_cache=True: a cache on servers has no gradients; pass use_cache=False to train, or call the model "
+            "under torch.no_grad()",
+            key="use_cache",
+        )
     if isinstance(cache, RemoteCache) and ids is not None:
         kwargs = {**kwargs, "input_ids": cache.whole_input(ids)}
     return args, kwargs

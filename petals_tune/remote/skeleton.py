@@ -6,11 +6,14 @@ creates and initializes its own tensors beside it as it does on any model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from petals_tune.errors import ConfigError
 
 
 def is_placeholder(tensor: torch.Tensor) -> bool:
@@ -29,7 +32,14 @@ def fill_with_placeholders(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 class Skeleton(nn.ModuleList):
-    """A list of blocks with placeholder weights. `.to()`, `.half()` and `state_dict()` see only what PEFT put there."""
+    """A list of blocks with placeholder weights.
+
+    `.to()`, `.half()`, `state_dict()` and `load_state_dict()` see only what PEFT put there.
+    """
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.register_load_state_dict_post_hook(Skeleton._forget_missing)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Skeleton:
         def unless_placeholder(tensor: torch.Tensor) -> torch.Tensor:
@@ -45,3 +55,30 @@ class Skeleton(nn.ModuleList):
         ]:
             del state[name]
         return state
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self._absent = {f"{prefix}{name}" for name, _ in self._placeholders()}
+        if present := sorted(self._absent & set(state_dict)):
+            raise ConfigError(
+                f"{present[0]} is a weight of a remote block, which is on the servers: load a state dict without the "
+                "blocks' weights, such as this model's own",
+                key="state_dict",
+                seen=present[0],
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _forget_missing(self, incompatible: Any) -> None:
+        """Drop placeholders from what a state dict lacks."""
+        incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in self._absent]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        for _, tensor in self._placeholders():  # a clone would have the memory that a placeholder spares
+            again = tensor.detach()
+            memo[id(tensor)] = nn.Parameter(again, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else again
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
+    def _placeholders(self) -> Iterator[tuple[str, torch.Tensor]]:
+        named = (*self.named_parameters(), *self.named_buffers())
+        return ((name, tensor) for name, tensor in named if is_placeholder(tensor))

@@ -60,14 +60,13 @@ class Repair:
         go: Callable[[Sequence[Hop]], AsyncGenerator[int, None]],
         *,
         work: int,
-        attempts: Attempts | None = None,
     ) -> None:
         """Run `go` along a route of `span`; from where a server fails on, along another one.
 
         `go` yields, after each server, the block that the work has come to. `work` is what one block costs, in rows x
         positions. Raises UncoveredBlocks, SwarmMismatch, SwarmTimeout, and what `go` raises that is not `Retriable`.
         """
-        attempts = attempts or self.attempts()
+        attempts = self.attempts()
         start = span.start
         while start < span.stop:
             try:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from petals_tune.errors import BadReply, NotFinite
+from petals_tune.errors import BadReply, ConfigError, NotFinite
 from petals_tune.swarm.route import Hop
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Message
@@ -25,12 +25,23 @@ def expect(hop: Hop, reply: Message, kind: type[Reply]) -> Reply:
 
 
 def check_tensor(hop: Hop, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`tensor` in the dtype of `like`. Raises BadReply for another shape, NotFinite for NaN and infinity."""
+    """`tensor` in the dtype of `like`. Raises BadReply for another shape, NotFinite for NaN and infinity.
+
+    Raises ConfigError for numbers that the client's own dtype cannot hold: no server is to blame for that.
+    """
     if tensor.shape != like.shape or not tensor.is_floating_point():
         raise bad_reply(hop, f"{tuple(tensor.shape)} {tensor.dtype} where {tuple(like.shape)} floats were due")
-    if not torch.isfinite(tensor).all():
-        raise bad_reply(hop, "non-finite numbers", NotFinite)
-    return tensor.to(like.dtype)
+    cast = tensor.to(like.dtype)
+    if not torch.isfinite(cast).all():
+        if not torch.isfinite(tensor).all():
+            raise bad_reply(hop, "non-finite numbers", NotFinite)
+        raise ConfigError(
+            f"blocks {hop.span} return {tensor.abs().max():.3g}, and {like.dtype} ends at "
+            f"{torch.finfo(like.dtype).max:.3g}: load the model with dtype=bfloat16 or float32",
+            key="dtype",
+            seen=str(like.dtype),
+        )
+    return cast
 
 
 def gradients_by_block(

@@ -50,8 +50,8 @@ class Attempts:
         if isinstance(error, NotFinite):
             if self.not_finite is not None:
                 raise Diverged(
-                    f"{error}\n  and before that: {self.not_finite}\n  training diverged: lower optimizer.lr, "
-                    "or clip; or the server is broken"
+                    f"{error}\n  and before that: {self.not_finite}\n  training diverged (lower optimizer.lr, or "
+                    "clip), or the blocks of these servers are broken"
                 ) from error
             self.not_finite = error
         self.count += 1

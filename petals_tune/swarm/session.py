@@ -133,7 +133,7 @@ class ChainSession:
                 session.order = order if session.order is None else session.order[order]
         attempts = self._repair.attempts()
         if not self._sessions:
-            self._sessions = await self._open(self._span, [], attempts)
+            self._sessions = await self._open(self._span, [])
         outputs, start = [], 0
         while start < len(inputs):
             part = inputs.cut(start, start + self._most_positions)
@@ -166,7 +166,7 @@ class ChainSession:
             while number < len(self._sessions):
                 output = await self._repair.with_fallback(
                     partial(self._through, self._sessions[number], inputs, position, along),
-                    partial(self._replace, number, attempts),
+                    partial(self._replace, number),
                     attempts,
                 )
                 if output is not None:
@@ -193,15 +193,18 @@ class ChainSession:
             reply_format=self._calls.wire_format,
         )
 
-    async def _replace(self, number: int, attempts: Attempts) -> None:
+    async def _replace(self, number: int) -> None:
         """Put other servers in the place of session `number`, and bring them to where it was."""
         lost = self._sessions[number]
         await self._calls.close_session(lost.hop, lost.id)
-        others = await self._open(lost.hop.span, lost.history.replayed(), attempts)
+        others = await self._open(lost.hop.span, lost.history.replayed())
         self._sessions[number : number + 1] = others
 
-    async def _open(self, span: BlockSpan, replay: list[Inputs], attempts: Attempts) -> list[HopSession]:
-        """Sessions for `span` that have seen `replay`."""
+    async def _open(self, span: BlockSpan, replay: list[Inputs]) -> list[HopSession]:
+        """Sessions for `span` that have seen `replay`.
+
+        With attempts of its own: servers that open sessions and fail each step would put the step's deadline off.
+        """
         sessions: list[HopSession] = []
 
         async def go(route: Sequence[Hop]) -> AsyncGenerator[int, None]:
@@ -224,7 +227,7 @@ class ChainSession:
                 yield hop.span.stop
 
         try:
-            await self._repair.along_route(span, go, work=self.rows, attempts=attempts)
+            await self._repair.along_route(span, go, work=self.rows)
         except BaseException:
             for session in sessions:
                 await self._calls.close_session(session.hop, session.id)

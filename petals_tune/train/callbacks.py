@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import textwrap
 import time
@@ -18,11 +17,11 @@ from lightning.pytorch.loggers import WandbLogger
 
 from petals_tune.data.collate import Batch, choose_pad_id
 from petals_tune.data.module import TextData
-from petals_tune.files import replacing, write_text
+from petals_tune.files import replacing, write_json, write_text
 from petals_tune.net.stats import ServerTimes
 from petals_tune.train.backbone import swarm_stats
 from petals_tune.train.module import FineTuner
-from petals_tune.train.resume import TrainingPosition, set_random_states
+from petals_tune.train.resume import TrainingPosition, random_states, set_random_states
 
 MB = 1e6
 
@@ -40,11 +39,15 @@ def data_of(trainer: Trainer) -> TextData:
 class Speed(Callback):
     """Logs tokens/s, the share of a step spent waiting for the swarm, the traffic so far, and the learning rate.
 
+    A step is that of the optimizer, with all batches that are accumulated for it.
+
     `swarm/reply_ms/..PEER` is the mean time from a request to the reply of one server, computing included, in one step.
     """
 
     def __init__(self) -> None:
         self._tokens, self._train_s = 0, 0.0
+        self._step_tokens, self._step_s, self._waited_s = 0, 0.0, 0.0
+        self._before: dict[str, ServerTimes] = {}
 
     @property
     def tokens_per_s(self) -> float:
@@ -52,21 +55,23 @@ class Speed(Callback):
         return self._tokens / self._train_s if self._train_s else 0.0
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        self._started_s = time.perf_counter()
         stats = swarm_stats(net_of(module))
-        self._waited_s = stats.wait_s
-        self._before = {peer: replace(times) for peer, times in stats.servers.items()}
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._step_tokens, self._step_s, self._waited_s = 0, 0.0, 0.0
+            self._before = {peer: replace(times) for peer, times in stats.servers.items()}
+        self._started_s, self._waited_before_s = time.perf_counter(), stats.wait_s
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # before the schedule changes it
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        step_s = time.perf_counter() - self._started_s
-        tokens = int(batch["attention_mask"].sum())
-        self._tokens, self._train_s = self._tokens + tokens, self._train_s + step_s
         stats = swarm_stats(net_of(module))
-        module.log("train/tokens_per_s", tokens / step_s)
-        module.log("swarm/wait_share", (stats.wait_s - self._waited_s) / step_s)
+        batch_s, tokens = time.perf_counter() - self._started_s, int(batch["attention_mask"].sum())
+        self._tokens, self._train_s = self._tokens + tokens, self._train_s + batch_s
+        self._step_tokens, self._step_s = self._step_tokens + tokens, self._step_s + batch_s
+        self._waited_s += stats.wait_s - self._waited_before_s
+        module.log("train/tokens_per_s", self._step_tokens / self._step_s)
+        module.log("swarm/wait_share", self._waited_s / self._step_s)
         module.log("swarm/sent_mb", stats.sent_bytes / MB)
         module.log("swarm/received_mb", stats.received_bytes / MB)
         module.log("swarm/retries", float(stats.retries))
@@ -99,6 +104,7 @@ class Progress(TQDMProgressBar):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         super().on_train_start(trainer, module)
         self._started_s, self._first_step = time.perf_counter(), trainer.global_step
+        self._shown_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -106,8 +112,9 @@ class Progress(TQDMProgressBar):
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
         step, steps = trainer.global_step, int(trainer.estimated_stepping_batches)
         every = max(1, steps // self.lines)
-        if self.is_enabled or (step % every and step != steps) or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if self.is_enabled or (step % every and step != steps) or step == self._shown_step:
             return
+        self._shown_step = step
         left_s = (time.perf_counter() - self._started_s) / (step - self._first_step) * (steps - step)
         metrics = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, module).items())
         print(f"step      {step}/{steps}  {metrics}  {format_duration(left_s)} left", flush=True)
@@ -190,7 +197,7 @@ class SampleReplies(Callback):
             return
         text = "\n\n".join(map(format_reply, self._replies))
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / "replies.json", json.dumps(self._replies, indent=2, ensure_ascii=False) + "\n")
+        write_json(self.folder / "replies.json", self._replies)
         write_text(self.folder / "replies.txt", text + "\n")
         print(f"\n{text}\n", flush=True)
         for logger in trainer.loggers:
@@ -204,17 +211,28 @@ class SampleReplies(Callback):
             reply[when] = greedy_reply(module, data, sample.prompt_ids, max_new_tokens=self.max_new_tokens)
 
 
-@torch.inference_mode()
 def greedy_reply(module: LightningModule, data: TextData, prompt_ids: list[int], *, max_new_tokens: int) -> str:
-    """Generate the greedy continuation of a prompt, as text."""
+    """Generate the greedy continuation of a prompt in eval mode, as text.
+
+    Random states, and which modules are in training mode, stay as they are.
+    """
+    net, states = net_of(module), random_states()
+    training = [part for part in net.modules() if part.training]
     input_ids = torch.tensor([prompt_ids], device=module.device)
-    output = net_of(module).generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=choose_pad_id(data.tokenizer),
-    )
+    try:
+        with torch.inference_mode():
+            output = net.eval().generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,  # whatever the model's generation_config says
+                pad_token_id=choose_pad_id(data.tokenizer),
+            )
+    finally:
+        for part in training:
+            part.training = True
+        set_random_states(states)
     return str(data.tokenizer.decode(output[0, len(prompt_ids) :], skip_special_tokens=True)).strip()
 
 

@@ -18,7 +18,9 @@ from torchmetrics import MeanMetric
 from petals_tune.data.collate import Batch
 from petals_tune.errors import ConfigError, Diverged
 from petals_tune.train.backbone import Net
+from petals_tune.train.exported import Exported, best_checkpoint
 from petals_tune.train.objective import Objective, Scores
+from petals_tune.train.window import Window
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 ScheduleFactory = Callable[
@@ -37,8 +39,10 @@ class FineTuner(LightningModule):
     optimizer:  called with the trained parameters
     schedule:   called with the optimizer and, if it has such an argument, `num_training_steps`; None: constant
 
-    With several processes (`strategy="ddp"`) all supervised tokens of a step have the same weight, as with one process
-    and the whole batch.
+    All supervised tokens of a step (rows, of a classification) have the same weight, as in one process with one batch
+    of the same rows: with several processes (`strategy="ddp"`), and with accumulated batches, also where the last step
+    of an epoch has fewer of these. After each batch a gradient is the mean over the step's batches so far, and
+    `train/loss` too.
     """
 
     def __init__(
@@ -57,6 +61,8 @@ class FineTuner(LightningModule):
         self._optimizer_factory = optimizer
         self._schedule_factory = schedule
         self._totals: dict[str, MeanMetric] = {}
+        self._best: Exported | None = None
+        self.window = Window()  # the batches since the last optimizer step
 
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)
@@ -66,10 +72,17 @@ class FineTuner(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         scores = self._score(batch)
-        weight = self._batch_weight(scores.count)
-        for name, value in {"loss": scores.loss, **scores.metrics}.items():
-            self.log(f"train/{name}", weight * value, batch_size=scores.count, prog_bar=True, sync_dist=True)
-        return weight * scores.loss
+        batches = self.trainer.accumulate_grad_batches
+        if batch_idx % batches == 0:  # here Lightning sets the gradients to zero
+            self.window = Window()
+        of_gradient, of_loss = self.window.add(scores, self._mean_over_processes(scores.count))
+        for name, mean in self.window.means.items():
+            self.log(f"train/{name}", mean, batch_size=scores.count, prog_bar=True, sync_dist=True)
+        if of_gradient:  # of the window's earlier batches
+            for _, parameter in self.trained_parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(of_gradient)
+        return scores.loss * (of_loss * batches)  # Lightning divides by `batches`, however many the window has
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         for name, parameter in self.trained_parameters():
@@ -80,6 +93,17 @@ class FineTuner(LightningModule):
                     step=self.global_step,
                     parameter=name,
                 )
+
+    def on_train_end(self) -> None:
+        # After the callbacks, which have saved the newest checkpoint, and before replies and the last validation.
+        if found := best_checkpoint(self.trainer):
+            self._best, checkpoint = found
+            self.load_state_dict(checkpoint["state_dict"], strict=False)
+
+    @property
+    def exported(self) -> Exported:
+        """The step that the trained parameters are of."""
+        return self._best or Exported(step=self.global_step)
 
     def on_validation_epoch_start(self) -> None:
         self._totals = {}
@@ -152,12 +176,11 @@ class FineTuner(LightningModule):
                 seen=saved,
             )
 
-    def _batch_weight(self, count: int) -> float:
-        """Return the weight of this process's mean over `count` tokens, such that DDP's average is over all tokens."""
+    def _mean_over_processes(self, count: int) -> float:
         if self.trainer.world_size == 1:
-            return 1.0
+            return float(count)
         mean: Any = self.trainer.strategy.reduce(torch.tensor(float(count), device=self.device), reduce_op="mean")
-        return count / mean.item()
+        return float(mean.item())
 
     def _score(self, batch: Batch) -> Scores:
         scores = self.objective(self.net, batch)

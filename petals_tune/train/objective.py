@@ -5,6 +5,8 @@ Shapes: B rows, P soft-prompt tokens, T text tokens, S = P + T, H hidden, V voca
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,12 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from petals_tune.data.collate import Batch, choose_pad_id
+from petals_tune.data.collate import Batch, choose_pad_id, pad_at_end
 from petals_tune.data.rows import IGNORED
 from petals_tune.data.tokens import word_ids
 from petals_tune.errors import DataError
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.train.backbone import Net
+
+_LARGEST_EXPONENT = math.log(sys.float_info.max)  # 709.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +59,7 @@ class CausalLM:
         return Scores(loss=F.cross_entropy(logits.float(), targets), count=len(targets), metrics={})
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
-        return means | {"perplexity": torch.tensor(means["loss"]).exp().item()}
+        return means | {"perplexity": math.exp(means["loss"]) if means["loss"] < _LARGEST_EXPONENT else math.inf}
 
 
 class LabelWords:
@@ -82,7 +86,8 @@ class LabelWords:
                 f"a row's label is token {unknown}, which is none of the label words {self.words}", seen=unknown
             )
         labels, choices = matches.long().argmax(dim=1), choices.float()
-        accuracy = (choices.detach().argmax(dim=1) == labels).float().mean()
+        # In 64 bits, so that the mean over batches is the count of rows to the last digit.
+        accuracy = (choices.detach().argmax(dim=1) == labels).double().mean()
         return Scores(loss=F.cross_entropy(choices, labels), count=len(targets), metrics={"accuracy": accuracy})
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
@@ -143,8 +148,9 @@ def class_logits(net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the (B, W) logits of a sequence classifier, and the (B,) label words; each row has one supervised token.
 
     transformers pools the last token that is not padding, or with a soft prompt the last position. Here each position
-    of the head's input is replaced with the one before the label word, so that padding may be on either side.
+    of the head's input is replaced with the one before the label word. Padding may be on either side of `batch`.
     """
+    batch = pad_at_end(batch)
     targets = batch["labels"].new_empty(0)
 
     def select(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
@@ -164,8 +170,10 @@ def supervised_logits(net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the (N, V) logits of the positions that predict a supervised token, and the (N,) tokens to predict.
 
     Hidden states are selected before the head, which is a large part of a small model's computation. Works on a stock
-    PEFT model too, whose soft prompt makes S = P + T positions of T. Raises DataError without a supervised token.
+    PEFT model too, whose soft prompt makes S = P + T positions of T. Padding may be on either side of `batch`. Raises
+    DataError without a supervised token.
     """
+    batch = pad_at_end(batch)
     targets = batch["labels"].new_empty(0)
 
     def select(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:

@@ -129,7 +129,7 @@ class JoinedSwarm(ClientOptions):
         refuse_keys(self.token, key="swarm.token")  # before the run writes its configuration to a file
 
     def client_options(self) -> dict[str, Any]:
-        return {**super().client_options(), "token": self.token, "identity_path": self.identity_path}
+        return {**super().client_options(), "swarm_token": self.token, "identity_path": self.identity_path}
 
     def check(self, blocks: int) -> None:
         """Nothing to check before joining: the servers' blocks are not known yet."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from petals_tune.files import write_text
+from petals_tune.files import write_json
 
 FILE = "result.json"
 
@@ -28,6 +29,7 @@ class Result:
     blocks: str = "on this machine"  # where and how the frozen blocks ran
     started_from: str | None = None  # adapter that the training started from
     steps: int = 0
+    exported: str = ""  # which step's tensors the adapter has
     trained_parameters: int = 0
     parameters: int = 0
     measured: StageMetrics = field(default_factory=dict)
@@ -39,11 +41,15 @@ class Result:
     adapter_bytes: int = 0
 
     def save(self, folder: Path) -> None:
-        write_text(folder / FILE, json.dumps(asdict(self), indent=2) + "\n")
+        write_json(folder / FILE, asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> Result:
-        return cls(**json.loads((folder / FILE).read_text(encoding="utf-8")))
+        """Read a saved result; a metric that is null there, since it was not finite, is NaN."""
+        result = cls(**json.loads((folder / FILE).read_text(encoding="utf-8")))
+        for metrics in result.measured.values():
+            metrics.update({name: math.nan for name, value in metrics.items() if value is None})
+        return result
 
     @property
     def trained_share(self) -> str:

@@ -20,13 +20,14 @@ from petals_tune.remote.auto import AutoDistributedModelForCausalLM, AutoDistrib
 from petals_tune.train.backbone import describe_block_location, describe_swarm, remote_blocks, swarm_stats
 from petals_tune.train.callbacks import MB, Speed
 from petals_tune.train.curves import draw_curves
-from petals_tune.train.export import describe_method, export_adapter
+from petals_tune.train.export import describe_method, export_adapter, identity_of
 from petals_tune.train.loggers import finish_wandb_runs, log_config, log_results
 from petals_tune.train.module import FineTuner
 from petals_tune.train.objective import load_model
 from petals_tune.train.parts import Parts, prepare
 from petals_tune.train.quiet import silence_known_warnings
 from petals_tune.train.result import Result, StageMetrics, format_metrics
+from petals_tune.tuning.identity import Identity
 from petals_tune.tuning.saved import load_adapter
 from petals_tune.tuning.support import tune
 
@@ -93,6 +94,7 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
         rows=parts.data.counts(),
         started_from=cfg.tuning.get("init_from"),
     )
+    identity = identity_of(parts)
     try:
         with connect(parts) as model:
             result.blocks = describe_block_location(model)
@@ -108,9 +110,10 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
                 # Also after Ctrl-C or the loss of the swarm: the trained parameters are on this machine.
                 add_figures(result, parts.trainer, net, minutes=(time.monotonic() - started_s) / 60)
                 if parts.trainer.global_step and parts.trainer.is_global_zero:
-                    export(parts.trainer, tuner, output, result)
+                    result.exported = tuner.exported.describe()
+                    export(tuner, output, result, identity)
                     say(
-                        f"saved     step {result.steps} in {output}\n"
+                        f"saved     {result.exported}, in {output}\n"
                         f"          to go on from it: ckpt_path={output}/checkpoint.ckpt"
                     )
                     if parts.objective.task_type == TaskType.CAUSAL_LM:
@@ -130,7 +133,7 @@ def fit(parts: Parts, tuner: FineTuner, result: Result, *, ckpt_path: str | None
     with raise_interrupts(parts.trainer):
         parts.trainer.fit(tuner, datamodule=parts.data, ckpt_path=ckpt_path)
     step, summary = tuner.summaries["val"]
-    measure(parts, tuner, "after", into=result.measured, known=summary if step == parts.trainer.global_step else None)
+    measure(parts, tuner, "after", into=result.measured, known=summary if step == tuner.exported.step else None)
 
 
 def measure(
@@ -170,9 +173,9 @@ def raise_interrupts(trainer: Trainer) -> Iterator[None]:
         raise KeyboardInterrupt from None
 
 
-def export(trainer: Trainer, tuner: FineTuner, output: Path, result: Result) -> None:
+def export(tuner: FineTuner, output: Path, result: Result, identity: Identity) -> None:
     """Write the adapter and the learning curves."""
-    export_adapter(tuner.net, output / "adapter", result)
+    export_adapter(tuner.net, output / "adapter", result, identity)
     metrics = output / "metrics.csv"
     if metrics.exists():  # not after a fast_dev_run
         draw_curves(metrics, output / "curves.png", title=result.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -174,12 +175,12 @@ def report(jobs: Sequence[Job], folder: Path) -> None:
 
 
 def rank_jobs(jobs: Sequence[Job]) -> list[Job]:
-    """Sort the successful jobs by metric, and within a metric from the best to the worst."""
+    """Sort the successful jobs by metric, and within a metric from the best to the worst, NaN last."""
 
     def order(job: Job) -> tuple[str, float, float]:
         assert job.result is not None
         value = job.value if job.goal.direction == "minimize" else -job.value
-        return job.goal.metric, value, job.result.measured["after"]["loss"]
+        return job.goal.metric, math.inf if math.isnan(value) else value, job.result.measured["after"]["loss"]
 
     return sorted((job for job in jobs if job.result is not None), key=order)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -76,6 +77,7 @@ def _parts(number: int, block: nn.Module) -> Iterator[tuple[AdapterPart, list[to
     ours: set[int] = set()  # modules whose parameters are an adapter's
     for path, layer in block.named_modules():
         where = f"block {number}, {path or 'itself'}"
+        _refuse_hooks(layer, where)
         if id(layer) in ours:
             continue
         if isinstance(layer, AuxiliaryTrainingWrapper):
@@ -104,6 +106,44 @@ def _parts(number: int, block: nn.Module) -> Iterator[tuple[AdapterPart, list[to
                         key="tuning",
                         seen=f"{path}.{name}",
                     )
+
+
+def refuse_adapter_names(model: nn.Module, blocks: nn.Module) -> None:
+    """Raises UnsupportedAdapter where PEFT was called with `adapter_names`, which it hands to all its layers by hooks.
+
+    PEFT forgets these hooks after an error, so they are removed from all of `model`.
+    """
+    if not hasattr(model, "peft_config"):  # which PEFT puts there with its layers
+        return
+    layer = next((module for module in blocks.modules() if isinstance(module, BaseTunerLayer)), None)
+    if layer is None or not _with_adapter_names(layer):
+        return
+    for module in model.modules():
+        for key in _with_adapter_names(module):
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    raise UnsupportedAdapter(
+        "adapter_names: remote blocks run one adapter for all rows of a batch; call the model once for each adapter, "
+        "after set_adapter(NAME)",
+        key="adapter_names",
+    )
+
+
+def _with_adapter_names(module: nn.Module) -> list[int]:
+    return [key for key, hook in module._forward_pre_hooks.items() if "adapter_names" in getattr(hook, "keywords", ())]
+
+
+def _refuse_hooks(layer: nn.Module, where: str) -> None:
+    """Raises UnsupportedAdapter for a hook that is not ours: it would never be called."""
+    kinds = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    for hook in itertools.chain.from_iterable(each.values() for each in kinds if each):
+        if not str(getattr(hook, "__module__", "")).startswith("petals_tune."):
+            raise UnsupportedAdapter(
+                f"{where} has a hook, {hook!r}, and would never be called: the block runs on a server; put the hook on "
+                "a span, and call the spans one after another: nn.Sequential(remote_blocks[:3], remote_blocks[3:])",
+                key="remote_blocks",
+                seen=where,
+            )
 
 
 def _digest(parts: Sequence[AdapterPart]) -> str:

@@ -57,6 +57,7 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
     quantization: Annotated[str, msgspec.Meta(max_length=MAX_NAME)]  # as petals_tune/blocks names them; shown alone
     dtype: str  # of the computation
     throughput: Throughput = Throughput()
+    matrix_library: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""  # of float32 products: its rounding
     state: ServerState = "online"
     version: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""  # of petals_tune on the server
     public_name: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""

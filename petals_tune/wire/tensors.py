@@ -1,4 +1,8 @@
-"""Tensors as bytes, in their own dtype or in blockwise 8 bits. Sizes are checked before memory is taken.
+"""Tensors as bytes: in their own dtype, as scaled float16 or in blockwise 8 bits. Sizes are checked before allocation.
+
+In scaled float16 each vector along the last dimension has a power of two as its scale: a cast alone would make
+infinity of what is above 65,504, and zero of small gradients. Scaling by a power of two is exact, and with a scale for
+each vector a row does not depend on the others in its message.
 
 The 8-bit format is hivemind's BLOCKWISE_8BIT without the codebook, which is the same for everybody: bitsandbytes'
 dynamic map. (hivemind 1.1.12's own decoder fails on numpy 2.4, which no longer turns arrays of one element into int.)
@@ -8,6 +12,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,20 +24,28 @@ WIRE_FORMATS: tuple[str, ...] = get_args(WireFormat)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
-_BLOCKWISE8 = 255
+_BLOCKWISE8, _SCALED16 = 255, 254
 _MAX_DIMS = 4
 _MAX_NUMEL = 2**48  # an empty tensor has strides too, and torch fails where they overflow
 _BLOCK = 4096  # values that share one scale
+_SCALED_EXPONENT = 15  # scaled vectors stay below 2**15, and float16 ends at 65,504
+_MAX_SHIFT = 126  # of a scale's exponent: the scale and its inverse are normal float32 numbers
 
 
 class Blockwise8(torch.Tensor):
     """A float tensor that `to_bytes` encodes in 8 bits, with one scale per 4096 values."""
 
 
+class Scaled16(torch.Tensor):
+    """A float tensor that `to_bytes` encodes as float16, with one scale per vector along the last dimension."""
+
+
 def in_format(tensor: torch.Tensor, wire_format: str) -> torch.Tensor:
-    """Prepare `tensor` for `to_bytes`: cast it to the format's dtype, or mark it for 8 bits."""
+    """Prepare `tensor` for `to_bytes`: cast it to the format's dtype, or mark it for 8 bits or scaled float16."""
     if wire_format == "blockwise8":
         return tensor.detach().as_subclass(Blockwise8)
+    if wire_format == "float16":
+        return tensor.detach().as_subclass(Scaled16)
     return tensor.detach().to(getattr(torch, wire_format))
 
 
@@ -40,6 +53,8 @@ def encoded_bytes(tensor: torch.Tensor) -> int:
     """How many bytes the values of `tensor` take on the wire."""
     if isinstance(tensor, Blockwise8):
         return tensor.numel() + 4 * -(-tensor.numel() // _BLOCK)
+    if isinstance(tensor, Scaled16):
+        return 2 * tensor.numel() + _vectors(tensor.shape)
     return tensor.nbytes
 
 
@@ -53,6 +68,9 @@ def to_bytes(value: torch.Tensor) -> bytes:
     if isinstance(value, Blockwise8):
         code, tensor = _BLOCKWISE8, value.as_subclass(torch.Tensor).cpu().float().contiguous()
         raw: Any = _to_blockwise8(tensor) if tensor.numel() else b""
+    elif isinstance(value, Scaled16):
+        code, tensor = _SCALED16, value.as_subclass(torch.Tensor).cpu().float().contiguous()
+        raw = _to_scaled16(tensor) if tensor.numel() else b""
     else:
         if value.dtype not in _CODES:
             raise ConfigError(
@@ -74,6 +92,8 @@ def from_bytes(data: memoryview) -> torch.Tensor:
     raw, numel = data[2 + 4 * dims :], math.prod(shape)
     if code == _BLOCKWISE8:
         return _from_blockwise8(raw, shape, numel)
+    if code == _SCALED16:
+        return _from_scaled16(raw, shape, numel)
     if code >= len(_DTYPES):
         raise ProtocolError(f"unknown dtype code {code}", what="tensor")
     dtype = _DTYPES[code]
@@ -111,3 +131,38 @@ def _from_blockwise8(raw: memoryview, shape: tuple[int, ...], numel: int) -> tor
     scales = torch.frombuffer(bytearray(raw[:scale_bytes]), dtype=torch.float32)
     values = torch.frombuffer(bytearray(raw[scale_bytes:]), dtype=torch.uint8).view(shape)
     return bnb.dequantize_blockwise(values, absmax=scales, code=bnb.create_dynamic_map(), blocksize=_BLOCK)
+
+
+def _vectors(shape: Sequence[int]) -> int:
+    """Count the vectors along the last dimension; 0 where they are empty."""
+    return math.prod(shape[:-1]) if math.prod(shape) else 0
+
+
+def _to_scaled16(tensor: torch.Tensor) -> bytes:
+    """Encode as exponents of the scales (int8, one a vector), then float16 values times 2 to that exponent."""
+    vectors = tensor.view(_vectors(tensor.shape), -1)
+    largest = torch.maximum(vectors.amax(1, keepdim=True), -vectors.amin(1, keepdim=True))  # .abs() would be a copy
+    _, exponents = torch.frexp(largest.where(largest.isfinite(), 1.0))  # what is not finite stays so, unscaled
+    shifts = (_SCALED_EXPONENT - exponents).clamp(-_MAX_SHIFT, _MAX_SHIFT).to(torch.int8)
+    values = (vectors * _power(shifts)).to(torch.float16)
+    return shifts.numpy().tobytes() + values.numpy().tobytes()
+
+
+def _from_scaled16(raw: memoryview, shape: tuple[int, ...], numel: int) -> torch.Tensor:
+    vectors = _vectors(shape)
+    if len(raw) != vectors + 2 * numel:
+        raise ProtocolError(
+            f"a scaled float16 tensor of shape {shape} has {vectors + 2 * numel} bytes, not {len(raw)}", what="tensor"
+        )
+    if numel == 0:
+        return torch.empty(shape)
+    shifts = torch.frombuffer(bytearray(raw[:vectors]), dtype=torch.int8).view(-1, 1)
+    if int(shifts.min()) < -_MAX_SHIFT or int(shifts.max()) > _MAX_SHIFT:
+        raise ProtocolError(f"a scale of a float16 tensor is beyond 2**{_MAX_SHIFT}", what="tensor")
+    values = torch.frombuffer(bytearray(raw[vectors:]), dtype=torch.float16).view(vectors, -1)
+    return values.float().mul_(_power(-shifts)).view(shape)
+
+
+def _power(exponents: torch.Tensor) -> torch.Tensor:
+    """Return 2 to these exponents, exactly: a float32's exponent bits."""
+    return ((exponents.to(torch.int32) + 127) << 23).view(torch.float32)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import msgspec
 import torch
@@ -33,6 +34,7 @@ class Plan:
     total_blocks: int
     length: int  # number of blocks to host
     throughput: Throughput
+    matrix_library: str  # that computes float32 products; "" on a GPU
 
 
 async def make_plan(
@@ -50,8 +52,11 @@ async def make_plan(
     layout = await asyncio.to_thread(BlockLayout.of, checkpoint)
     model = await asyncio.to_thread(lambda: checkpoint.digest)
     others = await _others_online(here.directory, model, own_peer=here.id, source=options.model.source)
+    keep = partial(throughput.keep_library, options.device, folder=_throughput_folder(options))
+    matrix_library = await compute.run(Priority.FORWARD, keep)  # before anything is measured or loaded
     return Plan(
         model=model,
+        matrix_library=matrix_library,
         total_blocks=layout.family.total_blocks,
         length=number_of_blocks(options, layout, dtype),
         throughput=await _throughput(
@@ -113,9 +118,13 @@ async def _throughput(
         quantization=options.quantization,
         dtype=dtype,
         device=options.device,
-        folder=options.disk_cache.folder / "throughput",
+        folder=_throughput_folder(options),
         again=options.throughput == "measure",
     )
     measured = await compute.run(Priority.FORWARD, measure)
     network = await throughput.measure_sending(here, others, model, hidden_size)
     return msgspec.structs.replace(measured, network=network)
+
+
+def _throughput_folder(options: Serve) -> Path:
+    return options.disk_cache.folder / "throughput"

@@ -1,7 +1,11 @@
-"""Throughput of this server: of its compute, measured at its first start, and of its network, at every start."""
+"""Throughput of this server: of its compute, measured at its first start, and of its network, at every start.
+
+The library that computes its matrix products is chosen by time too, at the first start of any server of this machine.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -16,12 +20,13 @@ from pathlib import Path
 import msgspec
 import torch
 
+from petals_tune.blocks import kernels
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.kv_cache import Session
 from petals_tune.blocks.loading import dummy_block
 from petals_tune.blocks.memory import give_back_freed_memory
 from petals_tune.errors import ConfigError, PetalsTuneError, ServerError
-from petals_tune.files import write_bytes
+from petals_tune.files import write_bytes, write_first
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.net.peer import Peer
 from petals_tune.net.pool import StreamPool
@@ -39,6 +44,35 @@ _SENDING_TIMEOUT_S = 30.0
 _MOST_PEERS = 3
 
 
+def keep_library(device: str, *, folder: Path) -> str:
+    """Choose the matrix library that the first server of this machine found to be the faster one; returns its name.
+
+    The choice is kept in `folder`, by processor, number of threads and version of torch, so that a server that starts
+    again computes the same bits. On a GPU there is nothing to choose: "".
+    """
+    if device != "cpu":
+        return ""
+    depends_on = [_device_name(device), torch.get_num_threads(), version("torch")]
+    path = folder / f"library-{_key(depends_on)}.json"
+    try:
+        library = msgspec.json.decode(path.read_bytes(), type=kernels.Library)
+    except (OSError, msgspec.MsgspecError) as error:
+        library = kernels.matrix_library()
+        try:
+            if isinstance(error, msgspec.MsgspecError):  # damaged
+                path.unlink(missing_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            library = msgspec.json.decode(write_first(path, msgspec.json.encode(library)), type=kernels.Library)
+        except (ConfigError, OSError, msgspec.MsgspecError) as error:
+            logger.warning(
+                "which matrix library computes is not kept: the next start may choose the other one, whose rounding "
+                "differs: %s",
+                error,
+            )
+    kernels.choose_library(library)
+    return library
+
+
 def measure_computing(
     checkpoint: Checkpoint, *, quantization: str, dtype: torch.dtype, device: str, folder: Path, again: bool = False
 ) -> Throughput:
@@ -51,7 +85,7 @@ def measure_computing(
         *(checkpoint.digest, quantization, str(dtype), _device_name(device), torch.get_num_threads()),
         *(version("torch"), version("bitsandbytes"), version("petals_tune")),
     ]
-    path = folder / f"{hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:32]}.json"
+    path = folder / f"{_key(depends_on)}.json"
     if not again:
         try:
             return msgspec.json.decode(path.read_bytes(), type=Throughput)
@@ -131,5 +165,20 @@ def _median_s(run: Callable[[], None]) -> float:
     return statistics.median(seconds)
 
 
+def _key(depends_on: list[object]) -> str:
+    return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:32]
+
+
 def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device} {platform.processor()}"
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device} {_processor()}"
+
+
+@functools.cache
+def _processor() -> str:
+    """Return the processor's name and its widest vectors; a container's host name would change at every start."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    return f"{' '.join(sorted(names)) or platform.processor()} {torch.backends.cpu.get_cpu_capability()}"

@@ -22,7 +22,7 @@ SIZES = 48, 80  # in, out
 @pytest.fixture(params=[True, False], ids=["onednn", "default library"])
 def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Either library, whichever is the faster one on this machine."""
-    monkeypatch.setattr(kernels, "onednn_is_faster", lambda: request.param)
+    monkeypatch.setattr(kernels, "_chosen", "oneDNN" if request.param else "default")
     return request.param
 
 

@@ -68,9 +68,25 @@ def sampler(rank: int = 0, ranks: int = 1, *, batch_size: int = 4) -> RowOrder:
 def test_the_steps_of_two_processes_are_those_of_one() -> None:
     whole = batches(list(sampler(batch_size=8)), 8)
     shares = [batches(list(sampler(rank, 2)), 4) for rank in (0, 1)]
-    for step, batch in enumerate(whole[:-1]):
+    assert len(shares[0]) == len(shares[1]) == len(whole)  # nobody waits for the other
+    for step, batch in enumerate(whole):
         assert sorted(shares[0][step] + shares[1][step]) == sorted(batch)
-    assert len(set(map(len, (list(sampler(rank, 2)) for rank in (0, 1))))) == 1  # nobody waits for the other
+
+
+@given(rows=st.integers(1, 40), batch_size=st.integers(1, 5), ranks=st.integers(1, 4))
+def test_a_row_is_repeated_only_where_a_process_would_have_no_batch(rows: int, batch_size: int, ranks: int) -> None:
+    shares = []
+    for rank in range(ranks):
+        order = RowOrder([3] * rows, batch_size=batch_size, buckets=False, seed=5, rank=rank, ranks=ranks)
+        shares.append(batches(list(order), batch_size))
+        assert sum(map(len, shares[-1])) == len(order)
+    steps = -(-rows // (batch_size * ranks))
+    assert {len(share) for share in shares} == {steps}
+    whole = training_order([3] * rows, batch_rows=batch_size * ranks, buckets=False, seed=5, epoch=0)
+    for step, batch in enumerate(batches(whole, batch_size * ranks)):
+        found = [row for share in shares for row in share[step]]
+        assert sorted(set(found) & set(batch)) == sorted(batch)
+        assert len(found) == max(len(batch), ranks)
 
 
 def test_a_place_in_an_epoch_can_be_resumed() -> None:

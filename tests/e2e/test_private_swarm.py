@@ -41,7 +41,7 @@ class Swarm:
     def model(self, name: str) -> PreTrainedModel:
         token = str(self.folder / f"{name}.token")
         return AutoDistributedModelForCausalLM.from_pretrained(
-            str(self.folder / "llama"), initial_peers=self.peers, token=token
+            str(self.folder / "llama"), initial_peers=self.peers, swarm_token=token
         )
 
     def watching(self, members: Members | None) -> AbstractContextManager[Peer]:

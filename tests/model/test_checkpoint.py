@@ -188,3 +188,47 @@ def test_a_server_stays_inside_its_disk_budget(hub, folder, with_hub, tmp_path):
     assert 0 < sum(weights) <= budget
     assert "tiny/llama: model-" in text
     assert "max_disk_gb=" in text
+
+
+def test_a_revision_and_a_token_are_the_hubs(hub, folder, with_hub, tmp_path, monkeypatch):
+    """All of a checkpoint's files are of its revision, and all requests bring the token."""
+    old = tmp_path / "old"
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.model.norm.weight.data.fill_(3.0)
+    model.config.rms_norm_eps = 1e-3
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(old)
+    monkeypatch.setattr(hub, "old", {"tiny/llama": old})
+    monkeypatch.setattr(hub, "secret", "hf_mine")
+    script = """
+def told(**options):
+    source = Checkpoint("tiny/llama", DiskCache(folder=Path(sys.argv[1]) / "own", max_bytes=None), **options)
+    try:
+        norm = source.read(["model.norm.weight"], torch.float32)["model.norm.weight"][0].item()
+        print(json.dumps([source.commit[0], source.config.rms_norm_eps, source.generation_config.max_new_tokens, norm]))
+    except PetalsTuneError as error:
+        print(json.dumps(type(error).__name__))
+told(token=False)
+told(token="hf_mine")
+told(token="hf_mine", revision="old")
+told(token="hf_mine", revision="b" * 40)
+"""
+    told = [json.loads(line) for line in with_hub(script)]
+    assert told == ["UnsupportedModel", ["a", 1e-6, None, 1.0], *[["b", 1e-3, 7, 3.0]] * 2]
+
+
+def test_the_dtype_is_the_configs_or_that_of_the_weights(folder, tmp_path):
+    assert Checkpoint(str(folder)).dtype is torch.float32
+    LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert Checkpoint(str(tmp_path)).dtype is torch.bfloat16
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert Checkpoint(str(tmp_path)).dtype is torch.bfloat16
+
+
+def test_damaged_generation_options_are_named(folder, tmp_path):
+    LlamaForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text("{")
+    with raises(UnsupportedModel, source=str(tmp_path), file="generation_config.json"):
+        _ = Checkpoint(str(tmp_path)).generation_config

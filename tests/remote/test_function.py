@@ -166,3 +166,40 @@ def test_an_interrupted_call_of_the_model_is_over(folder, monkeypatch):
 
 def interrupt(*args: object, **kwargs: object) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose first block puts out hidden states far beyond float16, which the norms behind it make small."""
+    folder = tmp_path_factory.mktemp("model") / "large"
+    model = plain_model(save_model(folder, "llama"))
+    model.model.layers[0].mlp.down_proj.weight.mul_(1e6)
+    with torch.no_grad():
+        states = model(input_ids=IDS, output_hidden_states=True).hidden_states
+    assert states[2].abs().max() > 10 * torch.finfo(torch.float16).max
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("wire_format", "tolerance"), [("float16", 5e-3), ("bfloat16", 5e-2)])
+def test_shorter_formats_carry_large_states_and_small_gradients(large, wire_format, tolerance):
+    """Two servers hold every block: were one of them blamed for infinity, it would be left out."""
+    with in_process_swarm(large, "0:1", "1:6", "0:1", "1:6"):
+        model = AutoDistributedModelForCausalLM.from_pretrained(
+            str(large), initial_peers=[], wire_format=wire_format, grad_format=wire_format
+        )
+        nets = []
+        for each in (model, plain_model(large)):
+            torch.manual_seed(0)
+            config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
+            nets.append(peft.get_peft_model(each, config))
+        outputs = [net(input_ids=IDS, labels=IDS, use_cache=False) for net in nets]
+        assert relative_error(outputs[0].logits, outputs[1].logits) <= tolerance
+        for output in outputs:
+            (output.loss / 1e6).backward()  # gradients of which float16 knows none
+        found, expected = ([each.grad for each in net.parameters() if each.grad is not None] for net in nets)
+        assert all(0 < gradient.abs().max() < 1e-5 for gradient in expected)
+        assert max(relative_error(*pair) for pair in zip(found, expected, strict=True)) <= tolerance
+        client = model.remote_blocks.backbone.chain.client
+        assert (client.stats.retries, client.banned()) == (0, frozenset())
+        model.remote_blocks.close()

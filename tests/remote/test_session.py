@@ -1,13 +1,17 @@
 """A generation session as its user sees it, by the servers' own code in this process."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
+from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.errors import ConfigError, RequestRefused
 from tests.models import VOCABULARY, plain_model
+from tests.parity import remote
 from tests.raising import raises
 
 LENGTH, NEW = 9, 8
@@ -80,3 +84,145 @@ def test_a_text_that_parts_from_the_one_before_is_taken_up_where_they_part(model
         other[:, 5] = (other[:, 5] + 1) % VOCABULARY
         assert session.expect(other).shape[1] == other.shape[1] - 5
         assert session.position == 5
+
+
+def same(model: Any, plain: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> None:
+    """The model gives the plain one's tokens, whatever its session holds."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **options}
+    found, wanted = (each.generate(ids, attention_mask=mask, **options) for each in (model, plain))
+    assert torch.equal(found, wanted)
+
+
+def padded(rows: int, length: int, *amounts: int) -> torch.Tensor:
+    """A mask with `amounts` of padding on the left of the rows."""
+    counted = torch.arange(length).expand(rows, -1)
+    return (counted >= torch.tensor(amounts)[:, None]).long()
+
+
+@pytest.mark.parametrize(
+    ("later", "mask"),
+    [
+        (text(3, LENGTH, seed=1), None),
+        (text(2, LENGTH), padded(2, LENGTH, 0, 3)),
+        (text(2, LENGTH), padded(2, LENGTH, 2, 0)),
+        (text(2, 4, seed=2), padded(2, 4, 1, 0)),
+    ],
+    ids=["more rows", "hidden where it was seen", "another row hidden", "another text"],
+)
+def test_a_later_turn_with_other_rows_or_another_mask_is_computed_as_by_itself(model, plain, later, mask):
+    with model.inference_session(max_length=64):
+        same(model, plain, text(2, LENGTH), padded(2, LENGTH, 0, 0))
+        same(model, plain, later, mask)
+        same(model, plain, text(2, LENGTH), padded(2, LENGTH, 0, 4), num_beams=2)
+        same(model, plain, text(2, LENGTH), padded(2, LENGTH, 0, 3))
+
+
+def test_steps_by_hand_with_other_rows_or_another_mask_are_refused(model):
+    ids, mask = text(2, LENGTH), padded(2, LENGTH, 0, 3)
+    with torch.no_grad(), model.inference_session(max_length=32) as session:
+        model(input_ids=ids, attention_mask=mask, past_key_values=session)
+        for rows, given, key in (
+            (1, None, "past_key_values"),
+            (2, None, "attention_mask"),
+            (2, padded(2, LENGTH + 1, 0, 2), "attention_mask"),
+            (2, padded(2, 1, 0, 0), "attention_mask"),
+        ):
+            with raises(ConfigError, key=key):
+                model(input_ids=ids[:rows, :1], attention_mask=given, past_key_values=session)
+        assert session.position == LENGTH
+        model(input_ids=ids[:, :1], attention_mask=padded(2, LENGTH + 1, 0, 3), past_key_values=session)
+
+
+def test_what_was_stepped_by_hand_is_known_to_a_turn(model, plain):
+    ids = text(2, LENGTH)
+    with torch.no_grad(), model.inference_session(max_length=32) as session:
+        model(input_ids=ids, past_key_values=session)
+        assert torch.equal(session.ids, ids)
+        sent = model.remote_blocks.stats.sent_bytes
+        whole = torch.cat([ids, text(2, 1, seed=3)], dim=1)
+        same(model, plain, whole, max_new_tokens=1)
+        assert model.remote_blocks.stats.sent_bytes - sent < 2 * LENGTH * 32 * 4, "one position to each of two servers"
+
+
+def test_what_a_refused_call_was_given_is_not_taken_for_seen(model, plain):
+    ids, other = text(1, LENGTH), text(1, LENGTH, seed=5)
+    with torch.no_grad(), model.inference_session(max_length=32) as session:
+        with raises(ConfigError, key="output_attentions"):
+            model(input_ids=other, past_key_values=session, output_attentions=True)
+        with raises(ConfigError, key="output_attentions"):
+            model.generate(other, attention_mask=torch.ones_like(other), output_attentions=True, max_new_tokens=2)
+        model(input_ids=ids, past_key_values=session)
+        assert torch.equal(session.ids, ids)
+        same(model, plain, torch.cat([other, other], dim=1))
+
+
+def test_a_turn_without_an_input_is_refused_where_it_would_begin_a_new_text(model, plain):
+    with model.inference_session(max_length=32) as session:
+        options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(model.generate(**options), plain.generate(**options))
+        with raises(ConfigError, key="input_ids"):
+            model.generate(**options)
+        with raises(ConfigError, key="input_ids"):
+            model.generate(None, past_key_values=session, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"max_new_tokens": 20}], ids=str)
+def test_a_text_may_be_given_as_embeddings(model, plain, options):
+    ids, mask = text(2, LENGTH), padded(2, LENGTH, 0, 3)
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "attention_mask": mask, **options}
+    embeddings = plain.get_input_embeddings()(ids)
+    wanted = plain.generate(inputs_embeds=embeddings, **options)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **options), wanted)
+    with model.inference_session(max_length=64) as session:
+        for _ in range(2):
+            assert torch.equal(model.generate(inputs_embeds=embeddings, **options), wanted)
+        assert session.ids is None, "whose tokens these were is not known"
+        same(model, plain, ids, mask)
+
+
+def test_a_session_goes_on_with_the_adapter_that_is_active(model, folder):
+    """generate() computes anew where the adapter was changed; a step by hand is refused."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["query_key_value"], init_lora_weights=False)
+    nets = []
+    for each in (model, plain_model(folder)):
+        torch.manual_seed(1)
+        nets.append(peft.get_peft_model(each, config).eval())
+    net, local = nets
+    ids = text(2, LENGTH)
+    with model.inference_session(max_length=64) as session:
+        for factor in (1.0, -3.0):
+            for each in nets:
+                for name, parameter in each.named_parameters():
+                    if "lora_B" in name:
+                        parameter.data.mul_(factor)
+            same(net, local, ids)
+        with net.disable_adapter(), torch.no_grad(), raises(ConfigError, key="past_key_values"):
+            net(input_ids=ids[:, :1], past_key_values=session)
+        with net.disable_adapter(), local.disable_adapter():
+            same(net, local, ids)
+
+
+def test_options_of_a_local_cache_change_nothing(model, plain):
+    first, second = text(2, LENGTH), torch.cat([text(2, LENGTH), text(2, LENGTH, seed=4)], dim=1)
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    with model.inference_session(max_length=64):
+        for ids in (first, second):
+            wanted = plain.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            local = {"prefill_chunk_size": 4, "cache_implementation": "static"}
+            assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), **local, **options), wanted)
+
+
+def test_a_session_of_another_model_is_refused_and_that_of_a_copy_is_not(model, folder):
+    with torch.no_grad(), remote(AutoDistributedModelForCausalLM, folder) as other:
+        copied = copy.deepcopy(other)
+        with other.inference_session(max_length=16) as session:
+            with raises(ConfigError, key="past_key_values"):
+                model(input_ids=text(1, 3), past_key_values=session)
+            copied(input_ids=text(1, 3), past_key_values=session)
+            assert session.position == 3
+
+
+def test_a_session_cannot_be_copied(model):
+    with model.inference_session(max_length=16) as session, raises(ConfigError, key="past_key_values"):
+        copy.deepcopy(session)

@@ -1,5 +1,7 @@
 """Blocks without weights: shapes that PEFT can walk, no memory, and nothing that runs."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -55,3 +57,24 @@ def test_what_was_put_beside_placeholders_moves_and_is_saved_and_they_are_not(bl
 def test_a_block_without_weights_does_not_run(model):
     with raises(ConfigError, key="remote_blocks", seen=3):
         model.remote_blocks[3](torch.ones(1, 2, 32))
+
+
+def test_a_copy_has_its_own_adapter_and_placeholders_without_memory(block):
+    skeleton = Skeleton([block])
+    block.adapter = nn.Linear(300, 2, bias=False)
+    copied = copy.deepcopy(skeleton)
+    assert held_bytes(copied) == held_bytes(skeleton)
+    assert copied[0].linear.weight is not block.linear.weight
+    copied[0].adapter.weight.data.zero_()
+    assert block.adapter.weight.abs().sum() > 0
+
+
+def test_its_own_state_dict_can_be_loaded_and_what_is_missing_is_still_named(block):
+    whole = nn.ModuleDict({"layers": Skeleton([block]), "head": nn.Linear(2, 2)})
+    block.adapter = nn.Linear(300, 2, bias=False)
+    whole.load_state_dict(whole.state_dict())
+    rest = {name: tensor for name, tensor in whole.state_dict().items() if "adapter" not in name}
+    found = whole.load_state_dict(rest, strict=False)
+    assert found.missing_keys == ["layers.0.adapter.weight"]
+    with raises(ConfigError, key="state_dict", seen="layers.0.linear.weight"):
+        whole.load_state_dict({**rest, "layers.0.linear.weight": torch.zeros(200, 300)})

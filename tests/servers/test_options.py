@@ -35,3 +35,9 @@ def test_blocks_and_their_number_have_to_agree():
     options = options_of("blocks='0:3'", "num_blocks=4")
     with raises(ConfigError, key="num_blocks", seen=4):
         _ = options.span
+
+
+def test_a_revision_is_an_option_beside_every_named_model():
+    assert options_of().model.revision is None
+    found = options_of("model=bloom-560m", "model.revision=c0ffee").model
+    assert (found.source, found.revision) == ("bigscience/bloom-560m", "c0ffee")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from petals_tune.errors import BadReply, NotFinite
+from petals_tune.errors import BadReply, ConfigError, NotFinite
 from petals_tune.swarm.replies import check_tensor, expect, gradients_by_block
 from petals_tune.swarm.route import Hop
 from petals_tune.wire.adapter import AdapterPart
@@ -51,6 +51,12 @@ def test_numbers_that_are_not_finite_are_told_apart(value):
     tensor[1, 2, 3] = value
     with raises(NotFinite, peer="a"):
         check_tensor(HOP, tensor, LIKE)
+
+
+def test_numbers_that_the_client_cannot_hold_are_no_servers_fault():
+    with raises(ConfigError, key="dtype", seen="torch.float16"):
+        check_tensor(HOP, torch.full((2, 3, 4), 1e5), LIKE.half())
+    assert check_tensor(HOP, torch.full((2, 3, 4), 1e5), LIKE.float()).max() == 1e5
 
 
 def part(block: int) -> AdapterPart:

@@ -1,17 +1,18 @@
 """Generation along a route: what is kept to be replayed, and the numbers of steps, whoever is lost meanwhile."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from petals_tune.blocks.adapters import Adapter
-from petals_tune.errors import RequestRefused
+from petals_tune.errors import Diverged, RequestRefused, SwarmTimeout
 from petals_tune.swarm import loop
 from petals_tune.swarm import session as module
 from petals_tune.swarm.session import ChainSession, History, Inputs
 from petals_tune.wire.adapter import AdapterVersion
-from petals_tune.wire.messages import OpenSession, Step
+from petals_tune.wire.messages import Message, OpenSession, Refusal, Step, Stepped
 from petals_tune.wire.span import BlockSpan
 from tests.faults.network import Network
 from tests.faults.step import WHOLE, WIDTH, adapter
@@ -66,8 +67,8 @@ def test_rows_keep_the_order_that_they_had_when_a_part_was_cut():
 class Generation:
     """A session over all blocks of a network."""
 
-    def __init__(self, network: Network, *, adapter: AdapterVersion | None = None, max_length: int = 16):
-        self.chain = network.chain(reply_s=1.0)
+    def __init__(self, network: Network, *, adapter: AdapterVersion | None = None, max_length: int = 16, **policy: Any):
+        self.chain = network.chain(reply_s=1.0, **policy)
         calls, repair = self.chain.calls, self.chain.repair
         self.session = ChainSession(calls, repair, WHOLE, rows=ROWS, max_length=max_length, adapter=adapter)
 
@@ -200,3 +201,30 @@ def test_a_session_that_cannot_be_opened_gives_back_what_was(network):
     )
     assert network.calls["a", "OpenSession"] == 1
     assert len(sessions_of_a) == 0
+
+
+def lie_in_steps(network: Network, name: str, span: str, changed: Callable[[Message], Message]) -> None:
+    """Start a server that opens sessions and answers every step wrongly."""
+    handler = network.serve(name, span).handler
+    handler.lie = lambda reply: changed(reply) if isinstance(reply, Stepped) else reply
+
+
+@pytest.mark.parametrize("names", [("b2",), ("b2", "b3")], ids=["one server", "two servers"])
+def test_servers_that_open_sessions_and_return_nan_end_a_step(network, names):
+    """To open a session is no progress: with that, they were asked for ever."""
+    network.kill("b")
+    for name in names:
+        lie_in_steps(network, name, "3:6", lambda reply: Stepped(hidden=torch.full_like(reply.hidden, torch.nan)))
+    with raises(Diverged):
+        Generation(network).steps(4)
+
+
+def test_servers_that_open_sessions_replay_them_and_refuse_new_steps_use_up_the_attempts(network):
+    generation = Generation(network, attempts=3)
+    generation.steps(4)
+    network.kill("b")
+    busy = Refusal(error="ServerBusy", text="no")
+    for name in ("b2", "b3", "b4"):
+        lie_in_steps(network, name, "3:6", lambda reply: busy if reply.hidden.shape[1] == 1 else reply)
+    with raises(SwarmTimeout, limit="swarm.attempts", attempts=3):
+        generation.step(4, 5)

@@ -142,14 +142,20 @@ def test_every_token_of_a_validation_has_the_same_weight(tmp_path: Path) -> None
     assert summary["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
 
 
-def test_accuracy_is_over_rows_not_over_batches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_size", [1, 4, 7])
+def test_accuracy_is_over_rows_not_over_batches(batch_size: int, tmp_path: Path) -> None:
     tokenizer, run = tiny_tokenizer(), trainer(tmp_path, 1)
     run.limit_val_batches = 1.0
     net = get_peft_model(tiny_model(), ADAPTERS["prompt"])
     module = FineTuner(net, LabelWords(WORDS, tokenizer), torch.optim.SGD)
-    run.validate(module, datamodule=TextData(TinyReviews(), tokenizer=tokenizer, batch_size=4), verbose=False)
-    accuracy = module.summaries["val"][1]["accuracy"]
-    assert accuracy * 9 == pytest.approx(round(accuracy * 9))  # 9 rows, of which the last batch has one
+    data = TextData(TinyReviews(), tokenizer=tokenizer, batch_size=batch_size)
+    run.validate(module, datamodule=data, verbose=False)
+
+    ids, right = [tokenizer(word)["input_ids"][0] for word in WORDS], 0
+    for row in data.validation_split.rows:
+        logits = net.eval()(input_ids=torch.tensor([row.input_ids[:-1]])).logits[0, -1, ids]
+        right += ids[logits.argmax().item()] == row.input_ids[-1]
+    assert module.summaries["val"][1]["accuracy"] == pytest.approx(right / 9, rel=1e-14)  # 9 rows
 
 
 def test_the_prefix_of_validation_metrics_can_be_changed(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 import copy
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,10 +9,13 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model, get_peft_model_
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from petals_tune.data.collate import Batch, collate
+from petals_tune.data.collate import PADDING_SIDES, Batch, collate
 from petals_tune.data.rows import IGNORED, Row
 from petals_tune.errors import DataError
-from petals_tune.train.objective import CausalLM, ClassHead, LabelWords, load_model, supervised_logits
+from petals_tune.train.objective import CausalLM, ClassHead, LabelWords, class_logits, load_model, supervised_logits
+from petals_tune.tuning.deep_prompt import DeepPromptConfig
+from petals_tune.tuning.support import tune
+from tests.models import VOCABULARY, config_of, relative_error
 from tests.raising import raises
 from tests.train.tiny import WORDS, tiny_model, tiny_tokenizer
 
@@ -37,9 +42,10 @@ def batch(padding_side: str, *, context: int = 2) -> Batch:
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_the_loss_is_the_librarys_own(adapter: str, padding_side: str) -> None:
-    net, rows = net_with(adapter), batch(padding_side)
-    scores = CausalLM()(net, rows)
-    torch.testing.assert_close(scores.loss, net(**rows).loss, rtol=1e-6, atol=1e-6)
+    net = net_with(adapter)
+    scores = CausalLM()(net, batch(padding_side))
+    # With padding on the left, the library's own soft prompt is further from the text of shorter rows.
+    torch.testing.assert_close(scores.loss, net(**batch("right")).loss, rtol=1e-6, atol=1e-6)
     assert scores.count == (5 - 2) + (9 - 2) + (7 - 2)
 
 
@@ -72,6 +78,72 @@ def test_the_hook_is_gone_after_an_error() -> None:
     assert net(**rows).logits.shape == (3, 9, 320)
 
 
+FAMILIES = ["llama", "gpt2", "opt", "bloom", "falcon alibi", "mistral", "mpt"]
+
+
+@cache
+def net_of(family: str, method: str, *, task: str = "CAUSAL_LM") -> Any:
+    """A small model of a family; its sliding window of 4 positions is shorter than a row."""
+    torch.manual_seed(0)
+    auto = AutoModelForSequenceClassification if task == "SEQ_CLS" else AutoModelForCausalLM
+    net = auto.from_config(config_of(family)).requires_grad_(False).eval()
+    if method == "plain":
+        return net
+    kind = DeepPromptConfig if method == "deep prompt" else PromptTuningConfig
+    net = tune(net, kind(task_type=task, num_virtual_tokens=3, num_attention_heads=4)).eval()
+    for name, parameter in net.named_parameters():
+        if "prompt" in name:
+            parameter.data.normal_(generator=torch.Generator().manual_seed(1))
+    return net
+
+
+def rows_of_lengths(*lengths: int, classes: bool = False) -> list[Row]:
+    """Rows of random tokens: all but the first two are supervised, or the last one alone."""
+    rows = []
+    for length in lengths:
+        ids = torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+        context = length - 1 if classes else 2
+        rows.append(Row(input_ids=ids, labels=[IGNORED] * context + ids[context:]))
+    return rows
+
+
+@pytest.mark.parametrize("method", ["plain", "prompt", "deep prompt"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rows_logits_do_not_depend_on_its_batch(family: str, method: str) -> None:
+    """Those of its tokens alone, from the library's own forward, with padding on either side."""
+    net, rows = net_of(family, method), rows_of_lengths(4, 11, 7)
+    alone = [net(input_ids=torch.tensor([row.input_ids])).logits[0, -len(row.input_ids) : -1] for row in rows]
+    expected = torch.cat([logits[1:] for logits in alone])  # the first two tokens are not supervised
+    for padding_side in PADDING_SIDES:
+        logits, targets = supervised_logits(net, collate(rows, pad_id=0, padding_side=padding_side))
+        assert relative_error(logits, expected) < 1e-6
+        assert targets.tolist() == [token for row in rows for token in row.input_ids[2:]]
+
+
+@pytest.mark.parametrize("method", ["plain", "prompt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom", "mistral"])
+def test_a_rows_classes_do_not_depend_on_its_batch(family: str, method: str) -> None:
+    net, rows = net_of(family, method, task="SEQ_CLS"), rows_of_lengths(4, 11, 7, classes=True)
+    # One row without its label word, whose last position the library's heads read.
+    expected = torch.cat([net(input_ids=torch.tensor([row.input_ids[:-1]])).logits for row in rows])
+    for padding_side in PADDING_SIDES:
+        logits, _ = class_logits(net, collate(rows, pad_id=0, padding_side=padding_side))
+        assert relative_error(logits, expected) < 1e-6
+
+
+@pytest.mark.parametrize("padding_side", PADDING_SIDES)
+@pytest.mark.parametrize("method", ["plain", "prompt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_a_rows_logits_are_the_same_bits_whatever_its_mates_hold(family: str, method: str, padding_side: str) -> None:
+    found = []
+    for mates in ((4, 7), (11, 11), (9, 3)):  # without any padding in one of them
+        rows = collate(rows_of_lengths(11, *mates), pad_id=0, padding_side=padding_side)
+        assert rows["input_ids"].shape == (3, 11)
+        found.append(supervised_logits(net_of(family, method), rows)[0][: 11 - 2])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 def reviews(words: list[str]) -> Batch:
     tokenizer = tiny_tokenizer()
     rows = []
@@ -91,7 +163,7 @@ def test_label_words_compares_the_words_alone() -> None:
     last = rows["attention_mask"].sum(dim=1) - 2  # the position before the label word
     choices, labels = logits[torch.arange(3), last], torch.tensor([1, 0, 1])
     torch.testing.assert_close(scores.loss, F.cross_entropy(choices, labels))
-    torch.testing.assert_close(scores.metrics["accuracy"], (choices.argmax(dim=1) == labels).float().mean())
+    torch.testing.assert_close(scores.metrics["accuracy"], (choices.argmax(dim=1) == labels).double().mean())
 
 
 def test_label_words_refuses_a_label_that_is_none() -> None:

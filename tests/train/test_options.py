@@ -55,4 +55,4 @@ def test_a_key_in_place_of_its_file_is_refused_before_it_is_written_anywhere_and
     with raises(ConfigError, key="swarm.token") as caught:
         JoinedSwarm(initial_peers=["x"], token=secret)
     assert secret not in str(caught.value)
-    assert JoinedSwarm(initial_peers=["x"], token="a.token").client_options()["token"] == "a.token"
+    assert JoinedSwarm(initial_peers=["x"], token="a.token").client_options()["swarm_token"] == "a.token"

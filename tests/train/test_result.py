@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 from petals_tune.train.result import Result, format_metrics
@@ -29,6 +30,16 @@ def test_a_saved_result_is_loaded_as_it_was(tmp_path: Path) -> None:
     result().save(tmp_path)
     assert Result.load(tmp_path) == result()
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_metric_that_is_not_finite_is_null_in_the_file_and_nan_again_when_loaded(tmp_path: Path) -> None:
+    unbounded = result()
+    unbounded.measured["before"]["loss"] = math.inf
+    unbounded.save(tmp_path)
+    assert '"loss": null' in (tmp_path / "result.json").read_text()
+    loaded = Result.load(tmp_path)
+    assert math.isnan(loaded.measured["before"]["loss"])
+    assert "loss nan -> 0.250" in loaded.format_summary()
 
 
 def test_the_summary_of_a_run() -> None:

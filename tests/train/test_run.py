@@ -2,19 +2,21 @@
 
 import csv
 import json
+import math
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
 
 from petals_tune.errors import ConfigError, DataError, PetalsTuneError, ServerUnreachable, UnsupportedModel
 from petals_tune.train.result import Result
 from petals_tune.train.run import run
 from tests.raising import raises
-from tests.train.conftest import Compose
-from tests.train.tiny import LocalConnection
+from tests.train.conftest import Compose, tiny_config
+from tests.train.tiny import LocalConnection, save_tiny
 
 
 def test_a_run_writes_all_its_files(
@@ -83,14 +85,14 @@ def test_an_end_in_the_middle_closes_the_swarm_and_keeps_what_was_trained(
     assert (out / "adapter" / "adapter_model.safetensors").exists()
     assert torch.load(out / "checkpoint.ckpt", weights_only=True)["global_step"] == 2
     printed = capsys.readouterr().out
-    assert f"saved     step 2 in {out}\n" in printed
+    assert f"saved     step 2, the last, in {out}\n" in printed
     assert f"to go on from it: ckpt_path={out}/checkpoint.ckpt\n" in printed
     assert "stopped at step 2" in (out / "adapter" / "README.md").read_text()
     assert not (out / "result.json").exists()
 
 
 def test_a_run_goes_on_from_a_checkpoint(tiny_run: Compose, tmp_path: Path) -> None:
-    run(tiny_run("personachat", "trainer.max_steps=3"), LocalConnection())
+    run(tiny_run("personachat", "trainer.max_steps=3", "data.sampled_replies=0"), LocalConnection())
     checkpoint = tmp_path / "out" / "checkpoint.ckpt"
     again = tiny_run("personachat", f"ckpt_path={checkpoint}", f"output_dir={tmp_path / 'again'}")
     run(again, LocalConnection())
@@ -150,3 +152,21 @@ def test_deep_prompts_are_exported_and_gone_on_from(tiny_run: Compose, tmp_path:
 def test_a_model_of_the_adapter_needs_an_adapter(tiny_run: Compose) -> None:
     with raises(ConfigError, key="tuning.init_from"):
         run(tiny_run("personachat", "model.source=null"), LocalConnection())
+
+
+def test_a_loss_too_large_for_float32s_exponential_is_in_the_result(tmp_path: Path) -> None:
+    """The perplexity of a loss above 88.7 overflows 32 bits; above 709 it is null, and the file is JSON."""
+    folder = save_tiny(tmp_path / "loud")
+    loud = AutoModelForCausalLM.from_pretrained(folder)
+    for factor, finite in ((100, True), (100, False)):
+        with torch.no_grad():
+            loud.model.norm.weight.mul_(factor)
+        loud.save_pretrained(folder)
+        output = tmp_path / str(finite)
+        run(
+            tiny_config(folder, output, "personachat", "trainer.max_steps=3", "data.sampled_replies=0"),
+            LocalConnection(),
+        )
+        measured = json.loads((output / "result.json").read_text(), parse_constant=pytest.fail)["measured"]["after"]
+        assert measured["loss"] > (88.8 if finite else 710)
+        assert measured["perplexity"] == (pytest.approx(math.exp(measured["loss"])) if finite else None)

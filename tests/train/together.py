@@ -32,8 +32,8 @@ def tuner(model: nn.Module) -> FineTuner:
     return FineTuner(get_peft_model(model, LORA), CausalLM(), partial(torch.optim.SGD, lr=1.0))
 
 
-def talk(batch_size: int) -> TextData:
-    return TextData(TinyTalk(), tokenizer=tiny_tokenizer(), batch_size=batch_size, length_buckets=True)
+def talk(batch_size: int, *, length_buckets: bool = True) -> TextData:
+    return TextData(TinyTalk(), tokenizer=tiny_tokenizer(), batch_size=batch_size, length_buckets=length_buckets)
 
 
 def trainer(folder: Path, **options: Any) -> Trainer:
@@ -53,9 +53,10 @@ def main(model_folder: str, out: Path) -> None:
     private = [f"swarm.key='{out}/swarm.key'"]
     with local_swarm(model_folder, spans=["0:1", "1:2"], quantization="none", overrides=private) as peers:
         model = AutoDistributedModelForCausalLM.from_pretrained(
-            model_folder, initial_peers=peers, token=str(out / "alice.token")
+            model_folder, initial_peers=peers, swarm_token=str(out / "alice.token")
         )
-        run, module, data = trainer(out, strategy="ddp", devices=2), tuner(model), talk(batch_size=3)
+        run = trainer(out, strategy="ddp", devices=2, accumulate_grad_batches=2)
+        module, data = tuner(model), talk(batch_size=3, length_buckets=False)
         run.fit(module, datamodule=data)
         (tested,) = run.test(module, datamodule=data, verbose=False)
         placeholder = all(

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from petals_tune.adapters import METHODS
 from petals_tune.errors import UnsupportedAdapter
 from petals_tune.remote.skeleton import Skeleton, fill_with_placeholders
-from petals_tune.tuning.support import check_config, collect_adapter
+from petals_tune.tuning.support import check_config, collect_adapter, refuse_adapter_names
 from tests.raising import raises
 
 WIDTH = 8
@@ -167,3 +167,27 @@ def test_other_tuners_and_trained_or_merged_weights_are_refused_at_the_first_cal
     model = Model()
     merged = peft.get_peft_model(model, lora(target_modules=["up"])).merge_and_unload(safe_merge=True)
     refused(merged, "tuning", "up.weight")
+
+
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+def test_a_hook_that_would_never_be_called_is_refused_until_it_is_removed(register):
+    model = tuned()
+    before = model.collect()[0].version
+    for module in (model.layers[1], model.layers[1].norm, model.layers[1].up.lora_A["default"]):
+        hook = getattr(module, register)(lambda *_: None)
+        with raises(UnsupportedAdapter, key="remote_blocks"):
+            model.collect()
+        hook.remove()
+    assert model.collect()[0].version == before
+
+
+def test_adapter_names_are_refused_and_forgotten():
+    model = Model()
+    net = peft.get_peft_model(model, lora(target_modules=["1.down"])).eval()
+    with raises(UnsupportedAdapter, key="adapter_names"):  # noqa: SIM117
+        with net.base_model._enable_peft_forward_hooks(adapter_names=["default", "__base__"]):
+            refuse_adapter_names(model, model.layers)
+    assert not any(module._forward_pre_hooks for module in net.modules())
+    refuse_adapter_names(model, model.layers)

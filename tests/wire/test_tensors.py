@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals_tune.errors import ProtocolError
-from petals_tune.wire.tensors import WIRE_FORMATS, from_bytes, in_format, to_bytes
+from petals_tune.wire.tensors import WIRE_FORMATS, encoded_bytes, from_bytes, in_format, to_bytes
 from tests.raising import raises
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
@@ -57,7 +57,9 @@ def test_a_gradient_is_not_carried():
 
 
 @pytest.mark.parametrize(
-    "tensor", [torch.zeros(3, 4), in_format(torch.zeros(3, 4), "blockwise8")], ids=["plain", "8bit"]
+    "tensor",
+    [torch.zeros(3, 4), *(in_format(torch.zeros(3, 4), name) for name in ("blockwise8", "float16"))],
+    ids=["plain", "8bit", "scaled"],
 )
 @pytest.mark.parametrize("change", [-1, 1, 4, -4])
 def test_a_wrong_length_is_refused(tensor, change):
@@ -79,6 +81,9 @@ def test_a_wrong_length_is_refused(tensor, change):
         pytest.param(struct.pack(">BB4I", 0, 4, *[2**32 - 1] * 4), id="larger than any memory"),
         pytest.param(struct.pack(">BB4I", 0, 4, 0, *[2**32 - 1] * 3), id="larger than any memory"),
         pytest.param(struct.pack(">BB4I", 255, 4, 0, *[2**32 - 1] * 3), id="larger than any memory"),
+        pytest.param(struct.pack(">BB4I", 254, 4, 0, *[2**32 - 1] * 3), id="larger than any memory"),
+        pytest.param(struct.pack(">BBIbe", 254, 1, 1, 127, 1.0), id="scale"),
+        pytest.param(struct.pack(">BBIbe", 254, 1, 1, -127, 1.0), id="scale"),
         pytest.param(struct.pack(">BB2I", 0, 2, 2**20, 2**20), id="bytes, not 0"),
     ],
 )
@@ -127,3 +132,42 @@ def test_non_finite_numbers_stay_non_finite_so_that_the_receiver_can_refuse_them
 def test_a_format_casts_from_any_float(wire_format):
     tensor = torch.randn(3, 4, dtype=torch.float64)
     torch.testing.assert_close(sent(in_format(tensor, wire_format)).double(), tensor, atol=0.03, rtol=0.01)
+
+
+# A float16 has 11 significant bits; in a vector, what is 2**29 times smaller than its largest value loses some of them.
+@pytest.mark.parametrize("size", [2.0**exponent for exponent in (-120, -60, -24, -3, 0, 15, 17, 60, 120)])
+def test_scaled_float16_keeps_eleven_bits_of_any_size(size):
+    tensor = torch.randn(3, 50, 64, generator=torch.Generator().manual_seed(0)) * size
+    back = sent(in_format(tensor, "float16"))
+    assert back.dtype is torch.float32
+    small = tensor.abs() < tensor.abs().amax(dim=2, keepdim=True) * 2.0**-29
+    assert not small.any()
+    assert ((back - tensor).abs() <= tensor.abs() * 2.0**-11).all()
+
+
+def test_scaling_is_exact_where_float16_is():
+    values = torch.tensor([[1.0, -3.0, 0.0, 0.5], [1.5, 2.0, 0.25, -1.0]])
+    scales = torch.tensor([[2.0**100], [2.0**-100]])
+    assert torch.equal(sent(in_format(values * scales, "float16")), values * scales)
+
+
+def test_the_largest_and_the_smallest_float_arrive():
+    tensor = torch.tensor([[3.4e38], [2.0**-149]])  # float32 ends at 3.403e38
+    back = sent(in_format(tensor, "float16"))
+    assert back[0].isfinite()
+    assert back[0] / tensor[0] == pytest.approx(1, rel=2**-10)
+    assert torch.equal(back[1], tensor[1])
+
+
+def test_a_vector_in_scaled_float16_does_not_depend_on_the_others():
+    tensor = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)) * 1e-7
+    other = tensor.clone()
+    other[1], other[0, 2] = 1e30, float("nan")
+    assert torch.equal(sent(in_format(tensor, "float16"))[0, :2], sent(in_format(other, "float16"))[0, :2])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_scaled_float16_knows_all_shapes_and_tells_its_size(shape):
+    tensor = in_format(torch.ones(shape), "float16")
+    assert torch.equal(sent(tensor), torch.ones(shape))
+    assert len(to_bytes(tensor)) == 2 + 4 * len(shape) + encoded_bytes(tensor)

@@ -26,7 +26,13 @@ def placer_in(directory: MemoryDirectory, *, length: int = 4) -> Placer:
         directory,  # type: ignore[arg-type]
         announce,
         own_peer="me",
-        plan=Plan(model=MODEL, total_blocks=12, length=length, throughput=Throughput(step=60.0, batch=60.0)),
+        plan=Plan(
+            model=MODEL,
+            total_blocks=12,
+            length=length,
+            throughput=Throughput(step=60.0, batch=60.0),
+            matrix_library="default",
+        ),
         balance_quality=0.5,
         alone=False,
     )
