@@ -67,7 +67,7 @@ def parse_json(text: str) -> Any:
     """Parse a cell that holds JSON as text, as columns of CSV files do. Raises DataError where it is none."""
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _refused(f"{_short(text)} is no JSON: {error}", "no JSON", text) from None
 
 
@@ -83,7 +83,7 @@ def _read_turn(turn: Any) -> tuple[Message, bool]:
             turn,
         )
     message: Message = {"role": ROLES[name]}
-    calls = _tool_calls(turn)
+    calls = _tool_calls(turn, message["role"])
     content = _content(turn.get(content_key))
     if content is None and not calls:
         raise _refused(f"{_short(turn)} has no content", "a turn without content", turn)
@@ -117,12 +117,12 @@ def _content(content: Any) -> str | None:
     return "".join(texts)
 
 
-def _tool_calls(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _tool_calls(turn: Mapping[str, Any], role: str) -> list[dict[str, Any]]:
     """Calls with their arguments as an object: OpenAI sends them as text, and chat templates write them as JSON."""
     calls: Any = turn.get("tool_calls") or []
     if legacy := turn.get("function_call"):
         calls = [{"type": "function", "function": legacy}]
-    if calls and ROLES[turn.get("role") or turn["from"]] != "assistant":
+    if calls and role != "assistant":
         raise _refused(f"{_short(turn)}: only the assistant calls tools", "tool calls", turn)
     read = []
     for call in calls if isinstance(calls, Sequence) else [calls]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -180,8 +180,16 @@ class PersonaChat:
         return {"personality": "personality"}
 
     def examples(self, row: TableRow) -> Iterator[Example]:
-        persona = persona_message(list(row["personality"] or ())[: self.persona_lines])
-        for reply in row.get("utterances", [row]):
+        persona = persona_message(_texts(row, "personality")[: self.persona_lines])
+        replies = row.get("utterances", [row])
+        if not isinstance(replies, list) or not all(isinstance(reply, Mapping) for reply in replies):
+            raise DataError(
+                "'utterances' must be a list of objects with history and candidates",
+                column="utterances",
+                seen=replies,
+                reason="'utterances' is no list of objects",
+            )
+        for reply in replies:
             missing = [name for name in ("history", "candidates") if not reply.get(name)]
             if missing:
                 raise DataError(
@@ -189,11 +197,21 @@ class PersonaChat:
                     column=missing[0],
                     reason=f"{missing[0]!r} is empty",
                 )
-            history = [turn for turn in reply["history"] if turn != "__ SILENCE __"][-self.history_turns :]
+            history = [turn for turn in _texts(reply, "history") if turn != "__ SILENCE __"][-self.history_turns :]
             # The last turn of the history is the partner's; roles alternate before it.
             roles = ["user" if back % 2 == 0 else "assistant" for back in range(len(history))][::-1]
             turns: list[Message] = [{"role": role, "content": turn} for role, turn in zip(roles, history, strict=True)]
-            yield Example(context=(persona, *turns), answer=reply["candidates"][-1])
+            yield Example(context=(persona, *turns), answer=_texts(reply, "candidates")[-1])
+
+
+def _texts(row: TableRow, column: str) -> list[str]:
+    """Return a cell that is a list of texts, empty where it has no value. Raises DataError for anything else."""
+    texts = row[column] or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise DataError(
+            f"{column!r} must be a list of texts", column=column, seen=texts, reason=f"{column!r} is no list of texts"
+        )
+    return texts
 
 
 def required_text(row: TableRow, column: str) -> str:

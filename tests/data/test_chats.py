@@ -99,6 +99,8 @@ def test_a_chat_and_its_tools_may_be_json_in_a_cell() -> None:
         ([USER, turn("assistant", None, tool_calls=[{"name": "x"}])], "tool calls"),
         ([USER, turn("assistant", None, tool_calls=[{"function": {"name": "x", "arguments": "{"}}])], "no JSON"),
         ([USER], "no answer to learn"),
+        ("[" * 100_000, "no JSON"),
+        ([{"from": "human", "role": 4, "value": "Hi", "tool_calls": [{"function": {"name": "x"}}]}], "tool calls"),
     ],
 )
 def test_what_cannot_be_learned_from_has_a_reason(chat: Any, reason: str) -> None:

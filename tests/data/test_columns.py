@@ -100,6 +100,9 @@ BAD_ROWS = [
     (SST2, {"sentence": "x", "label": 2}, "label", 2),
     (Texts(), {"text": ""}, "text", None),
     (PersonaChat(), {"personality": ["I."], "history": ["Hi"], "candidates": []}, "candidates", None),
+    (PersonaChat(), {"personality": "I.", "history": ["Hi"], "candidates": ["Ho"]}, "personality", "I."),
+    (PersonaChat(), {"personality": ["I."], "history": [4], "candidates": ["Ho"]}, "history", [4]),
+    (PersonaChat(), {"personality": ["I."], "utterances": ["Hi"]}, "utterances", ["Hi"]),
 ]
 
 

@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import PreTrainedTokenizerBase
 
 from petals_tune.config import build, composed
-from petals_tune.data.columns import Answers, Labels, Texts
+from petals_tune.data.columns import Answers, Chats, Columns, Labels, Texts
 from petals_tune.data.examples import Example
 from petals_tune.data.module import TextData
 from petals_tune.data.splits import find_splits
@@ -298,3 +298,20 @@ def test_a_folder_of_text_files_is_read_as_it_stands(tmp_path: Path) -> None:
     (tmp_path / "rows" / "train.csv").write_text("prompt,answer\n" + "".join(f"{n}?,00{n}\n" for n in range(9)))
     table = Table(path=str(tmp_path / "rows"), columns=Answers(), held_out_share=0)
     assert sorted(example.answer for example in table.train()) == [f"00{n}" for n in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "columns"),
+    [
+        (["recipe=tune_my_data", "data/columns=chats"], Chats()),
+        (
+            ["recipe=tune_my_data", "data/columns=chats", "data.source.columns.messages=conversations"],
+            Chats(messages="conversations"),
+        ),
+        (["recipe=tune_my_data", "data/columns=texts"], Texts()),
+        (["recipe=instruct", "data=instruct_hub", "data/columns=chats", "+data.source.config=all"], Chats()),
+    ],
+)
+def test_columns_are_chosen_by_name(arguments: list[str], columns: Columns) -> None:
+    cfg = composed([*arguments, "data.source.path=my.jsonl"])
+    assert build(cfg.data.source, where="data.source").columns == columns
