@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from petals_tune.data.collate import Batch, choose_pad_id
 from petals_tune.data.module import TextData
@@ -22,7 +23,8 @@ from petals_tune.files import replacing, write_text
 from petals_tune.net.stats import ServerTimes
 from petals_tune.train.backbone import swarm_stats
 from petals_tune.train.module import FineTuner
-from petals_tune.train.resume import TrainingPosition, set_random_states
+from petals_tune.train.options import Count
+from petals_tune.train.resume import TrainingPosition, continue_from
 
 MB = 1e6
 
@@ -124,41 +126,53 @@ def format_duration(seconds: float) -> str:
 class NewestCheckpoint(Checkpoint):
     """Saves one checkpoint to `path`: every few steps, and when training ends, also by Ctrl-C or an error.
 
-    The last one is saved within the fit, since the data loader loses its position in the epoch afterwards. After an
-    error in the middle of a step the checkpoint has the position before that step, so that a resumed run repeats the
-    step with the same batches and random numbers.
+    It has the position after the last whole step, so that a resumed run repeats a step that was not finished with the
+    same batches and random numbers, and runs a validation that was due and not finished.
     """
 
-    def __init__(self, path: str, every_n_steps: int = 50):
+    def __init__(self, path: str, every_n_steps: Count = 50):
         self.path = Path(path)
         self.every_n_steps = every_n_steps
         self._saved_step = 0
         self._position: TrainingPosition | None = None
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         self._position = TrainingPosition.from_checkpoint(checkpoint)
+        if isinstance(trainer.datamodule, TextData):  # type: ignore[attr-defined]  # Lightning sets it in fit()
+            data_of(trainer).resume_at(epoch=self._position.epoch, batches=self._position.batches)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self._position is not None:
-            set_random_states(self._position.random_states)
+            continue_from(self._position, trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if self._position is None or self._position.step != trainer.global_step:
-            self._position = TrainingPosition.from_trainer(trainer)
+        self._update_position(trainer)
         if trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._position is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._position = self._position.after_validation()
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._save(trainer)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        if trainer.training and trainer.global_step:
+            self._update_position(trainer)  # an error between a step and `on_train_batch_end`
         self._save(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._position is not None and self._position.step == trainer.global_step:
             self._position.write_to(checkpoint)
+
+    def _update_position(self, trainer: Trainer) -> None:
+        if self._position is None or self._position.step != trainer.global_step:
+            self._position = TrainingPosition.from_trainer(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self._saved_step:

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from petals_tune.data.examples import Example, LabelledText, Message
+from petals_tune.data.examples import Example, LabelledText
 from petals_tune.train.objective import load_model
 from petals_tune.train.parts import Parts
 
@@ -68,15 +68,15 @@ class TinyTalk:
 
     def train(self) -> Iterator[Example]:
         for number in range(40):
-            yield Example(context=(Message(role="user", content=f"{number}?"),), answer=f"{number + 1}!")
+            yield Example(context=({"role": "user", "content": f"{number}?"},), answer=f"{number + 1}!")
 
     def validation(self) -> Iterator[Example]:
         for number in range(50, 57):
-            yield Example(context=(Message(role="user", content=f"{number}?"),), answer=f"{number + 1}!")
+            yield Example(context=({"role": "user", "content": f"{number}?"},), answer=f"{number + 1}!")
 
     def test(self) -> Iterator[Example]:
         for number in range(70, 75):
-            yield Example(context=(Message(role="user", content=f"{number}?"),), answer=f"{number + 1}!")
+            yield Example(context=({"role": "user", "content": f"{number}?"},), answer=f"{number + 1}!")
 
 
 class TinyReviews:
