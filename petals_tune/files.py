@@ -54,6 +54,12 @@ def write_text(path: Path, text: str, *, key: str = "", private: bool = False, s
     write_bytes(path, text.encode(), key=key, private=private, shared=shared)
 
 
+def make_folder(path: Path, *, key: str = "output_dir") -> None:
+    """Make a folder and those above it, where they are not there. Raises ConfigError with `key` where that fails."""
+    with _errors_explained(path, key):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def filling(folder: Path, *, key: str = "") -> Iterator[Path]:
     """Yield an empty folder to write to; its files are moved into `folder` when the block ends without an error.

@@ -62,9 +62,22 @@ class TrainingPosition:
         """Batches of the epoch that were trained on."""
         return int(self.fit_loop["epoch_loop.batch_progress"]["current"]["ready"])
 
+    @property
+    def validation_due(self) -> bool:
+        """Whether a validation is still to be run, if one is due after the last batch."""
+        counts = self.fit_loop["epoch_loop.val_loop.batch_progress"]["total"]
+        return bool(counts["ready"] > counts["completed"])
+
     def after_validation(self) -> TrainingPosition:
         """Return the same position with the validation done that was due there."""
         return self._with_validation(due=False)
+
+    def with_batches(self, batches: int) -> TrainingPosition:
+        """Return the same position in the rows of the epoch, for another number of rows in a batch."""
+        loop = copy.deepcopy(self.fit_loop)
+        progress = loop["epoch_loop.batch_progress"]
+        progress["current"] = dict.fromkeys(progress["current"], batches)
+        return replace(self, fit_loop=loop)
 
     def at_epoch_start(self) -> TrainingPosition:
         """Return the position at the start of the same epoch, as if none of its batches had been trained on."""

@@ -1,5 +1,6 @@
 """A model, a tokenizer and two corpora that are made in a moment, and a stand-in for the swarm."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,7 @@ class TinyTalk:
     """A counting game."""
 
     description = "a counting game"
+    digest = hashlib.sha256(b"a counting game").hexdigest()
 
     def train(self) -> Iterator[Example]:
         for number in range(40):
@@ -83,6 +85,7 @@ class TinyReviews:
     """Letters with a sentiment."""
 
     description = "letters with a sentiment"
+    digest = hashlib.sha256(b"letters with a sentiment").hexdigest()
 
     def train(self) -> Iterator[LabelledText]:
         for number in range(40):
