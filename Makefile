@@ -1,5 +1,5 @@
 # make demo       install, then fine-tune the embedded default on a local swarm of two server processes
-# make test       install, then the test suite but for the slow tests
+# make test       test-fast, then the tests that start servers
 # make test-fast  the tests that start no servers, in two processes: about 3 minutes on two cores
 # make test-slow  the tests that do not fit into the time of make test
 # make lint       install, then ruff and mypy
@@ -23,8 +23,9 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 demo: $(INSTALLED)
 	$(BIN)/python -m petals_tune recipe=personachat
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+# Two servers of a swarm need both cores: those tests run one after the other.
+test: test-fast
+	$(BIN)/python -m pytest -m "swarm and not slow"
 
 # loadfile: the tests of a file share its fixtures, so they run in one process.
 test-fast: $(INSTALLED)
