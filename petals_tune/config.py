@@ -72,7 +72,7 @@ class Run:
     """All options of a run. A `Section` describes an object with a `_target_`, or several by their names."""
 
     name: str  # of the run and its output folder; recipes set it
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no more
     output_dir: str
     ckpt_path: str | None  # resume from this checkpoint
     sweep: Sweep

@@ -82,7 +82,7 @@ class Speed(Callback):
 class Progress(TQDMProgressBar):
     """Lightning's progress bar on a terminal; elsewhere `lines` plain lines over the training."""
 
-    def __init__(self, lines: int = 10):
+    def __init__(self, lines: Count = 10):
         super().__init__()
         self.lines = lines
         if not sys.stdout.isatty():
@@ -188,7 +188,7 @@ class SampleReplies(Callback):
     Prints them, writes replies.json and replies.txt into `folder`, and logs a table to W&B.
     """
 
-    def __init__(self, folder: str, max_new_tokens: int = 24):
+    def __init__(self, folder: str, max_new_tokens: Count = 24):
         self.folder = Path(folder)
         self.max_new_tokens = max_new_tokens
         self._replies: list[dict[str, str]] = []

@@ -22,7 +22,7 @@ from petals_tune.model.convert import EMBEDDED, EMBEDDED_NAME
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
 from petals_tune.train.backbone import describe_block_location, describe_swarm, remote_blocks, swarm_stats
 from petals_tune.train.callbacks import MB, NewestCheckpoint, Speed
-from petals_tune.train.checks import check_run
+from petals_tune.train.checks import check_end
 from petals_tune.train.curves import draw_curves
 from petals_tune.train.export import describe_method, export_adapter
 from petals_tune.train.identity import Identity, RowOrder, RunRecord, SavedRun
@@ -82,7 +82,7 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
     check_output(output, saved)
     seed_everything(cfg.seed, verbose=False)
     parts = prepare(cfg)
-    check_run(parts, steps_done=saved.step if saved else 0)
+    check_end(parts.trainer, steps_done=saved.step if saved else 0)
     identity, order = Identity.of(parts, cfg), RowOrder.of(parts)
     if saved:
         identity.check(saved.identity, saved.path)
