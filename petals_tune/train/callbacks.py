@@ -22,7 +22,7 @@ from petals_tune.data.module import TextData
 from petals_tune.files import replacing, write_text
 from petals_tune.net.stats import ServerTimes
 from petals_tune.train.backbone import swarm_stats
-from petals_tune.train.module import FineTuner
+from petals_tune.train.module import FineTuner, planned_steps, time_limit
 from petals_tune.train.options import Count
 from petals_tune.train.resume import TrainingPosition, continue_from
 
@@ -52,6 +52,12 @@ class Speed(Callback):
     def tokens_per_s(self) -> float:
         """Mean over all training steps so far."""
         return self._tokens / self._train_s if self._train_s else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self._tokens, "train_s": self._train_s}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._tokens, self._train_s = state_dict["tokens"], state_dict["train_s"]
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, batch_idx: int) -> None:
         self._started_s = time.perf_counter()
@@ -101,18 +107,32 @@ class Progress(TQDMProgressBar):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         super().on_train_start(trainer, module)
         self._started_s, self._first_step = time.perf_counter(), trainer.global_step
+        self._printed = int(self._share_done(trainer)[0] * self.lines)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
-        step, steps = trainer.global_step, int(trainer.estimated_stepping_batches)
-        every = max(1, steps // self.lines)
-        if self.is_enabled or (step % every and step != steps) or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if self.is_enabled or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        left_s = (time.perf_counter() - self._started_s) / (step - self._first_step) * (steps - step)
+        share, left_s = self._share_done(trainer)
+        if int(share * self.lines) == self._printed:
+            return
+        self._printed = int(share * self.lines)
+        steps = planned_steps(trainer)
         metrics = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, module).items())
-        print(f"step      {step}/{steps}  {metrics}  {format_duration(left_s)} left", flush=True)
+        step = f"{trainer.global_step}{f'/{steps}' if steps else ''}"
+        print(f"step      {step}  {metrics}  {format_duration(left_s)} left", flush=True)
+
+    def _share_done(self, trainer: Trainer) -> tuple[float, float]:
+        """Return the share of the training that is done, by steps or else by time, and the seconds that are left."""
+        step, steps, timer = trainer.global_step, planned_steps(trainer), time_limit(trainer)
+        if steps is None and timer is not None:
+            elapsed_s, left_s = timer.time_elapsed(), max(0.0, timer.time_remaining() or 0.0)
+            return elapsed_s / (elapsed_s + left_s), left_s
+        steps = steps or step
+        elapsed_s = time.perf_counter() - self._started_s
+        return step / steps, elapsed_s / max(1, step - self._first_step) * (steps - step)
 
 
 def format_duration(seconds: float) -> str:
@@ -193,9 +213,19 @@ class SampleReplies(Callback):
         self.max_new_tokens = max_new_tokens
         self._replies: list[dict[str, str]] = []
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"replies": self._replies}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._replies = state_dict["replies"]
+
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         samples = data_of(trainer).samples if trainer.is_global_zero else []
-        self._replies = [{"prompt": sample.prompt, "person": sample.reply} for sample in samples]
+        replies = [{"prompt": sample.prompt, "person": sample.reply} for sample in samples]
+        restored = [{name: reply[name] for name in ("prompt", "person")} for reply in self._replies]
+        if replies and replies == restored:
+            return  # a run that goes on: the checkpoint has what was generated before its first step
+        self._replies = replies
         self._generate(trainer, module, "before")
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:

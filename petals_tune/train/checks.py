@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from peft import PeftConfig
 from torch import nn
@@ -20,7 +20,7 @@ from petals_tune.data.module import TextData
 from petals_tune.errors import ConfigError, PetalsTuneError
 from petals_tune.hydra_errors import first_line
 from petals_tune.model.checkpoint import Checkpoint
-from petals_tune.train.module import advance, build_schedule
+from petals_tune.train.module import advance, build_schedule, time_limit
 from petals_tune.train.objective import ClassHead, Objective
 from petals_tune.tuning.support import tune
 
@@ -44,8 +44,9 @@ def check_trainer(trainer: Trainer) -> None:
             raise ConfigError(
                 f"trainer.{name} is {value}: it must be {least} or more", key=f"trainer.{name}", seen=value
             )
-    if getattr(trainer, "_val_check_time_interval", None) is None and not trainer.val_check_interval > 0:
-        raise _refused("val_check_interval", trainer.val_check_interval, "it must be more than 0")
+    interval = getattr(trainer, "val_check_interval", None)  # not there where it is a time
+    if interval is not None and not interval > 0:
+        raise _refused("val_check_interval", interval, "it must be more than 0")
     if type(trainer.strategy) not in (SingleDeviceStrategy, DDPStrategy) or _is_spawned(trainer):
         name = getattr(trainer.strategy, "strategy_name", None) or type(trainer.strategy).__name__
         raise _refused("strategy", name, "with remote blocks auto and ddp work")
@@ -53,12 +54,12 @@ def check_trainer(trainer: Trainer) -> None:
         raise _refused("num_nodes", trainer.num_nodes, "processes of one machine can train together, trainer.devices=N")
 
 
-def check_end(trainer: Trainer, *, steps_done: int) -> None:
+def check_end(trainer: Trainer, *, steps_done: int = 0) -> None:
     """Raise ConfigError where a run would take no step, or never end."""
     steps, epochs = trainer.max_steps, trainer.max_epochs
     if steps == 0 or epochs == 0:
         raise _refused("max_steps" if steps == 0 else "max_epochs", 0, "the run would not train; take 1 or more")
-    if steps == -1 and epochs == -1 and not has_time_limit(trainer):
+    if steps == -1 and epochs == -1 and time_limit(trainer) is None:
         raise _refused("max_steps", -1, "the run would never end: set it, trainer.max_epochs or trainer.max_time")
     if steps != -1 and steps_done >= steps:
         raise _refused(
@@ -66,15 +67,11 @@ def check_end(trainer: Trainer, *, steps_done: int) -> None:
         )
 
 
-def has_time_limit(trainer: Trainer) -> bool:
-    return any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-
-
 def check_batches(trainer: Trainer, data: TextData) -> None:
     """Raise ConfigError where the Trainer's limits leave no batch of an epoch, or no validation in it."""
     training = _limit(trainer, "limit_train_batches", len(data.train_split.rows), data)
     _limit(trainer, "limit_val_batches", len(data.validation_split.rows), data)
-    interval = trainer.val_check_interval
+    interval = getattr(trainer, "val_check_interval", None)  # not there where it is a time
     if type(interval) is int and interval > training and trainer.check_val_every_n_epoch is not None:
         raise _refused(
             "val_check_interval",
@@ -84,10 +81,16 @@ def check_batches(trainer: Trainer, data: TextData) -> None:
         )
 
 
-def check_monitors(trainer: Trainer, objective: Objective) -> None:
-    """Raise ConfigError where a callback waits for a metric that no validation of the objective has."""
+def check_callbacks(trainer: Trainer, objective: Objective) -> None:
+    """Raise ConfigError where a callback waits for a metric that no validation of the objective has, or cannot work."""
     known = sorted(f"val/{name}" for name in objective.summary({"loss": 1.0, objective.headline: 1.0}))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it
+        if isinstance(callback, StochasticWeightAveraging):
+            raise ConfigError(
+                "StochasticWeightAveraging copies the whole model, and a server's blocks have no copy here",
+                key="callbacks",
+                seen=type(callback),
+            )
         monitor = getattr(callback, "monitor", None)
         if monitor is None or monitor in known or monitor.startswith(("train/", "swarm/")):
             continue
@@ -132,6 +135,8 @@ def check_optimizer(optimizer: Callable[..., Optimizer], schedule: Callable[...,
 
 def check_tuning(config: PeftConfig, source: str, objective: Objective) -> None:
     """Let PEFT wrap a model without weights. Raises ConfigError where it refuses, such as for unknown modules."""
+    if getattr(config, "num_virtual_tokens", 1) == 0:
+        raise ConfigError("tuning: a prompt of 0 tokens trains nothing", key="tuning.num_virtual_tokens", seen=0)
     # PEFT draws initial values: those of the run must not depend on this.
     with torch.random.fork_rng(devices=()):
         model = _empty_model(source, objective)
@@ -143,7 +148,7 @@ def _try_tuning(model: PreTrainedModel, config: PeftConfig) -> None:
         tune(model, config)
     except PetalsTuneError:
         raise
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, IndexError) as error:
+    except (ValueError, TypeError, ArithmeticError, AttributeError, LookupError, RuntimeError) as error:
         raise ConfigError(f"tuning: {first_line(error)}", key="tuning") from error
 
 

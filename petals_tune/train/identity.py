@@ -61,7 +61,7 @@ class Identity:
             objective=_plain(OmegaConf.to_container(cfg.objective, resolve=True)),
             tuning=_plain({"method": type(parts.tuning).__name__, **options}),
             optimizer=cfg.optimizer["_target_"],
-            data=parts.data.source.digest,
+            data=getattr(parts.data.source, "digest", ""),
             rows=digest_rows(parts.data.train_split.rows),
         )
 

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -192,6 +193,12 @@ def planned_steps(trainer: Trainer) -> int | None:
     """Return the number of optimizer steps of a whole fit; None where it ends by time alone."""
     steps = trainer.estimated_stepping_batches
     return None if math.isinf(steps) else int(steps)
+
+
+def time_limit(trainer: Trainer) -> Timer | None:
+    """Return Lightning's timer of a trainer with `max_time`."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
+    return next((callback for callback in callbacks if isinstance(callback, Timer)), None)
 
 
 def advance(schedule: LRScheduler, steps: int) -> None:

@@ -16,7 +16,14 @@ from petals_tune.data.module import TextData
 from petals_tune.errors import ConfigError
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.convert import model_folder
-from petals_tune.train.checks import check_batches, check_monitors, check_optimizer, check_trainer, check_tuning
+from petals_tune.train.checks import (
+    check_batches,
+    check_callbacks,
+    check_end,
+    check_optimizer,
+    check_trainer,
+    check_tuning,
+)
 from petals_tune.train.loggers import MetricsFile
 from petals_tune.train.module import OptimizerFactory, ScheduleFactory, check_precision
 from petals_tune.train.objective import Objective
@@ -53,6 +60,7 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
     trainer = build_trainer(cfg)
     check_trainer(trainer)
     check_precision(trainer)
+    check_end(trainer)
     check_optimizer(optimizer, schedule, trainer)
     init_from = cfg.tuning.get("init_from")
     adapter = None if init_from is None else adapter_folder(init_from)
@@ -70,7 +78,7 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
     check_config(tuning)
     data = build(cfg.data, where="data", tokenizer=tokenizer)
     data.setup(stage)
-    check_monitors(trainer, objective)
+    check_callbacks(trainer, objective)
     if stage == "fit":
         check_batches(trainer, data)
     if adapter is None:
