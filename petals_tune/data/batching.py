@@ -105,6 +105,9 @@ class EpochIterator(Iterator[int]):
     def __next__(self) -> int:
         if self.state["taken"] >= len(self.order):
             raise StopIteration
+        # Lightning sets it for each epoch; a plain loop over the loader does not. Not on creation: torchdata's loader
+        # with workers makes two iterators and uses the second.
+        self.rows.epoch = self.state["epoch"] + 1
         row = self.order[self.state["taken"] + self.rows.rank]
         self.state["taken"] += self.rows.num_replicas
         return row
@@ -117,7 +120,6 @@ class EpochIterator(Iterator[int]):
         self.order = self.rows.epoch_order(state["seed"], state["epoch"])
         left = len(self.order) - self.state["taken"]
         self.order += self.order[: -left % self.rows.num_replicas]  # of a run with another number of processes
-        self.rows.epoch = state["epoch"] + 1  # Lightning sets it for each epoch; a plain loop over the loader does not
 
 
 class RowShare(DistributedSampler):

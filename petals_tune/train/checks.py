@@ -103,7 +103,9 @@ def check_callbacks(trainer: Trainer, objective: Objective) -> None:
         )
 
 
-def check_optimizer(optimizer: Callable[..., Optimizer], schedule: Callable[..., LRScheduler], trainer: Trainer) -> None:
+def check_optimizer(
+    optimizer: Callable[..., Optimizer], schedule: Callable[..., LRScheduler], trainer: Trainer
+) -> None:
     """Take a step of the optimizer, and all of the schedule, on a tensor without a meaning. Raises ConfigError."""
     # Matrices, since some optimizers take nothing else.
     parameter = nn.Parameter(torch.zeros(2, 2))
