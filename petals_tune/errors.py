@@ -97,6 +97,7 @@ class DataError(PetalsTuneError, ValueError):
     row: int | None = None  # counted from 1, as an editor counts lines
     column: str = ""
     seen: object = None  # what stood there
+    reason: str = ""  # the same for all rows with this fault, to count them by
 
 
 class Diverged(PetalsTuneError, ArithmeticError):

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     # floor 4
     "blocks": "errors files wire model adapters",  # a client may run some blocks itself: no network, no server
     "tuning": "errors files wire.adapter model adapters",  # how an adapter's parts are named, no more of the wire
-    "data": "errors model",
+    "data": "errors files model",
     "swarm": "errors wire net",
     # floor 5
     "remote": "errors wire net model tuning swarm",

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
+from petals_tune.data.chats import read_tools, read_turns
 from petals_tune.data.chitchat import persona_message
-from petals_tune.data.examples import AnyExample, Example, LabelledText, Message, Text
+from petals_tune.data.examples import AnyExample, Chat, Example, LabelledText, Message, Text
+from petals_tune.data.formats import TableRow, cell_text
 from petals_tune.data.source import check_whole_number
 from petals_tune.errors import ConfigError, DataError
-
-TableRow = Mapping[str, Any]  # column -> value
-
-ROLES = ("system", "user", "assistant")
 
 
 class Columns(Protocol):
@@ -51,29 +50,27 @@ class Answers:
 
 @dataclass(frozen=True, kw_only=True)
 class Chats:
-    """One chat per row: a list of {"role": "system" | "user" | "assistant", "content": ...}; all answers supervised."""
+    """One chat per row, as OpenAI's messages or in ShareGPT's form; petals_tune.data.chats says what a turn may be.
+
+    All answers of the assistant are supervised but those with `weight: 0`.
+    """
 
     messages: str = "messages"
+    tools: str = "tools"  # column of JSON schemas of the tools that may be called; rows may be without it
 
     @property
     def required(self) -> dict[str, str]:
         return {"messages": self.messages}
 
-    def examples(self, row: TableRow) -> Iterator[Example]:
-        turns: list[Message] = []
-        for turn in row[self.messages] or ():
-            if not isinstance(turn, Mapping) or turn.get("role") not in ROLES or not turn.get("content"):
-                raise DataError(
-                    f'{turn!r} is no turn: {{"role": one of {", ".join(ROLES)}, "content": a text}} is needed',
-                    column=self.messages,
-                    seen=turn,
-                )
-            turns.append({"role": turn["role"], "content": turn["content"]})
-        answers = [position for position, turn in enumerate(turns) if turn["role"] == "assistant"]
-        if not answers:
-            raise DataError(f"no turn of the assistant is in {self.messages!r}", column=self.messages)
-        last = answers[-1]
-        yield Example(context=tuple(turns[:last]), answer=turns[last]["content"], every_answer=True)
+    def examples(self, row: TableRow) -> Iterator[Chat]:
+        try:
+            messages, learned = read_turns(row[self.messages])
+            tools = read_tools(row.get(self.tools))
+        except DataError as error:
+            raise DataError(
+                f"{self.messages!r}: {error}", column=self.messages, seen=error.seen, reason=error.reason
+            ) from None
+        yield Chat(messages=messages, learned=learned, tools=tools)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,25 +112,38 @@ class Labels:
     @property
     def label_names(self) -> list[str]:
         """The label column's values, as text, in the order of `words`."""
-        return [str(label) for label in self.labels or range(len(self.words))]
+        return [str(cell_text(label)) for label in self.labels or range(len(self.words))]
 
     @property
     def required(self) -> dict[str, str]:
         return {"text": self.text, "label": self.label}
 
     def examples(self, row: TableRow) -> Iterator[LabelledText]:
-        label = row[self.label]
-        if isinstance(label, float) and label.is_integer():
-            label = int(label)  # a CSV column of integers with an empty cell is read as floats
-        if label is None or str(label) not in self.label_names:
-            raise DataError(
-                f"the label in {self.label!r} is {label!r}: expected one of {', '.join(self.label_names)}"
-                + (" (-1 marks a split without labels, such as GLUE's test)" if label == -1 else ""),
-                column=self.label,
-                seen=label,
-            )
+        label = self._label(row)
         prompt = self.template.replace("{text}", " ".join(required_text(row, self.text).split()))
-        yield LabelledText(prompt=prompt, word=self.words[self.label_names.index(str(label))])
+        yield LabelledText(prompt=prompt, word=self.words[self.label_names.index(label)])
+
+    def _label(self, row: TableRow) -> str:
+        """The label as one of `label_names`; 1.0, as a CSV file or a float column has it, is the class 1."""
+        names, value = self.label_names, row[self.label]
+        try:
+            label = cell_text(value)
+        except TypeError:
+            label = None
+        if label is not None and (label := label.strip()) not in names:
+            with suppress(ValueError, OverflowError):
+                number = float(label)
+                label = str(int(number)) if number.is_integer() else label
+        if label not in names:
+            raise DataError(
+                f"the label in {self.label!r} is {value!r}: expected one of {', '.join(names)}"
+                + (" (-1 marks a split without labels, such as GLUE's test)" if label == "-1" else ""),
+                column=self.label,
+                seen=value,
+                reason=f"{self.label!r} is none of the labels",
+            )
+        assert label is not None
+        return label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +185,9 @@ class PersonaChat:
             missing = [name for name in ("history", "candidates") if not reply.get(name)]
             if missing:
                 raise DataError(
-                    f"{missing[0]!r} is empty or not there: a reply needs history and candidates", column=missing[0]
+                    f"{missing[0]!r} is empty or not there: a reply needs history and candidates",
+                    column=missing[0],
+                    reason=f"{missing[0]!r} is empty",
                 )
             history = [turn for turn in reply["history"] if turn != "__ SILENCE __"][-self.history_turns :]
             # The last turn of the history is the partner's; roles alternate before it.
@@ -188,14 +200,19 @@ def required_text(row: TableRow, column: str) -> str:
     """Return a cell's text without surrounding whitespace. Raises DataError where it is empty or no text."""
     if text := optional_text(row, column):
         return text
-    raise DataError(f"{column!r} is empty", column=column)
+    raise DataError(f"{column!r} is empty", column=column, reason=f"{column!r} is empty")
 
 
 def optional_text(row: TableRow, column: str) -> str | None:
     """Return a cell's text, None where it is empty. Raises DataError where it is a list or a dict."""
     value = row[column]
-    if value is None:
-        return None
-    if isinstance(value, Mapping | list):
-        raise DataError(f"{column!r} holds a {type(value).__name__}, and a text is needed", column=column, seen=value)
-    return str(value).strip() or None
+    try:
+        text = cell_text(value)
+    except TypeError as error:
+        raise DataError(
+            f"{column!r} holds a {error}, and a text is needed",
+            column=column,
+            seen=value,
+            reason=f"{column!r} is no text",
+        ) from None
+    return (text or "").strip() or None

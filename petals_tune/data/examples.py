@@ -28,6 +28,16 @@ class Chat:
     learned: tuple[int, ...]  # positions in `messages` of the supervised turns, in order; at least one
     tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas of functions, as chat templates take them
 
+    @property
+    def context(self) -> tuple[Message, ...]:
+        """The turns before the last supervised one."""
+        return self.messages[: self.learned[-1]]
+
+    @property
+    def answer(self) -> str:
+        """The text of the last supervised turn."""
+        return str(self.messages[self.learned[-1]].get("content") or "")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledText:

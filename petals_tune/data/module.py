@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from petals_tune.data.batching import RowOrder, RowShare, pack
 from petals_tune.data.collate import PADDING_SIDES, PaddingSide, choose_pad_id, collate
 from petals_tune.data.examples import AnyExample
 from petals_tune.data.rows import Row, rows_of
-from petals_tune.data.source import Source, check_whole_number
+from petals_tune.data.source import CountedExamples, Source, check_whole_number, digest_of
 from petals_tune.errors import ConfigError, DataError
+
+_SPLITS = ("train_split", "validation_split", "test_split")
+
+TOO_LONG = "too long for data.max_tokens"
 
 _NO_TEST_ROWS = (
     "; name a split that is there with data.source.test_split=..., or keep a share from training, "
@@ -36,13 +43,29 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedSplit:
-    """Rows of one split in the source's order, and the number of examples that were too long for a row."""
+    """Rows of one split for the model, and what became of the rows in the data: all = `used` + `left_out`."""
 
     rows: list[Row]
-    left_out: int
+    used: int  # rows in the data, or examples of a source that is no table
+    left_out: Mapping[str, int]  # reason -> rows in the data
+
+    @property
+    def too_long(self) -> int:
+        """Examples that need more tokens than a row has."""
+        return self.left_out.get(TOO_LONG, 0)
 
     def pack(self, max_tokens: int) -> EncodedSplit:
-        return EncodedSplit(rows=pack(self.rows, max_tokens), left_out=self.left_out)
+        return replace(self, rows=pack(self.rows, max_tokens))
+
+    def format_counts(self, name: str) -> str:
+        """Format the counts in one line."""
+        total = self.used + sum(self.left_out.values())
+        return f"{name}: {self.used:,} of {total:,} rows in the data used{_format_left_out(self.left_out)}"
+
+    def counts(self) -> dict[str, Any]:
+        """Return the counts for a JSON file."""
+        left_out = dict(sorted(self.left_out.items()))
+        return {"in_data": self.used + sum(left_out.values()), "used": self.used, "left_out": left_out}
 
 
 class TextData(LightningDataModule):
@@ -165,6 +188,16 @@ class TextData(LightningDataModule):
     def _ranks(self) -> int:
         return self.trainer.world_size if self.trainer else 1
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the source's content."""
+        return digest_of(self.source)
+
+    def counts(self) -> dict[str, Any]:
+        """Return, for each split that was encoded, its rows in the data: used, and left out by reason."""
+        encoded = {name.removesuffix("_split"): vars(self).get(name) for name in _SPLITS}
+        return {name: split.counts() for name, split in encoded.items() if split is not None}
+
     @property
     def description(self) -> str:
         """The data, its splits and the numbers of rows, in one line."""
@@ -189,30 +222,37 @@ class TextData(LightningDataModule):
         """Format a table of the training and validation splits: rows, tokens, and what max_tokens left out."""
         form = "{:<10}  {:>9}  {:>11}  {:>11}  {:>11}  {:>8}  {:>8}  {:>8}"
         header = ("", "rows", "tokens", "learned", "context cut", "mean row", "longest", "too long")
-        lines = (header, _summary_row("training", self.train_split), _summary_row("validation", self.validation_split))
-        return "\n".join(form.format(*line) for line in lines)
+        splits = {"training": self.train_split, "validation": self.validation_split}
+        lines = (header, *(_summary_row(name, split) for name, split in splits.items()))
+        table = [form.format(*line) for line in lines]
+        return "\n".join([*table, *(split.format_counts(name) for name, split in splits.items() if split.left_out)])
 
     def _decode(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
 
     def _encode(self, name: str, examples: Iterable[AnyExample], max_rows: int | None) -> EncodedSplit:
         rows: list[Row] = []
-        left_out = 0
-        for example in examples:
+        used, too_long = 0, 0
+        for example in tqdm(examples, desc=f"encoding {name} rows", unit=" examples", disable=None, leave=False):
             encoded = rows_of(example, self.tokenizer, self.max_tokens)
             rows += encoded
-            left_out += not encoded
+            used, too_long = used + bool(encoded), too_long + (not encoded)
             if max_rows is not None and len(rows) >= max_rows:
                 rows = rows[:max_rows]
                 break
+        left_out = Counter({TOO_LONG: too_long} if too_long else {})
+        if isinstance(examples, CountedExamples):
+            examples.close()
+            left_out += examples.left_out
         if not rows:
             raise DataError(
-                f"no {name} row: {left_out} examples need more than data.max_tokens={self.max_tokens}"
-                if left_out
-                else f"the {name} split is empty: {self.source.description}{_NO_TEST_ROWS if name == 'test' else ''}",
+                f"no {name} row: {too_long} examples need more than data.max_tokens={self.max_tokens}"
+                if too_long
+                else f"the {name} split is empty: {self.source.description}{_NO_TEST_ROWS if name == 'test' else ''}"
+                f"{_format_left_out(left_out)}",
                 split=name,
             )
-        return EncodedSplit(rows=rows, left_out=left_out)
+        return EncodedSplit(rows=rows, used=used, left_out=left_out)
 
     def _loader(self, rows: list[Row], sampler: Sampler[int]) -> StatefulDataLoader:
         # An iterator draws a seed: from its own generator, or it would change the random numbers of the training.
@@ -228,6 +268,12 @@ class TextData(LightningDataModule):
         )
 
 
+def _format_left_out(left_out: Mapping[str, int]) -> str:
+    """`format({"damaged": 2, "in another split": 30})` returns "; rows left out: 2 damaged, 30 in another split"."""
+    parts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()))
+    return f"; rows left out: {parts}" if parts else ""
+
+
 def _summary_row(name: str, split: EncodedSplit) -> tuple[str, ...]:
     lengths = [len(row.input_ids) for row in split.rows]
     tokens = sum(lengths)
@@ -240,7 +286,7 @@ def _summary_row(name: str, split: EncodedSplit) -> tuple[str, ...]:
         f"{cut_tokens / (tokens + cut_tokens):.0%}",
         f"{tokens / len(split.rows):.0f}",
         f"{max(lengths)}",
-        f"{split.left_out:,}",
+        f"{split.too_long:,}",
     )
 
 

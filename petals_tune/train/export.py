@@ -24,6 +24,8 @@ The base model's blocks ran {blocks}, unchanged.
 
 {data}. {steps} optimizer steps, seed {seed}.{started_from}
 
+{rows}
+
 ## Figures
 
 On the validation split of that data, over the blocks named above:
@@ -104,6 +106,7 @@ def model_card(config: PeftConfig, result: Result, *, deep: bool, num_labels: in
         trained_share=result.trained_share,
         blocks=result.blocks,
         data=result.data[:1].upper() + result.data[1:],
+        rows=_rows_table(result),
         steps=result.steps,
         seed=result.seed,
         started_from=f" It started from the adapter `{result.started_from}`." if result.started_from else "",
@@ -125,6 +128,14 @@ def describe_method(config: PeftConfig, *, deep: bool = False) -> tuple[str, str
         return f"LoRA (r={getattr(config, 'r', '?')} on {names})", "lora"
     name = str(getattr(config.peft_type, "value", config.peft_type))
     return name, name.lower()
+
+
+def _rows_table(result: Result) -> str:
+    lines = ["| split | rows in the data | used | left out |", "|---|---|---|---|"]
+    for split, counts in result.rows.items():
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in counts["left_out"].items())
+        lines.append(f"| {split} | {counts['in_data']:,} | {counts['used']:,} | {left_out} |")
+    return "\n".join([*lines, "", f"SHA-256 of the data: `{result.data_digest}`."])
 
 
 def _metrics_table(result: Result) -> str:

@@ -14,7 +14,7 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback
 from omegaconf import DictConfig, OmegaConf
-from torch._weights_only_unpickler import UnpicklingError
+from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-defined]  # pickle's; not exported
 
 from petals_tune.data.module import TextData
 from petals_tune.data.rows import Row
@@ -61,7 +61,7 @@ class Identity:
             objective=_plain(OmegaConf.to_container(cfg.objective, resolve=True)),
             tuning=_plain({"method": type(parts.tuning).__name__, **options}),
             optimizer=cfg.optimizer["_target_"],
-            data=getattr(parts.data.source, "digest", ""),
+            data=parts.data.digest,
             rows=digest_rows(parts.data.train_split.rows),
         )
 
@@ -133,9 +133,8 @@ class SavedRun:
                 measured=record["measured"],
                 spent=record["spent"],
             )
-        except (OSError, RuntimeError, UnpicklingError, ValueError, EOFError) as error:
-            why = str(error).strip().split("\n", 1)[0]
-            raise _no_checkpoint(path, f"is no checkpoint, or is damaged: {why}") from None
+        except (OSError, RuntimeError, UnpicklingError, ValueError, EOFError):
+            raise _no_checkpoint(path, "is no checkpoint of a training, or is damaged") from None
         except (KeyError, TypeError):
             raise _no_checkpoint(
                 path, "does not say what it was trained on: it was not written by a run of this version"

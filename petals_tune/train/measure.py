@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning import Trainer, seed_everything
 from omegaconf import DictConfig
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from petals_tune.config import Run, check
-from petals_tune.data.module import TextData
-from petals_tune.data.rows import Row
+from petals_tune.data.module import EncodedSplit, TextData
 from petals_tune.train.module import FineTuner
 from petals_tune.train.parts import prepare
 from petals_tune.train.quiet import silence_known_warnings
@@ -24,12 +23,11 @@ Split = Literal["training", "validation", "test"]
 STAGES: dict[Split, str] = {"training": "fit", "validation": "validate", "test": "test"}  # Lightning's names
 
 
-def evaluate_adapter(
-    cfg: DictConfig, connect: Connect = remote_model, *, schema: type[Run] = Run
-) -> dict[str, dict[str, float]]:
+def evaluate_adapter(cfg: DictConfig, connect: Connect = remote_model, *, schema: type[Run] = Run) -> dict[str, Any]:
     """Compute the metrics of the adapter `tuning.init_from` on `cfg.split`.
 
-    Returns them as `adapter`, and with `cfg.zero_shot` those of the model alone as `base`.
+    Returns them as `adapter`, and with `cfg.zero_shot` those of the model alone as `base`; as `rows` what became of the
+    rows in the data, and as `data_digest` the SHA-256 of the data.
 
     Raises ConfigError before any server is started.
     """
@@ -39,10 +37,11 @@ def evaluate_adapter(
     parts = prepare(cfg, stage=STAGES[cfg.split])
     assert parts.adapter is not None  # evaluate.yaml sets it
     Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
-    rows, loader = load_split(parts.data, cfg.split)
+    split, loader = load_split(parts.data, cfg.split)
     say(f"model     {display_name(parts.base)}, {parts.blocks} blocks, with the adapter {parts.adapter}")
-    say(f"data      {parts.data.source.description}; {len(rows):,} rows of the {cfg.split} split")
-    metrics = {}
+    say(f"data      {parts.data.source.description}; {len(split.rows):,} rows of the {cfg.split} split")
+    say(f"          {split.format_counts(cfg.split)}")
+    metrics: dict[str, Any] = {}
     with connect(parts) as model:
         if cfg.zero_shot:
             tuner = FineTuner(model, parts.objective, parts.optimizer)
@@ -51,18 +50,18 @@ def evaluate_adapter(
         tuner = FineTuner(load_adapter(model, parts.adapter), parts.objective, parts.optimizer)
         metrics["adapter"] = validate(parts.trainer, tuner, loader)
         say(f"adapter   {format_metrics(metrics['adapter'])}")
-    return metrics
+    return {**metrics, "rows": split.counts(), "data_digest": parts.data.digest}
 
 
-def load_split(data: TextData, split: Split) -> tuple[list[Row], StatefulDataLoader]:
-    """Return the rows and the loader of a split."""
+def load_split(data: TextData, split: Split) -> tuple[EncodedSplit, StatefulDataLoader]:
+    """Return the encoded rows and the loader of a split."""
     match split:
         case "training":
-            return data.train_split.rows, data.train_dataloader()
+            return data.train_split, data.train_dataloader()
         case "validation":
-            return data.validation_split.rows, data.val_dataloader()
+            return data.validation_split, data.val_dataloader()
         case "test":
-            return data.test_split.rows, data.test_dataloader()
+            return data.test_split, data.test_dataloader()
 
 
 def validate(trainer: Trainer, tuner: FineTuner, loader: StatefulDataLoader) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from petals_tune.files import write_text
 
@@ -22,6 +23,8 @@ class Result:
     data: str  # the data and its splits, in one line
     headline: str  # the main metric of the run's objective
     seed: int
+    data_digest: str = ""  # SHA-256 of the data's content
+    rows: dict[str, Any] = field(default_factory=dict)  # split -> rows in the data, used, and left out by reason
     blocks: str = "on this machine"  # where and how the frozen blocks ran
     started_from: str | None = None  # adapter that the training started from
     steps: int = 0

@@ -88,7 +88,8 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
         identity.check(saved.identity, saved.path)
     make_folder(output)
     if parts.trainer.is_global_zero:
-        write_text(output / CONFIG_FILE, OmegaConf.to_yaml(cfg, resolve=True))
+        digest = f"# SHA-256 of the data: {parts.data.digest}\n"
+        write_text(output / CONFIG_FILE, digest + OmegaConf.to_yaml(cfg, resolve=True))
     log_config(parts.trainer.loggers, cfg)
     say(
         f"model     {display_name(parts.base)}, {parts.blocks} blocks\n"
@@ -101,6 +102,8 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
         data=parts.data.description,
         headline=parts.objective.headline,
         seed=cfg.seed,
+        data_digest=parts.data.digest,
+        rows=parts.data.counts(),
         started_from=cfg.tuning.get("init_from"),
     )
     record = RunRecord(identity=identity, order=order, data=parts.data)
@@ -141,7 +144,7 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
 def check_output(output: Path, saved: SavedRun | None) -> None:
     """Raise ConfigError where the folder has another run already; a run may go on in its own."""
     goes_on = saved is not None and saved.path.resolve().is_relative_to(output.resolve())
-    if (output / CONFIG_FILE).exists() and not goes_on and rank_zero_only.rank == 0:
+    if (output / CONFIG_FILE).exists() and not goes_on and not getattr(rank_zero_only, "rank", 0):
         raise ConfigError(
             f"{output} has a run already: take another folder, or go on with that run, "
             f"ckpt_path={output / 'checkpoint.ckpt'}",

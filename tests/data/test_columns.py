@@ -37,7 +37,7 @@ def test_a_chat_ends_with_its_last_answer_and_all_of_them_are_learned() -> None:
     messages = [{"role": role, "content": str(number)} for number, role in enumerate(roles)]
     example = only(Chats(), {"messages": messages})
     assert [turn["content"] for turn in example.context] == ["0", "1", "2", "3"]
-    assert (example.answer, example.every_answer) == ("4", True)
+    assert (example.answer, example.learned) == ("4", (2, 4))
 
 
 def test_a_text_and_its_label_word() -> None:
@@ -93,7 +93,7 @@ BAD_ROWS = [
     (Answers(), {"prompt": "  ", "answer": "So."}, "prompt", None),
     (Answers(), {"prompt": "Why?", "answer": ["So."]}, "answer", ["So."]),
     (Chats(), {"messages": [{"role": "user", "content": "Hi"}]}, "messages", None),
-    (Chats(), {"messages": [{"from": "human", "value": "Hi"}]}, "messages", {"from": "human", "value": "Hi"}),
+    (Chats(), {"messages": [{"from": "alien", "value": "Hi"}]}, "messages", {"from": "alien", "value": "Hi"}),
     (Chats(), {"messages": None}, "messages", None),
     (SST2, {"sentence": "x", "label": None}, "label", None),
     (SST2, {"sentence": "x", "label": -1}, "label", -1),

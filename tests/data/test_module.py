@@ -115,13 +115,14 @@ def test_padding_goes_to_the_side_asked_for(tokenizer: PreTrainedTokenizerBase) 
 
 
 def test_the_summary_counts_rows_tokens_and_what_was_too_long(tokenizer: PreTrainedTokenizerBase) -> None:
-    header, train, validation = data(tokenizer).summary().splitlines()
+    header, train, validation, count = data(tokenizer).summary().splitlines()
     assert header.split()[:3] == ["rows", "tokens", "learned"]
     assert train.split()[:2] == ["training", "20"]
     assert train.split()[3] == "20"
     assert validation.split()[0:2] == ["validation", "3"]
     assert validation.split()[-1] == "1"
     assert len(header) == len(train) == len(validation)
+    assert count == "validation: 3 of 4 rows in the data used; rows left out: 1 too long for data.max_tokens"
 
 
 def test_the_description_names_the_data_and_its_rows(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -197,7 +198,7 @@ def test_other_embedded_data_is_read_whole(name: str, rows: int, tokenizer: PreT
     module = configured(name, tokenizer=tokenizer)
     read = len(module.train_split.rows) + len(module.validation_split.rows)
     assert read >= rows
-    assert module.train_split.left_out == 0
+    assert not module.train_split.too_long
     assert len(module.samples) == 3
 
 

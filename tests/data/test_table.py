@@ -14,6 +14,7 @@ from petals_tune.config import build, composed
 from petals_tune.data.columns import Answers, Labels, Texts
 from petals_tune.data.examples import Example
 from petals_tune.data.module import TextData
+from petals_tune.data.splits import find_splits
 from petals_tune.data.table import Table, shuffled_rows
 from petals_tune.errors import DataError
 from tests.raising import raises
@@ -24,6 +25,7 @@ ROWS = [{"prompt": f"What is {n}?", "answer": f"It is {n}."} for n in range(40)]
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("PETALS_TUNE_CACHE", str(tmp_path / "cache"))
 
 
 def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -121,8 +123,8 @@ def _example(row: dict[str, str]) -> Example:
 def test_rows_keep_their_numbers(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", ROWS)
     for streaming in (False, True):
-        split = datasets.load_dataset("json", data_files=path, split="train", streaming=streaming)
-        seen = dict(shuffled_rows(split))
+        found = find_splits(path, config=None, revision=None, streaming=streaming, quotes=None)
+        seen = dict(shuffled_rows(found["train"]))
         assert {number: row["prompt"] for number, row in seen.items()} == {
             n: row["prompt"] for n, row in enumerate(ROWS, start=1)
         }
@@ -247,3 +249,52 @@ def test_wikitext_in_its_hub_columns_is_packed(tmp_path: Path, tokenizer: PreTra
     module = hub_data("wikitext_hub", tmp_path / "wiki", tokenizer, "config")
     assert len(module.train_split.rows) == 1  # thirty short titles fit into a row
     assert len(module.validation_split.rows) == 30
+
+
+@pytest.mark.parametrize("max_rows", [None, 7])
+def test_all_rows_of_the_file_are_used_or_left_out_for_a_reason(
+    max_rows: int | None, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    odd = [{"prompt": "Why?", "answer": ""}, {"prompt": "How?"}, {"prompt": "Long?", "answer": "word " * 200}]
+    other = [{**row, "lang": "de"} for row in ROWS[:5]]
+    rows = [*({**row, "lang": "en"} for row in [*ROWS, *odd]), *other]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "no JSON\n")
+    table = Table(path=str(path), columns=Answers(), held_out_share=0.2, skip_bad_rows=True, where={"lang": "en"})
+    module = TextData(table, tokenizer=tokenizer, max_rows=max_rows)
+    for split, used in ((module.train_split, max_rows), (module.validation_split, None)):
+        counts = split.counts()
+        assert counts["in_data"] == len(rows) + 1 == counts["used"] + sum(counts["left_out"].values())
+        assert counts["used"] == len(split.rows)
+        if used is None:
+            assert counts["left_out"]["left out by data.source.where"] == 5
+            assert counts["left_out"]["'answer' is empty"] == 1
+            assert counts["left_out"]["damaged"] == 1
+        else:
+            assert counts["used"] == used
+    if max_rows is None:
+        used = len(module.train_split.rows) + len(module.validation_split.rows)
+        assert used == len(ROWS)
+        assert module.train_split.too_long + module.validation_split.too_long == 1
+    assert set(module.counts()) == {"train", "validation"}
+
+
+def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
+    def digest(name: str, rows: list[dict[str, Any]]) -> str:
+        return Table(path=jsonl(tmp_path / name, rows), columns=Answers()).digest
+
+    assert digest("a.jsonl", ROWS) == digest("b.jsonl", ROWS)
+    assert digest("a.jsonl", ROWS) != digest("b.jsonl", [*ROWS[1:], {**ROWS[0], "answer": "It is 00."}])
+    for name, shift in {"one": 0, "same": 0, "other": 1}.items():
+        saved_rows = [{**row, "answer": f"{n + shift}"} for n, row in enumerate(ROWS)]
+        Dataset.from_list(saved_rows).save_to_disk(str(tmp_path / name))
+    one, same, other = (Table(path=str(tmp_path / n), columns=Answers()).digest for n in ("one", "same", "other"))
+    assert one == same != other
+
+
+def test_a_folder_of_text_files_is_read_as_it_stands(tmp_path: Path) -> None:
+    """`datasets` would read the answers as numbers."""
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "train.csv").write_text("prompt,answer\n" + "".join(f"{n}?,00{n}\n" for n in range(9)))
+    table = Table(path=str(tmp_path / "rows"), columns=Answers(), held_out_share=0)
+    assert sorted(example.answer for example in table.train()) == [f"00{n}" for n in range(9)]

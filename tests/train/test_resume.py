@@ -214,7 +214,8 @@ def test_a_run_that_goes_on_for_longer_equals_a_longer_run(undisturbed: Callable
     whole, *_ = fit(tmp_path / "whole", schedule=constant)
     fit(tmp_path / "short", schedule=constant, epochs=2)
     longer, *_ = fit(tmp_path / "longer", schedule=constant, checkpoint=tmp_path / "short" / "checkpoint.ckpt")
-    assert whole is not None and longer is not None
+    assert whole is not None
+    assert longer is not None
     assert_same_state(whole, longer)
 
 
@@ -224,7 +225,7 @@ def test_options_of_the_optimizer_and_the_schedule_count_on_resuming(tmp_path: P
         "optimizer": partial(torch.optim.AdamW, lr=0.2, weight_decay=0.5),
         "schedule": partial(get_scheduler, name="linear", num_warmup_steps=0),
     }
-    saved, _, metrics = fit(tmp_path / "second", checkpoint=tmp_path / "first" / "checkpoint.ckpt", epochs=2, **other)
+    saved, *_ = fit(tmp_path / "second", checkpoint=tmp_path / "first" / "checkpoint.ckpt", epochs=2, **other)
     assert saved is not None
     (group,) = saved["optimizer_states"][0]["param_groups"]
     assert (group["weight_decay"], group["initial_lr"]) == (0.5, 0.2)

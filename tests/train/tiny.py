@@ -1,6 +1,5 @@
 """A model, a tokenizer and two corpora that are made in a moment, and a stand-in for the swarm."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from petals_tune.data.examples import Example, LabelledText
+from petals_tune.data.examples import Example, LabelledText, Message
 from petals_tune.train.objective import load_model
 from petals_tune.train.parts import Parts
 
@@ -66,26 +65,24 @@ class TinyTalk:
     """A counting game."""
 
     description = "a counting game"
-    digest = hashlib.sha256(b"a counting game").hexdigest()
 
     def train(self) -> Iterator[Example]:
         for number in range(40):
-            yield Example(context=({"role": "user", "content": f"{number}?"},), answer=f"{number + 1}!")
+            yield Example(context=(Message(role="user", content=f"{number}?"),), answer=f"{number + 1}!")
 
     def validation(self) -> Iterator[Example]:
         for number in range(50, 57):
-            yield Example(context=({"role": "user", "content": f"{number}?"},), answer=f"{number + 1}!")
+            yield Example(context=(Message(role="user", content=f"{number}?"),), answer=f"{number + 1}!")
 
     def test(self) -> Iterator[Example]:
         for number in range(70, 75):
-            yield Example(context=({"role": "user", "content": f"{number}?"},), answer=f"{number + 1}!")
+            yield Example(context=(Message(role="user", content=f"{number}?"),), answer=f"{number + 1}!")
 
 
 class TinyReviews:
     """Letters with a sentiment."""
 
     description = "letters with a sentiment"
-    digest = hashlib.sha256(b"letters with a sentiment").hexdigest()
 
     def train(self) -> Iterator[LabelledText]:
         for number in range(40):
