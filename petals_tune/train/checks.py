@@ -165,7 +165,7 @@ def _empty_model(source: str, objective: Objective) -> PreTrainedModel:
 
 
 def _limit(trainer: Trainer, name: str, rows: int, data: TextData) -> int:
-    """Return the number of batches of an epoch within a limit of the Trainer. Raises ConfigError where there is none."""
+    """Return the batches of an epoch within a limit of the Trainer. Raises ConfigError where there are none."""
     batches, limit = math.ceil(rows / (data.batch_size * trainer.world_size)), getattr(trainer, name)
     within = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     if not within:

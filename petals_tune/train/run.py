@@ -169,7 +169,7 @@ def fit(parts: Parts, tuner: FineTuner, result: Result, *, ckpt_path: Path | Non
         measure(parts, tuner, "before", into=result.measured)
     with raise_interrupts(parts.trainer):
         parts.trainer.fit(tuner, datamodule=parts.data, ckpt_path=ckpt_path)
-    step, summary = tuner.summaries["val"]
+    step, summary = tuner.summaries.get("val", (-1, {}))  # none in a run that goes on for a few steps
     measure(parts, tuner, "after", into=result.measured, known=summary if step == parts.trainer.global_step else None)
 
 

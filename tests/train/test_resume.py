@@ -27,6 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 MODEL, TOKENIZER = tiny_model(), tiny_tokenizer()
 LORA = LoraConfig(task_type="CAUSAL_LM", r=2, lora_dropout=0.3, target_modules=["q_proj"])
+ADAMW = partial(torch.optim.AdamW, lr=0.05)
+LINEAR = partial(get_scheduler, name="linear", num_warmup_steps=3)
 EPOCHS, BATCHES, VALIDATION_BATCHES = 5, 5, 2  # of 4 rows
 
 
@@ -80,8 +82,8 @@ def fit(
     *,
     stop: Stop | None = None,
     checkpoint: Path | None = None,
-    optimizer: Callable[..., Any] = partial(torch.optim.AdamW, lr=0.05),
-    schedule: Callable[..., Any] = partial(get_scheduler, name="linear", num_warmup_steps=3),
+    optimizer: Callable[..., Any] = ADAMW,
+    schedule: Callable[..., Any] = LINEAR,
     epochs: int = EPOCHS,
     **options: Any,
 ) -> tuple[dict[str, Any] | None, list[Any], list[dict[str, str]]]:
