@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import hydra
 from omegaconf import DictConfig
@@ -18,6 +18,10 @@ from pydantic import Field
 from petals_tune.cli import quiet_libraries, report_errors
 from petals_tune.config import Section, TunedModel, build, check_arguments, folder_of
 from petals_tune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from petals_tune.data.examples import Message
+    from petals_tune.tuning.identity import Prompting
 
 CONFIG_NAME = "chat"
 
@@ -30,11 +34,12 @@ class Chat:
     model: TunedModel
     swarm: Section
     persona: list[str]
+    system: str | None
     prompt: str | None
     max_new_tokens: Annotated[int, Field(ge=1)]
     max_length: Annotated[int, Field(ge=1)]
-    temperature: Annotated[float, Field(ge=0)]
-    top_p: Annotated[float, Field(gt=0, le=1)]
+    temperature: Annotated[float, Field(ge=0)] | None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None
     seed: Annotated[int, Field(ge=0)]
 
 
@@ -61,8 +66,21 @@ def chat(cfg: DictConfig) -> None:
         base = cfg.model.source
         if base is None and adapter is not None:
             base = base_of(adapter)
-        with open_model(cfg, adapter, base) as (model, tokenizer):
-            talk(model, tokenizer, cfg, read_turns(cfg.prompt))
+        trained = None if adapter is None else trained_prompting(adapter)
+        with open_model(cfg, adapter, base, trained) as (model, tokenizer):
+            talk(model, tokenizer, cfg, read_turns(cfg.prompt), trained)
+
+
+def trained_prompting(adapter: Path) -> Prompting | None:
+    """Return how the adapter was trained to be asked, with a hint where that is not one text; None: unknown."""
+    from petals_tune.tuning.identity import Identity
+
+    identity = Identity.read(adapter)
+    if identity is None:
+        return None
+    if identity.prompting.per_row and not identity.prompting.persona:
+        print("the adapter was trained with a system text for each row: give one with system=TEXT", file=sys.stderr)
+    return identity.prompting
 
 
 def with_prompt_key(arguments: Sequence[str]) -> list[str]:
@@ -84,21 +102,24 @@ def _escape(text: str) -> str:
 
 
 @contextmanager
-def open_model(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tuple[Any, Any]]:
+def open_model(
+    cfg: DictConfig, adapter: Path | None, base: str, trained: Prompting | None = None
+) -> Iterator[tuple[Any, Any]]:
     """Open the swarm of `cfg` and yield (model, tokenizer); the end of the block closes a local swarm.
 
-    Raises ConfigError for an adapter with a classification head.
+    Raises ConfigError for an adapter with a classification head, or of another model, and for two system texts.
     """
-    from transformers import AutoTokenizer
-
     from petals_tune.model.checkpoint import Checkpoint
     from petals_tune.model.convert import model_folder
     from petals_tune.model.families import family_of, placeholder_model
     from petals_tune.remote.auto import AutoDistributedModelForCausalLM
     from petals_tune.train.quiet import silence_known_warnings
-    from petals_tune.tuning.saved import load_adapter, saved_config
+    from petals_tune.tuning.saved import check_adapter, load_adapter, load_tokenizer, saved_config
+    from petals_tune.tuning.support import check_config
 
     silence_known_warnings()
+    if cfg.persona and cfg.system is not None:
+        raise ConfigError("persona and system are both a system text: give one of them", key="system", seen=cfg.system)
     if adapter is not None and saved_config(adapter).task_type == "SEQ_CLS":
         raise ConfigError(
             f"{adapter} classifies and cannot talk; python -m petals_tune.evaluate adapter={adapter} recipe=NAME "
@@ -107,15 +128,20 @@ def open_model(cfg: DictConfig, adapter: Path | None, base: str) -> Iterator[tup
             seen=adapter,
         )
     source = model_folder(base)
+    if adapter is not None:
+        check_config(saved_config(adapter))
+        check_adapter(adapter, task="CAUSAL_LM", source=source, named=base)
     blocks = family_of(placeholder_model(Checkpoint(source).config)).total_blocks
     swarm = build(cfg.swarm, where="swarm")
     swarm.check(blocks)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = load_tokenizer(source, adapter)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.source={base} has no tokenizer to talk with: {error}", key="model.source", seen=base
         ) from None
+    if trained is not None and trained.form == "chat":
+        tokenizer.chat_template = trained.chat_template
     # On stderr: stdout has the answers alone, for a pipe.
     print(f"{swarm.describe_opening(blocks)} ...", file=sys.stderr, flush=True)
     with swarm.open(source, blocks) as peers:
@@ -146,31 +172,36 @@ def read_turns(prompt: str | None) -> Iterator[str]:
             yield line
 
 
-def talk(model: Any, tokenizer: Any, cfg: DictConfig, turns: Iterator[str]) -> None:
+def talk(model: Any, tokenizer: Any, cfg: DictConfig, turns: Iterator[str], trained: Prompting | None = None) -> None:
     """Print an answer to each turn, token by token, in one session, whose KV caches save sending old tokens again.
 
+    The model is asked as its adapter was `trained` to be; None: as a bare model, in a chat without a system text.
     Raises ConfigError where the chat has no room for another answer.
     """
     import torch
-    from transformers import GenerationConfig, TextStreamer, set_seed
+    from transformers import TextStreamer, set_seed
 
-    from petals_tune.data.chitchat import persona_message
-    from petals_tune.data.rows import context_ids
+    from petals_tune.sampling import generation_options
+    from petals_tune.tuning.identity import Prompting
 
     set_seed(cfg.seed)
-    messages = [persona_message(cfg.persona)]
+    trained = trained or Prompting()
+    base = base_model(model)
+    messages = first_messages(cfg, trained)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    sampling = {"do_sample": True, "temperature": cfg.temperature, "top_p": cfg.top_p, "top_k": 0}
-    generation = GenerationConfig(
-        max_new_tokens=cfg.max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        **(sampling if cfg.temperature else {"do_sample": False}),
+    generation = generation_options(
+        base,
+        tokenizer,
+        max_new_tokens=1 if trained.form == "label" else cfg.max_new_tokens,  # a label is one token
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
     )
-    with base_model(model).inference_session(max_length=cfg.max_length):
+    with base.inference_session(max_length=cfg.max_length):
         for turn in turns:
+            if trained.form != "chat":
+                messages.clear()  # a text or a label's text stands alone
             messages.append({"role": "user", "content": turn})
-            ids = torch.tensor([context_ids(messages, tokenizer)])
+            ids = torch.tensor([prompt_ids(messages, tokenizer, trained)])
             length = ids.shape[1] + cfg.max_new_tokens
             if length > cfg.max_length:
                 raise ConfigError(
@@ -185,6 +216,29 @@ def talk(model: Any, tokenizer: Any, cfg: DictConfig, turns: Iterator[str]) -> N
                 )
             answer = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
             messages.append({"role": "assistant", "content": answer.strip()})
+
+
+def first_messages(cfg: DictConfig, trained: Prompting) -> list[Message]:
+    """Return the turns before the first question: the persona or the system text of `cfg`, else the adapter's own."""
+    from petals_tune.data.chitchat import persona_message
+
+    if cfg.persona:
+        return [persona_message(cfg.persona)]
+    system = trained.system if cfg.system is None else cfg.system
+    return [{"role": "system", "content": system}] if system else []
+
+
+def prompt_ids(messages: Sequence[Message], tokenizer: Any, trained: Prompting) -> list[int]:
+    """Encode the prompt of the next answer, with the token ids that training had before it."""
+    from petals_tune.data.rows import context_ids
+
+    if trained.form == "chat":
+        return context_ids(messages, tokenizer)
+    text = messages[-1]["content"]
+    if trained.form == "label":
+        text = (trained.template or "{text}").replace("{text}", " ".join(text.split()))
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids
 
 
 def reads_terminal(prompt: str | None) -> bool:

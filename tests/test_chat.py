@@ -1,5 +1,6 @@
 """The chat command: its arguments, and a conversation over a local swarm."""
 
+import dataclasses
 import io
 import signal
 import sys
@@ -15,10 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from petals_tune.chat import CONFIG_NAME, Chat, open_model, read_turns, stop_on_interrupt, talk, with_prompt_key
 from petals_tune.config import check, composed
 from petals_tune.data.chitchat import persona_message
-from petals_tune.data.rows import context_ids
+from petals_tune.data.examples import Example, LabelledText
+from petals_tune.data.rows import context_ids, rows_of
 from petals_tune.errors import ConfigError
 from petals_tune.model.convert import embedded_model
+from petals_tune.model.fingerprint import Fingerprint
+from petals_tune.tuning.identity import Identity, Prompting
 from tests.raising import raises
+from tests.train.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 
 def config(*overrides: str) -> DictConfig:
@@ -83,6 +88,16 @@ def test_an_adapter_that_classifies_is_refused_before_a_server_starts(tmp_path):
         pass
 
 
+def test_an_adapter_of_another_model_is_refused_before_a_server_starts(tmp_path):
+    base = Fingerprint.of(str(save_tiny(tmp_path / "tiny")))
+    LoraConfig(task_type="CAUSAL_LM").save_pretrained(tmp_path / "adapter")
+    other = dataclasses.replace(base, blocks="another")
+    Identity(source="x", task="CAUSAL_LM", base=other).save(tmp_path / "adapter")
+    opened = open_model(config(), tmp_path / "adapter", str(tmp_path / "tiny"))
+    with raises(ConfigError, key="model.source", seen=str(tmp_path / "tiny")), opened:
+        pass
+
+
 class Local:
     """The embedded model without a swarm, with the method of a remote model that a chat needs."""
 
@@ -116,6 +131,86 @@ def test_turns_accumulate_in_the_format_of_training_and_answers_are_printed(loca
     assert tokenizer.decode(second[0, first.shape[1] :][:3]).strip() in answers
 
 
+class Recorded:
+    """Answers nothing, and keeps the prompts."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+        self.options: Any = None
+
+    def inference_session(self, max_length: int) -> Any:
+        return nullcontext()
+
+    def generate(self, input_ids: torch.Tensor, generation_config: Any, **options: Any) -> torch.Tensor:
+        self.seen.append(input_ids[0].tolist())
+        self.options = generation_config
+        return input_ids
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("chat_template", [None, CHAT_TEMPLATE], ids=["transcript", "chat template"])
+@pytest.mark.parametrize("system", [None, "Answer briefly."])
+def test_a_question_is_asked_as_in_training(system, chat_template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = chat_template
+    context = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": "Why?"}]
+    (row,) = rows_of(Example(context=tuple(context), answer="So."), tokenizer, 999)
+    model = Recorded()
+    talk(model, tokenizer, config(), iter(["Why?"]), Prompting(system=system))
+    assert model.seen == [row.prompt_ids]
+    if system is None:  # as a bare model
+        talk(model, tokenizer, config(), iter(["Why?"]))
+        assert model.seen[1] == row.prompt_ids
+
+
+def test_an_answer_ends_at_the_turns_end_of_the_template():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<eos>", "<end_of_turn>")
+    plain = tiny_model()
+    head = torch.nn.Linear(plain.config.hidden_size, plain.config.vocab_size)
+    torch.nn.init.zeros_(head.weight)
+    head.bias.data.zero_()[tokenizer.convert_tokens_to_ids("<end_of_turn>")] = 1  # which is all that it says
+    plain.set_output_embeddings(head)
+    lengths = []
+
+    class Counted(Local):
+        def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+            output = super().generate(input_ids, **options)
+            lengths.append(output.shape[1] - input_ids.shape[1])
+            return output
+
+    talk(Counted(plain), tokenizer, config("max_new_tokens=12", "temperature=0"), iter(["Hi"]))
+    assert lengths == [1]
+
+
+def test_persona_and_system_go_before_the_adapters_own_text():
+    tokenizer, model, own = tiny_tokenizer(), Recorded(), Prompting(system="Answer briefly.")
+    talk(model, tokenizer, config("persona=[I sing.]"), iter(["Why?"]), own)
+    talk(model, tokenizer, config("system=Answer in verse."), iter(["Why?"]), own)
+    question = {"role": "user", "content": "Why?"}
+    verse = {"role": "system", "content": "Answer in verse."}
+    assert model.seen == [context_ids([first, question], tokenizer) for first in (persona_message(["I sing."]), verse)]
+    with raises(ConfigError, key="system", seen="x"), open_model(config("persona=[I sing.]", "system=x"), None, "none"):
+        pass
+
+
+def test_labels_and_plain_texts_are_asked_without_a_chat():
+    tokenizer, model = tiny_tokenizer(), Recorded()
+    talk(model, tokenizer, config(), iter(["so  good", "bad"]), Prompting(form="label", template="{text}\nLabel:"))
+    prompts = ["so good\nLabel:", "bad\nLabel:"]
+    rows = [rows_of(LabelledText(prompt=prompt, word=" positive"), tokenizer, 99)[0] for prompt in prompts]
+    assert model.seen == [row.prompt_ids for row in rows]
+    assert model.options.max_new_tokens == 1
+    talk(model, tokenizer, config(), iter(["Once upon"]), Prompting(form="text"))
+    assert model.seen[2] == tokenizer("Once upon")["input_ids"]
+
+
 def test_ctrl_c_on_a_terminal_stops_the_answer_and_the_chat_goes_on(local_model, monkeypatch):
     class Interrupted(Local):
         def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -134,7 +229,6 @@ def test_ctrl_c_on_a_terminal_stops_the_answer_and_the_chat_goes_on(local_model,
     first, second = model.seen
     answer = tokenizer.decode(second[0, first.shape[1] : first.shape[1] + 2])
     messages = [
-        persona_message([]),
         {"role": "user", "content": "Tell me a story."},
         {"role": "assistant", "content": answer.strip()},
         {"role": "user", "content": "And then?"},

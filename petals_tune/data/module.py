@@ -195,8 +195,12 @@ class TextData(LightningDataModule):
 
     def counts(self) -> dict[str, Any]:
         """Return, for each split that was encoded, its rows in the data: used, and left out by reason."""
+        return {name: split.counts() for name, split in self.encoded_splits().items()}
+
+    def encoded_splits(self) -> dict[str, EncodedSplit]:
+        """Return the splits that were read and encoded so far."""
         encoded = {name.removesuffix("_split"): vars(self).get(name) for name in _SPLITS}
-        return {name: split.counts() for name, split in encoded.items() if split is not None}
+        return {name: split for name, split in encoded.items() if split is not None}
 
     @property
     def description(self) -> str:
@@ -234,7 +238,13 @@ class TextData(LightningDataModule):
         rows: list[Row] = []
         used, too_long = 0, 0
         for example in tqdm(examples, desc=f"encoding {name} rows", unit=" examples", disable=None, leave=False):
-            encoded = rows_of(example, self.tokenizer, self.max_tokens)
+            try:
+                encoded = rows_of(example, self.tokenizer, self.max_tokens)
+            except DataError as error:
+                if not isinstance(examples, CountedExamples):
+                    raise
+                examples.refuse(error)  # raises it with its row's number, unless such rows are left out
+                continue
             rows += encoded
             used, too_long = used + bool(encoded), too_long + (not encoded)
             if max_rows is not None and len(rows) >= max_rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -42,8 +42,12 @@ class CountedExamples(Iterator[AnyExample]):
     When it was read to its end, or closed: rows of the table = examples + rows left out.
     """
 
-    def __init__(self, examples: Generator[AnyExample], left_out: Counter[str]):
-        self._examples, self.left_out = examples, left_out
+    def __init__(self, examples: Generator[AnyExample], left_out: Counter[str], refuse: Callable[[DataError], None]):
+        self._examples, self.left_out, self._refuse = examples, left_out, refuse
+
+    def refuse(self, error: DataError) -> None:
+        """Leave out the last example, which cannot be encoded; or raise `error` with the number of its row."""
+        self._refuse(error)
 
     def __next__(self) -> AnyExample:
         return next(self._examples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -99,21 +99,33 @@ class Table(SplitShares):
 
     def _examples(self, name: str, share: SplitName | None = None) -> CountedExamples:
         left_out: Counter[str] = Counter()
-        return CountedExamples(self._read(name, share, left_out), left_out)
+        at = [0]  # number of the row that is read
 
-    def _read(self, name: str, share: SplitName | None, left_out: Counter[str]) -> Generator[AnyExample]:
+        def refuse(error: DataError) -> None:
+            if not self.skip_bad_rows:
+                raise self._at_row(error, at[0], name) from None
+            left_out[_reason(error)] += 1
+
+        return CountedExamples(self._read(name, share, left_out, at, refuse), left_out, refuse)
+
+    def _read(
+        self,
+        name: str,
+        share: SplitName | None,
+        left_out: Counter[str],
+        at: list[int],
+        refuse: Callable[[DataError], None],
+    ) -> Generator[AnyExample]:
         """Yield the examples of a split, or of a share of it. A row that gives several is counted as that many."""
         table = self._split(name)
         read = 0
         try:
             for number, row in shuffled_rows(table):
-                read += 1
+                read, at[0] = read + 1, number
                 try:
                     examples = self._converted(row)
                 except DataError as error:
-                    if not self.skip_bad_rows:
-                        raise self._at_row(error, number, name) from None
-                    left_out[_reason(error)] += 1
+                    refuse(error)
                     continue
                 if not examples:
                     left_out[NOT_ASKED_FOR] += 1

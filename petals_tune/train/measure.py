@@ -11,6 +11,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from petals_tune.config import Run, check
 from petals_tune.data.module import EncodedSplit, TextData
+from petals_tune.train.backbone import describe_block_location
 from petals_tune.train.module import FineTuner
 from petals_tune.train.parts import prepare
 from petals_tune.train.quiet import silence_known_warnings
@@ -27,7 +28,7 @@ def evaluate_adapter(cfg: DictConfig, connect: Connect = remote_model, *, schema
     """Compute the metrics of the adapter `tuning.init_from` on `cfg.split`.
 
     Returns them as `adapter`, and with `cfg.zero_shot` those of the model alone as `base`; as `rows` what became of the
-    rows in the data, and as `data_digest` the SHA-256 of the data.
+    rows in the data, as `data_digest` the SHA-256 of the data, and as `blocks` where and how the blocks ran.
 
     Raises ConfigError before any server is started.
     """
@@ -41,8 +42,13 @@ def evaluate_adapter(cfg: DictConfig, connect: Connect = remote_model, *, schema
     say(f"model     {display_name(parts.base)}, {parts.blocks} blocks, with the adapter {parts.adapter}")
     say(f"data      {parts.data.source.description}; {len(split.rows):,} rows of the {cfg.split} split")
     say(f"          {split.format_counts(cfg.split)}")
+    if parts.asked:
+        say(f"asked     {parts.asked}")
     metrics: dict[str, Any] = {}
     with connect(parts) as model:
+        blocks = describe_block_location(model)
+        if parts.trained is not None and parts.trained.blocks not in ("", blocks):
+            say(f"blocks    {blocks}; the adapter was trained with blocks {parts.trained.blocks}")
         if cfg.zero_shot:
             tuner = FineTuner(model, parts.objective, parts.optimizer)
             metrics["base"] = validate(parts.trainer, tuner, loader)
@@ -50,7 +56,7 @@ def evaluate_adapter(cfg: DictConfig, connect: Connect = remote_model, *, schema
         tuner = FineTuner(load_adapter(model, parts.adapter), parts.objective, parts.optimizer)
         metrics["adapter"] = validate(parts.trainer, tuner, loader)
         say(f"adapter   {format_metrics(metrics['adapter'])}")
-    return {**metrics, "rows": split.counts(), "data_digest": parts.data.digest}
+    return {**metrics, "blocks": blocks, "rows": split.counts(), "data_digest": parts.data.digest}
 
 
 def load_split(data: TextData, split: Split) -> tuple[EncodedSplit, StatefulDataLoader]:

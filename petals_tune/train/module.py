@@ -22,6 +22,7 @@ from torchmetrics import MeanMetric
 from petals_tune.data.collate import Batch
 from petals_tune.errors import ConfigError, Diverged
 from petals_tune.train.backbone import Net
+from petals_tune.train.exported import Exported, best_checkpoint
 from petals_tune.train.objective import Objective, Scores
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -62,6 +63,7 @@ class FineTuner(LightningModule):
         self._schedule_factory = schedule
         self._totals: dict[str, MeanMetric] = {}
         self._resumed_steps = 0
+        self._best: Exported | None = None
 
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)
@@ -86,6 +88,17 @@ class FineTuner(LightningModule):
                     step=self.global_step,
                     parameter=name,
                 )
+
+    def on_train_end(self) -> None:
+        # After the callbacks, which have saved the newest checkpoint, and before replies and the last validation.
+        if found := best_checkpoint(self.trainer):
+            self._best, checkpoint = found
+            self.load_state_dict(checkpoint["state_dict"], strict=False)
+
+    @property
+    def exported(self) -> Exported:
+        """The step that the trained parameters are of."""
+        return self._best or Exported(step=self.global_step)
 
     def on_validation_epoch_start(self) -> None:
         self._totals = {}

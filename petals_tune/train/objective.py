@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from petals_tune.data.collate import Batch, choose_pad_id
-from petals_tune.data.rows import IGNORED, word_id
+from petals_tune.data.rows import IGNORED
+from petals_tune.data.tokens import word_ids
 from petals_tune.errors import DataError
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.train.backbone import Net
@@ -66,7 +67,7 @@ class LabelWords:
     def __init__(self, words: Sequence[str], tokenizer: PreTrainedTokenizerBase):
         """Raises DataError where a word is not one token."""
         self.words = tuple(words)
-        self._ids = torch.tensor([word_id(word, tokenizer) for word in words])  # (W,)
+        self._ids = torch.tensor(word_ids(words, tokenizer))  # (W,)
 
     def __call__(self, net: Net, batch: Batch) -> Scores:
         logits, targets = supervised_logits(net, batch)

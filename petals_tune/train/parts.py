@@ -8,14 +8,16 @@ from pathlib import Path
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
-from peft import PeftConfig
-from transformers import AutoTokenizer
+from peft import PeftConfig, TaskType
+from transformers import PreTrainedTokenizerBase
 
 from petals_tune.config import build
+from petals_tune.data.checks import check_positions, check_vocabulary, keep_padding_inside
 from petals_tune.data.module import TextData
 from petals_tune.errors import ConfigError
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.convert import model_folder
+from petals_tune.model.families import learned_positions, placeholder_model
 from petals_tune.train.checks import (
     check_batches,
     check_callbacks,
@@ -28,7 +30,16 @@ from petals_tune.train.loggers import MetricsFile
 from petals_tune.train.module import OptimizerFactory, ScheduleFactory, check_precision
 from petals_tune.train.objective import Objective
 from petals_tune.train.options import Swarm
-from petals_tune.tuning.saved import adapter_folder, base_of, saved_config
+from petals_tune.train.prompting import asked_as_trained, prompting_of, with_trained_template
+from petals_tune.tuning.identity import Identity, Prompting
+from petals_tune.tuning.saved import (
+    adapter_folder,
+    base_of,
+    check_adapter,
+    load_tokenizer,
+    saved_config,
+    saved_vocabulary,
+)
 from petals_tune.tuning.support import check_config
 
 
@@ -41,6 +52,8 @@ class Parts:
     blocks: int  # how many it has
     adapter: Path | None  # folder of an adapter to start from
     data: TextData
+    trained: Identity | None  # what `adapter` was trained for; None: unknown
+    asked: str | None  # how the adapter's own prompting changed the data of an evaluation
     objective: Objective
     tuning: PeftConfig
     optimizer: OptimizerFactory
@@ -66,18 +79,35 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
     adapter = None if init_from is None else adapter_folder(init_from)
     base = cfg.model.source or _base_model_of(adapter)
     source = model_folder(base)
-    blocks = Checkpoint(source).config.get_text_config().num_hidden_layers
+    config = Checkpoint(source).config
+    blocks = config.get_text_config().num_hidden_layers
     swarm.check(blocks)
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source, adapter)
+    resized = None if adapter is None else saved_vocabulary(adapter)
+    vocabulary = resized or config.get_text_config().vocab_size
+    keep_padding_inside(tokenizer, vocabulary)
     objective = build(cfg.objective, where="objective", tokenizer=tokenizer)
     if adapter is None:
         tuning = build(cfg.tuning, where="tuning", tokenizer=tokenizer)
         tuning.task_type = objective.task_type
+        trained = None
     else:
         tuning = saved_config(adapter)
+        labels = head_labels(objective)
+        trained = check_adapter(
+            adapter, task=objective.task_type.value, source=source, named=base, labels=labels or None
+        )
     check_config(tuning)
-    data = build(cfg.data, where="data", tokenizer=tokenizer)
+    if trained is None or stage == "fit":
+        data, asked = build(cfg.data, where="data", tokenizer=tokenizer), None
+    else:
+        data, asked = _data_as_trained(cfg.data, trained.prompting, tokenizer, stage=stage)
     data.setup(stage)
+    rows = [row for split in data.encoded_splits().values() for row in split.rows]
+    check_vocabulary(rows, tokenizer, vocabulary)
+    check_positions(
+        rows, getattr(tuning, "num_virtual_tokens", None) or 0, learned_positions(placeholder_model(config))
+    )
     check_callbacks(trainer, objective)
     if stage == "fit":
         check_batches(trainer, data)
@@ -89,6 +119,8 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
         blocks=blocks,
         adapter=adapter,
         data=data,
+        trained=trained,
+        asked=asked,
         objective=objective,
         tuning=tuning,
         optimizer=optimizer,
@@ -96,6 +128,30 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
         swarm=swarm,
         trainer=trainer,
     )
+
+
+def head_labels(objective: Objective) -> tuple[str, ...]:
+    """Return the label words of a classification head, in the order of its rows; none of other objectives."""
+    return tuple(getattr(objective, "words", ())) if objective.task_type == TaskType.SEQ_CLS else ()
+
+
+def _data_as_trained(
+    section: DictConfig, trained: Prompting, tokenizer: PreTrainedTokenizerBase, *, stage: str
+) -> tuple[TextData, str | None]:
+    """Build data that asks as the adapter was trained, and describe what that changed."""
+    changes = []
+    if trained.form == "chat" and trained.chat_template != tokenizer.chat_template:
+        tokenizer.chat_template = trained.chat_template
+        changes.append("its chat template")
+    changed = with_trained_template(section, trained)
+    if changed is not section:
+        changes.append(f"its template {trained.template!r}")
+    data: TextData = build(changed, where="data", tokenizer=tokenizer)
+    source = asked_as_trained(data.source, prompting_of(data.source, tokenizer, stage=stage), trained)
+    if source is not data.source:
+        data.source = source
+        changes.append(f"its system text {trained.system!r}" if trained.system else "no system text")
+    return data, f"as the adapter was trained, with {' and '.join(changes)}" if changes else None
 
 
 def _base_model_of(adapter: Path | None) -> str:

@@ -28,6 +28,7 @@ class Result:
     blocks: str = "on this machine"  # where and how the frozen blocks ran
     started_from: str | None = None  # adapter that the training started from
     steps: int = 0
+    exported: str = ""  # which step's tensors the adapter has
     trained_parameters: int = 0
     parameters: int = 0
     measured: StageMetrics = field(default_factory=dict)

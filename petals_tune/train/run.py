@@ -24,14 +24,15 @@ from petals_tune.train.backbone import describe_block_location, describe_swarm, 
 from petals_tune.train.callbacks import MB, NewestCheckpoint, Speed
 from petals_tune.train.checks import check_end
 from petals_tune.train.curves import draw_curves
-from petals_tune.train.export import describe_method, export_adapter
-from petals_tune.train.identity import Identity, RowOrder, RunRecord, SavedRun
+from petals_tune.train.export import describe_method, export_adapter, identity_of
+from petals_tune.train.identity import RowOrder, RunIdentity, RunRecord, SavedRun
 from petals_tune.train.loggers import MetricsFile, finish_wandb_runs, log_config, log_results
 from petals_tune.train.module import FineTuner
 from petals_tune.train.objective import load_model
 from petals_tune.train.parts import Parts, prepare
 from petals_tune.train.quiet import silence_known_warnings
 from petals_tune.train.result import Result, StageMetrics, format_metrics
+from petals_tune.tuning.identity import Identity
 from petals_tune.tuning.saved import load_adapter
 from petals_tune.tuning.support import tune
 
@@ -83,9 +84,9 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
     seed_everything(cfg.seed, verbose=False)
     parts = prepare(cfg)
     check_end(parts.trainer, steps_done=saved.step if saved else 0)
-    identity, order = Identity.of(parts, cfg), RowOrder.of(parts)
+    run_identity, order = RunIdentity.of(parts, cfg), RowOrder.of(parts)
     if saved:
-        identity.check(saved.identity, saved.path)
+        run_identity.check(saved.identity, saved.path)
     make_folder(output)
     if parts.trainer.is_global_zero:
         digest = f"# SHA-256 of the data: {parts.data.digest}\n"
@@ -106,10 +107,11 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
         rows=parts.data.counts(),
         started_from=cfg.tuning.get("init_from"),
     )
-    record = RunRecord(identity=identity, order=order, data=parts.data)
+    record = RunRecord(identity=run_identity, order=order, data=parts.data)
     parts.trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]  # before the one that saves checkpoints
     if saved:
         resume(saved, parts, record, result)
+    identity = identity_of(parts)
     try:
         with connect(parts) as model:
             result.blocks = describe_block_location(model)
@@ -126,8 +128,9 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
                 # Also after Ctrl-C or the loss of the swarm: the trained parameters are on this machine.
                 record.update()
                 if parts.trainer.global_step and parts.trainer.is_global_zero:
-                    export(parts.trainer, tuner, output, result)
-                    say(f"saved     step {result.steps} in {output}")
+                    result.exported = tuner.exported.describe()
+                    export(tuner, output, result, identity)
+                    say(f"saved     {result.exported}, in {output}")
                     for path in saved_checkpoints(parts.trainer):
                         say(f"          to go on from it: ckpt_path={path}")
                     if parts.objective.task_type == TaskType.CAUSAL_LM:
@@ -170,7 +173,7 @@ def fit(parts: Parts, tuner: FineTuner, result: Result, *, ckpt_path: Path | Non
     with raise_interrupts(parts.trainer):
         parts.trainer.fit(tuner, datamodule=parts.data, ckpt_path=ckpt_path)
     step, summary = tuner.summaries.get("val", (-1, {}))  # none in a run that goes on for a few steps
-    measure(parts, tuner, "after", into=result.measured, known=summary if step == parts.trainer.global_step else None)
+    measure(parts, tuner, "after", into=result.measured, known=summary if step == tuner.exported.step else None)
 
 
 def measure(
@@ -221,9 +224,9 @@ def raise_interrupts(trainer: Trainer) -> Iterator[None]:
         raise KeyboardInterrupt from None
 
 
-def export(trainer: Trainer, tuner: FineTuner, output: Path, result: Result) -> None:
+def export(tuner: FineTuner, output: Path, result: Result, identity: Identity) -> None:
     """Write the adapter and the learning curves."""
-    export_adapter(tuner.net, output / "adapter", result)
+    export_adapter(tuner.net, output / "adapter", result, identity)
     metrics = output / "metrics.csv"
     if metrics.exists():  # not after a fast_dev_run
         draw_curves(metrics, output / "curves.png", title=result.name)

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel, PromptTuningConfig, PromptTuningInit, get_peft_model
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from petals_tune.errors import ConfigError
-from petals_tune.tuning import deep_prompt
+from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.model.fingerprint import Fingerprint
+from petals_tune.tuning import deep_prompt, identity
+from petals_tune.tuning.identity import Identity, check_base, check_labels, check_task
 from petals_tune.tuning.support import check_config
 
 CONFIG_FILE = "adapter_config.json"
-_FILES = ["adapter_*", deep_prompt.FILE, "README.md"]
+_TOKENIZER = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*"]
+_FILES = ["adapter_*", deep_prompt.FILE, identity.FILE, "README.md", *_TOKENIZER]
+_HEADS = ("score", "classifier")  # PEFT's names of classification heads
 
 
 def adapter_folder(source: str | Path) -> Path:
@@ -29,8 +36,14 @@ def adapter_folder(source: str | Path) -> Path:
     folder = Path(source)
     if folder.is_dir():
         if not (folder / CONFIG_FILE).is_file():
+            inside = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_FILE}"))
+            hint = (
+                f"name one of the adapters inside it: {', '.join(inside)}"
+                if inside
+                else "a run leaves its own as outputs/NAME/DATE/adapter"
+            )
             raise ConfigError(
-                f"{folder} has no {CONFIG_FILE}: it is no adapter; a run leaves its own as outputs/NAME/DATE/adapter",
+                f"{folder} has no {CONFIG_FILE}: it is no adapter; {hint}",
                 key="adapter",
                 seen=source,
             )
@@ -59,7 +72,9 @@ def saved_config(folder: Path) -> PeftConfig:
 
 
 def base_of(folder: Path) -> str:
-    """The model that an adapter was trained on. Raises ConfigError where it does not say."""
+    """The model that an adapter was trained on, as `model.source` takes it. Raises ConfigError where it is not said."""
+    if found := Identity.read(folder):
+        return found.source
     try:
         base = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError) as error:
@@ -71,51 +86,159 @@ def base_of(folder: Path) -> str:
     return str(base)
 
 
+def check_adapter(
+    folder: Path, *, task: str, source: str, named: str, labels: tuple[str, ...] | None = None
+) -> Identity | None:
+    """Check that an adapter is one for `task` (PEFT's name) on the model `source`; returns its identity, if it has one.
+
+    Reads no more of the model than its fingerprint takes. `named` is the model in error messages; `labels` are the
+    label words of a run that classifies, None where there are none to compare. Raises ConfigError.
+    """
+    config = saved_config(folder)
+    check_task(folder, saved=config.task_type, wanted=task)
+    if (folder / deep_prompt.FILE).exists() and not config.is_prompt_learning:
+        raise ConfigError(
+            f"{folder} has both {deep_prompt.FILE} and an adapter of another method: remove the one that is not meant",
+            key="adapter",
+            seen=folder,
+        )
+    found = Identity.read(folder)
+    if found is not None:
+        check_base(folder, found, Fingerprint.of(source), named=named)
+    if task == "SEQ_CLS" and labels is not None:
+        check_labels(folder, saved=found.labels if found else (), wanted=labels)
+        if (rows := head_rows(folder)) != len(labels):
+            raise ConfigError(
+                f"the adapter {folder} has a head of {rows} labels, and this run has {len(labels)}: {list(labels)}",
+                key="objective.words",
+                seen=rows,
+            )
+    if config.is_prompt_learning:
+        _check_width(folder, config, Checkpoint(source).config.get_text_config().hidden_size)
+    return found
+
+
+def head_rows(folder: Path) -> int:
+    """Return the number of labels of an adapter's classification head. Raises ConfigError where it has none."""
+    for name, tensor in _read_weights(folder).items():
+        if name.endswith(tuple(f"{head}.weight" for head in _HEADS)):
+            return tensor.shape[0]
+    raise ConfigError(
+        f"the adapter {folder} is of a classifier, and its head is not in it: it was not saved, and cannot be guessed",
+        key="adapter",
+        seen=folder,
+    )
+
+
+def load_tokenizer(source: str, adapter: Path | None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in the adapter's folder, where one is (of a resized vocabulary, say), else the model's.
+
+    Raises OSError or ValueError as transformers does.
+    """
+    own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    return AutoTokenizer.from_pretrained(str(adapter) if own else source)
+
+
 def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
     """`model`, with local or remote blocks, wrapped with the adapter of `folder`, its deep prompts included.
 
     Raises UnsupportedAdapter where blocks on servers cannot honour it, ConfigError where its tensors are missing,
     damaged, or of another model; no tensor is left as it was silently.
     """
+    check_config(saved_config(folder))
+    net = wrap_with_adapter(model, folder, trainable=trainable)
+    if (folder / deep_prompt.FILE).exists():
+        deep_prompt.load_deep_prompts(model, folder, trainable=trainable)
+    # PEFT leaves a soft prompt trainable whatever it is loaded for.
+    return net if trainable else net.requires_grad_(False).eval()
+
+
+def wrap_with_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
+    """`model` wrapped by PEFT, with all tensors of the adapter; the vocabulary is resized to the adapter's.
+
+    Raises ConfigError where tensors are missing, damaged, of another model, or would be left out.
+    """
     config = saved_config(folder)
-    check_config(config)
     base, config.base_model_name_or_path = config.base_model_name_or_path, None  # or PEFT warns of another name
     # Not PeftModel.from_pretrained: it loads soft prompts for use alone, and only warns of tensors that are missing.
     config.inference_mode = not trainable
     if isinstance(config, PromptTuningConfig):
         config.prompt_tuning_init = PromptTuningInit.RANDOM  # a text would need its trainer's tokenizer; values follow
+    weights = _read_weights(folder)
+    _resize_vocabulary(model, weights)
     try:
         net = get_peft_model(model, config)
-        result: Any = set_peft_model_state_dict(net, load_peft_weights(str(folder), device="cpu"))
+        result: Any = set_peft_model_state_dict(net, dict(weights))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise _unfit(folder, base, error) from None
+    if config.is_prompt_learning:
+        _check_width(folder, config, model.config.get_text_config().hidden_size)  # PEFT takes any
+        expected = get_peft_model_state_dict(net, save_embedding_layers=False).keys()
+        missing, unexpected = sorted(expected - weights.keys()), sorted(weights.keys() - expected)
+    else:
+        # By their first names: remote blocks stand in a model twice, and PEFT saves and loads them once.
+        named = {name for name, _ in net.named_parameters()}
+        adapted = (net.base_model.prefix, "modules_to_save", "trainable_tokens_delta")
+        missing = [name for name in result.missing_keys if name in named and any(part in name for part in adapted)]
+        unexpected = result.unexpected_keys
+    if missing or unexpected:
+        raise ConfigError(
+            f"the adapter {folder} (of {base}) is for another model: "
+            f"it lacks {missing[:2]} and has {unexpected[:2]} beyond this model's",
+            key="adapter",
+            seen=[*missing, *unexpected],
+        )
+    return net
+
+
+def saved_vocabulary(folder: Path) -> int | None:
+    """The number of token embeddings that an adapter brings along; None where it keeps the model's."""
+    embeddings = re.compile(r"\.(embed_tokens|word_embeddings|wte|embed_in)(\.base_layer)?\.weight$")
+    sizes = [tensor.shape[0] for name, tensor in _read_weights(folder).items() if embeddings.search(name)]
+    return max(sizes, default=None)
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """Read the adapter's tensors. Raises ConfigError where they are absent or damaged."""
+    try:
+        weights: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ConfigError(
-            f"the adapter {folder} (of {base}) does not fit this model, or is damaged: {_first_line(error)}",
-            key="adapter",
-            seen=folder,
+            f"the tensors of the adapter {folder} cannot be read: {_first_line(error)}", key="adapter", seen=folder
         ) from None
-    width, hidden_size = getattr(config, "token_dim", None), model.config.get_text_config().hidden_size
-    if config.is_prompt_learning and width != hidden_size:  # PEFT takes it, and the first call would fail
+    # With a resized vocabulary PEFT writes trained embeddings twice, and reads the shorter name.
+    twice = {name for name in weights if (short := name.replace(".modules_to_save.", ".")) != name and short in weights}
+    return {name: tensor for name, tensor in weights.items() if name not in twice}
+
+
+def _resize_vocabulary(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+    """Resize the embeddings and head of `model`, where the adapter brings its own with other numbers of rows."""
+    embeddings = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module}
+    names = [name for name, module in model.named_modules() if id(module) in embeddings]
+    stored = (f"base_model.model.{name}.{inner}weight" for name in names for inner in ("", "base_layer."))
+    rows = {weights[name].shape[0] for name in stored if name in weights}
+    current: Any = model.get_input_embeddings().weight
+    if len(rows) == 1 and rows != {current.shape[0]}:
+        model.resize_token_embeddings(rows.pop(), mean_resizing=False)
+
+
+def _check_width(folder: Path, config: PeftConfig, hidden_size: int) -> None:
+    width = getattr(config, "token_dim", None)
+    if width != hidden_size:
         raise ConfigError(
-            f"the adapter {folder} (of {base}) is for another model: its soft prompt is {width} wide, and this model's "
-            f"embeddings are {hidden_size}",
+            f"the adapter {folder} (of {config.base_model_name_or_path}) is for another model: its soft prompt is "
+            f"{width} wide, and this model's embeddings are {hidden_size}",
             key="adapter",
             seen=folder,
         )
-    if not config.is_prompt_learning:
-        # By their first names: remote blocks stand in a model twice, and PEFT saves and loads them once.
-        named = {name for name, _ in net.named_parameters()}
-        missing = [name for name in result.missing_keys if net.base_model.prefix in name and name in named]
-        if missing or result.unexpected_keys:
-            raise ConfigError(
-                f"the adapter {folder} (of {base}) is for another model: "
-                f"it lacks {missing[:2]} and has {result.unexpected_keys[:2]} beyond this model's",
-                key="adapter",
-                seen=[*missing, *result.unexpected_keys],
-            )
-    if (folder / deep_prompt.FILE).exists():
-        deep_prompt.load_deep_prompts(model, folder, trainable=trainable)
-    # PEFT leaves a soft prompt trainable whatever it is loaded for.
-    return net if trainable else net.requires_grad_(False).eval()
+
+
+def _unfit(folder: Path, base: str | None, error: BaseException) -> ConfigError:
+    return ConfigError(
+        f"the adapter {folder} (of {base}) does not fit this model, or is damaged: {_first_line(error)}",
+        key="adapter",
+        seen=folder,
+    )
 
 
 def _unreadable(folder: Path, error: BaseException) -> ConfigError:

@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from petals_tune.config import build, composed
+from petals_tune.data.columns import Labels
 from petals_tune.data.examples import LabelledText, Text
 from petals_tune.data.module import TextData
+from petals_tune.data.table import Table
 from petals_tune.errors import ConfigError, DataError
 from tests.raising import raises
 
@@ -234,3 +237,14 @@ def test_packing_joins_training_rows_alone(tokenizer: PreTrainedTokenizerBase) -
 def test_length_buckets_need_less_padding(tokenizer: PreTrainedTokenizerBase) -> None:
     plain, bucketed = (TextData(Talking(), tokenizer=tokenizer, length_buckets=each) for each in (False, True))
     assert padding_tokens(bucketed) < padding_tokens(plain) / 2
+
+
+def test_a_row_that_cannot_be_encoded_is_named_or_left_out(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "good,0\n" * 9 + "bad,1\n")
+    columns = Labels(words=(" positive", " unputdownable"), template="{text}")
+    with raises(DataError, source=str(path), row=10, seen=" unputdownable"):
+        _ = TextData(Table(path=str(path), columns=columns, held_out_share=0), tokenizer=tokenizer).train_split
+    table = Table(path=str(path), columns=columns, held_out_share=0, skip_bad_rows=True)
+    counts = TextData(table, tokenizer=tokenizer).train_split.counts()
+    assert (counts["used"], sum(counts["left_out"].values())) == (9, 1)

@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerBase
 
 from petals_tune.data.chitchat import ChitChat
 from petals_tune.data.examples import Example, LabelledText, Message, Text
-from petals_tune.data.rows import IGNORED, Row, rows_of
+from petals_tune.data.rows import IGNORED, Row, context_ids, rows_of
 from petals_tune.errors import DataError
 from tests.raising import raises
 
@@ -98,7 +98,7 @@ def test_a_template_that_refuses_the_turns_is_a_data_error(bare: PreTrainedToken
 
 def test_a_template_that_rewrites_the_prompt_is_a_data_error(bare: PreTrainedTokenizerBase) -> None:
     bare.chat_template = "{{ messages | length }} turns"
-    with raises(DataError, seen="3 turns"):
+    with raises(DataError, seen="2 turns"):  # without the system turn, which it does not write
         encode(chat("Hi"), bare, max_tokens=100)
 
 
@@ -137,12 +137,13 @@ def test_every_answer_of_a_chat_can_be_learned(tokenizer: PreTrainedTokenizerBas
     assert learned(all_of_them, tokenizer) == "Hello.<|im_end|>Fine, thanks!<|im_end|>"
 
 
-def test_every_answer_of_a_transcript_can_be_learned(bare: PreTrainedTokenizerBase) -> None:
-    row = encode(dialogue(every_answer=True), bare, max_tokens=100)
-    assert learned(row, bare) == " Hello.<|im_end|> Fine, thanks!<|im_end|>"
-    assert bare.decode(row.input_ids) == (
-        "You are chatting.\n\nUser: Hi\nAssistant: Hello.<|im_end|>User: What now?\nAssistant: Fine, thanks!<|im_end|>"
-    )
+def test_every_answer_of_a_transcript_has_a_row_since_its_end_is_not_in_the_others_context(
+    bare: PreTrainedTokenizerBase,
+) -> None:
+    last, first = rows_of(dialogue(every_answer=True), bare, 100)
+    assert [learned(row, bare) for row in (first, last)] == [" Hello.<|im_end|>", " Fine, thanks!<|im_end|>"]
+    assert bare.decode(first.input_ids) == "You are chatting.\n\nUser: Hi\nAssistant: Hello.<|im_end|>"
+    assert last.prompt_ids == context_ids(dialogue(every_answer=True).context, bare)
 
 
 def test_a_text_is_learned_whole_but_for_the_first_token_of_a_row(tokenizer: PreTrainedTokenizerBase) -> None:

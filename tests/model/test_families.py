@@ -9,6 +9,7 @@ from petals_tune.errors import UnsupportedModel
 from petals_tune.model.families import (
     empty_the_rest,
     family_of,
+    learned_positions,
     load_part,
     placeholder_model,
     trimmed_class,
@@ -98,3 +99,17 @@ def test_client_and_server_together_are_the_whole_model():
     assert len(family.blocks_of(client)) == 0
     assert not client.norm.weight.requires_grad
     assert client.embed_tokens.weight.requires_grad, "what was not loaded starts new, and is trained"
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        (config_of("gpt2", n_positions=40), 40),
+        (config_of("opt", ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=48), 48),
+        (config_of("bloom"), None),
+        (config_of("llama", **LLAMA), None),
+    ],
+    ids=lambda value: value.model_type if isinstance(value, PretrainedConfig) else "",
+)
+def test_learned_positions_are_counted(config, positions):
+    assert learned_positions(placeholder_model(config)) == positions

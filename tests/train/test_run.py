@@ -83,7 +83,7 @@ def test_an_end_in_the_middle_closes_the_swarm_and_keeps_what_was_trained(
     assert (out / "adapter" / "adapter_model.safetensors").exists()
     assert torch.load(out / "checkpoint.ckpt", weights_only=True)["global_step"] == 2
     printed = capsys.readouterr().out
-    assert f"saved     step 2 in {out}\n" in printed
+    assert f"saved     step 2, the last, in {out}\n" in printed
     assert f"to go on from it: ckpt_path={out}/checkpoint.ckpt\n" in printed
     assert "stopped at step 2" in (out / "adapter" / "README.md").read_text()
     assert not (out / "result.json").exists()

@@ -6,15 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from petals_tune.errors import ConfigError, UnsupportedAdapter
+from petals_tune.tuning import deep_prompt
 from petals_tune.tuning.deep_prompt import DeepPromptConfig, save_deep_prompts
-from petals_tune.tuning.saved import CONFIG_FILE, adapter_folder, base_of, load_adapter
+from petals_tune.tuning.saved import (
+    CONFIG_FILE,
+    adapter_folder,
+    base_of,
+    check_adapter,
+    head_rows,
+    load_adapter,
+    load_tokenizer,
+)
 from petals_tune.tuning.support import tune
 from tests.raising import raises
+from tests.train.tiny import save_tiny, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -34,6 +44,13 @@ def model(**changes: int) -> LlamaForCausalLM:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=64, num_key_value_heads=2, initializer_range=0.2, **{**sizes, **changes})
     return LlamaForCausalLM(config).requires_grad_(False).eval()
+
+
+def classifier(num_labels: int = 3) -> LlamaForSequenceClassification:
+    config = model().config
+    config.num_labels, config.pad_token_id = num_labels, 0
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(config).requires_grad_(False).eval()
 
 
 @pytest.fixture(params=CONFIGS)
@@ -105,6 +122,87 @@ def test_what_servers_cannot_honour_is_refused(tmp_path: Path) -> None:
     get_peft_model(model(), LoraConfig(task_type="CAUSAL_LM", use_dora=True)).save_pretrained(tmp_path)
     with raises(UnsupportedAdapter, key="tuning.use_dora"):
         load_adapter(model(), tmp_path)
+
+
+def save_random(folder: Path, config: PeftConfig, *, rows: int | None = None) -> torch.Tensor:
+    """Save a random adapter, of a classifier for SEQ_CLS, with an optionally resized vocabulary; return its logits."""
+    base = classifier() if config.task_type == "SEQ_CLS" else model()
+    if rows is not None:
+        base.resize_token_embeddings(rows)
+    net = get_peft_model(base, config).eval()
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.3)
+    net.save_pretrained(folder, save_embedding_layers="auto" if rows is None else True)
+    with torch.no_grad():
+        return net(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "ia3"])
+def test_the_head_of_a_classifier_is_loaded_and_never_left_random(method: str, tmp_path: Path) -> None:
+    config = CONFIGS[method]()
+    config.task_type = TaskType.SEQ_CLS
+    expected = save_random(tmp_path, config)
+    assert head_rows(tmp_path) == 3
+    torch.testing.assert_close(load_adapter(classifier(), tmp_path)(input_ids=IDS).logits, expected, rtol=0, atol=0)
+    with raises(ConfigError, key="adapter"):
+        load_adapter(model(), tmp_path)  # it would be left out
+    with raises(ConfigError, key="adapter"):
+        load_adapter(classifier(num_labels=2), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "score" not in name}, file)
+    with raises(ConfigError, key="adapter"):
+        load_adapter(classifier(), tmp_path)
+    with raises(ConfigError, key="adapter", seen=tmp_path):
+        head_rows(tmp_path)
+
+
+@pytest.mark.parametrize("trained", [None, ["embed_tokens", "lm_head"]])
+def test_a_resized_vocabulary_is_loaded(trained: list[str] | None, tmp_path: Path) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj"], modules_to_save=trained)
+    expected = save_random(tmp_path, config, rows=70)
+    torch.testing.assert_close(load_adapter(model(), tmp_path)(input_ids=IDS).logits, expected, rtol=0, atol=0)
+
+
+def test_trained_tokens_are_loaded(tmp_path: Path) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj"], trainable_token_indices=[2, 5])
+    expected = save_random(tmp_path, config)
+    torch.testing.assert_close(load_adapter(model(), tmp_path)(input_ids=IDS).logits, expected, rtol=0, atol=0)
+
+
+def test_a_soft_prompt_of_another_width_is_refused_before_a_server_starts(tmp_path: Path) -> None:
+    save_random(tmp_path / "adapter", CONFIGS["prompt"]())
+    model(hidden_size=16).save_pretrained(tmp_path / "narrow")
+    model().save_pretrained(tmp_path / "right")
+    check = {"task": "CAUSAL_LM", "named": "x"}
+    assert check_adapter(tmp_path / "adapter", source=str(tmp_path / "right"), **check) is None
+    with raises(ConfigError, key="adapter", seen=tmp_path / "adapter"):
+        check_adapter(tmp_path / "adapter", source=str(tmp_path / "narrow"), **check)
+
+
+def test_a_folder_with_two_methods_is_refused(tmp_path: Path) -> None:
+    lora_folder(tmp_path)
+    (tmp_path / deep_prompt.FILE).touch()
+    with raises(ConfigError, key="adapter", seen=tmp_path):
+        check_adapter(tmp_path, task="CAUSAL_LM", source="x", named="x")
+
+
+def test_adapters_inside_a_folder_are_named(tmp_path: Path) -> None:
+    lora_folder(tmp_path / "formal")
+    lora_folder(tmp_path / "casual")
+    with raises(ConfigError, key="adapter", seen=tmp_path) as caught:
+        adapter_folder(tmp_path)
+    assert "casual, formal" in str(caught.value)
+
+
+def test_a_tokenizer_beside_the_adapter_goes_first(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model")
+    adapter = lora_folder(tmp_path / "adapter")
+    assert len(load_tokenizer(str(tmp_path / "model"), adapter)) == len(tiny_tokenizer())
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(adapter)
+    assert len(load_tokenizer(str(tmp_path / "model"), adapter)) == len(tiny_tokenizer()) + 1
 
 
 def test_a_folder_or_a_name_without_an_adapter(tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""Fingerprints of models: digests of their values, which tell a model from others of the same shape."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from petals_tune.model.checkpoint import Checkpoint, StoredTensor
+from petals_tune.model.families import family_of, placeholder_model
+
+SAMPLED_ROWS = 16  # of a tensor: 0.1 s for 135M parameters, while whole files would take minutes for 70B
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """SHA-256 digests of a model, each of a part that may be known or not.
+
+    Of every tensor the name, the shape and 16 evenly spaced rows count, as float32: the same values in other files or
+    in a wider dtype are the same model. Fine-tuned weights and merged adapters change every row.
+    """
+
+    config: str  # architecture and the tensors' names, as servers announce it
+    outside: str  # tensors outside the blocks, which every client has
+    blocks: str | None  # tensors of the blocks; None where they are on a hub, and were not all downloaded
+
+    @classmethod
+    def of(cls, source: str) -> Fingerprint:
+        """Compute the fingerprint of a folder in Hugging Face format or of a model on a hub.
+
+        Raises UnsupportedModel, HubUnreachable.
+        """
+        checkpoint = Checkpoint(source)
+        family = family_of(placeholder_model(checkpoint.config))
+        inside = {name for name in checkpoint.tensor_names if family.block_index(name) is not None}
+        outside = set(checkpoint.tensor_names) - inside
+        return cls(
+            config=checkpoint.digest.partition(".")[0],
+            outside=_digest(checkpoint, outside),
+            blocks=None if checkpoint.revision else _digest(checkpoint, inside),
+        )
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """Name the first part that both know and that differs: "config", "embeddings or head", "blocks"; None: none."""
+        parts = {
+            "config": (self.config, other.config),
+            "embeddings or head": (self.outside, other.outside),
+            "blocks": (self.blocks, other.blocks),
+        }
+        return next((name for name, (one, two) in parts.items() if one and two and one != two), None)
+
+
+def _digest(checkpoint: Checkpoint, names: Iterable[str]) -> str:
+    by_path: dict[Path, list[StoredTensor]] = {}
+    for tensor in checkpoint.stored(names, torch.float32).values():
+        by_path.setdefault(tensor.path, []).append(tensor)
+    sums = {}
+    for path, tensors in by_path.items():
+        with safe_open(path, framework="pt") as opened:
+            for tensor in tensors:
+                digest = hashlib.sha256(repr((tensor.name, tensor.shape)).encode())
+                for rows in _samples(opened.get_slice(tensor.name), tensor.shape):
+                    digest.update(rows.to(torch.float32).contiguous().numpy().data)
+                sums[tensor.name] = digest.hexdigest()
+    return hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()
+
+
+def _samples(stored: Any, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+    """Read evenly spaced rows of a tensor, the first and the last among them; of a vector all."""
+    if not all(shape):
+        return
+    if len(shape) < 2:
+        yield stored[...]
+        return
+    # The experts of a fused layer are rows too, of which one may have 100 MB.
+    inner = [slice(SAMPLED_ROWS)] * (len(shape) - 2)
+    for number in sorted({index * (shape[0] - 1) // (SAMPLED_ROWS - 1) for index in range(SAMPLED_ROWS)}):
+        yield stored[(slice(number, number + 1), *inner)]

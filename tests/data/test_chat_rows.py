@@ -1,0 +1,224 @@
+"""Any chat of eight published chat templates, for three kinds of tokenizers: what is learned is what would be said."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from petals_tune.data.chat_rows import IGNORED, Row, chat_rows
+from petals_tune.data.examples import Chat, Message
+from petals_tune.data.rows import context_ids
+from petals_tune.errors import DataError
+from tests.raising import raises
+
+# ruff: noqa: RUF001  # DeepSeek's tokens have wide bars
+
+# Of the package trl; each with what ends an answer. gemma refuses system turns, qwen3 drops reasoning, and phi3_5 ends
+# a whole chat with <|endoftext|>. gptoss ends the last answer with <|return|> and those before it with <|end|>.
+ENDS = {
+    "deepseekv3": "<｜end▁of▁sentence｜>",
+    "gemma": "<end_of_turn>",
+    "gptoss": "<|return|>",
+    "llama3": "<|eot_id|>",
+    "phi3_5": "<|end|>",
+    "qwen2_5": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "qwen3_5_think": "<|im_end|>",
+}
+_SPECIAL = re.compile(r"<\|[\w:]+\|>|<｜[^｜']+｜>|<[a-z]+_of_turn>|<bos>|</?think>")
+_TEXT = "The capital of France is Paris . What is it ? tea hot end user think model system return"
+_WORDS = _TEXT.split(" ")
+
+
+def template(name: str) -> str:
+    spec = importlib.util.find_spec("trl")  # not imported: that takes seconds
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return (Path(spec.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def byte_level() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [" ".join(_WORDS)] * 9, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    )
+    return tokenizer
+
+
+def metaspace() -> Tokenizer:
+    """As LlamaTokenizer of transformers 5 reads Llama 2's."""
+    tokenizer = Tokenizer(_pieces())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = _pieces_decoder()
+    return tokenizer
+
+
+def prepend() -> Tokenizer:
+    """As the tokenizer.json of Llama 2, Zephyr and Phi-3."""
+    tokenizer = Tokenizer(_pieces())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = _pieces_decoder()
+    return tokenizer
+
+
+def _pieces() -> models.BPE:
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trained.train_from_iterator(
+        [" ".join(_WORDS)] * 9, trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    )
+    vocabulary = trained.get_vocab()
+    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+    return models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+
+
+def _pieces_decoder() -> decoders.Sequence:
+    return decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+
+
+KINDS: dict[str, Callable[[], Tokenizer]] = {"byte level": byte_level, "metaspace": metaspace, "prepend": prepend}
+
+
+@cache
+def tokenizer_of(kind: str, name: str) -> PreTrainedTokenizerBase:
+    text = template(name)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=KINDS[kind](), bos_token="<s>", eos_token=ENDS[name])
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted({*_SPECIAL.findall(text), ENDS[name]})})
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+def learned(row: Row) -> list[tuple[int, int]]:
+    """(first, end) of each run of supervised tokens."""
+    marks = [False, *(label != IGNORED for label in row.labels), False]
+    edges = [place for place, (a, b) in enumerate(pairwise(marks)) if a != b]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+TEXTS = st.lists(st.sampled_from([*_WORDS, "é", "世界", "\n", "  ", "1"]), min_size=1, max_size=4).map(" ".join)
+TEXTS = TEXTS.filter(lambda text: text.strip())
+
+
+@st.composite
+def chats(draw: st.DrawFn) -> Chat:
+    turns = draw(st.integers(1, 3))
+    messages: list[Message] = [{"role": "system", "content": draw(TEXTS)}] if draw(st.booleans()) else []
+    for _ in range(turns):
+        messages.append({"role": "user", "content": draw(TEXTS)})
+        messages.append({"role": "assistant", "content": draw(TEXTS)})
+    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    some = draw(st.lists(st.sampled_from(answers), min_size=1, unique=True))
+    return Chat(messages=tuple(messages[: max(some) + 1]), learned=tuple(sorted(some)))
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=6, deadline=None)
+@given(chat=chats())
+def test_before_every_learned_answer_stands_what_generation_would_have_sent(kind: str, name: str, chat: Chat) -> None:
+    tokenizer = tokenizer_of(kind, name)
+    prompts = {tuple(context_ids(chat.messages[:place], tokenizer)): place for place in chat.learned}
+    places = []
+    for row in chat_rows(chat, tokenizer, 4000, from_user=False):
+        for start, end in learned(row):
+            place = prompts[tuple(row.input_ids[:start])]
+            assert row.input_ids[end - 1] == tokenizer.convert_tokens_to_ids(ENDS[name])
+            said, answer = (
+                str(tokenizer.decode(row.input_ids[start : end - 1])),
+                chat.messages[place]["content"].strip(),
+            )
+            assert said.endswith(answer)
+            before = said.removesuffix(answer).strip()
+            assert re.fullmatch(r"(<think>)?\s*(</think>)?|<\|channel\|>\s?final<\|message\|>", before)
+            places.append(place)
+    assert sorted(places) == list(chat.learned), "each answer once"
+
+
+THREE: tuple[Message, ...] = (
+    {"role": "user", "content": "What is it ?"},
+    {"role": "assistant", "content": "tea"},
+    {"role": "user", "content": "hot ?"},
+    {"role": "assistant", "content": "The end"},
+)
+
+
+@pytest.mark.parametrize(("name", "rows"), [("qwen3", 1), ("llama3", 1), ("phi3_5", 1), ("gptoss", 2)])
+def test_answers_share_a_row_where_they_end_as_generation_would_end_them(name: str, rows: int) -> None:
+    found = list(
+        chat_rows(Chat(messages=THREE, learned=(1, 3)), tokenizer_of("byte level", name), 400, from_user=False)
+    )
+    assert len(found) == rows
+
+
+def test_an_answer_whose_reasoning_the_whole_chat_leaves_out_has_a_row_of_its_own() -> None:
+    tokenizer = tokenizer_of("byte level", "qwen3")
+    reasons = {"role": "assistant", "content": "<think>\nParis .\n</think>\n\ntea"}
+    messages = (THREE[0], reasons, *THREE[2:])
+    last, first = chat_rows(Chat(messages=messages, learned=(1, 3)), tokenizer, 400, from_user=False)
+    ((start, end),) = learned(first)
+    assert tokenizer.decode(first.input_ids[start:end]) == "<think>\nParis .\n</think>\n\ntea<|im_end|>"
+    assert "Paris" not in str(tokenizer.decode(last.input_ids))
+
+
+def test_answers_that_a_short_row_has_no_place_for_have_rows_of_their_own() -> None:
+    tokenizer = tokenizer_of("byte level", "qwen2_5")
+    chat = Chat(messages=THREE, learned=(1, 3))
+    (whole,) = chat_rows(chat, tokenizer, 400, from_user=False)
+    last, first = chat_rows(chat, tokenizer, len(whole.input_ids) - 1, from_user=False)
+    assert [len(learned(row)) for row in (last, first)] == [1, 1]
+    assert last.cut_tokens == len(whole.input_ids) - len(last.input_ids)
+    assert list(chat_rows(chat, tokenizer, 5, from_user=False)) == []
+
+
+def test_an_assistant_that_speaks_first_keeps_its_place_where_the_template_has_one() -> None:
+    chat = Chat(messages=(THREE[1], *THREE[2:]), learned=(0, 2))
+    tokenizer = tokenizer_of("byte level", "qwen2_5")
+    (row,) = chat_rows(chat, tokenizer, 400, from_user=False)
+    assert "tea" in str(tokenizer.decode(row.input_ids))
+    assert len(learned(row)) == 1, "nobody asked for the first"
+    (without,) = chat_rows(Chat(messages=chat.messages, learned=(2,)), tokenizer, 400, from_user=True)
+    assert "tea" not in str(tokenizer.decode(without.input_ids))
+
+
+def test_a_word_that_is_in_the_end_of_the_turn_is_found_where_it_is_the_answer() -> None:
+    tokenizer = tokenizer_of("byte level", "qwen2_5")
+    messages = ({"role": "user", "content": "What ?"}, {"role": "assistant", "content": "im_end"})
+    (row,) = chat_rows(Chat(messages=messages, learned=(1,)), tokenizer, 400, from_user=False)
+    ((start, end),) = learned(row)
+    assert tokenizer.decode(row.input_ids[start:end]) == "im_end<|im_end|>"
+
+
+def test_tool_calls_are_learned_as_the_template_writes_them() -> None:
+    tokenizer = tokenizer_of("byte level", "qwen2_5")
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    tools = ({"type": "function", "function": {"name": "weather", "parameters": {}}},)
+    messages = (THREE[0], {"role": "assistant", "content": "", "tool_calls": [call]})
+    (row,) = chat_rows(Chat(messages=messages, learned=(1,), tools=tools), tokenizer, 4000, from_user=False)
+    ((start, end),) = learned(row)
+    said = str(tokenizer.decode(row.input_ids[start:end]))
+    assert '"city": "Paris"' in said
+    assert said.endswith("<|im_end|>")
+    assert '"name": "weather", "parameters"' in str(tokenizer.decode(row.input_ids[:start]))
+
+
+def test_an_empty_answer_is_refused() -> None:
+    messages = (THREE[0], {"role": "assistant", "content": " "})
+    with raises(DataError, reason="an empty answer"):
+        list(chat_rows(Chat(messages=messages, learned=(1,)), tokenizer_of("prepend", "gemma"), 400, from_user=False))
