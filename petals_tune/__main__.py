@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from petals_tune.cli import quiet_libraries, report_errors
 from petals_tune.config import CONFIG_NAME, check_arguments, folder_of, register_recipes
+from petals_tune.hydra_errors import explain_start
 
 if TYPE_CHECKING:
     from petals_tune.train.sweep import JobRunner
@@ -42,7 +43,8 @@ def main() -> None:
                 with report_errors():
                     return runners[0].run(cfg)
 
-            tune()
+            with explain_start(runners):
+                tune()
 
 
 if __name__ == "__main__":

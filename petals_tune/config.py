@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, partial
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -73,7 +74,7 @@ class Run:
     """All options of a run. A `Section` describes an object with a `_target_`, or several by their names."""
 
     name: str  # of the run and its output folder; recipes set it
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no more
     output_dir: str
     ckpt_path: str | None  # resume from this checkpoint
     sweep: Sweep
@@ -123,6 +124,23 @@ def register_recipes() -> None:
     for name in recipe_names():
         node = OmegaConf.load(folder_of("recipes") / f"{name}.yaml")
         ConfigStore.instance().store(group="recipe", name=name, node=node, package="_global_", provider="recipes")
+    # With a cache, since the jobs of a sweep and all who ask for the folder of a run must get the same.
+    OmegaConf.register_new_resolver("new_folder", new_folder, use_cache=True, replace=True)
+
+
+def new_folder(path: str) -> str:
+    """Make a folder that no other process has, `path` or `path` with a number, and return it. Raises ConfigError."""
+    for number in count(1):
+        folder = Path(path if number == 1 else f"{path}_{number}")
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"the folder {folder} cannot be made: {error.strerror}", key="hydra.run.dir") from None
+        return str(folder)
+    raise AssertionError("count() has no end")
 
 
 def composed(overrides: Sequence[str] = (), *, config_name: str = CONFIG_NAME) -> DictConfig:

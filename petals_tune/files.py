@@ -107,6 +107,12 @@ def replace_non_finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def make_folder(path: Path, *, key: str = "output_dir") -> None:
+    """Make a folder and those above it, where they are not there. Raises ConfigError with `key` where that fails."""
+    with _errors_explained(path, key):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def filling(folder: Path, *, key: str = "") -> Iterator[Path]:
     """Yield an empty folder to write to; its files are moved into `folder` when the block ends without an error.

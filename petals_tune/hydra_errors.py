@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pydoc import ErrorDuringImport, locate
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from petals_tune.errors import ConfigError
 
@@ -54,6 +56,17 @@ def config_error(
     if "Config group override must be" in str(error):
         return _no_choice(overrides, compose_again([]))
     return ConfigError(first_line(error.__cause__ or error))
+
+
+@contextmanager
+def explain_start(jobs: Sized) -> Iterator[None]:
+    """Raise ConfigError for what Hydra raises before the first of `jobs`, such as for a folder that cannot be made."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, OSError) as error:
+        if jobs:  # an error of a job keeps its traceback
+            raise
+        raise ConfigError(first_line(error), key="hydra") from error
 
 
 def unknown_option(

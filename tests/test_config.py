@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from petals_tune.config import build, check, check_arguments, composed, recipe_names
+from petals_tune.config import build, check, check_arguments, composed, folder_of, new_folder, recipe_names
 from petals_tune.errors import ConfigError, UnsupportedModel
 from tests.raising import raises
 
@@ -187,3 +187,17 @@ def test_tab_completion_knows_the_recipes(tmp_path: Path) -> None:
         text=True,
     )
     assert ended.stdout.split() == [f"recipe={name}" for name in recipe_names()]
+
+
+def test_a_new_folder_is_one_that_nobody_has(tmp_path: Path) -> None:
+    assert [new_folder(f"{tmp_path}/runs/now") for _ in range(3)] == [
+        f"{tmp_path}/runs/now{n}" for n in ("", "_2", "_3")
+    ]
+    with raises(ConfigError, key="hydra.run.dir"):
+        new_folder("/proc/nowhere/now")
+
+
+def test_a_run_and_the_jobs_of_a_sweep_ask_for_one_new_folder() -> None:
+    for name in ("train", "evaluate"):
+        text = (folder_of("conf") / f"{name}.yaml").read_text()
+        assert "${new_folder:" in text.partition("run:")[2].partition("help:")[0]

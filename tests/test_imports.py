@@ -38,9 +38,9 @@ MAY_IMPORT = {
     "remote": "errors wire net model tuning swarm",
     "servers": "__version__ errors files cli config wire net model blocks",
     # floor 6
-    "train": "errors config wire files model blocks.quantization tuning data net swarm remote",
+    "train": "errors config hydra_errors wire files model blocks.quantization tuning data net swarm remote",
     # floor 7: the commands, and the package's own front, which imports what it offers on first use
-    "petals_tune": "errors cli config wire files model tuning data net swarm remote train",
+    "petals_tune": "errors cli config hydra_errors wire files model tuning data net swarm remote train",
     "conf": "",
     "recipes": "",
 }

@@ -76,33 +76,49 @@ class RowOrder(DistributedSampler):
     def __init__(self, lengths: Sequence[int], *, batch_size: int, buckets: bool, seed: int, rank: int, ranks: int):
         super().__init__(lengths, num_replicas=ranks, rank=rank, seed=seed)  # type: ignore[arg-type]  # it asks for the length alone
         self.lengths, self.batch_rows, self.buckets = lengths, batch_size * ranks, buckets
-        last = len(lengths) % self.batch_rows  # rows of the last step
-        self.repeated = max(0, ranks - last) if last else 0
         # DistributedSampler would give every process the same number of rows.
-        self.num_samples = len(range(rank, len(lengths) + self.repeated, ranks))
+        self.num_samples = len(range(rank, len(lengths) + self.repeated(len(lengths)), ranks))
+        self._start = (0, 0)  # an epoch, and how many of its rows were taken before
+
+    def start_at(self, *, epoch: int, batches: int) -> None:
+        """Begin the next epoch that is iterated over with number `epoch`, after so many of its batches."""
+        self._start, self.epoch = (epoch, min(batches * self.batch_rows, len(self.lengths))), epoch
 
     def __iter__(self) -> EpochIterator:
-        return EpochIterator(self, {"seed": self.seed, "epoch": self.epoch, "taken": 0})
+        epoch, taken = self._start
+        return EpochIterator(
+            self, {"seed": self.seed, "epoch": self.epoch, "taken": taken if epoch == self.epoch else 0}
+        )
 
     def epoch_order(self, seed: int, epoch: int) -> list[int]:
-        """Return this process's row indices of one epoch."""
-        order = training_order(self.lengths, batch_rows=self.batch_rows, buckets=self.buckets, seed=seed, epoch=epoch)
-        order += islice(cycle(order), self.repeated)
-        return order[self.rank :: self.num_replicas]
+        """Return the row indices of one epoch; the processes take them by turns."""
+        return training_order(self.lengths, batch_rows=self.batch_rows, buckets=self.buckets, seed=seed, epoch=epoch)
+
+    def repeated(self, rows: int) -> int:
+        """Return how many of the `rows` that are left are repeated, so that each process has some in the last step."""
+        last = rows % self.batch_rows
+        return max(0, self.num_replicas - last) if last else 0
 
 
 class EpochIterator(Iterator[int]):
-    """Row indices of one epoch. torchdata's StatefulDataLoader saves and loads its state."""
+    """Row indices of one epoch for one process. torchdata's StatefulDataLoader saves and loads its state.
+
+    `taken` counts the rows of all processes, so that a run of another number of processes can go on from it.
+    """
 
     def __init__(self, rows: RowOrder, state: dict[str, int]):
         self.rows = rows
         self.load_state_dict(state)
 
     def __next__(self) -> int:
-        if self.state["taken"] == len(self.order):
+        if self.state["taken"] + self.rows.rank >= len(self.order):
             raise StopIteration
-        self.state["taken"] += 1
-        return self.order[self.state["taken"] - 1]
+        # Lightning sets it for each epoch; a plain loop over the loader does not. Not on creation: torchdata's loader
+        # with workers makes two iterators and uses the second.
+        self.rows.epoch = self.state["epoch"] + 1
+        row = self.order[self.state["taken"] + self.rows.rank]
+        self.state["taken"] += self.rows.num_replicas
+        return row
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.state)
@@ -110,7 +126,8 @@ class EpochIterator(Iterator[int]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.state = dict(state)
         self.order = self.rows.epoch_order(state["seed"], state["epoch"])
-        self.rows.epoch = state["epoch"] + 1  # Lightning sets it for each epoch; a plain loop over the loader does not
+        left = len(self.order) - self.state["taken"]
+        self.order = [*self.order, *islice(cycle(self.order), self.rows.repeated(left))]
 
 
 class RowShare(DistributedSampler):

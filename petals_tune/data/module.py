@@ -125,6 +125,11 @@ class TextData(LightningDataModule):
                 seen=padding_side,
             )
         self.padding_side = padding_side
+        self._resume_at = {"epoch": 0, "batches": 0}
+
+    def resume_at(self, *, epoch: int, batches: int) -> None:
+        """Begin the next training loader within an epoch, after so many of its batches."""
+        self._resume_at = {"epoch": epoch, "batches": batches}
 
     def setup(self, stage: str) -> None:
         """Read and encode the splits of a stage, so that bad data ends a run before its first step."""
@@ -156,6 +161,8 @@ class TextData(LightningDataModule):
             rank=self._rank,
             ranks=self._ranks,
         )
+        order.start_at(**self._resume_at)
+        self._resume_at = {"epoch": 0, "batches": 0}
         return self._loader(rows, order)
 
     def val_dataloader(self) -> StatefulDataLoader:

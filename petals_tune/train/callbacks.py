@@ -14,14 +14,16 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from petals_tune.data.collate import Batch, choose_pad_id
 from petals_tune.data.module import TextData
 from petals_tune.files import replacing, write_json, write_text
 from petals_tune.net.stats import ServerTimes
 from petals_tune.train.backbone import swarm_stats
-from petals_tune.train.module import FineTuner
-from petals_tune.train.resume import TrainingPosition, random_states, set_random_states
+from petals_tune.train.module import FineTuner, planned_steps, time_limit
+from petals_tune.train.options import Count
+from petals_tune.train.resume import TrainingPosition, continue_from, random_states, set_random_states
 
 MB = 1e6
 
@@ -54,6 +56,12 @@ class Speed(Callback):
         """Mean over all training steps so far."""
         return self._tokens / self._train_s if self._train_s else 0.0
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self._tokens, "train_s": self._train_s}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._tokens, self._train_s = state_dict["tokens"], state_dict["train_s"]
+
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, batch_idx: int) -> None:
         stats = swarm_stats(net_of(module))
         if batch_idx % trainer.accumulate_grad_batches == 0:
@@ -85,7 +93,7 @@ class Speed(Callback):
 class Progress(TQDMProgressBar):
     """Lightning's progress bar on a terminal; elsewhere `lines` plain lines over the training."""
 
-    def __init__(self, lines: int = 10):
+    def __init__(self, lines: Count = 10):
         super().__init__()
         self.lines = lines
         if not sys.stdout.isatty():
@@ -104,20 +112,33 @@ class Progress(TQDMProgressBar):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         super().on_train_start(trainer, module)
         self._started_s, self._first_step = time.perf_counter(), trainer.global_step
-        self._shown_step = trainer.global_step
+        self._printed, self._shown_step = int(self._share_done(trainer)[0] * self.lines), trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
-        step, steps = trainer.global_step, int(trainer.estimated_stepping_batches)
-        every = max(1, steps // self.lines)
-        if self.is_enabled or (step % every and step != steps) or step == self._shown_step:
+        if self.is_enabled or trainer.global_step == self._shown_step:
             return
-        self._shown_step = step
-        left_s = (time.perf_counter() - self._started_s) / (step - self._first_step) * (steps - step)
+        self._shown_step = trainer.global_step
+        share, left_s = self._share_done(trainer)
+        if int(share * self.lines) == self._printed:
+            return
+        self._printed = int(share * self.lines)
+        steps = planned_steps(trainer)
         metrics = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, module).items())
-        print(f"step      {step}/{steps}  {metrics}  {format_duration(left_s)} left", flush=True)
+        step = f"{trainer.global_step}{f'/{steps}' if steps else ''}"
+        print(f"step      {step}  {metrics}  {format_duration(left_s)} left", flush=True)
+
+    def _share_done(self, trainer: Trainer) -> tuple[float, float]:
+        """Return the share of the training that is done, by steps or else by time, and the seconds that are left."""
+        step, steps, timer = trainer.global_step, planned_steps(trainer), time_limit(trainer)
+        if steps is None and timer is not None:
+            elapsed_s, left_s = timer.time_elapsed(), max(0.0, timer.time_remaining() or 0.0)
+            return elapsed_s / (elapsed_s + left_s), left_s
+        steps = steps or step
+        elapsed_s = time.perf_counter() - self._started_s
+        return step / steps, elapsed_s / max(1, step - self._first_step) * (steps - step)
 
 
 def format_duration(seconds: float) -> str:
@@ -131,41 +152,53 @@ def format_duration(seconds: float) -> str:
 class NewestCheckpoint(Checkpoint):
     """Saves one checkpoint to `path`: every few steps, and when training ends, also by Ctrl-C or an error.
 
-    The last one is saved within the fit, since the data loader loses its position in the epoch afterwards. After an
-    error in the middle of a step the checkpoint has the position before that step, so that a resumed run repeats the
-    step with the same batches and random numbers.
+    It has the position after the last whole step, so that a resumed run repeats a step that was not finished with the
+    same batches and random numbers, and runs a validation that was due and not finished.
     """
 
-    def __init__(self, path: str, every_n_steps: int = 50):
+    def __init__(self, path: str, every_n_steps: Count = 50):
         self.path = Path(path)
         self.every_n_steps = every_n_steps
         self._saved_step = 0
         self._position: TrainingPosition | None = None
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         self._position = TrainingPosition.from_checkpoint(checkpoint)
+        if isinstance(trainer.datamodule, TextData):  # type: ignore[attr-defined]  # Lightning sets it in fit()
+            data_of(trainer).resume_at(epoch=self._position.epoch, batches=self._position.batches)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self._position is not None:
-            set_random_states(self._position.random_states)
+            continue_from(self._position, trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if self._position is None or self._position.step != trainer.global_step:
-            self._position = TrainingPosition.from_trainer(trainer)
+        self._update_position(trainer)
         if trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._position is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._position = self._position.after_validation()
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._save(trainer)
 
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        if trainer.training and trainer.global_step:
+            self._update_position(trainer)  # an error between a step and `on_train_batch_end`
         self._save(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._position is not None and self._position.step == trainer.global_step:
             self._position.write_to(checkpoint)
+
+    def _update_position(self, trainer: Trainer) -> None:
+        if self._position is None or self._position.step != trainer.global_step:
+            self._position = TrainingPosition.from_trainer(trainer)
 
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self._saved_step:
@@ -181,14 +214,24 @@ class SampleReplies(Callback):
     Prints them, writes replies.json and replies.txt into `folder`, and logs a table to W&B.
     """
 
-    def __init__(self, folder: str, max_new_tokens: int = 24):
+    def __init__(self, folder: str, max_new_tokens: Count = 24):
         self.folder = Path(folder)
         self.max_new_tokens = max_new_tokens
         self._replies: list[dict[str, str]] = []
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"replies": self._replies}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._replies = state_dict["replies"]
+
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         samples = data_of(trainer).samples if trainer.is_global_zero else []
-        self._replies = [{"prompt": sample.prompt, "person": sample.reply} for sample in samples]
+        replies = [{"prompt": sample.prompt, "person": sample.reply} for sample in samples]
+        restored = [{name: reply[name] for name in ("prompt", "person")} for reply in self._replies]
+        if replies and replies == restored:
+            return  # a run that goes on: the checkpoint has what was generated before its first step
+        self._replies = replies
         self._generate(trainer, module, "before")
 
     def on_fit_end(self, trainer: Trainer, module: LightningModule) -> None:

@@ -30,6 +30,8 @@ def draw_curves(metrics: Path, picture: Path, *, title: str) -> None:
     """Plot training and validation metrics over the steps, with one panel for each kind of metric."""
     points = read_metrics(metrics)
     kinds = [kind for kind in UNITS if f"val/{kind}" in points]
+    if not kinds:  # a run that goes on, stopped before its first validation
+        return
     # Figure, not pyplot, which would look for a display and keep the figure open.
     figure = Figure(figsize=(8, 1.2 + 3.2 * len(kinds)), layout="constrained")
     panels = figure.subplots(len(kinds), sharex=True, squeeze=False)[:, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import wandb
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
@@ -24,6 +26,28 @@ class MetricsFile(CSVLogger):
 
     def __init__(self, folder: str | Path):
         super().__init__(folder, name="", version="", flush_logs_every_n_steps=10)
+        self._kept: list[dict[str, Any]] = []
+
+    def keep_rows(self, *, steps: int, validated: bool) -> None:
+        """Keep the rows that the file has of the first steps, for a run that goes on from there in this folder.
+
+        A row of a training step has the number of steps before it; a validation's has the number of all, and that after
+        the last step is kept where the run goes on from after it (`validated`).
+        """
+        path = Path(self.log_dir, "metrics.csv")
+        if path.exists():
+            with path.open(newline="") as file:
+                rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+            self._kept = [row for row in rows if int(row["step"]) < steps + (validated and "train/loss" not in row)]
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            writer = super().experiment  # deletes the file
+            writer.metrics, self._kept = self._kept, []
+            writer.save()
+        return self._experiment
 
     @rank_zero_only
     def save(self) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -61,11 +65,13 @@ class FineTuner(LightningModule):
         self._optimizer_factory = optimizer
         self._schedule_factory = schedule
         self._totals: dict[str, MeanMetric] = {}
+        self._resumed_steps = 0
         self._best: Exported | None = None
         self.window = Window()  # the batches since the last optimizer step
 
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)
+        self._resumed_steps = 0
         # DDP would broadcast frozen parameters too, and so allocate memory for remote blocks' placeholder weights.
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
         self._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in self.named_buffers())]
@@ -152,10 +158,11 @@ class FineTuner(LightningModule):
                 "nothing to train: no parameter of the model requires a gradient; choose tuning=prompt", key="tuning"
             )
         optimizer = self._optimizer_factory(parameters)
+        optimizer.register_load_state_dict_pre_hook(keep_options)
         if self._schedule_factory is None:
             return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = build_schedule(self._schedule_factory, optimizer, steps)
+        schedule = build_schedule(self._schedule_factory, optimizer, planned_steps(self.trainer))
+        advance(schedule, self._resumed_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def trained_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -175,6 +182,9 @@ class FineTuner(LightningModule):
                 key="ckpt_path",
                 seen=saved,
             )
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            # The options of this run count: its schedule is advanced to the checkpoint's step, not restored.
+            self._resumed_steps, checkpoint["lr_schedulers"] = checkpoint["global_step"], []
 
     def _mean_over_processes(self, count: int) -> float:
         if self.trainer.world_size == 1:
@@ -193,10 +203,39 @@ class FineTuner(LightningModule):
         return scores
 
 
-def build_schedule(factory: ScheduleFactory, optimizer: Optimizer, steps: int) -> LRScheduler:
-    """Call a schedule's factory: those of transformers need the number of steps, those of torch do not take it."""
+def build_schedule(factory: ScheduleFactory, optimizer: Optimizer, steps: int | None) -> LRScheduler:
+    """Call a schedule's factory: those of transformers need the number of steps, those of torch do not take it.
+
+    steps: of the whole training, None where it ends by time alone
+    """
     options = {"num_training_steps": steps} if "num_training_steps" in inspect.signature(factory).parameters else {}
     return factory(optimizer=optimizer, **options)
+
+
+def planned_steps(trainer: Trainer) -> int | None:
+    """Return the number of optimizer steps of a whole fit; None where it ends by time alone."""
+    steps = trainer.estimated_stepping_batches
+    return None if math.isinf(steps) else int(steps)
+
+
+def time_limit(trainer: Trainer) -> Timer | None:
+    """Return Lightning's timer of a trainer with `max_time`."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
+    return next((callback for callback in callbacks if isinstance(callback, Timer)), None)
+
+
+def advance(schedule: LRScheduler, steps: int) -> None:
+    """Take steps of a schedule without those of its optimizer."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before")
+        for _ in range(steps):
+            schedule.step()
+
+
+def keep_options(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's saved state with the options of `optimizer`: its learning rate, weight decay and so on."""
+    pairs = zip(optimizer.param_groups, state["param_groups"], strict=True)
+    return {**state, "param_groups": [{**own, "params": saved["params"]} for own, saved in pairs]}
 
 
 def check_precision(trainer: Trainer) -> None:

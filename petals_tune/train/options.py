@@ -151,6 +151,10 @@ def prompt_tuning(
     """
     start: dict[str, Any] = {"prompt_tuning_init": PromptTuningInit.SAMPLE_VOCAB}
     if init_text is not None:
+        if not init_text.strip():
+            raise ConfigError(
+                "tuning.init_text is empty: leave it out for random tokens", key="tuning.init_text", seen=init_text
+            )
         start = {
             "prompt_tuning_init": PromptTuningInit.TEXT,
             "prompt_tuning_init_text": init_text,

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from peft import PeftConfig, TaskType
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from petals_tune.config import build
@@ -20,8 +18,16 @@ from petals_tune.errors import ConfigError
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.convert import model_folder
 from petals_tune.model.families import learned_positions, placeholder_model
+from petals_tune.train.checks import (
+    check_batches,
+    check_callbacks,
+    check_end,
+    check_optimizer,
+    check_trainer,
+    check_tuning,
+)
 from petals_tune.train.loggers import MetricsFile
-from petals_tune.train.module import OptimizerFactory, ScheduleFactory, build_schedule, check_precision
+from petals_tune.train.module import OptimizerFactory, ScheduleFactory, check_precision
 from petals_tune.train.objective import Objective
 from petals_tune.train.options import Swarm
 from petals_tune.train.prompting import asked_as_trained, prompting_of, with_trained_template
@@ -64,9 +70,11 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
     swarm: Swarm = build(cfg.swarm, where="swarm")
     optimizer = build(cfg.optimizer, where="optimizer")
     schedule = build(cfg.schedule, where="schedule")
-    _check_optimizer(optimizer, schedule)
     trainer = build_trainer(cfg)
+    check_trainer(trainer)
     check_precision(trainer)
+    check_end(trainer)
+    check_optimizer(optimizer, schedule, trainer)
     init_from = cfg.tuning.get("init_from")
     adapter = None if init_from is None else adapter_folder(init_from)
     base = cfg.model.source or _base_model_of(adapter)
@@ -100,6 +108,11 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
     check_positions(
         rows, getattr(tuning, "num_virtual_tokens", None) or 0, learned_positions(placeholder_model(config))
     )
+    check_callbacks(trainer, objective)
+    if stage == "fit":
+        check_batches(trainer, data)
+    if adapter is None:
+        check_tuning(tuning, source, objective)
     return Parts(
         base=base,
         source=source,
@@ -160,15 +173,3 @@ def build_trainer(cfg: DictConfig) -> Trainer:
         return build(cfg.trainer, where="trainer", logger=[metrics, *loggers], callbacks=callbacks)
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {error}", key="trainer") from error
-
-
-def _check_optimizer(optimizer: OptimizerFactory, schedule: ScheduleFactory) -> None:
-    """Call both factories once, to find bad options before Lightning calls them within a fit."""
-    try:
-        built = optimizer([nn.Parameter(torch.zeros(1))])
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer: {error}", key="optimizer") from error
-    try:
-        build_schedule(schedule, built, 1)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"schedule: {error}", key="schedule") from error

@@ -6,22 +6,27 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from peft import PeftModel, TaskType
 from transformers import PreTrainedModel
 
 from petals_tune.config import check
-from petals_tune.files import write_text
+from petals_tune.errors import ConfigError
+from petals_tune.files import make_folder, write_text
 from petals_tune.model.convert import EMBEDDED, EMBEDDED_NAME
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
 from petals_tune.train.backbone import describe_block_location, describe_swarm, remote_blocks, swarm_stats
-from petals_tune.train.callbacks import MB, Speed
+from petals_tune.train.callbacks import MB, NewestCheckpoint, Speed
+from petals_tune.train.checks import check_end
 from petals_tune.train.curves import draw_curves
 from petals_tune.train.export import describe_method, export_adapter, identity_of
-from petals_tune.train.loggers import finish_wandb_runs, log_config, log_results
+from petals_tune.train.identity import RowOrder, RunIdentity, RunRecord, SavedRun
+from petals_tune.train.loggers import MetricsFile, finish_wandb_runs, log_config, log_results
 from petals_tune.train.module import FineTuner
 from petals_tune.train.objective import load_model
 from petals_tune.train.parts import Parts, prepare
@@ -30,6 +35,8 @@ from petals_tune.train.result import Result, StageMetrics, format_metrics
 from petals_tune.tuning.identity import Identity
 from petals_tune.tuning.saved import load_adapter
 from petals_tune.tuning.support import tune
+
+CONFIG_FILE = "config.yaml"  # in the output folder of a run
 
 Connect = Callable[[Parts], AbstractContextManager[PreTrainedModel]]
 
@@ -71,13 +78,19 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
     started_s = time.monotonic()
     silence_known_warnings()
     check(cfg)
+    saved = SavedRun.load(cfg.ckpt_path, name=cfg.name) if cfg.ckpt_path else None
+    output = Path(cfg.output_dir)
+    check_output(output, saved)
     seed_everything(cfg.seed, verbose=False)
     parts = prepare(cfg)
-    output = Path(cfg.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    check_end(parts.trainer, steps_done=saved.step if saved else 0)
+    run_identity, order = RunIdentity.of(parts, cfg), RowOrder.of(parts)
+    if saved:
+        run_identity.check(saved.identity, saved.path)
+    make_folder(output)
     if parts.trainer.is_global_zero:
         digest = f"# SHA-256 of the data: {parts.data.digest}\n"
-        write_text(output / "config.yaml", digest + OmegaConf.to_yaml(cfg, resolve=True))
+        write_text(output / CONFIG_FILE, digest + OmegaConf.to_yaml(cfg, resolve=True))
     log_config(parts.trainer.loggers, cfg)
     say(
         f"model     {display_name(parts.base)}, {parts.blocks} blocks\n"
@@ -94,28 +107,32 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
         rows=parts.data.counts(),
         started_from=cfg.tuning.get("init_from"),
     )
+    record = RunRecord(identity=run_identity, order=order, data=parts.data)
+    parts.trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]  # before the one that saves checkpoints
+    if saved:
+        resume(saved, parts, record, result)
     identity = identity_of(parts)
     try:
         with connect(parts) as model:
             result.blocks = describe_block_location(model)
-            if cfg.zero_shot:
+            if cfg.zero_shot and "zero_shot" not in result.measured:
                 measure(parts, FineTuner(model, parts.objective, parts.optimizer), "zero_shot", into=result.measured)
             net = load_adapter(model, parts.adapter, trainable=True) if parts.adapter else tune(model, parts.tuning)
             result.trained_parameters, result.parameters = net.get_nb_trainable_parameters()
             say(f"trains    {result.trained_share}: {describe_method(net.peft_config[net.active_adapter])[0]}")
             tuner = FineTuner(net, parts.objective, parts.optimizer, parts.schedule)
+            record.update = partial(add_figures, result, parts.trainer, net, started_s=started_s, saved=saved)
             try:
-                fit(parts, tuner, result, ckpt_path=cfg.ckpt_path)
+                fit(parts, tuner, result, ckpt_path=saved.path if saved else None)
             finally:
                 # Also after Ctrl-C or the loss of the swarm: the trained parameters are on this machine.
-                add_figures(result, parts.trainer, net, minutes=(time.monotonic() - started_s) / 60)
+                record.update()
                 if parts.trainer.global_step and parts.trainer.is_global_zero:
                     result.exported = tuner.exported.describe()
                     export(tuner, output, result, identity)
-                    say(
-                        f"saved     {result.exported}, in {output}\n"
-                        f"          to go on from it: ckpt_path={output}/checkpoint.ckpt"
-                    )
+                    say(f"saved     {result.exported}, in {output}")
+                    for path in saved_checkpoints(parts.trainer):
+                        say(f"          to go on from it: ckpt_path={path}")
                     if parts.objective.task_type == TaskType.CAUSAL_LM:
                         say(f"          to talk to it: python -m petals_tune.chat adapter={output}/adapter")
         if parts.trainer.is_global_zero:
@@ -127,12 +144,35 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
     return result.measured
 
 
-def fit(parts: Parts, tuner: FineTuner, result: Result, *, ckpt_path: str | None) -> None:
-    """Validate, fit, and validate again."""
-    measure(parts, tuner, "before", into=result.measured)
+def check_output(output: Path, saved: SavedRun | None) -> None:
+    """Raise ConfigError where the folder has another run already; a run may go on in its own."""
+    goes_on = saved is not None and saved.path.resolve().is_relative_to(output.resolve())
+    if (output / CONFIG_FILE).exists() and not goes_on and not getattr(rank_zero_only, "rank", 0):
+        raise ConfigError(
+            f"{output} has a run already: take another folder, or go on with that run, "
+            f"ckpt_path={output / 'checkpoint.ckpt'}",
+            key="output_dir",
+            seen=str(output),
+        )
+
+
+def resume(saved: SavedRun, parts: Parts, record: RunRecord, result: Result) -> None:
+    """Prepare the parts of a run to go on from a checkpoint, and say from which and what changed."""
+    record.position, changes = saved.resumed_position(record.order)
+    result.measured |= record.measured_before(saved)
+    for logger in parts.trainer.loggers:
+        if isinstance(logger, MetricsFile):
+            logger.keep_rows(steps=saved.step, validated=not saved.position.validation_due)
+    say(f"goes on   from step {saved.step} of {saved.path}{f'; {changes}' if changes else ''}")
+
+
+def fit(parts: Parts, tuner: FineTuner, result: Result, *, ckpt_path: Path | None) -> None:
+    """Validate, unless the run goes on from a checkpoint that has those metrics, fit, and validate again."""
+    if "before" not in result.measured:
+        measure(parts, tuner, "before", into=result.measured)
     with raise_interrupts(parts.trainer):
         parts.trainer.fit(tuner, datamodule=parts.data, ckpt_path=ckpt_path)
-    step, summary = tuner.summaries["val"]
+    step, summary = tuner.summaries.get("val", (-1, {}))  # none in a run that goes on for a few steps
     measure(parts, tuner, "after", into=result.measured, known=summary if step == tuner.exported.step else None)
 
 
@@ -150,14 +190,25 @@ def measure(
     say(f"{when:<10}{format_metrics(known)}")
 
 
-def add_figures(result: Result, trainer: Trainer, net: PeftModel, *, minutes: float) -> None:
-    """Set the figures of time, traffic and speed so far."""
+def add_figures(
+    result: Result, trainer: Trainer, net: PeftModel, *, started_s: float, saved: SavedRun | None
+) -> Result:
+    """Set the figures of time, traffic and speed so far, with those of the run that this one goes on from."""
     stats = swarm_stats(net)
-    result.steps, result.minutes = trainer.global_step, minutes
+    result.steps, result.minutes = trainer.global_step, (time.monotonic() - started_s) / 60
     result.sent_mb, result.received_mb, result.retries = stats.sent_bytes / MB, stats.received_bytes / MB, stats.retries
+    for name, spent in (saved.spent if saved else {}).items():
+        setattr(result, name, getattr(result, name) + spent)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it
         if isinstance(callback, Speed):
             result.tokens_per_s = callback.tokens_per_s
+    return result
+
+
+def saved_checkpoints(trainer: Trainer) -> list[Path]:
+    """Return the checkpoints that are there of those that a run keeps up to date."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it
+    return [each.path for each in callbacks if isinstance(each, NewestCheckpoint) and each.path.exists()]
 
 
 @contextmanager

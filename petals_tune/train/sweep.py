@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from petals_tune.errors import ConfigError, PetalsTuneError, ServerError, SwarmError
 from petals_tune.files import replacing
+from petals_tune.hydra_errors import first_line
 from petals_tune.train.curves import read_metrics
 from petals_tune.train.options import ClientOptions, LocalSwarm
 from petals_tune.train.parts import Parts
@@ -119,11 +120,11 @@ class JobRunner:
             run(cfg, self._swarm)
             result = Result.load(job.folder)
             value = goal.value(result)
-        except PetalsTuneError as error:
+        except BaseException as error:
             # The other jobs are run nevertheless; Hydra raises the error at the end.
-            say(f"job       {job.number} failed: {error}")
+            say(f"job       {job.number} failed: {first_line(error)}")
             self._jobs.append(job)
-            if isinstance(error, SwarmError | ServerError):
+            if not isinstance(error, PetalsTuneError) or isinstance(error, SwarmError | ServerError):
                 self._swarm.close()  # the next job starts a new one
             raise
         self._jobs.append(replace(job, result=result))
@@ -233,7 +234,8 @@ def plot_sweep(jobs: Sequence[Job], picture: Path) -> None:
     for index, (job, label) in enumerate(zip(jobs, labels, strict=True)):
         color = f"C{index % 10}"
         metric.plot(job.value, index, "o", color=color)
-        points = read_metrics(job.folder / "metrics.csv").get("val/loss", [])
+        metrics_file = job.folder / "metrics.csv"  # not there after a fast_dev_run
+        points = read_metrics(metrics_file).get("val/loss", []) if metrics_file.exists() else []
         curves.plot(*zip(*points, strict=True), marker=".", color=color, label=label)
     metric.set_yticks(range(len(jobs)), labels)
     metric.invert_yaxis()

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
+from hydra.types import RunMode
 from matplotlib.image import imread
 
 from petals_tune.config import check, composed
@@ -87,6 +89,25 @@ def test_the_table_has_the_differing_overrides_and_failed_jobs(
 def test_a_single_job_is_plotted_too(tmp_path: Path) -> None:
     plot_sweep([job(0, tmp_path)], tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").exists()
+
+
+@pytest.mark.parametrize("error", [ConfigError, RuntimeError, KeyboardInterrupt])
+def test_a_failed_job_is_listed_whosever_error_it_was(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hydra = SimpleNamespace(
+        mode=RunMode.MULTIRUN,
+        sweep=SimpleNamespace(dir=str(tmp_path)),
+        overrides=SimpleNamespace(task=["seed=1"]),
+        sweeper={},
+        job=SimpleNamespace(num=0),
+    )
+    monkeypatch.setattr(sweep.HydraConfig, "get", lambda: hydra)
+    monkeypatch.setattr(sweep, "run", MagicMock(side_effect=error("why")))
+    with pytest.raises(error), sweep.JobRunner() as runner:
+        runner.run(composed(["recipe=sst2", f"output_dir={tmp_path / '0'}"]))
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        assert [(row["job"], row["seed"], row["metric"]) for row in csv.DictReader(file)] == [("0", "1", "failed")]
 
 
 @dataclass(frozen=True, kw_only=True)
