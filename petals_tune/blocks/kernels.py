@@ -74,7 +74,7 @@ class FrozenProduct(torch.autograd.Function):
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`F.linear` by the faster library."""
-    fast = weight.dtype is torch.float32 and onednn_is_faster()
+    fast = weight.device.type == "cpu" and weight.dtype is torch.float32 and onednn_is_faster()
     return _onednn(x, weight, bias) if fast else F.linear(x, weight, bias)
 
 

@@ -138,10 +138,10 @@ class RemoteCache(Cache):
                 max_length=self.max_length + virtual,
                 adapter=adapter(),
             )
-        inputs = Inputs(
-            hidden=hidden.detach(),
-            padding=None if padding is None or padding[:, -new:].all() else padding[:, -new:],
-            positions=positions,
+        inputs = Inputs(  # in host memory, also where the model is on a GPU
+            hidden=hidden.detach().cpu(),
+            padding=None if padding is None or padding[:, -new:].all() else padding[:, -new:].cpu(),
+            positions=None if positions is None else positions.cpu(),
         )
         order, self._order = self._order, None
         output = loop.run(self._session.step(inputs, position=self.position, order=order))
@@ -150,4 +150,4 @@ class RemoteCache(Cache):
         if ids is not None:
             self.ids = ids if self.ids is None else torch.cat([self.ids, ids], dim=1)
         self._next_ids = None
-        return output
+        return output.to(hidden.device)
