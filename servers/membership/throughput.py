@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from petals_tune import __version__
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.kv_cache import Session
 from petals_tune.blocks.loading import dummy_block
@@ -49,7 +50,7 @@ def measure_computing(
     """
     depends_on = [
         *(checkpoint.digest, quantization, str(dtype), _device_name(device), torch.get_num_threads()),
-        *(version("torch"), version("bitsandbytes"), version("petals_tune")),
+        *(version("torch"), version("bitsandbytes"), __version__),
     ]
     path = folder / f"{hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:32]}.json"
     if not again:
