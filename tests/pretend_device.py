@@ -10,8 +10,9 @@ indices in host memory. Streams, kernels and memory are not modelled; numbers ar
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.loading import LoadedBlocks
+from petals_tune.remote.skeleton import is_placeholder
 
 CPU = torch.device("cpu")
 _MAY_MIX = {"_to_copy", "copy_", "index", "index_put_", "index_put", "_index_put_impl_"}
@@ -127,46 +129,78 @@ def _numbered(device: Any) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-class _Moves(TorchFunctionMode):
-    """Moves between devices and factories with `device=`, in this thread."""
+def _to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`Tensor.to` of a machine with GPUs."""
+    target, dtype = kwargs.get("device"), kwargs.get("dtype")
+    for each in args:
+        if isinstance(each, torch.dtype):
+            dtype = each
+        elif isinstance(each, torch.Tensor):
+            target, dtype = each.device, each.dtype
+        elif isinstance(each, torch.device | str):
+            target = each
+    if target is not None and torch.device(target).type == "meta":
+        return _TO(tensor, *args, **kwargs)
+    if target is not None and _numbered(target) != _numbered(tensor.device):
+        tensor = _Move.apply(tensor, _numbered(target))
+    return tensor if dtype is None or dtype is tensor.dtype else _TO(tensor, dtype)
+
+
+_TO = torch.Tensor.to
+
+
+class _Factories(TorchFunctionMode):
+    """Functions with `device=`, in this thread."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
-        if name in ("to", "cpu", "cuda") and isinstance(args[0], torch.Tensor):
-            tensor, rest = args[0], list(args[1:])
-            target = {"cpu": CPU, "cuda": torch.device("cuda", 0)}.get(name, kwargs.pop("device", None))
-            dtype = kwargs.pop("dtype", None)
-            for each in rest:
-                if isinstance(each, torch.dtype):
-                    dtype = each
-                elif isinstance(each, torch.Tensor):
-                    target, dtype = each.device, each.dtype
-                elif isinstance(each, torch.device | str | int) and not isinstance(each, bool):
-                    target = each if not isinstance(each, int) else torch.device("cuda", each)
-            if target is not None and _numbered(target) != _numbered(tensor.device):
-                tensor = _Move.apply(tensor, _numbered(target))
-            return tensor if dtype is None else func(tensor, dtype) if name == "to" else tensor
+        kwargs = dict(kwargs or {})
         device = kwargs.get("device")
-        if device is not None and not isinstance(args[0] if args else None, GpuTensor) and _is_gpu(device):
-            output = func(*args, **{**kwargs, "device": "cpu"})
-            return tree_map(lambda x: _placed(x, _numbered(device)) if isinstance(x, torch.Tensor) else x, output)
-        return func(*args, **kwargs)
+        if not _is_gpu(device) or isinstance(args[0] if args else None, GpuTensor):
+            return func(*args, **kwargs)
+        output = func(*args, **{**kwargs, "device": "cpu"})
+        return tree_map(lambda x: _placed(x, _numbered(device)) if isinstance(x, torch.Tensor) else x, output)
 
 
 def _is_gpu(device: Any) -> bool:
-    return not isinstance(device, bool | int) and torch.device(device).type == "cuda"
+    return isinstance(device, str | torch.device) and torch.device(device).type == "cuda"
+
+
+class _Patches:
+    """What is another in torch while any thread has pretended GPUs: backwards run without a mode, moves included."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._stack = threading.Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._stack.enter_context(
+                    mock.patch.multiple(torch.Tensor, to=_to, cpu=lambda tensor: _to(tensor, CPU))
+                )
+                self._stack.enter_context(
+                    mock.patch.multiple(
+                        torch.cuda,
+                        default_generators=(torch.default_generator, torch.default_generator),
+                        get_device_capability=lambda device=None: (8, 0),
+                        get_device_name=lambda device=None: "pretended GPU",
+                    )
+                )
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._stack.close()
+
+
+_patches = _Patches()
 
 
 @contextmanager
 def pretended_gpus() -> Iterator[None]:
     """While this lasts, this thread has two GPUs."""
-    generators = (torch.default_generator, torch.default_generator)
-    answers = {
-        "default_generators": generators,
-        "get_device_capability": lambda device=None: (8, 0),
-        "get_device_name": lambda device=None: "pretended GPU",
-    }
-    with mock.patch.multiple(torch.cuda, **answers), _Moves():
+    with _patches, _Factories():
         yield
 
 
@@ -183,7 +217,7 @@ def put_on(model: nn.Module, device: str = "cuda:0") -> nn.Module:
             module.init_8bit_state()
             module.state.CB, module.state.SCB = move(module.state.CB), move(module.state.SCB)
         for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
+            if parameter is not None and not is_placeholder(parameter):
                 found = moved.get(id(parameter))
                 if found is None:
                     found = nn.Parameter(GpuTensor(parameter.detach(), gpu), requires_grad=parameter.requires_grad)
@@ -191,7 +225,7 @@ def put_on(model: nn.Module, device: str = "cuda:0") -> nn.Module:
                     moved[id(parameter)] = found
                 module._parameters[name] = found
         for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
+            if buffer is not None and not is_placeholder(buffer):
                 module._buffers[name] = move(buffer)
     return model
 

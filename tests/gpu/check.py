@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import types
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -42,8 +43,10 @@ SECTIONS = [
     Section("parity", 80),
     Section("memory", 40),
     Section("swarm", 90),
+    Section("engine", 40),
     Section("speed", 200),
 ]
+MEASURED = ("memory", "engine", "swarm", "speed")  # whose figures are in the last line
 
 
 def main() -> None:
@@ -129,11 +132,9 @@ class Child:
         """Run a section; false where the process is of no use afterwards."""
         stop_s = time.monotonic() + limit_s
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # it has ended, as its pipe of rows will tell
             self._process.stdin.write(section + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass
         while True:
             while b"\n" in self._buffer:
                 line, _, self._buffer = self._buffer.partition(b"\n")
@@ -157,10 +158,8 @@ class Child:
 
     def stop(self) -> None:
         """End the process with its children. Servers that it started end when their standard input closes."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
         os.close(self._rows)
 
@@ -185,7 +184,7 @@ class Table:
             verdict = {True: "ok", False: "FAILED", None: ""}[row.get("ok")]
             print(f"| {row['section']} | {row['what']} | {value} | {row.get('goal', '')} | {verdict} |")
         verdicts = [row.get("ok") for row in self._rows]
-        figures = {f"{row['section']}: {row['what']}": row.get("value", row.get("ok")) for row in self._rows}
+        figures = {row["what"]: row["value"] for row in self._rows if row["section"] in MEASURED and "value" in row}
         failed = [f"{row['section']}: {row['what']}" for row in self._rows if row.get("ok") is False]
         seconds = round(time.monotonic() - self.started_s, 1)
         print(json.dumps({"ok": verdicts.count(True), "failed": failed, "seconds": seconds, "figures": figures}))

@@ -69,7 +69,7 @@ class Context:
         """A failure inside becomes a row, and the section goes on."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001  # whatever a library raises on a machine that nobody has seen
+        except Exception as error:  # whatever a library raises on a machine that nobody has seen
             traceback.print_exc()
             place = traceback.extract_tb(error.__traceback__)[-1]
             text = (str(error).strip().splitlines() or [""])[0][:200]

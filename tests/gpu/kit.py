@@ -2,9 +2,9 @@
 
     python tests/gpu/kit.py .gpu-kit
 
-For Linux x86-64, CPython 3.12, with torch for CUDA 13, lightning, peft's and transformers' own dependencies there already.
-Versions are those of constraints.txt. bitsandbytes is packed without the libraries for other versions of CUDA, 125 of its
-129 MB.
+For Linux x86-64 and CPython 3.12, where torch for CUDA 13, lightning and what transformers needs are installed already.
+Versions are those of constraints.txt. bitsandbytes is packed without its libraries for other versions of CUDA, 125 of
+its 129 MB.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (31, 28, 27, 24, 17)] + 
 ]
 SOURCES = ["antlr4-python3-runtime", "prefetch_generator", "python-baseconv", "varint"]  # pure Python, without wheels
 WHEELS = """
-    annotated-types base58 bitsandbytes blake3 cffi click ConfigArgParse cryptography datasets dill filelock fsspec
-    gguf googleapis-common-protos hivemind httpcore2 httpx2 huggingface_hub hydra-core idna mmh3 morphys msgspec
-    multiprocess netaddr omegaconf peft protobuf py-cid py-multibase py-multicodec py-multihash pycparser pydantic
-    pydantic_core PyJWT tokenizers torchdata transformers truststore typing-inspection typing_extensions
-""".split()
+    annotated-types base58 bitsandbytes blake3 cffi click ConfigArgParse cryptography datasets dill filelock
+    fsspec gguf googleapis-common-protos hivemind httpcore2 httpx2 huggingface_hub hydra-core idna mmh3 morphys
+    msgspec multiprocess netaddr omegaconf peft protobuf py-cid py-multibase py-multicodec py-multihash pycparser
+    pydantic pydantic_core PyJWT tokenizers torchdata transformers truststore typing-inspection typing_extensions
+""".split()  # noqa: SIM905  # as text, to be read
 UNUSED = re.compile(r"bitsandbytes/libbitsandbytes_(?!cpu|cuda130)\w+\.so")
 
 

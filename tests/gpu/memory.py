@@ -9,9 +9,10 @@ import torch
 from petals_tune.blocks import memory
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.kv_cache import Session
-from petals_tune.blocks.loading import BlockLayout, load_blocks
+from petals_tune.blocks.loading import BlockLayout, LoadedBlocks, load_blocks
 from petals_tune.blocks.quantization import find_scheme
 from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.model.disk import DiskCache
 from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
 from tests.gpu.context import Context
@@ -36,20 +37,30 @@ def run(context: Context) -> None:
 
 def check(context: Context, what: str, checkpoint: Checkpoint, quantization: str, *, all_of_it: bool) -> None:
     before = context.allocated()
-    loaded = load_blocks(
-        checkpoint, SPAN, quantization=quantization, dtype=torch.bfloat16, device=context.device
-    )
+
+    def load() -> LoadedBlocks:
+        disk = DiskCache(folder=context.work / "quantized")
+        dtype, device = torch.bfloat16, context.device
+        return load_blocks(checkpoint, SPAN, quantization=quantization, dtype=dtype, device=device, disk=disk)
+
+    loaded = load()
     engine = Engine(loaded)
     gc.collect()
     scheme, meta = find_scheme(quantization), BlockLayout.of(checkpoint).meta_block(0)
     expected = len(SPAN) * memory.block_bytes(meta, quantization=scheme, dtype=torch.bfloat16)
     ratio(context, f"{what}: weights, counted", loaded.weight_bytes, context.allocated() - before)
     ratio(context, f"{what}: weights, expected before loading", expected, context.allocated() - before)
-    if not all_of_it:
-        return
     width = engine.hidden_size
     hidden, grad = torch.randn(ROWS, LENGTH, width), torch.randn(ROWS, LENGTH, width)
     request = Forward(span=SPAN, hidden=hidden, keep=True, input_grad=True)
+    if quantization != "none":
+        again = Engine(load())  # from the cache on disk
+        same = torch.equal(again.forward(request, None).output, engine.forward(request, None).output)
+        context.row(f"{what}: the same output by blocks from the disk", ok=same)
+        del again
+        gc.collect()
+    if not all_of_it:
+        return
     warm = engine.forward(request, None)  # libraries take their workspaces
     engine.backward(Backward(lease=1, grad=grad), warm.graph, None)
     del warm
@@ -70,9 +81,7 @@ def check(context: Context, what: str, checkpoint: Checkpoint, quantization: str
     left = context.allocated() - before
     context.row(f"{what}: left after the backward", left, "bytes", at_most=0)
     before = context.allocated()
-    session = Session(
-        client="client", span=SPAN, rows=ROWS, max_length=CACHED, adapter=None, adapter_version=None
-    )
+    session = Session(client="client", span=SPAN, rows=ROWS, max_length=CACHED, adapter=None, adapter_version=None)
     output = engine.step([(session, Step(session=0, hidden=hidden, position=0))])
     assert isinstance(output[0], torch.Tensor), output
     counted = engine.measure_token_bytes() * ROWS * CACHED * len(SPAN)

@@ -13,8 +13,8 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from petals_tune.blocks.quantization import find_scheme
 from petals_tune import AutoDistributedModelForCausalLM
+from petals_tune.blocks.quantization import find_scheme
 from tests.gpu.context import Context
 from tests.gpu.models import VOCABULARY, make_small
 from tests.inprocess import in_process_swarm

@@ -78,9 +78,7 @@ def kill(server: ServerProcess) -> None:
     server.process.wait(END_S)
 
 
-def worst(
-    context: Context, what: str, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
-) -> None:
+def worst(context: Context, what: str, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     error = max(relative_error(found[name], each) for name, each in expected.items())
     context.row(what, error, at_most=TOLERANCE, note=f"{len(expected)} tensors")
 
