@@ -59,9 +59,9 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     table = Table(out / "results.json", started_s)
     wanted = options.only.split(",") if options.only else [each.name for each in SECTIONS]
-    with tempfile.TemporaryDirectory(prefix="gpu-check-") as work:
+    with tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True) as work:
         run_all(options, [each for each in SECTIONS if each.name in wanted], table, Path(work), out)
-    table.finish()
+        table.finish()  # before the files of the models are removed
 
 
 def arguments() -> argparse.Namespace:

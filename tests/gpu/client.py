@@ -16,7 +16,7 @@ from tests.gpu.models import VOCABULARY
 
 
 def main(given: str) -> None:
-    """Print "ready"; for each number of new tokens on standard input generate in all sessions, and print the seconds."""
+    """Print "ready"; for each number of new tokens on standard input generate in all sessions, and print seconds."""
     options = json.loads(given)
     torch.set_num_threads(1)
     model = AutoDistributedModelForCausalLM.from_pretrained(options["folder"], initial_peers=options["peers"])

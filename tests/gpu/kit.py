@@ -33,10 +33,10 @@ PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (31, 28, 27, 24, 17)] + 
 ]
 SOURCES = ["antlr4-python3-runtime", "prefetch_generator", "python-baseconv", "varint"]  # pure Python, without wheels
 WHEELS = """
-    annotated-types base58 bitsandbytes blake3 cffi click ConfigArgParse cryptography datasets dill filelock
+    annotated-types anyio base58 bitsandbytes blake3 cffi click ConfigArgParse cryptography datasets dill filelock
     fsspec gguf googleapis-common-protos hivemind httpcore2 httpx2 huggingface_hub hydra-core idna mmh3 morphys
     msgspec multiprocess netaddr omegaconf peft protobuf py-cid py-multibase py-multicodec py-multihash pycparser
-    pydantic pydantic_core PyJWT tokenizers torchdata transformers truststore typing-inspection typing_extensions
+    pydantic sniffio pydantic_core PyJWT tokenizers torchdata transformers truststore typing-inspection typing_extensions
 """.split()  # noqa: SIM905  # as text, to be read
 UNUSED = re.compile(r"bitsandbytes/libbitsandbytes_(?!cpu|cuda130)\w+\.so")
 
