@@ -65,6 +65,10 @@ class Engine:
         self._device, self._dtype = parameter.device, self._model.dtype
         self.hidden_size: int = self._model.config.hidden_size
 
+    @property
+    def device(self) -> str:
+        return str(self._device)
+
     def forward(self, request: Forward, adapter: Adapter | None) -> Result:
         """Run the blocks. Raises RequestRefused for what these blocks cannot do, NotFinite for NaN or Inf of theirs."""
         started_s = time.perf_counter()

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,10 +16,10 @@ import msgspec
 import torch
 
 from petals_tune import __version__
+from petals_tune.blocks import memory
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.kv_cache import Session
 from petals_tune.blocks.loading import dummy_block
-from petals_tune.blocks.memory import give_back_freed_memory
 from petals_tune.errors import ConfigError, PetalsTuneError, ServerError
 from petals_tune.files import write_bytes
 from petals_tune.model.checkpoint import Checkpoint
@@ -49,7 +48,7 @@ def measure_computing(
     kept in `folder` by all that it depends on, and read from there unless it is to be measured `again`.
     """
     depends_on = [
-        *(checkpoint.digest, quantization, str(dtype), _device_name(device), torch.get_num_threads()),
+        *(checkpoint.digest, quantization, str(dtype), memory.device_name(device), torch.get_num_threads()),
         *(version("torch"), version("bitsandbytes"), __version__),
     ]
     path = folder / f"{hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:32]}.json"
@@ -63,7 +62,7 @@ def measure_computing(
     engine = Engine(dummy_block(checkpoint, quantization=quantization, dtype=dtype, device=device))
     measured = Throughput(step=1 / _median_s(_one_step(engine)), batch=BATCH_TOKENS / _median_s(_one_batch(engine)))
     del engine
-    give_back_freed_memory()
+    memory.give_back_freed_memory()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(path, msgspec.json.encode(measured), shared=True)
@@ -130,7 +129,3 @@ def _median_s(run: Callable[[], None]) -> float:
         run()
         seconds.append(time.perf_counter() - started_s)
     return statistics.median(seconds)
-
-
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device} {platform.processor()}"

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from petals_tune.blocks import memory
 from petals_tune.blocks.engine import Engine
 from petals_tune.wire.messages import Backward
-from servers.membership import throughput
 from tests.blocks import device_requests as requests
 from tests.blocks.device_requests import LENGTH, LINEARS, ROWS, SPAN, noise
 from tests.models import masks, relative_error
@@ -65,7 +65,7 @@ def test_steps_with_an_adapter(pair):
 def test_the_bytes_of_a_position_and_the_speed_are_measured(pair):
     assert pair.gpu.measure_token_bytes() == pair.cpu.measure_token_bytes()
     with pretended_gpus():
-        assert throughput._device_name("cuda:1") == "pretended GPU"
+        assert memory.device_name("cuda:1") == "cuda:1, pretended GPU"
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])

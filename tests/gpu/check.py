@@ -43,7 +43,7 @@ SECTIONS = [
     Section("parity", 80),
     Section("memory", 40),
     Section("swarm", 90),
-    Section("engine", 40),
+    Section("engine", 30),
     Section("speed", 200),
 ]
 MEASURED = ("memory", "engine", "swarm", "speed")  # whose figures are in the last line

@@ -14,6 +14,7 @@ from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
 from tests.gpu.context import Context
 from tests.gpu.models import make_small
+from tests.models import relative_error
 
 SPAN = BlockSpan(0, 2)
 ROWS, LENGTH = 8, 144
@@ -32,8 +33,20 @@ def run(context: Context) -> None:
                 training(context, f"{quantization}, {rows} x {positions}", engine, rows, positions)
             for sessions in (1, 8, 64):
                 steps(context, f"{quantization}, a token of {sessions} sessions", engine, sessions)
+            arithmetic(context, quantization, engine)
             del loaded, engine
             gc.collect()
+
+
+def arithmetic(context: Context, what: str, engine: Engine) -> None:
+    """A row's result does not depend on its mates, and large activations stay finite."""
+    hidden = torch.randn(4, 32, engine.hidden_size)
+    hidden[1:] *= 100
+    together, alone = (engine.forward(Forward(span=SPAN, hidden=each), None).output for each in (hidden, hidden[:1]))
+    error = relative_error(together[:1].float(), alone.float())
+    context.row(f"{what}: a row alone against a row with mates 100 times as large", error, at_most=0.02)
+    large = engine.forward(Forward(span=SPAN, hidden=1e5 * hidden), None).output
+    context.row(f"{what}: finite for activations of 1e5 and more", ok=bool(large.isfinite().all()))
 
 
 def training(context: Context, what: str, engine: Engine, rows: int, positions: int) -> None:

@@ -36,7 +36,8 @@ WHEELS = """
     annotated-types anyio base58 bitsandbytes blake3 cffi click ConfigArgParse cryptography datasets dill filelock
     fsspec gguf googleapis-common-protos hivemind httpcore2 httpx2 huggingface_hub hydra-core idna mmh3 morphys
     msgspec multiprocess netaddr omegaconf peft protobuf py-cid py-multibase py-multicodec py-multihash pycparser
-    pydantic sniffio pydantic_core PyJWT tokenizers torchdata transformers truststore typing-inspection typing_extensions
+    pydantic pydantic_core PyJWT sniffio tokenizers torchdata transformers truststore typing-inspection
+    typing_extensions
 """.split()  # noqa: SIM905  # as text, to be read
 UNUSED = re.compile(r"bitsandbytes/libbitsandbytes_(?!cpu|cuda130)\w+\.so")
 

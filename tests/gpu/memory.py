@@ -6,17 +6,21 @@ import gc
 
 import torch
 
+from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.blocks import memory
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.kv_cache import Session
 from petals_tune.blocks.loading import BlockLayout, LoadedBlocks, load_blocks
 from petals_tune.blocks.quantization import find_scheme
+from petals_tune.errors import PetalsTuneError
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.disk import DiskCache
+from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
 from tests.gpu.context import Context
-from tests.gpu.models import make_small
+from tests.gpu.models import VOCABULARY, make_small
+from tests.inprocess import in_process_swarm
 
 SPAN = BlockSpan(0, 2)
 ROWS, LENGTH = 8, 144
@@ -33,6 +37,34 @@ def run(context: Context) -> None:
             gc.collect()
             if context.on_gpu:
                 torch.cuda.empty_cache()
+    with context.trying("out of memory"):
+        out_of_memory(context)
+
+
+def out_of_memory(context: Context) -> None:
+    """A request that does not fit into the card's memory is refused as busy; the next one is served."""
+    if not context.on_gpu:
+        return
+    folder, ids = make_small(context, "llama"), torch.randint(3, VOCABULARY, (2, 1000))
+    with in_process_swarm(folder, "0:2", dtype=torch.bfloat16, device=context.device):
+        policy = RetryPolicy(timeout_s=5.0, attempts=1)
+        model = AutoDistributedModelForCausalLM.from_pretrained(
+            str(folder), initial_peers=["in process"], micro_batch_rows=2, policy=policy
+        )
+        model.get_input_embeddings().weight.requires_grad_(True)
+        torch.cuda.empty_cache()
+        filler = torch.empty(torch.cuda.mem_get_info()[0] - 128 * 2**20, dtype=torch.uint8, device=context.device)
+        try:
+            model(input_ids=ids, use_cache=False)
+            context.row("out of memory", ok=False, note="it did fit")
+        except PetalsTuneError as error:
+            text = str(error).splitlines()[0][:200]
+            context.row("out of memory: refused as busy", ok="out of memory" in str(error), note=text)
+        del filler
+        torch.cuda.empty_cache()
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+        context.row("out of memory: the next request is served", ok=True)
+        model.remote_blocks.close()
 
 
 def check(context: Context, what: str, checkpoint: Checkpoint, quantization: str, *, all_of_it: bool) -> None:
