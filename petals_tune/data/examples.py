@@ -8,7 +8,7 @@ from typing import Any
 
 # One turn, as chat templates take it: "role" and "content" (a text), and where they are needed "name", "tool_calls",
 # "tool_call_id" and "reasoning_content".
-Message = Mapping[str, Any]
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
