@@ -37,7 +37,7 @@ class Section:
 
 
 SECTIONS = [
-    Section("machine", 45),
+    Section("machine", 75),
     Section("requests", 45),
     Section("pretended", 60),  # in a rehearsal alone
     Section("parity", 80),
