@@ -3,6 +3,7 @@
 # make test-fast  the tests that start no servers, in two processes: about 3 minutes on two cores
 # make test-slow  the tests that do not fit into the time of make test
 # make lint       install, then ruff and mypy
+# make gpu-kit    pack the wheels that a CUDA machine without a network lacks, for tests/gpu/check.py, into .gpu-kit
 # make clean      remove what the others made, .venv included
 #
 # Everything is installed into .venv and nowhere else. Another interpreter: make demo PYTHON=python3.12
@@ -17,7 +18,7 @@ INSTALLED := $(VENV)/.installed
 # Errors only: a failed install still says why.
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
-.PHONY: demo test test-fast test-slow lint clean
+.PHONY: demo test test-fast test-slow lint gpu-kit clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -40,8 +41,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+gpu-kit: $(INSTALLED)
+	$(BIN)/python tests/gpu/kit.py .gpu-kit
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .gpu-kit build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): $(BIN)/pip pyproject.toml constraints.txt

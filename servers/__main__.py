@@ -50,6 +50,7 @@ def run(options: Serve) -> None:
     from transformers.utils import logging as transformers_logging
 
     from petals_tune.blocks.engine import Engine
+    from petals_tune.blocks.memory import device_name
     from petals_tune.wire.records import ServerRecord
     from servers.server import serve
 
@@ -59,7 +60,8 @@ def run(options: Serve) -> None:
 
     def ready(record: ServerRecord, engine: Engine) -> None:
         print(
-            f"ready: blocks {record.blocks} of {record.model_name} in {record.quantization}, "
+            f"ready: blocks {record.blocks} of {record.model_name} in {record.quantization} on "
+            f"{device_name(engine.device)}, "
             f"{engine.loaded.weight_bytes / 2**20:.0f} MB of weights, {time.monotonic() - started_s:.1f} s; "
             f"others join with swarm.initial_peers=[{','.join(record.addresses)}]",
             flush=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import logging
 import random
@@ -45,7 +46,7 @@ async def serve(options: Serve, on_ready: OnReady, stop: asyncio.Event) -> None:
 
     Raises ConfigError, UnsupportedModel, ServerUnreachable, or SwarmMismatch where the swarm serves another model.
     """
-    memory.check_device(options.device)
+    options = dataclasses.replace(options, device=memory.find_device(options.device))
     find_scheme(options.quantization).check_available(options.device)
     swarm = options.swarm
     async with AsyncExitStack() as stack:

@@ -40,8 +40,16 @@ _LIMITS = replace(
 
 
 @contextmanager
-def in_process_swarm(folder: Path, *spans: str, **limits: Any) -> Iterator[None]:
-    """While this lasts, every client of this process joins servers of `spans` that hold the fp32 model of `folder`.
+def in_process_swarm(
+    folder: Path,
+    *spans: str,
+    quantization: str = "none",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    engine_class: type[Engine] = Engine,
+    **limits: Any,
+) -> Iterator[None]:
+    """While this lasts, every client of this process joins servers of `spans` that hold the model of `folder`.
 
     `limits` replace those that the servers have otherwise.
     """
@@ -54,8 +62,8 @@ def in_process_swarm(folder: Path, *spans: str, **limits: Any) -> Iterator[None]
 
     with ExitStack() as stack:
         for number, span in enumerate(BlockSpan.parse(span) for span in spans):
-            loaded = load_blocks(checkpoint, span, quantization="none", dtype=torch.float32)
-            engine, compute = Engine(loaded), ComputeThread()
+            loaded = load_blocks(checkpoint, span, quantization=quantization, dtype=dtype, device=device)
+            engine, compute = engine_class(loaded), ComputeThread()
             stack.callback(compute.stop)
             record = ServerRecord(
                 peer=f"QmServer{number + 1}",
@@ -64,8 +72,8 @@ def in_process_swarm(folder: Path, *spans: str, **limits: Any) -> Iterator[None]
                 model_name=str(folder),
                 blocks=span,
                 total_blocks=loaded.family.total_blocks,
-                quantization="none",
-                dtype="float32",
+                quantization=quantization,
+                dtype=str(dtype).removeprefix("torch."),
             )
             budgets = stores(
                 token_bytes=engine.measure_token_bytes(),

@@ -19,6 +19,7 @@ from petals_tune.blocks.kernels import use_fast_kernels
 from petals_tune.blocks.kv_cache import Session, StepCache
 from petals_tune.blocks.loading import LoadedBlocks
 from petals_tune.errors import BlocksNotHere, NotFinite, PetalsTuneError, RequestRefused
+from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
 
@@ -27,7 +28,7 @@ from petals_tune.wire.span import BlockSpan
 class Result:
     """The output of a forward, and the graph with the bytes that it keeps, where one was asked for."""
 
-    output: torch.Tensor  # (B, S, H)
+    output: torch.Tensor  # (B, S, H), in host memory
     graph: Graph | None
     graph_bytes: int
     compute_s: float
@@ -39,6 +40,9 @@ class Engine:
     Tensors are scanned for NaN and Inf once, where they leave. Numbers that are not finite stay so on their way through
     a block: its residual stream adds to them. So the input is scanned only where the output is not finite, to tell
     whose fault it is (tests/blocks/test_finite.py tries this on every family).
+
+    Requests are in host memory and so are the tensors that are returned, whatever device computes: the copy from a GPU
+    waits for the computation, and the event loop, which encodes them, must not. Graphs stay on the device.
     """
 
     def __init__(self, loaded: LoadedBlocks):
@@ -61,6 +65,10 @@ class Engine:
         self._device, self._dtype = parameter.device, self._model.dtype
         self.hidden_size: int = self._model.config.hidden_size
 
+    @property
+    def device(self) -> str:
+        return str(self._device)
+
     def forward(self, request: Forward, adapter: Adapter | None) -> Result:
         """Run the blocks. Raises RequestRefused for what these blocks cannot do, NotFinite for NaN or Inf of theirs."""
         started_s = time.perf_counter()
@@ -72,10 +80,10 @@ class Engine:
             for tensor in (graph.output, graph.hidden):
                 if tensor is not None:
                     memory.add(tensor)
-            output, graph_bytes = graph.output.detach(), memory.bytes
+            output, graph_bytes = graph.output.detach().cpu(), memory.bytes
         else:
             with torch.no_grad():
-                output = self._output(request, adapter, request.hidden.to(self._device, self._dtype))
+                output = self._output(request, adapter, request.hidden.to(self._device, self._dtype)).cpu()
         elapsed_s = time.perf_counter() - started_s
         return Result(output=output, graph=graph, graph_bytes=graph_bytes, compute_s=elapsed_s)
 
@@ -100,7 +108,12 @@ class Engine:
             if not _are_finite(request.grad):
                 raise RequestRefused("non-finite numbers in the gradient", reason="gradient not finite")
             raise NotFinite(f"non-finite gradients come out of blocks {self.loaded.span}, from finite ones")
-        return at_input, at_adapter
+        return None if at_input is None else at_input.cpu(), [gradient.cpu() for gradient in at_adapter]
+
+    def prepare_adapter(self, parts: Sequence[AdapterPart]) -> list[AdapterPart]:
+        """The parts of an uploaded adapter on the engine's device. Raises RequestRefused for one that does not fit."""
+        self.hooks.check(parts, self.hidden_size)
+        return [part.to(self._device) for part in parts]
 
     @torch.inference_mode()
     def step(self, steps: Sequence[tuple[Session, Step]]) -> list[torch.Tensor | PetalsTuneError]:
@@ -125,7 +138,7 @@ class Engine:
             if adapter is not None and sessions[0].position > 0:
                 adapter = adapter.after_first_step
             with self._configured(sessions[0].span, CallPlan.of(adapter, train=False, seed=0)):
-                output = self._step(sessions, [step for _, step in good.values()])
+                output = self._step(sessions, [step for _, step in good.values()]).cpu()
                 all_finite = _are_finite(output)
                 rows = output.split([session.rows for session in sessions])
                 for (number, (session, step)), own in zip(good.items(), rows, strict=True):
@@ -145,10 +158,11 @@ class Engine:
         mask = cache.mask()
         options = {}
         if self._takes_positions and (len(sessions) > 1 or steps[0].positions is not None):
-            options["position_ids"] = torch.cat([_positions(*each) for each in zip(sessions, steps, strict=True)])
+            positions = torch.cat([_positions(*each) for each in zip(sessions, steps, strict=True)])
+            options["position_ids"] = positions.to(self._device)
         return self._model(
             inputs_embeds=hidden,
-            attention_mask=None if mask is None else mask.long(),
+            attention_mask=None if mask is None else mask.to(self._device).long(),
             past_key_values=cache,
             use_cache=True,
             **options,

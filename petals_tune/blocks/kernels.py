@@ -77,7 +77,8 @@ class FrozenProduct(torch.autograd.Function):
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`F.linear` by the faster library."""
-    fast = weight.dtype is torch.float32 and matrix_library() == "oneDNN"
+    on_cpu = weight.device.type == "cpu" and weight.dtype is torch.float32
+    fast = on_cpu and matrix_library() == "oneDNN"
     return _onednn(x, weight, bias) if fast else F.linear(x, weight, bias)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import platform
 from pathlib import Path
 
 import psutil
@@ -22,13 +24,42 @@ _CGROUPS = (
 )
 
 
+def find_device(device: str) -> str:
+    """`device`; for `auto`, the CUDA GPU with the most free memory where torch can use one, and the CPU elsewhere.
+
+    Raises ConfigError where torch cannot compute on `device` here.
+    """
+    if device == "auto":
+        gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+        device = max(gpus, key=free_bytes, default="cpu")
+    check_device(device)
+    return device
+
+
+def device_name(device: str) -> str:
+    """The device with its hardware, as in "cuda:0, NVIDIA H100"."""
+    hardware = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
+    return f"{device}, {hardware}"
+
+
+@functools.cache
+def _processor() -> str:
+    """Return the processor's name and its widest vectors; a container's host name would change at every start."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    return f"{' '.join(sorted(names)) or platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
+
+
 def check_device(device: str) -> None:
     """Raises ConfigError where torch cannot compute on `device` here."""
     try:
         torch.device(device)
     except RuntimeError:  # its text lists two dozen devices, most of them never built
         raise ConfigError(
-            f"device={device} is no device that torch knows: write cpu, cuda or, of several GPUs, cuda:1",
+            f"device={device} is no device that torch knows: write auto, cpu, cuda or, of several GPUs, cuda:1",
             key="device",
             seen=device,
         ) from None
@@ -57,7 +88,9 @@ def free_bytes(device: str) -> int:
 
 
 def give_back_freed_memory() -> None:
-    """Return to the system what was freed: glibc keeps it, and a block in full is worth having back."""
+    """Return freed memory to the system: glibc and torch's CUDA allocator keep it, and a block in full is worth it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         malloc_trim(0)
 

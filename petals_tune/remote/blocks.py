@@ -91,8 +91,8 @@ class Backbone:
             chain=self.chain,
             span=span.span,
             context=CallContext(
-                padding=padding,
-                positions=positions,
+                padding=None if padding is None else padding.cpu(),
+                positions=None if positions is None else positions.cpu(),
                 adapter=adapter,
                 train=span.training,
                 seed=int(torch.randint(2**62, ())) if span.training else 0,

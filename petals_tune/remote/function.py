@@ -121,8 +121,9 @@ class RemoteBlocksFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: RemoteCall, hidden: torch.Tensor, *adapter: torch.Tensor) -> torch.Tensor:
         keep = any(ctx.needs_input_grad)
-        traces = call.forward(hidden.detach(), keep=keep, input_grad=ctx.needs_input_grad[1])
-        output = torch.cat([trace.hidden for trace in traces])
+        # What travels is in host memory, also where the model is on a GPU.
+        traces = call.forward(hidden.detach().cpu(), keep=keep, input_grad=ctx.needs_input_grad[1])
+        output = torch.cat([trace.hidden for trace in traces]).to(hidden.device)
         if keep:
             ctx.call, ctx.kept = call, KeptTraces(call.chain, traces)
             ctx.save_for_backward(*adapter)
@@ -134,10 +135,11 @@ class RemoteBlocksFunction(torch.autograd.Function):
         call: RemoteCall = ctx.call
         # ctx stays as it is, so that retain_graph=True gives the same gradients twice. The leases are spent the first
         # time; the second time the blocks are computed again from the inputs that the traces hold.
-        _ = ctx.saved_tensors  # raises where the adapter was changed in place since the forward, as torch does
-        hidden, terms = call.backward(ctx.kept.traces, grad)
+        adapter = ctx.saved_tensors  # raises where the adapter was changed in place since the forward, as torch does
+        hidden, terms = call.backward(ctx.kept.traces, grad.cpu())
         ctx.kept.leased = False  # where it failed, some are not spent
-        return None, hidden, *_summed(call, terms)
+        gradients = [total.to(tensor.device) for total, tensor in zip(_summed(call, terms), adapter, strict=True)]
+        return None, None if hidden is None else hidden.to(grad.device), *gradients
 
 
 def _summed(call: RemoteCall, terms: Sequence[ChainGradients]) -> list[torch.Tensor]:

@@ -196,10 +196,10 @@ class RemoteCache(Cache):
                 max_length=self.max_length + self.virtual,
                 adapter=version,
             )
-        inputs = Inputs(
-            hidden=hidden.detach(),
-            padding=None if padding is None or padding[:, -new:].all() else padding[:, -new:],
-            positions=positions,
+        inputs = Inputs(  # in host memory, also where the model is on a GPU
+            hidden=hidden.detach().cpu(),
+            padding=None if padding is None or padding[:, -new:].all() else padding[:, -new:].cpu(),
+            positions=None if positions is None else positions.cpu(),
         )
         order, self._order = self._order, None
         output = loop.run(self._session.step(inputs, position=self.position, order=order))
@@ -208,13 +208,14 @@ class RemoteCache(Cache):
             self.ids = None
         else:
             self.ids = ids if self.ids is None else torch.cat([self.ids, ids.to(self.ids.device)], dim=1)
+        positions = inputs.positions
         if positions is not None or self._positions is not None:
             before, now = _counted(self._positions, self.position), _counted(positions, new, start=self.position)
             count = max(len(before), len(now))
             self._positions = torch.cat([before.expand(count, -1), now.expand(count, -1)], dim=1)
         self.position += new
         self._padding = padding
-        return output
+        return output.to(hidden.device)
 
     def _check(self, rows: int, padding: torch.Tensor | None) -> None:
         """Raises ConfigError for another number of rows, or another mask, than what the caches were computed with."""

@@ -29,6 +29,7 @@ _AT_EMBEDDINGS = frozenset(
     }
 )
 
+_HOST = torch.device("cpu")
 _WORKS = (
     f"what works: {', '.join(method.usage for method in METHODS.values())}, tuning=prompt (peft.PromptTuningConfig)"
 )
@@ -66,7 +67,7 @@ def collect_adapter(blocks: Sequence[tuple[int, nn.Module]]) -> tuple[AdapterVer
     tensors: list[torch.Tensor] = []
     for number, block in blocks:
         for part, parameters in _parts(number, block):
-            parts.append(part)
+            parts.append(part.to(_HOST))  # to be digested and sent, also where the model is on a GPU
             tensors += parameters
     if not parts:
         return None, []

@@ -5,12 +5,10 @@ The library that computes its matrix products is chosen by time too, at the firs
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +18,11 @@ from pathlib import Path
 import msgspec
 import torch
 
-from petals_tune.blocks import kernels
+from petals_tune import __version__
+from petals_tune.blocks import kernels, memory
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.kv_cache import Session
 from petals_tune.blocks.loading import dummy_block
-from petals_tune.blocks.memory import give_back_freed_memory
 from petals_tune.errors import ConfigError, PetalsTuneError, ServerError
 from petals_tune.files import write_bytes, write_first
 from petals_tune.model.checkpoint import Checkpoint
@@ -52,7 +50,7 @@ def keep_library(device: str, *, folder: Path) -> str:
     """
     if device != "cpu":
         return ""
-    depends_on = [_device_name(device), torch.get_num_threads(), version("torch")]
+    depends_on = [memory.device_name(device), torch.get_num_threads(), version("torch")]
     path = folder / f"library-{_key(depends_on)}.json"
     try:
         library = msgspec.json.decode(path.read_bytes(), type=kernels.Library)
@@ -82,8 +80,8 @@ def measure_computing(
     kept in `folder` by all that it depends on, and read from there unless it is to be measured `again`.
     """
     depends_on = [
-        *(checkpoint.digest, quantization, str(dtype), _device_name(device), torch.get_num_threads()),
-        *(version("torch"), version("bitsandbytes"), version("petals_tune")),
+        *(checkpoint.digest, quantization, str(dtype), memory.device_name(device), torch.get_num_threads()),
+        *(version("torch"), version("bitsandbytes"), __version__),
     ]
     path = folder / f"{_key(depends_on)}.json"
     if not again:
@@ -96,7 +94,7 @@ def measure_computing(
     engine = Engine(dummy_block(checkpoint, quantization=quantization, dtype=dtype, device=device))
     measured = Throughput(step=1 / _median_s(_one_step(engine)), batch=BATCH_TOKENS / _median_s(_one_batch(engine)))
     del engine
-    give_back_freed_memory()
+    memory.give_back_freed_memory()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(path, msgspec.json.encode(measured), shared=True)
@@ -167,18 +165,3 @@ def _median_s(run: Callable[[], None]) -> float:
 
 def _key(depends_on: list[object]) -> str:
     return hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:32]
-
-
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{device} {_processor()}"
-
-
-@functools.cache
-def _processor() -> str:
-    """Return the processor's name and its widest vectors; a container's host name would change at every start."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
-    return f"{' '.join(sorted(names)) or platform.processor()} {torch.backends.cpu.get_cpu_capability()}"

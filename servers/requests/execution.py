@@ -117,9 +117,9 @@ class Executor:
 
     async def _put_adapter(self, client: str, request: PutAdapter) -> Done:
         self._engine.check_span(request.span)
-        check = partial(self._engine.hooks.check, request.parts, self._engine.hidden_size)
-        await self._compute.run(Priority.FORWARD, check, client=client)
-        self._stores.adapters.put(client, request.version, request.span, request.parts)
+        prepare = partial(self._engine.prepare_adapter, request.parts)
+        parts = await self._compute.run(Priority.FORWARD, prepare, client=client)
+        self._stores.adapters.put(client, request.version, request.span, parts)
         return Done()
 
     def _adapter(self, client: str, request: Forward | OpenSession) -> Adapter | None:

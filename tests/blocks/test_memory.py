@@ -57,3 +57,14 @@ def test_a_device_that_is_not_there_is_said_before_anything_is_joined(device):
     with raises(ConfigError, key="device", seen=device):
         check_device(device)
     check_device("cpu")
+
+
+def test_auto_is_the_gpu_with_the_most_free_memory_and_elsewhere_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert memory.find_device("auto") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ({"cuda:1": 7 * GB}.get(device, GB), 8 * GB))
+    monkeypatch.setattr(memory, "check_device", lambda device: None)
+    assert memory.find_device("auto") == "cuda:1"
+    assert memory.find_device("cuda:2") == "cuda:2"

@@ -45,4 +45,4 @@ class Int8(Quantization):
 
         from petals_tune.blocks.quantization.int8_linear import Int8Linear
 
-        return Int8Linear if isinstance(linear, Linear8bitLt) and linear.weight.device.type == "cpu" else None
+        return Int8Linear if isinstance(linear, Linear8bitLt) else None

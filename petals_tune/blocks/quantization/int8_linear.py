@@ -1,4 +1,4 @@
-"""bitsandbytes' 8-bit linear with a faster forward on a CPU."""
+"""bitsandbytes' 8-bit linear with 8-bit weights alone: activations stay as they are, on CPUs and GPUs alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from petals_tune.blocks.kernels import FrozenProduct
 class Int8Linear(Linear8bitLt):
     """A frozen 8-bit linear: W = diag(scale) C with C (out, in) int8, so x W^T = (x C^T) scale.
 
-    bitsandbytes scales the whole matrix anew in each call, and keeps its input for a gradient that nobody wants.
+    On a CPU, bitsandbytes scales the whole matrix anew in each call, and keeps its input for a gradient that nobody
+    wants. On a GPU it casts activations to float16, where those beyond 65,504 are infinite, and quantizes them.
     """
 
     weight: Any  # bitsandbytes' Int8Params
@@ -23,6 +24,8 @@ class Int8Linear(Linear8bitLt):
         if self.weight.CB is not None:
             self.init_8bit_state()
         state, dtype = self.state, x.dtype  # a lambda that holds x itself would keep it for the backward
-        product = FrozenProduct.apply(x, None, lambda: state.CB.to(dtype))
         scale = state.SCB.to(dtype) / 127
+        if dtype is torch.float16:  # x C^T alone is beyond its range
+            return FrozenProduct.apply(x, self.bias, lambda: state.CB.to(dtype) * scale[:, None])
+        product = FrozenProduct.apply(x, None, lambda: state.CB.to(dtype))
         return product * scale if self.bias is None else torch.addcmul(self.bias.to(dtype), product, scale)

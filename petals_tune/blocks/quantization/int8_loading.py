@@ -1,6 +1,7 @@
 """Quantization to 8 bits while transformers loads a model, some rows at a time.
 
-On a CPU, bitsandbytes quantizes a whole matrix at once, with four more copies of it in memory in 16 bits. transformers
+On a CPU, bitsandbytes quantizes a whole matrix at once, with four more copies of it in memory in 16 bits; for a GPU,
+transformers takes each matrix back to the CPU first. transformers
 takes quantizers of others by name (`register_quantizer`); this one differs from its own in that operation alone.
 """
 
@@ -48,8 +49,6 @@ class _QuantizeByRows(Bnb8bitQuantize):
         result = {}
         for name, value in input_dict.items():
             weight: torch.Tensor = value[0] if isinstance(value, list) else value
-            if weight.device.type != "cpu":
-                return super().convert(input_dict, *args, **kwargs)
             module = kwargs["model"].get_submodule(name.rpartition(".")[0])
             if issubclass(module.source_cls, Conv1D):  # which stores (in, out)
                 weight = weight.T

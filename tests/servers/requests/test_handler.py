@@ -18,6 +18,7 @@ from petals_tune.errors import (
     PetalsTuneError,
     ProtocolError,
     RequestRefused,
+    ServerBusy,
     SessionLost,
 )
 from petals_tune.wire import frames
@@ -209,6 +210,21 @@ async def test_frames_that_cannot_be_followed_end_the_stream_alone(engine, data,
         assert isinstance(await other.ask(forward()), Forwarded)
     async with house.client() as again:
         assert isinstance(await again.ask(forward()), Forwarded)
+
+
+async def test_a_request_without_memory_is_refused_as_busy_and_the_next_one_is_served(engine, monkeypatch):
+    text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.18 GiB."
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError(text)
+
+    async with House(engine).client() as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine[0], "forward", full)
+            refusal = await client.ask(forward())
+        assert is_refusal_of(ServerBusy("", limit="memory"), refusal)
+        assert "2.00 GiB" in refusal.text
+        assert isinstance(await client.ask(forward()), Forwarded)
 
 
 async def test_a_request_under_the_id_of_one_that_runs_ends_the_stream(engine):
