@@ -87,6 +87,13 @@ def free_bytes(device: str) -> int:
     return max(free, 0)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a request did not fit; cuBLAS has no class for it."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+
+
 def give_back_freed_memory() -> None:
     """Return freed memory to the system: glibc and torch's CUDA allocator keep it, and a block in full is worth it."""
     if torch.cuda.is_initialized():

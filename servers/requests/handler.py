@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from petals_tune.blocks.engine import Engine
-from petals_tune.blocks.memory import give_back_freed_memory
+from petals_tune.blocks.memory import give_back_freed_memory, is_out_of_memory
 from petals_tune.errors import (
     ConnectionLost,
     NotHandedOn,
@@ -209,15 +209,16 @@ class Handler:
             reply = Refusal.of(ServerBusy(f"the request was not done after {limit}", limit="max_request_s"))
         except PetalsTuneError as error:
             reply = Refusal.of(error)
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            logger.warning("no memory for a request of %s: %s", stream.client, error)
-            reply = Refusal.of(ServerBusy(f"out of memory: {str(error).partition('. GPU')[0]}", limit="memory"))
-            # Soon: until then the error's frames hold the tensors that were made.
-            asyncio.get_running_loop().call_soon(give_back_freed_memory)
-        except RuntimeError as error:
-            # torch's own error on input that passed our checks: its traceback is logged, the client goes elsewhere.
-            logger.exception("request of %s failed", stream.client)
-            reply = Refusal.of(ServerError(f"the computation failed: {error}"))
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                logger.warning("no memory for a request of %s: %s", stream.client, error)
+                reply = Refusal.of(ServerBusy(f"out of memory: {str(error).partition('. GPU')[0]}", limit="memory"))
+                # Soon: until then the error's frames hold the tensors that were made.
+                asyncio.get_running_loop().call_soon(give_back_freed_memory)
+            else:
+                # torch's own error on input that passed our checks: the traceback is logged, the client goes elsewhere.
+                logger.exception("request of %s failed", stream.client)
+                reply = Refusal.of(ServerError(f"the computation failed: {error}"))
         if self._on_reply is not None:
             asked = request.request if isinstance(request, Chained) else request
             self._on_reply(asked, reply, time.monotonic() - started_s)

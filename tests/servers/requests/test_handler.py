@@ -212,18 +212,24 @@ async def test_frames_that_cannot_be_followed_end_the_stream_alone(engine, data,
         assert isinstance(await again.ask(forward()), Forwarded)
 
 
-async def test_a_request_without_memory_is_refused_as_busy_and_the_next_one_is_served(engine, monkeypatch):
-    text = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.18 GiB."
-
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),  # seen on an H100
+    ],
+    ids=["torch", "cuBLAS"],
+)
+async def test_a_request_without_memory_is_refused_as_busy_and_the_next_one_is_served(engine, monkeypatch, error):
     def full(*_: object) -> None:
-        raise torch.OutOfMemoryError(text)
+        raise error
 
     async with House(engine).client() as client:
         with monkeypatch.context() as patch:
             patch.setattr(engine[0], "forward", full)
             refusal = await client.ask(forward())
         assert is_refusal_of(ServerBusy("", limit="memory"), refusal)
-        assert "2.00 GiB" in refusal.text
+        assert str(error).partition(". GPU")[0] in refusal.text
         assert isinstance(await client.ask(forward()), Forwarded)
 
 
