@@ -97,7 +97,10 @@ def plain_model(context: Context, folder: Path, quantization: str, dtype: torch.
 
 
 def figures(context: Context, model: Any, family: str, device: str) -> dict[str, torch.Tensor]:
-    """Logits, gradients of LoRA and of a soft prompt, and greedy tokens, with padding on the left; in host memory."""
+    """Logits and greedy tokens with padding on the left, gradients of LoRA and of a soft prompt with padding on the right.
+
+    (Behind a soft prompt, plain models count padding on the left as distance.) All of it in host memory.
+    """
     drawn = torch.Generator().manual_seed(0)
     ids = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=drawn)
     mask = (torch.arange(LENGTH)[None] >= 5 * torch.arange(ROWS)[:, None]).long()
@@ -107,6 +110,8 @@ def figures(context: Context, model: Any, family: str, device: str) -> dict[str,
         found = {"logits": model(**batch, use_cache=False).logits.cpu()[mask.bool()].float()}
         options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
         found["tokens"] = model.generate(**batch, **options)[:, LENGTH:].cpu()
+
+    batch, labels = {name: each.flip(1) for name, each in batch.items()}, labels.flip(1)
 
     def train(name: str, make: Callable[[], peft.PeftConfig]) -> None:
         torch.manual_seed(1)
