@@ -181,6 +181,7 @@ def talk(model: Any, tokenizer: Any, cfg: DictConfig, turns: Iterator[str], trai
     import torch
     from transformers import TextStreamer, set_seed
 
+    from petals_tune.data.checks import check_vocabulary
     from petals_tune.sampling import generation_options
     from petals_tune.tuning.identity import Prompting
 
@@ -201,7 +202,9 @@ def talk(model: Any, tokenizer: Any, cfg: DictConfig, turns: Iterator[str], trai
             if trained.form != "chat":
                 messages.clear()  # a text or a label's text stands alone
             messages.append({"role": "user", "content": turn})
-            ids = torch.tensor([prompt_ids(messages, tokenizer, trained)])
+            prompt = prompt_ids(messages, tokenizer, trained)
+            check_vocabulary(prompt, tokenizer, base.config.get_text_config().vocab_size)
+            ids = torch.tensor([prompt])
             length = ids.shape[1] + cfg.max_new_tokens
             if length > cfg.max_length:
                 raise ConfigError(
@@ -231,14 +234,14 @@ def first_messages(cfg: DictConfig, trained: Prompting) -> list[Message]:
 def prompt_ids(messages: Sequence[Message], tokenizer: Any, trained: Prompting) -> list[int]:
     """Encode the prompt of the next answer, with the token ids that training had before it."""
     from petals_tune.data.rows import context_ids
+    from petals_tune.data.tokens import encode
 
     if trained.form == "chat":
         return context_ids(messages, tokenizer)
     text = messages[-1]["content"]
     if trained.form == "label":
         text = (trained.template or "{text}").replace("{text}", " ".join(text.split()))
-    ids: list[int] = tokenizer(text)["input_ids"]
-    return ids
+    return encode(text, tokenizer, begin=True)
 
 
 def reads_terminal(prompt: str | None) -> bool:

@@ -19,8 +19,8 @@ Tools = Sequence[Mapping[str, Any]]
 class ChatFormat:
     """How one tokenizer writes chats.
 
-    A system text is put before the first turn of the user where the template refuses a system turn, or leaves it out
-    without a word.
+    Space around the assistant's turns is removed, as `petals_tune.chat` does with what was generated. A system text is
+    put before the first turn of the user where the template refuses a system turn, or leaves it out without a word.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -29,14 +29,16 @@ class ChatFormat:
 
     def prompt(self, messages: Sequence[Message], tools: Tools = ()) -> str:
         """Return what generation sends for the assistant's next turn."""
+        messages = _strip_answers(messages)
         if not self.has_template:
             return f"{format_transcript(messages)}{SPEAKERS['assistant']}:"
         return self._render(messages, tools, prompt=True)
 
     def whole(self, messages: Sequence[Message], tools: Tools = ()) -> str:
         """Return a chat that ends with a turn of the assistant."""
+        messages = _strip_answers(messages)
         if not self.has_template:
-            return f"{format_transcript(messages[:-1])}{SPEAKERS['assistant']}: {messages[-1]['content'].strip()}"
+            return f"{format_transcript(messages[:-1])}{SPEAKERS['assistant']}: {messages[-1]['content']}"
         return self._render(messages, tools, prompt=False)
 
     def _render(self, messages: Sequence[Message], tools: Tools, *, prompt: bool) -> str:
@@ -71,6 +73,13 @@ class ChatFormat:
             ) from error
         assert isinstance(text, str)  # one chat, not tokenized
         return text
+
+
+def _strip_answers(messages: Sequence[Message]) -> list[Message]:
+    return [
+        {**turn, "content": turn["content"].strip()} if turn["role"] == "assistant" and turn.get("content") else turn
+        for turn in messages
+    ]
 
 
 def merge_system(messages: Sequence[Message]) -> list[Message] | None:

@@ -15,15 +15,16 @@ way takes every template as it is, the one that the model was trained with.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
 from petals_tune.data.chat_format import ChatFormat, Tools
 from petals_tune.data.examples import Chat, Message
-from petals_tune.data.tokens import encode_spans, end_ids
+from petals_tune.data.tokens import encode, end_ids, find_spans
 from petals_tune.errors import DataError
 
 IGNORED = -100  # the label that torch's cross entropy skips
@@ -71,44 +72,71 @@ def chat_rows(chat: Chat, tokenizer: PreTrainedTokenizerBase, max_tokens: int, *
     Raises DataError where the template refuses the turns, or gives an answer no place.
     """
     form = ChatFormat(tokenizer)
-    waiting = list(chat.learned)
+    # An assistant that speaks first was asked for nothing: that turn is read, and learned only where no other is.
+    first = next((place for place, turn in enumerate(chat.messages) if turn["role"] == "user"), len(chat.messages))
+    waiting = [position for position in chat.learned if position > first] or list(chat.learned)
     while waiting:
-        last = waiting.pop()
-        full_length = 0
-        refusal: DataError | None = None
-        for kept in _shortened(chat.messages[: last + 1], from_user=from_user):
-            # Positions in the shortened chat of the turns that are still to be learned.
-            there = {kept.index(position): position for position in (*waiting, last) if position in kept}
-            try:
-                row, learned = _encode([chat.messages[n] for n in kept], sorted(there), chat.tools, form, tokenizer)
-            except DataError as error:
-                refusal = refusal or error  # of a chat that begins with the assistant, say: try it without
-                continue
-            full_length = full_length or len(row.input_ids)
-            if len(row.input_ids) <= max_tokens:
-                done = {there[index] for index in learned}
-                waiting = [position for position in waiting if position not in done]
-                yield replace(row, cut_tokens=full_length - len(row.input_ids))
-                break
-        else:
-            opens = not any(message["role"] == "user" for message in chat.messages[:last])
-            # No template has a prompt for an answer to nothing: it is read, and learned nowhere.
-            if not full_length and refusal is not None and not (opens and len(chat.learned) > 1):
-                raise refusal
+        starts = _starts(chat.messages[: waiting[-1] + 1], from_user=from_user)
+        row, learned = _longest_row(chat, waiting, starts, form, tokenizer, max_tokens)
+        if row is not None:
+            yield row
+        waiting = [position for position in waiting[:-1] if position not in learned]
 
 
-def _shortened(messages: Sequence[Message], *, from_user: bool) -> Iterator[list[int]]:
-    """Yield the positions of the turns of a chat, with ever more of the oldest left out, down to the user's last one.
+def _starts(messages: Sequence[Message], *, from_user: bool) -> list[int]:
+    """Return where a chat may begin after its system message, with ever fewer turns, down to the user's last one.
 
-    Each chat begins with a turn of the user (after the system message), since many templates refuse anything else.
+    That is with a turn of the user, since many templates refuse anything else; or with its first turn.
     """
-    head = [0] if messages[0]["role"] == "system" else []
-    turns = range(len(head), len(messages))
+    turns = range(_system_turns(messages), len(messages))
     starts = [start for start in turns if messages[start]["role"] == "user"]
     if not from_user and starts[:1] != [turns.start]:
         starts = [turns.start, *starts]
-    for start in starts or [len(messages) - 1]:
-        yield [*head, *range(start, len(messages))]
+    return starts or [len(messages) - 1]
+
+
+def _system_turns(messages: Sequence[Message]) -> int:
+    return 1 if messages[0]["role"] == "system" else 0
+
+
+def _longest_row(
+    chat: Chat,
+    positions: Sequence[int],
+    starts: Sequence[int],
+    form: ChatFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+) -> tuple[Row | None, list[int]]:
+    """Return the row of the chat up to the last of `positions`, from the first of `starts` that is short enough.
+
+    With it, those of `positions` that are learned in it. The row is None where all are too long.
+    """
+    head = _system_turns(chat.messages)
+
+    @cache
+    def row_from(start: int) -> tuple[Row, list[int]]:
+        kept = [*range(head), *range(start, positions[-1] + 1)]
+        learned = [index for index, position in enumerate(kept) if position in positions]
+        messages = [chat.messages[position] for position in kept]
+        row, learned = _encode(messages, learned, chat.tools, form, tokenizer, max_tokens)
+        return row, [kept[index] for index in learned]
+
+    def fits(start: int) -> bool:
+        return len(row_from(start)[0].input_ids) <= max_tokens
+
+    try:
+        full, _ = row_from(starts[0])
+    except DataError:
+        if len(starts) == 1 or chat.messages[starts[0]]["role"] == "user":
+            raise
+        starts = starts[1:]  # many templates refuse a chat that begins with the assistant
+        full, _ = row_from(starts[0])
+    # Fewer turns are fewer tokens, so that a bisection finds the first that fits.
+    at = 0 if fits(starts[0]) else bisect_left(starts, True, lo=1, key=fits)
+    if at == len(starts):
+        return None, []
+    row, learned = row_from(starts[at])
+    return replace(row, cut_tokens=len(full.input_ids) - len(row.input_ids)), learned
 
 
 def _encode(
@@ -117,12 +145,17 @@ def _encode(
     tools: Tools,
     form: ChatFormat,
     tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
 ) -> tuple[Row, list[int]]:
-    """Return the row of a chat that ends with the last of the `learned` turns, and which of them are learned in it."""
+    """Return the row of a chat that ends with the last of the `learned` turns, and which of them are learned in it.
+
+    In a row that is longer than `max_tokens`, the others are not looked for.
+    """
     last = _answer(messages, tools, form, tokenizer)
     whole = last.prompt + last.text
+    ids = encode(whole, tokenizer, begin=not form.has_template)
     spans = {learned[-1]: (len(last.prompt), len(whole))}  # position of a turn -> where it stands in the text
-    for position in learned[:-1]:
+    for position in learned[:-1] if len(ids) <= max_tokens else ():
         try:
             answer = _answer(messages[: position + 1], tools, form, tokenizer)
         except DataError:
@@ -131,7 +164,7 @@ def _encode(
             if text and answer.end and whole.startswith(answer.prompt + text):
                 spans[position] = (len(answer.prompt), len(answer.prompt + text))
                 break
-    ids, places = encode_spans(whole, spans, tokenizer, begin=not form.has_template)
+    ids, places = find_spans(whole, ids, spans, tokenizer, begin=not form.has_template)
     labels = [IGNORED] * len(ids)
     for start, end in places.values():
         labels[start:end] = ids[start:end]
@@ -195,11 +228,12 @@ def _split_reasoning(turn: Message, content: str) -> tuple[str, str]:
 
 
 def _leading_special(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The special tokens at the beginning of a text, with nothing between them."""
-    special, end = _special_tokens(tokenizer), 0
+    """The special tokens at the beginning of a text, and the space before them, which some templates write."""
+    special, start = _special_tokens(tokenizer), len(text) - len(text.lstrip())
+    end = start
     while token := next((token for token in special if text.startswith(token, end)), ""):
         end += len(token)
-    return text[:end]
+    return text[:end] if end > start else ""
 
 
 def _trailing_special(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -213,4 +247,7 @@ def _trailing_special(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The tokens that are in the tokenizer's texts as they are, the longest first."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
-    return sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+    tokens = {
+        token for token in (*tokenizer.all_special_tokens, *added) if token.strip()
+    }  # GPT-NeoX has runs of spaces
+    return sorted(tokens, key=len, reverse=True)

@@ -7,18 +7,23 @@ from collections.abc import Iterable
 from transformers import PreTrainedTokenizerBase
 
 from petals_tune.data.chat_rows import Row
+from petals_tune.data.collate import choose_pad_id
 from petals_tune.errors import ConfigError
 
 
 def keep_padding_inside(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
-    """Pad with the end token where the padding token is not in the model's vocabulary: padding is masked."""
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= vocabulary:
-        tokenizer.pad_token = tokenizer.eos_token
+    """Pad with the end token, or else the first one, where the model has no embedding for the padding token.
+
+    Padding is masked, so that any token will do.
+    """
+    if choose_pad_id(tokenizer) >= vocabulary:
+        inside = tokenizer.eos_token_id is not None and tokenizer.eos_token_id < vocabulary
+        tokenizer.pad_token = tokenizer.eos_token if inside else tokenizer.convert_ids_to_tokens(0)
 
 
-def check_vocabulary(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
-    """Raise ConfigError where a row has a token that the model has no embedding for."""
-    largest = max((max(row.input_ids) for row in rows), default=0)
+def check_vocabulary(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Raise ConfigError where the model has no embedding for a token."""
+    largest = max(token_ids, default=0)
     if largest >= vocabulary:
         raise ConfigError(
             f"the tokenizer writes the token {tokenizer.convert_ids_to_tokens(largest)!r} as {largest}, and the model "

@@ -19,23 +19,28 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, *, begin: bool = False
     return [*_beginning(tokenizer), *ids] if begin else ids
 
 
-def encode_spans(
-    text: str, spans: Mapping[int, tuple[int, int]], tokenizer: PreTrainedTokenizerBase, *, begin: bool = False
+def find_spans(
+    text: str,
+    ids: list[int],
+    spans: Mapping[int, tuple[int, int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    begin: bool = False,
 ) -> tuple[list[int], dict[int, tuple[int, int]]]:
-    """Encode a text once, whole, and find spans in it: (first character, end) by any key -> (first token, end).
+    """Find spans of a text in its token ids: (first character, end) by any key -> (first token, end).
 
     The tokens before a span are those of the text before it alone, since that is what generation would send; a span of
     which that is not true is left out of the result. The last span ends with the text; where a token would straddle
-    its beginning, the text before it and the span are encoded one after the other.
+    its beginning, the text before it and the span are encoded one after the other, and these ids are returned.
     """
-    ids = encode(text, tokenizer, begin=begin)
     found = {}
     last = max(spans, key=lambda key: spans[key])
     for key, (start, end) in spans.items():
         before = encode(text[:start], tokenizer, begin=begin)
-        until = ids if end == len(text) else encode(text[:end], tokenizer, begin=begin)
-        if ids[: len(before)] == before and ids[: len(until)] == until:
-            found[key] = (len(before), len(until))
+        if ids[: len(before)] == before:
+            until = ids if end == len(text) else encode(text[:end], tokenizer, begin=begin)
+            if ids[: len(until)] == until:
+                found[key] = (len(before), len(until))
         elif key == last:
             parts = before + _continue(text[start:], tokenizer)
             if tokenizer.decode(parts) != tokenizer.decode(ids):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from lightning import Trainer
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from petals_tune.config import build
 from petals_tune.data.checks import check_positions, check_vocabulary, keep_padding_inside
 from petals_tune.data.module import TextData
+from petals_tune.data.tokens import word_ids
 from petals_tune.errors import ConfigError
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.convert import model_folder
@@ -104,7 +106,9 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
         data, asked = _data_as_trained(cfg.data, trained.prompting, tokenizer, stage=stage)
     data.setup(stage)
     rows = [row for split in data.encoded_splits().values() for row in split.rows]
-    check_vocabulary(rows, tokenizer, vocabulary)
+    # A label word may be in no row, and its logit is needed all the same.
+    label_ids = word_ids(getattr(objective, "words", ()), tokenizer)
+    check_vocabulary(chain(label_ids, (max(row.input_ids) for row in rows)), tokenizer, vocabulary)
     check_positions(
         rows, getattr(tuning, "num_virtual_tokens", None) or 0, learned_positions(placeholder_model(config))
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import re
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from petals_tune.data.chat_rows import IGNORED, Row, chat_rows
 from petals_tune.data.examples import Chat, Message
@@ -128,13 +129,23 @@ def chats(draw: st.DrawFn) -> Chat:
     return Chat(messages=tuple(messages[: max(some) + 1]), learned=tuple(sorted(some)))
 
 
+def sent(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[int, ...]:
+    """What generation sends for the next answer, by transformers alone."""
+    turns = [{**m, "content": m["content"].strip()} if m["role"] == "assistant" else m for m in messages]
+    if name == "gemma" and turns[0]["role"] == "system":
+        system, user, *rest = turns
+        turns = [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+    return tuple(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
 @pytest.mark.parametrize("name", ENDS)
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=6, deadline=None)
 @given(chat=chats())
 def test_before_every_learned_answer_stands_what_generation_would_have_sent(kind: str, name: str, chat: Chat) -> None:
     tokenizer = tokenizer_of(kind, name)
-    prompts = {tuple(context_ids(chat.messages[:place], tokenizer)): place for place in chat.learned}
+    prompts = {sent(chat.messages[:place], tokenizer, name): place for place in chat.learned}
+    assert [*prompts] == [tuple(context_ids(chat.messages[:place], tokenizer)) for place in chat.learned]
     places = []
     for row in chat_rows(chat, tokenizer, 4000, from_user=False):
         for start, end in learned(row):
@@ -149,6 +160,29 @@ def test_before_every_learned_answer_stands_what_generation_would_have_sent(kind
             assert re.fullmatch(r"(<think>)?\s*(</think>)?|<\|channel\|>\s?final<\|message\|>", before)
             places.append(place)
     assert sorted(places) == list(chat.learned), "each answer once"
+
+
+@settings(max_examples=30, deadline=None)
+@given(chat=chats(), kind=st.sampled_from([*KINDS]), name=st.sampled_from([*ENDS]), max_tokens=st.integers(8, 120))
+def test_a_short_row_loses_its_oldest_turns_and_no_more(kind: str, name: str, chat: Chat, max_tokens: int) -> None:
+    tokenizer = tokenizer_of(kind, name)
+    head = chat.messages[:1] if chat.messages[0]["role"] == "system" else ()
+    contexts: dict[tuple[int, ...], int] = {}  # each that generation might send -> the position of the answer
+    for place in chat.learned:
+        for start in range(len(head), place, 2):
+            contexts[sent((*head, *chat.messages[start:place]), tokenizer, name)] = place
+    rows = list(chat_rows(chat, tokenizer, max_tokens, from_user=False))
+    places = [contexts[tuple(row.input_ids[:start])] for row in rows for start, _ in learned(row)]
+    assert len(places) == len(set(places)), "no answer twice"
+    assert all(len(row.input_ids) <= max_tokens for row in rows)
+    for place in {*chat.learned} - {*places}:
+        (row,) = chat_rows(
+            Chat(messages=(*head, *chat.messages[place - 1 : place + 1]), learned=(len(head) + 1,)),
+            tokenizer,
+            4000,
+            from_user=False,
+        )
+        assert len(row.input_ids) > max_tokens, "too long even alone with its question"
 
 
 THREE: tuple[Message, ...] = (
@@ -222,3 +256,47 @@ def test_an_empty_answer_is_refused() -> None:
     messages = (THREE[0], {"role": "assistant", "content": " "})
     with raises(DataError, reason="an empty answer"):
         list(chat_rows(Chat(messages=messages, learned=(1,)), tokenizer_of("prepend", "gemma"), 400, from_user=False))
+
+
+def test_the_end_of_a_turn_is_learned_with_the_space_that_the_template_puts_before_it() -> None:
+    tokenizer = tokenizer_of("metaspace", "phi3_5")  # a tokenizer whose end token is another one than the template's
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else "
+        "' ' + m.content + ' <|assistant|>' }}{% endfor %}"
+    )  # as Llama 2's
+    (row,) = chat_rows(Chat(messages=THREE, learned=(1, 3)), tokenizer, 400, from_user=False)
+    answers = [str(tokenizer.decode(row.input_ids[start:end])) for start, end in learned(row)]
+    assert [answer.split() for answer in answers] == [["tea", "<|assistant|>"], ["The", "end", "<|assistant|>"]]
+
+
+def test_turns_that_the_template_refuses_are_refused_and_not_left_out() -> None:
+    twice = (THREE[0], *THREE[2:])
+    with raises(DataError, reason="turns that the chat template refuses"):
+        list(
+            chat_rows(
+                Chat(messages=(THREE[0], *twice), learned=(3,)), tokenizer_of("prepend", "gemma"), 400, from_user=False
+            )
+        )
+
+
+def test_a_long_chat_in_short_rows_is_rendered_a_few_times_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = copy.copy(tokenizer_of("byte level", "llama3"))
+    messages = tuple(THREE[number % 4] for number in range(200))
+    calls: list[int] = []
+    render = tokenizer.apply_chat_template
+    monkeypatch.setattr(tokenizer, "apply_chat_template", lambda turns, **kw: calls.append(1) or render(turns, **kw))
+    rows = list(chat_rows(Chat(messages=messages, learned=tuple(range(1, 200, 2))), tokenizer, 200, from_user=True))
+    assert sum(len(learned(row)) for row in rows) == 100
+    assert len(calls) < 100 * len(rows), "and not a hundred times for each of a hundred answers"
+
+
+def test_a_tokenizer_in_python_that_appends_an_end_token_puts_none_before_the_answer() -> None:
+    tokenizer = ByT5Tokenizer()
+    assert tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id
+    for text in (None, template("qwen2_5")):
+        tokenizer.chat_template = text
+        for row in chat_rows(Chat(messages=THREE, learned=(1, 3)), tokenizer, 4000, from_user=False):
+            ((start, end),) = learned(row)
+            assert tokenizer.eos_token_id not in row.input_ids[:start]
+            assert row.input_ids[end - 1 :] == [tokenizer.eos_token_id]

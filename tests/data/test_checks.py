@@ -6,6 +6,7 @@ import pytest
 
 from petals_tune.data.chat_rows import Row
 from petals_tune.data.checks import check_positions, check_vocabulary, keep_padding_inside
+from petals_tune.data.collate import choose_pad_id
 from petals_tune.errors import ConfigError
 from tests.raising import raises
 from tests.train.tiny import tiny_tokenizer
@@ -14,9 +15,10 @@ ROWS = [Row(input_ids=[1, 2, 3], labels=[1, 2, 3]), Row(input_ids=[4, 5], labels
 
 
 def test_a_token_beyond_the_embeddings_is_refused() -> None:
-    check_vocabulary(ROWS, tiny_tokenizer(), 6)
+    check_vocabulary([1, 5, 4], tiny_tokenizer(), 6)
+    check_vocabulary([], tiny_tokenizer(), 6)
     with raises(ConfigError, key="model.source", seen=5):
-        check_vocabulary(ROWS, tiny_tokenizer(), 5)
+        check_vocabulary([1, 5, 4], tiny_tokenizer(), 5)
 
 
 @pytest.mark.parametrize(("soft_tokens", "positions"), [(0, 2), (2, 4)])
@@ -35,3 +37,7 @@ def test_padding_beyond_the_embeddings_is_the_end_token() -> None:
     assert tokenizer.pad_token == "[PAD]"
     keep_padding_inside(tokenizer, vocabulary)
     assert tokenizer.pad_token == tokenizer.eos_token
+    tokenizer.add_special_tokens({"eos_token": "[END]"})
+    tokenizer.pad_token = None
+    keep_padding_inside(tokenizer, vocabulary)
+    assert choose_pad_id(tokenizer) == 0, "without an end token inside, the first token"
