@@ -286,7 +286,7 @@ class RemoteBlocks(RemoteSpan):
     ) -> torch.Tensor | None:
         """Positions where a soft prompt stands before padding; None for the model's own."""
         mask, embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
-        if mask is None or mask.dim() != 2 or (embeds is None and session is None):
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or (embeds is None and session is None):
             return None  # also in a forward of token ids alone, whose mask is the caller's
         tokens = embeds if embeds is not None else args[0] if args else kwargs["input_ids"]
         return positions_behind_gaps(owner, mask, tokens.shape[1])

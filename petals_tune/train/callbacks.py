@@ -23,7 +23,7 @@ from petals_tune.net.stats import ServerTimes
 from petals_tune.train.backbone import swarm_stats
 from petals_tune.train.module import FineTuner, planned_steps, time_limit
 from petals_tune.train.options import Count
-from petals_tune.train.resume import TrainingPosition, continue_from, random_states, set_random_states
+from petals_tune.train.resume import TrainingPosition, random_states, set_random_states
 
 MB = 1e6
 
@@ -163,15 +163,8 @@ class NewestCheckpoint(Checkpoint):
         self._position: TrainingPosition | None = None
 
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn != TrainerFn.FITTING:
-            return
-        self._position = TrainingPosition.from_checkpoint(checkpoint)
-        if isinstance(trainer.datamodule, TextData):  # type: ignore[attr-defined]  # Lightning sets it in fit()
-            data_of(trainer).resume_at(epoch=self._position.epoch, batches=self._position.batches)
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._position is not None:
-            continue_from(self._position, trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._position = TrainingPosition.from_checkpoint(checkpoint)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Batch, batch_idx: int

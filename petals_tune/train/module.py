@@ -20,10 +20,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 from petals_tune.data.collate import Batch
+from petals_tune.data.module import TextData
 from petals_tune.errors import ConfigError, Diverged
 from petals_tune.train.backbone import Net
 from petals_tune.train.exported import Exported, best_checkpoint
 from petals_tune.train.objective import Objective, Scores
+from petals_tune.train.resume import TrainingPosition, continue_from
 from petals_tune.train.window import Window
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -66,15 +68,20 @@ class FineTuner(LightningModule):
         self._schedule_factory = schedule
         self._totals: dict[str, MeanMetric] = {}
         self._resumed_steps = 0
+        self._position: TrainingPosition | None = None  # that a resumed run goes on from
         self._best: Exported | None = None
         self.window = Window()  # the batches since the last optimizer step
 
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)
-        self._resumed_steps = 0
+        self._resumed_steps, self._position = 0, None
         # DDP would broadcast frozen parameters too, and so allocate memory for remote blocks' placeholder weights.
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
         self._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in self.named_buffers())]
+
+    def on_train_start(self) -> None:
+        if self._position is not None:
+            continue_from(self._position, self.trainer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         scores = self._score(batch)
@@ -185,6 +192,10 @@ class FineTuner(LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             # The options of this run count: its schedule is advanced to the checkpoint's step, not restored.
             self._resumed_steps, checkpoint["lr_schedulers"] = checkpoint["global_step"], []
+            self._position = TrainingPosition.from_checkpoint(checkpoint)
+            data = getattr(self.trainer, "datamodule", None)  # Lightning sets it in fit()
+            if isinstance(data, TextData):
+                data.resume_at(epoch=self._position.epoch, batches=self._position.batches)
 
     def _mean_over_processes(self, count: int) -> float:
         if self.trainer.world_size == 1:

@@ -12,6 +12,7 @@ from typing import Literal
 import msgspec
 
 from petals_tune.errors import ConfigError
+from petals_tune.files import write_bytes
 from petals_tune.model.fingerprint import Fingerprint
 
 FILE = "petals_tune.json"
@@ -55,8 +56,8 @@ class Identity:
             raise ConfigError(f"{file} cannot be read: {error}", key="adapter", seen=file) from None
 
     def save(self, folder: Path) -> None:
-        """Write the file into a folder that `files.filling` made."""
-        (folder / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
+        """Write the file into an adapter's folder."""
+        write_bytes(folder / FILE, msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
 
 
 def check_task(folder: Path, *, saved: str | None, wanted: str) -> None:

@@ -97,7 +97,7 @@ def plain_model(context: Context, folder: Path, quantization: str, dtype: torch.
 
 
 def figures(context: Context, model: Any, family: str, device: str) -> dict[str, torch.Tensor]:
-    """Logits and greedy tokens with padding on the left, gradients of LoRA and of a soft prompt with padding on the right.
+    """Logits and greedy tokens with padding on the left, gradients of LoRA and a soft prompt with it on the right.
 
     (Behind a soft prompt, plain models count padding on the left as distance.) All of it in host memory.
     """

@@ -9,7 +9,7 @@ from tests.raising import raises
 from tests.train.conftest import Compose
 from tests.train.tiny import LocalConnection
 
-LORA = "tuning=lora ~tuning.tokens ~tuning.init_text"
+LORA = "tuning=lora"
 
 # Overrides -> the key of the error.
 MISTAKES = {

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from petals_tune.data.chitchat import persona_message
 from petals_tune.data.examples import AnyExample, Chat, Example, LabelledText, Text
 from petals_tune.data.source import CountedExamples
+from petals_tune.errors import DataError
 from petals_tune.train.prompting import asked_as_trained, prompting_of, with_trained_template
 from petals_tune.tuning.identity import Prompting
 from tests.train.tiny import tiny_tokenizer
@@ -89,13 +90,16 @@ def test_the_counts_of_a_table_stay() -> None:
 
     class Counted(Rows):
         def train(self) -> CountedExamples:
-            return CountedExamples(read(), counted)
+            return CountedExamples(read(), counted, refused.append)
 
+    refused: list[DataError] = []
     rows = asked_as_trained(Counted([]), Prompting(), Prompting(system="Be brief.")).train()
     assert isinstance(rows, CountedExamples)
     assert next(rows).context[0]["content"] == next(rows).context[0]["content"] == "Be brief."
+    rows.refuse(DataError("the second"))
     rows.close()
     assert rows.left_out == {"empty": 1, "not read": 1}
+    assert [str(error) for error in refused] == ["the second"]
 
 
 def test_system_texts_of_each_row_are_left_alone() -> None:

@@ -22,7 +22,7 @@ def layout(model_folder) -> BlockLayout:
 
 
 def number(layout: BlockLayout, *overrides: str) -> int:
-    return number_of_blocks(options_of(*overrides), layout, torch.float32)
+    return number_of_blocks(options_of("device=cpu", *overrides), layout, torch.float32)
 
 
 def test_what_the_options_say_is_hosted(layout):
