@@ -16,10 +16,8 @@ TESTED_ELSEWHERE = {
     "petals_tune/blocks/quantization/int8_linear.py": "tests/blocks/test_kernels.py",
     "petals_tune/data/chat_format.py": "tests/data/test_chat_rows.py",
     "petals_tune/data/examples.py": "tests/data/test_rows.py",
-    "petals_tune/data/tokens.py": "tests/data/test_rows.py",
     "petals_tune/hydra_errors.py": "tests/test_config.py",
     "petals_tune/train/measure.py": "tests/test_evaluate.py",
-    "petals_tune/train/parts.py": "tests/train/test_run.py",
     "servers/__main__.py": "tests/servers/test_main.py",
     "servers/health/__main__.py": "tests/e2e/test_health.py",
 }

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 import re
-from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -14,13 +12,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from petals_tune.data.chat_rows import IGNORED, Row, chat_rows
 from petals_tune.data.examples import Chat, Message
 from petals_tune.data.rows import context_ids
 from petals_tune.errors import DataError
+from tests.data.kinds import KINDS, WORDS
 from tests.raising import raises
 
 # ruff: noqa: RUF001  # DeepSeek's tokens have wide bars
@@ -38,8 +36,6 @@ ENDS = {
     "qwen3_5_think": "<|im_end|>",
 }
 _SPECIAL = re.compile(r"<\|[\w:]+\|>|<｜[^｜']+｜>|<[a-z]+_of_turn>|<bos>|</?think>")
-_TEXT = "The capital of France is Paris . What is it ? tea hot end user think model system return"
-_WORDS = _TEXT.split(" ")
 
 
 def template(name: str) -> str:
@@ -47,54 +43,6 @@ def template(name: str) -> str:
     assert spec is not None
     assert spec.submodule_search_locations
     return (Path(spec.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
-
-
-def byte_level() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        [" ".join(_WORDS)] * 9, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-    )
-    return tokenizer
-
-
-def metaspace() -> Tokenizer:
-    """As LlamaTokenizer of transformers 5 reads Llama 2's."""
-    tokenizer = Tokenizer(_pieces())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    tokenizer.decoder = _pieces_decoder()
-    return tokenizer
-
-
-def prepend() -> Tokenizer:
-    """As the tokenizer.json of Llama 2, Zephyr and Phi-3."""
-    tokenizer = Tokenizer(_pieces())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = _pieces_decoder()
-    return tokenizer
-
-
-def _pieces() -> models.BPE:
-    trained = Tokenizer(models.BPE(unk_token="<unk>"))
-    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
-    special = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trained.train_from_iterator(
-        [" ".join(_WORDS)] * 9, trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
-    )
-    vocabulary = trained.get_vocab()
-    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-    return models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-
-
-def _pieces_decoder() -> decoders.Sequence:
-    return decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-
-
-KINDS: dict[str, Callable[[], Tokenizer]] = {"byte level": byte_level, "metaspace": metaspace, "prepend": prepend}
 
 
 @cache
@@ -113,7 +61,7 @@ def learned(row: Row) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-TEXTS = st.lists(st.sampled_from([*_WORDS, "é", "世界", "\n", "  ", "1"]), min_size=1, max_size=4).map(" ".join)
+TEXTS = st.lists(st.sampled_from([*WORDS, "é", "世界", "\n", "  ", "1"]), min_size=1, max_size=4).map(" ".join)
 TEXTS = TEXTS.filter(lambda text: text.strip())
 
 
