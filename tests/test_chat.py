@@ -11,7 +11,7 @@ import pytest
 import torch
 from omegaconf import DictConfig
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from petals_tune.chat import CONFIG_NAME, Chat, open_model, read_turns, stop_on_interrupt, talk, with_prompt_key
 from petals_tune.config import check, composed
@@ -103,6 +103,7 @@ class Local:
 
     def __init__(self, model: Any):
         self._model = model
+        self.config = model.config
         self.seen: list[torch.Tensor] = []
 
     def inference_session(self, max_length: int) -> Any:
@@ -135,6 +136,7 @@ class Recorded:
     """Answers nothing, and keeps the prompts."""
 
     def __init__(self) -> None:
+        self.config = LlamaConfig(vocab_size=1000)
         self.seen: list[list[int]] = []
         self.options: Any = None
 
@@ -187,6 +189,15 @@ def test_an_answer_ends_at_the_turns_end_of_the_template():
 
     talk(Counted(plain), tokenizer, config("max_new_tokens=12", "temperature=0"), iter(["Hi"]))
     assert lengths == [1]
+
+
+def test_a_token_beyond_the_embeddings_is_refused():
+    tokenizer, model = tiny_tokenizer(), Recorded()
+    tokenizer.add_tokens("zzz")
+    model.config.vocab_size = len(tokenizer) - 1
+    with raises(ConfigError, key="model.source", seen=len(tokenizer) - 1):
+        talk(model, tokenizer, config(), iter(["Why?", "zzz"]))
+    assert len(model.seen) == 1
 
 
 def test_persona_and_system_go_before_the_adapters_own_text():

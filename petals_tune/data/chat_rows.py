@@ -12,7 +12,7 @@ An answer's place is found by rendering and tokenizing the prompt before it, and
 the invariant itself, and needs no offsets, which tokenizers in Python lack. transformers' assistant masks and TRL's
 training templates mark answers in templates that were rewritten for it, and compare nothing with what generation sends;
 this way takes every template as it is, the one that the model was trained with. It costs two renderings and two
-tokenizations an answer: 1.3 ms an answer of 22 words on a CPU core.
+tokenizations an answer: 1 to 2 ms in chats of up to ten turns.
 """
 
 from __future__ import annotations
