@@ -20,6 +20,7 @@ from petals_tune.data.module import TextData
 from petals_tune.data.rows import Row
 from petals_tune.errors import ConfigError
 from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.train.module import FineTuner
 from petals_tune.train.parts import Parts
 from petals_tune.train.result import Result, StageMetrics
 from petals_tune.train.resume import TrainingPosition
@@ -172,6 +173,8 @@ class RunRecord(Callback):
     def on_load_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.position is not None:
             self.position.write_to(checkpoint)
+            assert isinstance(module, FineTuner)
+            module.resume_from(self.position)  # it has read the checkpoint before
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert self.update is not None

@@ -192,10 +192,14 @@ class FineTuner(LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             # The options of this run count: its schedule is advanced to the checkpoint's step, not restored.
             self._resumed_steps, checkpoint["lr_schedulers"] = checkpoint["global_step"], []
-            self._position = TrainingPosition.from_checkpoint(checkpoint)
-            data = getattr(self.trainer, "datamodule", None)  # Lightning sets it in fit()
-            if isinstance(data, TextData):
-                data.resume_at(epoch=self._position.epoch, batches=self._position.batches)
+            self.resume_from(TrainingPosition.from_checkpoint(checkpoint))
+
+    def resume_from(self, position: TrainingPosition) -> None:
+        """Go on from `position`; called while a checkpoint is loaded."""
+        self._position = position
+        data = getattr(self.trainer, "datamodule", None)  # Lightning sets it in fit()
+        if isinstance(data, TextData):
+            data.resume_at(epoch=position.epoch, batches=position.batches)
 
     def _mean_over_processes(self, count: int) -> float:
         if self.trainer.world_size == 1:

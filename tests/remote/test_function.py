@@ -1,5 +1,6 @@
 """Cutting a batch into micro-batches: what servers take in one message, and what the numbers are then."""
 
+import asyncio
 import time
 from pathlib import Path
 
@@ -118,15 +119,19 @@ def left(leases: list[LeaseStore]) -> int:
 
 
 def test_where_one_micro_batch_fails_the_leases_of_the_others_go_back(folder, leases, monkeypatch):
-    reply, forwards = Handler._reply, 0
+    reply, forwards, kept = Handler._reply, 0, asyncio.Event()
 
     async def fail_at_last(self: Handler, client: str, request: Message) -> Message:
         nonlocal forwards
-        if isinstance(request, Forward) and request.span.start == 2:
-            forwards += 1
-            if forwards == ROWS:
-                raise RequestRefused("not this one")
-        return await reply(self, client, request)
+        at_second = isinstance(request, Forward) and request.span.start == 2
+        forwards += at_second
+        if at_second and forwards == ROWS:
+            await kept.wait()
+            raise RequestRefused("not this one")
+        answer = await reply(self, client, request)
+        if at_second:
+            kept.set()
+        return answer
 
     monkeypatch.setattr(Handler, "_reply", fail_at_last)
     with in_process_swarm(folder, "0:2", "2:6"):

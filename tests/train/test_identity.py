@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from petals_tune.data.collate import Batch
 from petals_tune.errors import ConfigError
+from petals_tune.train.module import FineTuner
 from petals_tune.train.result import Result
 from petals_tune.train.run import run
 from tests.raising import raises
@@ -70,6 +72,24 @@ def test_another_order_of_the_rows_starts_the_epoch_anew_and_says_so(
     loop = torch.load(tmp_path / "on" / "checkpoint.ckpt", weights_only=True)["loops"]["fit_loop"]
     progress = loop["epoch_loop.batch_progress"]["current"]["ready"], loop["epoch_progress"]["current"]["processed"]
     assert progress == ((1, 0) if "seed" in override else (4 + 1, 0))  # 12 rows are 4 batches of 3
+
+
+@pytest.mark.parametrize(("override", "left"), [("seed=5", 20), ("data.batch_size=3", 8), ("optimizer.lr=1e-4", 8)])
+def test_each_row_of_the_epoch_is_trained_on_once_or_the_epoch_starts_anew(
+    override: str, left: int, first: Path, tiny_run: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run took 12 of the 20 rows."""
+    seen: list[tuple[int, list[int]]] = []
+    step = FineTuner.training_step
+
+    def note(self: FineTuner, batch: Batch, batch_idx: int) -> torch.Tensor:
+        seen.extend((self.trainer.current_epoch, ids.tolist()) for ids in batch["input_ids"])
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(FineTuner, "training_step", note)
+    goes_on(tiny_run, first, tmp_path / "on", override, "trainer.max_steps=12")
+    rows = [tuple(row) for epoch, row in seen if epoch == 0]
+    assert len(rows) == len(set(rows)) == left
 
 
 def test_going_on_in_the_same_folder_keeps_its_rows_and_figures(first: Path, tiny_run: Compose) -> None:
