@@ -15,7 +15,7 @@ from petals_tune.data.columns import Columns
 from petals_tune.data.examples import AnyExample, Chat, Example, LabelledText
 from petals_tune.data.formats import TableRow, cell_text
 from petals_tune.data.source import CountedExamples, SplitName, SplitShares, hash_fraction
-from petals_tune.data.splits import Split, find_splits
+from petals_tune.data.splits import Split, find_splits, translate_read_errors
 from petals_tune.errors import DataError
 
 _SHUFFLE_BUFFER_ROWS = 1000  # of a stream
@@ -120,20 +120,21 @@ class Table(SplitShares):
         table = self._split(name)
         read = 0
         try:
-            for number, row in shuffled_rows(table):
-                read, at[0] = read + 1, number
-                try:
-                    examples = self._converted(row)
-                except DataError as error:
-                    refuse(error)
-                    continue
-                if not examples:
-                    left_out[NOT_ASKED_FOR] += 1
-                for example in examples:
-                    if share is None or self._shares.split_of(prompt_fraction(example)) == share:
-                        yield example
-                    else:
-                        left_out[OTHER_SPLIT] += 1
+            with translate_read_errors(self.path):  # of a stream, and of values that Python has no type for
+                for number, row in shuffled_rows(table):
+                    read, at[0] = read + 1, number
+                    try:
+                        examples = self._converted(row)
+                    except DataError as error:
+                        refuse(error)
+                        continue
+                    if not examples:
+                        left_out[NOT_ASKED_FOR] += 1
+                    for example in examples:
+                        if share is None or self._shares.split_of(prompt_fraction(example)) == share:
+                            yield example
+                        else:
+                            left_out[OTHER_SPLIT] += 1
         finally:
             if table.rows is not None and read < table.rows:
                 left_out[NOT_READ] += table.rows - read

@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import PreTrainedTokenizerBase
 
 from petals_tune.config import build, composed
+from petals_tune.data import splits
 from petals_tune.data.columns import Answers, Chats, Columns, Labels, Texts
 from petals_tune.data.examples import Example
 from petals_tune.data.module import TextData
@@ -315,3 +316,13 @@ def test_a_folder_of_text_files_is_read_as_it_stands(tmp_path: Path) -> None:
 def test_columns_are_chosen_by_name(arguments: list[str], columns: Columns) -> None:
     cfg = composed([*arguments, "data.source.path=my.jsonl"])
     assert build(cfg.data.source, where="data.source").columns == columns
+
+
+def test_an_error_of_a_library_while_rows_are_read_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("Nanosecond resolution temporal type")
+
+    monkeypatch.setattr(splits, "arrow_rows", fails)
+    Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    with raises(DataError, source=str(tmp_path / "saved")):
+        list(Table(path=str(tmp_path / "saved"), columns=Answers()).train())
