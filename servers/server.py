@@ -22,8 +22,7 @@ from petals_tune.blocks.quantization import find_scheme
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.net.peer import Peer, joined
 from petals_tune.net.transport import Connection
-from petals_tune.wire.messages import PROTOCOL
-from petals_tune.wire.records import ServerRecord, ServerState
+from petals_tune.wire.records import PROTOCOL, ServerRecord, ServerState
 from petals_tune.wire.span import BlockSpan
 from servers.membership.announcer import Announcer
 from servers.membership.placer import Placer

@@ -16,8 +16,7 @@ from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.net.in_process import InProcessNetwork
 from petals_tune.net.peer import Peer
 from petals_tune.swarm import client, loop
-from petals_tune.wire.messages import PROTOCOL
-from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.records import PROTOCOL, ServerRecord
 from petals_tune.wire.span import BlockSpan
 from servers.requests.handler import Handler
 from servers.scheduling.compute_thread import ComputeThread

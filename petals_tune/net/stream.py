@@ -24,7 +24,6 @@ from petals_tune.net.transport import Connection, Transport
 from petals_tune.wire import frames
 from petals_tune.wire.codec import decode, encode
 from petals_tune.wire.messages import (
-    PROTOCOL,
     ChainedReply,
     CloseSession,
     Forwarded,
@@ -36,6 +35,7 @@ from petals_tune.wire.messages import (
     SessionOpened,
     Welcome,
 )
+from petals_tune.wire.records import PROTOCOL
 from petals_tune.wire.span import BlockSpan
 
 logger = logging.getLogger(__name__)

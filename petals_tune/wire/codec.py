@@ -11,7 +11,8 @@ import msgspec
 import torch
 
 from petals_tune.errors import ProtocolError
-from petals_tune.wire.messages import PROTOCOL, Hello, Message
+from petals_tune.wire.messages import Hello, Message
+from petals_tune.wire.records import PROTOCOL
 from petals_tune.wire.tensors import from_bytes, to_bytes
 
 MAX_HELLO_BYTES = 4096  # of the first message of a stream, whose sender is not known yet

@@ -19,8 +19,6 @@ from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WireFormat
 from petals_tune.wire.tokens import TokenBytes
 
-PROTOCOL = "/petals_tune/5"  # the libp2p protocol of our streams; a change of any message below changes the number
-
 MAX_PARTS = 100_000  # of an adapter: 100 blocks with 10 adapted linears each make 1000
 MAX_LEASES = 10_000  # in one Release
 MAX_TICKETS = 1_000  # in one Withdrawn

@@ -11,6 +11,8 @@ import msgspec
 from petals_tune.errors import ProtocolError
 from petals_tune.wire.span import BlockSpan
 
+PROTOCOL = "/petals_tune/6"  # the libp2p protocol of our streams; a change of a message or a record changes the number
+
 
 class Throughput(msgspec.Struct, frozen=True, kw_only=True):
     """Speed of a server, as measured or given at its start; 1 token/s where it was neither."""
@@ -38,39 +40,49 @@ class Throughput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 MAX_NAME = 64  # characters of a public name
+MAX_TEXT = 256  # of any other text
 _MAX_BLOCKS = 10_000  # of a model; readers of a record make lists of this length
 
 
 ServerState = Literal["joining", "online", "offline"]  # joining: loading its blocks
 
 
-class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One server of a swarm."""
+Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT)]
+Address = Annotated[str, msgspec.Meta(max_length=256)]
 
-    peer: str  # libp2p peer id, base58
-    addresses: Annotated[tuple[str, ...], msgspec.Meta(max_length=16)]  # multiaddrs with /p2p/<peer>
-    model: str  # digest of the checkpoint (model/checkpoint.py): `same_model` is true for all servers of a swarm
-    model_name: str
-    revision: str = ""  # commit on the hub; "" for a local folder
+
+class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One server of a model."""
+
+    peer: Name  # libp2p peer id, base58
+    addresses: Annotated[tuple[Address, ...], msgspec.Meta(max_length=16)]  # multiaddrs with /p2p/<peer>
+    model: Text  # digest of the checkpoint (model/checkpoint.py): `same_model` is true for all its servers
+    model_name: Text
+    revision: Text = ""  # commit on the hub; "" for a local folder
+    protocol: Name = PROTOCOL  # that the server speaks; those of another release are routed around
     blocks: BlockSpan
     total_blocks: Annotated[int, msgspec.Meta(ge=1, le=_MAX_BLOCKS)]
-    quantization: Annotated[str, msgspec.Meta(max_length=MAX_NAME)]  # as petals_tune/blocks names them; shown alone
-    dtype: str  # of the computation
+    quantization: Name  # as petals_tune/blocks names them; shown alone
+    dtype: Name  # of the computation
     throughput: Throughput = Throughput()
-    matrix_library: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""  # of float32 products: its rounding
+    matrix_library: Name = ""  # of float32 products: its rounding
     state: ServerState = "online"
-    version: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""  # of petals_tune on the server
-    public_name: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""
+    version: Name = ""  # of petals_tune on the server
+    public_name: Name = ""
     free_cache_bytes: int | None = None  # left for sessions when this was announced; None: unknown
+
+    def __post_init__(self) -> None:
+        texts = (self.peer, self.model, self.model_name, self.revision, self.protocol, self.quantization, self.dtype)
+        for text in (*texts, self.matrix_library, self.version, self.public_name, *self.addresses):
+            if not text.isprintable():  # they are shown in terminals
+                raise ValueError(f"unprintable characters in {text!r}")
+        if self.blocks.stop > self.total_blocks:
+            raise ValueError(f"blocks {self.blocks} of a model of {self.total_blocks}")
 
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(ServerRecord)
-
-
-def dht_key(swarm: str) -> str:
-    """Return the DHT key under which all servers of a swarm announce themselves; the subkey is the peer id."""
-    return f"petals_tune.{swarm}"
 
 
 def same_model(one: str, other: str) -> bool:
@@ -95,10 +107,6 @@ def encode_record(record: ServerRecord) -> bytes:
 def decode_record(data: bytes) -> ServerRecord:
     """Decode a record. Raises ProtocolError."""
     try:
-        record = _decoder.decode(data)
+        return _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProtocolError(f"not a server's record: {error}", what="record") from None
-    if record.blocks.stop > record.total_blocks:
-        text = f"not a server's record: blocks {record.blocks} of a model of {record.total_blocks}"
-        raise ProtocolError(text, what="record")
-    return record

@@ -29,8 +29,8 @@ from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.hand_over import HandOverRule
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.verify import SpotChecks
-from petals_tune.wire.messages import PROTOCOL, Chained, HandOver, Message
-from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.messages import Chained, HandOver, Message
+from petals_tune.wire.records import PROTOCOL, ServerRecord
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WireFormat
 from servers.requests.hand_over import Neighbours

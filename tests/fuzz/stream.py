@@ -28,7 +28,8 @@ from petals_tune.net.peer import Peer, joined
 from petals_tune.swarm.local import ServerProcess, server_process
 from petals_tune.wire import frames
 from petals_tune.wire.codec import encode
-from petals_tune.wire.messages import PROTOCOL, Forwarded, Hello, Message, Ping, Refusal, Welcome
+from petals_tune.wire.messages import Forwarded, Hello, Message, Ping, Refusal, Welcome
+from petals_tune.wire.records import PROTOCOL
 from tests.models import save_model
 from tests.net.played_peer import PlayedPeer
 from tests.servers.peers import SPAN, forward

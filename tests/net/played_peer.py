@@ -12,8 +12,8 @@ from petals_tune.net.stream import ServerStream
 from petals_tune.net.transport import Connection
 from petals_tune.wire.codec import decode, encode
 from petals_tune.wire.frames import HEADER, Assembler, cut, read_header
-from petals_tune.wire.messages import PROTOCOL, Hello, Message, Pong, Refusal, Welcome
-from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.messages import Hello, Message, Pong, Refusal, Welcome
+from petals_tune.wire.records import PROTOCOL, ServerRecord
 from petals_tune.wire.span import BlockSpan
 
 PEER = "12D3KooWGRUaaqTyQ3mjBWbfu8yVaaWHXtmtzBqbLa9kGDGnkZBi"

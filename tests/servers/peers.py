@@ -15,8 +15,8 @@ from petals_tune.errors import PetalsTuneError
 from petals_tune.net.in_process import InProcessNetwork
 from petals_tune.net.members import Members
 from petals_tune.wire.adapter import AdapterPart
-from petals_tune.wire.messages import PROTOCOL, Forward, Hello, PutAdapter, Refusal, Welcome
-from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.messages import Forward, Hello, PutAdapter, Refusal, Welcome
+from petals_tune.wire.records import PROTOCOL, ServerRecord
 from petals_tune.wire.span import BlockSpan
 from servers.requests.admission import RequestLimits
 from servers.requests.handler import Handler
