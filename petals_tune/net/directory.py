@@ -1,4 +1,4 @@
-"""Who holds which blocks: servers announce their records here, and clients read snapshots."""
+"""Who holds which blocks of which model: servers announce their records here, and clients read snapshots."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Protocol
 import msgspec
 
 from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.span import BlockSpan
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """The servers of a swarm at one moment, in the order of their blocks."""
+    """Servers of one model at one moment, in the order of their blocks: all of them, or of many a sample."""
 
     servers: tuple[ServerRecord, ...]
     taken_at_s: float  # time.monotonic()
@@ -32,7 +33,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 class Directory(Protocol):
-    """The records of one swarm."""
+    """The records of one network of servers, of whatever models."""
 
     async def announce(self, record: ServerRecord, *, lasts_s: float) -> None:
         """Publish the record of this server for the next `lasts_s` seconds, in place of an earlier one."""
@@ -42,6 +43,18 @@ class Directory(Protocol):
         """Publish that this server is offline."""
         ...
 
-    async def snapshot(self) -> Snapshot:
-        """Read all records that have not expired."""
+    async def snapshot(self, model: str, blocks: BlockSpan, *, thorough: bool = False) -> Snapshot:
+        """Read records of servers of `model`, a digest, that hold some of `blocks`.
+
+        Of a large network a sample, which each further reading adds to, in bounded bytes; a `thorough` reading looks at
+        all blocks anew. Where nobody answers in a few seconds, what was known before, and a warning.
+        """
+        ...
+
+    async def find(self, peer: str, model: str, blocks: BlockSpan) -> ServerRecord | None:
+        """Read the record of one server, which holds some of `blocks`; None where there is none."""
+        ...
+
+    async def models(self) -> tuple[ServerRecord, ...]:
+        """Read which models there are: some servers of each."""
         ...

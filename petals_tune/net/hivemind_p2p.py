@@ -128,6 +128,18 @@ class HivemindTransport:
         with hivemind_errors(peer):
             await self.p2p._client.connect(PeerID.from_base58(peer), [encode_address(address)])
 
+    async def reach(self, peer: str, addresses: Sequence[str]) -> None:
+        """Connect to `peer` at one of `addresses`; no stream is opened. Raises ConnectionLost."""
+        with hivemind_errors(peer):
+            encoded = [encode_address(address) for address in addresses]
+            await self.p2p._client.connect(PeerID.from_base58(peer), encoded)
+
+    async def connected(self) -> dict[str, str]:
+        """The peers that are connected now, and the address of each as it is seen from here. Raises ConnectionLost."""
+        with hivemind_errors(self.id):
+            peers = await self.p2p.list_peers()
+        return {str(peer.peer_id): str(peer.addrs[0]) for peer in peers if peer.addrs}
+
     async def dial(self, peer: str, addresses: Sequence[str], protocol: str) -> Connection:
         """As `Transport.dial`."""
         with hivemind_errors(peer):

@@ -16,7 +16,8 @@ from petals_tune.net.directory import Snapshot
 from petals_tune.net.members import Members
 from petals_tune.net.peer import Peer
 from petals_tune.net.transport import Connection, Serve
-from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.records import ServerRecord, same_model
+from petals_tune.wire.span import BlockSpan
 
 
 class InProcessNetwork:
@@ -113,7 +114,25 @@ class InProcessDirectory:
         _, until_s = self._records.get(record.peer, (record, -math.inf))
         self._records[record.peer] = msgspec.structs.replace(record, state="offline"), until_s
 
-    async def snapshot(self) -> Snapshot:
+    async def snapshot(self, model: str, blocks: BlockSpan, *, thorough: bool = False) -> Snapshot:
         """As `Directory.snapshot`."""
+        return Snapshot.of(
+            record
+            for record in self._live()
+            if same_model(record.model, model)
+            and record.blocks.start < blocks.stop
+            and blocks.start < record.blocks.stop
+        )
+
+    async def find(self, peer: str, model: str, blocks: BlockSpan) -> ServerRecord | None:
+        """As `Directory.find`."""
+        servers = (await self.snapshot(model, blocks)).servers
+        return next((server for server in servers if server.peer == peer), None)
+
+    async def models(self) -> tuple[ServerRecord, ...]:
+        """As `Directory.models`."""
+        return tuple(record for record in self._live() if record.state != "offline")
+
+    def _live(self) -> list[ServerRecord]:
         now_s = time.monotonic()
-        return Snapshot.of(record for record, until_s in self._records.values() if until_s > now_s)
+        return [record for record, until_s in self._records.values() if until_s > now_s]

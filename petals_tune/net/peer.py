@@ -11,10 +11,10 @@ from typing import Any, Literal, TypeVar
 
 from petals_tune.errors import ServerError, ServerUnreachable
 from petals_tune.net.circuit_relay import Reservation, start_relay
+from petals_tune.net.dht.directory import DhtDirectory
 from petals_tune.net.dial_back import PROTOCOL as DIAL_BACK
 from petals_tune.net.dial_back import DialBack, is_dialable
 from petals_tune.net.directory import Directory
-from petals_tune.net.hivemind_dht import HivemindDirectory
 from petals_tune.net.hivemind_p2p import HivemindTransport, handle_loop_exception, on_this_machine, peer_of
 from petals_tune.net.members import Members, credentials
 from petals_tune.net.stream import ServerStream
@@ -130,7 +130,7 @@ async def joined(
                 reservation = await Reservation.make(transport, initial_peers)
                 stack.callback(asyncio.create_task(reservation.renew()).cancel)
         try:
-            directory = await HivemindDirectory.join(
+            directory = await DhtDirectory.join(
                 transport,
                 initial_peers,
                 client_mode=not listens or reservation is not None,

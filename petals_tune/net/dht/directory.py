@@ -1,42 +1,60 @@
-"""The directory in hivemind's DHT, of which this process runs a node."""
+"""The directory in the DHT, of which this process runs a node."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 
 import msgspec
-from hivemind.dht.node import DHTNode
-from hivemind.p2p import PeerID
-from hivemind.utils.timed_storage import get_dht_time
+from hivemind.dht.routing import DHTID
 
-from petals_tune.errors import ConnectionLost, ProtocolError, ServerUnreachable
-from petals_tune.net.dht_auth import MembersOnly, SignedRecords
+from petals_tune.errors import ConnectionLost, ServerUnreachable
+from petals_tune.net.dht.announcements import sign
+from petals_tune.net.dht.keys import INDEX, MAX_DEPTH, Spot, groups, key_at
+from petals_tune.net.dht.node import Node
+from petals_tune.net.dht.reader import HOLDERS, READING_S, Reader
+from petals_tune.net.dht.tree import Depth
 from petals_tune.net.directory import Snapshot
-from petals_tune.net.hivemind_p2p import HivemindTransport, hivemind_errors, peer_of
+from petals_tune.net.hivemind_p2p import HivemindTransport, peer_of
 from petals_tune.net.members import Members
-from petals_tune.wire.records import ServerRecord, decode_record, dht_key, encode_record
+from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.signing import SigningKey
+from petals_tune.wire.span import BlockSpan
 
 logger = logging.getLogger(__name__)
 
 LEAVING_S = 3.0
 PING_S = 20.0  # between two pings of the initial peers, give or take half
-# hivemind keeps the record that expires last: a withdrawal has to outlive what it withdraws, and no longer, or a server
-# that starts again under its address is not seen.
-_OFFLINE_OUTLIVES_S = 1.0
+STORING_S = 10.0  # deadline of an announcement
+CHECK_EVERY = 5  # renewals after which a server looks whether others can find it
 
 
-class HivemindDirectory:
-    """The records of one swarm in the DHT. `join` starts a node, `leave` stops it."""
+class DhtDirectory:
+    """The records of a network in the DHT. `join` starts a node, `leave` stops it."""
 
-    def __init__(self, node: DHTNode, swarm: str = "servers"):
+    def __init__(
+        self,
+        node: Node,
+        *,
+        identity: SigningKey | None = None,
+        members: Members | None = None,
+        initial_peers: Sequence[str] = (),
+    ):
+        """`identity` signs what is announced; a client that announces nothing has none."""
         self.node = node
-        self._key = dht_key(swarm)
-        self._last_expiration = 0.0
+        self._identity, self._members = identity, members
+        self._initial = tuple(peer_of(address) for address in initial_peers)
+        self._reader = Reader(node, self._initial)
+        self._chance = random.Random()
+        self._depths: dict[int, Depth] = {}  # by group
+        self._announced: ServerRecord | None = None
+        self._ends_s = 0.0
+        self._renewals = 0
+        self._is_hidden = False  # others do not find this server where they look: the initial peers are told too
 
     @classmethod
     async def join(
@@ -47,44 +65,31 @@ class HivemindDirectory:
         client_mode: bool,
         identity: SigningKey | None = None,
         members: Members | None = None,
-    ) -> HivemindDirectory:
+    ) -> DhtDirectory:
         """Join the DHT; what is announced there is signed by `identity`, and a private one is for `members` only.
 
         Raises ServerUnreachable where no initial peer answers, ClockSkew where the clocks differ too much for the DHT.
         """
         try:
-            with hivemind_errors():
-                node = await DHTNode.create(
-                    p2p=transport.p2p,
-                    initial_peers=list(initial_peers) or None,
-                    client_mode=client_mode,
-                    record_validator=SignedRecords(identity),
-                    authorizer=None if members is None else MembersOnly(members),
-                )
+            node = await Node.join(transport, initial_peers, client_mode=client_mode, members=members)
         except ConnectionLost as error:
             raise ServerUnreachable(
                 f"no initial peer answers: {', '.join(initial_peers)} ({error})\n"
                 "  check that the first server runs and prints this address; a private swarm answers only those who "
                 "give swarm.token=FILE"
             ) from None
-        return cls(node)
+        return cls(node, identity=identity, members=members, initial_peers=initial_peers)
 
     async def leave(self) -> None:
-        """Leave the DHT.
-
-        hivemind's own `shutdown` forgets the task that refreshes its cache, and waits for a daemon that is gone:
-        whoever stops a whole group of processes, as systemd does, has ended the daemon by now.
-        """
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self.node.shutdown(), LEAVING_S)
-        if self.node.cache_refresh_task is not None:
-            self.node.cache_refresh_task.cancel()
+        """Leave the DHT. It does not wait for a daemon that is gone, as it is where a group of processes is stopped."""
+        with suppress(TimeoutError, ConnectionLost):
+            await asyncio.wait_for(self.node.leave(), LEAVING_S)
 
     async def stay_known(self, transport: HivemindTransport, initial_peers: Sequence[str]) -> None:
         """Ping the peers through which this one joined, again and again, for ever.
 
         The DHT forgets a peer that did not answer once, and one that was started again knows nobody: without this,
-        those who join through it then find an empty swarm.
+        those who join through it then find an empty network.
         """
         while True:
             await asyncio.sleep(PING_S * random.uniform(0.5, 1.5))
@@ -94,34 +99,89 @@ class HivemindDirectory:
         with suppress(ConnectionLost, TimeoutError):  # it is away
             async with asyncio.timeout(PING_S):
                 await transport.connect(address)
-                with hivemind_errors():
-                    await self.node.protocol.call_ping(PeerID.from_base58(peer_of(address)))
+                await self.node.ping(address)
+
+    # Announcing
 
     async def announce(self, record: ServerRecord, *, lasts_s: float) -> None:
-        """As `Directory.announce`."""
-        self._last_expiration = max(get_dht_time() + lasts_s, self._last_expiration)
-        with hivemind_errors():
-            taken = await self.node.store(self._key, encode_record(record), self._last_expiration, subkey=record.peer)
+        """As `Directory.announce`. Raises AccessDenied where this server's own token has expired."""
+        before = self._announced
+        if before is not None and (left := set(groups(before.blocks)) - set(groups(record.blocks))):
+            await self._publish(msgspec.structs.replace(before, state="offline"), left)
+        self._announced, self._ends_s = record, time.time() + lasts_s
+        taken = await self._publish(record, groups(record.blocks))
         if not taken:
-            logger.warning("the DHT did not take this server's announcement: others may not find it")
+            logger.warning("no node of the DHT took this server's announcement: others may not find it")
+        if self._renewals % CHECK_EVERY == 0:
+            await self._check_seen(record)
+        self._renewals += 1
 
     async def withdraw(self, record: ServerRecord) -> None:
         """Replace the announcement by one that says offline (the DHT has no delete)."""
-        offline = msgspec.structs.replace(record, state="offline")
-        await self.announce(offline, lasts_s=self._last_expiration - get_dht_time() + _OFFLINE_OUTLIVES_S)
+        await self._publish(msgspec.structs.replace(record, state="offline"), groups(record.blocks))
+        self._announced = None
 
-    async def snapshot(self) -> Snapshot:
-        """As `Directory.snapshot`. A record that is malformed or describes another peer than its signer is left out."""
-        with hivemind_errors():
-            found = await self.node.get(self._key, latest=True)
-        entries = found.value if found is not None and isinstance(found.value, dict) else {}
-        records = []
-        for peer, entry in entries.items():
-            try:
-                record = decode_record(entry.value)
-            except (ProtocolError, TypeError) as error:
-                logger.debug("record of %s left out: %s", peer, error)
-                continue
-            if record.peer == peer:
-                records.append(record)
-        return Snapshot.of(records)
+    async def _publish(self, record: ServerRecord, at: Collection[int]) -> bool:
+        """Store `record` in the groups `at` and now and then in the index; whether any node took it."""
+        assert self._identity is not None, "a peer without an identity announces nothing"
+        token = b"" if self._members is None else self._members.own_token()
+        data = sign(record, self._identity, now_s=time.time(), ends_s=self._ends_s, token=token)
+        waiting = {group: self._depths.setdefault(group, Depth()) for group in at}
+        was_taken = False
+        for _ in range(MAX_DEPTH + 2):  # each round, groups go down one level where there is no room
+            spots = {Spot(group, depth.to_try(self._chance)): depth for group, depth in waiting.items()}
+            wanted = {spot: _key(record, spot) for spot in spots}
+            if not was_taken and self._is_due_in_index():
+                wanted[INDEX] = _key(record, INDEX)
+            counts = await self.node.store(
+                data, wanted, also_at=self._initial if self._is_hidden else (), timeout_s=STORING_S
+            )
+            was_taken |= any(taken for taken, _ in counts.values())
+            waiting = {
+                spot.group: depth
+                for spot, depth in spots.items()
+                if not depth.tried(spot.depth, taken=counts[spot][0], asked=counts[spot][1])
+            }
+            if not waiting:
+                break
+        return was_taken
+
+    def _is_due_in_index(self) -> bool:
+        """Always in a small network; the more servers a model has, the more seldom each of them."""
+        deepest = max((depth.depth for depth in self._depths.values()), default=0)
+        return self._chance.random() < 0.5**deepest
+
+    async def _check_seen(self, record: ServerRecord) -> None:
+        """Look for this server as others would, and where it is not found, tell the initial peers about it too."""
+        if not self._initial:
+            return
+        group = groups(record.blocks)[0]
+        key = _key(record, Spot(group, self._depths[group].depth))
+        search = (await self.node.find([key], enough=HOLDERS, timeout_s=READING_S))[key]
+        is_hidden = bool(search.answered) and record.peer not in search.told
+        if is_hidden and not self._is_hidden:
+            logger.warning(
+                "the nodes of the DHT that are nearest to this server's key do not show it to others: the initial "
+                "peers are told about it as well"
+            )
+        self._is_hidden = is_hidden
+
+    # Reading
+
+    async def snapshot(self, model: str, blocks: BlockSpan, *, thorough: bool = False) -> Snapshot:
+        """As `Directory.snapshot`."""
+        return await self._reader.snapshot(model, blocks, thorough=thorough)
+
+    async def find(self, peer: str, model: str, blocks: BlockSpan) -> ServerRecord | None:
+        """As `Directory.find`."""
+        return await self._reader.find(peer, model, blocks)
+
+    async def models(self) -> tuple[ServerRecord, ...]:
+        """As `Directory.models`."""
+        return await self._reader.models()
+
+
+def _key(record: ServerRecord, spot: Spot) -> DHTID:
+    key = key_at(record, spot)
+    assert key is not None, "a record stands in its own groups"
+    return DHTID.from_bytes(key)

@@ -65,7 +65,7 @@ class Shard(msgspec.Struct, frozen=True):
 
 
 def model_part(model: str) -> str:
-    """What all servers of a model agree on: the digest of its config, since not every digest has that of the weights."""
+    """The digest of a model's config: what all its servers agree on, since not every digest has that of the weights."""
     return model.partition(".")[0]
 
 

@@ -1,6 +1,6 @@
-"""What guards the DHT: records are signed by the peer that they describe, and only members call a private one.
+"""What guards the DHT of a private swarm: only members call it.
 
-DHT calls bypass our own streams, so hivemind asks these two classes.
+DHT calls bypass our own streams, so hivemind asks this class.
 """
 
 from __future__ import annotations
@@ -8,58 +8,14 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from hivemind.dht.validation import DHTRecord, RecordValidatorBase
-from hivemind.utils import MSGPackSerializer
 from hivemind.utils.auth import AuthorizerBase
 from hivemind.utils.timed_storage import TimedStorage, get_dht_time
 
-from petals_tune.errors import AccessDenied, ProtocolError
+from petals_tune.errors import AccessDenied
 from petals_tune.net.members import Members
-from petals_tune.wire.signing import SIGNATURE_BYTES, SigningKey, is_signed, public_key_of
+from petals_tune.wire.signing import is_signed, public_key_of
 
-MAX_RECORD_BYTES = 4096
-MAX_RECORD_S = 3600.0  # how long a record may ask to be kept; a server renews its own every minute
 MAX_CLOCK_S = 60.0  # how old a request may be: nonces are remembered for longer than this
-
-
-class SignedRecords(RecordValidatorBase):
-    """Keeps everybody from announcing or withdrawing another's blocks.
-
-    The subkey of a record is a peer id, and the record ends with that peer's signature over all of it, its key and its
-    end included: an old record cannot be put back under a later end. hivemind's own validator signs with a key of the
-    process that has nothing to do with the peer id.
-    """
-
-    def __init__(self, identity: SigningKey | None):
-        """`identity` signs what this node stores; a client that announces nothing has none."""
-        self._identity = identity
-
-    def sign_value(self, record: DHTRecord) -> bytes:
-        return record.value if self._identity is None else record.value + self._identity.sign("record", _signed(record))
-
-    def validate(self, record: DHTRecord) -> bool:
-        if len(record.value) > MAX_RECORD_BYTES or record.expiration_time > get_dht_time() + MAX_RECORD_S:
-            return False
-        try:
-            public = public_key_of(_peer_of(record))
-        except ProtocolError:
-            return False
-        unsigned = DHTRecord(record.key, record.subkey, self.strip_value(record), record.expiration_time)
-        return is_signed(public, "record", _signed(unsigned), record.value[-SIGNATURE_BYTES:])
-
-    def strip_value(self, record: DHTRecord) -> bytes:
-        return record.value[:-SIGNATURE_BYTES]
-
-
-def _signed(record: DHTRecord) -> bytes:
-    return MSGPackSerializer.dumps([record.key, record.subkey, record.value, float(record.expiration_time)])
-
-
-def _peer_of(record: DHTRecord) -> str:
-    """A subkey comes as MessagePack: of a peer id, a string of less than 256 bytes."""
-    if record.subkey[:1] != b"\xd9" or len(record.subkey) < 2:
-        raise ProtocolError("the subkey is no peer id")
-    return record.subkey[2:].decode("ascii", errors="replace")
 
 
 class MembersOnly(AuthorizerBase):

@@ -44,6 +44,7 @@ class AnnouncementStore:
     _shards: dict[bytes, dict[str, Place]] = field(default_factory=dict)
     _latest: dict[tuple[str, str], Announcement] = field(default_factory=dict)  # by peer and model
     _places: Counter[str] = field(default_factory=Counter)  # by network
+    _total: int = 0  # places of all networks
 
     def put(self, spot: Spot, new: Announcement, network: str, now_s: float) -> bool:
         """Keep `new`, whose owner has an address in `network`, at `spot`; False where it is not kept.
@@ -64,6 +65,7 @@ class AnnouncementStore:
             return False
         else:
             self._places[network] += 1
+            self._total += 1
         self._latest[owner] = new
         shard[new.peer] = Place(new, spot, network)
         self._shards[key] = shard
@@ -108,10 +110,11 @@ class AnnouncementStore:
     def _drop(self, shard: dict[str, Place], place: Place) -> None:
         del shard[place.announcement.peer]
         self._places[place.network] -= 1
+        self._total -= 1
 
     def _make_room(self, shard: dict[str, Place], new: Announcement, network: str, *, is_index: bool) -> bool:
         """Whether there is a place for `new` in `shard`, made by dropping another one where that is fairer."""
-        if self._places.total() >= MAX_PLACES or self._places[network] >= MAX_PLACES_A_NETWORK:
+        if self._total >= MAX_PLACES or self._places[network] >= MAX_PLACES_A_NETWORK:
             return False
         rivals = list(shard.values())
         limit = INDEX_RECORDS if is_index else SHARD_RECORDS

@@ -1,0 +1,276 @@
+"""A node of the DHT: it joins through initial peers, and finds and stores announcements.
+
+Source: Maymounkov and Mazières 2002 (Kademlia), sections 2.3 and 2.4. hivemind's `DHTNode` is not used: one malformed
+value ends its search without ever setting the future that readers wait for (`_SearchState.finish_search` in
+hivemind/dht/node.py), none of its readings has a deadline, and it names the class of its protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from hivemind.dht.node import Blacklist
+from hivemind.dht.routing import DHTID
+from hivemind.p2p import PeerID
+
+from petals_tune.errors import ConnectionLost
+from petals_tune.net.dht.announcements import Announcement, Opener
+from petals_tune.net.dht.keys import Spot
+from petals_tune.net.dht.members_only import MembersOnly
+from petals_tune.net.dht.networks import Networks
+from petals_tune.net.dht.protocol import MAX_KEYS, MAX_PLACES, AnnouncementProtocol, node_id_of
+from petals_tune.net.hivemind_p2p import HivemindTransport, hivemind_errors, peer_of
+from petals_tune.net.members import Members
+
+REPLICAS = 5  # nodes that store an announcement at each of its keys
+NEAREST = 8  # nodes around a key that are asked before it is said that there is nothing
+AT_ONCE = 3  # of a key, nodes asked at the same time
+ANSWER_S = 3.0  # for one node's answer
+BUCKET = 20  # nodes in each bucket of the routing table
+NEAREST_S = 120.0  # how long the nodes nearest to a key are remembered
+_SILENT_S, _BACKOFF = 5.0, 2.0  # how long a node that did not answer is passed over, longer each time
+
+
+@dataclass
+class Search:
+    """What is known of one key while it is looked for."""
+
+    key: DHTID
+    enough: int | None  # nodes that have to answer with something; None: only nodes are looked for
+    candidates: dict[DHTID, PeerID] = field(default_factory=dict)
+    asked: set[DHTID] = field(default_factory=set)
+    waiting: set[DHTID] = field(default_factory=set)
+    answered: set[DHTID] = field(default_factory=set)
+    holders: int = 0
+    found: dict[str, Announcement] = field(default_factory=dict)  # by peer, the latest of each
+    told: set[str] = field(default_factory=set)  # peers of which another node told
+
+    def next(self) -> list[DHTID]:
+        """The nodes to ask now: the nearest that are not known to be silent."""
+        if self.is_satisfied:
+            return []
+        alive = [node for node in self.nearest() if node not in self.asked or node in self.answered | self.waiting]
+        at_once = min(AT_ONCE, AT_ONCE if self.enough is None else self.enough)  # answers are large
+        return [node for node in alive[:NEAREST] if node not in self.asked][: max(at_once - len(self.waiting), 0)]
+
+    @property
+    def is_satisfied(self) -> bool:
+        return self.enough is not None and self.holders >= self.enough
+
+    def nearest(self) -> list[DHTID]:
+        return sorted(self.candidates, key=self.key.xor_distance)
+
+    def add(self, announcements: Sequence[Announcement]) -> None:
+        """Take what one node has; of a peer that is known, the later announcement."""
+        self.holders += bool(announcements)
+        for new in announcements:
+            self.told.add(new.peer)
+            known = self.found.get(new.peer)
+            if known is None or known.issued_s < new.issued_s:
+                self.found[new.peer] = new
+
+
+class Node:
+    """One node. All methods run on one event loop; none raises what hivemind raises."""
+
+    def __init__(self, protocol: AnnouncementProtocol, peer: PeerID):
+        self.protocol, self._peer = protocol, peer
+        self._silent = Blacklist(_SILENT_S, _BACKOFF)
+        self._nearest: dict[DHTID, tuple[float, list[PeerID]]] = {}
+
+    @classmethod
+    async def join(
+        cls,
+        transport: HivemindTransport,
+        initial_peers: Sequence[str],
+        *,
+        client_mode: bool,
+        members: Members | None = None,
+    ) -> Node:
+        """Join through `initial_peers`, or begin a DHT without them. A node in client mode stores nothing for others.
+
+        Raises ConnectionLost where no initial peer answers, ClockSkew where the clocks differ by more than 3 s.
+        """
+        peer = transport.p2p.peer_id
+        with hivemind_errors():
+            protocol = await AnnouncementProtocol.create(
+                transport.p2p,
+                node_id_of(peer),
+                BUCKET,
+                5,  # depth_modulo, as in hivemind
+                REPLICAS,
+                ANSWER_S,
+                client_mode=True,  # until it has what it checks with
+                authorizer=None if members is None else MembersOnly(members),
+            )
+        assert isinstance(protocol, AnnouncementProtocol)
+        networks = Networks(transport)
+        protocol.prepare(Opener(members), networks.of, networks.reach)
+        if not client_mode:
+            with hivemind_errors():
+                await protocol.serve()
+        node = cls(protocol, peer)
+        if initial_peers:
+            await node._bootstrap([PeerID.from_base58(peer_of(address)) for address in initial_peers])
+        return node
+
+    async def _bootstrap(self, peers: Sequence[PeerID]) -> None:
+        with hivemind_errors():
+            pings = [asyncio.create_task(self.protocol.call_ping(peer, validate=True)) for peer in set(peers)]
+            waiting = set(pings)
+            while waiting and not any(ping.done() and ping.result() is not None for ping in pings):
+                _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if not any(ping.done() and ping.result() is not None for ping in pings):
+                raise ConnectionLost("none of them answered a ping")
+        for ping in waiting:
+            ping.add_done_callback(lambda ping: ping.cancelled() or ping.exception())  # it may fail later, unheard
+        await asyncio.sleep(0)  # the one that answered enters the routing table
+        await self.find([self.protocol.node_id], enough=None, timeout_s=ANSWER_S)
+
+    @property
+    def knows_others(self) -> bool:
+        """Whether there is any other node to ask."""
+        return bool(self.protocol.routing_table.uid_to_peer_id)
+
+    async def leave(self) -> None:
+        with hivemind_errors():
+            await self.protocol.shutdown()
+
+    async def ping(self, address: str) -> None:
+        """Tell the peer at `address` that this node is there. Raises ConnectionLost."""
+        with hivemind_errors():
+            await self.protocol.call_ping(PeerID.from_base58(peer_of(address)))
+
+    async def find(self, keys: Collection[DHTID], *, enough: int | None, timeout_s: float) -> dict[DHTID, Search]:
+        """Look for announcements under `keys`, until for each `enough` nodes had some or the nearest were asked.
+
+        None: for the nearest nodes alone. At the deadline, what was found by then; nothing is raised.
+        """
+        searches = {}
+        for key in keys:
+            search = searches[key] = Search(key, enough, self._known_near(key))
+            search.found = {each.peer: each for each in self.protocol.store.get(key.to_bytes(), time.time())}
+        asking: dict[asyncio.Task[object], tuple[PeerID, DHTID, list[Search]]] = {}
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            while True:
+                self._ask(searches.values(), asking)
+                left_s = deadline_s - time.monotonic()
+                if not asking or left_s <= 0:
+                    break
+                done, _ = await asyncio.wait(asking, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    self._take(task.result(), *asking.pop(task))
+        finally:
+            for task in asking:
+                task.cancel()
+        for search in searches.values():
+            nearest = [search.candidates[node] for node in search.nearest() if node in search.answered]
+            if nearest and not search.is_satisfied:  # it was not cut short: these are the nearest
+                self._nearest[search.key] = time.monotonic(), nearest[:NEAREST]
+        return searches
+
+    def _known_near(self, key: DHTID) -> dict[DHTID, PeerID]:
+        table = self.protocol.routing_table.get_nearest_neighbors(key, BUCKET, exclude=self.protocol.node_id)
+        _, remembered = self._nearest.get(key, (0.0, []))
+        near = {node_id_of(peer): peer for peer in remembered} | dict(table)
+        return {node: peer for node, peer in near.items() if peer not in self._silent}
+
+    def _ask(
+        self, searches: Collection[Search], asking: dict[asyncio.Task[object], tuple[PeerID, DHTID, list[Search]]]
+    ) -> None:
+        """Send the requests that are due; one to each node, for all keys that it is near to."""
+        due: dict[DHTID, tuple[PeerID, list[Search]]] = {}
+        for search in searches:
+            for node in search.next():
+                search.asked.add(node)
+                search.waiting.add(node)
+                due.setdefault(node, (search.candidates[node], []))[1].append(search)
+        for node, (peer, wanted) in due.items():
+            for start in range(0, len(wanted), MAX_KEYS):
+                part = wanted[start : start + MAX_KEYS]
+                task: asyncio.Task[object] = asyncio.create_task(
+                    self.protocol.call_find(peer, [each.key for each in part], nodes_only=part[0].enough is None)
+                )
+                asking[task] = peer, node, part
+
+    def _take(self, answer: object, peer: PeerID, node: DHTID, wanted: Sequence[Search]) -> None:
+        if answer is None:
+            self._silent.register_failure(peer)
+        else:
+            self._silent.register_success(peer)
+        for search in wanted:
+            search.waiting.discard(node)
+            if isinstance(answer, dict):
+                announcements, nodes = answer[search.key]
+                search.answered.add(node)
+                search.add(announcements)
+                search.candidates |= {
+                    near: each
+                    for near, each in nodes.items()
+                    if near != self.protocol.node_id and each not in self._silent
+                }
+
+    async def read_at(self, peers: Collection[str], keys: Collection[DHTID]) -> dict[DHTID, list[Announcement]]:
+        """What each of `peers` itself has under `keys`, whether it is near to them or not."""
+        found: dict[DHTID, list[Announcement]] = {key: [] for key in keys}
+        ids = [PeerID.from_base58(peer) for peer in peers]
+        for answer in await asyncio.gather(*(self.protocol.call_find(peer, list(keys)[:MAX_KEYS]) for peer in ids)):
+            for key, (announcements, _) in (answer or {}).items():
+                found[key] += announcements
+        return found
+
+    async def store(
+        self, data: bytes, spots: dict[Spot, DHTID], *, also_at: Collection[str] = (), timeout_s: float
+    ) -> dict[Spot, tuple[int, int]]:
+        """Store an announcement at `spots`, each with its key, on the nodes nearest to them and on peers `also_at`.
+
+        Returns of each spot how many nodes took it, and how many answered.
+        """
+        stale = [key for key in spots.values() if not self._is_fresh(key)]
+        if stale:
+            await self.find(stale, enough=None, timeout_s=timeout_s)
+        places: dict[PeerID, list[Spot]] = {}
+        for spot, key in spots.items():
+            for peer in self._holders(key):
+                places.setdefault(peer, []).append(spot)
+        for address in also_at:
+            places[PeerID.from_base58(address)] = list(spots)
+        counts = dict.fromkeys(spots, (0, 0))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await asyncio.gather(*(self._store_at(peer, data, wanted, counts) for peer, wanted in places.items()))
+        return counts
+
+    async def _store_at(
+        self, peer: PeerID, data: bytes, spots: list[Spot], counts: dict[Spot, tuple[int, int]]
+    ) -> None:
+        for start in range(0, len(spots), MAX_PLACES):
+            part = spots[start : start + MAX_PLACES]
+            if peer == self._peer:
+                taken: list[bool] | None = [self.protocol.put_own(spot, data) for spot in part]
+            else:
+                taken = await self.protocol.call_store(peer, [data], part)
+            if taken is None:
+                self._silent.register_failure(peer)
+                self._nearest.clear()  # it is to be replaced by another one
+                return
+            for spot, was_taken in zip(part, taken, strict=True):
+                stored, asked = counts[spot]
+                counts[spot] = stored + was_taken, asked + 1
+
+    def _is_fresh(self, key: DHTID) -> bool:
+        looked_s, _ = self._nearest.get(key, (float("-inf"), []))
+        return time.monotonic() - looked_s < NEAREST_S
+
+    def _holders(self, key: DHTID) -> list[PeerID]:
+        """The nodes that should store what is under `key`, this one included where it is near enough."""
+        _, nearest = self._nearest.get(key, (0.0, []))
+        nodes = {node_id_of(peer): peer for peer in nearest if peer not in self._silent}
+        if not self.protocol.client_mode:
+            nodes[self.protocol.node_id] = self._peer
+        return [nodes[node] for node in sorted(nodes, key=key.xor_distance)[:REPLICAS]]

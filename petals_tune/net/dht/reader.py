@@ -1,0 +1,158 @@
+"""Reading of the directory: what a client or a server knows of each model, and how it learns more."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Iterable, Sequence
+
+from hivemind.dht.routing import DHTID
+
+from petals_tune.net.dht.announcements import Announcement
+from petals_tune.net.dht.keys import MAX_DEPTH, Shard, index_keys, model_part, peer_path, roots
+from petals_tune.net.dht.node import Node
+from petals_tune.net.dht.tree import Look
+from petals_tune.net.directory import Snapshot
+from petals_tune.wire.records import PROTOCOL, ServerRecord, same_model
+from petals_tune.wire.span import BlockSpan
+
+logger = logging.getLogger(__name__)
+
+READING_S = 5.0  # deadline of a snapshot, a look for one server, a list of models
+HOLDERS = 2  # nodes whose answers about a shard are put together
+BYTES_A_READING = 100_000  # about as much a snapshot brings, unless it is thorough
+RECORD_BYTES = 700  # of one announcement, about
+MAX_KNOWN = 1_000  # servers of a model that are kept in mind
+_DEPTHS_AT_ONCE = 5  # at which one server is looked for at the same time
+
+
+class Known:
+    """What was read of one model."""
+
+    def __init__(self, model: str):
+        self.looks: dict[int, Look] = {}  # by group
+        self.announcements: dict[str, Announcement] = {}  # by peer
+        self._model = model
+        self._told_of_others = False
+
+    def due(self, blocks: BlockSpan, *, thorough: bool) -> list[Look]:
+        """The groups to read now: all in a thorough reading, else those that were read longest ago."""
+        found = [self.looks.setdefault(root.group, Look(root)) for root in roots(self._model, blocks)]
+        found.sort(key=lambda look: look.read_s)
+        if thorough:
+            return found
+        due: list[Look] = []
+        room = BYTES_A_READING
+        for look in found:
+            room -= look.records * RECORD_BYTES * HOLDERS
+            if due and room < 0:
+                break
+            due.append(look)
+        return due
+
+    def add(self, announcements: Iterable[Announcement]) -> None:
+        for new in announcements:
+            known = self.announcements.get(new.peer)
+            if known is None or known.issued_s <= new.issued_s:
+                self.announcements.pop(new.peer, None)  # what was heard last stands last
+                self.announcements[new.peer] = new
+        now_s = time.time()
+        self.announcements = {peer: each for peer, each in self.announcements.items() if each.ends_s > now_s}
+        while len(self.announcements) > MAX_KNOWN:
+            del self.announcements[next(iter(self.announcements))]
+
+    def snapshot(self, blocks: BlockSpan) -> Snapshot:
+        """The servers of our release that hold some of `blocks`."""
+        records = [each.record for each in self.announcements.values()]
+        ours = [record for record in records if record.protocol == PROTOCOL]
+        if len(ours) < len(records) and not self._told_of_others:
+            self._told_of_others = True
+            others = sorted({record.version or record.protocol for record in records if record.protocol != PROTOCOL})
+            logger.warning(
+                "%d of %d servers are passed over: they run another release of petals_tune (%s) and speak another "
+                "protocol than %s",
+                *(len(records) - len(ours), len(records), ", ".join(others), PROTOCOL),
+            )
+        return Snapshot.of(
+            record for record in ours if record.blocks.start < blocks.stop and blocks.start < record.blocks.stop
+        )
+
+
+class Reader:
+    """Reads announcements through one node; each reading has a deadline and adds to what is known."""
+
+    def __init__(self, node: Node, initial: Sequence[str], chance: random.Random | None = None):
+        """`initial`: ids of the peers through which this one joined; they are asked for what they have themselves."""
+        self._node, self._initial = node, initial
+        self._chance = chance or random.Random()
+        self._known: dict[str, Known] = {}
+
+    async def snapshot(self, model: str, blocks: BlockSpan, *, thorough: bool = False) -> Snapshot:
+        """As `Directory.snapshot`."""
+        known = self._known.setdefault(model, Known(model))
+        deadline_s = time.monotonic() + READING_S
+        is_first = not known.looks
+        due, heard = known.due(blocks, thorough=thorough), False
+        if is_first or thorough:
+            heard = await self._read_initial(known, [look.root for look in due], model)
+        while due and time.monotonic() < deadline_s:
+            shards = {DHTID.from_bytes((shard := look.choose(self._chance)).key): (look, shard) for look in due}
+            searches = await self._node.find(shards, enough=HOLDERS, timeout_s=deadline_s - time.monotonic())
+            due = []
+            for key, search in searches.items():
+                look, shard = shards[key]
+                if not search.answered and not search.found:
+                    continue
+                heard = True
+                known.add(each for each in search.found.values() if same_model(each.record.model, model))
+                look.found(shard, len(search.found), time.monotonic())
+                if look.next_depth is not None:
+                    due.append(look)
+        if not heard and self._node.knows_others:
+            logger.warning(
+                "no node of the directory answered in %g s; going on with the %d servers that are known",
+                *(READING_S, len(known.announcements)),
+            )
+        return known.snapshot(blocks)
+
+    async def _read_initial(self, known: Known, shards: Sequence[Shard], model: str) -> bool:
+        """Ask the initial peers themselves: strangers may stand nearer to a key and hide what is stored there."""
+        found = await self._node.read_at(self._initial, [DHTID.from_bytes(shard.key) for shard in shards])
+        announcements = [each for some in found.values() for each in some]
+        known.add(each for each in announcements if same_model(each.record.model, model))
+        return bool(announcements)
+
+    async def find(self, peer: str, model: str, blocks: BlockSpan) -> ServerRecord | None:
+        """As `Directory.find`: the shards on the way from the root to where `peer` may stand are read."""
+        known = self._known.setdefault(model, Known(model))
+        for start in range(0, MAX_DEPTH + 1, _DEPTHS_AT_ONCE):
+            if (found := known.announcements.get(peer)) is not None and found.ends_s > time.time():
+                return found.record if found.record.state == "online" else None
+            depths = range(start, min(start + _DEPTHS_AT_ONCE, MAX_DEPTH + 1))
+            shards = [
+                Shard(root.model, root.group, depth, peer_path(peer, depth))
+                for root in roots(model, blocks)
+                for depth in depths
+            ]
+            keys = [DHTID.from_bytes(shard.key) for shard in shards]
+            searches = await self._node.find(keys, enough=HOLDERS, timeout_s=READING_S)
+            found_here = [each for search in searches.values() for each in search.found.values()]
+            known.add(each for each in found_here if same_model(each.record.model, model))
+            if not found_here:
+                return None  # nobody stands deeper than this
+        return None
+
+    async def models(self) -> tuple[ServerRecord, ...]:
+        """As `Directory.models`."""
+        keys = [DHTID.from_bytes(key) for key in index_keys()]
+        searches = await self._node.find(keys, enough=HOLDERS, timeout_s=READING_S)
+        found = {
+            each.peer + model_part(each.record.model): each for s in searches.values() for each in s.found.values()
+        }
+        return tuple(
+            sorted(
+                (each.record for each in found.values() if each.record.state != "offline"),
+                key=lambda record: (record.model_name, record.model, record.peer),
+            )
+        )
