@@ -22,7 +22,7 @@ from petals_tune.blocks.quantization import find_scheme
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.net.peer import Peer, joined
 from petals_tune.net.transport import Connection
-from petals_tune.wire.records import PROTOCOL, ServerRecord, ServerState
+from petals_tune.wire.records import MAX_TEXT, PROTOCOL, ServerRecord, ServerState
 from petals_tune.wire.span import BlockSpan
 from servers.membership.announcer import Announcer
 from servers.membership.placer import Placer
@@ -43,7 +43,7 @@ OnReady = Callable[[ServerRecord, Engine], None]
 async def serve(options: Serve, on_ready: OnReady, stop: asyncio.Event) -> None:
     """Run a server until `stop` is set; then withdraw, finish what runs, and leave. Each load ends with `on_ready`.
 
-    Raises ConfigError, UnsupportedModel, ServerUnreachable, or SwarmMismatch where the swarm serves another model.
+    Raises ConfigError, UnsupportedModel, ServerUnreachable.
     """
     options = dataclasses.replace(options, device=memory.find_device(options.device))
     find_scheme(options.quantization).check_available(options.device)
@@ -111,7 +111,7 @@ class _Server:
             alone=not options.swarm.initial_peers,
         )
         await self._here.transport.accept(PROTOCOL, self._serve)
-        self._neighbours = Neighbours(self._here, plan.model)
+        self._neighbours = Neighbours(self._here, plan.model, BlockSpan(0, plan.total_blocks))
         span: BlockSpan | None = options.span or await self._placer.place(None)
         try:
             while span is not None:
@@ -144,6 +144,7 @@ class _Server:
             on_reply=None if self._metrics is None else self._metrics.count_request,
             neighbours=self._neighbours,
         )
+        self._neighbours.blocks = BlockSpan(max(span.start - 1, 0), min(span.stop + 1, self._plan.total_blocks))
         await self._announcer.announce(record)
         on_ready(record, engine)
         next_span = await self._wait_for_move(span, stop)
@@ -206,7 +207,7 @@ class _Server:
             peer=self._peer,
             addresses=self._here.addresses,
             model=self._plan.model,
-            model_name=self._options.model.source,
+            model_name=self._options.model.source[-MAX_TEXT:],
             revision=self._checkpoint.commit,
             blocks=span,
             total_blocks=self._plan.total_blocks,

@@ -19,6 +19,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     taken_at_s: float  # time.monotonic()
     joining: tuple[ServerRecord, ...] = ()  # those that load their blocks, and will serve them soon
     left: frozenset[str] = frozenset()  # ids of peers that withdrew
+    is_sample: bool = False  # there are more servers than these
 
     @classmethod
     def of(cls, records: Iterable[ServerRecord]) -> Snapshot:

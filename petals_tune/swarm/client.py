@@ -35,11 +35,12 @@ STALE_S = 1.0  # an older one is renewed before anybody is told that blocks are 
 class SwarmClient:
     """Knows the servers of one model. All methods run on the background loop."""
 
-    def __init__(self, peer: Peer, model: str, policy: RetryPolicy):
+    def __init__(self, peer: Peer, model: str, policy: RetryPolicy, blocks: BlockSpan):
+        """`blocks`: those that are looked for in the directory."""
         self.stats = SwarmStats()
         self.policy = policy
         self.load = Load()
-        self._peer, self._model = peer, model
+        self._peer, self._model, self._blocks = peer, model, blocks
         self._snapshot: Snapshot | None = None
         self._heard_s: dict[str, float] = {}  # when the directory listed a server last, by peer
         self._bans = Bans()
@@ -51,7 +52,13 @@ class SwarmClient:
 
     @classmethod
     async def join(
-        cls, initial_peers: Sequence[str], *, model: str, policy: RetryPolicy, members: Members | None = None
+        cls,
+        initial_peers: Sequence[str],
+        *,
+        model: str,
+        blocks: BlockSpan,
+        policy: RetryPolicy,
+        members: Members | None = None,
     ) -> SwarmClient:
         """Join the swarm, a private one as one of its `members`.
 
@@ -61,7 +68,7 @@ class SwarmClient:
             peer = await stack.enter_async_context(
                 joined(initial_peers, members=members, listens=False, connect_s=policy.connect_s)
             )
-            client = cls(peer, model, policy)
+            client = cls(peer, model, policy, blocks)
             client._owned = stack.pop_all()
         return client
 
@@ -72,17 +79,21 @@ class SwarmClient:
         return tuple(server for server in known if same_model(server.model, self._model))
 
     async def refresh(self) -> None:
-        """Read the DHT again; all who ask meanwhile wait for the same answer."""
-        await asyncio.shield(self.refresh_soon())
+        """Read the directory again, all of our blocks; those who ask meanwhile wait for the same answer."""
+        await asyncio.shield(self.refresh_soon(thorough=True))
 
-    def refresh_soon(self) -> asyncio.Task[None]:
-        """Begin to read the DHT again, which takes seconds where its nodes just died; nobody has to wait for it."""
+    def refresh_soon(self, *, thorough: bool = False) -> asyncio.Task[None]:
+        """Begin to read the directory again, which takes seconds where its nodes just died; nobody has to wait."""
         if self._refreshing is None or self._refreshing.done():
-            self._refreshing = asyncio.create_task(self._refresh())
+            self._refreshing = asyncio.create_task(self._refresh(thorough))
         return self._refreshing
 
-    async def _refresh(self) -> None:
-        new = await self._peer.directory.snapshot()
+    async def models(self) -> tuple[ServerRecord, ...]:
+        """Some servers of each model that the network has."""
+        return await self._peer.directory.models()
+
+    async def _refresh(self, thorough: bool) -> None:
+        new = await self._peer.directory.snapshot(self._model, self._blocks, thorough=thorough)
         seen = {server.peer for server in (*new.servers, *new.joining)} | new.left
         self._heard_s |= {server.peer: new.taken_at_s for server in new.servers}
         kept = [server for server in self.servers if server.peer not in seen and self._is_remembered(server)]

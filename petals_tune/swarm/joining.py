@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 
+from petals_tune.errors import SwarmMismatch, UncoveredBlocks
 from petals_tune.net.members import Members
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.repair import Repair
 from petals_tune.swarm.retry import RetryPolicy
+from petals_tune.wire.records import mismatch_text
 from petals_tune.wire.span import BlockSpan
 
 JOIN_S = 5.0  # how long servers of all blocks are looked for before the missing blocks are reported
@@ -27,10 +30,22 @@ async def join_swarm(
     Raises ConfigError, ServerUnreachable, ClockSkew, AccessDenied, SwarmMismatch, or UncoveredBlocks after a few
     seconds of looking.
     """
-    client = await SwarmClient.join(initial_peers, model=model, policy=policy, members=members)
+    client = await SwarmClient.join(initial_peers, model=model, blocks=blocks, policy=policy, members=members)
     looking = Repair(client, RetryPolicy(timeout_s=JOIN_S, longest_pause_s=0.5))
     try:
         await looking.until_done(partial(client.route, blocks, work=1), looking.attempts())
+    except UncoveredBlocks:
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(client.close)
+            if not client.servers and (others := await client.models()):
+                raise SwarmMismatch(
+                    f"{mismatch_text(others, model, whose='your model')}\n"
+                    "  load a model that the network has, or host yours:  python -m servers model.source=MODEL "
+                    "'swarm.initial_peers=[...]'",
+                    wanted=model,
+                    found=tuple(dict.fromkeys(server.model for server in others)),
+                ) from None
+            raise
     except BaseException:
         await client.close()
         raise

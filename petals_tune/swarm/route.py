@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from shlex import quote
 
-from petals_tune.errors import SwarmMismatch, UncoveredBlocks
-from petals_tune.wire.records import ServerRecord, mismatch_text, same_model
+from petals_tune.errors import UncoveredBlocks
+from petals_tune.wire.records import ServerRecord, same_model
 from petals_tune.wire.span import BlockSpan, gaps
 
 HOP_COST_BLOCKS = 0.5  # one more server in a chain costs about as much as half a block
@@ -32,17 +32,9 @@ def plan_route(
     """The cheapest chain of servers that covers `wanted`.
 
     `cost(server, blocks)` is the price of running that many blocks there, queue included. Equal routes are told apart
-    by peer id: the result is deterministic. Raises UncoveredBlocks naming every gap, SwarmMismatch where all servers
-    hold another model.
+    by peer id: the result is deterministic. Raises UncoveredBlocks naming every gap.
     """
     ours = [server for server in servers if same_model(server.model, model)]
-    if servers and not ours:
-        raise SwarmMismatch(
-            mismatch_text(servers, model, whose="the client's model")
-            + "\n  load the model that the swarm serves, or join another swarm: swarm.initial_peers=[...]",
-            wanted=model,
-            found=tuple(dict.fromkeys(server.model for server in servers)),
-        )
     usable = [server for server in ours if server.peer not in banned]
     missing = gaps([server.blocks for server in usable], wanted)
     if missing:

@@ -41,7 +41,7 @@ class Throughput(msgspec.Struct, frozen=True, kw_only=True):
 
 MAX_NAME = 64  # characters of a public name
 MAX_TEXT = 256  # of any other text
-_MAX_BLOCKS = 10_000  # of a model; readers of a record make lists of this length
+_MAX_BLOCKS = 1_000  # of a model; readers of a record make lists of this length, and look for each group of blocks
 
 
 ServerState = Literal["joining", "online", "offline"]  # joining: loading its blocks
@@ -91,9 +91,9 @@ def same_model(one: str, other: str) -> bool:
 
 
 def mismatch_text(servers: Sequence[ServerRecord], model: str, whose: str) -> str:
-    """Describe that `servers` hold another model than `model`, which belongs to `whose`, such as "this server"."""
+    """Describe that `servers` hold other models than `model`, which belongs to `whose`, such as "this server"."""
     held = ", ".join(sorted({f"{server.model_name} ({_short(server.model)})" for server in servers}))
-    return f"this swarm serves {held}, and {whose} is {_short(model)}"
+    return f"the servers here hold {held}, and {whose} is {_short(model)}"
 
 
 def _short(model: str) -> str:

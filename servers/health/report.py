@@ -1,4 +1,4 @@
-"""State of a swarm, computed from its records and its servers' answers. No I/O."""
+"""State of a network, computed from its records and its servers' answers. No I/O."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Literal
 
 import msgspec
 
+from petals_tune.net.directory import Snapshot
 from petals_tune.wire.records import ServerRecord, Throughput, same_model
 from petals_tune.wire.span import BlockSpan, gaps
 from servers.membership.placement import block_replicas, block_throughputs
@@ -49,13 +50,15 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     block_tokens_per_s: tuple[float, ...]  # of each block, summed over servers that answer
     block_servers: tuple[int, ...]  # of each block, number of servers that answer
     uncovered: tuple[BlockSpan, ...]
+    is_sample: bool = False  # there are more servers than these
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """A swarm at one moment. More than one model in it is a mistake of those who host them."""
+    """A network at one moment."""
 
     taken_at_unix_s: float
     models: tuple[ModelReport, ...]
+    more_models: int = 0  # that were not looked at
 
     @property
     def is_whole(self) -> bool:
@@ -63,22 +66,40 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         return bool(self.models) and not any(model.uncovered for model in self.models)
 
 
-def report(records: Sequence[ServerRecord], answers: Mapping[str, Answer], *, now_unix_s: float) -> Report:
-    """Compute the report from what servers announce and how those online answered, by peer."""
+def report(
+    snapshots: Sequence[Snapshot], answers: Mapping[str, Answer], *, now_unix_s: float, more_models: int = 0
+) -> Report:
+    """Compute the report from what was read of each model, and how the servers online answered, by peer."""
+    models = [
+        _of_model(records, answers, is_sample=snapshot.is_sample)
+        for snapshot in snapshots
+        for records in group_by_model((*snapshot.servers, *snapshot.joining))
+    ]
+    models.sort(key=lambda model: (-len(model.servers), model.name, model.digest))
+    return Report(taken_at_unix_s=now_unix_s, models=tuple(models), more_models=more_models)
+
+
+def group_by_model(records: Sequence[ServerRecord]) -> list[list[ServerRecord]]:
+    """Group records by their model, the one with the most of them first."""
     groups: list[list[ServerRecord]] = []
-    for record in records:
+    for record in sorted(records, key=lambda record: (record.blocks, record.peer)):
         for group in groups:
             if same_model(group[0].model, record.model):
                 group.append(record)
                 break
         else:
             groups.append([record])
-    groups.sort(key=len, reverse=True)
-    return Report(taken_at_unix_s=now_unix_s, models=tuple(_of_model(group, answers) for group in groups))
+    return sorted(groups, key=len, reverse=True)
 
 
-def _of_model(records: Sequence[ServerRecord], answers: Mapping[str, Answer]) -> ModelReport:
+def usual_blocks(records: Sequence[ServerRecord]) -> int:
+    """How many blocks the model of `records` has, as most of them say."""
     ((total_blocks, _),) = Counter(record.total_blocks for record in records).most_common(1)
+    return total_blocks
+
+
+def _of_model(records: Sequence[ServerRecord], answers: Mapping[str, Answer], *, is_sample: bool) -> ModelReport:
+    total_blocks = usual_blocks(records)
     servers = tuple(_of_server(record, answers.get(record.peer, Answer(problem="not asked yet"))) for record in records)
     well = [record for record, server in zip(records, servers, strict=True) if server.state == "online"]
     return ModelReport(
@@ -90,6 +111,7 @@ def _of_model(records: Sequence[ServerRecord], answers: Mapping[str, Answer]) ->
         block_tokens_per_s=tuple(float(rate) for rate in block_throughputs(well, total_blocks)),
         block_servers=tuple(int(count) for count in block_replicas(well, total_blocks)),
         uncovered=tuple(gaps((record.blocks for record in well), BlockSpan(0, total_blocks))),
+        is_sample=is_sample,
     )
 
 

@@ -14,14 +14,17 @@ _HEAD = ("server", "blocks", "state", "tokens/s", "quantized", "dtype", "version
 
 def format_table(report: Report, *, coloured: bool = False) -> str:
     """Format models, their servers with a diagram of the blocks that each holds, and in red the uncovered blocks."""
-    models = "\n\n".join(_of_model(model, red=_RED if coloured else "{}") for model in report.models)
-    return models or "no server is announced in this swarm"
+    models = [_of_model(model, red=_RED if coloured else "{}") for model in report.models]
+    if report.more_models:
+        models.append(f"and {report.more_models} more models, which were not looked at")
+    return "\n\n".join(models) or "no server is announced in this network"
 
 
 def _of_model(model: ModelReport, *, red: str) -> str:
     count = len(model.servers)
+    servers = f"{count} server{'s' * (count != 1)}" + (" of many" if model.is_sample else "")
     lines = [
-        f"{_plain(model.name)}: {model.total_blocks} blocks, {count} server{'s' * (count != 1)}, "
+        f"{_plain(model.name)}: {model.total_blocks} blocks, {servers}, "
         f"slowest block {_rate(min(model.block_tokens_per_s))} tokens/s"
     ]
     width = min(WIDTH, model.total_blocks)
@@ -41,8 +44,8 @@ def _cells(server: ServerReport) -> Sequence[str]:
         str(server.blocks),
         server.state,
         _rate(server.tokens_per_s),
-        server.quantization,
-        server.dtype,
+        _plain(server.quantization),
+        _plain(server.dtype),
         _plain(server.version),
         "" if server.free_cache_bytes is None else f"{server.free_cache_bytes / 2**30:.2f} GB",
         "" if server.latency_s is None else f"{1000 * server.latency_s:.1f} ms",

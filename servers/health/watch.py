@@ -1,38 +1,50 @@
-"""Read-only swarm monitor: reads the directory and pings every server."""
+"""Read-only monitor of a network: reads the directory, model by model, and pings the servers that it finds."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 from petals_tune.errors import PetalsTuneError
+from petals_tune.net.directory import Snapshot
 from petals_tune.net.peer import Peer
 from petals_tune.net.pool import StreamPool
 from petals_tune.wire.messages import Ping
 from petals_tune.wire.records import ServerRecord
-from servers.health.report import Answer, Report, report
+from petals_tune.wire.span import BlockSpan
+from servers.health.report import Answer, Report, group_by_model, report, usual_blocks
 
 ANSWER_S = 3.0  # timeout of a ping; a server that takes longer is silent
 MOST_AT_ONCE = 64  # pings at the same time
+MOST_MODELS = 32  # that are looked at; strangers can announce as many as they like
+MODELS_AT_ONCE = 8
 
 
 class Watch:
-    """Read-only swarm monitor. Keeps one stream to each server open between looks."""
+    """Read-only monitor. Keeps one stream to each server open between looks."""
 
     def __init__(self, peer: Peer):
         self._directory = peer.directory
         self._pool = StreamPool(peer, model=None, timeout_s=ANSWER_S)
         self._asking = asyncio.Semaphore(MOST_AT_ONCE)
+        self._reading = asyncio.Semaphore(MODELS_AT_ONCE)
 
     async def look(self) -> Report:
-        """Return the state of the swarm now."""
-        snapshot = await self._directory.snapshot()
-        answers = await asyncio.gather(*(self._ask(server) for server in snapshot.servers))
-        online = {server.peer: answer for server, answer in zip(snapshot.servers, answers, strict=True)}
+        """Return the state of the network now."""
+        models = group_by_model(await self._directory.models())
+        snapshots = await asyncio.gather(*(self._read(records) for records in models[:MOST_MODELS]))
+        servers = [server for snapshot in snapshots for server in snapshot.servers]
+        answers = await asyncio.gather(*(self._ask(server) for server in servers))
+        online = {server.peer: answer for server, answer in zip(servers, answers, strict=True)}
         for peer in self._pool.peers - online.keys():
             await self._pool.close(peer)
-        records = sorted((*snapshot.servers, *snapshot.joining), key=lambda server: (server.blocks, server.peer))
-        return report(records, online, now_unix_s=time.time())
+        return report(snapshots, online, now_unix_s=time.time(), more_models=len(models[MOST_MODELS:]))
+
+    async def _read(self, records: Sequence[ServerRecord]) -> Snapshot:
+        """Read the servers of one model, of which `records` are some."""
+        async with self._reading:
+            return await self._directory.snapshot(records[0].model, BlockSpan(0, usual_blocks(records)))
 
     async def close(self) -> None:
         await self._pool.close()

@@ -7,7 +7,7 @@ import random
 from collections.abc import Awaitable, Callable
 
 from petals_tune.net.directory import Directory
-from petals_tune.wire.records import ServerState, same_model
+from petals_tune.wire.records import ServerState
 from petals_tune.wire.span import BlockSpan
 from servers.membership import placement
 from servers.membership.plan import Plan
@@ -53,9 +53,9 @@ class Placer:
         return announced
 
     async def _choose(self, here: BlockSpan | None, announced: BlockSpan | None) -> BlockSpan:
-        snapshot = await self._directory.snapshot()
+        snapshot = await self._directory.snapshot(self._plan.model, BlockSpan(0, self._plan.total_blocks))
         online, joining = (
-            [s for s in servers if s.peer != self._own_peer and same_model(s.model, self._plan.model)]
+            [server for server in servers if server.peer != self._own_peer]
             for servers in (snapshot.servers, snapshot.joining)
         )
         throughputs = placement.block_throughputs([*online, *joining], self._plan.total_blocks)

@@ -15,11 +15,11 @@ from petals_tune.blocks import memory
 from petals_tune.blocks.loading import BlockLayout
 from petals_tune.blocks.quantization import find_scheme
 from petals_tune.blocks.quantization.unquantized import Unquantized
-from petals_tune.errors import ConfigError, SwarmMismatch
+from petals_tune.errors import ConfigError
 from petals_tune.model.checkpoint import Checkpoint
-from petals_tune.net.directory import Directory
 from petals_tune.net.peer import Peer
-from petals_tune.wire.records import ServerRecord, Throughput, mismatch_text, same_model
+from petals_tune.wire.records import ServerRecord, Throughput
+from petals_tune.wire.span import BlockSpan
 from servers.membership import throughput
 from servers.options import Serve
 from servers.scheduling.compute_thread import ComputeThread
@@ -46,18 +46,19 @@ async def make_plan(
 ) -> Plan:
     """Read the model and the directory, and measure this server's throughput.
 
-    Raises ConfigError where `num_blocks` is more than there are or not even one block fits, UnsupportedModel, and
-    SwarmMismatch where all other servers serve another model.
+    Raises ConfigError where `num_blocks` is more than there are or not even one block fits, and UnsupportedModel.
     """
     layout = await asyncio.to_thread(BlockLayout.of, checkpoint)
     model = await asyncio.to_thread(lambda: checkpoint.digest)
-    others = await _others_online(here.directory, model, own_peer=here.id, source=options.model.source)
+    total_blocks = layout.family.total_blocks
+    snapshot = await here.directory.snapshot(model, BlockSpan(0, total_blocks))
+    others = [server for server in snapshot.servers if server.peer != here.id]
     keep = partial(throughput.keep_library, options.device, folder=_throughput_folder(options))
     matrix_library = await compute.run(Priority.FORWARD, keep)  # before anything is measured or loaded
     return Plan(
         model=model,
         matrix_library=matrix_library,
-        total_blocks=layout.family.total_blocks,
+        total_blocks=total_blocks,
         length=number_of_blocks(options, layout, dtype),
         throughput=await _throughput(
             options, checkpoint, dtype, here, compute, others, model, layout.meta_model.config.hidden_size
@@ -87,17 +88,6 @@ def number_of_blocks(options: Serve, layout: BlockLayout, dtype: torch.dtype) ->
         block_bytes(quantization=Unquantized()),
         total_blocks,
     )
-
-
-async def _others_online(directory: Directory, model: str, *, own_peer: str, source: str) -> list[ServerRecord]:
-    snapshot = await directory.snapshot()
-    servers = [server for server in (*snapshot.servers, *snapshot.joining) if server.peer != own_peer]
-    if servers and not any(same_model(server.model, model) for server in servers):
-        raise SwarmMismatch(
-            f"{mismatch_text(servers, model, whose=f'model.source={source}')}\n"
-            "  host the model that the swarm serves, or start another swarm: leave swarm.initial_peers out"
-        )
-    return [server for server in snapshot.servers if server.peer != own_peer and same_model(server.model, model)]
 
 
 async def _throughput(

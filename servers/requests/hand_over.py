@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from petals_tune.errors import NotHandedOn, PetalsTuneError, RequestRefused
-from petals_tune.net.directory import Snapshot
 from petals_tune.net.peer import Peer
 from petals_tune.net.pool import StreamPool
 from petals_tune.wire.messages import Delivery, HandOver
-from petals_tune.wire.records import ServerRecord, same_model
+from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import encoded_bytes
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,8 @@ MAX_EARLY = 1024  # such tensors
 MAX_SPENT = 4096  # tickets that are remembered as used or withdrawn
 HAND_ON_S = 5.0  # timeout for opening a stream to the next server and for writing to it; then the client sends instead
 SHUT_S = 30.0  # a server that could not be reached is not tried again for so long
-LOOK_AGAIN_S = 5.0  # between two snapshots of the directory
+LOOK_AGAIN_S = 0.5  # between two looks into the directory: clients name whom they like
+KNOWN_S = 60.0  # how long a record is used without another look
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,10 +134,11 @@ class Neighbours:
     Only peers that announce blocks of the same model are dialled: a client cannot point a server anywhere else.
     """
 
-    def __init__(self, peer: Peer, model: str):
-        self._peer, self._model = peer, model
+    def __init__(self, peer: Peer, model: str, blocks: BlockSpan):
+        """`blocks`: some of those that the other servers hold, at the least the ones before and after our own."""
+        self._peer, self._model, self.blocks = peer, model, blocks
         self._pool = StreamPool(peer, model=model, timeout_s=HAND_ON_S)
-        self._snapshot: Snapshot | None = None
+        self._records: dict[str, tuple[ServerRecord, float]] = {}  # by peer, with the time of the look
         self._looked_s = -math.inf
         self._one_looks = asyncio.Lock()
         self._shut_until_s: dict[str, float] = {}
@@ -170,18 +172,20 @@ class Neighbours:
     def _shut(self, peer: str, error: Exception) -> None:
         logger.info("outputs cannot be handed on to server %s now: %s", peer, error)
         self._shut_until_s[peer] = time.monotonic() + SHUT_S
-        self._snapshot = None  # it may be back at another address
+        self._records.pop(peer, None)  # it may be back at another address
 
     async def _record(self, peer: str) -> ServerRecord | None:
         """Return the announced record of `peer`; None where it is no server of this model."""
         if (record := self._known(peer)) is not None:
             return record
         async with self._one_looks:
-            if time.monotonic() - self._looked_s > LOOK_AGAIN_S:
-                self._snapshot = await self._peer.directory.snapshot()
+            if self._known(peer) is None and time.monotonic() - self._looked_s > LOOK_AGAIN_S:
+                found = await self._peer.directory.find(peer, self._model, self.blocks)
                 self._looked_s = time.monotonic()
+                if found is not None:
+                    self._records[peer] = found, self._looked_s
         return self._known(peer)
 
     def _known(self, peer: str) -> ServerRecord | None:
-        known = () if self._snapshot is None else self._snapshot.servers
-        return next((each for each in known if each.peer == peer and same_model(each.model, self._model)), None)
+        record, looked_s = self._records.get(peer, (None, -math.inf))
+        return record if time.monotonic() - looked_s < KNOWN_S else None

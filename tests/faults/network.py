@@ -83,7 +83,7 @@ class CountedNeighbours(Neighbours):
     """Tells the network which server handed something on."""
 
     def __init__(self, network: Network, name: str, peer: Peer):
-        super().__init__(peer, MODEL)
+        super().__init__(peer, MODEL, BlockSpan(0, 6))
         self._network, self._name = network, name
 
     async def hand_on(self, goes: HandOver, tensor: torch.Tensor) -> bool:
@@ -229,7 +229,7 @@ class SlowDirectory(InProcessDirectory):
         super().__init__()
         self._network = network
 
-    async def snapshot(self) -> Snapshot:
+    async def snapshot(self, model: str, blocks: BlockSpan, *, thorough: bool = False) -> Snapshot:
         if self._network.at_lookup is not None:
             await self._network.at_lookup()
         return Snapshot.of(server.record for server in self._network.servers.values())

@@ -62,7 +62,7 @@ class Shown(InProcessDirectory):
         self.readings = 0
         self.before: Callable[[], Awaitable[object]] = lambda: asyncio.sleep(0)
 
-    async def snapshot(self) -> Snapshot:
+    async def snapshot(self, model: str, blocks: BlockSpan, *, thorough: bool = False) -> Snapshot:
         self.readings += 1
         await self.before()
         return msgspec.structs.replace(Snapshot.of(self.records), taken_at_s=module.time.monotonic())
@@ -84,7 +84,7 @@ class Swarm:
     def __init__(self, *records: ServerRecord):
         self.network = InProcessNetwork()
         self.directory = self.network.directory = Shown(*records)
-        self.client = SwarmClient(self.network.peer("client"), MODEL, RetryPolicy(connect_s=LONG_S))
+        self.client = SwarmClient(self.network.peer("client"), MODEL, RetryPolicy(connect_s=LONG_S), WHOLE)
         self._played: list[PlayedPeer] = []
 
     async def opened(self, server: ServerRecord) -> ServerStream:

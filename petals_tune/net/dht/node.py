@@ -131,11 +131,6 @@ class Node:
         await asyncio.sleep(0)  # the one that answered enters the routing table
         await self.find([self.protocol.node_id], enough=None, timeout_s=ANSWER_S)
 
-    @property
-    def knows_others(self) -> bool:
-        """Whether there is any other node to ask."""
-        return bool(self.protocol.routing_table.uid_to_peer_id)
-
     async def leave(self) -> None:
         with hivemind_errors():
             await self.protocol.shutdown()

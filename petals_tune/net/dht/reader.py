@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 
+import msgspec
 from hivemind.dht.routing import DHTID
 
 from petals_tune.net.dht.announcements import Announcement
@@ -74,9 +75,10 @@ class Known:
                 "protocol than %s",
                 *(len(records) - len(ours), len(records), ", ".join(others), PROTOCOL),
             )
-        return Snapshot.of(
+        snapshot = Snapshot.of(
             record for record in ours if record.blocks.start < blocks.stop and blocks.start < record.blocks.stop
         )
+        return msgspec.structs.replace(snapshot, is_sample=any(look.levels for look in self.looks.values()))
 
 
 class Reader:
@@ -109,7 +111,7 @@ class Reader:
                 look.found(shard, len(search.found), time.monotonic())
                 if look.next_depth is not None:
                     due.append(look)
-        if not heard and self._node.knows_others:
+        if not heard and self._initial:
             logger.warning(
                 "no node of the directory answered in %g s; going on with the %d servers that are known",
                 *(READING_S, len(known.announcements)),

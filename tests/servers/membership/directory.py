@@ -34,10 +34,11 @@ class MemoryDirectory:
     async def withdraw(self, record: ServerRecord) -> None:
         del self.records[record.peer]
 
-    async def snapshot(self) -> Snapshot:
+    async def snapshot(self, model: str, blocks: BlockSpan, *, thorough: bool = False) -> Snapshot:
         if self.at_snapshot is not None:
             await self.at_snapshot()
         online, joining = (
-            tuple(each for each in self.records.values() if each.state == state) for state in ("online", "joining")
+            tuple(each for each in self.records.values() if each.state == state and each.model == model)
+            for state in ("online", "joining")
         )
         return Snapshot(servers=online, joining=joining, taken_at_s=time.monotonic())

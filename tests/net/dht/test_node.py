@@ -1,0 +1,119 @@
+"""Finding and storing over many real nodes, of which some are gone."""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
+import pytest
+import pytest_asyncio
+from hivemind.dht.routing import DHTID
+from hivemind.p2p import PeerID
+
+from petals_tune.errors import ConnectionLost
+from petals_tune.net.dht.directory import DhtDirectory
+from petals_tune.net.dht.keys import INDEX, Spot, key_at
+from petals_tune.net.dht.node import NEAREST, REPLICAS, Search
+from petals_tune.net.dht.protocol import node_id_of
+from tests.net.dht.nodes import announced, key_of, node, record, signed
+from tests.raising import raises
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+NODES = 9
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def nodes() -> AsyncIterator[list[DhtDirectory]]:
+    async with AsyncExitStack() as stack:
+        first, peers = await stack.enter_async_context(node(name="0"))
+        others = [(await stack.enter_async_context(node(peers, name=str(n))))[0] for n in range(1, NODES)]
+        yield [first, *others]
+
+
+def key(name: str, spot: Spot) -> DHTID:
+    found = key_at(record(name), spot)
+    assert found is not None
+    return DHTID.from_bytes(found)
+
+
+def holders(nodes: list[DhtDirectory], where: DHTID) -> list[DhtDirectory]:
+    return [each for each in nodes if each.node.protocol.store.get(where.to_bytes(), time.time())]
+
+
+async def test_the_nearest_nodes_store_it_and_any_node_finds_it_there(nodes):
+    spots = {spot: key("0", spot) for spot in (Spot(0, 0), Spot(0, 2), INDEX)}
+    counts = await nodes[0].node.store(signed("0"), spots, timeout_s=10)
+    assert counts == dict.fromkeys(spots, (REPLICAS, REPLICAS))
+    for where in spots.values():
+        by_distance = sorted(nodes, key=lambda each: where.xor_distance(each.node.protocol.node_id))
+        assert set(holders(nodes, where)) == set(by_distance[:REPLICAS])
+        for each in nodes:
+            search = (await each.node.find([where], enough=2, timeout_s=10))[where]
+            assert [found.record for found in search.found.values()] == [record("0")]
+
+
+async def test_what_nobody_has_is_asked_of_the_nearest_alone(nodes):
+    where = DHTID.generate("nothing is here")
+    search = (await nodes[1].node.find([where], enough=2, timeout_s=10))[where]
+    assert search.found == {}
+    by_distance = sorted((each.node.protocol.node_id for each in nodes if each is not nodes[1]), key=where.xor_distance)
+    assert search.answered >= set(by_distance[:NEAREST])
+
+
+async def test_nodes_that_are_gone_are_replaced_by_the_next_nearest(nodes):
+    async with AsyncExitStack() as stack:
+        first, peers = await stack.enter_async_context(node(name="0 b"))
+        leaving = AsyncExitStack()
+        for number in range(6):
+            await (leaving if number < 3 else stack).enter_async_context(node(peers, name=f"{number + 1} b"))
+        spots = {Spot(0, 0): key("0 b", Spot(0, 0))}
+        assert await first.node.store(signed("0 b"), spots, timeout_s=10) == {Spot(0, 0): (REPLICAS, REPLICAS)}
+        await leaving.aclose()
+        for _ in range(4):  # each time those that did not answer are forgotten
+            counts = await first.node.store(signed("0 b"), spots, timeout_s=10)
+        assert counts == {Spot(0, 0): (4, 4)}, "four nodes are left"
+
+
+async def test_who_asks_one_node_gets_what_that_one_has(nodes):
+    where = key("5", Spot(0, 4))
+    await nodes[5].node.store(signed("5"), {Spot(0, 4): where}, timeout_s=10)
+    for each in nodes[:3]:
+        found = await nodes[4].node.read_at([key_of(str(nodes.index(each))).peer], [where])
+        has = bool(each.node.protocol.store.get(where.to_bytes(), time.time()))
+        assert [one.record for one in found[where]] == ([record("5")] if has else [])
+
+
+async def test_a_network_without_anybody_is_not_joined(nodes):
+    peer = key_of("nobody").peer
+    with raises(ConnectionLost):
+        await nodes[0].node._bootstrap([PeerID.from_base58(peer)])
+
+
+def search_of(distances: list[int], *, enough: int | None = 2) -> Search:
+    return Search(DHTID(0), enough, {DHTID(each): f"peer {each}" for each in distances})
+
+
+async def test_a_search_asks_the_nearest_first_and_few_at_a_time():
+    search = search_of([9, 1, 5, 3])
+    assert search.next() == [1, 3]
+    assert search_of([9, 1, 5, 3], enough=None).next() == [1, 3, 5]
+    search.asked |= {DHTID(1), DHTID(3)}
+    search.waiting |= {DHTID(1), DHTID(3)}
+    assert search.next() == []
+    search.waiting.clear()
+    search.answered.add(DHTID(1))  # 3 was silent
+    assert search.next() == [5, 9]
+
+
+async def test_a_search_ends_with_enough_holders_and_keeps_the_latest_of_each_peer():
+    search = search_of([1, 2, 3])
+    old, new = announced("a"), announced("a", issued_s=1010)
+    for found in ([new], [], [old]):
+        assert search.next()
+        search.add(found)
+    assert search.next() == []
+    assert search.found == {new.peer: new}
+
+
+async def test_node_ids_are_spread():
+    ids = sorted(node_id_of(PeerID.from_base58(key_of(str(number)).peer)) for number in range(64))
+    assert len({each >> 157 for each in ids}) == 8
