@@ -75,7 +75,7 @@ HANDLES_STRANGERS = (
     *(
         f"petals_tune.net.{name}"
         for name in (
-            *("circuit_relay", "dht_auth", "dial_back", "directory", "hivemind_dht"),
+            *("circuit_relay", "dht", "dial_back", "directory"),
             *("in_process", "peer", "pool", "stream", "transport"),
         )
     ),

@@ -22,7 +22,7 @@ from petals_tune.wire.span import BlockSpan
 from tests.models import BLOCKS, plain_model, save_model
 from tests.processes import LONG_S, descendants, wait_until
 from tests.raising import raises
-from tests.watcher import watching
+from tests.watcher import servers_of, watching
 
 pytestmark = pytest.mark.swarm
 # A second or so each: queued, they keep a server busy for as long as a test needs.
@@ -41,7 +41,7 @@ class Swarm:
     peer: Peer
 
     async def withdrawn(self, server: ServerProcess) -> None:
-        while peer_of(server) in {record.peer for record in (await self.peer.directory.snapshot()).servers}:
+        while peer_of(server) in {record.peer for record in await servers_of(self.peer)}:
             await asyncio.sleep(0.05)
 
 

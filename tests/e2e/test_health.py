@@ -130,7 +130,7 @@ def test_a_member_sees_a_private_swarm_and_nobody_else_does(swarm, tmp_path, mon
     with command("servers.dht", "swarm.key=swarm.key", cwd=tmp_path) as node:
         join = f"swarm.initial_peers=[{','.join(node.wait_until_ready())}]"
         seen = once(join, "swarm.token=alice.token", cwd=tmp_path)
-        assert (seen.returncode, seen.stdout) == (1, "no server is announced in this swarm\n"), seen.stderr
+        assert (seen.returncode, seen.stdout) == (1, "no server is announced in this network\n"), seen.stderr
         stranger = once(join)
         assert stranger.returncode == os.EX_TEMPFAIL
         assert "swarm.token=FILE" in stranger.stderr

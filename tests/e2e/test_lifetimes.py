@@ -16,7 +16,7 @@ from petals_tune.swarm.local import ServerProcess, server_process
 from petals_tune.wire.span import BlockSpan
 from tests.models import save_model
 from tests.processes import LONG_S, Process, descendants, wait_until
-from tests.watcher import watching
+from tests.watcher import servers_of, watching
 
 pytestmark = pytest.mark.swarm
 FIRST, SECOND = BlockSpan(0, 3), BlockSpan(3, 6)
@@ -39,8 +39,8 @@ class Swarm:
 def swarm(folder: Path) -> Iterator[Swarm]:
     with ExitStack() as stack:
         peers = stack.enter_context(server(folder, FIRST)).wait_until_ready()
-        directory = stack.enter_context(watching(peers)).directory
-        yield Swarm(peers=peers, held=lambda: [s.blocks for s in loop.run(directory.snapshot()).servers])
+        watcher = stack.enter_context(watching(peers))
+        yield Swarm(peers=peers, held=lambda: [s.blocks for s in loop.run(servers_of(watcher))])
 
 
 def server(folder: Path, blocks: BlockSpan, *overrides: str) -> AbstractContextManager[ServerProcess]:

@@ -16,7 +16,7 @@ from petals_tune.wire.span import BlockSpan, gaps
 from tests.models import BLOCKS, plain_model, relative_error, save_model
 from tests.processes import wait_until
 from tests.raising import raises
-from tests.watcher import watching
+from tests.watcher import servers_of, watching
 
 pytestmark = pytest.mark.swarm
 OPTIONS = [
@@ -113,4 +113,4 @@ def test_a_server_of_another_model_is_told_what_the_swarm_serves(start, folder, 
 def watched(peers: list[str]) -> Iterator[Callable[[], dict[str, ServerRecord]]]:
     """The servers that are online, by peer id, as a peer sees them that only looks on."""
     with watching(peers) as peer:
-        yield lambda: {server.peer: server for server in loop.run(peer.directory.snapshot()).servers}
+        yield lambda: {server.peer: server for server in loop.run(servers_of(peer))}

@@ -8,23 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from hivemind.dht.routing import DHTID
 from transformers import PreTrainedModel
 
 from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.errors import AccessDenied, ServerUnreachable
+from petals_tune.net.dht.keys import Shard, model_part
 from petals_tune.net.hivemind_p2p import LOOPBACK
 from petals_tune.net.members import Members, load_identity
 from petals_tune.net.peer import Peer, joined
 from petals_tune.swarm import loop
 from petals_tune.swarm.local import ServerProcess, server_process
-from petals_tune.wire.records import dht_key
 from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.tokens import token_from
 from servers.keys import main as keys
 from tests.models import plain_model, relative_error, save_model
 from tests.processes import LONG_S, descendants
 from tests.raising import raises
-from tests.watcher import watching
+from tests.watcher import servers_of, watching
 
 pytestmark = pytest.mark.swarm
 IDS = torch.tensor([[1, 2, 3, 4]])
@@ -110,8 +111,8 @@ def test_a_server_without_the_key_does_not_get_into_the_directory(swarm):
 
     loop.run(intrude())
     with swarm.watching(Members.with_token(*_files(swarm, "carol"))) as carol:
-        snapshot = loop.run(carol.directory.snapshot())
-    assert {str(server.blocks) for server in snapshot.servers} == {"0:3", "3:6"}
+        servers = loop.run(servers_of(carol))
+    assert {str(server.blocks) for server in servers} == {"0:3", "3:6"}
 
 
 def _files(swarm: Swarm, name: str) -> tuple[Path, SigningKey]:
@@ -155,9 +156,11 @@ def test_no_secret_is_to_be_seen(swarm):
                 seen[f"{process} {file}"] = Path(f"/proc/{process}/{file}").read_bytes()
         seen[f"log of {server.process.pid}"] = "\n".join(server.lines).encode()
     with swarm.watching(Members.with_token(*_files(swarm, "carol"))) as carol:
-        found = loop.run(carol.directory.node.get(dht_key("servers"), latest=True))
-    assert len(found.value) == 2
-    seen["announcements"] = repr(found.value).encode()
+        model = loop.run(servers_of(carol))[0].model
+        key = DHTID.from_bytes(Shard(model_part(model), 0).key)
+        found = loop.run(carol.directory.node.find([key], enough=2, timeout_s=LONG_S))[key].found
+    assert len(found) == 2
+    seen["announcements"] = b" ".join(announcement.data for announcement in found.values())
     assert all(seen.values())
     for where, text in seen.items():
         assert written.encode() not in text, where

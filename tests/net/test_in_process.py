@@ -88,9 +88,12 @@ async def test_who_is_served_to_the_end_is_forgotten(network):
     assert not network.find("b").serving
 
 
+WHOLE = BlockSpan(0, 4)
+
+
 async def test_a_directory_shows_who_is_there_who_loads_and_who_left():
     directory = InProcessDirectory()
-    assert (await directory.snapshot()).servers == ()
+    assert (await directory.snapshot(RECORD.model, WHOLE)).servers == ()
     first, second, loads = (
         msgspec.structs.replace(RECORD, peer=peer, blocks=BlockSpan(start, 4), state=state)
         for peer, start, state in (("x", 0, "online"), ("w", 2, "online"), ("v", 1, "joining"))
@@ -98,8 +101,13 @@ async def test_a_directory_shows_who_is_there_who_loads_and_who_left():
     for record in (second, loads, first):
         await directory.announce(record, lasts_s=60)
     await directory.announce(msgspec.structs.replace(RECORD, peer="expired"), lasts_s=0)
-    snapshot = await directory.snapshot()
+    snapshot = await directory.snapshot(RECORD.model, WHOLE)
     assert (snapshot.servers, snapshot.joining, snapshot.left) == ((first, second), (loads,), frozenset())
     await directory.withdraw(first)
-    snapshot = await directory.snapshot()
+    snapshot = await directory.snapshot(RECORD.model, WHOLE)
     assert (snapshot.servers, snapshot.left) == ((second,), {"x"})
+    assert (await directory.snapshot(RECORD.model, BlockSpan(0, 1))).servers == ()
+    assert (await directory.snapshot("another model", WHOLE)).servers == ()
+    assert await directory.find("w", RECORD.model, WHOLE) == second
+    assert await directory.find("x", RECORD.model, WHOLE) is None
+    assert await directory.models() == (second, loads)

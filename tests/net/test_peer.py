@@ -11,14 +11,17 @@ import msgspec
 import pytest
 
 from petals_tune.errors import ServerError, ServerUnreachable
-from petals_tune.net import hivemind_dht
 from petals_tune.net.circuit_relay import Reservation
+from petals_tune.net.dht import directory as dht_directory
 from petals_tune.net.hivemind_p2p import LOOPBACK
 from petals_tune.net.in_process import InProcessNetwork
 from petals_tune.net.peer import Peer, joined
+from petals_tune.wire.span import BlockSpan
 from tests.net.played_peer import LONG_S
 from tests.raising import raises
 from tests.servers.peers import record_of
+
+MODEL, WHOLE = "digest", BlockSpan(0, 6)
 
 
 async def announce(server: Peer) -> None:
@@ -29,7 +32,7 @@ async def announce(server: Peer) -> None:
 async def until_known(server: Peer, *, to: Peer) -> None:
     """Returns once the DHT shows `to` the server, which renews its announcement meanwhile."""
     async with asyncio.timeout(30):
-        while [record.peer for record in (await to.directory.snapshot()).servers] != [server.id]:
+        while [record.peer for record in (await to.directory.snapshot(MODEL, WHOLE)).servers] != [server.id]:
             await announce(server)
             await asyncio.sleep(0.2)
 
@@ -38,7 +41,7 @@ async def test_a_swarm_whose_first_node_was_restarted_comes_together_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The node knows nobody then, and who did not get an answer from it has forgotten it."""
-    monkeypatch.setattr(hivemind_dht, "PING_S", 0.3)
+    monkeypatch.setattr(dht_directory, "PING_S", 0.3)
     identity_path = str(tmp_path / "node.identity")
     async with AsyncExitStack() as stack:
         first = AsyncExitStack()
@@ -48,7 +51,7 @@ async def test_a_swarm_whose_first_node_was_restarted_comes_together_again(
         await announce(server)
         client = await stack.enter_async_context(joined(peers, listens=False))
         await first.aclose()
-        await client.directory.snapshot()
+        await client.directory.snapshot(MODEL, WHOLE)
         async with asyncio.timeout(30):
             while knows(server, node):
                 await announce(server)
@@ -97,7 +100,7 @@ async def test_a_client_joins_and_leaves_nothing():
     async with joined([], host_maddrs=[LOOPBACK]) as server:
         async with joined(server.addresses, listens=False) as client:
             assert client.addresses == ()
-            assert (await client.directory.snapshot()).servers == ()
+            assert (await client.directory.snapshot(MODEL, WHOLE)).servers == ()
             transport = client.transport
         assert not transport.alive
         with raises(ServerUnreachable):

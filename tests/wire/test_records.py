@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals_tune.errors import ProtocolError
-from petals_tune.wire.records import ServerRecord, Throughput, decode_record, dht_key, encode_record
+from petals_tune.wire.records import ServerRecord, Throughput, decode_record, encode_record
 from petals_tune.wire.span import BlockSpan
 from tests.raising import raises
 
@@ -49,6 +49,13 @@ def test_a_record_of_a_newer_version_is_read_without_what_is_new():
         {"total_blocks": 10**9},
         {"blocks": [0, 9999]},
         {"public_name": "x" * 65},
+        {"public_name": "\x1b[2J"},
+        {"model_name": "\x1b]0;owned\x07"},
+        {"dtype": "float32\n"},
+        {"addresses": ["/ip4/127.0.0.1/tcp/1\r"]},
+        {"addresses": ["/dns4/" + "x" * 300]},
+        {"model_name": "x" * 257},
+        {"peer": "x" * 65},
         {"version": "x" * 65},
         {"throughput": {"step": 0.0}},
         {"throughput": {"batch": math.nan}},
@@ -74,7 +81,3 @@ def test_a_damaged_record_is_a_record_or_a_protocol_error(place, damage):
     body[place : place + len(damage)] = damage
     with contextlib.suppress(ProtocolError):
         assert isinstance(decode_record(bytes(body)), ServerRecord)
-
-
-def test_swarms_have_keys_of_their_own():
-    assert dht_key("one") != dht_key("other")

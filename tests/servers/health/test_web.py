@@ -3,10 +3,10 @@
 import aiohttp
 import msgspec
 
-from servers.health.report import Report, report
+from servers.health.report import Report
 from servers.health.web import Pages
 from servers.http_server import http_server
-from tests.servers.health.records import WELL, server
+from tests.servers.health.records import WELL, report_of, server
 
 
 async def test_the_report_comes_as_json_once_there_is_one():
@@ -15,7 +15,7 @@ async def test_the_report_comes_as_json_once_there_is_one():
         url = f"http://127.0.0.1:{port}"
         async with session.get(f"{url}/swarm.json") as answer:
             assert answer.status == 503
-        pages.report = report([server("a", 0, 8)], {"a": WELL}, now_unix_s=5)
+        pages.report = report_of([server("a", 0, 8)], {"a": WELL}, now_unix_s=5)
         async with session.get(f"{url}/swarm.json") as answer:
             assert answer.status == 200
             assert msgspec.json.decode(await answer.read(), type=Report) == pages.report
