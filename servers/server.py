@@ -25,6 +25,7 @@ from petals_tune.net.transport import Connection
 from petals_tune.wire.records import MAX_TEXT, PROTOCOL, ServerRecord, ServerState
 from petals_tune.wire.span import BlockSpan
 from servers.membership.announcer import Announcer
+from servers.membership.needed import NEEDED, needed_model
 from servers.membership.placer import Placer
 from servers.membership.plan import Plan, make_plan
 from servers.metrics import Metrics
@@ -61,6 +62,8 @@ async def serve(options: Serve, on_ready: OnReady, stop: asyncio.Event) -> None:
                 reach=swarm.reach,
             )
         )
+        if options.model.source == NEEDED:
+            options = dataclasses.replace(options, model=await needed_model(here.directory, options.disk_cache))
         compute = ComputeThread(options.threads)
         stack.callback(compute.stop)
         announcer = Announcer(here.directory, lasts_s=swarm.announce_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -88,6 +89,25 @@ _decoder = msgspec.msgpack.Decoder(ServerRecord)
 def same_model(one: str, other: str) -> bool:
     """Compare two digests of models, CONFIG or CONFIG.WEIGHTS; a second part that one lacks is not compared."""
     return all(left == right for left, right in zip(one.split("."), other.split("."), strict=False))
+
+
+def group_by_model(records: Sequence[ServerRecord]) -> list[list[ServerRecord]]:
+    """Group records by their model, the one with the most of them first."""
+    groups: list[list[ServerRecord]] = []
+    for record in sorted(records, key=lambda record: (record.blocks, record.peer)):
+        for group in groups:
+            if same_model(group[0].model, record.model):
+                group.append(record)
+                break
+        else:
+            groups.append([record])
+    return sorted(groups, key=len, reverse=True)
+
+
+def usual_blocks(records: Sequence[ServerRecord]) -> int:
+    """How many blocks the model of `records` has, as most of them say."""
+    ((total_blocks, _),) = Counter(record.total_blocks for record in records).most_common(1)
+    return total_blocks
 
 
 def mismatch_text(servers: Sequence[ServerRecord], model: str, whose: str) -> str:
