@@ -32,7 +32,8 @@ async def needed_model(directory: Directory, disk: DiskCache) -> Model:
         total_blocks = usual_blocks(records)
         snapshot = await directory.snapshot(records[0].model, BlockSpan(0, total_blocks), thorough=True)
         if snapshot.servers:
-            slowest = float(block_throughputs([*snapshot.servers, *snapshot.joining], total_blocks).min())
+            servers = [*snapshot.servers, *snapshot.joining]
+            slowest = float(block_throughputs(servers, total_blocks, snapshot.stands_for).min())
             candidates.append((slowest, snapshot.servers[0]))
     for slowest, record in sorted(candidates, key=lambda candidate: (candidate[0], candidate[1].model_name)):
         if await asyncio.to_thread(_is_readable, record, disk):
