@@ -150,7 +150,7 @@ class Network(InProcessNetwork):
     def chain(self, *, verify: float = 0.0, wire_format: WireFormat = "float32", **policy: Any) -> Chain:
         async def make() -> Chain:
             retries = RetryPolicy(**{"timeout_s": 30.0, "first_pause_s": 0.01, **policy})
-            client = SwarmClient(self.peer(CLIENT), MODEL, retries)
+            client = SwarmClient(self.peer(CLIENT), MODEL, retries, BlockSpan(0, 6))
             formats = {"wire_format": wire_format, "grad_format": wire_format}
             checks = SpotChecks(client, share=verify, seed=0, **formats) if verify else None
             return Chain(Calls(client, hand_over=self.hand_over, observer=checks, **formats))
