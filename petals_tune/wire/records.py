@@ -38,6 +38,10 @@ class Throughput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 MAX_NAME = 64  # characters of a public name
+MAX_ROUND_TRIPS = 8  # that a server announces
+LONGEST_ROUND_TRIP_S = 60.0  # a longer one is no round trip that anything could wait for
+_PEER = Annotated[str, msgspec.Meta(max_length=128)]
+_Seconds = Annotated[float, msgspec.Meta(gt=0.0, le=LONGEST_ROUND_TRIP_S)]  # which NaN and inf are not
 _MAX_BLOCKS = 10_000  # of a model; readers of a record make lists of this length
 
 
@@ -62,6 +66,8 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
     version: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""  # of petals_tune on the server
     public_name: Annotated[str, msgspec.Meta(max_length=MAX_NAME)] = ""
     free_cache_bytes: int | None = None  # left for sessions when this was announced; None: unknown
+    # Measured by this server, to servers whose blocks may follow its own in a route; by peer id.
+    round_trips_s: Annotated[dict[_PEER, _Seconds], msgspec.Meta(max_length=MAX_ROUND_TRIPS)] = {}
 
 
 _encoder = msgspec.msgpack.Encoder()
