@@ -10,8 +10,8 @@ from typing import Any
 
 from petals_tune.wire.records import ServerRecord
 
-AT_ONCE = 16
-KEPT_FREE = 12  # of them for work that waits: nobody waits for the others
+AT_ONCE = 32
+KEPT_FREE = 28  # of them for work that waits: nobody waits for the others
 A_MINUTE = 240
 KEPT_FREE_A_MINUTE = 200
 SLOW_S = 0.5  # a server that did not answer a dial in this time is waited for beside others

@@ -85,8 +85,10 @@ class Routing:
             try:
                 return self._choose(table, wish, reached, now_s)
             except UncoveredBlocks:
-                quick = usable & ~table.mask(self.dialler.slow())
-                hops = self._first(wish, reached | (quick & ~self.trials.suspects(table)), reached | quick, usable)
+                slow = self.dialler.slow()
+                quick = usable & ~table.mask(slow)
+                elsewhere = quick & ~self.trials.suspects(table, slow)
+                hops = self._first(wish, reached | elsewhere, reached | quick, usable)
             missing = [hop.server for hop in hops if not reached[table.places[hop.server.peer]]]
             begun = [self.dialler.begin(server, awaited=True) for server in missing]
             if not any(begun) and not self.dialler.busy:

@@ -7,7 +7,7 @@ fails puts the next newcomer off.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,7 +31,7 @@ class Trials:
     _failures: int = 0  # in a row
     _pause_until_s: float = -math.inf
     _failed_at: dict[str, int] = field(default_factory=dict)  # failures less successes, by host
-    _suspects: tuple[ServerTable, Mask] | None = None  # of the last table, while it is true
+    _at: tuple[ServerTable, dict[str, list[int]]] | None = None  # places in the last table, by host
 
     def allowed(self, now_s: float) -> bool:
         """Whether a newcomer may be given work that a measured server could do."""
@@ -61,18 +61,26 @@ class Trials:
             self._failures += 1
             self._pause_until_s = now_s + min(FIRST_PAUSE_S * 2 ** min(self._failures - 1, 32), LONGEST_PAUSE_S)
 
-    def suspects(self, table: ServerTable) -> Mask:
-        """Servers at a host from which more failed than worked: names are free, hosts are not."""
-        if self._suspects is None or self._suspects[0] is not table:
-            bad = {host for host, count in self._failed_at.items() if count > 0}
-            found = [bool(bad) and not bad.isdisjoint(hosts_of(server)) for server in table.servers]
-            self._suspects = table, np.array(found, dtype=np.bool_)
-        return self._suspects[1]
+    def suspects(self, table: ServerTable, slow: Iterable[str] = ()) -> Mask:
+        """Servers at a host from which more failed than worked, or where a `slow` peer is: names are free."""
+        if self._at is None or self._at[0] is not table:
+            places: dict[str, list[int]] = {}
+            for place, server in enumerate(table.servers):
+                for host in hosts_of(server):
+                    places.setdefault(host, []).append(place)
+            self._at = table, places
+        bad = {host for host, count in self._failed_at.items() if count > 0}
+        for peer in slow:
+            if (known := table.places.get(peer)) is not None:
+                bad.update(hosts_of(table.servers[known]))
+        mask = np.zeros(len(table.servers), dtype=np.bool_)
+        for host in bad:
+            mask[self._at[1].get(host, [])] = True
+        return mask
 
     def _count(self, server: ServerRecord, change: int) -> None:
         for host in hosts_of(server):
             self._failed_at[host] = self._failed_at.get(host, 0) + change
-        self._suspects = None
 
 
 def hosts_of(server: ServerRecord) -> Sequence[str]:

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import msgspec
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ def test_between_two_cuts_the_slots_name_exactly_the_servers_that_hold_the_block
 def test_a_column_is_empty_between_two_servers_and_each_server_has_one(drawn):
     table = ServerTable(make(drawn))
     for column in table.slots.T:
-        changes = [(a, b) for a, b in zip(column, column[1:], strict=False) if a != b]
+        changes = [(a, b) for a, b in pairwise(column) if a != b]
         assert all(len(table.servers) in change for change in changes)
     for place, column in enumerate(table.columns):
         assert (table.slots == place).any(axis=0).nonzero()[0].tolist() == [column]

@@ -59,6 +59,7 @@ def test_newcomers_at_a_host_where_more_failed_than_worked_are_suspects():
     assert trials.suspects(table).tolist() == [True, True, False]
     trials.answered(at("10.0.0.1", "a"))
     assert trials.suspects(table).tolist() == [False, False, False]
+    assert trials.suspects(table, slow=["c", "gone"]).tolist() == [False, False, True]
     assert trials.allowed(100.0), "who could only not be reached had no work"
 
 
