@@ -43,6 +43,9 @@ class Throughput(msgspec.Struct, frozen=True, kw_only=True):
 MAX_NAME = 64  # characters of a public name
 MAX_TEXT = 256  # of any other text
 _MAX_BLOCKS = 1_000  # of a model; readers of a record make lists of this length, and look for each group of blocks
+MAX_ROUND_TRIPS = 8  # that a server announces
+LONGEST_ROUND_TRIP_S = 60.0  # a longer one is no round trip that anything could wait for
+_Seconds = Annotated[float, msgspec.Meta(gt=0.0, le=LONGEST_ROUND_TRIP_S)]  # which NaN and inf are not
 
 
 ServerState = Literal["joining", "online", "offline"]  # joining: loading its blocks
@@ -72,14 +75,14 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
     version: Name = ""  # of petals_tune on the server
     public_name: Name = ""
     free_cache_bytes: int | None = None  # left for sessions when this was announced; None: unknown
+    # Measured by this server, to servers whose blocks may follow its own in a route; by peer id.
+    round_trips_s: Annotated[dict[Name, _Seconds], msgspec.Meta(max_length=MAX_ROUND_TRIPS)] = {}
 
     def __post_init__(self) -> None:
         texts = (self.peer, self.model, self.model_name, self.revision, self.protocol, self.quantization, self.dtype)
         for text in (*texts, self.matrix_library, self.version, self.public_name, *self.addresses):
             if not text.isprintable():  # they are shown in terminals
                 raise ValueError(f"unprintable characters in {text!r}")
-        if self.blocks.stop > self.total_blocks:
-            raise ValueError(f"blocks {self.blocks} of a model of {self.total_blocks}")
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -127,6 +130,10 @@ def encode_record(record: ServerRecord) -> bytes:
 def decode_record(data: bytes) -> ServerRecord:
     """Decode a record. Raises ProtocolError."""
     try:
-        return _decoder.decode(data)
+        record = _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProtocolError(f"not a server's record: {error}", what="record") from None
+    if record.blocks.stop > record.total_blocks:
+        text = f"not a server's record: blocks {record.blocks} of a model of {record.total_blocks}"
+        raise ProtocolError(text, what="record")
+    return record
