@@ -33,8 +33,9 @@ _OFFLINE_OUTLIVES_S = 1.0
 class HivemindDirectory:
     """The records of one swarm in the DHT. `join` starts a node, `leave` stops it."""
 
-    def __init__(self, node: DHTNode, swarm: str = "servers"):
+    def __init__(self, node: DHTNode, swarm: str = "servers", *, members: Members | None = None):
         self.node = node
+        self._members = members
         self._key = dht_key(swarm)
         self._last_expiration = 0.0
 
@@ -67,7 +68,7 @@ class HivemindDirectory:
                 "  check that the first server runs and prints this address; a private swarm answers only those who "
                 "give swarm.token=FILE"
             ) from None
-        return cls(node)
+        return cls(node, members=members)
 
     async def leave(self) -> None:
         """Leave the DHT.
@@ -98,7 +99,9 @@ class HivemindDirectory:
                     await self.node.protocol.call_ping(PeerID.from_base58(peer_of(address)))
 
     async def announce(self, record: ServerRecord, *, lasts_s: float) -> None:
-        """As `Directory.announce`."""
+        """As `Directory.announce`. Raises AccessDenied where our token has expired: no node would tell us."""
+        if self._members is not None:
+            self._members.own_token()
         self._last_expiration = max(get_dht_time() + lasts_s, self._last_expiration)
         with hivemind_errors():
             taken = await self.node.store(self._key, encode_record(record), self._last_expiration, subkey=record.peer)
