@@ -99,9 +99,8 @@ class HivemindDirectory:
                     await self.node.protocol.call_ping(PeerID.from_base58(peer_of(address)))
 
     async def announce(self, record: ServerRecord, *, lasts_s: float) -> None:
-        """As `Directory.announce`. Raises AccessDenied where our token has expired: no node would tell us."""
-        if self._members is not None:
-            self._members.own_token()
+        """As `Directory.announce`."""
+        self._check_own_token()
         self._last_expiration = max(get_dht_time() + lasts_s, self._last_expiration)
         with hivemind_errors():
             taken = await self.node.store(self._key, encode_record(record), self._last_expiration, subkey=record.peer)
@@ -115,6 +114,7 @@ class HivemindDirectory:
 
     async def snapshot(self) -> Snapshot:
         """As `Directory.snapshot`. A record that is malformed or describes another peer than its signer is left out."""
+        self._check_own_token()
         with hivemind_errors():
             found = await self.node.get(self._key, latest=True)
         entries = found.value if found is not None and isinstance(found.value, dict) else {}
@@ -128,3 +128,8 @@ class HivemindDirectory:
             if record.peer == peer:
                 records.append(record)
         return Snapshot.of(records)
+
+    def _check_own_token(self) -> None:
+        """Raises AccessDenied where our token has expired: other nodes then refuse all that we ask, without a word."""
+        if self._members is not None:
+            self._members.own_token()

@@ -45,7 +45,9 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 SILENCE_S = 6.0  # a server whose event loop sends nothing for so long is stopped or gone
 MAX_MESSAGE_BYTES = 2**31
+CHECK_S = 1.0  # between two checks whether the server is still a member of a private swarm
 TOKENS_S = 30.0  # between two exchanges of tokens on an open stream of a private swarm
+HELLO_S = 10.0  # for the answer to ours
 OVERHEAD_BYTES = 2**16  # of a message beside its tensors
 
 T = TypeVar("T")
@@ -154,7 +156,7 @@ class ServerStream(MessageWriter):
         self.round_trip_s = time.monotonic() - asked_s
         if members is not None and token is not None:
             host = _check_host(members, self.welcome.token, self.peer)
-            self._tasks.append(asyncio.create_task(self._watch_tokens(model, members, token, host, timeout_s)))
+            self._tasks.append(asyncio.create_task(self._watch_tokens(model, members, token, host)))
         self._window = asyncio.Semaphore(self.welcome.max_in_flight)
 
     async def _say_hello(self, hello: Hello, timeout_s: float) -> Welcome:
@@ -163,9 +165,7 @@ class ServerStream(MessageWriter):
             raise ServerError(f"server {self.peer} answered Hello with {type(welcome).__name__}", peer=self.peer)
         return welcome
 
-    async def _watch_tokens(
-        self, model: str | None, members: Members, shown: bytes, host: Token, timeout_s: float
-    ) -> None:
+    async def _watch_tokens(self, model: str | None, members: Members, shown: bytes, host: Token) -> None:
         """End the stream once the server's token, `host`, has expired or its name is revoked.
 
         Tokens may be renewed while the stream is open: both sides show theirs again every `TOKENS_S`, and at once where
@@ -173,12 +173,12 @@ class ServerStream(MessageWriter):
         """
         exchanged_s = time.monotonic()
         while self._failure is None:
-            await asyncio.sleep(HEARTBEAT_S)
+            await asyncio.sleep(CHECK_S)
             try:
                 own = members.own_token()
                 if own != shown or time.monotonic() - exchanged_s >= TOKENS_S:
                     shown, exchanged_s = own, time.monotonic()
-                    welcome = await self._say_hello(Hello(model=model, token=own), timeout_s)
+                    welcome = await self._say_hello(Hello(model=model, token=own), HELLO_S)
                     host = _check_host(members, welcome.token, self.peer)
             except UntrustedServer as error:
                 self._fail(error)

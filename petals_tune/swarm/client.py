@@ -79,6 +79,8 @@ class SwarmClient:
         """Begin to read the DHT again, which takes seconds where its nodes just died; nobody has to wait for it."""
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.create_task(self._refresh())
+            # asyncio would complain of an error that nobody waited for.
+            self._refreshing.add_done_callback(lambda done: done.cancelled() or done.exception())
         return self._refreshing
 
     async def _refresh(self) -> None:

@@ -179,7 +179,7 @@ class Handler:
             match message:
                 case Ping():
                     await stream.write(message_id, Pong())
-                case Hello():
+                case Hello() if self._members is not None:
                     await self._greet(stream, message_id, message)
                 case Withdrawn():
                     self._inbox.withdraw(message.tickets)

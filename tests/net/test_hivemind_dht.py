@@ -13,7 +13,7 @@ import pytest_asyncio
 from hivemind.dht.node import DHTNode
 from hivemind.utils.timed_storage import get_dht_time
 
-from petals_tune.errors import ClockSkew, ServerUnreachable
+from petals_tune.errors import AccessDenied, ClockSkew, ServerUnreachable
 from petals_tune.net.dht_auth import MembersOnly, SignedRecords
 from petals_tune.net.hivemind_dht import HivemindDirectory
 from petals_tune.net.hivemind_p2p import HivemindTransport
@@ -218,6 +218,24 @@ async def test_a_clock_that_is_off_is_an_error_of_its_own(monkeypatch):
         stack.push_async_callback(second.stop)
         with raises(ClockSkew):
             await HivemindDirectory.join(second, peers, client_mode=True, members=members)
+
+
+async def test_who_has_an_expired_token_is_told_so_instead_of_seeing_and_being_seen_by_nobody():
+    owner, identity, now_s = SigningKey.new(), key_of("me"), 99.0
+    token = issue(owner, name="host", peer=identity.peer, hosts=True, expires_s=100)
+    members = Members(owner.public, identity, lambda _: token, clock=lambda: now_s)
+    async with AsyncExitStack() as stack:
+        transport = await HivemindTransport.start(identity=identity)
+        stack.push_async_callback(transport.stop)
+        directory = await HivemindDirectory.join(transport, (), client_mode=False, identity=identity, members=members)
+        stack.push_async_callback(directory.leave)
+        mine = record("me")
+        await directory.announce(mine, lasts_s=60)
+        assert (await directory.snapshot()).servers == (mine,)
+        now_s = 100.0
+        for work in (directory.announce(mine, lasts_s=60), directory.withdraw(mine), directory.snapshot()):
+            with raises(AccessDenied, reason="expired", member="host"):
+                await work
 
 
 async def test_a_directory_whose_daemon_was_killed_is_empty_takes_nothing_and_can_be_left(caplog):

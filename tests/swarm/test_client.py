@@ -1,6 +1,7 @@
 """One client's view of a swarm: which servers it knows, whom it asks, and what it leaves behind."""
 
 import asyncio
+import gc
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -9,6 +10,7 @@ import msgspec
 import pytest
 
 from petals_tune.errors import (
+    AccessDenied,
     BadReply,
     NotFinite,
     ServerBusy,
@@ -144,6 +146,27 @@ async def test_work_goes_on_with_an_old_snapshot_while_it_is_renewed(clock):
     await asyncio.sleep(0)
     assert swarm.directory.readings == 2
     await swarm.client.close()
+
+
+async def test_a_directory_that_does_not_let_us_in_any_more_ends_work_only_once_blocks_are_missing(clock):
+    """Our token has expired: servers end the streams, and nobody answers."""
+    swarm, complaints = Swarm(A), []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    assert await swarm.peers() == ["a"]
+
+    async def refuse() -> None:
+        raise AccessDenied("our token has expired", reason="expired", member="alice")
+
+    clock.now_s += REFRESH_S + 0.1
+    swarm.directory.before = refuse
+    assert await swarm.peers() == ["a"]
+    while not swarm.client.refresh_soon().done():
+        await asyncio.sleep(0)
+    with raises(AccessDenied, reason="expired", member="alice"):
+        await swarm.peers(BlockSpan(0, 7))
+    await swarm.client.close()
+    gc.collect()  # asyncio complains of an error that nobody asked for when its task is freed
+    assert complaints == []
 
 
 async def test_the_directory_is_read_again_before_blocks_are_said_to_be_missing(clock):

@@ -15,12 +15,19 @@ from petals_tune.errors import (
     ProtocolError,
     RequestRefused,
     ServerBusy,
+    ServerError,
     SwarmMismatch,
 )
+from petals_tune.files import write_text
+from petals_tune.net import stream as stream_module
+from petals_tune.net.in_process import InProcessNetwork
 from petals_tune.net.members import Members
+from petals_tune.net.pool import StreamPool
+from petals_tune.net.stats import SwarmStats
 from petals_tune.wire.codec import MAX_HELLO_BYTES, encode
 from petals_tune.wire.frames import HEADER
 from petals_tune.wire.messages import (
+    PROTOCOL,
     Backward,
     Chained,
     Forward,
@@ -35,12 +42,26 @@ from petals_tune.wire.messages import (
     Welcome,
 )
 from petals_tune.wire.signing import SigningKey
-from petals_tune.wire.tokens import issue
+from petals_tune.wire.tokens import issue, public_text, token_text
 from servers.requests import streams
+from servers.requests.handler import Handler
 from servers.scheduling.compute_thread import ComputeThread
 from servers.scheduling.fair_queue import Priority
+from tests.net.played_peer import LONG_S
 from tests.raising import raises
-from tests.servers.peers import HIDDEN, LIMITS, SPAN, House, forward, is_refusal_of, lora, prompt, put, stores
+from tests.servers.peers import (
+    HIDDEN,
+    LIMITS,
+    SPAN,
+    House,
+    forward,
+    is_refusal_of,
+    lora,
+    prompt,
+    put,
+    record_of,
+    stores,
+)
 
 Parts = tuple[Engine, ComputeThread]
 FRAME = struct.Struct(">IQI")
@@ -99,12 +120,17 @@ class Clock:
     now_s = 1000.0
 
 
-def private(revoked: set[str], clock: type[Clock] = Clock) -> Members:
+class SpoiltNames:
+    def names(self, now_s: float, *, grace_s: float = 0.0) -> frozenset[str]:
+        raise AccessDenied("/secret/swarm.revoked cannot be read", reason="list")
+
+
+def private(revoked: set[str], clock: type[Clock] = Clock, expires_s: int = 10**9) -> Members:
     class Names:
-        def names(self) -> frozenset[str]:
+        def names(self, now_s: float, *, grace_s: float = 0.0) -> frozenset[str]:
             return frozenset(revoked)
 
-    own = issue(OWNER, name="host", peer=HOST.peer, hosts=True, expires_s=10**9)
+    own = issue(OWNER, name="host", peer=HOST.peer, hosts=True, expires_s=expires_s)
     return Members(OWNER.public, HOST, lambda _: own, revoked=Names(), clock=lambda: clock.now_s)  # type: ignore[arg-type]
 
 
@@ -162,6 +188,126 @@ async def test_who_is_revoked_or_expires_meanwhile_is_out_at_the_next_frame(engi
             assert is_refusal_of(AccessDenied("", reason=reason, member="alice"), refusal)
             assert await peer.last_words() == []
         revoked.clear()
+
+
+async def test_an_idle_stream_of_a_former_member_ends_and_says_why(engine, monkeypatch):
+    monkeypatch.setattr(streams, "_WATCH_S", 0.01)
+    revoked: set[str] = set()
+    house = House(engine, members=private(revoked))
+    async with (
+        house.client(ALICE.peer, token_of(ALICE)) as peer,
+        house.client(MALLORY.peer, token_of(MALLORY, "carol")) as carol,
+    ):
+        revoked.add("alice")
+        (refusal,) = await peer.last_words()
+        assert isinstance(refusal, Refusal)
+        assert is_refusal_of(AccessDenied("", reason="revoked", member="alice"), refusal)
+        assert isinstance(await carol.ask(forward()), Forwarded)
+
+
+async def test_a_former_member_that_reads_nothing_does_not_keep_its_stream(engine, monkeypatch):
+    monkeypatch.setattr(streams, "_WATCH_S", 0.01)
+    monkeypatch.setattr(streams, "EXPELLED_S", 0.0)
+    revoked: set[str] = set()
+    house = House(engine, members=private(revoked))
+    async with house.client(ALICE.peer, token_of(ALICE)) as peer:
+        asked = 0
+        while all(stream.blocked_since_s is None for stream in house.handler._streams._open):  # until it cannot write
+            await peer.send(forward(4, 64))
+            asked += 1
+            await asyncio.sleep(0.001)
+        assert asked
+        revoked.add("alice")
+        while house.handler.streams:
+            await asyncio.sleep(0.005)
+
+
+async def test_a_renewed_token_that_is_shown_on_an_open_stream_counts_from_then_on(engine):
+    class Later(Clock):
+        pass
+
+    house = House(engine, members=private(set(), Later))
+    async with house.client(ALICE.peer, token_of(ALICE)) as peer:
+        assert isinstance(await peer.ask(Hello(model="digest", token=token_of(ALICE, expires_s=3000))), Welcome)
+        Later.now_s = 2500.0
+        assert isinstance(await peer.ask(forward()), Forwarded)
+        house.handler.draining = True
+        again = await peer.refused(Hello(model="digest", token=token_of(ALICE, expires_s=3000)))
+        assert is_refusal_of(ServerBusy("", leaving=True), again)
+        assert isinstance(await peer.ask(Ping()), Pong), "what runs may end"
+        refusal = await peer.refused(Hello(model="digest", token=token_of(MALLORY, expires_s=3000)))
+        assert is_refusal_of(AccessDenied("", reason="peer"), refusal)
+        assert await peer.last_words() == []
+
+
+async def test_members_keep_their_stream_while_their_tokens_are_renewed_and_lose_it_with_them(
+    engine, tmp_path, monkeypatch
+):
+    """Both ends as they are, on files of keys and tokens."""
+    monkeypatch.setattr(stream_module, "CHECK_S", 0.001)
+    monkeypatch.setattr(stream_module, "TOKENS_S", 0.01)
+    monkeypatch.setattr(streams, "_WATCH_S", 0.01)
+    now_s = 0.0
+
+    def renew(expires_s: int) -> None:
+        for name, key in (("alice", ALICE), ("host", HOST)):
+            token = issue(OWNER, name=name, peer=key.peer, hosts=key is HOST, expires_s=expires_s)
+            write_text(tmp_path / f"{name}.token", token_text(token))
+
+    renew(1000)
+    (tmp_path / "swarm.pub").write_text(public_text(OWNER))
+    host = Members.with_key(tmp_path / "swarm.pub", tmp_path / "host.token", HOST, clock=lambda: now_s)
+    alice = Members.with_token(tmp_path / "alice.token", ALICE, clock=lambda: now_s)
+    network, stats, record = InProcessNetwork(), SwarmStats(), record_of(HOST.peer)
+    handler = Handler(*engine, stores(), record, LIMITS, host)
+    await network.peer(HOST.peer).transport.accept(PROTOCOL, handler.serve)
+    pool = StreamPool(network.peer(ALICE.peer, members=alice), model="digest", timeout_s=LONG_S, stats=stats)
+    stream = await pool.get(record)
+
+    renew(3000)
+    now_s, calls = 900.0, stats.calls
+    while stats.calls < calls + 3:  # Hellos
+        await asyncio.sleep(0.001)
+    now_s = 2999.0
+    assert isinstance(await stream.call(forward(), timeout_s=LONG_S), Forwarded)
+    assert await pool.get(record) is stream
+
+    now_s = 3000.0
+    while stream.alive:
+        await asyncio.sleep(0.001)
+    with raises(AccessDenied, reason="expired", member="alice"):
+        await pool.get(record)
+    renew(5000)
+    now_s = 3001.0
+    assert isinstance(await (await pool.get(record)).call(forward(), timeout_s=LONG_S), Forwarded)
+
+    write_text(tmp_path / "swarm.revoked", "alice\n")
+    now_s = 3003.0
+    while pool.living(HOST.peer) is not None:
+        await asyncio.sleep(0.001)
+    with raises(AccessDenied, reason="revoked", member="alice"):
+        await pool.get(record)
+    await pool.close()
+    await network.close()
+
+
+async def test_a_server_at_fault_sends_its_clients_elsewhere(engine):
+    """One that cannot read its list of revoked names, or whose own token has expired: theirs is good."""
+
+    class Later(Clock):
+        pass
+
+    unreadable = private(set(), Later)
+    unreadable._revoked = SpoiltNames()  # type: ignore[assignment]
+    expired = private(set(), Later, expires_s=2000)
+    Later.now_s = 2500.0
+    for members in (unreadable, expired):
+        async with House(engine, members=members).stranger(ALICE.peer) as peer:
+            await peer.send(Hello(model="digest", token=token_of(ALICE, expires_s=3000)))
+            (refusal,) = await peer.last_words()
+            assert isinstance(refusal, Refusal)
+            assert is_refusal_of(ServerError(""), refusal)
+            assert "/secret" not in refusal.text
 
 
 # Limits
