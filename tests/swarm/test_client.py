@@ -160,8 +160,10 @@ async def test_a_directory_that_does_not_let_us_in_any_more_ends_work_only_once_
     clock.now_s += REFRESH_S + 0.1
     swarm.directory.before = refuse
     assert await swarm.peers() == ["a"]
-    while not swarm.client.refresh_soon().done():
+    reading = swarm.client.refresh_soon()
+    while not reading.done():
         await asyncio.sleep(0)
+    del reading
     with raises(AccessDenied, reason="expired", member="alice"):
         await swarm.peers(BlockSpan(0, 7))
     await swarm.client.close()
