@@ -8,7 +8,7 @@ import gc
 import logging
 import random
 from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from functools import partial
 
 import msgspec
@@ -19,7 +19,6 @@ from petals_tune.blocks import memory
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.loading import load_blocks, torch_dtype
 from petals_tune.blocks.quantization import find_scheme
-from petals_tune.errors import AccessDenied
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.net.peer import Peer, joined
 from petals_tune.net.transport import Connection
@@ -197,9 +196,8 @@ class _Server:
                 await asyncio.wait_for(stop.wait(), pause_s)
                 return None
             except TimeoutError:
-                with suppress(AccessDenied):  # our token has expired, and the announcer says so
-                    if (better := await self._placer.place(here)) != here:
-                        return better
+                if (better := await self._placer.place(here)) != here:
+                    return better
 
     async def _announce(self, span: BlockSpan, state: ServerState) -> None:
         await self._announcer.announce(self._record(span, state))
