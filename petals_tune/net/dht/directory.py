@@ -15,7 +15,7 @@ from hivemind.dht.routing import DHTID
 from petals_tune.errors import ConnectionLost, ServerUnreachable
 from petals_tune.net.dht.announcements import sign
 from petals_tune.net.dht.keys import INDEX, MAX_DEPTH, Spot, groups, key_at
-from petals_tune.net.dht.node import Node
+from petals_tune.net.dht.node import BUCKET, Node
 from petals_tune.net.dht.reader import HOLDERS, READING_S, Reader
 from petals_tune.net.dht.tree import Depth
 from petals_tune.net.directory import Snapshot
@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 LEAVING_S = 3.0
 PING_S = 20.0  # between two pings of the initial peers, give or take half
+LOOK_AROUND_S = 120.0
 STORING_S = 10.0  # deadline of an announcement
 CHECK_EVERY = 5  # renewals after which a server looks whether others can find it
 
@@ -86,14 +87,20 @@ class DhtDirectory:
             await asyncio.wait_for(self.node.leave(), LEAVING_S)
 
     async def stay_known(self, transport: HivemindTransport, initial_peers: Sequence[str]) -> None:
-        """Ping the peers through which this one joined, again and again, for ever.
+        """Ping the peers through which this one joined, and look for the nodes around this one, for ever.
 
-        The DHT forgets a peer that did not answer once, and one that was started again knows nobody: without this,
-        those who join through it then find an empty network.
+        The DHT forgets a peer that did not answer once, and one that was started again knows nobody: without the pings,
+        those who join through it then find an empty network. The more nodes there are, the more seldom each has to.
+        Nodes that ended are forgotten where they are called, and nobody calls those around itself but to look.
         """
+        looked_s = time.monotonic()
         while True:
             await asyncio.sleep(PING_S * random.uniform(0.5, 1.5))
-            await asyncio.gather(*(self._ping(transport, address) for address in initial_peers))
+            if self._chance.random() < BUCKET / max(self.node.others, BUCKET):
+                await asyncio.gather(*(self._ping(transport, address) for address in initial_peers))
+            if time.monotonic() - looked_s > LOOK_AROUND_S:
+                looked_s = time.monotonic()
+                await self.node.look_around()
 
     async def _ping(self, transport: HivemindTransport, address: str) -> None:
         with suppress(ConnectionLost, TimeoutError):  # it is away
