@@ -97,7 +97,11 @@ def simulate(
     watched_s: float = 150.0,
     seed: int = 0,
 ) -> Watched:
-    """Simulate one network. The sampled clients are of models drawn by their popularity."""
+    """Simulate one network. The sampled processes are of models drawn by their popularity.
+
+    The sampled servers come on top of the others; of a small network there are few.
+    """
+    sampled_servers, newcomers = min(sampled_servers, servers // 20), min(newcomers, servers // 10)
     began = time.perf_counter()
     watched = run_virtual(
         _Run(servers, popular_models(models, servers, clients), random.Random(seed), Upkeep(), watched_s, warm_s).run(
