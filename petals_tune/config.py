@@ -59,6 +59,7 @@ class TunedModel:
     """The base model of a run."""
 
     source: str | None  # as in Model; null: the model that the adapter of tuning.init_from names
+    revision: str | None  # as in Model; null beside a null source: the adapter's
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 
-from petals_tune.config import Model, folder_of
+from petals_tune.config import folder_of
 from petals_tune.model.convert import model_folder
 from servers.command import command, stop_on_signals
 from servers.options import Serve
@@ -41,7 +41,8 @@ def host(options: Serve) -> None:
     if options.exit_with_stdin:
         threading.Thread(target=_exit_with_stdin, daemon=True).start()
     _ = options.span  # raises its ConfigError before the slow imports
-    run(dataclasses.replace(options, model=Model(source=model_folder(options.model.source))))
+    model = dataclasses.replace(options.model, source=model_folder(options.model.source, options.model.revision))
+    run(dataclasses.replace(options, model=model))
 
 
 def run(options: Serve) -> None:

@@ -36,8 +36,8 @@ from petals_tune.train.prompting import asked_as_trained, prompting_of, with_tra
 from petals_tune.tuning.identity import Identity, Prompting
 from petals_tune.tuning.saved import (
     adapter_folder,
-    base_of,
     check_adapter,
+    choose_base,
     load_tokenizer,
     saved_config,
     saved_vocabulary,
@@ -51,6 +51,7 @@ class Parts:
 
     base: str  # the base model, as the configuration names it
     source: str  # its folder in Hugging Face format, or its name on the hub
+    revision: str | None  # branch, tag or commit of it on the hub
     blocks: int  # how many it has
     adapter: Path | None  # folder of an adapter to start from
     data: TextData
@@ -79,25 +80,32 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
     check_optimizer(optimizer, schedule, trainer)
     init_from = cfg.tuning.get("init_from")
     adapter = None if init_from is None else adapter_folder(init_from)
-    base = cfg.model.source or _base_model_of(adapter)
-    source = model_folder(base)
-    config = Checkpoint(source).config
+    base, revision = _base_model(cfg.model, adapter)
+    source = model_folder(base, revision)
+    config = Checkpoint(source, revision=revision).config
     blocks = config.get_text_config().num_hidden_layers
     swarm.check(blocks)
-    tokenizer = load_tokenizer(source, adapter)
+    tokenizer = load_tokenizer(source, adapter, revision)
     resized = None if adapter is None else saved_vocabulary(adapter)
     vocabulary = resized or config.get_text_config().vocab_size
     keep_padding_inside(tokenizer, vocabulary)
     objective = build(cfg.objective, where="objective", tokenizer=tokenizer)
     if adapter is None:
         tuning = build(cfg.tuning, where="tuning", tokenizer=tokenizer)
-        tuning.task_type = objective.task_type
+        tuning.task_type, tuning.revision = objective.task_type, revision
+        if revision is not None and getattr(tuning, "tokenizer_name_or_path", None) == source:
+            tuning.tokenizer_kwargs = {"revision": revision}  # or PEFT reads the initial text by the main branch's
         trained = None
     else:
         tuning = saved_config(adapter)
         labels = head_labels(objective)
         trained = check_adapter(
-            adapter, task=objective.task_type.value, source=source, named=base, labels=labels or None
+            adapter,
+            task=objective.task_type.value,
+            source=source,
+            revision=revision,
+            named=base,
+            labels=labels or None,
         )
     check_config(tuning)
     if trained is None or stage == "fit":
@@ -116,10 +124,11 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
     if stage == "fit":
         check_batches(trainer, data)
     if adapter is None:
-        check_tuning(tuning, source, objective)
+        check_tuning(tuning, config, objective)
     return Parts(
         base=base,
         source=source,
+        revision=revision,
         blocks=blocks,
         adapter=adapter,
         data=data,
@@ -158,14 +167,17 @@ def _data_as_trained(
     return data, f"as the adapter was trained, with {' and '.join(changes)}" if changes else None
 
 
-def _base_model_of(adapter: Path | None) -> str:
-    if adapter is None:
+def _base_model(chosen: DictConfig, adapter: Path | None) -> tuple[str, str | None]:
+    """Return the base model and its revision."""
+    if adapter is not None:
+        return choose_base(adapter, source=chosen.source, revision=chosen.revision)
+    if chosen.source is None:
         raise ConfigError(
             "model=of_adapter takes the base model that an adapter names, and there is no adapter: "
             "give tuning.init_from=FOLDER_OR_HUB_NAME, or another model",
             key="tuning.init_from",
         )
-    return base_of(adapter)
+    return chosen.source, chosen.revision
 
 
 def build_trainer(cfg: DictConfig) -> Trainer:

@@ -45,7 +45,7 @@ Connect = Callable[[Parts], AbstractContextManager[PreTrainedModel]]
 def remote_model(parts: Parts) -> Iterator[PreTrainedModel]:
     """Open the swarm and load the model over it; the end of the block closes the connection and a local swarm."""
     say(f"swarm     {parts.swarm.describe_opening(parts.blocks)} ...")
-    with parts.swarm.open(parts.source, parts.blocks) as peers, connected_model(parts, peers) as model:
+    with parts.swarm.open(parts.source, parts.blocks, parts.revision) as peers, connected_model(parts, peers) as model:
         yield model
 
 
@@ -58,6 +58,7 @@ def connected_model(parts: Parts, peers: list[str]) -> Iterator[PreTrainedModel]
         parts.source,
         causal_lm=AutoDistributedModelForCausalLM,
         classifier=AutoDistributedModelForSequenceClassification,
+        revision=parts.revision,
         initial_peers=peers,
         **parts.swarm.client_options(),
     )
