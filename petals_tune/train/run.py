@@ -85,7 +85,8 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
     seed_everything(cfg.seed, verbose=False)
     parts = prepare(cfg)
     check_end(parts.trainer, steps_done=saved.step if saved else 0)
-    run_identity, order = RunIdentity.of(parts, cfg), RowOrder.of(parts)
+    identity = identity_of(parts)
+    run_identity, order = RunIdentity.of(parts, cfg, identity.base), RowOrder.of(parts)
     if saved:
         run_identity.check(saved.identity, saved.path)
     make_folder(output)
@@ -112,7 +113,6 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
     parts.trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]  # before the one that saves checkpoints
     if saved:
         resume(saved, parts, record, result)
-    identity = identity_of(parts)
     try:
         with connect(parts) as model:
             result.blocks = describe_block_location(model)
