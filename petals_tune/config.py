@@ -43,7 +43,7 @@ CONFIG_NAME = "train"
 Section = Mapping[str, Any]
 
 # Keys in a section with a `_target_` that the run itself reads, and their types.
-_READ_BY_THE_RUN = {"tuning.init_from": str | None}
+_READ_BY_THE_RUN = {"tuning.init_from": str | None, "tuning.usual_lr": float}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,7 +101,6 @@ def merge_adapter(
     source = model_folder(base, revision)
     identity = check_adapter(folder, task=task, source=source, revision=revision, named=base)
     labels = {"num_labels": head_rows(folder)} if task == "SEQ_CLS" else {}
-    tokenizer: Any = load_tokenizer(source, folder, revision)
     print(f"loads {base} whole ...", flush=True)
     try:
         plain = classes[task].from_pretrained(source, revision=revision, dtype=torch.float32, **labels)
@@ -119,6 +118,7 @@ def merge_adapter(
             key="model.source",
             seen=base,
         )
+    tokenizer: Any = load_tokenizer(source, folder, revision)
     tuned: Any = wrap_with_adapter(plain, folder).eval()
     if not isinstance(tuned.base_model, BaseTuner):
         raise UnsupportedAdapter(

@@ -19,7 +19,7 @@ from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WireFormat
 from petals_tune.wire.tokens import TokenBytes
 
-PROTOCOL = "/petals_tune/5"  # the libp2p protocol of our streams; a change of any message below changes the number
+PROTOCOL = "/petals_tune/6"  # the libp2p protocol of our streams; a change of any message below changes the number
 
 MAX_PARTS = 100_000  # of an adapter: 100 blocks with 10 adapted linears each make 1000
 MAX_LEASES = 10_000  # in one Release
