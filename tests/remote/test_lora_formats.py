@@ -80,7 +80,11 @@ def test_gradients_through_quantized_blocks_are_those_of_the_library_in_one_proc
 )
 def test_smaller_formats_are_close_and_send_what_the_formula_says(exact, method, wire_format, grad_format, tolerance):
     model = AutoDistributedModelForCausalLM.from_pretrained(
-        str(exact.folder), initial_peers=exact.peers[2], wire_format=wire_format, grad_format=grad_format
+        str(exact.folder),
+        initial_peers=exact.peers[2],
+        wire_format=wire_format,
+        grad_format=grad_format,
+        hand_over="never",  # on a busy machine servers seem far from here, and the client would send less
     )
     stats = model.remote_blocks.stats
     found = gradients(model, method)
