@@ -27,6 +27,7 @@ def usage() -> str:
         "Host blocks of a model for others.\n\n"
         "  python -m servers model=NAME [key=value ...]\n"
         "  python -m servers model.source=FOLDER_OR_HUB_NAME 'swarm.initial_peers=[ADDRESS]' [key=value ...]\n"
+        "  python -m servers model.source=OWNER/NAME model.revision=BRANCH_TAG_OR_COMMIT of the hub [key=value ...]\n"
         "  python -m servers --config-dir FOLDER --config-name FILE   the same keys from a file of yours\n\n"
         "  python -m servers.dht     a node of the swarm's directory without blocks\n"
         "  python -m servers.health  a monitor of the swarm, for the browser or the terminal\n"
