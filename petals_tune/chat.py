@@ -118,6 +118,7 @@ def open_model(
     from petals_tune.model.convert import model_folder
     from petals_tune.model.families import family_of, placeholder_model
     from petals_tune.remote.auto import AutoDistributedModelForCausalLM
+    from petals_tune.train.options import open_swarm
     from petals_tune.train.quiet import silence_known_warnings
     from petals_tune.tuning.saved import check_adapter, load_adapter, load_tokenizer, saved_config
     from petals_tune.tuning.support import check_config
@@ -144,7 +145,7 @@ def open_model(
         tokenizer.chat_template = trained.chat_template
     # On stderr: stdout has the answers alone, for a pipe.
     print(f"{swarm.describe_opening(blocks)} ...", file=sys.stderr, flush=True)
-    with swarm.open(source, blocks, revision) as peers:
+    with open_swarm(swarm, source, blocks, revision) as peers:
         model: Any = AutoDistributedModelForCausalLM.from_pretrained(
             source, revision=revision, initial_peers=peers, **swarm.client_options()
         )

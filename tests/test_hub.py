@@ -78,7 +78,7 @@ base, revision = choose_base(adapter, source=None, revision=None)
 with (patch.object(LocalSwarm, "open", return_value=nullcontext(["peer"])) as opened,
       patch.object(AutoDistributedModelForCausalLM, "from_pretrained", local),
       open_model(composed([], config_name="chat"), adapter, base, revision=revision) as (model, _)):
-    found["chat"] = [list(opened.call_args.args), model.config.intermediate_size]
+    found["chat"] = [[*opened.call_args.args, opened.call_args.kwargs], model.config.intermediate_size]
 (out / "found.json").write_text(json.dumps(found))
 """
 
@@ -187,7 +187,7 @@ def test_an_adapter_is_evaluated_merged_and_talked_to_at_the_revision_that_it_wa
             assert (saved[source], saved["revision"]) == ("tiny/moved", "old")
         assert 'from_pretrained("tiny/moved", revision="old")' in (adapter / "README.md").read_text()
     assert found["main"] == "model.source"
-    assert found["chat"] == [["tiny/moved", 2, "old"], 64]
+    assert found["chat"] == [["tiny/moved", 2, {"revision": "old"}], 64]
     merged, plain = load_file(tmp_path / "merged" / "model.safetensors"), tiny_model().state_dict()
     unchanged = "model.layers.1.mlp.up_proj.weight"
     assert merged[unchanged].equal(plain[unchanged])

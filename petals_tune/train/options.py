@@ -43,6 +43,11 @@ class Swarm(Protocol):
         """Return further options of `AutoDistributedModelForCausalLM.from_pretrained`."""
 
 
+def open_swarm(swarm: Swarm, source: str, blocks: int, revision: str | None) -> AbstractContextManager[list[str]]:
+    """Open a swarm for a model. A class of somebody's own need not know `revision` where none is given."""
+    return swarm.open(source, blocks, **({} if revision is None else {"revision": revision}))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClientOptions:
     """Options of the client, for any swarm."""

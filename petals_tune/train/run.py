@@ -29,6 +29,7 @@ from petals_tune.train.identity import RowOrder, RunIdentity, RunRecord, SavedRu
 from petals_tune.train.loggers import MetricsFile, finish_wandb_runs, log_config, log_results
 from petals_tune.train.module import FineTuner
 from petals_tune.train.objective import load_model
+from petals_tune.train.options import open_swarm
 from petals_tune.train.parts import Parts, prepare
 from petals_tune.train.quiet import silence_known_warnings
 from petals_tune.train.result import Result, StageMetrics, format_metrics
@@ -45,7 +46,8 @@ Connect = Callable[[Parts], AbstractContextManager[PreTrainedModel]]
 def remote_model(parts: Parts) -> Iterator[PreTrainedModel]:
     """Open the swarm and load the model over it; the end of the block closes the connection and a local swarm."""
     say(f"swarm     {parts.swarm.describe_opening(parts.blocks)} ...")
-    with parts.swarm.open(parts.source, parts.blocks, parts.revision) as peers, connected_model(parts, peers) as model:
+    opening = open_swarm(parts.swarm, parts.source, parts.blocks, parts.revision)
+    with opening as peers, connected_model(parts, peers) as model:
         yield model
 
 

@@ -23,7 +23,7 @@ from petals_tune.errors import ConfigError, PetalsTuneError, ServerError, SwarmE
 from petals_tune.files import replacing
 from petals_tune.hydra_errors import first_line
 from petals_tune.train.curves import read_metrics
-from petals_tune.train.options import ClientOptions, LocalSwarm
+from petals_tune.train.options import ClientOptions, LocalSwarm, open_swarm
 from petals_tune.train.parts import Parts
 from petals_tune.train.result import Result
 from petals_tune.train.run import connected_model, remote_model, run, say
@@ -151,7 +151,7 @@ class SharedSwarm:
         if self._opened != servers:
             self.close()
             say(f"swarm     {parts.swarm.describe_opening(parts.blocks)}, for all jobs ...")
-            opening = parts.swarm.open(parts.source, parts.blocks, parts.revision)
+            opening = open_swarm(parts.swarm, parts.source, parts.blocks, parts.revision)
             self._peers = self._stack.enter_context(opening)
             self._opened = servers
         with connected_model(parts, self._peers) as model:

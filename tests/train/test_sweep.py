@@ -117,7 +117,7 @@ class CountedSwarm(LocalSwarm):
     events: Any = None
 
     @contextmanager
-    def open(self, source: str, blocks: int, revision: str | None = None) -> Any:
+    def open(self, source: str, blocks: int, **revision: str) -> Any:
         self.events.append("start")
         yield [f"address {self.events.count('start')}"]
         self.events.append("end")
