@@ -133,7 +133,7 @@ def test_a_rows_classes_do_not_depend_on_its_batch(family: str, method: str) -> 
 
 @pytest.fixture
 def two_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention with a mask rounds otherwise than without one, as on a GPU; on a CPU the bits of both are often equal."""
+    """Attention with a mask rounds otherwise than without one, as on GPUs; on CPUs the bits of both are often equal."""
     attention = F.scaled_dot_product_attention
 
     def rounded(query: torch.Tensor, *others: torch.Tensor, attn_mask: Any = None, **options: Any) -> torch.Tensor:
