@@ -15,6 +15,8 @@ from petals_tune.model.packaged import installed_file
 
 SplitName = Literal["train", "validation", "test"]
 
+NOT_NEEDED = "not needed: data.max_rows was reached"
+
 
 class Source(Protocol):
     """A corpus with fixed splits: the same for every seed, and without a common example.
@@ -39,21 +41,27 @@ class Source(Protocol):
 class CountedExamples(Iterator[AnyExample]):
     """Examples of a table's rows, and the number of rows that were left out so far, by reason.
 
+    examples:  pairs of a row's number and an example of it
+    refuse:    leaves out an example that cannot be encoded, or raises the error, with the number of its row
+
     When it was read to its end, or closed: rows of the table = examples + rows left out.
     """
 
-    def __init__(self, examples: Generator[AnyExample], left_out: Counter[str], refuse: Callable[[DataError], None]):
-        self._examples, self.left_out, self._refuse = examples, left_out, refuse
-
-    def refuse(self, error: DataError) -> None:
-        """Leave out the last example, which cannot be encoded; or raise `error` with the number of its row."""
-        self._refuse(error)
+    def __init__(
+        self,
+        examples: Generator[tuple[int, AnyExample]],
+        left_out: Counter[str],
+        refuse: Callable[[DataError, int], None],
+    ):
+        self._examples, self.left_out, self.refuse = examples, left_out, refuse
+        self.row = 0  # the number of the last example's row
 
     def __next__(self) -> AnyExample:
-        return next(self._examples)
+        self.row, example = next(self._examples)
+        return example
 
     def close(self) -> None:
-        """Count the rest of the rows as not read."""
+        """Count the rest of the rows as not needed."""
         self._examples.close()
 
 

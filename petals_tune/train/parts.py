@@ -105,13 +105,15 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
     else:
         data, asked = _data_as_trained(cfg.data, trained.prompting, tokenizer, stage=stage)
     data.setup(stage)
-    rows = [row for split in data.encoded_splits().values() for row in split.rows]
+    splits = [split.rows for split in data.encoded_splits().values()]
     # A label word may be in no row, and its logit is needed all the same.
     label_ids = word_ids(getattr(objective, "words", ()), tokenizer)
     initial_ids = initial_tokens(tuning, tokenizer) if adapter is None else ()
-    check_vocabulary(chain(label_ids, initial_ids, (max(row.input_ids) for row in rows)), tokenizer, vocabulary)
+    check_vocabulary(chain(label_ids, initial_ids, (rows.largest_id for rows in splits)), tokenizer, vocabulary)
     check_positions(
-        rows, getattr(tuning, "num_virtual_tokens", None) or 0, learned_positions(placeholder_model(config))
+        max(int(rows.lengths.max()) for rows in splits),
+        getattr(tuning, "num_virtual_tokens", None) or 0,
+        learned_positions(placeholder_model(config)),
     )
     check_callbacks(trainer, objective)
     if stage == "fit":
