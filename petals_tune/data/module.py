@@ -55,6 +55,7 @@ class TextData(LightningDataModule):
     padding_side:         right, or left for a loop of yours; our objectives give the same numbers with either
     num_workers:          processes that pad batches; 0: this one, which is enough for encoded rows
     seed:                 of the order of the training rows, not of the choice of rows
+    digest:               of the source that is expected (`digest_of`); None: any. `setup` compares them
 
     Raises ConfigError for a bad value, before anything is read. A split is read and encoded when it is first used; that
     raises DataError for bad data.
@@ -76,6 +77,7 @@ class TextData(LightningDataModule):
         padding_side: PaddingSide = "right",
         num_workers: int = 0,
         seed: int = 0,
+        digest: str | None = None,
     ) -> None:
         super().__init__()
         self.source = source
@@ -96,6 +98,7 @@ class TextData(LightningDataModule):
                 seen=padding_side,
             )
         self.padding_side = padding_side
+        self._expected_digest = digest
         self._resume_at = {"epoch": 0, "batches": 0}
 
     def resume_at(self, *, epoch: int, batches: int) -> None:
@@ -103,7 +106,17 @@ class TextData(LightningDataModule):
         self._resume_at = {"epoch": epoch, "batches": batches}
 
     def setup(self, stage: str) -> None:
-        """Read and encode the splits of a stage, so that bad data ends a run before its first step."""
+        """Read and encode the splits of a stage, so that bad data ends a run before its first step.
+
+        Raises ConfigError where the source has another digest than was expected.
+        """
+        if self._expected_digest not in (None, self.digest):
+            raise ConfigError(
+                f"data.digest is {self._expected_digest}, and the data have {self.digest}: their content or the "
+                "source's options changed; data.digest=null takes them as they are",
+                key="data.digest",
+                seen=self.digest,
+            )
         if stage == "fit":
             _ = self.train_split
         _ = self.test_split if stage == "test" else self.validation_split
@@ -161,7 +174,7 @@ class TextData(LightningDataModule):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the source's content."""
+        """SHA-256 of the source's content, as `digest_of` returns it."""
         return digest_of(self.source)
 
     def counts(self) -> dict[str, Any]:

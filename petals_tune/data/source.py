@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -66,7 +66,11 @@ class CountedExamples(Iterator[AnyExample]):
 
 
 def digest_of(source: Source) -> str:
-    """Return the SHA-256 of a source's content: its own `digest` where it has one, else that of all its examples."""
+    """Return the SHA-256 of a source's content: its own `digest` where it has one, else that of all its examples.
+
+    That of a table is of its files' bytes; of a stream from the hub, whose rows are not all read, of its name and the
+    commit of its repository; of a built-in corpus, of its files and its options.
+    """
     digest = getattr(source, "digest", None)
     if digest is not None:
         return str(digest)
@@ -75,6 +79,18 @@ def digest_of(source: Source) -> str:
         for example in split():
             whole.update(repr(example).encode(errors="surrogatepass"))
         whole.update(b";")
+    return whole.hexdigest()
+
+
+def digest_files(paths: Iterable[Path]) -> str:
+    """Return the SHA-256 of the content of files, in their order. Raises DataError where one cannot be read."""
+    whole = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}", source=path) from None
     return whole.hexdigest()
 
 

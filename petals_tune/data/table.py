@@ -68,7 +68,7 @@ class Table(SplitShares):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the content of all splits."""
+        """SHA-256 of the content of all splits; of a stream from the hub, of its name and commit in place of it."""
         splits = sorted((name, split.digest) for name, split in self._splits.items())
         return hashlib.sha256(str(splits).encode()).hexdigest()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from datasets import Dataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petals_tune.data.chat_rows import IGNORED, Row
@@ -31,6 +31,7 @@ def test_rows_are_those_that_were_stored() -> None:
     assert list(rows[6:]) == list(rows.pack(9)[9:]) == []
 
 
+@settings(max_examples=20)
 @given(st.lists(st.integers(0, 5), max_size=5))
 def test_figures_are_those_of_the_rows(chosen: list[int]) -> None:
     rows, same = stored(ROWS).select(chosen), [ROWS[n] for n in chosen]
