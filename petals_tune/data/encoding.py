@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import sys
 import tempfile
 from collections import Counter
@@ -32,7 +31,7 @@ from datasets.fingerprint import Hasher
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from petals_tune.data.examples import AnyExample
+from petals_tune.data.examples import AnyExample, from_json, to_json
 from petals_tune.data.rows import rows_of
 from petals_tune.data.source import NOT_NEEDED, CountedExamples
 from petals_tune.data.stored_rows import RECORD, Indices, StoredRows, record_of_row, record_without_row
@@ -45,7 +44,7 @@ TOO_LONG = "too long for data.max_tokens"
 _FORM = "1"  # of the rows: to be changed with the code of this package that makes rows of examples
 
 _REFUSED = "refused"  # in a record: encoding the example again raises the error
-_EXAMPLES = Features({"row": Value("int64"), "example": Value("binary")})
+_EXAMPLES = Features({"row": Value("int64"), "example": Value("large_string")})
 _BATCH = 256
 
 
@@ -121,7 +120,9 @@ def encode_split(
                 if records[record]["left_out"] == TOO_LONG:
                     left_out[TOO_LONG] += 1
                 else:
-                    _refuse(stored[int(owners[record])], examples, tokenizer, max_tokens)
+                    refused = stored[int(owners[record])]
+                    error = _error_of(from_json(refused["example"]), tokenizer, max_tokens)
+                    _refuse(error, examples, refused["row"])
             if isinstance(examples, CountedExamples):
                 left_out[NOT_NEEDED] += len(stored) - 1 - last
         used += len(np.unique(owners[kept]))
@@ -136,34 +137,46 @@ def encode_split(
     return EncodedSplit(rows=stored_rows, used=used, left_out=+left_out)
 
 
-def _refuse(
-    stored: Mapping[str, Any], examples: Iterable[AnyExample], tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> None:
+def _refuse(error: DataError, source: Iterable[AnyExample], row: int) -> None:
     """Leave out an example that cannot be encoded, or raise the error, as its source says."""
+    if not isinstance(source, CountedExamples):
+        raise error
+    source.refuse(error, row)
+
+
+def _error_of(example: AnyExample, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> DataError:
+    """Return the error of an example that cannot be encoded."""
     try:
-        rows_of(pickle.loads(stored["example"]), tokenizer, max_tokens)
+        rows_of(example, tokenizer, max_tokens)
     except DataError as error:
-        if not isinstance(examples, CountedExamples):
-            raise
-        examples.refuse(error, stored["row"])
+        return error
+    raise AssertionError("an example was refused, and is not when it is encoded again")
 
 
 @contextmanager
 def _stored(given: Iterator[AnyExample], source: Iterable[AnyExample], name: str) -> Iterator[tuple[Dataset, str]]:
     """Yield the `given` of the source's examples as a data set with the features _EXAMPLES, and its digest."""
     bar = tqdm(given, desc=f"reading {name} rows", unit=" examples", disable=None, leave=False)
-    # Pickled, since a turn may hold any values; only this process reads the file.
-    pairs = ((getattr(source, "row", 0), pickle.dumps(example)) for example in bar)
+    pairs = _numbered(bar, source)
     digest, schema = hashlib.sha256(), _EXAMPLES.arrow_schema
     with tempfile.TemporaryDirectory(dir=_folder(), prefix=".partial-") as folder:
         path = str(Path(folder) / "examples.arrow")
         with _writing(path), pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
             while part := list(islice(pairs, _BATCH)):
                 numbers, examples = zip(*part, strict=True)
-                for example in examples:
-                    digest.update(hashlib.sha256(example).digest())
+                digest.update("".join(f"{example}\n" for example in examples).encode())
                 writer.write_batch(pyarrow.record_batch([numbers, examples], schema=schema))
         yield Dataset.from_file(path), digest.hexdigest()
+
+
+def _numbered(given: Iterable[AnyExample], source: Iterable[AnyExample]) -> Iterator[tuple[int, str]]:
+    """Yield (number of the row, example as JSON); the number is 0 where the source is no table."""
+    for example in given:
+        row = source.row if isinstance(source, CountedExamples) else 0
+        try:
+            yield row, to_json(example)
+        except DataError as error:
+            _refuse(error, source, row)
 
 
 def _encoded(
@@ -209,7 +222,7 @@ def _encode_batch(
     records: list[dict[str, Any]] = []
     for index, example in zip(indices, batch["example"], strict=True):
         try:
-            rows = rows_of(pickle.loads(example), tokenizer, max_tokens)
+            rows = rows_of(from_json(example), tokenizer, max_tokens)
         except DataError:
             records.append(record_without_row(index, _REFUSED))
             continue

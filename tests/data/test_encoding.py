@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from petals_tune.data import encoding
 from petals_tune.data.columns import Labels
 from petals_tune.data.encoding import TOO_LONG, EncodedSplit, encode_split
-from petals_tune.data.examples import AnyExample, Chat, Example, LabelledText, Message, Text
+from petals_tune.data.examples import AnyExample, Chat, Example, LabelledText, Message, Text, from_json, to_json
 from petals_tune.data.module import TextData
 from petals_tune.data.rows import rows_of
 from petals_tune.data.source import NOT_NEEDED, CountedExamples
@@ -159,6 +159,28 @@ def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch
     monkeypatch.setenv("PETALS_TUNE_CACHE", str(tmp_path / "file"))
     with raises(ConfigError, key="PETALS_TUNE_CACHE"):
         encode_split([Text(text="one two three")], TOKENIZER, 12)
+
+
+def test_examples_come_back_from_their_json() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": [1, 2.5, None, "\ud800 \u2028\n"]}}}
+    turns = ({"role": "user", "content": "é"}, {"role": "assistant", "content": "", "tool_calls": [call]})
+    examples = [
+        Chat(messages=turns, learned=(1,), tools=({"type": "function", "function": {"name": "f"}},)),
+        Example(context=turns, answer="so", every_answer=True),
+        LONG,
+        Text(text="one"),
+    ]
+    for example in examples:
+        assert from_json(to_json(example)) == example
+
+
+def test_a_value_that_json_lacks_is_refused_or_counted() -> None:
+    turns = ({"role": "user", "content": "?", "name": b"image"}, {"role": "assistant", "content": "so"})
+    chats = [Chat(messages=turns, learned=(1,)), Text(text="one two")]
+    with raises(DataError, reason="a value that JSON lacks"):
+        encode_split(chats, TOKENIZER, 40)
+    split = encode_split(counted(chats), TOKENIZER, 40)
+    assert (split.used, split.left_out["row 1"]) == (1, 1)
 
 
 def test_nothing_is_left_of_the_examples(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
