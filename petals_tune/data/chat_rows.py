@@ -159,13 +159,16 @@ def _encode(
 ) -> tuple[Row, list[int]]:
     """Return the row of a chat that ends with the last of the `learned` turns, and which of them are learned in it.
 
-    In a row that is longer than `max_tokens`, the others are not looked for.
+    In a row that is longer than `max_tokens` they are not looked for.
     """
     last = _answer(messages, tools, form, tokenizer)
     whole = last.prompt + last.text
     ids = encode(whole, tokenizer, begin=not form.has_template)
+    end = [] if last.end else end_ids(tokenizer)
+    if len(ids) + len(end) > max_tokens:
+        return Row(input_ids=ids + end, labels=[IGNORED] * len(ids + end)), []
     spans = {learned[-1]: (len(last.prompt), len(whole))}  # position of a turn -> where it stands in the text
-    for position in learned[:-1] if len(ids) <= max_tokens else ():
+    for position in learned[:-1]:
         try:
             answer = _answer(messages[: position + 1], tools, form, tokenizer)
         except DataError:
@@ -176,11 +179,9 @@ def _encode(
                 break
     ids, places = find_spans(whole, ids, spans, tokenizer, begin=not form.has_template)
     labels = [IGNORED] * len(ids)
-    for start, end in places.values():
-        labels[start:end] = ids[start:end]
-    if not last.end:
-        ids, labels = ids + end_ids(tokenizer), labels + end_ids(tokenizer)
-    return Row(input_ids=ids, labels=labels), list(places)
+    for start, stop in places.values():
+        labels[start:stop] = ids[start:stop]
+    return Row(input_ids=ids + end, labels=labels + end), list(places)
 
 
 def _answer(messages: Sequence[Message], tools: Tools, form: ChatFormat, tokenizer: PreTrainedTokenizerBase) -> _Answer:
