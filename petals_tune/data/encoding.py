@@ -102,13 +102,13 @@ def encode_split(
 
     Raises DataError for an example that cannot be encoded, unless its source leaves such ones out.
     """
-    left, used, left_out = iter(examples), 0, Counter[str]()
+    left, used, left_out = _numbered(examples), 0, Counter[str]()
     parts: list[Dataset] = []
     members: list[Indices] = []  # positions of the rows among the records of all parts
     rows = 0
     while max_rows is None or rows < max_rows:
         needed = None if max_rows is None else max_rows - rows
-        with _stored(islice(left, needed), examples, name) as (stored, digest):
+        with _stored(islice(left, needed), name) as (stored, digest):
             if not len(stored):
                 break
             records = _encoded(stored, tokenizer, max_tokens, digest=digest, name=name)
@@ -153,30 +153,32 @@ def _error_of(example: AnyExample, tokenizer: PreTrainedTokenizerBase, max_token
     raise AssertionError("an example was refused, and is not when it is encoded again")
 
 
-@contextmanager
-def _stored(given: Iterator[AnyExample], source: Iterable[AnyExample], name: str) -> Iterator[tuple[Dataset, str]]:
-    """Yield the `given` of the source's examples as a data set with the features _EXAMPLES, and its digest."""
-    bar = tqdm(given, desc=f"reading {name} rows", unit=" examples", disable=None, leave=False)
-    pairs = _numbered(bar, source)
-    digest, schema = hashlib.sha256(), _EXAMPLES.arrow_schema
-    with tempfile.TemporaryDirectory(dir=_folder(), prefix=".partial-") as folder:
-        path = str(Path(folder) / "examples.arrow")
-        with _writing(path), pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
-            while part := list(islice(pairs, _BATCH)):
-                numbers, examples = zip(*part, strict=True)
-                digest.update("".join(f"{example}\n" for example in examples).encode())
-                writer.write_batch(pyarrow.record_batch([numbers, examples], schema=schema))
-        yield Dataset.from_file(path), digest.hexdigest()
-
-
-def _numbered(given: Iterable[AnyExample], source: Iterable[AnyExample]) -> Iterator[tuple[int, str]]:
+def _numbered(examples: Iterable[AnyExample]) -> Iterator[tuple[int, str]]:
     """Yield (number of the row, example as JSON); the number is 0 where the source is no table."""
-    for example in given:
-        row = source.row if isinstance(source, CountedExamples) else 0
+    for example in examples:
+        row = examples.row if isinstance(examples, CountedExamples) else 0
         try:
             yield row, to_json(example)
         except DataError as error:
-            _refuse(error, source, row)
+            _refuse(error, examples, row)
+
+
+@contextmanager
+def _stored(examples: Iterable[tuple[int, str]], name: str) -> Iterator[tuple[Dataset, str]]:
+    """Yield numbered examples as a data set with the features _EXAMPLES, and its digest."""
+    left = iter(tqdm(examples, desc=f"reading {name} rows", unit=" examples", disable=None, leave=False))
+    digest, schema = hashlib.sha256(), _EXAMPLES.arrow_schema
+    with _writing(_folder()):
+        temporary = tempfile.TemporaryDirectory(dir=_folder(), prefix=".partial-")
+    with temporary as folder:
+        path = str(Path(folder) / "examples.arrow")
+        with pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
+            while part := list(islice(left, _BATCH)):
+                numbers, texts = zip(*part, strict=True)
+                digest.update("".join(f"{text}\n" for text in texts).encode())
+                with _writing(path):
+                    writer.write_batch(pyarrow.record_batch([numbers, texts], schema=schema))
+        yield Dataset.from_file(path), digest.hexdigest()
 
 
 def _encoded(
