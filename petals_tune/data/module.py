@@ -110,7 +110,7 @@ class TextData(LightningDataModule):
 
         Raises ConfigError where the source has another digest than was expected.
         """
-        if self._expected_digest not in (None, self.digest):
+        if self._expected_digest is not None and self._expected_digest != self.digest:
             raise ConfigError(
                 f"data.digest is {self._expected_digest}, and the data have {self.digest}: their content or the "
                 "source's options changed; data.digest=null takes them as they are",
