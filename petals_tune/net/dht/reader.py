@@ -146,8 +146,6 @@ class Reader:
         """As `Directory.find`: the shards on the way from the root to where `peer` may stand are read."""
         known = self._known.setdefault(model, Known(model))
         for start in range(0, MAX_DEPTH + 1, _DEPTHS_AT_ONCE):
-            if (found := known.announcements.get(peer)) is not None and found.ends_s > time.time():
-                return found.record if found.record.state == "online" else None
             depths = range(start, min(start + _DEPTHS_AT_ONCE, MAX_DEPTH + 1))
             shards = [
                 Shard(root.model, root.group, depth, peer_path(peer, depth))
@@ -158,6 +156,8 @@ class Reader:
             searches = await self._node.find(keys, enough=HOLDERS, timeout_s=READING_S)
             found_here = [each for search in searches.values() for each in search.found.values()]
             known.add(each for each in found_here if same_model(each.record.model, model))
+            if (found := known.announcements.get(peer)) is not None:
+                return found.record if found.record.state == "online" else None
             if not found_here:
                 return None  # nobody stands deeper than this
         return None
