@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 SILENCE_S = 6.0  # a server whose event loop sends nothing for so long is stopped or gone
+ENOUGH_PINGS = 3  # that it has to leave unanswered meanwhile
 MAX_MESSAGE_BYTES = 2**31
 OVERHEAD_BYTES = 2**16  # of a message beside its tensors
 
@@ -110,6 +111,7 @@ class ServerStream(MessageWriter):
         self._ids = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Message]] = {}
         self._heard_s = time.monotonic()
+        self._unanswered_pings = 0
         self._failure: ServerError | None = None
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
 
@@ -227,7 +229,7 @@ class ServerStream(MessageWriter):
                 header = await self.connection.read_exactly(frames.HEADER.size)
                 length, message_id, remaining = frames.read_header(header)
                 payload = await self.connection.read_exactly(length)
-                self._heard_s = time.monotonic()
+                self._heard_s, self._unanswered_pings = time.monotonic(), 0
                 self._stats.received_bytes += len(header) + length
                 body = assembler.feed(message_id, payload, remaining)
                 assert not isinstance(body, frames.Dropped)  # all is admitted here
@@ -251,11 +253,14 @@ class ServerStream(MessageWriter):
             silence_s = now_s - self._heard_s
             if not self._pending or silence_s <= HEARTBEAT_S:
                 continue
-            if self.blocked_since_s is not None:  # it takes nothing, not even a Ping
+            blocked = self.blocked_since_s is not None  # it takes nothing, not even a Ping
+            if self.blocked_since_s is not None:
                 silence_s = min(silence_s, now_s - self.blocked_since_s)
-            if silence_s > SILENCE_S:
+            # It may be this process that stood still: then what the server said is still to be read.
+            if silence_s > SILENCE_S and (blocked or self._unanswered_pings >= ENOUGH_PINGS):
                 self._fail(f"server {self.peer} fell silent for {silence_s:.0f} s")
-            elif self.blocked_since_s is None:
+            elif not blocked:
+                self._unanswered_pings += 1
                 await self.notify(Ping())
 
     def _fail(self, why: str, *, flush: bool = False) -> None:

@@ -85,8 +85,8 @@ class Load:
         per_block_s = announced_s * factor
         if len(per_block_s):
             known = per_block_s[measured] if measured.any() else per_block_s
-            claimed_s = np.maximum(per_block_s, np.median(known) / MOST_CLAIMED)
-            per_block_s = np.where(measured, per_block_s, claimed_s)
+            median_s = np.partition(known, len(known) // 2)[len(known) // 2]
+            per_block_s = np.where(measured, per_block_s, np.maximum(per_block_s, median_s / MOST_CLAIMED))
             factor = per_block_s / announced_s
         fixed_s = table.sending_s * factor * tokens
         for peer, work in self.in_hand.items():
