@@ -18,7 +18,11 @@ KEPT = 5  # measurements to each server; the least counts, since the others wait
 
 
 class RoundTrips:
-    """What is known of the way to each server, and from one to the next. A server can only seem to be farther away."""
+    """What is known of the way to each server, and from one to the next.
+
+    A server can only seem to be farther from us than it is. Of the way to the next one it could say anything, and is
+    believed no less than the difference of both ways from us.
+    """
 
     def __init__(self) -> None:
         self._last: dict[str, deque[float]] = {}
@@ -51,7 +55,8 @@ class RoundTrips:
         if self._handing is None or self._handing[0] is not table or self._handing[1] != rule:
             pairs, way_s = table.neighbours, self.to_all(table) / 2
             able = table.mask([peer for peer, seconds in self._least.items() if rule == "always" or seconds > FAR_S])
-            saved_s = way_s[pairs.giver] + way_s[pairs.taker] - pairs.round_trip_s / 2
+            between_s = np.maximum(pairs.round_trip_s / 2, np.abs(way_s[pairs.giver] - way_s[pairs.taker]))
+            saved_s = way_s[pairs.giver] + way_s[pairs.taker] - between_s
             self._handing = table, rule, table.handing(np.where(able[pairs.giver] & able[pairs.taker], saved_s, 0.0))
         return self._handing[2]
 
@@ -61,4 +66,5 @@ class RoundTrips:
         announced_s = None if giver is None else giver.round_trips_s.get(server.peer)
         if giver is None or announced_s is None:
             return way_s
-        return max((way_s - (self.to(giver.peer) or 0.0) + announced_s) / 2, 0.0)
+        giver_s = self.to(giver.peer) or 0.0
+        return (way_s - giver_s + max(announced_s, abs(way_s - giver_s))) / 2
