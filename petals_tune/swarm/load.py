@@ -89,8 +89,8 @@ class Load:
         """
         announced_s = np.maximum(table.step_s, tokens * table.batch_s)
         factor, measured = np.ones(len(table.servers)), self.measured(table)
-        for place in np.flatnonzero(measured).tolist():
-            factor[place] = self.correction[table.servers[place].peer]
+        for each in np.flatnonzero(measured).tolist():
+            factor[each] = self.correction[table.servers[each].peer]
         per_block_s = announced_s * factor
         if len(per_block_s):
             known = per_block_s[measured] if measured.any() else per_block_s
