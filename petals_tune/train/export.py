@@ -181,7 +181,9 @@ def describe_method(config: PeftConfig, *, deep: bool = False) -> tuple[str, str
 def _rows_table(result: Result) -> str:
     lines = ["| split | rows in the data | used | left out |", "|---|---|---|---|"]
     for split, counts in result.rows.items():
-        left_out = ", ".join(f"{count:,} {reason}" for reason, count in counts["left_out"].items())
+        reasons = [f"{count:,} {reason}" for reason, count in counts["left_out"].items()]
+        answers = [f"{count:,} answers {reason}" for reason, count in counts["answers_left_out"].items()]
+        left_out = ", ".join([*reasons, *answers])
         lines.append(f"| {split} | {counts['in_data']:,} | {counts['used']:,} | {left_out} |")
     return "\n".join([*lines, "", f"SHA-256 of the data: `{result.data_digest}`."])
 

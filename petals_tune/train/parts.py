@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
-from peft import PeftConfig, TaskType
+from peft import PeftConfig, PromptTuningConfig, PromptTuningInit, TaskType
 from transformers import PreTrainedTokenizerBase
 
 from petals_tune.config import build
@@ -105,12 +105,15 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
     else:
         data, asked = _data_as_trained(cfg.data, trained.prompting, tokenizer, stage=stage)
     data.setup(stage)
-    rows = [row for split in data.encoded_splits().values() for row in split.rows]
+    splits = [split.rows for split in data.encoded_splits().values()]
     # A label word may be in no row, and its logit is needed all the same.
     label_ids = word_ids(getattr(objective, "words", ()), tokenizer)
-    check_vocabulary(chain(label_ids, (max(row.input_ids) for row in rows)), tokenizer, vocabulary)
+    initial_ids = initial_tokens(tuning, tokenizer) if adapter is None else ()
+    check_vocabulary(chain(label_ids, initial_ids, (rows.largest_id for rows in splits)), tokenizer, vocabulary)
     check_positions(
-        rows, getattr(tuning, "num_virtual_tokens", None) or 0, learned_positions(placeholder_model(config))
+        max(int(rows.lengths.max()) for rows in splits),
+        getattr(tuning, "num_virtual_tokens", None) or 0,
+        learned_positions(placeholder_model(config)),
     )
     check_callbacks(trainer, objective)
     if stage == "fit":
@@ -132,6 +135,15 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
         swarm=swarm,
         trainer=trainer,
     )
+
+
+def initial_tokens(tuning: PeftConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens of the text that a soft prompt starts from, as PEFT reads it; none of other methods."""
+    if getattr(tuning, "prompt_tuning_init", None) != PromptTuningInit.TEXT:
+        return []
+    assert isinstance(tuning, PromptTuningConfig)
+    ids: list[int] = tokenizer(tuning.prompt_tuning_init_text)["input_ids"]
+    return ids[: tuning.num_virtual_tokens]
 
 
 def head_labels(objective: Objective) -> tuple[str, ...]:

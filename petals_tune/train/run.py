@@ -71,9 +71,9 @@ def connected_model(parts: Parts, peers: list[str]) -> Iterator[PreTrainedModel]
 def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
     """Tune as `cfg` says; returns the metrics `before` and `after` training, and `zero_shot` with `cfg.zero_shot`.
 
-    Writes into cfg.output_dir: config.yaml, metrics.csv, checkpoint.ckpt (the trained parameters alone), adapter/ in
-    PEFT's format, curves.png, result.json, and what callbacks and loggers write. Raises ConfigError before any server
-    is started.
+    Writes into cfg.output_dir: config.yaml with the data's digest, metrics.csv, checkpoint.ckpt (the trained parameters
+    alone), adapter/ in PEFT's format, curves.png, result.json, and what callbacks and loggers write. Raises ConfigError
+    before any server is started.
     """
     started_s = time.monotonic()
     silence_known_warnings()
@@ -88,9 +88,10 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
     if saved:
         run_identity.check(saved.identity, saved.path)
     make_folder(output)
+    cfg = cfg.copy()
+    OmegaConf.update(cfg, "data.digest", parts.data.digest, force_add=True)  # a run of this file needs the same data
     if parts.trainer.is_global_zero:
-        digest = f"# SHA-256 of the data: {parts.data.digest}\n"
-        write_text(output / CONFIG_FILE, digest + OmegaConf.to_yaml(cfg, resolve=True))
+        write_text(output / CONFIG_FILE, OmegaConf.to_yaml(cfg, resolve=True))
     log_config(parts.trainer.loggers, cfg)
     say(
         f"model     {display_name(parts.base)}, {parts.blocks} blocks\n"
