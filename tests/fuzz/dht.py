@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import json
 import logging
 import random
@@ -20,6 +19,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +27,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from hivemind.p2p import PeerID
+from hivemind.proto import dht_pb2
 
 from petals_tune.errors import ConnectionLost
 from petals_tune.net.dht.directory import DhtDirectory
@@ -34,12 +35,11 @@ from petals_tune.net.dht.protocol import AnnouncementProtocol, node_id_of
 from petals_tune.net.hivemind_p2p import hivemind_errors
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
-from tests.fuzz.dht_inputs import ANSWERS, MODEL, REQUESTS, Raw
+from tests.fuzz.dht_inputs import ANSWERS, MODEL, REQUESTS, SLOW_ANSWERS
 from tests.net.dht.nodes import node, record
 
 WHOLE = BlockSpan(0, 24)
 READING_S = 5.0
-SLOW = "no answer in time"  # seconds each: not in a short run
 SENDING_S = 10.0
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    told = asyncio.run(fuzz(given.inputs, random.Random(given.seed), slow=given.inputs // 100))
+    told = asyncio.run(fuzz(given.inputs, random.Random(given.seed), slow=given.inputs // 40))
     for kind, counts in told.kinds.items():
         became = ", ".join(f"{what} {count}" for what, count in counts.most_common(6))
         print(f"{kind:<32}{counts[SENT]:>6,}   {became}")
@@ -71,13 +71,17 @@ class Told:
         return sum(counts[SENT] for counts in self.kinds.values())
 
 
+def nothing(request: Any) -> Any:
+    return dht_pb2.FindResponse(results=[dht_pb2.FindResult()] * len(request.keys))
+
+
 @dataclass
 class Malicious:
     """A node that answers every look-up with `answer`, and counts who fetched it."""
 
     directory: DhtDirectory
-    answer: Callable[[Any], Any] | None = None  # None: it never answers
-    fetched: Counter[str] = field(default_factory=Counter)  # by peer
+    answer: Callable[[Any], Any] | None = nothing  # None: it never answers
+    fetched: set[str] = field(default_factory=set)  # peers that asked
 
     @property
     def peer(self) -> PeerID:
@@ -90,7 +94,7 @@ async def malicious_node(peers: list[str]) -> AsyncIterator[tuple[Malicious, lis
 
     async def rpc_find(self: Any, request: Any, context: Any) -> Any:
         assert played is not None
-        played.fetched[str(context.remote_id)] += 1
+        played.fetched.add(str(context.remote_id))
         if played.answer is None:
             await asyncio.sleep(60)
         else:
@@ -123,6 +127,8 @@ class Network:
             directory.node.protocol.routing_table.add_or_update_node(node_id_of(peer), peer)
             directory.node._silent.clear()
             directory.node._nearest.clear()
+        self.malicious.answer = nothing
+        self.malicious.fetched.clear()
 
     async def check(self) -> float:
         """Read as a newcomer, as a client that has read before, and as the server; the seconds of the slowest."""
@@ -154,31 +160,23 @@ async def fuzz(inputs: int, chance: random.Random, *, slow: int = 0) -> Told:
     told = Told()
     async with network() as net:
         await net.check()
-        kinds = [*((kind, REQUESTS) for kind in REQUESTS), *((kind, ANSWERS) for kind in ANSWERS)]
-        for kind, table in itertools.islice(itertools.cycle(kinds), inputs):
+        for kind in (*islice(cycle((*REQUESTS, *ANSWERS)), inputs), *islice(cycle(SLOW_ANSWERS), slow)):
             counts = told.kinds.setdefault(kind, Counter())
             counts[SENT] += 1
             net.meet()
-            state = chance.getstate()
             try:
-                if table is REQUESTS:
+                if kind in REQUESTS:
                     counts[await send(net, *REQUESTS[kind](chance))] += 1
-                    net.malicious.answer = lambda _: Raw(b"")
-                    told.slowest_s = max(told.slowest_s, await net.check())
                 else:
-                    net.malicious.answer = ANSWERS[kind](chance)
-                    net.malicious.fetched.clear()
-                    told.slowest_s = max(told.slowest_s, await net.check())
-                    for name, directory in {"client": net.client, "server": net.server}.items():
-                        counts[f"fetched by the {name}"] += bool(net.malicious.fetched[str(directory.node.protocol.p2p.peer_id)])
-            except BaseException as error:
-                error.add_note(f"input {told.inputs}, {kind}; state of the generator: {hash(state)}")
+                    net.malicious.answer = (ANSWERS | SLOW_ANSWERS)[kind](chance)
+                told.slowest_s = max(told.slowest_s, await net.check())
+            except Exception as error:
+                error.add_note(f"input {told.inputs}: {kind}")
                 raise
-        for _ in range(slow):
-            told.kinds.setdefault(SLOW, Counter())[SENT] += 1
-            net.meet()
-            net.malicious.answer = None
-            told.slowest_s = max(told.slowest_s, await net.check())
+            if kind not in REQUESTS:
+                for name, directory in {"client": net.client, "server": net.server}.items():
+                    peer = str(directory.node.protocol.p2p.peer_id)
+                    counts[f"fetched by the {name}"] += peer in net.malicious.fetched
     return told
 
 
@@ -190,8 +188,7 @@ async def send(net: Network, method: str, request: Any) -> str:
         with hivemind_errors():
             answer = await getattr(stub, method)(request, timeout=SENDING_S)
     except ConnectionLost as error:
-        assert "handler" in str(error) or "pars" in str(error), error  # it did reach the server
-        return "answered with an error"
+        return f"answered with an error: {error}"[:60]
     if method == "rpc_store":
         return "answered, some stored" if any(answer.store_ok) else "answered, nothing stored"
     return "answered"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +34,13 @@ class Raw:
 
     data: bytes
 
-    def SerializeToString(self) -> bytes:  # noqa: N802
+    def SerializeToString(self) -> bytes:
         return self.data
 
 
 Sent = Message | Raw
 Request = Callable[[random.Random], tuple[str, Sent]]  # the method that is called, and with what
-Answer = Callable[[random.Random], Callable[[Any], Sent]]  # to a request
+Answer = Callable[[random.Random], Callable[[Any], Sent] | None]  # to a request; None: there is none
 
 
 def some(chance: random.Random, most: int) -> bytes:
@@ -92,9 +92,11 @@ def extensions(chance: random.Random) -> bytes:
 
 def lengths(chance: random.Random) -> bytes:
     """A list, a map, a text or bytes whose length is a lie."""
-    return chance.choice([b"\xdd", b"\xdf", b"\xdb", b"\xc6", b"\xc9"]) + chance.choice(
-        [b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x00\x01\x00\x00"]
-    ) + some(chance, 100)
+    return (
+        chance.choice([b"\xdd", b"\xdf", b"\xdb", b"\xc6", b"\xc9"])
+        + chance.choice([b"\xff" * 4, b"\x7f\xff\xff\xff", b"\x00\x01\x00\x00"])
+        + some(chance, 100)
+    )
 
 
 def junk(chance: random.Random) -> bytes:
@@ -124,7 +126,7 @@ def announcement(chance: random.Random) -> bytes:
     Never one of the honest server itself: that key is its own.
     """
     name = chance.choice(["malicious", "malicious", str(chance.randrange(1000))])
-    by, start = key_of(name), chance.randrange(24)
+    by, start = key_of(name), chance.randrange(8)  # in the first group
     given = {"model": chance.choice([MODEL, MODEL, f"{MODEL}.weights", "other"])}
     fields = msgspec.msgpack.decode(encode_record(record(name, start, chance.randrange(start + 1, 25), **given)))
     signed = [time.time(), time.time() + chance.uniform(1, 600), fields, b""]
@@ -187,9 +189,10 @@ def bounded(values: list[bytes], most: int = 1_900_000) -> list[bytes]:
 def store(chance: random.Random) -> tuple[str, Sent]:
     """Lists of unequal lengths."""
     count = chance.choice([1, 2, 5, 80])
-    make: Callable[[Callable[[random.Random], Any]], list[Any]] = lambda draw: [
-        draw(chance) for _ in range(chance.choice([count, chance.randrange(count + 1)]))
-    ]
+
+    def make(draw: Callable[[random.Random], Any]) -> list[Any]:
+        return [draw(chance) for _ in range(chance.choice([count, chance.randrange(count + 1)]))]
+
     return "rpc_store", dht_pb2.StoreRequest(
         keys=make(lambda chance: some(chance, 30)),
         subkeys=bounded(make(spot), 200_000),
@@ -202,7 +205,7 @@ def store(chance: random.Random) -> tuple[str, Sent]:
 
 def store_announcement(chance: random.Random) -> tuple[str, Sent]:
     """One announcement, where it belongs or elsewhere."""
-    spots = [chance.choice([Spot(group, 0), INDEX]).encode() for group in range(chance.randrange(1, 4))]
+    spots = [chance.choice([Spot(group, 0), INDEX]).encode() for group in range(chance.randrange(1, 3))]
     return "rpc_store", dht_pb2.StoreRequest(subkeys=spots, values=[announcement(chance)], peer=node_info(chance))
 
 
@@ -216,24 +219,24 @@ def ping(chance: random.Random) -> tuple[str, Sent]:
 
 
 def raw_request(chance: random.Random) -> tuple[str, Sent]:
-    _, message = chance.choice([store, find, ping])(chance)
-    return chance.choice(METHODS), changed(chance, message)
+    method, message = chance.choice([store, find, ping])(chance)
+    return chance.choice([method, method, *METHODS]), changed(chance, message)
 
 
 def changed(chance: random.Random, message: Sent) -> Raw:
     """No message, another one, or one with a few bytes changed."""
     data = bytearray(message.SerializeToString())
-    for _ in range(chance.randrange(4)):
+    for _ in range(chance.randrange(3)):
         place = chance.randrange(len(data) + 1)
         data[place : place + chance.randrange(4)] = some(chance, 4)
-    return Raw(chance.choice([bytes(data), bytes(data[: chance.randrange(len(data) + 1)]), some(chance, 200)]))
+    shapes = [bytes(data), bytes(data), bytes(data[: chance.randrange(len(data) + 1)]), some(chance, 200)]
+    return Raw(chance.choice(shapes))
 
 
 # Answers
 
 
-def result(chance: random.Random, data: bytes) -> dht_pb2.FindResult:
-    near = nodes(chance)
+def result(chance: random.Random, data: bytes, near: Sequence[tuple[bytes, bytes]]) -> dht_pb2.FindResult:
     return dht_pb2.FindResult(
         type=chance.randrange(3),
         value=data,
@@ -244,24 +247,33 @@ def result(chance: random.Random, data: bytes) -> dht_pb2.FindResult:
 
 
 def nodes(chance: random.Random) -> list[tuple[bytes, bytes]]:
-    """Ids of nodes and of peers: no ids, of strangers, wrong ones, and right ones of peers that nobody can reach."""
+    """Ids of nodes and of peers: no ids, and ids that do not belong together."""
     found = []
     for _ in range(chance.choice([0, 1, 8, 30])):
-        peer = PeerID.from_base58(key_of(str(chance.randrange(10**9))).peer)
-        right = node_id_of(peer).to_bytes()
+        peer = PeerID.from_base58(key_of(str(chance.randrange(10**9))).peer).to_bytes()
         found.append(
             (
-                chance.choice([right, right, chance.randbytes(20), some(chance, 60)]),
-                chance.choice([peer.to_bytes(), peer.to_bytes(), some(chance, 90), bytes(64)]),
+                chance.choice([chance.randbytes(20), some(chance, 60)]),
+                chance.choice([peer, some(chance, 90), bytes(64)]),
             )
         )
     return found
 
 
-def answer_of(chance: random.Random, draw: Callable[[random.Random], bytes]) -> Callable[[Any], Sent]:
+def unreachable_nodes(chance: random.Random) -> list[tuple[bytes, bytes]]:
+    """Right ids of peers that do not exist."""
+    peers = [PeerID.from_base58(key_of(str(chance.randrange(10**9))).peer) for _ in range(chance.choice([1, 8]))]
+    return [(node_id_of(peer).to_bytes(), peer.to_bytes()) for peer in peers]
+
+
+def answer_of(
+    chance: random.Random,
+    draw: Callable[[random.Random], bytes],
+    draw_nodes: Callable[[random.Random], Sequence[tuple[bytes, bytes]]] = nodes,
+) -> Callable[[Any], Sent]:
     """An answer with a result for each key that was asked for; now and then more, or fewer."""
     data, more, info = draw(chance), chance.choice([0] * 6 + [-1, 1, 500]), node_info(chance)
-    each = result(chance, data)
+    each = result(chance, data, draw_nodes(chance))
 
     def answer(request: Any) -> Sent:
         count = max(len(request.keys) + more, 0)
@@ -291,6 +303,14 @@ def answer_raw(chance: random.Random) -> Callable[[Any], Sent]:
     return lambda request: changed(random.Random(seed), make(request))
 
 
+def answer_unreachable(chance: random.Random) -> Callable[[Any], Sent]:
+    return answer_of(chance, value, unreachable_nodes)
+
+
+def no_answer(chance: random.Random) -> None:
+    return None
+
+
 REQUESTS: dict[str, Request] = {
     "store requests": store,
     "stores of one announcement": store_announcement,
@@ -302,4 +322,8 @@ ANSWERS: dict[str, Answer] = {
     "answers of any bytes": answer_anything,
     "answers of announcements": answer_announcements,
     "answers that are no messages": answer_raw,
+}
+SLOW_ANSWERS: dict[str, Answer] = {  # seconds each
+    "answers that name peers that do not exist": answer_unreachable,
+    "no answer in time": no_answer,
 }

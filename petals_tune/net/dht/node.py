@@ -8,10 +8,12 @@ hivemind/dht/node.py), none of its readings has a deadline, and it names the cla
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from hivemind.dht.node import Blacklist
 from hivemind.dht.routing import DHTID
@@ -30,6 +32,7 @@ REPLICAS = 5  # nodes that store an announcement at each of its keys
 NEAREST = 8  # nodes around a key that are asked before it is said that there is nothing
 AT_ONCE = 3  # of a key, nodes asked at the same time
 ANSWER_S = 3.0  # for one node's answer
+PATIENCE_S = 1.0  # for further answers about a key once a node had something: who is named may not exist
 BUCKET = 20  # nodes in each bucket of the routing table
 NEAREST_S = 120.0  # how long the nodes nearest to a key are remembered
 _SILENT_S, _BACKOFF = 5.0, 2.0  # how long a node that did not answer is passed over, longer each time
@@ -46,12 +49,13 @@ class Search:
     waiting: set[DHTID] = field(default_factory=set)
     answered: set[DHTID] = field(default_factory=set)
     holders: int = 0
+    ends_s: float = math.inf  # time.monotonic(); from then on nobody else is asked or waited for
     found: dict[str, Announcement] = field(default_factory=dict)  # by peer, the latest of each
     told: set[str] = field(default_factory=set)  # peers of which another node told
 
     def next(self) -> list[DHTID]:
         """The nodes to ask now: the nearest that are not known to be silent."""
-        if self.is_satisfied:
+        if self.is_over:
             return []
         alive = [node for node in self.nearest() if node not in self.asked or node in self.answered | self.waiting]
         at_once = min(AT_ONCE, AT_ONCE if self.enough is None else self.enough)  # answers are large
@@ -61,11 +65,17 @@ class Search:
     def is_satisfied(self) -> bool:
         return self.enough is not None and self.holders >= self.enough
 
+    @property
+    def is_over(self) -> bool:
+        return self.is_satisfied or time.monotonic() >= self.ends_s
+
     def nearest(self) -> list[DHTID]:
         return sorted(self.candidates, key=self.key.xor_distance)
 
     def add(self, announcements: Sequence[Announcement]) -> None:
         """Take what one node has; of a peer that is known, the later announcement."""
+        if announcements and self.enough is not None:
+            self.ends_s = min(self.ends_s, time.monotonic() + PATIENCE_S)
         self.holders += bool(announcements)
         for new in announcements:
             self.told.add(new.peer)
@@ -81,6 +91,7 @@ class Node:
         self.protocol, self._peer = protocol, peer
         self._silent = Blacklist(_SILENT_S, _BACKOFF)
         self._nearest: dict[DHTID, tuple[float, list[PeerID]]] = {}
+        self._late: set[asyncio.Task[object]] = set()  # requests whose search is over
 
     @classmethod
     async def join(
@@ -132,6 +143,8 @@ class Node:
         await self.find([self.protocol.node_id], enough=None, timeout_s=ANSWER_S)
 
     async def leave(self) -> None:
+        for task in self._late:
+            task.cancel()
         with hivemind_errors():
             await self.protocol.shutdown()
 
@@ -146,26 +159,29 @@ class Node:
         None: for the nearest nodes alone. At the deadline, what was found by then; nothing is raised.
         """
         searches = {}
+        deadline_s = time.monotonic() + timeout_s
         for key in keys:
-            search = searches[key] = Search(key, enough, self._known_near(key))
+            search = searches[key] = Search(key, enough, self._known_near(key), ends_s=deadline_s)
             search.found = {each.peer: each for each in self.protocol.store.get(key.to_bytes(), time.time())}
         asking: dict[asyncio.Task[object], tuple[PeerID, DHTID, list[Search]]] = {}
-        deadline_s = time.monotonic() + timeout_s
         try:
             while True:
                 self._ask(searches.values(), asking)
-                left_s = deadline_s - time.monotonic()
-                if not asking or left_s <= 0:
+                awaited = [search.ends_s for search in searches.values() if search.waiting and not search.is_over]
+                if not awaited:
                     break
+                left_s = max(min(awaited) - time.monotonic(), 0)
                 done, _ = await asyncio.wait(asking, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     self._take(task.result(), *asking.pop(task))
         finally:
-            for task in asking:
-                task.cancel()
+            for task, (peer, *_) in asking.items():  # they end by themselves, and tell who is silent
+                self._late.add(task)
+                task.add_done_callback(partial(self._note_late, peer))
         for search in searches.values():
             nearest = [search.candidates[node] for node in search.nearest() if node in search.answered]
-            if nearest and not search.is_satisfied:  # it was not cut short: these are the nearest
+            was_cut_short = search.enough is not None and (search.is_satisfied or search.waiting)
+            if nearest and not was_cut_short:
                 self._nearest[search.key] = time.monotonic(), nearest[:NEAREST]
         return searches
 
@@ -193,11 +209,19 @@ class Node:
                 )
                 asking[task] = peer, node, part
 
-    def _take(self, answer: object, peer: PeerID, node: DHTID, wanted: Sequence[Search]) -> None:
-        if answer is None:
-            self._silent.register_failure(peer)
-        else:
+    def _note_late(self, peer: PeerID, task: asyncio.Task[object]) -> None:
+        self._late.discard(task)
+        if not task.cancelled() and task.exception() is None:
+            self._note(peer, has_answered=task.result() is not None)
+
+    def _note(self, peer: PeerID, *, has_answered: bool) -> None:
+        if has_answered:
             self._silent.register_success(peer)
+        else:
+            self._silent.register_failure(peer)
+
+    def _take(self, answer: object, peer: PeerID, node: DHTID, wanted: Sequence[Search]) -> None:
+        self._note(peer, has_answered=answer is not None)
         for search in wanted:
             search.waiting.discard(node)
             if isinstance(answer, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import time
@@ -20,7 +21,7 @@ from petals_tune.wire.span import BlockSpan
 
 logger = logging.getLogger(__name__)
 
-READING_S = 5.0  # deadline of a snapshot, a look for one server, a list of models
+READING_S = 4.0  # deadline of a snapshot, a look for one server, a list of models
 HOLDERS = 2  # nodes whose answers about a shard are put together
 BYTES_A_READING = 100_000  # about as much a snapshot brings, unless it is thorough
 RECORD_BYTES = 700  # of one announcement, about
@@ -93,11 +94,22 @@ class Reader:
     async def snapshot(self, model: str, blocks: BlockSpan, *, thorough: bool = False) -> Snapshot:
         """As `Directory.snapshot`."""
         known = self._known.setdefault(model, Known(model))
+        asks_initial = thorough or not known.looks
+        due = known.due(blocks, thorough=thorough)
+        readings = [self._look(known, due, model)]
+        if asks_initial:
+            readings.append(self._read_initial(known, [look.root for look in due], model))
+        if not any(await asyncio.gather(*readings)) and self._initial:
+            logger.warning(
+                "no node of the directory answered in %g s; going on with the %d servers that are known",
+                *(READING_S, len(known.announcements)),
+            )
+        return known.snapshot(blocks)
+
+    async def _look(self, known: Known, due: Sequence[Look], model: str) -> bool:
+        """Look for the shards that are due, and below those that are full; whether any node answered in time."""
         deadline_s = time.monotonic() + READING_S
-        is_first = not known.looks
-        due, heard = known.due(blocks, thorough=thorough), False
-        if is_first or thorough:
-            heard = await self._read_initial(known, [look.root for look in due], model)
+        has_heard = False
         while due and time.monotonic() < deadline_s:
             shards = {DHTID.from_bytes((shard := look.choose(self._chance)).key): (look, shard) for look in due}
             searches = await self._node.find(shards, enough=HOLDERS, timeout_s=deadline_s - time.monotonic())
@@ -106,17 +118,12 @@ class Reader:
                 look, shard = shards[key]
                 if not search.answered and not search.found:
                     continue
-                heard = True
+                has_heard = True
                 known.add(each for each in search.found.values() if same_model(each.record.model, model))
                 look.found(shard, len(search.found), time.monotonic())
                 if look.next_depth is not None:
                     due.append(look)
-        if not heard and self._initial:
-            logger.warning(
-                "no node of the directory answered in %g s; going on with the %d servers that are known",
-                *(READING_S, len(known.announcements)),
-            )
-        return known.snapshot(blocks)
+        return has_heard
 
     async def _read_initial(self, known: Known, shards: Sequence[Shard], model: str) -> bool:
         """Ask the initial peers themselves: strangers may stand nearer to a key and hide what is stored there."""
