@@ -147,7 +147,8 @@ def announcement(chance: random.Random) -> bytes:
             fields[chance.choice([*fields, "unknown"])] = anything(chance)
     encoded = msgpack.packb(fields)
     if chance.random() < 0.1:  # a field of the record that is unknown, and deep or malformed
-        encoded = bytes([encoded[0] + 1]) + encoded[1:] + b"\xa1z" + junk(chance)[: chance.choice([900, 1500])]
+        pairs = b"".join(msgpack.packb(name) + msgpack.packb(each) for name, each in fields.items())
+        encoded = b"\xde" + (len(fields) + 1).to_bytes(2) + pairs + b"\xa1z" + junk(chance)[:1400]
     signed[2] = encoded
     return forged(chance, signed, by)
 
