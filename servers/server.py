@@ -25,8 +25,10 @@ from petals_tune.net.transport import Connection
 from petals_tune.wire.records import MAX_TEXT, PROTOCOL, ServerRecord, ServerState
 from petals_tune.wire.span import BlockSpan
 from servers.membership.announcer import Announcer
+from servers.membership.needed import NEEDED, needed_model
 from servers.membership.placer import Placer
 from servers.membership.plan import Plan, make_plan
+from servers.membership.round_trips import RoundTrips
 from servers.metrics import Metrics
 from servers.options import Serve
 from servers.requests.hand_over import Neighbours
@@ -61,6 +63,8 @@ async def serve(options: Serve, on_ready: OnReady, stop: asyncio.Event) -> None:
                 reach=swarm.reach,
             )
         )
+        if options.model.source == NEEDED:
+            options = dataclasses.replace(options, model=await needed_model(here.directory, options.disk_cache))
         compute = ComputeThread(options.threads)
         stack.callback(compute.stop)
         announcer = Announcer(here.directory, lasts_s=swarm.announce_s)
@@ -96,6 +100,7 @@ class _Server:
         self._plan: Plan
         self._placer: Placer
         self._neighbours: Neighbours
+        self._round_trips: RoundTrips
         self.handler: Handler | None = None
 
     async def run(self, on_ready: OnReady, stop: asyncio.Event) -> None:
@@ -112,6 +117,7 @@ class _Server:
         )
         await self._here.transport.accept(PROTOCOL, self._serve)
         self._neighbours = Neighbours(self._here, plan.model, BlockSpan(0, plan.total_blocks))
+        self._round_trips = RoundTrips(self._here, plan.model)
         span: BlockSpan | None = options.span or await self._placer.place(None)
         try:
             while span is not None:
@@ -147,7 +153,8 @@ class _Server:
         self._neighbours.blocks = BlockSpan(max(span.start - 1, 0), min(span.stop + 1, self._plan.total_blocks))
         await self._announcer.announce(record)
         on_ready(record, engine)
-        next_span = await self._wait_for_move(span, stop)
+        async with self._round_trips.measuring(span):
+            next_span = await self._wait_for_move(span, stop)
         handler.draining = True
         if next_span is None:
             await self._announcer.withdraw()
@@ -222,7 +229,12 @@ class _Server:
 
     def _refresh(self, record: ServerRecord) -> ServerRecord:
         free = None if self.handler is None else self.handler.stores.sessions.free_bytes
-        return msgspec.structs.replace(record, free_cache_bytes=free, addresses=self._here.addresses)
+        return msgspec.structs.replace(
+            record,
+            free_cache_bytes=free,
+            addresses=self._here.addresses,
+            round_trips_s=self._round_trips.to_followers_s,
+        )
 
     @property
     def record(self) -> ServerRecord | None:

@@ -19,7 +19,13 @@ class Snapshot(msgspec.Struct, frozen=True):
     taken_at_s: float  # time.monotonic()
     joining: tuple[ServerRecord, ...] = ()  # those that load their blocks, and will serve them soon
     left: frozenset[str] = frozenset()  # ids of peers that withdrew
-    is_sample: bool = False  # there are more servers than these
+    # By peer, of a sample: how many servers of the same blocks there are for each one that is shown.
+    stands_for: dict[str, float] = {}
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether there are more servers than these."""
+        return bool(self.stands_for)
 
     @classmethod
     def of(cls, records: Iterable[ServerRecord]) -> Snapshot:

@@ -191,7 +191,8 @@ class ServerStream(MessageWriter):
             self._pending.pop(message_id, None)
             if reply.done() and not reply.cancelled():
                 reply.exception()  # where sending failed first, nobody awaits it, and asyncio would complain
-        self._stats.answered(self.peer, time.monotonic() - asked_s)
+        if not isinstance(request, Ping):
+            self._stats.answered(self.peer, time.monotonic() - asked_s)
         if isinstance(answer, Refusal):
             raise answer.to_error(self.peer)
         return answer

@@ -14,8 +14,9 @@ import torch
 
 from petals_tune.errors import BadReply
 from petals_tune.swarm.client import SwarmClient
-from petals_tune.swarm.hand_over import HandOverRule, Pass
+from petals_tune.swarm.hand_over import Pass
 from petals_tune.swarm.replies import bad_reply, check_tensor, expect, gradients_by_block
+from petals_tune.swarm.round_trips import HandOverRule
 from petals_tune.swarm.route import Hop
 from petals_tune.swarm.sender import Sender
 from petals_tune.swarm.sums import AdapterSums, PartialSum, Term
@@ -66,6 +67,7 @@ class Calls:
         self.client = client
         self.wire_format, self._grad_format = wire_format, grad_format
         self._sender = Sender(client, hand_over)
+        self.hand_over = hand_over
         self.observer = observer
 
     # Training
@@ -93,9 +95,6 @@ class Calls:
         with self._checking(stage.hop):
             reply = expect(stage.hop, answer, Forwarded)
             output = check_tensor(stage.hop, reply.hidden, hidden)
-        self.client.load.add_measurement(
-            stage.hop.server, reply.compute_s, hidden.shape[0] * hidden.shape[1], len(stage.hop.span)
-        )
         leg = Leg(stage=stage, hidden=hidden, lease=reply.lease)
         if self.observer is not None:
             await self.observer.on_forward(leg, context, output)

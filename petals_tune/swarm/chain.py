@@ -36,7 +36,7 @@ class Chain:
     ) -> Trace:
         """Run blocks `span` on `hidden` (B, S, H). With `keep`, servers keep their graphs where these fit.
 
-        Raises UncoveredBlocks, SwarmMismatch, SwarmTimeout, or RequestRefused for what no server would accept.
+        Raises UncoveredBlocks, SwarmTimeout, or RequestRefused for what no server would accept.
         """
         legs: list[Leg] = []
         current = hidden

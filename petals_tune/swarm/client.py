@@ -1,35 +1,34 @@
-"""One client's view of a swarm: the servers that are known, what they cost, whom to pass over, and streams to them."""
+"""One client in a swarm: streams to its servers, what it learns of them, and routes over them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack, suppress
 
-import msgspec
-
-from petals_tune.errors import BadReply, NotFinite, PetalsTuneError, ServerError, SwarmError, UncoveredBlocks
-from petals_tune.net.directory import Snapshot
+from petals_tune.errors import BadReply, NotFinite, PetalsTuneError, ServerError, ServerTimeout, SwarmError
 from petals_tune.net.members import Members
 from petals_tune.net.peer import Peer, joined
 from petals_tune.net.pool import StreamPool
 from petals_tune.net.stats import SwarmStats
 from petals_tune.net.stream import ServerStream
-from petals_tune.swarm.bans import Bans
+from petals_tune.swarm.dialler import Dialler
+from petals_tune.swarm.known import KnownServers
 from petals_tune.swarm.load import Load
 from petals_tune.swarm.retry import RetryPolicy
-from petals_tune.swarm.route import Hop, plan_route
-from petals_tune.wire.records import ServerRecord, same_model
+from petals_tune.swarm.round_trips import HandOverRule
+from petals_tune.swarm.route import Hop
+from petals_tune.swarm.routing import Routing, Wish
+from petals_tune.wire.messages import Forwarded, Message, Ping, Stepped
+from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 
 logger = logging.getLogger(__name__)
 
-REMEMBERED_S = 60.0  # as long as a server's announcement lasts by default
-REFRESH_S = 15.0  # an older snapshot is renewed while work goes on with it
-STALE_S = 1.0  # an older one is renewed before anybody is told that blocks are missing
+PING_S = 60.0  # between two measurements of the round trips to servers with an open stream
+LEAST_OWN = 0.1  # share of a step's time that counts as the server's own, whatever the round trip seems to be
 
 
 class SwarmClient:
@@ -39,14 +38,18 @@ class SwarmClient:
         """`blocks`: those that are looked for in the directory."""
         self.stats = SwarmStats()
         self.policy = policy
-        self.load = Load()
-        self._peer, self._model, self._blocks = peer, model, blocks
-        self._snapshot: Snapshot | None = None
-        self._heard_s: dict[str, float] = {}  # when the directory listed a server last, by peer
-        self._bans = Bans()
         self._streams = StreamPool(peer, model=model, timeout_s=policy.connect_s, stats=self.stats)
-        self._refreshing: asyncio.Task[None] | None = None
-        self._reaching: dict[str, asyncio.Task[None]] = {}
+        self._known = KnownServers(
+            peer.directory,
+            model,
+            blocks,
+            is_open=lambda server: self.open_stream(server) is not None,
+            has_failed=self.lost,
+        )
+        self._routing = Routing(self._known, Dialler(self._reach), self._open_peers)
+        self._bans = self._routing.bans
+        self._pinged_s = time.monotonic()
+        self._pinging: asyncio.Task[None] | None = None
         self._owned = AsyncExitStack()  # what ends with this client
         self._closed = False
 
@@ -72,80 +75,46 @@ class SwarmClient:
             client._owned = stack.pop_all()
         return client
 
+    # Servers and routes
+
     @property
     def servers(self) -> tuple[ServerRecord, ...]:
         """The servers of our model that are known now."""
-        known = () if self._snapshot is None else self._snapshot.servers
-        return tuple(server for server in known if same_model(server.model, self._model))
+        return self._known.servers
+
+    @property
+    def load(self) -> Load:
+        """What servers cost."""
+        return self._routing.load
 
     async def refresh(self) -> None:
-        """Read the directory again, all of our blocks; those who ask meanwhile wait for the same answer."""
-        await asyncio.shield(self.refresh_soon(thorough=True))
-
-    def refresh_soon(self, *, thorough: bool = False) -> asyncio.Task[None]:
-        """Begin to read the directory again, which takes seconds where its nodes just died; nobody has to wait."""
-        if self._refreshing is None or self._refreshing.done():
-            self._refreshing = asyncio.create_task(self._refresh(thorough))
-        return self._refreshing
+        """Read the directory again."""
+        await self._known.refresh()
 
     async def models(self) -> tuple[ServerRecord, ...]:
-        """Some servers of each model that the network has."""
-        return await self._peer.directory.models()
+        """Read which models the network has: some servers of each."""
+        return await self._known.models()
 
-    async def _refresh(self, thorough: bool) -> None:
-        new = await self._peer.directory.snapshot(self._model, self._blocks, thorough=thorough)
-        seen = {server.peer for server in (*new.servers, *new.joining)} | new.left
-        self._heard_s |= {server.peer: new.taken_at_s for server in new.servers}
-        kept = [server for server in self.servers if server.peer not in seen and self._is_remembered(server)]
-        self._snapshot = msgspec.structs.replace(new, servers=(*new.servers, *kept))
+    def refresh_soon(self) -> asyncio.Task[None]:
+        """Begin to read the directory again; nobody has to wait for it."""
+        return self._known.refresh_soon()
 
-    def _is_remembered(self, server: ServerRecord) -> bool:
-        """Whether a server stays known that the DHT did not show: a reading misses some while nodes of it are dead."""
-        if self.open_stream(server) is not None:
-            return True
-        return time.monotonic() - self._heard_s.get(server.peer, -math.inf) < REMEMBERED_S and not self.lost(server)
+    async def route(self, span: BlockSpan, *, work: int, latency: HandOverRule | None = None) -> tuple[Hop, ...]:
+        """The best chain for `span`, where `work` tokens (rows x positions) go through each block; see `Routing.route`.
 
-    async def route(self, span: BlockSpan, *, work: int) -> tuple[Hop, ...]:
-        """The cheapest chain for `span`, where one block costs `work` (rows x positions).
-
-        Servers that failed are passed over until they were reached again, unless nobody else holds their blocks; those
-        that returned NaN, unless not even a failed one holds them. One that returned what cannot be right is not asked
-        even then.
+        The one with the most tokens a second; with `latency`, the one with the least time for a token, where servers
+        hand their outputs on by that rule.
         """
         self._check_open()
-        if self._snapshot is None:
-            await self.refresh()
-        elif self._age_s() > REFRESH_S:
-            self.refresh_soon()
-        self._reach_doubtful()
+        if time.monotonic() - self._pinged_s > PING_S and (self._pinging is None or self._pinging.done()):
+            self._pinging = asyncio.create_task(self._ping_all())
+        return await self._routing.route(Wish(span=span, work=work, latency=latency))
 
-        def plan(banned: frozenset[str]) -> tuple[Hop, ...]:
-            return self.plan(span, work=work, banned=banned)
+    def plan(self, span: BlockSpan, *, work: int, banned: Collection[str]) -> tuple[Hop, ...]:
+        """The best chain without the `banned`, as far as is known now. Raises UncoveredBlocks."""
+        return self._routing.plan(Wish(span=span, work=work), without=banned)
 
-        try:
-            return plan(self.banned())
-        except UncoveredBlocks:
-            if self._age_s() > STALE_S:
-                await self.refresh()
-        try:
-            return plan(self.banned())
-        except UncoveredBlocks:
-            now_s = time.monotonic()
-            try:
-                return plan(self._bans.wrong(now_s))
-            except UncoveredBlocks:
-                return plan(self._bans.offenders(now_s))
-
-    def plan(self, span: BlockSpan, *, work: int, banned: frozenset[str]) -> tuple[Hop, ...]:
-        """The cheapest chain without the `banned`, as the last snapshot has it. Raises UncoveredBlocks."""
-        assert self._snapshot is not None
-        return plan_route(
-            self._snapshot.servers,
-            span,
-            model=self._model,
-            banned=banned,
-            cost=lambda server, blocks: self.load.cost(server, work, blocks),
-        )
+    # What is learned of servers
 
     def banned(self) -> frozenset[str]:
         """Peers to be passed over now."""
@@ -155,50 +124,90 @@ class SwarmClient:
         """It failed and has not answered since: what it kept for us is gone, or takes long to come."""
         return server.peer in self._bans.until_s
 
-    def _age_s(self) -> float:
-        assert self._snapshot is not None
-        return time.monotonic() - self._snapshot.taken_at_s
-
-    def _reach_doubtful(self) -> None:
-        """Try to reach servers whose ban has ended. No work waits for it: a host that is gone never answers."""
-        assert self._snapshot is not None
-        doubtful = self._bans.doubtful(time.monotonic())
-        for server in self._snapshot.servers:
-            if server.peer in doubtful and server.peer not in self._reaching:
-                task = self._reaching[server.peer] = asyncio.create_task(self._reach(server))
-                task.add_done_callback(lambda _, peer=server.peer: self._reaching.pop(peer))  # type: ignore[misc]
-
-    async def _reach(self, server: ServerRecord) -> None:
-        with suppress(PetalsTuneError):
-            await self.stream(server)
-            self._bans.reached(server.peer)
+    def reply_s(self, server: ServerRecord) -> float:
+        """Seconds that `server` may take for work."""
+        return min(self._routing.trials.limits_s.get(server.peer, self.policy.reply_s), self.policy.reply_s)
 
     def answered(self, server: ServerRecord) -> None:
         """`server` did what it was asked."""
         self._bans.answered(server.peer)
+
+    def worked(
+        self, hop: Hop, reply: Message, seconds: float, tokens: int, *, ahead: int, giver: ServerRecord | None
+    ) -> None:
+        """The server of `hop` took `seconds` for `tokens`, as this client saw it, with work of ours `ahead` of them.
+
+        The way counts as the server's own time, except in a step, for which routes count it apart. `giver` handed the
+        input on.
+        """
+        self._routing.trials.answered(hop.server)
+        if isinstance(reply, Forwarded):
+            seconds = max(seconds, reply.compute_s)  # it may have begun before we looked
+        elif isinstance(reply, Stepped):
+            way_s = self._routing.round_trips.waited_s(hop.server, giver)
+            seconds = max(seconds - way_s, LEAST_OWN * seconds)
+        else:
+            return
+        self.load.add_measurement(hop.server, seconds, tokens, len(hop.span), ahead=ahead)
 
     def failed(self, server: ServerRecord, error: PetalsTuneError) -> None:
         """Leave `server` alone for a while."""
         logger.info("server %s (blocks %s) failed: %s", server.peer, server.blocks, error)
         now_s = time.monotonic()
         self._bans.failed(server.peer, now_s)
+        self._routing.trials.failed(server, now_s)
+        if isinstance(error, ServerTimeout):
+            self.load.forget(server.peer)
         if isinstance(error, BadReply):
             logger.warning("server %s gave a wrong answer and is left alone: %s", server.peer, error)
             note = self._bans.not_finite if isinstance(error, NotFinite) else self._bans.offended
             note(server.peer, now_s)
 
+    # Streams
+
     async def stream(self, server: ServerRecord) -> ServerStream:
         """The open stream to `server`; opened by the first who asks, shared by all. One that fails is banned."""
         self._check_open()
+        opened = self.open_stream(server)
+        if opened is not None:
+            return opened
         try:
-            return await self._streams.get(server)
+            stream = await self._streams.get(server)
         except ServerError as error:
             self.failed(server, error)
             raise type(error)(f"blocks {server.blocks}: {error}", **vars(error) | {"peer": server.peer}) from error
+        self._routing.round_trips.add(server.peer, stream.round_trip_s)
+        return stream
 
     def open_stream(self, server: ServerRecord) -> ServerStream | None:
         """The stream to `server` if there is a living one."""
         return self._streams.living(server.peer)
+
+    def _open_peers(self) -> frozenset[str]:
+        return frozenset(peer for peer in self._streams.peers if self._streams.living(peer) is not None)
+
+    async def _reach(self, server: ServerRecord) -> None:
+        """Open a stream to `server`; whatever it answers instead, it is banned."""
+        try:
+            await self.stream(server)
+        except ServerError:
+            return
+        except PetalsTuneError as error:  # it refuses us: so will it where nobody else is left, and then that is raised
+            self.failed(server, error)
+            return
+        self._bans.reached(server.peer)
+
+    async def _ping_all(self) -> None:
+        """Measure the round trips to all servers with an open stream."""
+        self._pinged_s = time.monotonic()
+        streams = [stream for peer in self._open_peers() if (stream := self._streams.living(peer)) is not None]
+        await asyncio.gather(*map(self._ping, streams))
+
+    async def _ping(self, stream: ServerStream) -> None:
+        began_s = time.monotonic()
+        with suppress(PetalsTuneError):  # who needs the stream meets its error
+            await stream.call(Ping(), timeout_s=self.policy.connect_s)
+            self._routing.round_trips.add(stream.peer, time.monotonic() - began_s)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -207,9 +216,10 @@ class SwarmClient:
     async def close(self) -> None:
         """End all streams, and leave the swarm."""
         self._closed = True
-        for task in (*self._reaching.values(), self._refreshing):
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        if self._pinging is not None:
+            self._pinging.cancel()
+            await asyncio.gather(self._pinging, return_exceptions=True)
+        await self._routing.dialler.close()
+        await self._known.close()
         await self._streams.close()
         await self._owned.aclose()

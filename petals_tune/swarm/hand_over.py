@@ -11,16 +11,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
 
 from petals_tune.swarm.client import SwarmClient
+from petals_tune.swarm.round_trips import FAR_S, HandOverRule
 from petals_tune.swarm.route import Hop
 from petals_tune.wire.messages import TICKET_BYTES, HandOver, Message
+from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 
-HandOverRule = Literal["auto", "always", "never"]
-
-FAR_S = 0.010  # servers whose round trip takes longer hand on by themselves: nearer ones are as fast through us
 APART_S = 60.0  # two servers that could not reach each other are not asked to again for so long
 
 
@@ -55,6 +53,7 @@ class SentAhead:
     """A request that waits at its server for its tensor."""
 
     hop: Hop
+    giver: ServerRecord  # hands the tensor on
     ticket: bytes
     reply: asyncio.Task[Message]
 

@@ -6,10 +6,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from petals_tune.swarm.route import Hop
+import numpy as np
+
+from petals_tune.swarm.route import Costs, Hop
+from petals_tune.swarm.table import Floats, Handing, Mask, ServerTable
 from petals_tune.wire.records import ServerRecord
 
 SMOOTHING = 0.3  # weight of the newest measurement
+# A server that was not measured counts as this many times as fast as the median of those that were, at most: enough to
+# be tried, and too little for a lie to pay.
+MOST_CLAIMED = 2.0
 
 
 @dataclass
@@ -20,26 +26,78 @@ class Load:
     """
 
     correction: dict[str, float] = field(default_factory=dict)  # measured / announced seconds, smoothed
-    in_hand: dict[str, int] = field(default_factory=dict)
+    in_hand: dict[str, int] = field(default_factory=dict)  # work of routes that are under way
+    sent: dict[str, int] = field(default_factory=dict)  # work of requests that are not answered yet
 
     @contextmanager
     def reserved(self, route: Sequence[Hop], work: int) -> Iterator[None]:
         """Meanwhile the servers of `route` count as busy with it, so that the next route may take another way."""
         for hop in route:
-            self.in_hand[hop.server.peer] = self.in_hand.get(hop.server.peer, 0) + work * len(hop.span)
+            _add(self.in_hand, hop.server.peer, work * len(hop.span))
         try:
             yield
         finally:
             for hop in route:
-                self.in_hand[hop.server.peer] -= work * len(hop.span)
+                _add(self.in_hand, hop.server.peer, -work * len(hop.span))
 
-    def add_measurement(self, server: ServerRecord, compute_s: float, tokens: int, blocks: int) -> None:
-        new = compute_s / server.throughput.computing_s(tokens, blocks)
+    @contextmanager
+    def sending(self, hop: Hop, work: int) -> Iterator[int]:
+        """Meanwhile a request of `work` a block is at the server of `hop`; yields what was there before it."""
+        peer = hop.server.peer
+        ahead = self.sent.get(peer, 0)
+        _add(self.sent, peer, work * len(hop.span))
+        try:
+            yield ahead
+        finally:
+            _add(self.sent, peer, -work * len(hop.span))
+
+    def add_measurement(
+        self, server: ServerRecord, seconds: float, tokens: int, blocks: int, *, ahead: int = 0
+    ) -> None:
+        """Note that `server` answered in `seconds`, as the client saw it, while work of ours was `ahead` of this."""
+        speed = server.throughput
+        announced_s = speed.computing_s(tokens, blocks) + ahead / speed.batch + speed.sending_s(tokens)
+        new = seconds / announced_s
         old = self.correction.get(server.peer, new)
         self.correction[server.peer] = old + SMOOTHING * (new - old)
 
-    def cost(self, server: ServerRecord, tokens: float, blocks: float) -> float:
-        """Expected seconds until `server` has taken `tokens` more through so many blocks."""
-        speed = server.throughput
-        computing_s = speed.computing_s(tokens, blocks) + self.in_hand.get(server.peer, 0) / speed.batch
-        return computing_s * self.correction.get(server.peer, 1.0) + speed.sending_s(tokens)
+    def forget(self, peer: str) -> None:
+        """Trust what `peer` announces no more than that of a server that was never measured."""
+        self.correction.pop(peer, None)
+
+    def measured(self, table: ServerTable) -> Mask:
+        """Which servers of `table` were measured."""
+        return table.mask(self.correction)
+
+    def costs(
+        self, table: ServerTable, tokens: int, *, round_trip_s: Floats | None = None, handing: Handing | None = None
+    ) -> Costs:
+        """Expected seconds until each server has taken `tokens` more through its blocks, and sent them.
+
+        With `round_trip_s`, to each server, the time of the way counts too, less what pairs save by `handing` on.
+        """
+        announced_s = np.maximum(table.step_s, tokens * table.batch_s)
+        factor = np.ones(len(table.servers))
+        measured = np.zeros(len(table.servers), dtype=np.bool_)
+        for peer, correction in self.correction.items():
+            if (place := table.places.get(peer)) is not None:
+                factor[place], measured[place] = correction, True
+        per_block_s = announced_s * factor
+        if len(per_block_s):
+            known = per_block_s[measured] if measured.any() else per_block_s
+            claimed_s = np.maximum(per_block_s, np.median(known) / MOST_CLAIMED)
+            per_block_s = np.where(measured, per_block_s, claimed_s)
+            factor = per_block_s / announced_s
+        fixed_s = table.sending_s * factor * tokens
+        for peer, work in self.in_hand.items():
+            if (place := table.places.get(peer)) is not None:
+                fixed_s[place] += work * table.batch_s[place] * factor[place]
+        if round_trip_s is not None:
+            fixed_s += round_trip_s
+        return Costs(per_block_s=per_block_s, fixed_s=fixed_s, handing=handing)
+
+
+def _add(to: dict[str, int], peer: str, work: int) -> None:
+    to[peer] = to.get(peer, 0) + work
+    if not to[peer]:
+        del to[peer]

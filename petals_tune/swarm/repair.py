@@ -18,6 +18,7 @@ from petals_tune.errors import NotKept, Retriable, ServerError, SessionLost
 from petals_tune.net.stats import SwarmStats
 from petals_tune.swarm.load import Load
 from petals_tune.swarm.retry import Attempts, Notices, RetryPolicy
+from petals_tune.swarm.round_trips import HandOverRule
 from petals_tune.swarm.route import Hop
 from petals_tune.wire.span import BlockSpan
 
@@ -36,9 +37,11 @@ class Router(Protocol):
 
     policy: RetryPolicy
     stats: SwarmStats
-    load: Load
 
-    async def route(self, span: BlockSpan, *, work: int) -> tuple[Hop, ...]: ...
+    @property
+    def load(self) -> Load: ...
+
+    async def route(self, span: BlockSpan, *, work: int, latency: HandOverRule | None = None) -> tuple[Hop, ...]: ...
 
     def refresh_soon(self) -> object: ...
 
@@ -60,17 +63,19 @@ class Repair:
         go: Callable[[Sequence[Hop]], AsyncGenerator[int, None]],
         *,
         work: int,
+        latency: HandOverRule | None = None,
     ) -> None:
         """Run `go` along a route of `span`; from where a server fails on, along another one.
 
-        `go` yields, after each server, the block that the work has come to. `work` is what one block costs, in rows x
-        positions. Raises UncoveredBlocks, SwarmMismatch, SwarmTimeout, and what `go` raises that is not `Retriable`.
+        `go` yields, after each server, the block that the work has come to. `work` and `latency` are as for
+        `SwarmClient.route`. Raises UncoveredBlocks, SwarmTimeout, and what `go` raises that is not
+        `Retriable`.
         """
         attempts = self.attempts()
         start = span.start
         while start < span.stop:
             try:
-                route = await self._router.route(BlockSpan(start, span.stop), work=work)
+                route = await self._router.route(BlockSpan(start, span.stop), work=work, latency=latency)
                 with self._router.load.reserved(route, work):
                     async with aclosing(go(route)) as going:
                         async for reached in going:

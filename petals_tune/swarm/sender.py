@@ -6,7 +6,8 @@ Nothing is tried again here: what fails, raises (swarm/repair.py). Shapes: B row
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -25,7 +26,8 @@ from petals_tune.errors import (
 )
 from petals_tune.net.stream import ServerStream
 from petals_tune.swarm.client import SwarmClient
-from petals_tune.swarm.hand_over import HandOverRule, HandOverRules, Pass, SentAhead
+from petals_tune.swarm.hand_over import HandOverRules, Pass, SentAhead
+from petals_tune.swarm.round_trips import HandOverRule
 from petals_tune.swarm.route import Hop
 from petals_tune.swarm.trace import CallContext
 from petals_tune.wire.messages import (
@@ -40,6 +42,7 @@ from petals_tune.wire.messages import (
     Step,
     Withdrawn,
 )
+from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import encoded_bytes
 
@@ -66,17 +69,20 @@ class Sender:
 
         What still waits at the end is withdrawn.
         """
-        along, comes = Pass(), {}
+        along, comes, givers = Pass(), {}, {}
         for giver, taker, ticket in self._rules.tickets(hops):
             along.goes[giver.span] = HandOver(peer=taker.server.peer, ticket=ticket)
             comes[taker.span] = HandOver(peer=giver.server.peer, ticket=ticket)
+            givers[taker.span] = giver.server
         try:
             for number, hop in enumerate(hops):
                 if hop.span in comes:
                     chained = Chained(request=request(number), comes=comes[hop.span], goes=along.goes.get(hop.span))
                     reply = asyncio.create_task(self.ask(hop, chained, context))
                     reply.add_done_callback(_retrieve_error)  # it may never be awaited
-                    along.waiting[hop.span] = SentAhead(hop=hop, ticket=comes[hop.span].ticket, reply=reply)
+                    along.waiting[hop.span] = SentAhead(
+                        hop=hop, giver=givers[hop.span], ticket=comes[hop.span].ticket, reply=reply
+                    )
             yield along
         finally:
             for waiting in along.waiting.values():
@@ -90,11 +96,14 @@ class Sender:
         goes = along.goes.pop(hop.span, None)
         ahead = along.waiting.pop(hop.span, None)
         try:
+            tokens = tensor.shape[0] * tensor.shape[1]
             if ahead is not None:
-                reply = await self._reply_ahead(ahead, tensor, handed_on=handed_on)
+                answer = self._reply_ahead(ahead, tensor, handed_on=handed_on)
+                reply = await self._timed(hop, tokens, answer, giver=ahead.giver if handed_on else None)
             else:
                 request = build(tensor)
-                reply = await self.ask(hop, request if goes is None else Chained(request=request, goes=goes), context)
+                message = request if goes is None else Chained(request=request, goes=goes)
+                reply = await self.ask(hop, message, context, tokens=tokens)
         except NotKept:
             if goes is not None:
                 along.goes[hop.span] = goes  # for the request that is sent instead
@@ -115,7 +124,7 @@ class Sender:
                 delivery = Delivery(ticket=ahead.ticket, tensor=tensor)
                 _check_size(stream, delivery)
                 await stream.notify(delivery)
-            done, _ = await asyncio.wait({ahead.reply}, timeout=self._client.policy.reply_s)
+            done, _ = await asyncio.wait({ahead.reply}, timeout=self._client.reply_s(server))
             if done:
                 return ahead.reply.result()
         except (RequestRefused, ProtocolError) as error:
@@ -134,8 +143,10 @@ class Sender:
         ahead.reply.cancel()
         await self.notify(ahead.hop, Withdrawn(tickets=[ahead.ticket]))
 
-    async def ask(self, hop: Hop, request: Message, context: CallContext | None = None) -> Message:
+    async def ask(self, hop: Hop, request: Message, context: CallContext | None = None, *, tokens: int = 0) -> Message:
         """Send `request` and wait for the reply. A server that fails is left alone for a while.
+
+        With `tokens`, it is work for so many, and the time until the reply tells how fast the server is.
 
         A request that waits for another server's output has no deadline here: it begins when that output is there.
         """
@@ -145,7 +156,11 @@ class Sender:
         try:
             stream = await self._client.stream(server)
             _check_size(stream, request)
-            reply = await stream.call(request, timeout_s=None if waits else self._client.policy.reply_s)
+            if tokens:
+                answer = stream.call(request, timeout_s=self._client.reply_s(server))
+                reply = await self._timed(hop, tokens, answer)
+            else:
+                reply = await stream.call(request, timeout_s=None if waits else self._client.policy.reply_s)
         except NotKept as error:  # it works, and lacks only what we can send
             if isinstance(error, AdapterMissing) and upload is not None:
                 self._forget(hop, *upload)
@@ -154,6 +169,18 @@ class Sender:
             self._client.failed(server, error)
             raise
         self._client.answered(server)
+        return reply
+
+    async def _timed(
+        self, hop: Hop, tokens: int, answer: Awaitable[Message], *, giver: ServerRecord | None = None
+    ) -> Message:
+        """The `answer` to work that is sent now, or handed on by `giver`; the client is told how long it took."""
+        with self._client.load.sending(hop, tokens) as ahead:
+            began_s = time.monotonic()
+            reply = await answer
+            seconds = time.monotonic() - began_s
+        done = reply.reply if isinstance(reply, ChainedReply) else reply
+        self._client.worked(hop, done, seconds, tokens, ahead=ahead, giver=giver)
         return reply
 
     async def notify(self, hop: Hop, message: Message) -> None:

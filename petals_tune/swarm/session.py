@@ -227,7 +227,7 @@ class ChainSession:
                 yield hop.span.stop
 
         try:
-            await self._repair.along_route(span, go, work=self.rows)
+            await self._repair.along_route(span, go, work=self.rows, latency=self._calls.hand_over)
         except BaseException:
             for session in sessions:
                 await self._calls.close_session(session.hop, session.id)

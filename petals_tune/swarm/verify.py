@@ -29,6 +29,7 @@ from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.repair import Repair
 from petals_tune.swarm.retry import RetryPolicy
+from petals_tune.swarm.round_trips import HandOverRule
 from petals_tune.swarm.route import Hop
 from petals_tune.swarm.sums import PartialSum
 from petals_tune.swarm.trace import CallContext, ChainGradients, Leg
@@ -237,7 +238,7 @@ class _Others:
     def asked(self) -> tuple[ServerRecord, ...]:
         return tuple(hop.server for route in self._routes.values() for hop in route)
 
-    async def route(self, span: BlockSpan, *, work: int) -> tuple[Hop, ...]:
+    async def route(self, span: BlockSpan, *, work: int, latency: HandOverRule | None = None) -> tuple[Hop, ...]:
         """One route for a span, so that all of a check is done by the same servers."""
         if span not in self._routes:
             self._routes[span] = self._client.plan(span, work=work, banned=self._banned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -42,6 +43,9 @@ class Throughput(msgspec.Struct, frozen=True, kw_only=True):
 MAX_NAME = 64  # characters of a public name
 MAX_TEXT = 256  # of any other text
 _MAX_BLOCKS = 1_000  # of a model; readers of a record make lists of this length, and look for each group of blocks
+MAX_ROUND_TRIPS = 8  # that a server announces
+LONGEST_ROUND_TRIP_S = 60.0  # a longer one is no round trip that anything could wait for
+_Seconds = Annotated[float, msgspec.Meta(gt=0.0, le=LONGEST_ROUND_TRIP_S)]  # which NaN and inf are not
 
 
 ServerState = Literal["joining", "online", "offline"]  # joining: loading its blocks
@@ -71,14 +75,14 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
     version: Name = ""  # of petals_tune on the server
     public_name: Name = ""
     free_cache_bytes: int | None = None  # left for sessions when this was announced; None: unknown
+    # Measured by this server, to servers whose blocks may follow its own in a route; by peer id.
+    round_trips_s: Annotated[dict[Name, _Seconds], msgspec.Meta(max_length=MAX_ROUND_TRIPS)] = {}
 
     def __post_init__(self) -> None:
         texts = (self.peer, self.model, self.model_name, self.revision, self.protocol, self.quantization, self.dtype)
         for text in (*texts, self.matrix_library, self.version, self.public_name, *self.addresses):
             if not text.isprintable():  # they are shown in terminals
                 raise ValueError(f"unprintable characters in {text!r}")
-        if self.blocks.stop > self.total_blocks:
-            raise ValueError(f"blocks {self.blocks} of a model of {self.total_blocks}")
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -88,6 +92,25 @@ _decoder = msgspec.msgpack.Decoder(ServerRecord)
 def same_model(one: str, other: str) -> bool:
     """Compare two digests of models, CONFIG or CONFIG.WEIGHTS; a second part that one lacks is not compared."""
     return all(left == right for left, right in zip(one.split("."), other.split("."), strict=False))
+
+
+def group_by_model(records: Sequence[ServerRecord]) -> list[list[ServerRecord]]:
+    """Group records by their model, the one with the most of them first."""
+    groups: list[list[ServerRecord]] = []
+    for record in sorted(records, key=lambda record: (record.blocks, record.peer)):
+        for group in groups:
+            if same_model(group[0].model, record.model):
+                group.append(record)
+                break
+        else:
+            groups.append([record])
+    return sorted(groups, key=len, reverse=True)
+
+
+def usual_blocks(records: Sequence[ServerRecord]) -> int:
+    """How many blocks the model of `records` has, as most of them say."""
+    ((total_blocks, _),) = Counter(record.total_blocks for record in records).most_common(1)
+    return total_blocks
 
 
 def mismatch_text(servers: Sequence[ServerRecord], model: str, whose: str) -> str:
@@ -107,6 +130,10 @@ def encode_record(record: ServerRecord) -> bytes:
 def decode_record(data: bytes) -> ServerRecord:
     """Decode a record. Raises ProtocolError."""
     try:
-        return _decoder.decode(data)
+        record = _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProtocolError(f"not a server's record: {error}", what="record") from None
+    if record.blocks.stop > record.total_blocks:
+        text = f"not a server's record: blocks {record.blocks} of a model of {record.total_blocks}"
+        raise ProtocolError(text, what="record")
+    return record

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import msgspec
 
 from petals_tune.net.directory import Snapshot
-from petals_tune.wire.records import ServerRecord, Throughput, same_model
+from petals_tune.wire.records import ServerRecord, Throughput, group_by_model, usual_blocks
 from petals_tune.wire.span import BlockSpan, gaps
 from servers.membership.placement import block_replicas, block_throughputs
 
@@ -77,25 +76,6 @@ def report(
     ]
     models.sort(key=lambda model: (-len(model.servers), model.name, model.digest))
     return Report(taken_at_unix_s=now_unix_s, models=tuple(models), more_models=more_models)
-
-
-def group_by_model(records: Sequence[ServerRecord]) -> list[list[ServerRecord]]:
-    """Group records by their model, the one with the most of them first."""
-    groups: list[list[ServerRecord]] = []
-    for record in sorted(records, key=lambda record: (record.blocks, record.peer)):
-        for group in groups:
-            if same_model(group[0].model, record.model):
-                group.append(record)
-                break
-        else:
-            groups.append([record])
-    return sorted(groups, key=len, reverse=True)
-
-
-def usual_blocks(records: Sequence[ServerRecord]) -> int:
-    """How many blocks the model of `records` has, as most of them say."""
-    ((total_blocks, _),) = Counter(record.total_blocks for record in records).most_common(1)
-    return total_blocks
 
 
 def _of_model(records: Sequence[ServerRecord], answers: Mapping[str, Answer], *, is_sample: bool) -> ModelReport:

@@ -11,9 +11,9 @@ from petals_tune.net.directory import Snapshot
 from petals_tune.net.peer import Peer
 from petals_tune.net.pool import StreamPool
 from petals_tune.wire.messages import Ping
-from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.records import ServerRecord, group_by_model, usual_blocks
 from petals_tune.wire.span import BlockSpan
-from servers.health.report import Answer, Report, group_by_model, report, usual_blocks
+from servers.health.report import Answer, Report, report
 
 ANSWER_S = 3.0  # timeout of a ping; a server that takes longer is silent
 MOST_AT_ONCE = 64  # pings at the same time

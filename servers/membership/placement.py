@@ -5,7 +5,7 @@ A block's throughput is the sum over its servers, in tokens/s; a swarm is as fas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -14,11 +14,14 @@ from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 
 
-def block_throughputs(servers: Sequence[ServerRecord], total_blocks: int) -> np.ndarray:
-    """Return tokens/s of each block (L,)."""
+def block_throughputs(
+    servers: Sequence[ServerRecord], total_blocks: int, stands_for: Mapping[str, float] | None = None
+) -> np.ndarray:
+    """Return tokens/s of each block (L,). `stands_for`: how many servers each one of a sample is, by peer."""
     rates = np.zeros(total_blocks)
     for server in servers:
-        rates[server.blocks.start : server.blocks.stop] += server.throughput.of_span(len(server.blocks))
+        count = (stands_for or {}).get(server.peer, 1.0)
+        rates[server.blocks.start : server.blocks.stop] += count * server.throughput.of_span(len(server.blocks))
     return rates
 
 

@@ -58,7 +58,7 @@ class Placer:
             [server for server in servers if server.peer != self._own_peer]
             for servers in (snapshot.servers, snapshot.joining)
         )
-        throughputs = placement.block_throughputs([*online, *joining], self._plan.total_blocks)
+        throughputs = placement.block_throughputs([*online, *joining], self._plan.total_blocks, snapshot.stands_for)
         if here is None:
             return placement.best_span(throughputs, self._plan.length, otherwise=announced)
         better = placement.better_span(

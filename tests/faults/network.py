@@ -26,8 +26,8 @@ from petals_tune.swarm import loop
 from petals_tune.swarm.call import Calls
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
-from petals_tune.swarm.hand_over import HandOverRule
 from petals_tune.swarm.retry import RetryPolicy
+from petals_tune.swarm.round_trips import HandOverRule
 from petals_tune.swarm.verify import SpotChecks
 from petals_tune.wire.messages import Chained, HandOver, Message
 from petals_tune.wire.records import PROTOCOL, ServerRecord
@@ -150,7 +150,7 @@ class Network(InProcessNetwork):
     def chain(self, *, verify: float = 0.0, wire_format: WireFormat = "float32", **policy: Any) -> Chain:
         async def make() -> Chain:
             retries = RetryPolicy(**{"timeout_s": 30.0, "first_pause_s": 0.01, **policy})
-            client = SwarmClient(self.peer(CLIENT), MODEL, retries)
+            client = SwarmClient(self.peer(CLIENT), MODEL, retries, BlockSpan(0, 6))
             formats = {"wire_format": wire_format, "grad_format": wire_format}
             checks = SpotChecks(client, share=verify, seed=0, **formats) if verify else None
             return Chain(Calls(client, hand_over=self.hand_over, observer=checks, **formats))
@@ -233,6 +233,9 @@ class SlowDirectory(InProcessDirectory):
         if self._network.at_lookup is not None:
             await self._network.at_lookup()
         return Snapshot.of(server.record for server in self._network.servers.values())
+
+    async def models(self) -> tuple[ServerRecord, ...]:
+        return tuple(server.record for server in self._network.servers.values())
 
 
 @cache

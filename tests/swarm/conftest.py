@@ -3,8 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from petals_tune.swarm import client, dialler, known, routing
 from tests.faults.network import Network
 from tests.models import save_model
+from tests.swarm.played_swarm import Clock
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +22,11 @@ def network(folder: Path) -> Iterator[Network]:
     network.serve("b", "3:6")
     yield network
     network.stop()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (client, dialler, known, routing):
+        monkeypatch.setattr(module, "time", clock)
+    return clock

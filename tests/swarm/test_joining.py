@@ -80,7 +80,8 @@ def test_a_server_that_comes_meanwhile_is_found(entrance, network):
     loop.run(entrance.join().close())
 
 
-def test_a_swarm_of_another_model_is_no_matter_of_waiting(entrance):
+def test_who_wants_a_model_that_nobody_serves_is_told_what_there_is(entrance, monkeypatch):
+    monkeypatch.setattr(joining, "JOIN_S", 0.2)
     with raises(SwarmMismatch, wanted="another", found=(MODEL,)):
         entrance.join(model="another")
     assert entrance.inside == 0

@@ -1,18 +1,23 @@
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from unittest import mock
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petals_tune.errors import SwarmMismatch, UncoveredBlocks
-from petals_tune.swarm.load import Load
+from petals_tune.errors import UncoveredBlocks
+from petals_tune.swarm import route as module
 from petals_tune.swarm.route import HOP_COST_BLOCKS, Hop, plan_route
-from petals_tune.wire.records import ServerRecord, Throughput
+from petals_tune.swarm.table import Handing, ServerTable
+from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 from tests.raising import raises
+from tests.swarm.exhaustive import Cost, costs_of, every_chain, plan_at_all_cuts
 
 MODEL = "m" * 64
 
@@ -34,8 +39,24 @@ def describe(route: Sequence[Hop]) -> list[str]:
     return [f"{hop.server.peer}={hop.span}" for hop in route]
 
 
-def planned(servers: Sequence[ServerRecord], start: int = 0, stop: int = 12, **options) -> list[str]:
-    return describe(plan_route(servers, BlockSpan(start, stop), model=MODEL, **options))
+def route(
+    servers: Sequence[ServerRecord],
+    start: int = 0,
+    stop: int = 12,
+    *,
+    banned: Collection[str] = (),
+    cost: Cost = lambda server, blocks: blocks,
+    handing: Callable[[ServerTable], Handing] | None = None,
+) -> tuple[Hop, ...]:
+    table = ServerTable(servers)
+    costs = costs_of(table, cost)
+    if handing is not None:
+        costs = replace(costs, handing=handing(table))
+    return plan_route(table, BlockSpan(start, stop), costs, usable=~table.mask(banned))
+
+
+def planned(*arguments, **options) -> list[str]:
+    return describe(route(*arguments, **options))
 
 
 def test_one_server_is_enough_where_it_holds_all():
@@ -81,34 +102,8 @@ def test_banned_servers_are_not_used():
 
 
 def test_equal_routes_are_told_apart_by_peer_id_whatever_the_order():
-    servers = [server(peer, *span) for peer in "dbca" for span in [(0, 6), (6, 12)]]
-    assert planned(servers) == planned(servers[::-1]) == ["a=0:6", "a=6:12"]
-
-
-def test_work_in_hand_sends_the_next_micro_batch_to_a_replica():
-    servers, load = [server("a", 0, 12), server("b", 0, 12)], Load()
-    used, reservations = [], ExitStack()
-    for _ in range(4):
-        (hop,) = plan_route(
-            servers, BlockSpan(0, 12), model=MODEL, cost=lambda server, blocks: load.cost(server, 1, blocks)
-        )
-        reservations.enter_context(load.reserved([hop], 1))
-        used.append(hop.server.peer)
-    assert used == ["a", "b", "a", "b"]
-
-
-def test_a_replica_of_twice_the_speed_gets_twice_the_work():
-    servers, load = [server("fast", 0, 12), server("slow", 0, 12)], Load()
-    load.add_measurement(servers[0], 1.0, 10, 10)
-    load.add_measurement(servers[1], 2.0, 10, 10)
-    used, reservations = [], ExitStack()
-    for _ in range(30):
-        (hop,) = plan_route(
-            servers, BlockSpan(0, 12), model=MODEL, cost=lambda server, blocks: load.cost(server, 1, blocks)
-        )
-        reservations.enter_context(load.reserved([hop], 1))
-        used.append(hop.server.peer)
-    assert used.count("fast") == 20
+    servers = [server(f"{peer}{span[0]}", *span) for peer in "dbca" for span in [(0, 6), (6, 12)]]
+    assert planned(servers) == planned(servers[::-1]) == ["a0=0:6", "a6=6:12"]
 
 
 def test_all_gaps_are_named_with_the_commands_that_would_fill_them():
@@ -141,64 +136,112 @@ def test_an_empty_swarm_has_one_gap():
         planned([])
 
 
-def test_servers_of_another_model_are_not_used_and_named_where_there_are_no_others():
-    other = server("x", 0, 12, model="o" * 64)
-    assert planned([other, server("y", 0, 12)]) == ["y=0:12"]
-    with raises(SwarmMismatch, wanted=MODEL, found=(other.model,)):
-        planned([other])
+def test_an_error_names_no_more_servers_than_can_be_read():
+    with raises(UncoveredBlocks, missing=(BlockSpan(1, 12),)) as caught:
+        planned([server(f"peer {number}", 0, 1) for number in range(1000)])
+    assert "and 950 more" in str(caught.value)
 
 
-def test_servers_that_were_never_tried_are_told_apart_by_what_they_announce():
-    slow, fast = (
-        msgspec.structs.replace(server(peer, 0, 12), throughput=Throughput(step=step, batch=batch))
-        for peer, step, batch in [("a", 40.0, 1000.0), ("b", 20.0, 3000.0)]
-    )
-    load = Load()
-
-    def chosen(tokens: int) -> list[str]:
-        return planned([slow, fast], cost=lambda server, blocks: load.cost(server, tokens, blocks))
-
-    assert chosen(128) == ["b=0:12"]
-    assert chosen(1) == ["a=0:12"], "the one that is faster with a single token"
-    load.add_measurement(fast, 128 * 12 / 500, 128, 12)  # six times slower than it says
-    assert chosen(128) == ["a=0:12"]
+# Against planners that try everything
 
 
-def test_a_model_whose_weights_only_one_side_knows_is_the_same_and_other_weights_are_another():
-    known, other = (server(peer, 0, 12, model=f"{MODEL}.{peer * 64}") for peer in "vw")
-    assert planned([known]) == ["v=0:12"]
-    assert describe(plan_route([known, other], BlockSpan(0, 12), model=other.model)) == ["w=0:12"]
-    with raises(SwarmMismatch, wanted=other.model, found=(known.model,)):
-        plan_route([known], BlockSpan(0, 12), model=other.model)
+numbers = st.floats(0.0, 9.0)
+drawn_servers = st.lists(st.tuples(st.integers(0, 8), st.integers(1, 8), numbers, numbers), min_size=1, max_size=12)
 
 
-def every_chain(servers: Sequence[ServerRecord], start: int, stop: int) -> Iterator[list[tuple[str, int]]]:
-    if start == stop:
-        yield []
-    for each in servers:
-        for end in range(start + 1, stop + 1):
-            if each.blocks.covers(BlockSpan(start, end)):
-                yield from ([(each.peer, end - start), *rest] for rest in every_chain(servers, end, stop))
+def make(drawn: Sequence[tuple[int, int, float, float]]) -> tuple[list[ServerRecord], Cost]:
+    """Servers (start, length, seconds a block, seconds before), and what they cost."""
+    servers = [server(f"{number:02}", start, start + length) for number, (start, length, *_) in enumerate(drawn)]
+    prices = {f"{number:02}": price for number, (_, _, *price) in enumerate(drawn)}
+    return servers, lambda server, blocks: prices[server.peer][0] * blocks + prices[server.peer][1]
+
+
+def price_of(route: Sequence[Hop], cost: Cost) -> float:
+    return sum(cost(hop.server, len(hop.span) + HOP_COST_BLOCKS) for hop in route)
+
+
+def check_chain(route: Sequence[Hop], span: BlockSpan) -> None:
+    assert [block for hop in route for block in range(hop.span.start, hop.span.stop)] == [*range(span.start, span.stop)]
+    assert all(hop.server.blocks.covers(hop.span) for hop in route)
+
+
+@given(drawn_servers, st.tuples(st.integers(0, 6), st.integers(1, 8)), st.sets(st.integers(0, 11), max_size=4))
+def test_a_route_costs_what_the_cheapest_of_all_chains_costs(drawn, wanted, banned):
+    servers, cost = make(drawn)
+    banned = {f"{number:02}" for number in banned}
+    span = BlockSpan(wanted[0], wanted[0] + wanted[1])
+    usable = [server for server in servers if server.peer not in banned]
+    cheapest = plan_at_all_cuts(usable, span, cost)
+    if cheapest is None:
+        with pytest.raises(UncoveredBlocks):
+            route(servers, span.start, span.stop, banned=banned, cost=cost)
+        return
+    found = route(servers, span.start, span.stop, banned=banned, cost=cost)
+    check_chain(found, span)
+    assert not banned & {hop.server.peer for hop in found}
+    assert price_of(found, cost) == pytest.approx(price_of(cheapest, cost))
+    assert describe(found) == describe(route(servers[::-1], span.start, span.stop, banned=banned, cost=cost))
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 5), numbers, numbers), min_size=1, max_size=4))
+def test_no_chain_is_cheaper_wherever_it_changes_servers(drawn):
+    servers, cost = make(drawn)
+    prices = [price_of([Hop(*hop) for hop in chain], cost) for chain in every_chain(servers, 1, 4)]
+    if prices:
+        assert price_of(route(servers, 1, 4, cost=cost), cost) == pytest.approx(min(prices))
+
+
+def test_two_servers_that_go_well_together_are_chosen_where_that_saves_more_than_others_cost_less():
+    knows = msgspec.structs.replace(server("b", 0, 6), round_trips_s={"d": 0.01})
+    servers = [server("a", 0, 6), knows, server("c", 6, 12), server("d", 6, 12)]
+    price = {"a": 1.0, "b": 1.2, "c": 1.0, "d": 1.1}
+    near = {("b", "d"): 3.0}
+    options = {"cost": lambda server, blocks: price[server.peer] * blocks}
+    assert planned(servers, **options) == ["a=0:6", "c=6:12"]
+    assert planned(servers, **options, handing=handing_of(near)) == ["b=0:6", "d=6:12"]
+    assert planned(servers, **options, handing=handing_of(near), banned={"d"}) == ["a=0:6", "c=6:12"]
+
+
+def handing_of(saved: Mapping[tuple[str, str], float]) -> Callable[[ServerTable], Handing]:
+    """What pairs of peers save, at the blocks where the first one's end or the second one's begin."""
+
+    def make(table: ServerTable) -> Handing:
+        pairs = table.neighbours
+        names = [(table.servers[g].peer, table.servers[t].peer) for g, t in zip(pairs.giver, pairs.taker, strict=True)]
+        return table.handing(np.array([saved.get(each, 0.0) for each in names]))
+
+    return make
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 5), st.floats(0.1, 9)), min_size=1, max_size=4),
-    st.tuples(st.integers(0, 2), st.integers(1, 3)),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 4), numbers, numbers), min_size=2, max_size=4),
+    st.dictionaries(st.tuples(st.integers(0, 3), st.integers(0, 3)), st.floats(0.01, 1.0), max_size=8),
 )
-def test_no_chain_is_cheaper_than_the_one_planned(drawn, wanted):
-    servers = [server(str(number), start, start + length) for number, (start, length, _) in enumerate(drawn)]
-    speeds = {str(number): speed for number, (_, _, speed) in enumerate(drawn)}
-    span = BlockSpan(wanted[0], wanted[0] + wanted[1])
+@pytest.mark.parametrize("few", [0, 100])
+def test_no_chain_is_cheaper_where_pairs_of_servers_save(few, drawn, share):
+    servers, cost = make(drawn)
+    own = {server.peer: cost(server, HOP_COST_BLOCKS) for server in servers}
+    # As much as both cost before their first block at most: a server more is never cheaper than none.
+    saved = {
+        (f"{giver:02}", f"{taker:02}"): part * min(own.get(f"{giver:02}", 0), own.get(f"{taker:02}", 0))
+        for (giver, taker), part in share.items()
+        if giver != taker
+    }
+    known = [
+        msgspec.structs.replace(each, round_trips_s={taker: 1.0 for giver, taker in saved if giver == each.peer})
+        for each in servers
+    ]
 
-    def price(chain: Sequence[tuple[str, int]]) -> float:
-        return sum(speeds[peer] * (blocks + HOP_COST_BLOCKS) for peer, blocks in chain)
+    def price(chain: Sequence[Hop]) -> float:
+        total = price_of(chain, cost)
+        for giver, taker in pairwise(chain):
+            if taker.span.start in (giver.server.blocks.stop, taker.server.blocks.start):
+                total -= saved.get((giver.server.peer, taker.server.peer), 0.0)
+        return total
 
-    possible = list(every_chain(servers, span.start, span.stop))
-    try:
-        route = plan_route(servers, span, model=MODEL, cost=lambda server, blocks: speeds[server.peer] * blocks)
-    except UncoveredBlocks:
-        assert not possible
-        return
-    assert [block for hop in route for block in range(hop.span.start, hop.span.stop)] == [*range(span.start, span.stop)]
-    assert all(hop.server.blocks.covers(hop.span) for hop in route)
-    assert price([(hop.server.peer, len(hop.span)) for hop in route]) == pytest.approx(min(map(price, possible)))
+    chains = [[Hop(*hop) for hop in chain] for chain in every_chain(known, 0, 4)]
+    if chains:
+        with mock.patch.object(module, "FEW_PAIRS", few):
+            found = route(known, 0, 4, cost=cost, handing=handing_of(saved))
+        check_chain(found, BlockSpan(0, 4))
+        assert price(found) == pytest.approx(min(map(price, chains)))

@@ -22,6 +22,7 @@ RECORD = ServerRecord(
     dtype="bfloat16",
     throughput=Throughput(step=3.5, batch=900.0, network=2e4),
     revision="c0ffee",
+    round_trips_s={"12D3KooX": 0.012},
 )
 
 
@@ -61,6 +62,9 @@ def test_a_record_of_a_newer_version_is_read_without_what_is_new():
         {"throughput": {"batch": math.nan}},
         {"throughput": {"batch": math.inf}},
         {"throughput": {"network": -1.0}},
+        *({"round_trips_s": {"peer": seconds}} for seconds in (0.0, -1.0, math.nan, math.inf, 61.0)),
+        {"round_trips_s": {f"peer {number}": 0.1 for number in range(9)}},
+        {"round_trips_s": {"x" * 129: 0.1}},
     ],
     ids=str,
 )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import statistics
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import msgspec
 from hivemind.dht.routing import DHTID
 
 from petals_tune.net.dht.announcements import Announcement
-from petals_tune.net.dht.keys import MAX_DEPTH, Shard, index_keys, model_part, peer_path, roots
+from petals_tune.net.dht.keys import MAX_DEPTH, Shard, groups, index_keys, model_part, peer_path, roots
 from petals_tune.net.dht.node import Node
 from petals_tune.net.dht.tree import Look
 from petals_tune.net.directory import Snapshot
@@ -79,7 +81,22 @@ class Known:
         snapshot = Snapshot.of(
             record for record in ours if record.blocks.start < blocks.stop and blocks.start < record.blocks.stop
         )
-        return msgspec.structs.replace(snapshot, is_sample=any(look.levels for look in self.looks.values()))
+        return msgspec.structs.replace(snapshot, stands_for=self._stand_for(ours))
+
+    def _stand_for(self, records: Sequence[ServerRecord]) -> dict[str, float]:
+        """How many servers each of `records` stands for, where its groups are too large to be read whole."""
+        of_group = {record.peer: groups(record.blocks) for record in records if record.state != "offline"}
+        seen = Counter(group for some in of_group.values() for group in some)
+        factors = {
+            group: max(1.0, look.servers / seen[group])
+            for group, look in self.looks.items()
+            if look.levels > 0 and seen[group]
+        }
+        return {
+            peer: statistics.fmean(factors.get(group, 1.0) for group in some)
+            for peer, some in of_group.items()
+            if any(group in factors for group in some)
+        }
 
 
 class Reader:

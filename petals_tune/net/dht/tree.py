@@ -9,6 +9,7 @@ from petals_tune.net.dht.keys import MAX_DEPTH, SHARD_RECORDS, Shard
 
 FULL = SHARD_RECORDS * 3 // 4  # records from which a reader takes a shard for a full one, and looks below it too
 STEP = 2  # levels that a first look goes down at a time
+SMOOTHING = 0.2  # weight of the newest reading of the deepest level
 UP = 1 / 8  # share of the renewals with which a server tries the shard above its own
 
 
@@ -44,6 +45,7 @@ class Look:
     next_depth: int | None = 0  # of the first look; None: it is over
     read_s: float = float("-inf")
     records: int = 0  # that the last reading brought
+    deepest: float = 0.0  # records in a shard of the deepest level, smoothed
 
     def choose(self, chance: random.Random) -> Shard:
         """The shard to read next: in the first look the next one down, then one drawn by the records of its level."""
@@ -55,7 +57,7 @@ class Look:
     def found(self, shard: Shard, records: int, now_s: float) -> None:
         """Note that `shard` holds so many records."""
         self.read_s, self.records = now_s, records
-        is_full = records >= FULL
+        levels, is_full = self.levels, records >= FULL
         if self.next_depth is None:
             if is_full and shard.depth == self.levels < MAX_DEPTH:
                 self.levels += 1
@@ -65,8 +67,11 @@ class Look:
             self.levels, self.next_depth = shard.depth + 1, min(shard.depth + STEP, MAX_DEPTH)
         else:
             self.levels, self.next_depth = (shard.depth if records else max(shard.depth - 1, 0)), None
+        if shard.depth == self.levels:
+            is_new = levels != self.levels or self.levels == 0
+            self.deepest = records if is_new else self.deepest + SMOOTHING * (records - self.deepest)
 
     @property
-    def servers(self) -> int:
-        """About how many servers the group has."""
-        return self.records if self.levels == 0 else SHARD_RECORDS * (2 ** (self.levels + 1) - 1)
+    def servers(self) -> float:
+        """About how many servers the group has: the levels above the deepest one are full."""
+        return SHARD_RECORDS * (2**self.levels - 1) + 2**self.levels * self.deepest

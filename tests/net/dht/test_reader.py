@@ -153,6 +153,21 @@ async def test_a_reading_that_takes_too_long_ends(monkeypatch):
     assert 4 <= len(node.asked) <= 6
 
 
+async def test_of_a_sample_each_server_stands_for_those_that_are_not_seen():
+    """The root is full, and four shards below it hold 10 each: 32 + 2 x 32 + 4 x 10 servers."""
+    node = PlayedNode()
+    for depth, count in ((0, 32), (1, 32), (2, 10)):
+        for path in range(2**depth):
+            key = Shard(MODEL, 0, depth, path).key
+            node.shown[key] = [live(f"{number} {path} {depth}") for number in range(count)]
+    node.show(live("alone", start=8, stop=16))
+    snapshot = await reader_of(node).snapshot(MODEL, WHOLE)
+    assert snapshot.is_sample
+    assert len(snapshot.servers) == 32 + 10 + 1, "the root, one shard two levels below, and another group"
+    assert sum(snapshot.stands_for.values()) == pytest.approx(32 * 3 + 4 * 10)
+    assert key_of("alone").peer not in snapshot.stands_for
+
+
 async def test_a_server_that_stands_deep_is_found_with_few_looks():
     node = PlayedNode()
     node.show(*(live(str(number)) for number in range(20)))
