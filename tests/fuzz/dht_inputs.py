@@ -148,7 +148,9 @@ def announcement(chance: random.Random) -> bytes:
     encoded = msgpack.packb(fields)
     if chance.random() < 0.1:  # a field of the record that is unknown, and deep or malformed
         pairs = b"".join(msgpack.packb(name) + msgpack.packb(each) for name, each in fields.items())
-        encoded = b"\xde" + (len(fields) + 1).to_bytes(2) + pairs + b"\xa1z" + junk(chance)[:1400]
+        encoded = (
+            b"\xde" + (len(fields) + 1).to_bytes(2) + pairs + b"\xa1z" + chance.choice([deep, junk])(chance)[:1400]
+        )
     signed[2] = encoded
     return forged(chance, signed, by)
 

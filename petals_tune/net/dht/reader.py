@@ -153,8 +153,6 @@ class Reader:
         """As `Directory.find`: the shards on the way from the root to where `peer` may stand are read."""
         known = self._known.setdefault(model, Known(model))
         for start in range(0, MAX_DEPTH + 1, _DEPTHS_AT_ONCE):
-            if (found := known.announcements.get(peer)) is not None and found.ends_s > time.time():
-                return found.record if found.record.state == "online" else None
             depths = range(start, min(start + _DEPTHS_AT_ONCE, MAX_DEPTH + 1))
             shards = [
                 Shard(root.model, root.group, depth, peer_path(peer, depth))
@@ -165,9 +163,10 @@ class Reader:
             searches = await self._node.find(keys, enough=HOLDERS, timeout_s=READING_S)
             found_here = [each for search in searches.values() for each in search.found.values()]
             known.add(each for each in found_here if same_model(each.record.model, model))
-            if not found_here:
-                return None  # nobody stands deeper than this
-        return None
+            if not found_here or any(each.peer == peer for each in found_here):
+                break  # nobody stands deeper than this
+        found = known.announcements.get(peer)
+        return found.record if found is not None and found.record.state == "online" else None
 
     async def models(self) -> tuple[ServerRecord, ...]:
         """As `Directory.models`."""
