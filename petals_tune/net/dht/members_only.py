@@ -44,7 +44,10 @@ class MembersOnly(AuthorizerBase):
 
     async def sign_response(self, response: Any, request: Any) -> None:
         response.auth.nonce = request.auth.nonce
-        response.auth.service_access_token.signature = self._members.own_token()
+        try:
+            response.auth.service_access_token.signature = self._members.own_token()
+        except AccessDenied:  # ours has expired: unsigned, it is refused
+            return
         response.auth.signature = self._members.identity.sign("dht response", _serialized(response))
 
     async def validate_response(self, response: Any, request: Any) -> bool:

@@ -35,6 +35,7 @@ ANSWER_S = 3.0  # for one node's answer
 PATIENCE_S = 1.0  # for further answers about a key once a node had something: who is named may not exist
 BUCKET = 20  # nodes in each bucket of the routing table
 NEAREST_S = 120.0  # how long the nodes nearest to a key are remembered
+MAX_REMEMBERED = 2_000  # such keys
 _SILENT_S, _BACKOFF = 5.0, 2.0  # how long a node that did not answer is passed over, longer each time
 
 
@@ -182,8 +183,14 @@ class Node:
             nearest = [search.candidates[node] for node in search.nearest() if node in search.answered]
             was_cut_short = search.enough is not None and (search.is_satisfied or search.waiting)
             if nearest and not was_cut_short:
-                self._nearest[search.key] = time.monotonic(), nearest[:NEAREST]
+                self._remember(search.key, nearest[:NEAREST])
         return searches
+
+    def _remember(self, key: DHTID, nearest: list[PeerID]) -> None:
+        self._nearest.pop(key, None)
+        self._nearest[key] = time.monotonic(), nearest
+        while len(self._nearest) > MAX_REMEMBERED:
+            del self._nearest[next(iter(self._nearest))]
 
     def _known_near(self, key: DHTID) -> dict[DHTID, PeerID]:
         table = self.protocol.routing_table.get_nearest_neighbors(key, BUCKET, exclude=self.protocol.node_id)

@@ -21,7 +21,7 @@ from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import dht_pb2
 from hivemind.utils.auth import AuthRole, AuthRPCWrapper
 
-from petals_tune.errors import AccessDenied, ConnectionLost, ProtocolError
+from petals_tune.errors import AccessDenied, ConnectionLost, PetalsTuneError, ProtocolError
 from petals_tune.net.dht.announcements import MAX_ANNOUNCEMENT_BYTES, Announcement, Opener
 from petals_tune.net.dht.keys import INDEX_RECORDS, KEY_BYTES, Spot
 from petals_tune.net.dht.store import NO_NETWORK, AnnouncementStore
@@ -78,9 +78,14 @@ class AnnouncementProtocol(DHTProtocol):
             task.cancel()
 
     def _begin(self, work: Coroutine[Any, Any, Any], among: set[asyncio.Task[Any]]) -> None:
+        def end(done: asyncio.Task[Any]) -> None:
+            among.discard(done)
+            if not done.cancelled() and isinstance(error := done.exception(), PetalsTuneError):
+                logger.debug("%s", error)  # such as AccessDenied, where our own token has expired
+
         task = asyncio.create_task(work)
         among.add(task)  # asyncio keeps no strong reference
-        task.add_done_callback(among.discard)
+        task.add_done_callback(end)
 
     # Requests
 
