@@ -34,6 +34,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import peft
 import torch
@@ -155,15 +156,18 @@ def process(entry: Any, *args: Any) -> Iterator[Connection]:
         child.kill()
 
 
-def compare(client: Client, control: Connection, rounds: int) -> tuple[float, float]:
-    """Steps a second of `client` in those of the undisturbed one: median of the rounds, and of all steps together."""
+def compare(client: Client, control: Connection, rounds: int) -> tuple[float, float, float]:
+    """Steps a second of `client` in those of the undisturbed one: median of the rounds, and of all steps together.
+
+    Last, the median seconds of a step of `client`.
+    """
     own_s, control_s = [], []
     for _ in range(rounds):
         own_s.append(client.steps(STEPS))
         control.send(STEPS)
         control_s.append(control.recv())
     ratios = [theirs / ours for ours, theirs in zip(own_s, control_s, strict=True)]
-    return statistics.median(ratios), sum(control_s) / sum(own_s)
+    return statistics.median(ratios), sum(control_s) / sum(own_s), statistics.median(own_s) / STEPS
 
 
 async def new_reader(swarm: Swarm, stack: ExitStack) -> DhtDirectory:
@@ -207,10 +211,10 @@ def level(
             joined_s.append(time.perf_counter() - began_s)
             read([loop.run(new_reader(swarm, stack))])
         read([*old, *swarm.directories])
-    ratio, of_all = compare(swarm.client, control, rounds)
+    ratio, of_all, step_s = compare(swarm.client, control, rounds)
     read([*old, *swarm.directories])
-    blinded = readings.count(False)
-    return {"ratio": ratio, "of_all": of_all, "join_s": max(joined_s), "blinded": blinded, "readings": len(readings)}
+    joined = {"join_s": max(joined_s), "blinded": readings.count(False), "readings": len(readings)}
+    return {"ratio": ratio, "of_all": of_all, "step_s": step_s, **joined}
 
 
 def main() -> None:
@@ -226,7 +230,7 @@ def main() -> None:
         swarm = Swarm(folder, 20, stack)
         control.recv()
         old = [loop.run(new_reader(swarm, stack)) for _ in range(OLD_READERS)]
-        columns = ("ratio", "of_all", "join_s", "blinded", "readings")
+        columns = ("ratio", "of_all", "step_s", "join_s", "blinded", "readings")
         print("| invented | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
 
         def show(name: object, found: dict[str, float | int]) -> dict[str, float | int]:

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -141,7 +141,8 @@ async def _store(self: Any, request: Any, context: Any) -> dht_pb2.StoreResponse
 
 
 async def _never_answer(connection: Any) -> None:
-    await asyncio.Event().wait()
+    with suppress(asyncio.CancelledError):  # hivemind cancels it when this process ends, and complains
+        await asyncio.Event().wait()
 
 
 async def _say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
