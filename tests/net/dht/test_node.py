@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -137,11 +138,22 @@ async def test_a_node_that_is_silent_is_passed_over_though_nobody_waited_for_it(
     await nodes[6].node.store(signed("6"), {Spot(0, 7): where}, timeout_s=10)
     strangers = (PeerID.from_base58(key_of(f"nobody {number}").peer) for number in range(200))
     stranger = min(strangers, key=lambda peer: where.xor_distance(node_id_of(peer)))
-    reader = nodes[7].node
+    reader, is_over = nodes[7].node, asyncio.Event()
+    call_find = reader.protocol.call_find
+
+    async def held_find(peer: PeerID, *args: Any, **given: Any) -> Any:
+        if peer != stranger:
+            return await call_find(peer, *args, **given)
+        await is_over.wait()
+        return None
+
+    monkeypatch.setattr(reader.protocol, "call_find", held_find)
     reader._nearest[where] = time.monotonic(), [stranger]
     search = (await reader.find([where], enough=2, timeout_s=10))[where]
     assert search.found.keys() == {key_of("6").peer}
     assert node_id_of(stranger) in search.waiting
+    assert stranger not in reader._silent
+    is_over.set()
     async with asyncio.timeout(30):
         while stranger not in reader._silent:
             await asyncio.sleep(0.05)
