@@ -161,7 +161,8 @@ class SwarmMismatch(SwarmError):
 class AccessDenied(SwarmError):
     """A private swarm does not let this peer in: no token, or one that is expired, revoked, or another's."""
 
-    reason: str = ""  # "missing", "malformed", "signature", "peer", "expired", "revoked", "hosts"
+    reason: str = ""  # "missing", "malformed", "signature", "peer", "expired", "revoked", "hosts"; "list": the names
+    # of those who were revoked cannot be read, and nobody is let in
     member: str = ""  # the name in the token
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from petals_tune.cli import report_errors
 from petals_tune.errors import ConfigError
 from petals_tune.files import write_text
-from petals_tune.net.members import load_identity, parse_revoked, path_of_rank, read_text
+from petals_tune.net.member_files import is_name, parse_revoked, read_text
+from petals_tune.net.members import load_identity, path_of_rank
 from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.tokens import issue, key_from, public_text, secret_text, token_text
 
@@ -110,11 +111,16 @@ def issue_token(given: argparse.Namespace) -> None:
 
 def revoke(given: argparse.Namespace) -> None:
     _secret_key(given.key)  # for a misspelt --key there would be a list that nobody reads
+    if not is_name(given.name):
+        raise ConfigError(f"--name {given.name!r} can be no member's name", key="--name", seen=given.name)
     path, names = _revoked_path(given.key), _revoked(given.key)
     if given.name not in names:
-        before = path.read_text(encoding="utf-8") if names else ""
-        _write(path, f"{before}{given.name}")
-    print(f"{path}: {given.name} is out as soon as this file lies beside the key of every server of the swarm")
+        before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        _write(path, "\n".join([*before, given.name]))
+    print(
+        f"{path}: {given.name} is out as soon as this file lies beside the key of every server of the swarm; clients "
+        "drop streams to a host of this name where it lies beside their token, as NAME.revoked"
+    )
 
 
 def identity(given: argparse.Namespace) -> None:
@@ -140,7 +146,12 @@ def _revoked_path(key: Path) -> Path:
 
 def _revoked(key: Path) -> list[str]:
     path = _revoked_path(key)
-    return parse_revoked(path.read_text(encoding="utf-8")) if path.exists() else []
+    try:
+        return parse_revoked(path.read_bytes(), path)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", key="--key", seen=str(path)) from None
 
 
 if __name__ == "__main__":

@@ -124,7 +124,8 @@ TEXTS: dict[str, tuple[Callable[[], object], type[PetalsTuneError], str]] = {
     "a token that has expired": (
         token("alice", expires_s=1),
         AccessDenied,
-        "the token of alice has expired: ask the swarm's owner for a new one",
+        "the token of alice has expired: ask the swarm's owner for a new one,  "
+        f"python -m servers.keys issue --name alice --peer {ALICE.peer}",
     ),
     "somebody else's token": (
         token("bob", peer=HOST.peer),

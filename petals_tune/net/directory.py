@@ -40,7 +40,10 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 class Directory(Protocol):
-    """The records of one network of servers, of whatever models."""
+    """The records of one network of servers, of whatever models.
+
+    In a private one, all methods raise AccessDenied once our own token has expired.
+    """
 
     async def announce(self, record: ServerRecord, *, lasts_s: float) -> None:
         """Publish the record of this server for the next `lasts_s` seconds, in place of an earlier one."""

@@ -6,27 +6,17 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from petals_tune.errors import AccessDenied, ConfigError
 from petals_tune.files import write_bytes
+from petals_tune.net.member_files import UNREADABLE_S, RevokedNames, TokenFile, read_file, refuse_keys
 from petals_tune.wire.signing import SigningKey, identity_bytes, identity_from
-from petals_tune.wire.tokens import (
-    Token,
-    check,
-    issue,
-    key_from,
-    looks_like_a_key,
-    token_from,
-    verify,
-)
+from petals_tune.wire.tokens import Token, check, issue, key_from, verify
 
-REVOKED_READ_S = 1.0  # how often the list of revoked names is checked for changes
 OWN_TOKEN_S = 24 * 3600  # of a server that has the swarm's secret key and issues its token itself
 OWN_NAME = "holder-of-the-key"
 
-
-T = TypeVar("T")
+Clock = Callable[[], float]  # seconds since 1970
 
 
 class Members:
@@ -39,17 +29,29 @@ class Members:
         own_token: Callable[[float], Token],
         *,
         revoked: RevokedNames | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Clock = time.time,
     ):
+        """`own_token` returns the token of this peer at a time, in seconds since 1970."""
         self.identity = identity
         self._swarm, self._own_token, self._revoked, self._clock = swarm, own_token, revoked, clock
 
     @classmethod
-    def with_token(cls, token_path: str | Path, identity: SigningKey) -> Members:
-        """A member that checks others by its own token. Raises AccessDenied where that is no (longer) good one."""
-        token = _read(token_path, "swarm.token", token_from)
-        check(token, peer=identity.peer, now_s=time.time())
-        return cls(token.swarm, identity, lambda _: token)
+    def with_token(
+        cls,
+        token_path: str | Path,
+        identity: SigningKey,
+        *,
+        revoked_path: Path | None = None,
+        clock: Clock = time.time,
+    ) -> Members:
+        """A member that checks others by its own token, which is read again when its file changes.
+
+        Names in `revoked_path`, or in the file NAME.revoked beside NAME.token, are not let in. Raises ConfigError;
+        AccessDenied where the token is no good one (any longer).
+        """
+        own = TokenFile(token_path, peer=identity.peer, now_s=clock())
+        revoked = RevokedNames(revoked_path or Path(token_path).with_suffix(".revoked"), clock())
+        return cls(own.swarm, identity, own.current, revoked=revoked, clock=clock)
 
     @classmethod
     def of_client(cls, token_path: str | Path, identity_path: str | Path | None) -> Members:
@@ -57,18 +59,20 @@ class Members:
         refuse_keys(token_path, key="swarm.token")
         own = path_of_this_rank(Path(token_path))
         identity = identity_beside(own, None if identity_path is None else path_of_this_rank(Path(identity_path)))
-        return cls.with_token(own, identity)
+        return cls.with_token(own, identity, revoked_path=Path(token_path).with_suffix(".revoked"))
 
     @classmethod
-    def with_key(cls, key_path: str | Path, token_path: str | Path | None, identity: SigningKey) -> Members:
+    def with_key(
+        cls, key_path: str | Path, token_path: str | Path | None, identity: SigningKey, *, clock: Clock = time.time
+    ) -> Members:
         """A server's view. With the secret key it issues its own token; with the public one it brings one.
 
         Names in the file beside the key, NAME.revoked, are not let in. Raises ConfigError, AccessDenied.
         """
-        key = _read(key_path, "swarm.key", key_from)
-        revoked = RevokedNames(Path(key_path).with_suffix(".revoked"))
+        key = read_file(key_path, "swarm.key", key_from)
+        revoked = RevokedNames(Path(key_path).with_suffix(".revoked"), clock())
         if isinstance(key, SigningKey):
-            return cls(key.public, identity, _self_issued(key, identity.peer), revoked=revoked)
+            return cls(key.public, identity, _self_issued(key, identity.peer, clock()), revoked=revoked, clock=clock)
         if token_path is None:
             raise ConfigError(
                 f"swarm.key={key_path} is the public key, which cannot sign tokens: this server needs a token of its "
@@ -76,12 +80,15 @@ class Members:
                 f"python -m servers.keys issue --name NAME --hosts --peer {identity.peer}",
                 key="swarm.token",
             )
-        token = verify(_read(token_path, "swarm.token", token_from).encoded, swarm=key)
-        check(token, peer=identity.peer, now_s=time.time(), hosts=True)
-        return cls(key, identity, lambda _: token, revoked=revoked)
+        own = TokenFile(token_path, peer=identity.peer, swarm=key, hosts=True, now_s=clock())
+        return cls(key, identity, own.current, revoked=revoked, clock=clock)
 
     def own_token(self) -> bytes:
-        return self._own_token(self._clock()).encoded
+        """The token to present now. Raises AccessDenied where it has expired: others refuse it, some without a word."""
+        now_s = self._clock()
+        token = self._own_token(now_s)
+        check(token, peer=token.peer, now_s=now_s)
+        return token.encoded
 
     def admit(self, token: bytes | None, peer: str | None = None, *, hosts: bool = False) -> Token:
         """Verify a token and return it. Raises AccessDenied.
@@ -93,55 +100,30 @@ class Members:
                 "this swarm is private: ask its owner for a token, and give swarm.token=FILE", reason="missing"
             )
         found = verify(token, swarm=self._swarm)
-        peer = found.peer if peer is None else peer
-        check(found, peer=peer, now_s=self._clock(), revoked=self._names(), hosts=hosts)
+        peer, now_s = found.peer if peer is None else peer, self._clock()
+        check(found, peer=peer, now_s=now_s, revoked=self._names(now_s), hosts=hosts)
         return found
 
     def check_still_in(self, token: Token) -> None:
-        """Raises AccessDenied where a token that was good has expired, or its name was revoked meanwhile."""
-        if self._clock() >= token.expires_s or token.name in self._names():
-            check(token, peer=token.peer, now_s=self._clock(), revoked=self._names())
+        """Raises AccessDenied where a token that was admitted has expired, or its name was revoked meanwhile.
 
-    def _names(self) -> frozenset[str]:
-        return frozenset() if self._revoked is None else self._revoked.names()
+        A list of revoked names that cannot be read ends what goes on already only after `UNREADABLE_S`: it may be
+        copied just now.
+        """
+        now_s = self._clock()
+        check(token, peer=token.peer, now_s=now_s, revoked=self._names(now_s, grace_s=UNREADABLE_S))
 
-
-class RevokedNames:
-    """A file with one name a line, read again when it has changed. No file: nobody is revoked."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._looked_s = -REVOKED_READ_S
-        self._seen: tuple[int, int] | None = None
-        self._names: frozenset[str] = frozenset()
-
-    def names(self) -> frozenset[str]:
-        now_s = time.monotonic()
-        if now_s - self._looked_s >= REVOKED_READ_S:
-            self._looked_s = now_s
-            try:
-                stat = self._path.stat()
-            except FileNotFoundError:
-                self._seen, self._names = None, frozenset()
-                return self._names
-            if (stat.st_mtime_ns, stat.st_ino) != self._seen:
-                self._seen = stat.st_mtime_ns, stat.st_ino
-                self._names = frozenset(parse_revoked(self._path.read_text(encoding="utf-8")))
-        return self._names
+    def _names(self, now_s: float, *, grace_s: float = 0.0) -> frozenset[str]:
+        return frozenset() if self._revoked is None else self._revoked.names(now_s, grace_s=grace_s)
 
 
-def parse_revoked(text: str) -> list[str]:
-    """Names, one a line; what follows a # is a comment."""
-    return [name for line in text.splitlines() if (name := line.partition("#")[0].strip())]
-
-
-def _self_issued(key: SigningKey, peer: str) -> Callable[[float], Token]:
+def _self_issued(key: SigningKey, peer: str, now_s: float) -> Callable[[float], Token]:
     """A token that is renewed before it expires."""
 
     def new(now_s: float) -> Token:
         return issue(key, name=OWN_NAME, peer=peer, hosts=True, expires_s=int(now_s) + OWN_TOKEN_S)
 
-    current = new(time.time())
+    current = new(now_s)
 
     def own(now_s: float) -> Token:
         nonlocal current
@@ -210,32 +192,3 @@ def path_of_this_rank(path: Path) -> Path:
             seen=str(own),
         )
     return own
-
-
-def read_text(path: str | Path, *, key: str) -> str:
-    """The text of a small file. Raises ConfigError naming `key`."""
-    refuse_keys(path, key=key)
-    try:
-        return Path(path).read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise ConfigError(f"{key}={path} cannot be read: {why}", key=key, seen=str(path)) from None
-
-
-def _read(path: str | Path, key: str, parse: Callable[[str], T]) -> T:
-    """What a small file holds. Raises ConfigError naming `key` and the file."""
-    text = read_text(path, key=key)
-    try:
-        return parse(text)
-    except ConfigError as error:
-        raise ConfigError(f"{key}={path}: {error}", key=key, seen=str(path)) from None
-
-
-def refuse_keys(path: str | Path | None, *, key: str) -> None:
-    """Raises ConfigError where a key itself stands in place of the name of its file; it is not repeated."""
-    if looks_like_a_key(str(path)):
-        raise ConfigError(
-            f"{key} is a key itself, not the name of its file. Others on this machine can read a command "
-            "line: write it to a file, and make a new key if it was secret",
-            key=key,
-        )

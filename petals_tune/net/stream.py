@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from petals_tune.errors import (
     AccessDenied,
     ConnectionLost,
+    PetalsTuneError,
     ProtocolError,
     ServerError,
     ServerTimeout,
@@ -37,12 +38,16 @@ from petals_tune.wire.messages import (
 )
 from petals_tune.wire.records import PROTOCOL
 from petals_tune.wire.span import BlockSpan
+from petals_tune.wire.tokens import Token
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 SILENCE_S = 6.0  # a server whose event loop sends nothing for so long is stopped or gone
 MAX_MESSAGE_BYTES = 2**31
+CHECK_S = 1.0  # between two checks whether the server is still a member of a private swarm
+TOKENS_S = 30.0  # between two exchanges of tokens on an open stream of a private swarm
+HELLO_S = 10.0  # for the answer to ours
 OVERHEAD_BYTES = 2**16  # of a message beside its tensors
 
 T = TypeVar("T")
@@ -96,7 +101,7 @@ class MessageWriter:
 class ServerStream(MessageWriter):
     """The client's end of a connection to one server; replies are matched with their requests by id.
 
-    Every pending request fails at once when the connection ends or the server falls silent.
+    Every pending request fails at once when the connection ends, the server falls silent, or is no member any more.
     """
 
     def __init__(self, connection: Connection, stats: SwarmStats):
@@ -145,16 +150,44 @@ class ServerStream(MessageWriter):
         return stream
 
     async def _greet(self, model: str | None, members: Members | None, timeout_s: float) -> None:
-        hello = Hello(model=model, token=None if members is None else members.own_token())
         asked_s = time.monotonic()
-        welcome = await self.call(hello, timeout_s=timeout_s)
+        token = None if members is None else members.own_token()
+        self.welcome = await self._say_hello(Hello(model=model, token=token), timeout_s)
         self.round_trip_s = time.monotonic() - asked_s
+        if members is not None and token is not None:
+            host = _check_host(members, self.welcome.token, self.peer)
+            self._tasks.append(asyncio.create_task(self._watch_tokens(model, members, token, host)))
+        self._window = asyncio.Semaphore(self.welcome.max_in_flight)
+
+    async def _say_hello(self, hello: Hello, timeout_s: float) -> Welcome:
+        welcome = await self._call(hello, timeout_s)
         if not isinstance(welcome, Welcome):
             raise ServerError(f"server {self.peer} answered Hello with {type(welcome).__name__}", peer=self.peer)
-        if members is not None:
-            _check_host(members, welcome.token, self.peer)
-        self.welcome = welcome
-        self._window = asyncio.Semaphore(welcome.max_in_flight)
+        return welcome
+
+    async def _watch_tokens(self, model: str | None, members: Members, shown: bytes, host: Token) -> None:
+        """End the stream once the server's token, `host`, has expired or its name is revoked.
+
+        Tokens may be renewed while the stream is open: both sides show theirs again every `TOKENS_S`, and at once where
+        ours, `shown`, was replaced.
+        """
+        exchanged_s = time.monotonic()
+        while self._failure is None:
+            await asyncio.sleep(CHECK_S)
+            try:
+                own = members.own_token()
+                if own != shown or time.monotonic() - exchanged_s >= TOKENS_S:
+                    shown, exchanged_s = own, time.monotonic()
+                    welcome = await self._say_hello(Hello(model=model, token=own), HELLO_S)
+                    host = _check_host(members, welcome.token, self.peer)
+            except UntrustedServer as error:
+                self._fail(error)
+            except PetalsTuneError as error:  # ours has expired, and the server ends the stream; or it did not answer
+                logger.debug("no tokens exchanged with server %s: %s", self.peer, error)
+            try:
+                members.check_still_in(host)
+            except AccessDenied as error:
+                self._fail(_untrusted(self.peer, error))
 
     @property
     def max_tensor_bytes(self) -> int:
@@ -214,7 +247,7 @@ class ServerStream(MessageWriter):
         try:
             sent_bytes = await self.write(message_id, message)
         except ConnectionLost as error:
-            self._fail(f"the stream to server {self.peer} broke: {error}")
+            self._lost(f"the stream to server {self.peer} broke: {error}")
         else:
             self._stats.sent_bytes += sent_bytes
         if self._failure is not None:
@@ -239,9 +272,9 @@ class ServerStream(MessageWriter):
                 elif (giving_back := _give_back(reply)) is not None:
                     self._keep(asyncio.create_task(self.notify(giving_back)))
         except ProtocolError as error:
-            self._fail(f"server {self.peer} breaks the protocol: {error}")
+            self._lost(f"server {self.peer} breaks the protocol: {error}")
         except ConnectionLost as error:
-            self._fail(f"server {self.peer} closed the stream: {error}")
+            self._lost(f"server {self.peer} closed the stream: {error}")
 
     async def _watch(self) -> None:
         """Notice a server that is stopped or unplugged: the event loop of a living one answers while it computes."""
@@ -254,14 +287,17 @@ class ServerStream(MessageWriter):
             if self.blocked_since_s is not None:  # it takes nothing, not even a Ping
                 silence_s = min(silence_s, now_s - self.blocked_since_s)
             if silence_s > SILENCE_S:
-                self._fail(f"server {self.peer} fell silent for {silence_s:.0f} s")
+                self._lost(f"server {self.peer} fell silent for {silence_s:.0f} s")
             elif self.blocked_since_s is None:
                 await self.notify(Ping())
 
-    def _fail(self, why: str, *, flush: bool = False) -> None:
-        """Fail all requests; with `flush`, what was written before is still sent."""
+    def _lost(self, why: str) -> None:
+        self._fail(ServerUnreachable(why, peer=self.peer))
+
+    def _fail(self, error: ServerError, *, flush: bool = False) -> None:
+        """Fail all requests with `error`; with `flush`, what was written before is still sent."""
         if self._failure is None:
-            self._failure = ServerUnreachable(why, peer=self.peer)
+            self._failure = error
             for pending in self._pending.values():
                 if not pending.done():
                     pending.set_exception(self._failure)
@@ -272,7 +308,7 @@ class ServerStream(MessageWriter):
 
     async def close(self) -> None:
         """End the stream; pending requests fail."""
-        self._fail(f"the stream to server {self.peer} was closed", flush=True)
+        self._fail(ServerUnreachable(f"the stream to server {self.peer} was closed", peer=self.peer), flush=True)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -287,9 +323,15 @@ def _give_back(reply: Message) -> Message | None:
     return Release(leases=[reply.lease]) if isinstance(reply, Forwarded) and reply.lease is not None else None
 
 
-def _check_host(members: Members, token: bytes | None, peer: str) -> None:
-    """Raises UntrustedServer for a server of our private swarm that has no token for hosting in it."""
+def _check_host(members: Members, token: bytes | None, peer: str) -> Token:
+    """The token of a server of our private swarm. Raises UntrustedServer where it is none for hosting in it."""
     try:
-        members.admit(token, peer, hosts=True)
+        return members.admit(token, peer, hosts=True)
     except AccessDenied as error:
-        raise UntrustedServer(f"server {peer} is not one of this private swarm: {error}", peer=peer) from None
+        if error.reason == "list":  # of ours: no server is at fault
+            raise
+        raise _untrusted(peer, error) from None
+
+
+def _untrusted(peer: str, error: AccessDenied) -> UntrustedServer:
+    return UntrustedServer(f"server {peer} is not one of this private swarm: {error}", peer=peer)

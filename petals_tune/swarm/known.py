@@ -72,6 +72,8 @@ class KnownServers:
         """Begin to read it again, which takes seconds where its nodes just died; nobody has to wait for it."""
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.create_task(self._refresh(thorough))
+            # asyncio would complain of an error that nobody waited for.
+            self._refreshing.add_done_callback(lambda done: done.cancelled() or done.exception())
         return self._refreshing
 
     async def models(self) -> tuple[ServerRecord, ...]:

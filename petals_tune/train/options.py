@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from petals_tune.blocks.quantization import SchemeName
 from petals_tune.errors import ConfigError
-from petals_tune.net.members import refuse_keys
+from petals_tune.net.member_files import refuse_keys
 from petals_tune.swarm.local import local_swarm
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.round_trips import HandOverRule

@@ -112,7 +112,7 @@ def check(token: Token, *, peer: str, now_s: float, revoked: Collection[str] = (
         reason = "peer"
         text = f"was issued to peer {token.peer}, and this is {peer}: use the identity file that it was issued for"
     elif now_s >= token.expires_s:
-        reason, text = "expired", "has expired: ask the swarm's owner for a new one"
+        reason, text = "expired", f"has expired: ask the swarm's owner for a new one,  {issue_command(token)}"
     elif token.name in revoked:
         reason, text = "revoked", "was revoked by the swarm's owner"
     elif hosts and not token.hosts:
@@ -120,6 +120,11 @@ def check(token: Token, *, peer: str, now_s: float, revoked: Collection[str] = (
     else:
         return
     raise AccessDenied(f"the token of {token.name} {text}", reason=reason, member=token.name)
+
+
+def issue_command(token: Token) -> str:
+    """The command by which the swarm's owner issues a token like this one anew."""
+    return f"python -m servers.keys issue --name {token.name} {'--hosts ' if token.hosts else ''}--peer {token.peer}"
 
 
 def secret_text(key: SigningKey) -> str:

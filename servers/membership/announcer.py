@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 
-from petals_tune.errors import ConnectionLost
+from petals_tune.errors import AccessDenied, ConnectionLost
 from petals_tune.net.directory import Directory
 from petals_tune.wire.records import ServerRecord
 
@@ -26,14 +27,15 @@ class Announcer:
     async def announce(self, record: ServerRecord) -> None:
         """Announce `record` in place of what was announced before."""
         self.record = record
-        await self.directory.announce(record, lasts_s=self._lasts_s)
+        await self._publish(record)
         if self._renewal is None:
             self._renewal = asyncio.create_task(self._renew())
 
     async def withdraw(self) -> None:
         if self.record is not None:
             record, self.record = self.record, None
-            await self.directory.withdraw(record)
+            with suppress(AccessDenied):  # then nobody keeps an announcement of it
+                await self.directory.withdraw(record)
         if self._renewal is not None:
             self._renewal.cancel()
 
@@ -43,6 +45,13 @@ class Announcer:
             if self.record is not None:
                 self.record = self.refresh(self.record)
                 try:
-                    await self.directory.announce(self.record, lasts_s=self._lasts_s)
+                    await self._publish(self.record)
                 except ConnectionLost as error:
                     logger.warning("this server's announcement was not renewed, and will be tried again: %s", error)
+
+    async def _publish(self, record: ServerRecord) -> None:
+        """Announce `record`; where this server's token has expired, say so, until a new one is in its file."""
+        try:
+            await self.directory.announce(record, lasts_s=self._lasts_s)
+        except AccessDenied as error:
+            logger.warning("this server is not announced, so that nobody finds it; it will be tried again: %s", error)

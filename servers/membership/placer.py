@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 
+from petals_tune.errors import AccessDenied
 from petals_tune.net.directory import Directory
 from petals_tune.wire.records import ServerState
 from petals_tune.wire.span import BlockSpan
@@ -39,10 +40,16 @@ class Placer:
         """Return the blocks to host, announced: `here`, those hosted now, or better ones.
 
         Checks again a random moment after announcing, so that servers that chose the same at the same time part.
+        Raises AccessDenied where this server, which hosts nothing yet, is not let into its private swarm.
         """
         announced = here
         for _ in range(ROUNDS):
-            target = await self._choose(here, announced)
+            try:
+                target = await self._choose(here, announced)
+            except AccessDenied:  # our token has expired (the announcer says so): we see nobody, and stay
+                if here is None:
+                    raise
+                target = here
             if target == announced:
                 break
             announced = target

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ MAX_EARLY = 1024  # such tensors
 MAX_SPENT = 4096  # tickets that are remembered as used or withdrawn
 HAND_ON_S = 5.0  # timeout for opening a stream to the next server and for writing to it; then the client sends instead
 SHUT_S = 30.0  # a server that could not be reached is not tried again for so long
-LOOK_AGAIN_S = 0.5  # between two looks into the directory: clients name whom they like
+LOOKS, LOOKS_S = 8, 5.0  # looks into the directory in so many seconds: clients name whom they like
 KNOWN_S = 60.0  # how long a record is used without another look
 
 
@@ -139,7 +140,7 @@ class Neighbours:
         self._peer, self._model, self.blocks = peer, model, blocks
         self._pool = StreamPool(peer, model=model, timeout_s=HAND_ON_S)
         self._records: dict[str, tuple[ServerRecord, float]] = {}  # by peer, with the time of the look
-        self._looked_s = -math.inf
+        self._looks_s: deque[float] = deque(maxlen=LOOKS)
         self._one_looks = asyncio.Lock()
         self._shut_until_s: dict[str, float] = {}
 
@@ -179,11 +180,12 @@ class Neighbours:
         if (record := self._known(peer)) is not None:
             return record
         async with self._one_looks:
-            if self._known(peer) is None and time.monotonic() - self._looked_s > LOOK_AGAIN_S:
+            now_s = time.monotonic()
+            if self._known(peer) is None and (len(self._looks_s) < LOOKS or now_s - self._looks_s[0] > LOOKS_S):
+                self._looks_s.append(now_s)
                 found = await self._peer.directory.find(peer, self._model, self.blocks)
-                self._looked_s = time.monotonic()
                 if found is not None:
-                    self._records[peer] = found, self._looked_s
+                    self._records[peer] = found, time.monotonic()
         return self._known(peer)
 
     def _known(self, peer: str) -> ServerRecord | None:

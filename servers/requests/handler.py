@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.memory import give_back_freed_memory, is_out_of_memory
 from petals_tune.errors import (
+    AccessDenied,
     ConnectionLost,
     NotHandedOn,
     PetalsTuneError,
@@ -33,6 +33,7 @@ from petals_tune.wire.messages import (
     Delivery,
     Forwarded,
     Gradients,
+    Hello,
     Message,
     Ping,
     Pong,
@@ -101,15 +102,15 @@ class Handler:
         assert reader_task is not None
         self._readers.add(reader_task)
         try:
-            await self._greet(stream)
+            hello = await stream.hello()  # before it is checked, nothing else of a stranger is read
+            await self._greet(stream, stream.message_id, hello)
             while True:
                 await self._receive(stream, *await stream.next_message())
         except ConnectionLost:
             pass
         except PetalsTuneError as error:
             logger.info("a stream of client %s closed: %s", client, error)
-            with suppress(ConnectionLost):
-                await stream.write(stream.message_id, Refusal.of(error))
+            await stream.refuse(error)
         finally:
             self._readers.discard(reader_task)
             self._streams.leave(stream)
@@ -138,12 +139,20 @@ class Handler:
             if self._readers:
                 await asyncio.wait(set(self._readers), timeout=CLOSING_S)
 
-    async def _greet(self, stream: ClientStream) -> None:
-        """Answer the Hello with a Welcome. Raises AccessDenied before anything else of a stranger is read."""
-        hello = await stream.hello()
+    async def _greet(self, stream: ClientStream, message_id: int, hello: Hello) -> None:
+        """Answer a Hello with a Welcome.
+
+        Members of a private swarm show their token in the first message, and again while the stream is open: it may
+        have been renewed. Raises AccessDenied; ServerError where this server's own token has expired.
+        """
+        own_token = None
         if (members := self._members) is not None:
             token = members.admit(hello.token, stream.client)
             stream.check_still_in = lambda: members.check_still_in(token)
+            try:
+                own_token = members.own_token()
+            except AccessDenied as error:
+                raise ServerError(f"this server is no member of the swarm any more: {error}") from None
         if self.draining:
             raise ServerBusy("this server is leaving the swarm", leaving=True)
         if hello.model is not None and not same_model(hello.model, self.record.model):
@@ -153,9 +162,9 @@ class Handler:
             record=self.record,
             max_in_flight=self._limits.max_in_flight,
             max_message_bytes=self._limits.max_message_bytes,
-            token=None if members is None else members.own_token(),
+            token=own_token,
         )
-        await stream.write(stream.message_id, welcome)
+        await stream.write(message_id, welcome)
 
     async def _receive(self, stream: ClientStream, message_id: int, body: bytes | Dropped) -> None:
         """Answer a message, or start a task that does. A bad message is refused, and the stream goes on."""
@@ -170,6 +179,8 @@ class Handler:
             match message:
                 case Ping():
                     await stream.write(message_id, Pong())
+                case Hello() if self._members is not None:
+                    await self._greet(stream, message_id, message)
                 case Withdrawn():
                     self._inbox.withdraw(message.tickets)
                 case Release():

@@ -6,14 +6,15 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
-from petals_tune.errors import ProtocolError
+from petals_tune.errors import AccessDenied, ConnectionLost, PetalsTuneError, ProtocolError, ServerError
 from petals_tune.net.stream import MessageWriter
 from petals_tune.net.transport import Connection
 from petals_tune.wire import frames
 from petals_tune.wire.codec import MAX_HELLO_BYTES, decode_hello
 from petals_tune.wire.frames import Assembler, Dropped
-from petals_tune.wire.messages import Hello
+from petals_tune.wire.messages import Hello, Refusal
 from servers.requests.admission import Admission, ClientQuota
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 GREETING_S = 10.0  # a stream without a Hello for so long is closed
 STALL_S = 60.0  # a stream is closed where a message, of either direction, makes no progress for so long
 IDLE_S = 60.0  # a stream that is idle for longer is closed to make room for a new one
+EXPELLED_S = 5.0  # a client that is no member any more has so long to read why its stream ends
 _WATCH_S = 1.0
 
 
@@ -42,6 +44,7 @@ class ClientStream(MessageWriter):
         )
         self._heard_s = time.monotonic()
         self._greeted = self._inside_frame = False
+        self._expelled_s: float | None = None
 
     async def hello(self) -> Hello:
         """Read the first message. Raises ProtocolError where it is anything but a small Hello."""
@@ -98,6 +101,23 @@ class ClientStream(MessageWriter):
         self._reserved_bytes -= size_bytes
         self.quota.release(size_bytes)
 
+    async def refuse(self, error: PetalsTuneError) -> None:
+        """Tell the client why its stream ends."""
+        if isinstance(error, AccessDenied) and error.reason == "list":  # no fault of the client, who may go elsewhere
+            error = ServerError("this server lets nobody in: it cannot read its list of revoked names")
+        with suppress(ConnectionLost):
+            await self.write(self.message_id, Refusal.of(error))
+
+    def expel_former_member(self, now_s: float) -> None:
+        """End the stream, `EXPELLED_S` from now at the latest, where the client's token is no longer good."""
+        try:
+            self.check_still_in()
+        except AccessDenied as error:
+            if self._expelled_s is None:
+                logger.info("stream of client %s closed: %s", self.client, error)
+                self._expelled_s = now_s
+                self._keep(asyncio.create_task(self.refuse(error))).add_done_callback(lambda _: self.close_connection())
+
     def end(self) -> None:
         """Close the stream, cancel its requests and release their memory."""
         for task in self.tasks.values():
@@ -106,7 +126,9 @@ class ClientStream(MessageWriter):
         self.close_connection()
 
     def is_stuck(self, now_s: float) -> bool:
-        """Whether a Hello or a message is overdue."""
+        """Whether a Hello, a message or the end of the stream is overdue."""
+        if self._expelled_s is not None and now_s - self._expelled_s > EXPELLED_S:
+            return True
         if not self._greeted:
             return now_s - self._heard_s > GREETING_S
         if self.blocked_since_s is not None and now_s - self.blocked_since_s > STALL_S:
@@ -124,7 +146,7 @@ class ClientStream(MessageWriter):
 
 
 class OpenStreams:
-    """All open streams of a server; those that are stuck are closed."""
+    """All open streams of a server; those that are stuck, and those of former members, are closed."""
 
     def __init__(self, admission: Admission):
         self._admission = admission
@@ -164,6 +186,8 @@ class OpenStreams:
         while self._open:
             await asyncio.sleep(_WATCH_S)
             now_s = time.monotonic()
+            for stream in self._open:
+                stream.expel_former_member(now_s)
             for stream in [stream for stream in self._open if stream.is_stuck(now_s)]:
                 logger.info("stream of client %s closed: it made no progress", stream.client)
                 stream.connection.abort()

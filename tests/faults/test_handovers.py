@@ -98,8 +98,7 @@ def test_a_peer_that_is_no_server_is_neither_dialled_nor_remembered(network):
 def test_a_server_that_could_not_be_reached_is_looked_up_anew(network, monkeypatch):
     neighbours = network.servers["a"].handler._neighbours
     hand_on = super(type(neighbours), neighbours).hand_on
-    for constant in ("SHUT_S", "LOOK_AGAIN_S"):
-        monkeypatch.setattr(handover, constant, 0.0)
+    monkeypatch.setattr(handover, "SHUT_S", 0.0)
     lookups = []
 
     async def looked() -> None:

@@ -84,11 +84,13 @@ class PlayedPeer:
         except ConnectionLost:
             return received
 
-    async def welcome(self, *, max_in_flight: int = 32) -> None:
-        """Answer the greeting of a client."""
+    async def welcome(self, *, max_in_flight: int = 32, token: bytes | None = None) -> Hello:
+        """Answer the greeting of a client, and return it."""
         number, hello = await self.read()
         assert isinstance(hello, Hello)
-        await self.send(Welcome(record=RECORD, max_in_flight=max_in_flight, max_message_bytes=2**30), number)
+        welcome = Welcome(record=RECORD, max_in_flight=max_in_flight, max_message_bytes=2**30, token=token)
+        await self.send(welcome, number)
+        return hello
 
 
 async def accepted(network: InProcessNetwork, peer: str = PEER) -> asyncio.Queue[PlayedPeer]:

@@ -9,6 +9,7 @@ import pytest
 from petals_tune.errors import AccessDenied, ConfigError
 from petals_tune.files import write_text
 from petals_tune.net import members as members_module
+from petals_tune.net.member_files import UNREADABLE_S
 from petals_tune.net.members import Members, identity_beside, load_identity
 from petals_tune.wire.signing import SigningKey, identity_bytes
 from petals_tune.wire.tokens import issue, public_text, secret_text, token_text
@@ -55,19 +56,85 @@ def test_client_and_server_know_each_other_by_the_swarms_key(files):
             server.admit(b"\xc1", ALICE.peer)
 
 
-def test_a_name_is_revoked_and_let_in_again_without_a_restart(files, monkeypatch):
-    monkeypatch.setattr(members_module, "REVOKED_READ_S", 0.0)
-    server = Members.with_key(files / "swarm.key", None, HOST)
+class Clock:
+    """A time that the test sets."""
+
+    def __init__(self) -> None:
+        self.now_s = time.time()
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_a_name_is_revoked_and_let_in_again_without_a_restart(files):
+    clock = Clock()
+    server = Members.with_key(files / "swarm.key", None, HOST, clock=clock)
     token = server.admit(shown("alice", ALICE), ALICE.peer)
     server.check_still_in(token)
     write_text(files / "swarm.revoked", "# lost her laptop\nalice  # on Monday\n")
+    clock.now_s += 1.5
     with raises(AccessDenied, reason="revoked", member="alice"):
         server.check_still_in(token)
     with raises(AccessDenied, reason="revoked", member="alice"):
         server.admit(shown("alice", ALICE), ALICE.peer)
     assert server.admit(shown("alice2", ALICE), ALICE.peer).name == "alice2"
-    (files / "swarm.revoked").unlink()
+    write_text(files / "swarm.revoked", "")
+    for _ in range(2):
+        clock.now_s += 1.5
+        server.admit(shown("bob", ALICE), ALICE.peer)
     server.check_still_in(token)
+
+
+def test_a_list_that_cannot_be_read_lets_nobody_in_at_once_and_ends_streams_after_a_while(files):
+    clock = Clock()
+    server = Members.with_key(files / "swarm.key", None, HOST, clock=clock)
+    token = server.admit(shown("alice", ALICE), ALICE.peer)
+    (files / "swarm.revoked").mkdir()
+    clock.now_s += 1.5
+    with raises(AccessDenied, reason="list"):
+        server.admit(shown("alice", ALICE), ALICE.peer)
+    server.check_still_in(token)
+    clock.now_s += UNREADABLE_S
+    with raises(AccessDenied, reason="list"):
+        server.check_still_in(token)
+    with raises(ConfigError, seen=str(files / "swarm.revoked")):
+        Members.with_key(files / "swarm.pub", files / "host.token", HOST)
+
+
+@pytest.mark.parametrize("rank", [None, "1"])
+def test_a_client_reads_the_list_beside_its_token(files, rank, monkeypatch):
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+        for kind in ("token", "identity"):
+            (files / f"alice.rank1.{kind}").write_bytes((files / f"alice.{kind}").read_bytes())
+    alice = Members.of_client(files / "alice.token", None)
+    assert alice.admit(shown("host", HOST, hosts=True), HOST.peer, hosts=True).name == "host"
+    write_text(files / "alice.revoked", "host\n")
+    alice = Members.of_client(files / "alice.token", None)
+    with raises(AccessDenied, reason="revoked", member="host"):
+        alice.admit(shown("host", HOST, hosts=True), HOST.peer, hosts=True)
+
+
+@pytest.mark.parametrize("kind", ["client", "host"])
+def test_a_member_presents_the_token_that_replaced_its_own_and_none_that_has_expired(files, kind):
+    clock = Clock()
+    name, key = ("alice", ALICE) if kind == "client" else ("host", HOST)
+    path = files / f"{name}.token"
+    if kind == "client":
+        member = Members.with_token(path, key, clock=clock)
+    else:
+        member = Members.with_key(files / "swarm.pub", path, key, clock=clock)
+    first = member.own_token()
+    clock.now_s = SOON - 1.0
+    assert member.own_token() == first
+    clock.now_s = SOON
+    with raises(AccessDenied, reason="expired", member=name) as caught:
+        member.own_token()
+    hosts = "" if kind == "client" else "--hosts "
+    assert f"python -m servers.keys issue --name {name} {hosts}--peer {key.peer}" in str(caught.value)
+    write_text(path, token_of(name, key, hosts=kind == "host", expires_s=SOON + 1000))
+    clock.now_s += 1.0
+    assert member.own_token() != first
 
 
 def test_a_token_that_expires_meanwhile_is_seen():
@@ -82,12 +149,11 @@ def test_a_token_that_expires_meanwhile_is_seen():
 
 
 def test_a_server_with_the_secret_key_renews_its_own_token(files):
-    server = Members.with_key(files / "swarm.key", None, HOST)
-    now_s = time.time()
-    server._clock = lambda: now_s
+    clock = Clock()
+    server = Members.with_key(files / "swarm.key", None, HOST, clock=clock)
     first = server.own_token()
     assert server.own_token() == first
-    now_s += members_module.OWN_TOKEN_S / 2 + 10
+    clock.now_s += members_module.OWN_TOKEN_S / 2 + 10
     assert server.own_token() != first
     server.admit(server.own_token(), HOST.peer, hosts=True)
 

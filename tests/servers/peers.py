@@ -50,6 +50,13 @@ def engine_of(folder: Path) -> Iterator[tuple[Engine, ComputeThread]]:
         compute.stop()
 
 
+async def computed(engine: tuple[Engine, ComputeThread]) -> None:
+    """Wait until nothing is computed any more: the thread reports to the loop of this test, and outlives it."""
+    async with asyncio.timeout(LONG_S):
+        while not engine[1].is_idle:
+            await asyncio.sleep(0.005)
+
+
 def stores(*, token_bytes: int = 256, **max_bytes: int) -> Stores:
     sizes = {"leases": 2**20, "sessions": 2**20, "adapters": 2**20, "sums": 2**20, **max_bytes}
     return Stores.within(Budgets(**sizes), max_lease_age_s=600, max_session_idle_s=600, token_bytes=token_bytes)

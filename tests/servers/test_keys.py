@@ -44,6 +44,25 @@ def test_a_key_and_a_token_let_a_member_in_until_it_is_revoked(here, capsys):
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in here.iterdir())
 
 
+def test_a_list_that_somebody_edited_is_kept_and_one_that_cannot_be_read_is_named(capsys):
+    keys("new")
+    Path("swarm.revoked").write_text("# nobody yet")
+    keys("revoke --name alice")
+    assert Path("swarm.revoked").read_text() == "# nobody yet\nalice\n"
+    Path("swarm.revoked").write_text("bob # no newline")
+    keys("revoke --name alice")
+    assert Path("swarm.revoked").read_text() == "bob # no newline\nalice\n"
+    assert "--name" in refused("revoke --name a/b", capsys), "a line that is no name would let nobody in any more"
+    for content in (b"\xff", b"two names\n"):
+        Path("swarm.revoked").write_bytes(content)
+        for command in ("issue", "revoke"):
+            assert "swarm.revoked" in refused(f"{command} --name carol", capsys)
+    assert not Path("carol.token").exists()
+    Path("swarm.revoked").unlink()
+    Path("swarm.revoked").mkdir()
+    assert "swarm.revoked" in refused("issue --name carol", capsys)
+
+
 def test_a_host_makes_its_own_identity_and_needs_no_secret_of_the_swarm(capsys):
     keys("new --key lab.key")
     keys("identity host.identity")

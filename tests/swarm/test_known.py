@@ -1,11 +1,12 @@
 """The servers that a client knows: what the directory shows, and what it does not show for a while."""
 
 import asyncio
+import gc
 
 import msgspec
 import pytest
 
-from petals_tune.errors import ServerUnreachable, UncoveredBlocks
+from petals_tune.errors import AccessDenied, ServerUnreachable, UncoveredBlocks
 from petals_tune.swarm.known import REFRESH_S, REMEMBERED_S
 from petals_tune.swarm.routing import STALE_S
 from petals_tune.wire.span import BlockSpan
@@ -59,6 +60,29 @@ async def test_the_directory_is_read_again_before_blocks_are_said_to_be_missing(
     clock.now_s += STALE_S + 0.1
     assert await swarm.peers() == ["half", "other half"]
     assert swarm.directory.readings == 2
+
+
+async def test_a_directory_that_does_not_let_us_in_any_more_ends_work_only_once_blocks_are_missing(clock):
+    """Our token has expired: servers end the streams, and nobody answers."""
+    swarm, complaints = await Swarm.up(A), []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    assert await swarm.peers() == ["a"]
+
+    async def refuse() -> None:
+        raise AccessDenied("our token has expired", reason="expired", member="alice")
+
+    clock.now_s += REFRESH_S + 0.1
+    swarm.directory.before = refuse
+    assert await swarm.peers() == ["a"]
+    reading = swarm.client.refresh_soon()
+    while not reading.done():
+        await asyncio.sleep(0)
+    del reading
+    with raises(AccessDenied, reason="expired", member="alice"):
+        await swarm.peers(BlockSpan(0, 7))
+    await swarm.client.close()
+    gc.collect()  # asyncio complains of an error that nobody asked for when its task is freed
+    assert complaints == []
 
 
 async def test_servers_of_another_model_are_none(clock):

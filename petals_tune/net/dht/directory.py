@@ -104,7 +104,8 @@ class DhtDirectory:
     # Announcing
 
     async def announce(self, record: ServerRecord, *, lasts_s: float) -> None:
-        """As `Directory.announce`. Raises AccessDenied where this server's own token has expired."""
+        """As `Directory.announce`."""
+        self._check_own_token()
         before = self._announced
         if before is not None and (left := set(groups(before.blocks)) - set(groups(record.blocks))):
             await self._publish(msgspec.structs.replace(before, state="offline"), left)
@@ -170,15 +171,23 @@ class DhtDirectory:
 
     async def snapshot(self, model: str, blocks: BlockSpan, *, thorough: bool = False) -> Snapshot:
         """As `Directory.snapshot`."""
+        self._check_own_token()
         return await self._reader.snapshot(model, blocks, thorough=thorough)
 
     async def find(self, peer: str, model: str, blocks: BlockSpan) -> ServerRecord | None:
         """As `Directory.find`."""
+        self._check_own_token()
         return await self._reader.find(peer, model, blocks)
 
     async def models(self) -> tuple[ServerRecord, ...]:
         """As `Directory.models`."""
+        self._check_own_token()
         return await self._reader.models()
+
+    def _check_own_token(self) -> None:
+        """Raises AccessDenied where our token has expired: other nodes then refuse all that we ask, without a word."""
+        if self._members is not None:
+            self._members.own_token()
 
 
 def _key(record: ServerRecord, spot: Spot) -> DHTID:

@@ -15,6 +15,7 @@ from petals_tune.errors import AccessDenied
 from petals_tune.net.members import Members
 from petals_tune.wire.signing import is_signed, public_key_of
 
+NONCE_BYTES = 16
 MAX_CLOCK_S = 60.0  # how old a request may be: nonces are remembered for longer than this
 
 
@@ -30,7 +31,7 @@ class MembersOnly(AuthorizerBase):
 
     async def sign_request(self, request: Any, service_public_key: object) -> None:
         request.auth.time = get_dht_time()
-        request.auth.nonce = secrets.token_bytes(16)
+        request.auth.nonce = secrets.token_bytes(NONCE_BYTES)
         request.auth.client_access_token.signature = self._members.own_token()
         request.auth.signature = self._members.identity.sign("dht request", _serialized(request))
 
@@ -38,7 +39,7 @@ class MembersOnly(AuthorizerBase):
         auth, now_s = request.auth, get_dht_time()
         if not self._is_from_member(request, auth.client_access_token, "dht request", hosts=False):
             return False
-        if abs(auth.time - now_s) > MAX_CLOCK_S or auth.nonce in self._nonces:
+        if abs(auth.time - now_s) > MAX_CLOCK_S or len(auth.nonce) != NONCE_BYTES or auth.nonce in self._nonces:
             return False
         return bool(self._nonces.store(auth.nonce, True, now_s + 3 * MAX_CLOCK_S))
 

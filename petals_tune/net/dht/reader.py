@@ -163,10 +163,11 @@ class Reader:
             searches = await self._node.find(keys, enough=HOLDERS, timeout_s=READING_S)
             found_here = [each for search in searches.values() for each in search.found.values()]
             known.add(each for each in found_here if same_model(each.record.model, model))
-            if not found_here or any(each.peer == peer for each in found_here):
-                break  # nobody stands deeper than this
-        found = known.announcements.get(peer)
-        return found.record if found is not None and found.record.state == "online" else None
+            if (found := known.announcements.get(peer)) is not None:
+                return found.record if found.record.state == "online" else None
+            if not found_here:
+                return None  # nobody stands deeper than this
+        return None
 
     async def models(self) -> tuple[ServerRecord, ...]:
         """As `Directory.models`."""

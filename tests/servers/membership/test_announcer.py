@@ -1,7 +1,9 @@
 import asyncio
+import logging
 
 import msgspec
 
+from petals_tune.errors import AccessDenied
 from servers.membership.announcer import Announcer
 from tests.servers.membership.directory import MemoryDirectory, record
 
@@ -35,3 +37,32 @@ async def test_a_new_announcement_takes_the_place_of_the_old_one():
     await announcer.withdraw()
     await announcer.withdraw()
     assert directory.records == {}
+
+
+class ExpiredDirectory(MemoryDirectory):
+    """Refuses all, as a private one does once this server's token has expired."""
+
+    expired = True
+
+    async def announce(self, record, *, lasts_s: float) -> None:
+        if self.expired:
+            raise AccessDenied("the token of host has expired: type this", reason="expired", member="host")
+        await super().announce(record, lasts_s=lasts_s)
+
+    async def withdraw(self, record) -> None:
+        raise AccessDenied("the token of host has expired: type this", reason="expired", member="host")
+
+
+async def test_a_server_whose_token_has_expired_says_so_and_is_announced_once_it_has_another(caplog):
+    directory = ExpiredDirectory()
+    announcer = Announcer(directory, lasts_s=0.03)  # type: ignore[arg-type]
+    await announcer.announce(ME)
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "type this" in said
+    assert directory.announced == []
+    directory.expired = False
+    while not directory.announced:
+        await asyncio.sleep(0.005)
+    assert directory.announced[0] == ME
+    await announcer.withdraw()
+    assert announcer.record is None

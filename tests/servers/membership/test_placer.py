@@ -3,11 +3,13 @@
 import msgspec
 import pytest
 
+from petals_tune.errors import AccessDenied
 from petals_tune.wire.records import ServerState, Throughput
 from petals_tune.wire.span import BlockSpan
 from servers.membership import placer
 from servers.membership.placer import ROUNDS, Placer
 from servers.membership.plan import Plan
+from tests.raising import raises
 from tests.servers.membership.directory import MODEL, MemoryDirectory, record
 
 ME = record("me", "0:4")
@@ -63,6 +65,20 @@ async def test_a_server_goes_elsewhere_where_another_chose_the_same_meanwhile():
     directory.at_snapshot = another_joins
     assert str(await placer_in(directory).place(None)) == "8:12"
     assert announced(directory) == [("4:8", "joining"), ("8:12", "joining")]
+
+
+async def test_a_server_whose_token_has_expired_stays_and_one_that_hosts_nothing_yet_ends():
+    """It sees nobody then, and would move to the first blocks."""
+    directory = MemoryDirectory(record("a", "0:4"))
+
+    async def refuse() -> None:
+        raise AccessDenied("our token has expired", reason="expired", member="host")
+
+    directory.at_snapshot = refuse
+    assert str(await placer_in(directory).place(BlockSpan(4, 8))) == "4:8"
+    assert announced(directory) == []
+    with raises(AccessDenied, reason="expired", member="host"):
+        await placer_in(directory).place(None)
 
 
 async def test_a_server_that_is_always_outrun_settles_after_some_rounds():

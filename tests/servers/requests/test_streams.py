@@ -1,4 +1,4 @@
-"""Who gets a stream, and how much of the server: greetings, private swarms, limits. Real blocks and streams."""
+"""Who gets a stream, and how much of the server: greetings and limits. Real blocks and streams."""
 
 import asyncio
 import dataclasses
@@ -10,14 +10,12 @@ import torch
 
 from petals_tune.blocks.engine import Engine
 from petals_tune.errors import (
-    AccessDenied,
     ConnectionLost,
     ProtocolError,
     RequestRefused,
     ServerBusy,
     SwarmMismatch,
 )
-from petals_tune.net.members import Members
 from petals_tune.wire.codec import MAX_HELLO_BYTES, encode
 from petals_tune.wire.frames import HEADER
 from petals_tune.wire.messages import (
@@ -32,15 +30,24 @@ from petals_tune.wire.messages import (
     Ping,
     Pong,
     Refusal,
-    Welcome,
 )
-from petals_tune.wire.signing import SigningKey
-from petals_tune.wire.tokens import issue
 from servers.requests import streams
 from servers.scheduling.compute_thread import ComputeThread
 from servers.scheduling.fair_queue import Priority
 from tests.raising import raises
-from tests.servers.peers import HIDDEN, LIMITS, SPAN, House, forward, is_refusal_of, lora, prompt, put, stores
+from tests.servers.peers import (
+    HIDDEN,
+    LIMITS,
+    SPAN,
+    House,
+    computed,
+    forward,
+    is_refusal_of,
+    lora,
+    prompt,
+    put,
+    stores,
+)
 
 Parts = tuple[Engine, ComputeThread]
 FRAME = struct.Struct(">IQI")
@@ -88,80 +95,6 @@ async def test_a_client_of_another_model_learns_so(engine):
 async def _served(house: House) -> Message:
     async with house.client("honest") as peer:
         return await peer.ask(forward())
-
-
-# Private swarms
-
-OWNER, ALICE, MALLORY, HOST = (SigningKey(bytes([number]) * 32) for number in range(4))
-
-
-class Clock:
-    now_s = 1000.0
-
-
-def private(revoked: set[str], clock: type[Clock] = Clock) -> Members:
-    class Names:
-        def names(self) -> frozenset[str]:
-            return frozenset(revoked)
-
-    own = issue(OWNER, name="host", peer=HOST.peer, hosts=True, expires_s=10**9)
-    return Members(OWNER.public, HOST, lambda _: own, revoked=Names(), clock=lambda: clock.now_s)  # type: ignore[arg-type]
-
-
-def token_of(key: SigningKey, name: str = "alice", owner: SigningKey = OWNER, expires_s: int = 2000) -> bytes:
-    return issue(owner, name=name, peer=key.peer, hosts=False, expires_s=expires_s).encoded
-
-
-@pytest.mark.parametrize(
-    ("token", "reason"),
-    [
-        (None, "missing"),
-        (b"", "missing"),
-        (b"garbage", "malformed"),
-        (token_of(MALLORY, owner=MALLORY), "signature"),
-        (token_of(ALICE), "peer"),
-        (token_of(MALLORY, expires_s=1000), "expired"),
-        (token_of(MALLORY, name="mallory"), "revoked"),
-    ],
-    ids=["none", "empty", "garbage", "forged", "copied", "expired", "revoked"],
-)
-async def test_a_private_server_reads_nothing_of_a_peer_before_its_token_is_checked(engine, token, reason, monkeypatch):
-    read = []
-    monkeypatch.setattr("servers.requests.handler.decode", lambda body: read.append(body))
-    async with House(engine, members=private({"mallory"})).stranger(MALLORY.peer) as peer:
-        await peer.send(Hello(model="digest", token=token))
-        await peer.send(Ping())
-        await peer.send(forward())
-        (refusal,) = await peer.last_words()
-        assert isinstance(refusal, Refusal)
-        assert is_refusal_of(AccessDenied("", reason=reason), refusal), refusal
-    assert read == []
-
-
-async def test_a_member_is_served_and_sees_the_servers_token(engine):
-    async with House(engine, members=private(set())).stranger(ALICE.peer) as peer:
-        welcome = await peer.ask(Hello(model="digest", token=token_of(ALICE)))
-        assert isinstance(welcome, Welcome)
-        assert welcome.token == private(set()).own_token()
-        assert isinstance(await peer.ask(forward()), Forwarded)
-
-
-async def test_who_is_revoked_or_expires_meanwhile_is_out_at_the_next_frame(engine):
-    revoked: set[str] = set()
-
-    class Later(Clock):
-        pass
-
-    house = House(engine, members=private(revoked, Later))
-    ways = {"revoked": lambda: revoked.add("alice"), "expired": lambda: setattr(Later, "now_s", 2000.0)}
-    for reason, lose in ways.items():
-        async with house.client(ALICE.peer, token_of(ALICE)) as peer:
-            assert isinstance(await peer.ask(forward()), Forwarded)
-            lose()
-            refusal = await peer.refused(forward())
-            assert is_refusal_of(AccessDenied("", reason=reason, member="alice"), refusal)
-            assert await peer.last_words() == []
-        revoked.clear()
 
 
 # Limits
@@ -257,6 +190,7 @@ async def test_a_client_that_never_reads_its_answers_is_closed(engine, monkeypat
                     await deaf.send(forward(1, 64))
     monkeypatch.setattr(streams, "STALL_S", 60.0)
     assert isinstance(await _served(house), Forwarded)
+    await computed(engine)
 
 
 async def test_a_client_that_asks_too_often_is_read_no_faster(engine):
