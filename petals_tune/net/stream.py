@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 SILENCE_S = 6.0  # a server whose event loop sends nothing for so long is stopped or gone
+ENOUGH_PINGS = 3  # that it has to leave unanswered meanwhile
 MAX_MESSAGE_BYTES = 2**31
 CHECK_S = 1.0  # between two checks whether the server is still a member of a private swarm
 TOKENS_S = 30.0  # between two exchanges of tokens on an open stream of a private swarm
@@ -115,6 +116,7 @@ class ServerStream(MessageWriter):
         self._ids = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Message]] = {}
         self._heard_s = time.monotonic()
+        self._unanswered_pings = 0
         self._failure: ServerError | None = None
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
 
@@ -260,7 +262,7 @@ class ServerStream(MessageWriter):
                 header = await self.connection.read_exactly(frames.HEADER.size)
                 length, message_id, remaining = frames.read_header(header)
                 payload = await self.connection.read_exactly(length)
-                self._heard_s = time.monotonic()
+                self._heard_s, self._unanswered_pings = time.monotonic(), 0
                 self._stats.received_bytes += len(header) + length
                 body = assembler.feed(message_id, payload, remaining)
                 assert not isinstance(body, frames.Dropped)  # all is admitted here
@@ -284,11 +286,14 @@ class ServerStream(MessageWriter):
             silence_s = now_s - self._heard_s
             if not self._pending or silence_s <= HEARTBEAT_S:
                 continue
-            if self.blocked_since_s is not None:  # it takes nothing, not even a Ping
+            blocked = self.blocked_since_s is not None  # it takes nothing, not even a Ping
+            if self.blocked_since_s is not None:
                 silence_s = min(silence_s, now_s - self.blocked_since_s)
-            if silence_s > SILENCE_S:
+            # It may be this process that stood still: then what the server said is still to be read.
+            if silence_s > SILENCE_S and (blocked or self._unanswered_pings >= ENOUGH_PINGS):
                 self._lost(f"server {self.peer} fell silent for {silence_s:.0f} s")
-            elif self.blocked_since_s is None:
+            elif not blocked:
+                self._unanswered_pings += 1
                 await self.notify(Ping())
 
     def _lost(self, why: str) -> None:

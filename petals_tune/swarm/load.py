@@ -10,7 +10,7 @@ import numpy as np
 
 from petals_tune.swarm.route import Costs, Hop
 from petals_tune.swarm.table import Floats, Handing, Mask, ServerTable
-from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.records import ServerRecord, Throughput
 
 SMOOTHING = 0.3  # weight of the newest measurement
 # A server that was not measured counts as this many times as fast as the median of those that were, at most: enough to
@@ -28,6 +28,7 @@ class Load:
     correction: dict[str, float] = field(default_factory=dict)  # measured / announced seconds, smoothed
     in_hand: dict[str, int] = field(default_factory=dict)  # work of routes that are under way
     sent: dict[str, int] = field(default_factory=dict)  # work of requests that are not answered yet
+    _corrected: dict[str, Throughput] = field(default_factory=dict)  # the announcement that the correction is of
 
     @contextmanager
     def reserved(self, route: Sequence[Hop], work: int) -> Iterator[None]:
@@ -58,16 +59,26 @@ class Load:
         speed = server.throughput
         announced_s = speed.computing_s(tokens, blocks) + ahead / speed.batch + speed.sending_s(tokens)
         new = seconds / announced_s
-        old = self.correction.get(server.peer, new)
+        old = self.correction[server.peer] if self._is_measured(server) else new
         self.correction[server.peer] = old + SMOOTHING * (new - old)
+        self._corrected[server.peer] = speed
 
     def forget(self, peer: str) -> None:
         """Trust what `peer` announces no more than that of a server that was never measured."""
         self.correction.pop(peer, None)
+        self._corrected.pop(peer, None)
 
     def measured(self, table: ServerTable) -> Mask:
-        """Which servers of `table` were measured."""
-        return table.mask(self.correction)
+        """Which servers of `table` were measured since they announced what they announce now."""
+        mask = table.mask(self.correction)
+        for place in np.flatnonzero(mask).tolist():
+            mask[place] = self._is_measured(table.servers[place])
+        return mask
+
+    def _is_measured(self, server: ServerRecord) -> bool:
+        """A server that announces another speed than before is as good as new: a correction is of one announcement."""
+        peer, speed = server.peer, server.throughput
+        return peer in self.correction and self._corrected.get(peer, speed) == speed
 
     def costs(
         self, table: ServerTable, tokens: int, *, round_trip_s: Floats | None = None, handing: Handing | None = None
@@ -77,16 +88,14 @@ class Load:
         With `round_trip_s`, to each server, the time of the way counts too, less what pairs save by `handing` on.
         """
         announced_s = np.maximum(table.step_s, tokens * table.batch_s)
-        factor = np.ones(len(table.servers))
-        measured = np.zeros(len(table.servers), dtype=np.bool_)
-        for peer, correction in self.correction.items():
-            if (place := table.places.get(peer)) is not None:
-                factor[place], measured[place] = correction, True
+        factor, measured = np.ones(len(table.servers)), self.measured(table)
+        for each in np.flatnonzero(measured).tolist():
+            factor[each] = self.correction[table.servers[each].peer]
         per_block_s = announced_s * factor
         if len(per_block_s):
             known = per_block_s[measured] if measured.any() else per_block_s
-            claimed_s = np.maximum(per_block_s, np.median(known) / MOST_CLAIMED)
-            per_block_s = np.where(measured, per_block_s, claimed_s)
+            median_s = np.partition(known, len(known) // 2)[len(known) // 2]
+            per_block_s = np.where(measured, per_block_s, np.maximum(per_block_s, median_s / MOST_CLAIMED))
             factor = per_block_s / announced_s
         fixed_s = table.sending_s * factor * tokens
         for peer, work in self.in_hand.items():

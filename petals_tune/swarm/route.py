@@ -45,12 +45,10 @@ def plan_route(table: ServerTable, wanted: BlockSpan, costs: Costs, *, usable: M
     first, last = bisect_right(table.cuts, wanted.start) - 1, bisect_left(table.cuts, wanted.stop)
     if first < 0 or last >= len(table.cuts):
         raise _uncovered(table, wanted, usable)
-    bounds = np.array([wanted.start, *table.cuts[first + 1 : last], wanted.stop], dtype=np.float64)
-    per_block = np.full(len(usable) + 1, np.inf)
-    per_block[:-1][usable] = costs.per_block_s[usable]
-    fixed = HOP_COST_BLOCKS * per_block
-    fixed[:-1] += costs.fixed_s
+    bounds = [wanted.start, *table.cuts[first + 1 : last], wanted.stop]
     slots = table.slots[first:last]
+    per_block = np.append(np.where(usable, costs.per_block_s, np.inf), np.inf)  # the last one: of an empty slot
+    fixed = np.append(costs.fixed_s, 0.0) + HOP_COST_BLOCKS * per_block
     running = per_block.take(slots)  # (intervals, columns): seconds from cut to cut
     np.multiply(running, np.diff(bounds)[:, None], out=running)
     entering = fixed.take(slots)  # to take over at a cut
@@ -73,18 +71,16 @@ def plan_route(table: ServerTable, wanted: BlockSpan, costs: Costs, *, usable: M
         raise _uncovered(table, wanted, usable)
 
     hops: list[Hop] = []
-    reached = np.array(best)
-    stop, place = len(slots), int(slots[-1, ends[-1]])
-    while True:
-        begin = max(table.first[place] - first, 0)
-        prices = reached[begin:stop] - per_block[place] * bounds[begin:stop]
-        start = begin + int(prices.argmin())
-        origin = start, int(slots[start - 1, ends[start]]) if start else None
+    stop, place = len(slots), slots.item(len(slots) - 1, ends[-1])
+    while True:  # from the last server back to where it took over
+        cuts, rate = range(max(table.first[place] - first, 0), stop), per_block.item(place)
+        prices = [best[cut] - rate * bounds[cut] for cut in cuts]
+        price = min(prices)
+        start = cuts[prices.index(price)]
+        giver = slots.item(start - 1, ends[start]) if start else None
         if handing is not None:
-            running_s = per_block[place] * bounds
-            origin = handing.origin(place, range(begin, stop), origin, float(prices.min()), running_s, spent)
-        start, giver = origin
-        hops.append(Hop(table.servers[place], BlockSpan(int(bounds[start]), int(bounds[stop]))))
+            start, giver = handing.origin(place, cuts, (start, giver), price, rate * np.array(bounds), spent)
+        hops.append(Hop(table.servers[place], BlockSpan(bounds[start], bounds[stop])))
         if giver is None:
             return tuple(reversed(hops))
         stop, place = start, giver

@@ -56,16 +56,18 @@ class Routing:
         even then. Raises UncoveredBlocks, ServerUnreachable.
         """
         await self.known.keep_fresh()
-        self._explore(wish)
+        self._reach_doubtful()
         try:
-            return await self._reached(wish)
+            route = await self._reached(wish)
         except UncoveredBlocks:
             if self.known.age_s > STALE_S:
                 await self.known.refresh()
-        try:
-            return await self._reached(wish)
-        except UncoveredBlocks:
-            return self._last_resort(wish)
+            try:
+                route = await self._reached(wish)
+            except UncoveredBlocks:
+                return self._last_resort(wish)
+        self._explore(wish)
+        return route
 
     def plan(self, wish: Wish, *, without: Collection[str]) -> tuple[Hop, ...]:
         """The cheapest chain `without` some peers, and of servers that were reached if these hold all blocks."""
@@ -83,7 +85,7 @@ class Routing:
             usable = ~table.mask(self.bans.active(now_s))
             reached = usable & table.mask(self.open_peers())
             try:
-                return self._choose(table, wish, reached, now_s)
+                return self._choose(table, wish, usable, reached, now_s)
             except UncoveredBlocks:
                 slow = self.dialler.slow()
                 quick = usable & ~table.mask(slow)
@@ -99,10 +101,10 @@ class Routing:
                 )
             await self.dialler.wait()
 
-    def _choose(self, table: ServerTable, wish: Wish, reached: Mask, now_s: float) -> tuple[Hop, ...]:
+    def _choose(self, table: ServerTable, wish: Wish, usable: Mask, reached: Mask, now_s: float) -> tuple[Hop, ...]:
         """The cheapest chain of `reached` servers. Newcomers are in it where that is allowed, or nobody else is there.
 
-        A newcomer has to answer soon where others could do its work.
+        A newcomer has to answer soon where other `usable` servers could do its work.
         """
         costs, measured = self._costs(table, wish), self.load.measured(table)
         trusted = measured | ~self.trials.suspects(table) if self.trials.allowed(now_s) else measured
@@ -113,7 +115,7 @@ class Routing:
         for hop in route:
             place = table.places[hop.server.peer]
             if not measured[place]:
-                others = reached.copy()
+                others = usable.copy()
                 others[place] = False
                 if table.covers(others, hop.span):
                     expected_s = costs.per_block_s[place] * len(hop.span) + costs.fixed_s[place]
@@ -143,13 +145,16 @@ class Routing:
             handing=self.round_trips.handing(table, wish.latency),
         )
 
-    def _explore(self, wish: Wish) -> None:
-        """Dial servers that a route might use once they were reached. No work waits for that: they may not be there."""
-        table, now_s = self.known.table, time.monotonic()
-        for peer in self.bans.doubtful(now_s):
+    def _reach_doubtful(self) -> None:
+        """Dial servers whose ban has ended. No work waits for that: a host that is gone never answers."""
+        table = self.known.table
+        for peer in self.bans.doubtful(time.monotonic()):
             if (place := table.places.get(peer)) is not None:
                 self.dialler.begin(table.servers[place], awaited=False)
-        reached = self.open_peers()
+
+    def _explore(self, wish: Wish) -> None:
+        """Dial servers that a route might use once they were reached. No work waits for that: they may not be there."""
+        table, now_s, reached = self.known.table, time.monotonic(), self.open_peers()
         if now_s - self._explored_s < EXPLORE_S or len(reached) >= MOST_STREAMS:
             return
         self._explored_s = now_s

@@ -7,8 +7,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from petals_tune.swarm import loop
-from petals_tune.wire.messages import CollectedSum, Forwarded, Gradients, Message
+from petals_tune.swarm import loop, trials
+from petals_tune.wire.messages import CollectedSum, Forward, Forwarded, Gradients, Message
+from petals_tune.wire.records import Throughput
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WIRE_FORMATS
 from tests.faults.network import Network
@@ -111,3 +112,26 @@ def test_where_two_disagree_and_there_is_no_third_both_are_named_and_nobody_is_b
     (said, *_) = [record.getMessage() for record in caplog.records]
     assert "there is no third one to ask" in said
     assert all(network.servers[name].record.peer in said for name in ("b", "b2"))
+
+
+async def nothing() -> None: ...
+
+
+def test_servers_that_claim_to_be_fast_and_never_answer_cost_a_little_time_and_no_number(folder, expected, monkeypatch):
+    """They live, say so, and would be waited for as long as `reply_s`."""
+    monkeypatch.setattr(trials, "LEAST_S", 0.3)
+    network, fast = Network(folder), Throughput(step=9e11, batch=9e11)
+    try:
+        network.serve("honest", "0:3", throughput=Throughput(step=100.0, batch=1000.0))
+        network.serve("honest 2", "3:6", throughput=Throughput(step=100.0, batch=1000.0))
+        names = [f"liar {number}" for number in range(4)]
+        for name in names:
+            network.serve(name, "0:6", throughput=fast)
+            network.fault(name, Forward, nothing)
+        step = TrainingStep(network, reply_s=1e6)
+        step.run()
+        check(step, expected)
+        assert network.calls["honest", "Forward"] >= 1
+        assert sum(network.calls[name, "Forward"] > 0 for name in names) >= 1, "they were asked"
+    finally:
+        network.stop()

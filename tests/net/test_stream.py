@@ -282,6 +282,22 @@ async def test_a_server_that_computes_for_long_is_waited_for_while_it_says_that_
     assert await asked == Done()
 
 
+async def test_a_server_is_not_left_because_this_process_stood_still(connect, clock):
+    stream, peer = await connect()
+    asked = asking(stream, forward(0))
+    message_id, _ = await peer.read()
+    for _ in range(3):
+        clock.now_s += 2 * stream_module.SILENCE_S  # at once: no heartbeat was between
+        ping_id, ping = await peer.read()
+        assert isinstance(ping, Ping)
+        heard = stream._stats.received_bytes
+        await peer.send(Pong(), ping_id)
+        while stream._stats.received_bytes == heard:
+            await asyncio.sleep(0)
+    await peer.send(Done(), message_id)
+    assert await asked == Done()
+
+
 @pytest.mark.parametrize("ended", ["silent", "closed"])
 async def test_a_request_that_a_stopped_server_does_not_even_take_fails_as_those_that_wait_do(connect, clock, ended):
     stream, _peer = await connect()

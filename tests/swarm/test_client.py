@@ -81,7 +81,7 @@ async def test_round_trips_are_measured_when_a_stream_opens_and_again_after_a_wh
     await swarm.peers()
     trips = swarm.client._routing.round_trips
     assert trips.to("a") is not None
-    measured = trips._measured["a"]
+    measured = trips._last["a"]
     assert len(measured) == 1
     clock.now_s += PING_S + 1
     calls = swarm.client.stats.calls

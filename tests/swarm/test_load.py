@@ -86,6 +86,18 @@ def test_a_server_that_says_that_it_took_no_time_and_answers_late_is_slow():
     assert cost(load, honest, 128, 30, liar) == pytest.approx(3.84)
 
 
+def test_a_server_that_announces_another_speed_than_before_is_as_good_as_new():
+    load, before = Load(), server("a", step=100.0, batch=100.0)
+    honest = [server(f"h{number}", step=100.0, batch=100.0) for number in range(3)]
+    for each in (before, *honest):
+        load.add_measurement(each, 36.0, 600, 6)
+    after = server("a", step=9e11, batch=9e11)
+    assert cost(load, after, 600, 6, *honest) == pytest.approx(36.0 / MOST_CLAIMED)
+    assert load.measured(ServerTable([after, *honest])).tolist() == [False, True, True, True]
+    load.add_measurement(after, 72.0, 600, 6)
+    assert cost(load, after, 600, 6, *honest) == pytest.approx(72.0)
+
+
 def test_work_in_hand_is_paid_before_ours_and_given_back():
     load, one = Load(), server("a")
     load.add_measurement(one, 0.5, 1, 1)
