@@ -24,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
@@ -193,12 +194,15 @@ def level(
     swarm: Swarm, control: Connection, old: Sequence[DhtDirectory], digest: str, rounds: int
 ) -> dict[str, float | int]:
     """Measure while the attack is as it is now."""
-    readings: list[bool] = []
+    blinded = Counter(new=0, old=0, servers=0)
+    readings = 0
 
-    def read(readers: Sequence[DhtDirectory]) -> None:
-        for reader in readers:
+    def read(**readers: Sequence[DhtDirectory]) -> None:
+        nonlocal readings
+        for kind, reader in ((kind, reader) for kind, some in readers.items() for reader in some):
             seen = loop.run(reader.snapshot(digest, WHOLE)).servers
-            readings.append(swarm.sees_all(seen))
+            blinded[kind] += not swarm.sees_all(seen)
+            readings += 1
 
     until_s = time.monotonic() + SETTLE_S
     while time.monotonic() < until_s:
@@ -209,11 +213,11 @@ def level(
             began_s = time.perf_counter()
             Client(swarm, stack).steps(1)
             joined_s.append(time.perf_counter() - began_s)
-            read([loop.run(new_reader(swarm, stack))])
-        read([*old, *swarm.directories])
+            read(new=[loop.run(new_reader(swarm, stack))])
+        read(old=old, servers=swarm.directories)
     ratio, of_all, step_s = compare(swarm.client, control, rounds)
-    read([*old, *swarm.directories])
-    joined = {"join_s": max(joined_s), "blinded": readings.count(False), "readings": len(readings)}
+    read(old=old, servers=swarm.directories)
+    joined = {"join_s": max(joined_s), **blinded, "blinded": blinded.total(), "readings": readings}
     return {"ratio": ratio, "of_all": of_all, "step_s": step_s, **joined}
 
 
@@ -230,7 +234,7 @@ def main() -> None:
         swarm = Swarm(folder, 20, stack)
         control.recv()
         old = [loop.run(new_reader(swarm, stack)) for _ in range(OLD_READERS)]
-        columns = ("ratio", "of_all", "step_s", "join_s", "blinded", "readings")
+        columns = ("ratio", "of_all", "step_s", "join_s", "new", "old", "servers", "readings")
         print("| invented | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
 
         def show(name: object, found: dict[str, float | int]) -> dict[str, float | int]:

@@ -262,7 +262,7 @@ class Node:
             await self.find(stale, enough=None, timeout_s=timeout_s)
         places: dict[PeerID, list[Spot]] = {}
         for spot, key in spots.items():
-            for peer in self._holders(key):
+            for peer in self.holders(key):
                 places.setdefault(peer, []).append(spot)
         for address in also_at:
             places[PeerID.from_base58(address)] = list(spots)
@@ -293,7 +293,7 @@ class Node:
         looked_s, _ = self._nearest.get(key, (float("-inf"), []))
         return time.monotonic() - looked_s < NEAREST_S
 
-    def _holders(self, key: DHTID) -> list[PeerID]:
+    def holders(self, key: DHTID) -> list[PeerID]:
         """The nodes that should store what is under `key`, this one included where it is near enough."""
         _, nearest = self._nearest.get(key, (0.0, []))
         nodes = {node_id_of(peer): peer for peer in nearest if peer not in self._silent}

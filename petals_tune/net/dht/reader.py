@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import statistics
 import time
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 READING_S = 4.0  # deadline of a snapshot, a look for one server, a list of models
 HOLDERS = 2  # nodes whose answers about a shard are put together
+INITIAL_S = 30.0  # between two questions to the initial peers: less than an announcement lasts
 BYTES_A_READING = 100_000  # about as much a snapshot brings, unless it is thorough
 RECORD_BYTES = 700  # of one announcement, about
 MAX_KNOWN = 1_000  # servers of a model that are kept in mind
@@ -37,6 +39,7 @@ class Known:
     def __init__(self, model: str):
         self.looks: dict[int, Look] = {}  # by group
         self.announcements: dict[str, Announcement] = {}  # by peer
+        self.asked_initial_s = -math.inf
         self._model = model
         self._told_of_others = False
 
@@ -111,10 +114,11 @@ class Reader:
     async def snapshot(self, model: str, blocks: BlockSpan, *, thorough: bool = False) -> Snapshot:
         """As `Directory.snapshot`."""
         known = self._known.setdefault(model, Known(model))
-        asks_initial = thorough or not known.looks
+        asks_initial = thorough or time.monotonic() - known.asked_initial_s >= INITIAL_S
         due = known.due(blocks, thorough=thorough)
         readings = [self._look(known, due, model)]
         if asks_initial:
+            known.asked_initial_s = time.monotonic()
             readings.append(self._read_initial(known, [look.root for look in due], model))
         if not any(await asyncio.gather(*readings)) and self._initial:
             logger.warning(
