@@ -131,7 +131,7 @@ def decode_record(data: bytes) -> ServerRecord:
     """Decode a record. Raises ProtocolError."""
     try:
         record = _decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"not a server's record: {error}", what="record") from None
     if record.blocks.stop > record.total_blocks:
         text = f"not a server's record: blocks {record.blocks} of a model of {record.total_blocks}"

@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import msgspec
 from hivemind.dht.routing import DHTID
+from hivemind.p2p import PeerID
 
 from petals_tune.errors import ConnectionLost, ServerUnreachable
 from petals_tune.net.dht.announcements import sign
@@ -54,7 +55,8 @@ class DhtDirectory:
         self._depths: dict[int, Depth] = {}  # by group
         self._announced: ServerRecord | None = None
         self._ends_s = 0.0
-        self._renewals = 0
+        self._renewals = -1
+        self._checked: set[PeerID] = set()  # nodes that had the announcement when it was looked for
         self._is_hidden = False  # others do not find this server where they look: the initial peers are told too
 
     @classmethod
@@ -120,9 +122,7 @@ class DhtDirectory:
         taken = await self._publish(record, groups(record.blocks))
         if not taken:
             logger.warning("no node of the DHT took this server's announcement: others may not find it")
-        if self._renewals % CHECK_EVERY == 0:
-            await self._check_seen(record)
-        self._renewals += 1
+        await self._check_seen(record)
 
     async def withdraw(self, record: ServerRecord) -> None:
         """Replace the announcement by one that says offline (the DHT has no delete)."""
@@ -160,12 +160,17 @@ class DhtDirectory:
         return self._chance.random() < 0.5**deepest
 
     async def _check_seen(self, record: ServerRecord) -> None:
-        """Look for this server as others would, and where it is not found, tell the initial peers about it too."""
-        if not self._initial:
-            return
+        """Look for this server as others would, and where it is not found, tell the initial peers about it too.
+
+        Now and then, and at once where other nodes are the nearest to the key than before: they may hide it.
+        """
         group = groups(record.blocks)[0]
         key = _key(record, Spot(group, self._depths[group].depth))
-        search = (await self.node.find([key], enough=HOLDERS, timeout_s=READING_S))[key]
+        holders, self._renewals = set(self.node.holders(key)), self._renewals + 1
+        if not self._initial or (self._renewals % CHECK_EVERY and holders <= self._checked):
+            return
+        self._checked = holders
+        search = (await self.node.find([key], enough=HOLDERS, timeout_s=READING_S, whole=True))[key]
         is_hidden = bool(search.answered) and record.peer not in search.told
         if is_hidden and not self._is_hidden:
             logger.warning(

@@ -8,11 +8,13 @@ hivemind/dht/node.py), none of its readings has a deadline, and it names the cla
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from hivemind.dht.node import Blacklist
 from hivemind.dht.routing import DHTID
@@ -23,7 +25,7 @@ from petals_tune.net.dht.announcements import Announcement, Opener
 from petals_tune.net.dht.keys import Spot
 from petals_tune.net.dht.members_only import MembersOnly
 from petals_tune.net.dht.networks import Networks
-from petals_tune.net.dht.protocol import MAX_KEYS, MAX_PLACES, AnnouncementProtocol, node_id_of
+from petals_tune.net.dht.protocol import MAX_KEYS, MAX_PLACES, AnnouncementProtocol, Found, node_id_of
 from petals_tune.net.hivemind_p2p import HivemindTransport, hivemind_errors, peer_of
 from petals_tune.net.members import Members
 
@@ -32,6 +34,7 @@ NEAREST = 8  # nodes around a key that are asked before it is said that there is
 AT_ONCE = 3  # of a key, nodes asked at the same time
 ANSWER_S = 3.0  # for one node's answer
 LOOKING_S = 10.0  # for a look around
+PATIENCE_S = 1.0  # for further answers about a key once a node had something: who is named may not exist
 BUCKET = 20  # nodes in each bucket of the routing table
 NEAREST_S = 120.0  # how long the nodes nearest to a key are remembered
 MAX_REMEMBERED = 2_000  # such keys
@@ -48,7 +51,10 @@ class Search:
     asked: set[DHTID] = field(default_factory=set)
     waiting: set[DHTID] = field(default_factory=set)
     answered: set[DHTID] = field(default_factory=set)
+    whole: bool = False  # all that a node has is wanted, not a sample of it
     holders: int = 0
+    held: int = 0  # announcements that a node has under the key, though it may show a sample
+    ends_s: float = math.inf  # time.monotonic(); from then on nobody else is asked or waited for
     found: dict[str, Announcement] = field(default_factory=dict)  # by peer, the latest of each
     told: set[str] = field(default_factory=set)  # peers of which another node told
 
@@ -57,7 +63,7 @@ class Search:
 
         Of those that are near enough to hold announcements, any: always the nearest ones would carry all the reading.
         """
-        if self.is_satisfied:
+        if self.is_over:
             return []
         alive = [node for node in self.nearest() if node not in self.asked or node in self.answered | self.waiting]
         at_once = min(AT_ONCE, AT_ONCE if self.enough is None else self.enough)  # answers are large
@@ -69,11 +75,18 @@ class Search:
     def is_satisfied(self) -> bool:
         return self.enough is not None and self.holders >= self.enough
 
+    @property
+    def is_over(self) -> bool:
+        return self.is_satisfied or time.monotonic() >= self.ends_s
+
     def nearest(self) -> list[DHTID]:
         return sorted(self.candidates, key=self.key.xor_distance)
 
-    def add(self, announcements: Sequence[Announcement]) -> None:
-        """Take what one node has; of a peer that is known, the later announcement."""
+    def add(self, announcements: Sequence[Announcement], held: int = 0) -> None:
+        """Take what one node shows of the `held` that it has; of a peer that is known, the later announcement."""
+        self.held = max(self.held, held, len(announcements))
+        if announcements and self.enough is not None:
+            self.ends_s = min(self.ends_s, time.monotonic() + PATIENCE_S)
         self.holders += bool(announcements)
         for new in announcements:
             self.told.add(new.peer)
@@ -90,6 +103,7 @@ class Node:
         self._silent = Blacklist(_SILENT_S, _BACKOFF)
         self._chance = random.Random()
         self._nearest: dict[DHTID, tuple[float, list[PeerID]]] = {}
+        self._late: set[asyncio.Task[object]] = set()  # requests whose search is over
 
     @classmethod
     async def join(
@@ -150,6 +164,8 @@ class Node:
         return len(self.protocol.routing_table.uid_to_peer_id)
 
     async def leave(self) -> None:
+        for task in self._late:
+            task.cancel()
         with hivemind_errors():
             await self.protocol.shutdown()
 
@@ -158,32 +174,39 @@ class Node:
         with hivemind_errors():
             await self.protocol.call_ping(PeerID.from_base58(peer_of(address)))
 
-    async def find(self, keys: Collection[DHTID], *, enough: int | None, timeout_s: float) -> dict[DHTID, Search]:
+    async def find(
+        self, keys: Collection[DHTID], *, enough: int | None, timeout_s: float, whole: bool = False
+    ) -> dict[DHTID, Search]:
         """Look for announcements under `keys`, until for each `enough` nodes had some or the nearest were asked.
 
-        None: for the nearest nodes alone. At the deadline, what was found by then; nothing is raised.
+        `enough` is None: for the nearest nodes alone. Nodes show a sample of many announcements, unless the `whole` is
+        asked for. At the deadline, what was found by then; nothing is raised but AccessDenied, for our own token.
         """
         searches = {}
-        for key in keys:
-            search = searches[key] = Search(key, enough, self._known_near(key))
-            search.found = {each.peer: each for each in self.protocol.store.get(key.to_bytes(), time.time())}
-        asking: dict[asyncio.Task[object], tuple[PeerID, DHTID, list[Search]]] = {}
         deadline_s = time.monotonic() + timeout_s
+        for key in keys:
+            search = searches[key] = Search(key, enough, self._known_near(key), ends_s=deadline_s, whole=whole)
+            search.found = {each.peer: each for each in self.protocol.store.get(key.to_bytes(), time.time())}
+            search.held = len(search.found)
+        asking: dict[asyncio.Task[object], tuple[PeerID, DHTID, list[Search]]] = {}
         try:
             while True:
                 self._ask(searches.values(), asking)
-                left_s = deadline_s - time.monotonic()
-                if not asking or left_s <= 0:
+                awaited = [search.ends_s for search in searches.values() if search.waiting and not search.is_over]
+                if not awaited:
                     break
+                left_s = max(min(awaited) - time.monotonic(), 0)
                 done, _ = await asyncio.wait(asking, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     self._take(task.result(), *asking.pop(task))
         finally:
-            for task in asking:
-                task.cancel()
+            for task, (peer, *_) in asking.items():  # they end by themselves, and tell who is silent
+                self._late.add(task)
+                task.add_done_callback(partial(self._note_late, peer))
         for search in searches.values():
             nearest = [search.candidates[node] for node in search.nearest() if node in search.answered]
-            if nearest and not search.is_satisfied:  # it was not cut short: these are the nearest
+            was_cut_short = search.enough is not None and (search.is_satisfied or search.waiting)
+            if nearest and not was_cut_short:
                 self._remember(search.key, nearest[:NEAREST])
         return searches
 
@@ -213,24 +236,37 @@ class Node:
             for start in range(0, len(wanted), MAX_KEYS):
                 part = wanted[start : start + MAX_KEYS]
                 task: asyncio.Task[object] = asyncio.create_task(
-                    self.protocol.call_find(peer, [each.key for each in part], nodes_only=part[0].enough is None)
+                    self.protocol.call_find(
+                        peer,
+                        [each.key for each in part],
+                        nodes_only=part[0].enough is None,
+                        whole=part[0].whole,
+                    )
                 )
                 asking[task] = peer, node, part
 
-    def _take(self, answer: object, peer: PeerID, node: DHTID, wanted: Sequence[Search]) -> None:
-        if answer is None:
-            self._silent.register_failure(peer)
-        else:
+    def _note_late(self, peer: PeerID, task: asyncio.Task[object]) -> None:
+        self._late.discard(task)
+        if not task.cancelled() and task.exception() is None:
+            self._note(peer, has_answered=task.result() is not None)
+
+    def _note(self, peer: PeerID, *, has_answered: bool) -> None:
+        if has_answered:
             self._silent.register_success(peer)
+        else:
+            self._silent.register_failure(peer)
+
+    def _take(self, answer: object, peer: PeerID, node: DHTID, wanted: Sequence[Search]) -> None:
+        self._note(peer, has_answered=answer is not None)
         for search in wanted:
             search.waiting.discard(node)
             if isinstance(answer, dict):
-                announcements, nodes = answer[search.key]
+                found: Found = answer[search.key]
                 search.answered.add(node)
-                search.add(announcements)
+                search.add(found.announcements, found.held)
                 search.candidates |= {
                     near: each
-                    for near, each in nodes.items()
+                    for near, each in found.nodes.items()
                     if near != self.protocol.node_id and each not in self._silent
                 }
 
@@ -238,9 +274,11 @@ class Node:
         """What each of `peers` itself has under `keys`, whether it is near to them or not."""
         found: dict[DHTID, list[Announcement]] = {key: [] for key in keys}
         ids = [PeerID.from_base58(peer) for peer in peers]
-        for answer in await asyncio.gather(*(self.protocol.call_find(peer, list(keys)[:MAX_KEYS]) for peer in ids)):
-            for key, (announcements, _) in (answer or {}).items():
-                found[key] += announcements
+        for answer in await asyncio.gather(
+            *(self.protocol.call_find(peer, list(keys)[:MAX_KEYS], whole=True) for peer in ids)
+        ):
+            for key, shown in (answer or {}).items():
+                found[key] += shown.announcements
         return found
 
     async def store(
@@ -255,7 +293,7 @@ class Node:
             await self.find(stale, enough=None, timeout_s=timeout_s)
         places: dict[PeerID, list[Spot]] = {}
         for spot, key in spots.items():
-            for peer in self._holders(key):
+            for peer in self.holders(key):
                 places.setdefault(peer, []).append(spot)
         for address in also_at:
             places[PeerID.from_base58(address)] = list(spots)
@@ -286,7 +324,7 @@ class Node:
         looked_s, _ = self._nearest.get(key, (float("-inf"), []))
         return time.monotonic() - looked_s < NEAREST_S
 
-    def _holders(self, key: DHTID) -> list[PeerID]:
+    def holders(self, key: DHTID) -> list[PeerID]:
         """The nodes that should store what is under `key`, this one included where it is near enough."""
         _, nearest = self._nearest.get(key, (0.0, []))
         nodes = {node_id_of(peer): peer for peer in nearest if peer not in self._silent}

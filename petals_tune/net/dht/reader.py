@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import random
 import statistics
 import time
@@ -15,6 +17,7 @@ from hivemind.dht.routing import DHTID
 from petals_tune.net.dht.announcements import Announcement
 from petals_tune.net.dht.keys import MAX_DEPTH, Shard, groups, index_keys, model_part, peer_path, roots
 from petals_tune.net.dht.node import Node
+from petals_tune.net.dht.protocol import SAMPLE
 from petals_tune.net.dht.tree import Look
 from petals_tune.net.directory import Snapshot
 from petals_tune.wire.records import PROTOCOL, ServerRecord, same_model
@@ -22,8 +25,9 @@ from petals_tune.wire.span import BlockSpan
 
 logger = logging.getLogger(__name__)
 
-READING_S = 5.0  # deadline of a snapshot, a look for one server, a list of models
+READING_S = 4.0  # deadline of a snapshot, a look for one server, a list of models
 HOLDERS = 2  # nodes whose answers about a shard are put together
+INITIAL_S = 30.0  # between two questions to the initial peers: less than an announcement lasts
 BYTES_A_READING = 170_000  # about as much a snapshot brings, unless it is thorough
 RECORD_BYTES = 1_200  # of one announcement, about
 MAX_KNOWN = 1_000  # servers of a model that are kept in mind
@@ -36,6 +40,7 @@ class Known:
     def __init__(self, model: str):
         self.looks: dict[int, Look] = {}  # by group
         self.announcements: dict[str, Announcement] = {}  # by peer
+        self.asked_initial_s = -math.inf
         self._model = model
         self._told_of_others = False
 
@@ -48,7 +53,7 @@ class Known:
         due: list[Look] = []
         room = BYTES_A_READING
         for look in found:
-            room -= look.records * RECORD_BYTES * HOLDERS
+            room -= min(look.records, SAMPLE) * RECORD_BYTES * HOLDERS
             if due and room < 0:
                 break
             due.append(look)
@@ -87,9 +92,9 @@ class Known:
         of_group = {record.peer: groups(record.blocks) for record in records if record.state != "offline"}
         seen = Counter(group for some in of_group.values() for group in some)
         factors = {
-            group: max(1.0, look.servers / seen[group])
+            group: look.servers / seen[group]
             for group, look in self.looks.items()
-            if look.levels > 0 and seen[group]
+            if seen[group] and look.servers > seen[group]
         }
         return {
             peer: statistics.fmean(factors.get(group, 1.0) for group in some)
@@ -110,11 +115,23 @@ class Reader:
     async def snapshot(self, model: str, blocks: BlockSpan, *, thorough: bool = False) -> Snapshot:
         """As `Directory.snapshot`."""
         known = self._known.setdefault(model, Known(model))
+        asks_initial = thorough or time.monotonic() - known.asked_initial_s >= INITIAL_S
+        due = known.due(blocks, thorough=thorough)
+        readings = [self._look(known, due, model)]
+        if asks_initial:
+            known.asked_initial_s = time.monotonic()
+            readings.append(self._read_initial(known, [look.root for look in due], model))
+        if not any(await asyncio.gather(*readings)) and self._initial:
+            logger.warning(
+                "no node of the directory answered in %g s; going on with the %d servers that are known",
+                *(READING_S, len(known.announcements)),
+            )
+        return known.snapshot(blocks)
+
+    async def _look(self, known: Known, due: Sequence[Look], model: str) -> bool:
+        """Look for the shards that are due, and below those that are full; whether any node answered in time."""
         deadline_s = time.monotonic() + READING_S
-        is_first = not known.looks
-        due, heard = known.due(blocks, thorough=thorough), False
-        if is_first or thorough:
-            heard = await self._read_initial(known, [look.root for look in due], model)
+        has_heard = False
         while due and time.monotonic() < deadline_s:
             shards = {DHTID.from_bytes((shard := look.choose(self._chance)).key): (look, shard) for look in due}
             searches = await self._node.find(shards, enough=HOLDERS, timeout_s=deadline_s - time.monotonic())
@@ -123,17 +140,12 @@ class Reader:
                 look, shard = shards[key]
                 if not search.answered and not search.found:
                     continue
-                heard = True
+                has_heard = True
                 known.add(each for each in search.found.values() if same_model(each.record.model, model))
-                look.found(shard, len(search.found), time.monotonic())
+                look.found(shard, max(search.held, len(search.found)), time.monotonic())
                 if look.next_depth is not None:
                     due.append(look)
-        if not heard and self._initial:
-            logger.warning(
-                "no node of the directory answered in %g s; going on with the %d servers that are known",
-                *(READING_S, len(known.announcements)),
-            )
-        return known.snapshot(blocks)
+        return has_heard
 
     async def _read_initial(self, known: Known, shards: Sequence[Shard], model: str) -> bool:
         """Ask the initial peers themselves: strangers may stand nearer to a key and hide what is stored there."""
@@ -153,7 +165,7 @@ class Reader:
                 for depth in depths
             ]
             keys = [DHTID.from_bytes(shard.key) for shard in shards]
-            searches = await self._node.find(keys, enough=HOLDERS, timeout_s=READING_S)
+            searches = await self._node.find(keys, enough=HOLDERS, timeout_s=READING_S, whole=True)
             found_here = [each for search in searches.values() for each in search.found.values()]
             known.add(each for each in found_here if same_model(each.record.model, model))
             if (found := known.announcements.get(peer)) is not None:
@@ -165,7 +177,7 @@ class Reader:
     async def models(self) -> tuple[ServerRecord, ...]:
         """As `Directory.models`."""
         keys = [DHTID.from_bytes(key) for key in index_keys()]
-        searches = await self._node.find(keys, enough=HOLDERS, timeout_s=READING_S)
+        searches = await self._node.find(keys, enough=HOLDERS, timeout_s=READING_S, whole=True)
         found = {
             each.peer + model_part(each.record.model): each for s in searches.values() for each in s.found.values()
         }

@@ -55,6 +55,7 @@ def test_it_ends_when_it_says():
         {"record": encode_record(record("a", addresses=("/ip4/1.2.3.4/tcp/1/p2p/" + key_of("b").peer,)))},
         {"record": msgspec.msgpack.encode({"peer": key_of("a").peer})},
         {"record": bytes(4000)},
+        {"record": b"\xde\x00\x01\xa1z" + b"\x91" * 1900 + b"\xc0"},
         {"token": bytes(1000)},
         {"token": "text"},
         {"more": 1},

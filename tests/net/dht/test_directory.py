@@ -10,10 +10,13 @@ from typing import Any
 import msgspec
 import pytest
 import pytest_asyncio
+from hivemind.dht.routing import DHTID
 
 from petals_tune.errors import AccessDenied, ClockSkew, ServerUnreachable
 from petals_tune.net.dht.directory import DhtDirectory
+from petals_tune.net.dht.keys import Spot
 from petals_tune.net.dht.members_only import MembersOnly
+from petals_tune.net.dht.node import Search
 from petals_tune.net.hivemind_p2p import HivemindTransport
 from petals_tune.net.members import Members
 from petals_tune.wire.records import ServerRecord
@@ -263,3 +266,42 @@ async def test_a_withdrawal_replaces_the_record_for_those_who_know_it(nodes, mod
     await directory.withdraw(there)
     assert await client.find(there.peer, model, there.blocks) is None
     assert msgspec.structs.replace(there, state="offline") not in await client.models()
+
+
+class HidingNode:
+    """Takes announcements, and shows them to others or not."""
+
+    def __init__(self) -> None:
+        self.nearest, self.shown, self.looks = ["one"], True, 0
+        self.told_also: list[tuple[str, ...]] = []
+
+    def holders(self, key: DHTID) -> list[str]:
+        return self.nearest
+
+    async def store(self, data: bytes, spots: dict[Spot, DHTID], *, also_at: Any, timeout_s: float) -> Any:
+        self.told_also.append(tuple(also_at))
+        return dict.fromkeys(spots, (5, 5))
+
+    async def find(self, keys: list[DHTID], *, enough: int, timeout_s: float) -> dict[DHTID, Search]:
+        self.looks += 1
+        told = {record("a").peer} if self.shown else set()
+        return {key: Search(key, enough, answered={DHTID(1)}, told=told) for key in keys}
+
+
+async def test_a_server_that_is_hidden_by_new_neighbours_of_its_key_tells_the_initial_peers(caplog):
+    """It looks at once where others are the nearest, and else at every fifth renewal."""
+    node, first = HidingNode(), key_of("first").peer
+    directory = DhtDirectory(node, identity=key_of("a"), initial_peers=[f"/ip4/127.0.0.1/tcp/1/p2p/{first}"])  # type: ignore[arg-type]
+    for _ in range(4):
+        await directory.announce(record("a"), lasts_s=60)
+    assert (node.looks, set(node.told_also)) == (1, {()})
+    node.nearest, node.shown = ["two"], False
+    await directory.announce(record("a"), lasts_s=60)
+    assert node.looks == 2
+    assert "do not show it" in caplog.text
+    await directory.announce(record("a"), lasts_s=60)
+    assert (node.looks, node.told_also[-2:]) == (3, [(), (first,)]), "the sixth"
+    node.shown = True
+    for _ in range(6):
+        await directory.announce(record("a"), lasts_s=60)
+    assert (node.looks, node.told_also[-1]) == (4, ()), "they show it again"

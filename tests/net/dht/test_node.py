@@ -1,9 +1,11 @@
 """Finding and storing over many real nodes, of which some are gone."""
 
+import asyncio
 import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -13,7 +15,7 @@ from hivemind.p2p import PeerID
 from petals_tune.errors import ConnectionLost
 from petals_tune.net.dht.directory import DhtDirectory
 from petals_tune.net.dht.keys import INDEX, Spot, key_at
-from petals_tune.net.dht.node import NEAREST, REPLICAS, Search
+from petals_tune.net.dht.node import NEAREST, PATIENCE_S, REPLICAS, Search
 from petals_tune.net.dht.protocol import node_id_of
 from tests.net.dht.nodes import announced, key_of, node, record, signed
 from tests.raising import raises
@@ -131,6 +133,49 @@ async def test_a_search_ends_with_enough_holders_and_keeps_the_latest_of_each_pe
         search.add(found)
     assert search.next(chance) == []
     assert search.found == {new.peer: new}
+
+
+async def test_a_search_waits_a_second_for_others_once_something_was_found(monkeypatch):
+    """A node may name eight that do not exist, each of which would be waited for."""
+    now_s = 100.0
+    monkeypatch.setattr("petals_tune.net.dht.node.time.monotonic", lambda: now_s)
+    search, nodes_only = search_of([1, 2, 3]), search_of([1, 2, 3], enough=None)
+    search.ends_s = nodes_only.ends_s = now_s + 4
+    search.add([announced("a")])
+    nodes_only.add([announced("a")])
+    assert (search.ends_s, nodes_only.ends_s) == (now_s + PATIENCE_S, now_s + 4)
+    assert sorted(search.next(random.Random(0))) == [1, 2]
+    now_s += PATIENCE_S
+    assert search.next(random.Random(0)) == []
+    assert nodes_only.next(random.Random(0)) != []
+
+
+async def test_a_node_that_is_silent_is_passed_over_though_nobody_waited_for_it(nodes, monkeypatch):
+    """The search is over before the answer is due."""
+    monkeypatch.setattr("petals_tune.net.dht.node.PATIENCE_S", 0.0)
+    where = key("6", Spot(0, 7))
+    await nodes[6].node.store(signed("6"), {Spot(0, 7): where}, timeout_s=10)
+    strangers = (PeerID.from_base58(key_of(f"nobody {number}").peer) for number in range(200))
+    stranger = min(strangers, key=lambda peer: where.xor_distance(node_id_of(peer)))
+    reader, is_over = nodes[7].node, asyncio.Event()
+    call_find = reader.protocol.call_find
+
+    async def held_find(peer: PeerID, *args: Any, **given: Any) -> Any:
+        if peer != stranger:
+            return await call_find(peer, *args, **given)
+        await is_over.wait()
+        return None
+
+    monkeypatch.setattr(reader.protocol, "call_find", held_find)
+    reader._nearest[where] = time.monotonic(), [stranger]
+    search = (await reader.find([where], enough=2, timeout_s=10))[where]
+    assert search.found.keys() == {key_of("6").peer}
+    assert node_id_of(stranger) in search.waiting
+    assert stranger not in reader._silent
+    is_over.set()
+    async with asyncio.timeout(30):
+        while stranger not in reader._silent:
+            await asyncio.sleep(0.05)
 
 
 async def test_node_ids_are_spread():

@@ -36,7 +36,9 @@ class PlayedNode:
                 if (key := key_at(each.record, Spot(group, depth))) is not None:
                     self.shown.setdefault(key, []).append(each)
 
-    async def find(self, keys: Collection[DHTID], *, enough: int, timeout_s: float) -> dict[DHTID, Search]:
+    async def find(
+        self, keys: Collection[DHTID], *, enough: int, timeout_s: float, whole: bool = False
+    ) -> dict[DHTID, Search]:
         assert timeout_s <= module.READING_S
         self.meanwhile()
         searches = {}
@@ -203,3 +205,16 @@ def test_groups_that_were_read_longest_ago_come_first(thorough):
     due = [look.root.group for look in known.due(WHOLE, thorough=thorough)]
     assert due[0] == 7
     assert len(due) == (8 if thorough else 3)
+
+
+async def test_initial_peers_are_asked_again_before_what_they_told_ends(monkeypatch):
+    """Nodes near to the key show invented servers, so that no block seems to be missing."""
+    node, clock = PlayedNode(), [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    node.show(live("invented", start=0, stop=64, total_blocks=64))
+    reader = reader_of(node, key_of("first").peer)
+    await reader.snapshot(MODEL, WHOLE)
+    node.of_initial = [live("a")]
+    assert key_of("a").peer not in peers(await reader.snapshot(MODEL, WHOLE))
+    clock[0] += module.INITIAL_S
+    assert key_of("a").peer in peers(await reader.snapshot(MODEL, WHOLE))
