@@ -185,7 +185,7 @@ async def test_servers_of_a_group_that_is_full_are_found_deeper(nodes, model, mo
     for name in names:
         await speaker(server, name).announce(record(name, model=model), lasts_s=300)
     found: set[str] = set()
-    for _ in range(40):
+    for _ in range(150):
         snapshot = await client.snapshot(model, WHOLE)
         found |= {each.peer for each in snapshot.servers}
     assert snapshot.is_sample
@@ -282,7 +282,7 @@ class HidingNode:
         self.told_also.append(tuple(also_at))
         return dict.fromkeys(spots, (5, 5))
 
-    async def find(self, keys: list[DHTID], *, enough: int, timeout_s: float) -> dict[DHTID, Search]:
+    async def find(self, keys: list[DHTID], *, enough: int, timeout_s: float, whole: bool) -> dict[DHTID, Search]:
         self.looks += 1
         told = {record("a").peer} if self.shown else set()
         return {key: Search(key, enough, answered={DHTID(1)}, told=told) for key in keys}
