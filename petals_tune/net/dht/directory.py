@@ -115,7 +115,10 @@ class DhtDirectory:
         taken = await self._publish(record, groups(record.blocks))
         if not taken:
             logger.warning("no node of the DHT took this server's announcement: others may not find it")
+        was_hidden = self._is_hidden
         await self._check_seen(record)
+        if self._is_hidden and not was_hidden:
+            await self._publish(record, groups(record.blocks))
 
     async def withdraw(self, record: ServerRecord) -> None:
         """Replace the announcement by one that says offline (the DHT has no delete)."""
