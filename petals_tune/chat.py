@@ -60,14 +60,14 @@ def chat(cfg: DictConfig) -> None:
             raise ConfigError(
                 "say whom to talk to: adapter=outputs/.../adapter, or model=default for the bare model", key="adapter"
             )
-        from petals_tune.tuning.saved import adapter_folder, base_of  # slow; a mistyped key should not wait for it
+        from petals_tune.tuning.saved import adapter_folder, choose_base  # slow; a mistyped key should not wait for it
 
         adapter = None if cfg.adapter is None else adapter_folder(cfg.adapter)
-        base = cfg.model.source
-        if base is None and adapter is not None:
-            base = base_of(adapter)
+        base, revision = cfg.model.source, cfg.model.revision
+        if adapter is not None:
+            base, revision = choose_base(adapter, source=base, revision=revision)
         trained = None if adapter is None else trained_prompting(adapter)
-        with open_model(cfg, adapter, base, trained) as (model, tokenizer):
+        with open_model(cfg, adapter, base, trained, revision=revision) as (model, tokenizer):
             talk(model, tokenizer, cfg, read_turns(cfg.prompt), trained)
 
 
@@ -103,7 +103,12 @@ def _escape(text: str) -> str:
 
 @contextmanager
 def open_model(
-    cfg: DictConfig, adapter: Path | None, base: str, trained: Prompting | None = None
+    cfg: DictConfig,
+    adapter: Path | None,
+    base: str,
+    trained: Prompting | None = None,
+    *,
+    revision: str | None = None,
 ) -> Iterator[tuple[Any, Any]]:
     """Open the swarm of `cfg` and yield (model, tokenizer); the end of the block closes a local swarm.
 
@@ -113,6 +118,7 @@ def open_model(
     from petals_tune.model.convert import model_folder
     from petals_tune.model.families import family_of, placeholder_model
     from petals_tune.remote.auto import AutoDistributedModelForCausalLM
+    from petals_tune.train.options import open_swarm
     from petals_tune.train.quiet import silence_known_warnings
     from petals_tune.tuning.saved import check_adapter, load_adapter, load_tokenizer, saved_config
     from petals_tune.tuning.support import check_config
@@ -127,26 +133,22 @@ def open_model(
             key="adapter",
             seen=adapter,
         )
-    source = model_folder(base)
+    source = model_folder(base, revision)
     if adapter is not None:
         check_config(saved_config(adapter))
-        check_adapter(adapter, task="CAUSAL_LM", source=source, named=base)
-    blocks = family_of(placeholder_model(Checkpoint(source).config)).total_blocks
+        check_adapter(adapter, task="CAUSAL_LM", source=source, revision=revision, named=base)
+    blocks = family_of(placeholder_model(Checkpoint(source, revision=revision).config)).total_blocks
     swarm = build(cfg.swarm, where="swarm")
     swarm.check(blocks)
-    try:
-        tokenizer = load_tokenizer(source, adapter)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.source={base} has no tokenizer to talk with: {error}", key="model.source", seen=base
-        ) from None
+    tokenizer: Any = load_tokenizer(source, adapter, revision)
     if trained is not None and trained.form == "chat":
         tokenizer.chat_template = trained.chat_template
     # On stderr: stdout has the answers alone, for a pipe.
     print(f"{swarm.describe_opening(blocks)} ...", file=sys.stderr, flush=True)
-    with swarm.open(source, blocks) as peers:
-        options = swarm.client_options()
-        model: Any = AutoDistributedModelForCausalLM.from_pretrained(source, initial_peers=peers, **options)
+    with open_swarm(swarm, source, blocks, revision) as peers:
+        model: Any = AutoDistributedModelForCausalLM.from_pretrained(
+            source, revision=revision, initial_peers=peers, **swarm.client_options()
+        )
         try:
             yield model if adapter is None else load_adapter(model, adapter), tokenizer
         finally:

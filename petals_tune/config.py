@@ -43,7 +43,7 @@ CONFIG_NAME = "train"
 Section = Mapping[str, Any]
 
 # Keys in a section with a `_target_` that the run itself reads, and their types.
-_READ_BY_THE_RUN = {"tuning.init_from": str | None}
+_READ_BY_THE_RUN = {"tuning.init_from": str | None, "tuning.usual_lr": float}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,7 @@ class TunedModel:
     """The base model of a run."""
 
     source: str | None  # as in Model; null: the model that the adapter of tuning.init_from names
+    revision: str | None  # as in Model; null beside a null source: the adapter's
 
 
 @dataclass(frozen=True, kw_only=True)

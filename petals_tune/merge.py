@@ -43,10 +43,14 @@ def main() -> None:
 def merge(cfg: DictConfig) -> None:
     """Write the base model with the LoRA adapter merged into its weights."""
     with report_errors():
-        merge_adapter(cfg.adapter, Path(cfg.output), model=cfg.model.source, dtype=cfg.dtype)
+        merge_adapter(
+            cfg.adapter, Path(cfg.output), model=cfg.model.source, revision=cfg.model.revision, dtype=cfg.dtype
+        )
 
 
-def merge_adapter(adapter: str, output: Path, *, model: str | None = None, dtype: str = "float32") -> None:
+def merge_adapter(
+    adapter: str, output: Path, *, model: str | None = None, revision: str | None = None, dtype: str = "float32"
+) -> None:
     """Load the whole base model here, merge `adapter` into its weights, and write it to `output` with its tokenizer.
 
     The model is loaded and merged in float32, and rounded to `dtype` once. A classifier keeps its trained head and the
@@ -65,8 +69,8 @@ def merge_adapter(adapter: str, output: Path, *, model: str | None = None, dtype
     from petals_tune.train.quiet import silence_known_warnings
     from petals_tune.tuning.saved import (
         adapter_folder,
-        base_of,
         check_adapter,
+        choose_base,
         head_rows,
         load_tokenizer,
         saved_config,
@@ -93,14 +97,13 @@ def merge_adapter(adapter: str, output: Path, *, model: str | None = None, dtype
         raise UnsupportedAdapter(
             f"{folder} is for {task}; adapters for {' and '.join(classes)} can be merged", key="adapter", seen=task
         )
-    base = base_of(folder) if model is None else model
-    source = model_folder(base)
-    identity = check_adapter(folder, task=task, source=source, named=base)
+    base, revision = choose_base(folder, source=model, revision=revision)
+    source = model_folder(base, revision)
+    identity = check_adapter(folder, task=task, source=source, revision=revision, named=base)
     labels = {"num_labels": head_rows(folder)} if task == "SEQ_CLS" else {}
     print(f"loads {base} whole ...", flush=True)
     try:
-        plain = classes[task].from_pretrained(source, dtype=torch.float32, **labels)
-        tokenizer: Any = load_tokenizer(source, folder)
+        plain = classes[task].from_pretrained(source, revision=revision, dtype=torch.float32, **labels)
     except (OSError, ValueError) as error:
         raise UnsupportedModel(
             f"the base model {base} cannot be loaded here: {str(error).strip().splitlines()[0]}; "
@@ -115,6 +118,7 @@ def merge_adapter(adapter: str, output: Path, *, model: str | None = None, dtype
             key="model.source",
             seen=base,
         )
+    tokenizer: Any = load_tokenizer(source, folder, revision)
     tuned: Any = wrap_with_adapter(plain, folder).eval()
     if not isinstance(tuned.base_model, BaseTuner):
         raise UnsupportedAdapter(

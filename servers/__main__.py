@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 
-from petals_tune.config import Model, folder_of
+from petals_tune.config import folder_of
 from petals_tune.model.convert import model_folder
 from servers.command import command, stop_on_signals
 from servers.options import Serve
@@ -27,6 +27,7 @@ def usage() -> str:
         "Host blocks of a model for others.\n\n"
         "  python -m servers model=NAME [key=value ...]\n"
         "  python -m servers model.source=FOLDER_OR_HUB_NAME 'swarm.initial_peers=[ADDRESS]' [key=value ...]\n"
+        "  python -m servers model.source=OWNER/NAME model.revision=BRANCH_TAG_OR_COMMIT of the hub [key=value ...]\n"
         "  python -m servers --config-dir FOLDER --config-name FILE   the same keys from a file of yours\n"
         "  python -m servers model=needed 'swarm.initial_peers=[ADDRESS]'   the model of a network that lacks most\n\n"
         "  python -m servers.dht     a node of the swarm's directory without blocks\n"
@@ -42,7 +43,8 @@ def host(options: Serve) -> None:
     if options.exit_with_stdin:
         threading.Thread(target=_exit_with_stdin, daemon=True).start()
     _ = options.span  # raises its ConfigError before the slow imports
-    run(dataclasses.replace(options, model=Model(source=model_folder(options.model.source))))
+    model = dataclasses.replace(options.model, source=model_folder(options.model.source, options.model.revision))
+    run(dataclasses.replace(options, model=model))
 
 
 def run(options: Serve) -> None:

@@ -201,3 +201,14 @@ def test_a_run_and_the_jobs_of_a_sweep_ask_for_one_new_folder() -> None:
     for name in ("train", "evaluate"):
         text = (folder_of("conf") / f"{name}.yaml").read_text()
         assert "${new_folder:" in text.partition("run:")[2].partition("help:")[0]
+
+
+@pytest.mark.parametrize("config_name", ["train", "chat", "evaluate", "merge", "serve"])
+def test_a_model_of_ones_own_may_name_its_revision(config_name: str, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("{source: a/b, revision: mine}")
+    search = f"hydra.searchpath=[file://{tmp_path}]"
+    assert composed([search, "model=mine"], config_name=config_name).model == {"source": "a/b", "revision": "mine"}
+    given = composed([search, "model=mine", "model.revision=v1"], config_name=config_name).model
+    assert given == {"source": "a/b", "revision": "v1"}
+    assert composed([], config_name=config_name).model.revision is None

@@ -15,7 +15,7 @@ TESTED_ELSEWHERE = {
     "petals_tune/__main__.py": "tests/train/test_sweep.py",
     "petals_tune/blocks/quantization/int8_linear.py": "tests/blocks/test_kernels.py",
     "petals_tune/data/chat_format.py": "tests/data/test_chat_rows.py",
-    "petals_tune/data/examples.py": "tests/data/test_rows.py",
+    "petals_tune/data/examples.py": "tests/data/test_encoding.py",
     "petals_tune/hydra_errors.py": "tests/test_config.py",
     "petals_tune/train/measure.py": "tests/test_evaluate.py",
     "servers/__main__.py": "tests/servers/test_main.py",

@@ -37,6 +37,22 @@ def test_a_recipe_composes_and_every_option_in_it_exists(name: str) -> None:
     assert cfg.name == name
 
 
+@pytest.mark.parametrize(
+    ("overrides", "rate"),
+    [
+        (["recipe=sst2"], 1e-2),
+        (["recipe=sst2", "tuning=lora"], 2e-3),  # the soft prompt's would harm LoRA
+        (["recipe=instruct"], 2e-3),
+        (["recipe=instruct", "tuning=prompt", "instruction=Answer."], 1e-2),
+        (["recipe=sst2_head"], 3e-3),
+        (["recipe=sst2", "tuning=lora", "optimizer.lr=5e-4"], 5e-4),
+        (["recipe=sst2", "tuning._target_=peft.VeraConfig", "~tuning.usual_lr"], 1e-2),
+    ],
+)
+def test_the_learning_rate_is_that_of_the_method_unless_one_is_given(overrides: list[str], rate: float) -> None:
+    assert composed([*overrides, "output_dir=out"]).optimizer.lr == rate
+
+
 GROUPS = {
     folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
     for folder in sorted(folder_of("conf").iterdir())

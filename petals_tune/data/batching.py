@@ -15,32 +15,23 @@ _OPEN_PACKS = 16  # packs that may still take another row
 _BUCKET_BATCHES = 16  # batches whose rows are sorted by length together
 
 
-def pack(rows: Sequence[Row], max_tokens: int) -> list[Row]:
-    """Join rows end to end into rows of at most `max_tokens`: fewer rows, almost no padding.
+def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Return which rows are joined end to end, in rows of at most `max_tokens`: fewer rows, almost no padding.
 
     A row attends to those before it in its pack: blocks get a padding mask alone, which cannot separate them.
     """
-    packed: list[list[Row]] = []
-    open_packs: list[tuple[list[Row], int]] = []  # a pack, and the tokens that still fit into it
-    for row in rows:
-        length = len(row.input_ids)
+    packs: list[list[int]] = []
+    open_packs: list[tuple[list[int], int]] = []  # a pack, and the tokens that still fit into it
+    for row, length in enumerate(lengths):
         index = next((n for n, (_, free) in enumerate(open_packs) if length <= free), None)
         if index is None:
-            parts = [row]
-            packed.append(parts)
-            open_packs = [*open_packs, (parts, max_tokens - length)][-_OPEN_PACKS:]
+            packs.append([row])
+            open_packs = [*open_packs, (packs[-1], max_tokens - length)][-_OPEN_PACKS:]
         else:
-            parts, free = open_packs[index]
-            parts.append(row)
-            open_packs[index] = (parts, free - length)
-    return [
-        Row(
-            input_ids=[token for row in parts for token in row.input_ids],
-            labels=[label for row in parts for label in row.labels],
-            cut_tokens=sum(row.cut_tokens for row in parts),
-        )
-        for parts in packed
-    ]
+            rows, free = open_packs[index]
+            rows.append(row)
+            open_packs[index] = (rows, free - length)
+    return packs
 
 
 def training_order(lengths: Sequence[int], *, batch_rows: int, buckets: bool, seed: int, epoch: int) -> list[int]:

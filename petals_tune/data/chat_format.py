@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,17 @@ class ChatFormat:
         return text
 
     def _apply(self, messages: Sequence[Message], tools: Tools, *, prompt: bool) -> str:
+        try:
+            return self._apply_as_given(messages, tools, prompt=prompt)
+        except DataError as refused:
+            if (written := _arguments_as_text(messages)) is None:
+                raise
+            try:
+                return self._apply_as_given(written, tools, prompt=prompt)
+            except DataError:
+                raise refused from None
+
+    def _apply_as_given(self, messages: Sequence[Message], tools: Tools, *, prompt: bool) -> str:
         given: Any = list(messages)
         try:
             text = self._tokenizer.apply_chat_template(
@@ -73,6 +85,20 @@ class ChatFormat:
             ) from error
         assert isinstance(text, str)  # one chat, not tokenized
         return text
+
+
+def _arguments_as_text(messages: Sequence[Message]) -> list[Message] | None:
+    """Write the arguments of tool calls as JSON text, which some templates need (DeepSeek's); None without calls."""
+    if not any(turn.get("tool_calls") for turn in messages):
+        return None
+    written: list[Message] = []
+    for turn in messages:
+        calls = [
+            {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+            for call in turn.get("tool_calls") or ()
+        ]
+        written.append({**turn, "tool_calls": calls} if calls else turn)
+    return written
 
 
 def _strip_answers(messages: Sequence[Message]) -> list[Message]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
@@ -43,6 +43,7 @@ class Row:
     input_ids: list[int]
     labels: list[int]
     cut_tokens: int = 0  # tokens of the context that were left out to make the row short enough
+    answers_too_long: int = 0  # answers of the same chat that no row is long enough for; in the chat's first row
 
     @property
     def supervised_tokens(self) -> int:
@@ -65,12 +66,13 @@ class _Answer:
     reasons: bool  # it has reasoning, which a turn in the middle of a chat may lose
 
 
-def chat_rows(chat: Chat, tokenizer: PreTrainedTokenizerBase, max_tokens: int, *, from_user: bool) -> Iterator[Row]:
-    """Yield the rows of a chat, the one with its last answer first.
+def chat_rows(chat: Chat, tokenizer: PreTrainedTokenizerBase, max_tokens: int, *, from_user: bool) -> list[Row]:
+    """Return the rows of a chat, the one with its last answer first.
 
     A long chat loses its oldest turns, but not the system message, and not the user's last turn. An answer that is lost
     so, or stands in the row otherwise than generation would give it, has a row of its own; one that is too long even
-    then has none. from_user: the first turn after the system message is the user's; what comes before it is left out.
+    then has none, and is counted in the first row. from_user: the first turn after the system message is the user's;
+    what comes before it is left out.
 
     Raises DataError where the template refuses the turns, or gives an answer no place.
     """
@@ -78,12 +80,17 @@ def chat_rows(chat: Chat, tokenizer: PreTrainedTokenizerBase, max_tokens: int, *
     # An assistant that speaks first was asked for nothing: that turn is read, and learned only where no other is.
     first = next((place for place, turn in enumerate(chat.messages) if turn["role"] == "user"), len(chat.messages))
     waiting = [position for position in chat.learned if position > first] or list(chat.learned)
+    rows: list[Row] = []
+    too_long = 0
     while waiting:
         starts = _starts(chat.messages[: waiting[-1] + 1], from_user=from_user)
         row, learned = _longest_row(chat, waiting, starts, form, tokenizer, max_tokens)
-        if row is not None:
-            yield row
+        if row is None:
+            too_long += 1
+        else:
+            rows.append(row)
         waiting = [position for position in waiting[:-1] if position not in learned]
+    return [replace(rows[0], answers_too_long=too_long), *rows[1:]] if rows else []
 
 
 def _starts(messages: Sequence[Message], *, from_user: bool) -> list[int]:
@@ -152,13 +159,16 @@ def _encode(
 ) -> tuple[Row, list[int]]:
     """Return the row of a chat that ends with the last of the `learned` turns, and which of them are learned in it.
 
-    In a row that is longer than `max_tokens`, the others are not looked for.
+    In a row that is longer than `max_tokens` they are not looked for.
     """
     last = _answer(messages, tools, form, tokenizer)
     whole = last.prompt + last.text
     ids = encode(whole, tokenizer, begin=not form.has_template)
+    end = [] if last.end else end_ids(tokenizer)
+    if len(ids) + len(end) > max_tokens:
+        return Row(input_ids=ids + end, labels=[IGNORED] * len(ids + end)), []
     spans = {learned[-1]: (len(last.prompt), len(whole))}  # position of a turn -> where it stands in the text
-    for position in learned[:-1] if len(ids) <= max_tokens else ():
+    for position in learned[:-1]:
         try:
             answer = _answer(messages[: position + 1], tools, form, tokenizer)
         except DataError:
@@ -169,11 +179,9 @@ def _encode(
                 break
     ids, places = find_spans(whole, ids, spans, tokenizer, begin=not form.has_template)
     labels = [IGNORED] * len(ids)
-    for start, end in places.values():
-        labels[start:end] = ids[start:end]
-    if not last.end:
-        ids, labels = ids + end_ids(tokenizer), labels + end_ids(tokenizer)
-    return Row(input_ids=ids, labels=labels), list(places)
+    for start, stop in places.values():
+        labels[start:stop] = ids[start:stop]
+    return Row(input_ids=ids + end, labels=labels + end), list(places)
 
 
 def _answer(messages: Sequence[Message], tools: Tools, form: ChatFormat, tokenizer: PreTrainedTokenizerBase) -> _Answer:

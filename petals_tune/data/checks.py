@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
-from petals_tune.data.chat_rows import Row
 from petals_tune.data.collate import choose_pad_id
 from petals_tune.errors import ConfigError
 
@@ -34,9 +33,8 @@ def check_vocabulary(token_ids: Iterable[int], tokenizer: PreTrainedTokenizerBas
         )
 
 
-def check_positions(rows: Iterable[Row], soft_tokens: int, positions: int | None) -> None:
-    """Raise ConfigError where a row with its soft prompt is longer than the model's table of learned positions."""
-    longest = max((len(row.input_ids) for row in rows), default=0)
+def check_positions(longest: int, soft_tokens: int, positions: int | None) -> None:
+    """Raise ConfigError where the longest row, with its soft prompt, exceeds the model's table of learned positions."""
     if positions is not None and longest + soft_tokens > positions:
         raise ConfigError(
             f"the longest row has {longest} tokens"

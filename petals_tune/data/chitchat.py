@@ -6,6 +6,7 @@ wrote in other conversations.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import defaultdict
@@ -17,7 +18,14 @@ from operator import itemgetter
 from pathlib import Path
 
 from petals_tune.data.examples import Example, Message
-from petals_tune.data.source import SplitName, SplitShares, check_whole_number, corpus_file, hash_fraction
+from petals_tune.data.source import (
+    SplitName,
+    SplitShares,
+    check_whole_number,
+    corpus_file,
+    digest_files,
+    hash_fraction,
+)
 
 REQUIREMENT = "chitchat-dataset==0.9.0"
 MIN_TURNS = 4  # a shorter conversation is a greeting without an answer
@@ -80,6 +88,11 @@ class ChitChat(SplitShares):
             f"lines that the same person said in other conversations; {self.format_shares('the people are')}"
         )
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the corpus and the options."""
+        return hashlib.sha256(f"{self} {digest_files([self._path])}".encode()).hexdigest()
+
     def train(self) -> Iterator[Example]:
         return self._examples("train")
 
@@ -103,10 +116,13 @@ class ChitChat(SplitShares):
             if len(persona) == self.persona_lines:
                 yield build_example(conversation, position, persona, history_turns=self.history_turns)
 
+    @property
+    def _path(self) -> Path:
+        return corpus_file("chitchat_dataset", "dataset.json", requirement=REQUIREMENT)
+
     @cached_property
     def _conversations(self) -> dict[SplitName, list[Conversation]]:
-        path = corpus_file("chitchat_dataset", "dataset.json", requirement=REQUIREMENT)
-        usable = (c for c in read_corpus(path) if len(c.turns) >= MIN_TURNS and len(c.speakers) == 2)
+        usable = (c for c in read_corpus(self._path) if len(c.turns) >= MIN_TURNS and len(c.speakers) == 2)
         return split_by_person(usable, self.split_of_person)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from petals_tune.errors import DataError
 
 # One turn, as chat templates take it: "role" and "content" (a text), and where they are needed "name", "tool_calls",
 # "tool_call_id" and "reasoning_content".
@@ -55,3 +59,26 @@ class Text:
 
 
 AnyExample = Example | Chat | LabelledText | Text
+
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Example, Chat, LabelledText, Text)}
+
+
+def to_json(example: AnyExample) -> str:
+    """Return an example as JSON, in one line. Raises DataError where a turn or a tool holds a value that JSON lacks."""
+    name = next(name for name, kind in _KINDS.items() if isinstance(example, kind))
+    fields = {field.name: getattr(example, field.name) for field in dataclasses.fields(_KINDS[name])}
+    try:
+        return json.dumps([name, fields])
+    except (TypeError, ValueError, RecursionError) as error:  # such as for dates, and the bytes of an image
+        raise DataError(
+            f"an example holds a value that chat templates cannot write: {error}", reason="a value that JSON lacks"
+        ) from None
+
+
+def from_json(text: str) -> AnyExample:
+    """Return the example of `to_json`."""
+    kind, fields = json.loads(text)
+    example: AnyExample = _KINDS[kind](
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    )
+    return example

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from petals_tune.data.batching import RowOrder, RowShare, pack
+from petals_tune.data.batching import RowOrder, RowShare
 from petals_tune.data.collate import PADDING_SIDES, PaddingSide, choose_pad_id, collate
+from petals_tune.data.encoding import EncodedSplit, encode_split, format_left_out
 from petals_tune.data.examples import AnyExample
-from petals_tune.data.rows import Row, rows_of
-from petals_tune.data.source import CountedExamples, Source, check_whole_number, digest_of
+from petals_tune.data.source import Source, check_whole_number, digest_of
+from petals_tune.data.stored_rows import StoredRows
 from petals_tune.errors import ConfigError, DataError
 
 _SPLITS = ("train_split", "validation_split", "test_split")
-
-TOO_LONG = "too long for data.max_tokens"
 
 _NO_TEST_ROWS = (
     "; name a split that is there with data.source.test_split=..., or keep a share from training, "
@@ -39,33 +37,6 @@ class Sample:
     prompt: str
     prompt_ids: list[int]
     reply: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodedSplit:
-    """Rows of one split for the model, and what became of the rows in the data: all = `used` + `left_out`."""
-
-    rows: list[Row]
-    used: int  # rows in the data, or examples of a source that is no table
-    left_out: Mapping[str, int]  # reason -> rows in the data
-
-    @property
-    def too_long(self) -> int:
-        """Examples that need more tokens than a row has."""
-        return self.left_out.get(TOO_LONG, 0)
-
-    def pack(self, max_tokens: int) -> EncodedSplit:
-        return replace(self, rows=pack(self.rows, max_tokens))
-
-    def format_counts(self, name: str) -> str:
-        """Format the counts in one line."""
-        total = self.used + sum(self.left_out.values())
-        return f"{name}: {self.used:,} of {total:,} rows in the data used{_format_left_out(self.left_out)}"
-
-    def counts(self) -> dict[str, Any]:
-        """Return the counts for a JSON file."""
-        left_out = dict(sorted(self.left_out.items()))
-        return {"in_data": self.used + sum(left_out.values()), "used": self.used, "left_out": left_out}
 
 
 class TextData(LightningDataModule):
@@ -84,6 +55,7 @@ class TextData(LightningDataModule):
     padding_side:         right, or left for a loop of yours; our objectives give the same numbers with either
     num_workers:          processes that pad batches; 0: this one, which is enough for encoded rows
     seed:                 of the order of the training rows, not of the choice of rows
+    digest:               of the source that is expected (`digest_of`); None: any. `setup` compares them
 
     Raises ConfigError for a bad value, before anything is read. A split is read and encoded when it is first used; that
     raises DataError for bad data.
@@ -105,6 +77,7 @@ class TextData(LightningDataModule):
         padding_side: PaddingSide = "right",
         num_workers: int = 0,
         seed: int = 0,
+        digest: str | None = None,
     ) -> None:
         super().__init__()
         self.source = source
@@ -125,6 +98,7 @@ class TextData(LightningDataModule):
                 seen=padding_side,
             )
         self.padding_side = padding_side
+        self._expected_digest = digest
         self._resume_at = {"epoch": 0, "batches": 0}
 
     def resume_at(self, *, epoch: int, batches: int) -> None:
@@ -132,7 +106,17 @@ class TextData(LightningDataModule):
         self._resume_at = {"epoch": epoch, "batches": batches}
 
     def setup(self, stage: str) -> None:
-        """Read and encode the splits of a stage, so that bad data ends a run before its first step."""
+        """Read and encode the splits of a stage, so that bad data ends a run before its first step.
+
+        Raises ConfigError where the source has another digest than was expected.
+        """
+        if self._expected_digest is not None and self._expected_digest != self.digest:
+            raise ConfigError(
+                f"data.digest is {self._expected_digest}, and the data have {self.digest}: their content or the "
+                "source's options changed; data.digest=null takes them as they are",
+                key="data.digest",
+                seen=self.digest,
+            )
         if stage == "fit":
             _ = self.train_split
         _ = self.test_split if stage == "test" else self.validation_split
@@ -154,7 +138,7 @@ class TextData(LightningDataModule):
         """Batches shuffled by the seed: each new loader has the same order, each of its epochs another one."""
         rows = self.train_split.rows
         order = RowOrder(
-            [len(row.input_ids) for row in rows],
+            rows.lengths.tolist(),
             batch_size=self.batch_size,
             buckets=self.length_buckets,
             seed=self.seed,
@@ -173,7 +157,7 @@ class TextData(LightningDataModule):
 
     def _evaluation_loader(self, name: str, split: EncodedSplit) -> StatefulDataLoader:
         # Batches of similar length need the least padding, and metrics do not depend on the order.
-        rows = sorted(split.rows, key=lambda row: len(row.input_ids))
+        rows = split.rows.select(np.argsort(split.rows.lengths, kind="stable"))
         if len(rows) < self._ranks:
             raise DataError(
                 f"{len(rows)} {name} rows are too few for {self._ranks} processes: each needs one", split=name
@@ -190,7 +174,7 @@ class TextData(LightningDataModule):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the source's content."""
+        """SHA-256 of the source's content, as `digest_of` returns it."""
         return digest_of(self.source)
 
     def counts(self) -> dict[str, Any]:
@@ -235,36 +219,18 @@ class TextData(LightningDataModule):
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
 
     def _encode(self, name: str, examples: Iterable[AnyExample], max_rows: int | None) -> EncodedSplit:
-        rows: list[Row] = []
-        used, too_long = 0, 0
-        for example in tqdm(examples, desc=f"encoding {name} rows", unit=" examples", disable=None, leave=False):
-            try:
-                encoded = rows_of(example, self.tokenizer, self.max_tokens)
-            except DataError as error:
-                if not isinstance(examples, CountedExamples):
-                    raise
-                examples.refuse(error)  # raises it with its row's number, unless such rows are left out
-                continue
-            rows += encoded
-            used, too_long = used + bool(encoded), too_long + (not encoded)
-            if max_rows is not None and len(rows) >= max_rows:
-                rows = rows[:max_rows]
-                break
-        left_out = Counter({TOO_LONG: too_long} if too_long else {})
-        if isinstance(examples, CountedExamples):
-            examples.close()
-            left_out += examples.left_out
-        if not rows:
+        split = encode_split(examples, self.tokenizer, self.max_tokens, max_rows=max_rows, name=name)
+        if not len(split.rows):
             raise DataError(
-                f"no {name} row: {too_long} examples need more than data.max_tokens={self.max_tokens}"
-                if too_long
+                f"no {name} row: {split.too_long} examples need more than data.max_tokens={self.max_tokens}"
+                if split.too_long
                 else f"the {name} split is empty: {self.source.description}{_NO_TEST_ROWS if name == 'test' else ''}"
-                f"{_format_left_out(left_out)}",
+                f"{format_left_out(split.left_out)}",
                 split=name,
             )
-        return EncodedSplit(rows=rows, used=used, left_out=left_out)
+        return split
 
-    def _loader(self, rows: list[Row], sampler: Sampler[int]) -> StatefulDataLoader:
+    def _loader(self, rows: StoredRows, sampler: Sampler[int]) -> StatefulDataLoader:
         # An iterator draws a seed: from its own generator, or it would change the random numbers of the training.
         generator = torch.Generator().manual_seed(self.seed)
         pad = partial(collate, pad_id=choose_pad_id(self.tokenizer), padding_side=self.padding_side)
@@ -278,24 +244,17 @@ class TextData(LightningDataModule):
         )
 
 
-def _format_left_out(left_out: Mapping[str, int]) -> str:
-    """`format({"damaged": 2, "in another split": 30})` returns "; rows left out: 2 damaged, 30 in another split"."""
-    parts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items()))
-    return f"; rows left out: {parts}" if parts else ""
-
-
 def _summary_row(name: str, split: EncodedSplit) -> tuple[str, ...]:
-    lengths = [len(row.input_ids) for row in split.rows]
-    tokens = sum(lengths)
-    cut_tokens = sum(row.cut_tokens for row in split.rows)
+    rows, lengths = split.rows, split.rows.lengths
+    tokens = int(lengths.sum())
     return (
         name,
-        f"{len(split.rows):,}",
+        f"{len(rows):,}",
         f"{tokens:,}",
-        f"{sum(row.supervised_tokens for row in split.rows):,}",
-        f"{cut_tokens / (tokens + cut_tokens):.0%}",
-        f"{tokens / len(split.rows):.0f}",
-        f"{max(lengths)}",
+        f"{rows.learned_tokens:,}",
+        f"{rows.cut_tokens / (tokens + rows.cut_tokens):.0%}",
+        f"{tokens / len(rows):.0f}",
+        f"{lengths.max()}",
         f"{split.too_long:,}",
     )
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from petals_tune.data.examples import Example
-from petals_tune.data.source import SplitName, SplitShares, corpus_file, hash_fraction
+from petals_tune.data.source import SplitName, SplitShares, corpus_file, digest_files, hash_fraction
 from petals_tune.errors import ConfigError
 
 REQUIREMENT = "chatterbot-corpus==1.3.3"
@@ -40,6 +42,11 @@ class Questions(SplitShares):
             f"{self.format_shares('the questions are')}"
         )
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the topics' files and the options."""
+        return hashlib.sha256(f"{self} {digest_files(map(topic_file, self.topics))}".encode()).hexdigest()
+
     def train(self) -> Iterator[Example]:
         return self._examples("train")
 
@@ -63,8 +70,11 @@ class Questions(SplitShares):
 
 def read_pairs(topic: str) -> Iterator[tuple[str, str]]:
     """Yield (question, answer), the first two turns, of each conversation on a topic."""
-    path = corpus_file("chatterbot_corpus", f"data/english/{topic}.yml", requirement=REQUIREMENT)
-    yield from first_pairs(yaml.safe_load(path.read_text(encoding="utf-8"))["conversations"])
+    yield from first_pairs(yaml.safe_load(topic_file(topic).read_text(encoding="utf-8"))["conversations"])
+
+
+def topic_file(topic: str) -> Path:
+    return corpus_file("chatterbot_corpus", f"data/english/{topic}.yml", requirement=REQUIREMENT)
 
 
 def first_pairs(conversations: Iterable[Any]) -> Iterator[tuple[str, str]]:

@@ -35,7 +35,7 @@ def rows_of(example: AnyExample, tokenizer: PreTrainedTokenizerBase, max_tokens:
             row = Row(input_ids=[*ids, label], labels=[IGNORED] * len(ids) + [label])
             return [row] if len(row.input_ids) <= max_tokens else []
         case Chat():
-            return list(chat_rows(example, tokenizer, max_tokens, from_user=False))
+            return chat_rows(example, tokenizer, max_tokens, from_user=False)
         case Example(context=context, answer=answer, every_answer=every_answer):
             messages = (*context, {"role": "assistant", "content": answer})
             learned = tuple(
@@ -43,7 +43,7 @@ def rows_of(example: AnyExample, tokenizer: PreTrainedTokenizerBase, max_tokens:
                 for position, turn in enumerate(messages)
                 if turn["role"] == "assistant" and (every_answer or position == len(context))
             )
-            return list(chat_rows(Chat(messages=messages, learned=learned), tokenizer, max_tokens, from_user=True))
+            return chat_rows(Chat(messages=messages, learned=learned), tokenizer, max_tokens, from_user=True)
 
 
 def _text_rows(example: Text, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Iterator[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -14,6 +14,8 @@ from petals_tune.errors import ConfigError, DataError
 from petals_tune.model.packaged import installed_file
 
 SplitName = Literal["train", "validation", "test"]
+
+NOT_NEEDED = "not needed: data.max_rows was reached"
 
 
 class Source(Protocol):
@@ -39,26 +41,36 @@ class Source(Protocol):
 class CountedExamples(Iterator[AnyExample]):
     """Examples of a table's rows, and the number of rows that were left out so far, by reason.
 
+    examples:  pairs of a row's number and an example of it
+    refuse:    leaves out an example that cannot be encoded, or raises the error, with the number of its row
+
     When it was read to its end, or closed: rows of the table = examples + rows left out.
     """
 
-    def __init__(self, examples: Generator[AnyExample], left_out: Counter[str], refuse: Callable[[DataError], None]):
-        self._examples, self.left_out, self._refuse = examples, left_out, refuse
-
-    def refuse(self, error: DataError) -> None:
-        """Leave out the last example, which cannot be encoded; or raise `error` with the number of its row."""
-        self._refuse(error)
+    def __init__(
+        self,
+        examples: Generator[tuple[int, AnyExample]],
+        left_out: Counter[str],
+        refuse: Callable[[DataError, int], None],
+    ):
+        self._examples, self.left_out, self.refuse = examples, left_out, refuse
+        self.row = 0  # the number of the last example's row
 
     def __next__(self) -> AnyExample:
-        return next(self._examples)
+        self.row, example = next(self._examples)
+        return example
 
     def close(self) -> None:
-        """Count the rest of the rows as not read."""
+        """Count the rest of the rows as not needed."""
         self._examples.close()
 
 
 def digest_of(source: Source) -> str:
-    """Return the SHA-256 of a source's content: its own `digest` where it has one, else that of all its examples."""
+    """Return the SHA-256 of a source's content: its own `digest` where it has one, else that of all its examples.
+
+    That of a table is of its files' bytes; of a stream from the hub, whose rows are not all read, of its name and the
+    commit of its repository; of a built-in corpus, of its files and its options.
+    """
     digest = getattr(source, "digest", None)
     if digest is not None:
         return str(digest)
@@ -67,6 +79,18 @@ def digest_of(source: Source) -> str:
         for example in split():
             whole.update(repr(example).encode(errors="surrogatepass"))
         whole.update(b";")
+    return whole.hexdigest()
+
+
+def digest_files(paths: Iterable[Path]) -> str:
+    """Return the SHA-256 of the content of files, in their order. Raises DataError where one cannot be read."""
+    whole = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}", source=path) from None
     return whole.hexdigest()
 
 

@@ -16,6 +16,7 @@ import pyarrow
 from datasets import Dataset, Features, Value
 
 from petals_tune.data.formats import TableRow, cell_text, read_rows
+from petals_tune.data.source import digest_files
 from petals_tune.errors import DataError
 from petals_tune.files import replacing, write_text
 from petals_tune.model.convert import cache_folder
@@ -57,14 +58,7 @@ class DataFiles:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the content of all files."""
-        whole = hashlib.sha256()
-        for path in self.paths:
-            try:
-                with path.open("rb") as file:
-                    whole.update(hashlib.file_digest(file, "sha256").digest())
-            except OSError as error:
-                raise DataError(f"{path} cannot be read: {error.strerror}", source=path) from None
-        return whole.hexdigest()
+        return digest_files(self.paths)
 
     def rows(self) -> Iterator[TableRow | DataError]:
         """Read the files, one after the other."""

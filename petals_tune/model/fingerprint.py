@@ -27,30 +27,37 @@ class Fingerprint:
 
     config: str  # architecture and the tensors' names, as servers announce it
     outside: str  # tensors outside the blocks, which every client has
-    blocks: str | None  # tensors of the blocks; None where they are on a hub, and were not all downloaded
+    blocks: str | None  # tensors of the blocks; None for a model on a hub, of which not all were downloaded
+    files: str | None = None  # SHA-256 sums of the files of weights, as a hub lists them; None elsewhere
 
     @classmethod
-    def of(cls, source: str) -> Fingerprint:
-        """Compute the fingerprint of a folder in Hugging Face format or of a model on a hub.
+    def of(cls, source: str, revision: str | None = None) -> Fingerprint:
+        """Compute the fingerprint of a folder in Hugging Face format, or of a revision of a model on a hub.
 
         Raises UnsupportedModel, HubUnreachable.
         """
-        checkpoint = Checkpoint(source)
+        checkpoint = Checkpoint(source, revision=revision)
         family = family_of(placeholder_model(checkpoint.config))
         inside = {name for name in checkpoint.tensor_names if family.block_index(name) is not None}
         outside = set(checkpoint.tensor_names) - inside
+        config, _, files = checkpoint.digest.partition(".")
         return cls(
-            config=checkpoint.digest.partition(".")[0],
+            config=config,
             outside=_digest(checkpoint, outside),
-            blocks=None if checkpoint.revision else _digest(checkpoint, inside),
+            blocks=None if checkpoint.commit else _digest(checkpoint, inside),
+            files=files or None,
         )
 
     def difference(self, other: Fingerprint) -> str | None:
-        """Name the first part that both know and that differs: "config", "embeddings or head", "blocks"; None: none."""
+        """Name the first part that both know and that differs; None where there is none.
+
+        "config", "embeddings or head", "blocks", or "files of weights", of two models on hubs.
+        """
         parts = {
             "config": (self.config, other.config),
             "embeddings or head": (self.outside, other.outside),
             "blocks": (self.blocks, other.blocks),
+            "files of weights": (self.files, other.files),
         }
         return next((name for name, (one, two) in parts.items() if one and two and one != two), None)
 

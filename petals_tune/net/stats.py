@@ -20,7 +20,7 @@ class SwarmStats:
     sent_bytes: int = 0
     received_bytes: int = 0
     wait_s: float = 0.0  # the caller's thread stood still for the swarm
-    calls: int = 0  # requests that were answered
+    calls: int = 0  # requests that were answered, pings left out
     retries: int = 0  # requests that were sent again, elsewhere or to the same server
     recomputations: int = 0  # backwards that had no lease
     checks: int = 0  # pieces of work that a second server did too (swarm.verify)

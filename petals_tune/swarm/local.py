@@ -28,12 +28,13 @@ def local_swarm(
     spans: Sequence[str],
     quantization: str = "int8",
     threads_per_server: int = 1,
+    revision: str | None = None,
     overrides: Sequence[str] = (),
 ) -> Iterator[list[str]]:
     """Start one server process on 127.0.0.1 for each of `spans` ("0:15"); yields the initial peers for a client.
 
-    `overrides` are further keys of `python -m servers`. Raises ConfigError for a span that is none, and
-    ServerUnreachable with the server's last lines where one does not come up.
+    `revision` is that of a model on the hub. `overrides` are further keys of `python -m servers`. Raises ConfigError
+    for a span that is none, and ServerUnreachable with the server's last lines where one does not come up.
 
     Of several processes that train together (LOCAL_RANK in the environment), the first starts the servers and the
     others are given its peers.
@@ -47,6 +48,7 @@ def local_swarm(
             f"model.source='{source}'",
             f"quantization={quantization}",
             f"threads={threads_per_server}",
+            *([] if revision is None else [f"model.revision='{revision}'"]),
             *overrides,
         ]
         first = stack.enter_context(server_process([*common, f"blocks='{parsed[0]}'"], threads=threads_per_server))

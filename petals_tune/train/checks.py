@@ -14,12 +14,16 @@ from peft import PeftConfig
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from petals_tune.data.module import TextData
 from petals_tune.errors import ConfigError, PetalsTuneError
 from petals_tune.hydra_errors import first_line
-from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.train.module import advance, build_schedule, time_limit
 from petals_tune.train.objective import ClassHead, Objective
 from petals_tune.tuning.support import tune
@@ -135,13 +139,13 @@ def check_optimizer(
         raise ConfigError(f"schedule: {first_line(error)}", key="schedule") from error
 
 
-def check_tuning(config: PeftConfig, source: str, objective: Objective) -> None:
+def check_tuning(config: PeftConfig, base: PretrainedConfig, objective: Objective) -> None:
     """Let PEFT wrap a model without weights. Raises ConfigError where it refuses, such as for unknown modules."""
     if getattr(config, "num_virtual_tokens", 1) == 0:
         raise ConfigError("tuning: a prompt of 0 tokens trains nothing", key="tuning.num_virtual_tokens", seen=0)
     # PEFT draws initial values: those of the run must not depend on this.
     with torch.random.fork_rng(devices=()):
-        model = _empty_model(source, objective)
+        model = _empty_model(base, objective)
         _try_tuning(model, copy.deepcopy(config))
 
 
@@ -154,9 +158,9 @@ def _try_tuning(model: PreTrainedModel, config: PeftConfig) -> None:
         raise ConfigError(f"tuning: {first_line(error)}", key="tuning") from error
 
 
-def _empty_model(source: str, objective: Objective) -> PreTrainedModel:
+def _empty_model(base: PretrainedConfig, objective: Objective) -> PreTrainedModel:
     """Return the model of an objective on torch's meta device: all modules and shapes, and no values."""
-    config = copy.deepcopy(Checkpoint(source).config)
+    config = copy.deepcopy(base)
     with torch.device("meta"):
         if isinstance(objective, ClassHead):
             config.num_labels = len(objective.words)

@@ -78,8 +78,9 @@ def identity_of(parts: Parts) -> Identity:
     source = str(Path(parts.base).resolve()) if Path(parts.base).is_dir() else parts.base
     return Identity(
         source=source,
+        revision=parts.revision,
         task=parts.objective.task_type.value,
-        base=Fingerprint.of(parts.source),
+        base=Fingerprint.of(parts.source, parts.revision),
         prompting=prompting_of(parts.data.source, parts.data.tokenizer),
         labels=head_labels(parts.objective),
     )
@@ -92,11 +93,11 @@ def export_adapter(net: PeftModel, folder: Path, result: Result, identity: Ident
     not know, are a file of their own, which `petals_tune.tuning.saved.load_adapter` loads too.
     """
     config = net.peft_config[net.active_adapter]
-    config.base_model_name_or_path = _hub_name(identity.source)
+    config.base_model_name_or_path, config.revision = _hub_name(identity.source), identity.revision
     if isinstance(config, PromptTuningConfig):
         # Of no use for loading: config.yaml has the initial text, and the tokenizer's path is one of this machine.
         config.prompt_tuning_init = PromptTuningInit.RANDOM
-        config.prompt_tuning_init_text = config.tokenizer_name_or_path = None
+        config.prompt_tuning_init_text = config.tokenizer_name_or_path = config.tokenizer_kwargs = None
     base_model: Any = net.get_base_model()
     deep = deep_prompts(base_model) is not None
     with filling(folder) as partial:
@@ -120,12 +121,13 @@ def model_card(config: PeftConfig, result: Result, identity: Identity, *, deep: 
         front_matter.insert(0, f"base_model: {hub_name}")
     classifies = config.task_type == "SEQ_CLS"
     auto = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
+    revision = f', revision="{identity.revision}"' if identity.revision else ""
     labels = f", num_labels={len(identity.labels)}" if classifies else ""
     return _CARD.format(
         front_matter="\n".join(front_matter),
         name=result.name,
         method=describe_method(config, deep=deep)[0],
-        base=identity.source,
+        base=identity.source + (f"` at revision `{identity.revision}" if identity.revision else ""),
         trained_share=result.trained_share,
         blocks=result.blocks,
         data=result.data[:1].upper() + result.data[1:],
@@ -136,7 +138,7 @@ def model_card(config: PeftConfig, result: Result, identity: Identity, *, deep: 
         asked=_describe_prompting(identity),
         started_from=f" It started from the adapter `{result.started_from}`." if result.started_from else "",
         figures=_metrics_table(result),
-        load=(_DEEP if deep else _PEFT).format(auto=auto, arguments=f'"{hub_name}"{labels}'),
+        load=(_DEEP if deep else _PEFT).format(auto=auto, arguments=f'"{hub_name}"{revision}{labels}'),
         note="".join([_DEEP_NOTE * deep, _EMBEDDED_NOTE * embedded]),
     )
 
@@ -181,7 +183,9 @@ def describe_method(config: PeftConfig, *, deep: bool = False) -> tuple[str, str
 def _rows_table(result: Result) -> str:
     lines = ["| split | rows in the data | used | left out |", "|---|---|---|---|"]
     for split, counts in result.rows.items():
-        left_out = ", ".join(f"{count:,} {reason}" for reason, count in counts["left_out"].items())
+        reasons = [f"{count:,} {reason}" for reason, count in counts["left_out"].items()]
+        answers = [f"{count:,} answers {reason}" for reason, count in counts["answers_left_out"].items()]
+        left_out = ", ".join([*reasons, *answers])
         lines.append(f"| {split} | {counts['in_data']:,} | {counts['used']:,} | {left_out} |")
     return "\n".join([*lines, "", f"SHA-256 of the data: `{result.data_digest}`."])
 

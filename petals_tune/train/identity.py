@@ -6,7 +6,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch._weights_only_unpickler import UnpicklingError  # type: ignore[attr-d
 from petals_tune.data.module import TextData
 from petals_tune.data.rows import Row
 from petals_tune.errors import ConfigError
-from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.model.fingerprint import Fingerprint
 from petals_tune.train.module import FineTuner
 from petals_tune.train.parts import Parts
 from petals_tune.train.result import Result, StageMetrics
@@ -31,7 +31,10 @@ OUTPUTS = Path("outputs")  # where conf/train.yaml puts runs
 
 # Options of a PEFT configuration that say where it was made.
 _OF_A_MACHINE = frozenset(
-    {"base_model_name_or_path", "tokenizer_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
+    {
+        *("base_model_name_or_path", "tokenizer_name_or_path", "tokenizer_kwargs", "revision"),
+        *("inference_mode", "auto_mapping", "peft_version"),
+    }
 )
 
 _WHAT_CHANGED = {
@@ -46,7 +49,7 @@ _WHAT_CHANGED = {
 class RunIdentity:
     """What the state of a checkpoint belongs to: trained tensors, moments of the optimizer, position in the data."""
 
-    base: str  # digest of the base model
+    base: Fingerprint  # of the base model
     objective: dict[str, Any]
     tuning: dict[str, Any]  # PEFT's method and options
     optimizer: str
@@ -54,11 +57,11 @@ class RunIdentity:
     rows: str  # digest of the encoded training rows
 
     @classmethod
-    def of(cls, parts: Parts, cfg: DictConfig) -> RunIdentity:
+    def of(cls, parts: Parts, cfg: DictConfig, base: Fingerprint) -> RunIdentity:
         """Return the identity of a run. To be called before PEFT sees the model, which completes its configuration."""
         options = {name: value for name, value in parts.tuning.to_dict().items() if name not in _OF_A_MACHINE}
         return cls(
-            base=Checkpoint(parts.source).digest,
+            base=base,
             objective=_plain(OmegaConf.to_container(cfg.objective, resolve=True)),
             tuning=_plain({"method": type(parts.tuning).__name__, **options}),
             optimizer=cfg.optimizer["_target_"],
@@ -68,9 +71,9 @@ class RunIdentity:
 
     def check(self, saved: RunIdentity, path: Path) -> None:
         """Raise ConfigError where a checkpoint is of a run with another identity."""
-        for name, mine in asdict(self).items():
-            theirs = getattr(saved, name)
-            if mine == theirs:
+        for name in (field.name for field in fields(self)):
+            mine, theirs = getattr(self, name), getattr(saved, name)
+            if mine == theirs or (name == "base" and not self.base.difference(saved.base)):
                 continue
             key, seen, why = name, theirs, _WHAT_CHANGED.get(name, "")
             if isinstance(mine, dict):
@@ -128,7 +131,7 @@ class SavedRun:
                 path=path,
                 step=checkpoint["global_step"],
                 position=TrainingPosition.from_checkpoint(checkpoint),
-                identity=RunIdentity(**record["identity"]),
+                identity=RunIdentity(**record["identity"] | {"base": Fingerprint(**record["identity"]["base"])}),
                 order=RowOrder(**record["order"]),
                 validation=record["validation"],
                 measured=record["measured"],

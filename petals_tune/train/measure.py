@@ -10,7 +10,8 @@ from omegaconf import DictConfig
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from petals_tune.config import Run, check
-from petals_tune.data.module import EncodedSplit, TextData
+from petals_tune.data.encoding import EncodedSplit
+from petals_tune.data.module import TextData
 from petals_tune.train.backbone import describe_block_location
 from petals_tune.train.module import FineTuner
 from petals_tune.train.parts import prepare

@@ -25,7 +25,7 @@ from petals_tune.errors import ConfigError, Diverged
 from petals_tune.train.backbone import Net
 from petals_tune.train.exported import Exported, best_checkpoint
 from petals_tune.train.objective import Objective, Scores
-from petals_tune.train.resume import TrainingPosition, continue_from
+from petals_tune.train.resume import SEED_KEY, TrainingPosition, continue_from, seed_step
 from petals_tune.train.window import Window
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -69,6 +69,7 @@ class FineTuner(LightningModule):
         self._totals: dict[str, MeanMetric] = {}
         self._resumed_steps = 0
         self._position: TrainingPosition | None = None  # that a resumed run goes on from
+        self._seed = 0  # of the random numbers of all steps, where several processes train together
         self._best: Exported | None = None
         self.window = Window()  # the batches since the last optimizer step
 
@@ -79,15 +80,20 @@ class FineTuner(LightningModule):
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
         self._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in self.named_buffers())]
 
+    def on_fit_start(self) -> None:
+        self._seed = self.trainer.strategy.broadcast(torch.initial_seed())
+
     def on_train_start(self) -> None:
         if self._position is not None:
             continue_from(self._position, self.trainer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        scores = self._score(batch)
         batches = self.trainer.accumulate_grad_batches
         if batch_idx % batches == 0:  # here Lightning sets the gradients to zero
             self.window = Window()
+            if self.trainer.world_size > 1:
+                seed_step(self._seed, rank=self.global_rank, step=self.global_step)
+        scores = self._score(batch)
         of_gradient, of_loss = self.window.add(scores, self._mean_over_processes(scores.count))
         for name, mean in self.window.means.items():
             self.log(f"train/{name}", mean, batch_size=scores.count, prog_bar=True, sync_dist=True)
@@ -178,6 +184,7 @@ class FineTuner(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {name: parameter.detach() for name, parameter in self.trained_parameters()}
+        checkpoint[SEED_KEY] = self._seed
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Loading is not strict: without this check a checkpoint of another adapter would change nothing, silently.
@@ -192,6 +199,7 @@ class FineTuner(LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             # The options of this run count: its schedule is advanced to the checkpoint's step, not restored.
             self._resumed_steps, checkpoint["lr_schedulers"] = checkpoint["global_step"], []
+            self._seed = checkpoint.get(SEED_KEY, self._seed)
             self.resume_from(TrainingPosition.from_checkpoint(checkpoint))
 
     def resume_from(self, position: TrainingPosition) -> None:

@@ -107,26 +107,34 @@ class ClassHead(LabelWords):
         super().__init__(words, tokenizer)
         self._pad_id = choose_pad_id(tokenizer)
 
-    def initialize_head(self, model: PreTrainedModel, source: str) -> None:
+    def initialize_head(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         """Initialize the head of a sequence classifier, and set its padding token, which it needs for batches."""
         head = classification_head(model)
         with torch.no_grad():
-            head.weight.copy_(head_rows(model, Checkpoint(source), self._ids))
+            head.weight.copy_(head_rows(model, checkpoint, self._ids))
         model.config.pad_token_id = self._pad_id
 
     def __call__(self, net: Net, batch: Batch) -> Scores:
         return self._scores(*class_logits(net, batch))
 
 
-def load_model(objective: Objective, source: str, *, causal_lm: Any, classifier: Any, **options: Any) -> Any:
+def load_model(
+    objective: Objective,
+    source: str,
+    *,
+    causal_lm: Any,
+    classifier: Any,
+    revision: str | None = None,
+    **options: Any,
+) -> Any:
     """Load the model that an objective needs, with one of two auto classes, local or distributed.
 
     A classifier's head is initialized by the objective, not at random.
     """
     if not isinstance(objective, ClassHead):
-        return causal_lm.from_pretrained(source, **options)
-    model = classifier.from_pretrained(source, num_labels=len(objective.words), **options)
-    objective.initialize_head(model, source)
+        return causal_lm.from_pretrained(source, revision=revision, **options)
+    model = classifier.from_pretrained(source, num_labels=len(objective.words), revision=revision, **options)
+    objective.initialize_head(model, Checkpoint(source, revision=revision))
     return model
 
 

@@ -36,11 +36,16 @@ class Swarm(Protocol):
     def describe_opening(self, blocks: int) -> str:
         """Describe what `open` is about to do, for the person who waits for it."""
 
-    def open(self, source: str, blocks: int) -> AbstractContextManager[list[str]]:
-        """Start or find the swarm; yields the addresses of its first servers."""
+    def open(self, source: str, blocks: int, revision: str | None = None) -> AbstractContextManager[list[str]]:
+        """Start or find the swarm of a model; yields the addresses of its first servers."""
 
     def client_options(self) -> dict[str, Any]:
         """Return further options of `AutoDistributedModelForCausalLM.from_pretrained`."""
+
+
+def open_swarm(swarm: Swarm, source: str, blocks: int, revision: str | None) -> AbstractContextManager[list[str]]:
+    """Open a swarm for a model. A class of somebody's own need not know `revision` where none is given."""
+    return swarm.open(source, blocks, **({} if revision is None else {"revision": revision}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +110,10 @@ class LocalSwarm(ClientOptions):
         return f"starting local servers of blocks {spans} ({self.quantization})"
 
     @contextmanager
-    def open(self, source: str, blocks: int) -> Iterator[list[str]]:
+    def open(self, source: str, blocks: int, revision: str | None = None) -> Iterator[list[str]]:
         with local_swarm(
             source,
+            revision=revision,
             spans=[str(span) for span in self.server_spans(blocks)],
             quantization=self.quantization,
             threads_per_server=self.threads_per_server,
@@ -138,7 +144,7 @@ class JoinedSwarm(ClientOptions):
         return f"connecting to {', '.join(self.initial_peers)}"
 
     @contextmanager
-    def open(self, source: str, blocks: int) -> Iterator[list[str]]:
+    def open(self, source: str, blocks: int, revision: str | None = None) -> Iterator[list[str]]:
         yield list(self.initial_peers)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
-from peft import PeftConfig, TaskType
+from peft import PeftConfig, PromptTuningConfig, PromptTuningInit, TaskType
 from transformers import PreTrainedTokenizerBase
 
 from petals_tune.config import build
@@ -36,8 +36,8 @@ from petals_tune.train.prompting import asked_as_trained, prompting_of, with_tra
 from petals_tune.tuning.identity import Identity, Prompting
 from petals_tune.tuning.saved import (
     adapter_folder,
-    base_of,
     check_adapter,
+    choose_base,
     load_tokenizer,
     saved_config,
     saved_vocabulary,
@@ -51,6 +51,7 @@ class Parts:
 
     base: str  # the base model, as the configuration names it
     source: str  # its folder in Hugging Face format, or its name on the hub
+    revision: str | None  # branch, tag or commit of it on the hub
     blocks: int  # how many it has
     adapter: Path | None  # folder of an adapter to start from
     data: TextData
@@ -79,25 +80,32 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
     check_optimizer(optimizer, schedule, trainer)
     init_from = cfg.tuning.get("init_from")
     adapter = None if init_from is None else adapter_folder(init_from)
-    base = cfg.model.source or _base_model_of(adapter)
-    source = model_folder(base)
-    config = Checkpoint(source).config
+    base, revision = _base_model(cfg.model, adapter)
+    source = model_folder(base, revision)
+    config = Checkpoint(source, revision=revision).config
     blocks = config.get_text_config().num_hidden_layers
     swarm.check(blocks)
-    tokenizer = load_tokenizer(source, adapter)
+    tokenizer = load_tokenizer(source, adapter, revision)
     resized = None if adapter is None else saved_vocabulary(adapter)
     vocabulary = resized or config.get_text_config().vocab_size
     keep_padding_inside(tokenizer, vocabulary)
     objective = build(cfg.objective, where="objective", tokenizer=tokenizer)
     if adapter is None:
         tuning = build(cfg.tuning, where="tuning", tokenizer=tokenizer)
-        tuning.task_type = objective.task_type
+        tuning.task_type, tuning.revision = objective.task_type, revision
+        if revision is not None and getattr(tuning, "tokenizer_name_or_path", None) == source:
+            tuning.tokenizer_kwargs = {"revision": revision}  # or PEFT reads the initial text by the main branch's
         trained = None
     else:
         tuning = saved_config(adapter)
         labels = head_labels(objective)
         trained = check_adapter(
-            adapter, task=objective.task_type.value, source=source, named=base, labels=labels or None
+            adapter,
+            task=objective.task_type.value,
+            source=source,
+            revision=revision,
+            named=base,
+            labels=labels or None,
         )
     check_config(tuning)
     if trained is None or stage == "fit":
@@ -105,21 +113,25 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
     else:
         data, asked = _data_as_trained(cfg.data, trained.prompting, tokenizer, stage=stage)
     data.setup(stage)
-    rows = [row for split in data.encoded_splits().values() for row in split.rows]
+    splits = [split.rows for split in data.encoded_splits().values()]
     # A label word may be in no row, and its logit is needed all the same.
     label_ids = word_ids(getattr(objective, "words", ()), tokenizer)
-    check_vocabulary(chain(label_ids, (max(row.input_ids) for row in rows)), tokenizer, vocabulary)
+    initial_ids = initial_tokens(tuning, tokenizer) if adapter is None else ()
+    check_vocabulary(chain(label_ids, initial_ids, (rows.largest_id for rows in splits)), tokenizer, vocabulary)
     check_positions(
-        rows, getattr(tuning, "num_virtual_tokens", None) or 0, learned_positions(placeholder_model(config))
+        max(int(rows.lengths.max()) for rows in splits),
+        getattr(tuning, "num_virtual_tokens", None) or 0,
+        learned_positions(placeholder_model(config)),
     )
     check_callbacks(trainer, objective)
     if stage == "fit":
         check_batches(trainer, data)
     if adapter is None:
-        check_tuning(tuning, source, objective)
+        check_tuning(tuning, config, objective)
     return Parts(
         base=base,
         source=source,
+        revision=revision,
         blocks=blocks,
         adapter=adapter,
         data=data,
@@ -132,6 +144,15 @@ def prepare(cfg: DictConfig, *, stage: str = "fit") -> Parts:
         swarm=swarm,
         trainer=trainer,
     )
+
+
+def initial_tokens(tuning: PeftConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens of the text that a soft prompt starts from, as PEFT reads it; none of other methods."""
+    if getattr(tuning, "prompt_tuning_init", None) != PromptTuningInit.TEXT:
+        return []
+    assert isinstance(tuning, PromptTuningConfig)
+    ids: list[int] = tokenizer(tuning.prompt_tuning_init_text)["input_ids"]
+    return ids[: tuning.num_virtual_tokens]
 
 
 def head_labels(objective: Objective) -> tuple[str, ...]:
@@ -158,14 +179,17 @@ def _data_as_trained(
     return data, f"as the adapter was trained, with {' and '.join(changes)}" if changes else None
 
 
-def _base_model_of(adapter: Path | None) -> str:
-    if adapter is None:
+def _base_model(chosen: DictConfig, adapter: Path | None) -> tuple[str, str | None]:
+    """Return the base model and its revision."""
+    if adapter is not None:
+        return choose_base(adapter, source=chosen.source, revision=chosen.revision)
+    if chosen.source is None:
         raise ConfigError(
             "model=of_adapter takes the base model that an adapter names, and there is no adapter: "
             "give tuning.init_from=FOLDER_OR_HUB_NAME, or another model",
             key="tuning.init_from",
         )
-    return base_of(adapter)
+    return chosen.source, chosen.revision
 
 
 def build_trainer(cfg: DictConfig) -> Trainer:

@@ -104,9 +104,10 @@ class WithSystem:
             return CountedExamples(self._each_changed(examples), examples.left_out, examples.refuse)
         return map(self._changed, examples)
 
-    def _each_changed(self, examples: CountedExamples) -> Generator[AnyExample]:
+    def _each_changed(self, examples: CountedExamples) -> Generator[tuple[int, AnyExample]]:
         try:
-            yield from map(self._changed, examples)
+            for example in examples:
+                yield examples.row, self._changed(example)
         finally:
             examples.close()
 

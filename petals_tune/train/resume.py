@@ -13,7 +13,7 @@ from lightning import Trainer
 
 from petals_tune.data.module import TextData
 
-RANDOM_KEY = "random_states"  # in a checkpoint
+RANDOM_KEY, SEED_KEY = "random_states", "seed_of_steps"  # in a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +108,15 @@ def continue_from(position: TrainingPosition, trainer: Trainer) -> None:
     elif not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
         loop._batches_that_stepped += 1  # done by Lightning where it passes through a validation
     set_random_states(position.random_states)
+
+
+def seed_step(seed: int, *, rank: int, step: int) -> None:
+    """Seed torch for an optimizer step of one of several processes.
+
+    A checkpoint is written by one process, also where it has lost the others, so it has no random states of theirs:
+    these follow from what it has.
+    """
+    torch.manual_seed(random.Random(f"{seed} {rank} {step}").getrandbits(63))
 
 
 def random_states() -> dict[str, Any]:

@@ -29,6 +29,7 @@ from petals_tune.train.identity import RowOrder, RunIdentity, RunRecord, SavedRu
 from petals_tune.train.loggers import MetricsFile, finish_wandb_runs, log_config, log_results
 from petals_tune.train.module import FineTuner
 from petals_tune.train.objective import load_model
+from petals_tune.train.options import open_swarm
 from petals_tune.train.parts import Parts, prepare
 from petals_tune.train.quiet import silence_known_warnings
 from petals_tune.train.result import Result, StageMetrics, format_metrics
@@ -45,7 +46,8 @@ Connect = Callable[[Parts], AbstractContextManager[PreTrainedModel]]
 def remote_model(parts: Parts) -> Iterator[PreTrainedModel]:
     """Open the swarm and load the model over it; the end of the block closes the connection and a local swarm."""
     say(f"swarm     {parts.swarm.describe_opening(parts.blocks)} ...")
-    with parts.swarm.open(parts.source, parts.blocks) as peers, connected_model(parts, peers) as model:
+    opening = open_swarm(parts.swarm, parts.source, parts.blocks, parts.revision)
+    with opening as peers, connected_model(parts, peers) as model:
         yield model
 
 
@@ -58,6 +60,7 @@ def connected_model(parts: Parts, peers: list[str]) -> Iterator[PreTrainedModel]
         parts.source,
         causal_lm=AutoDistributedModelForCausalLM,
         classifier=AutoDistributedModelForSequenceClassification,
+        revision=parts.revision,
         initial_peers=peers,
         **parts.swarm.client_options(),
     )
@@ -71,9 +74,9 @@ def connected_model(parts: Parts, peers: list[str]) -> Iterator[PreTrainedModel]
 def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
     """Tune as `cfg` says; returns the metrics `before` and `after` training, and `zero_shot` with `cfg.zero_shot`.
 
-    Writes into cfg.output_dir: config.yaml, metrics.csv, checkpoint.ckpt (the trained parameters alone), adapter/ in
-    PEFT's format, curves.png, result.json, and what callbacks and loggers write. Raises ConfigError before any server
-    is started.
+    Writes into cfg.output_dir: config.yaml with the data's digest, metrics.csv, checkpoint.ckpt (the trained parameters
+    alone), adapter/ in PEFT's format, curves.png, result.json, and what callbacks and loggers write. Raises ConfigError
+    before any server is started.
     """
     started_s = time.monotonic()
     silence_known_warnings()
@@ -84,13 +87,15 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
     seed_everything(cfg.seed, verbose=False)
     parts = prepare(cfg)
     check_end(parts.trainer, steps_done=saved.step if saved else 0)
-    run_identity, order = RunIdentity.of(parts, cfg), RowOrder.of(parts)
+    identity = identity_of(parts)
+    run_identity, order = RunIdentity.of(parts, cfg, identity.base), RowOrder.of(parts)
     if saved:
         run_identity.check(saved.identity, saved.path)
     make_folder(output)
+    cfg = cfg.copy()
+    OmegaConf.update(cfg, "data.digest", parts.data.digest, force_add=True)  # a run of this file needs the same data
     if parts.trainer.is_global_zero:
-        digest = f"# SHA-256 of the data: {parts.data.digest}\n"
-        write_text(output / CONFIG_FILE, digest + OmegaConf.to_yaml(cfg, resolve=True))
+        write_text(output / CONFIG_FILE, OmegaConf.to_yaml(cfg, resolve=True))
     log_config(parts.trainer.loggers, cfg)
     say(
         f"model     {display_name(parts.base)}, {parts.blocks} blocks\n"
@@ -111,7 +116,6 @@ def run(cfg: DictConfig, connect: Connect = remote_model) -> StageMetrics:
     parts.trainer.callbacks.insert(0, record)  # type: ignore[attr-defined]  # before the one that saves checkpoints
     if saved:
         resume(saved, parts, record, result)
-    identity = identity_of(parts)
     try:
         with connect(parts) as model:
             result.blocks = describe_block_location(model)

@@ -23,7 +23,7 @@ from petals_tune.errors import ConfigError, PetalsTuneError, ServerError, SwarmE
 from petals_tune.files import replacing
 from petals_tune.hydra_errors import first_line
 from petals_tune.train.curves import read_metrics
-from petals_tune.train.options import ClientOptions, LocalSwarm
+from petals_tune.train.options import ClientOptions, LocalSwarm, open_swarm
 from petals_tune.train.parts import Parts
 from petals_tune.train.result import Result
 from petals_tune.train.run import connected_model, remote_model, run, say
@@ -136,7 +136,7 @@ class SharedSwarm:
 
     def __init__(self) -> None:
         self._stack = ExitStack()
-        self._opened: tuple[str, LocalSwarm] | None = None
+        self._opened: tuple[str, str | None, LocalSwarm] | None = None
         self._peers: list[str] = []
 
     @contextmanager
@@ -147,11 +147,12 @@ class SharedSwarm:
             return
         # Options of the client do not need other servers.
         defaults: dict[str, Any] = {field.name: field.default for field in fields(ClientOptions)}
-        servers = parts.source, replace(parts.swarm, **defaults)
+        servers = parts.source, parts.revision, replace(parts.swarm, **defaults)
         if self._opened != servers:
             self.close()
             say(f"swarm     {parts.swarm.describe_opening(parts.blocks)}, for all jobs ...")
-            self._peers = self._stack.enter_context(parts.swarm.open(parts.source, parts.blocks))
+            opening = open_swarm(parts.swarm, parts.source, parts.blocks, parts.revision)
+            self._peers = self._stack.enter_context(opening)
             self._opened = servers
         with connected_model(parts, self._peers) as model:
             yield model

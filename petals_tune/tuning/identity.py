@@ -37,6 +37,7 @@ class Identity:
     """What an adapter was trained for."""
 
     source: str  # the base model, as `model.source` names it on any machine, or an absolute path
+    revision: str | None = None  # branch, tag or commit on the hub, as `model.revision` names it
     task: str  # PEFT's name of it
     base: Fingerprint
     prompting: Prompting = field(default_factory=Prompting)

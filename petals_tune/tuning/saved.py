@@ -75,21 +75,33 @@ def base_of(folder: Path) -> str:
     """The model that an adapter was trained on, as `model.source` takes it. Raises ConfigError where it is not said."""
     if found := Identity.read(folder):
         return found.source
-    try:
-        base = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError) as error:
-        raise _unreadable(folder, error) from None
-    if not base:
-        raise ConfigError(
-            f"the adapter {folder} does not name its base model; add model.source=NAME", key="model.source"
-        )
-    return str(base)
+    if base := _saved_options(folder).get("base_model_name_or_path"):
+        return str(base)
+    raise ConfigError(f"the adapter {folder} does not name its base model; add model.source=NAME", key="model.source")
+
+
+def choose_base(folder: Path, *, source: str | None, revision: str | None) -> tuple[str, str | None]:
+    """Return a base model for an adapter and its revision on the hub: those that are given, else the adapter's own.
+
+    A `source` without a revision means its main branch. Raises ConfigError where neither names a model.
+    """
+    if source is not None:
+        return source, revision
+    found = Identity.read(folder)
+    own = _saved_options(folder).get("revision") if found is None else found.revision
+    return base_of(folder), revision or own
 
 
 def check_adapter(
-    folder: Path, *, task: str, source: str, named: str, labels: tuple[str, ...] | None = None
+    folder: Path,
+    *,
+    task: str,
+    source: str,
+    named: str,
+    revision: str | None = None,
+    labels: tuple[str, ...] | None = None,
 ) -> Identity | None:
-    """Check that an adapter is one for `task` (PEFT's name) on the model `source`; returns its identity, if it has one.
+    """Check that an adapter is one for `task` (PEFT's name) on the model `source`; return its identity, if it has one.
 
     Reads no more of the model than its fingerprint takes. `named` is the model in error messages; `labels` are the
     label words of a run that classifies, None where there are none to compare. Raises ConfigError.
@@ -104,7 +116,7 @@ def check_adapter(
         )
     found = Identity.read(folder)
     if found is not None:
-        check_base(folder, found, Fingerprint.of(source), named=named)
+        check_base(folder, found, Fingerprint.of(source, revision), named=named)
     if task == "SEQ_CLS" and labels is not None:
         check_labels(folder, saved=found.labels if found else (), wanted=labels)
         if (rows := head_rows(folder)) != len(labels):
@@ -114,7 +126,7 @@ def check_adapter(
                 seen=rows,
             )
     if config.is_prompt_learning:
-        _check_width(folder, config, Checkpoint(source).config.get_text_config().hidden_size)
+        _check_width(folder, config, Checkpoint(source, revision=revision).config.get_text_config().hidden_size)
     return found
 
 
@@ -130,13 +142,19 @@ def head_rows(folder: Path) -> int:
     )
 
 
-def load_tokenizer(source: str, adapter: Path | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, adapter: Path | None, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer in the adapter's folder, where one is (of a resized vocabulary, say), else the model's.
 
-    Raises OSError or ValueError as transformers does.
+    Raises ConfigError where there is none, or it cannot be read.
     """
     own = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(str(adapter) if own else source)
+    place, options = (str(adapter), {}) if own else (source, {"revision": revision})
+    try:
+        return AutoTokenizer.from_pretrained(place, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{place} has no tokenizer that can be loaded: {_first_line(error)}", key="model.source", seen=place
+        ) from None
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> PeftModel:
@@ -239,6 +257,15 @@ def _unfit(folder: Path, base: str | None, error: BaseException) -> ConfigError:
         key="adapter",
         seen=folder,
     )
+
+
+def _saved_options(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json. Raises ConfigError."""
+    try:
+        options: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from None
+    return options
 
 
 def _unreadable(folder: Path, error: BaseException) -> ConfigError:

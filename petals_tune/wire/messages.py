@@ -28,6 +28,7 @@ MAX_FIELD_TEXT = 1024  # characters of one
 TICKET_BYTES = 16
 
 Name = Annotated[str, msgspec.Meta(max_length=128)]
+Digest = Annotated[str, msgspec.Meta(max_length=2 * 64 + 1)]  # of a model on a hub: CONFIG.WEIGHTS, two SHA-256 sums
 Ticket = Annotated[bytes, msgspec.Meta(min_length=TICKET_BYTES, max_length=TICKET_BYTES)]
 FieldValue = bool | int | float | Annotated[str, msgspec.Meta(max_length=MAX_FIELD_TEXT)] | None
 Request = TypeVar("Request", bound="Forward | Backward | Step")  # those that send a tensor through blocks
@@ -40,7 +41,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", forbi
 class Hello(Message, frozen=True, tag="hello"):
     """First message of a client on a stream. `model` is the digest that it expects; None: it accepts any model."""
 
-    model: Name | None = None
+    model: Digest | None = None
     token: TokenBytes | None = None  # lets the client into a private swarm (tokens.py)
 
 

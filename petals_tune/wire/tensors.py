@@ -1,11 +1,11 @@
-"""Tensors as bytes: in their own dtype, as scaled float16 or in blockwise 8 bits. Sizes are checked before allocation.
+"""Tensors as bytes: in their own dtype, as scaled float16 or in scaled 8 bits. Sizes are checked before allocation.
 
-In scaled float16 each vector along the last dimension has a power of two as its scale: a cast alone would make
-infinity of what is above 65,504, and zero of small gradients. Scaling by a power of two is exact, and with a scale for
-each vector a row does not depend on the others in its message.
+Both scaled formats have one scale for each vector along the last dimension, so that a row does not depend on the others
+in its message. In float16 it is a power of two, which is exact: a cast alone would make infinity of what is above
+65,504, and zero of small gradients.
 
-The 8-bit format is hivemind's BLOCKWISE_8BIT without the codebook, which is the same for everybody: bitsandbytes'
-dynamic map. (hivemind 1.1.12's own decoder fails on numpy 2.4, which no longer turns arrays of one element into int.)
+The 8-bit format is that of bitsandbytes, with its dynamic map as the codebook, which is not sent, and a vector as the
+block. hivemind's BLOCKWISE_8BIT has blocks of 4096 values, which cross rows.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _BLOCKWISE8, _SCALED16 = 255, 254
 _MAX_DIMS = 4
 _MAX_NUMEL = 2**48  # an empty tensor has strides too, and torch fails where they overflow
-_BLOCK = 4096  # values that share one scale
 _SCALED_EXPONENT = 15  # scaled vectors stay below 2**15, and float16 ends at 65,504
 _MAX_SHIFT = 126  # of a scale's exponent: the scale and its inverse are normal float32 numbers
 
 
 class Blockwise8(torch.Tensor):
-    """A float tensor that `to_bytes` encodes in 8 bits, with one scale per 4096 values."""
+    """A float tensor that `to_bytes` encodes in 8 bits, with one scale per vector along the last dimension."""
 
 
 class Scaled16(torch.Tensor):
@@ -52,7 +51,7 @@ def in_format(tensor: torch.Tensor, wire_format: str) -> torch.Tensor:
 def encoded_bytes(tensor: torch.Tensor) -> int:
     """How many bytes the values of `tensor` take on the wire."""
     if isinstance(tensor, Blockwise8):
-        return tensor.numel() + 4 * -(-tensor.numel() // _BLOCK)
+        return tensor.numel() + 4 * _vectors(tensor.shape)
     if isinstance(tensor, Scaled16):
         return 2 * tensor.numel() + _vectors(tensor.shape)
     return tensor.nbytes
@@ -109,17 +108,18 @@ def from_bytes(data: memoryview) -> torch.Tensor:
 
 
 def _to_blockwise8(tensor: torch.Tensor) -> bytes:
-    """Encode as scales (float32), then one byte per value."""
+    """Encode as scales (float32, one a vector), then one byte per value."""
     from bitsandbytes import functional as bnb  # takes a second to import, and few swarms use this format
 
-    values, state = bnb.quantize_blockwise(tensor, blocksize=_BLOCK, nested=False)
-    if not torch.isfinite(tensor).all():
-        state.absmax.fill_(torch.nan)  # a NaN becomes a finite code, and the receiver could not refuse it
+    vectors = tensor.view(_vectors(tensor.shape), -1)
+    values, state = bnb.quantize_blockwise(vectors, blocksize=vectors.shape[1], nested=False)
+    # A NaN becomes a finite code, and the receiver could not refuse it.
+    state.absmax.masked_fill_(~vectors.isfinite().all(dim=1), torch.nan)
     return state.absmax.numpy().tobytes() + values.numpy().tobytes()
 
 
 def _from_blockwise8(raw: memoryview, shape: tuple[int, ...], numel: int) -> torch.Tensor:
-    scale_bytes = 4 * -(-numel // _BLOCK)
+    scale_bytes = 4 * _vectors(shape)
     if len(raw) != scale_bytes + numel:
         raise ProtocolError(
             f"an 8-bit tensor of shape {shape} has {scale_bytes + numel} bytes, not {len(raw)}", what="tensor"
@@ -130,7 +130,8 @@ def _from_blockwise8(raw: memoryview, shape: tuple[int, ...], numel: int) -> tor
 
     scales = torch.frombuffer(bytearray(raw[:scale_bytes]), dtype=torch.float32)
     values = torch.frombuffer(bytearray(raw[scale_bytes:]), dtype=torch.uint8).view(shape)
-    return bnb.dequantize_blockwise(values, absmax=scales, code=bnb.create_dynamic_map(), blocksize=_BLOCK)
+    code = bnb.create_dynamic_map()
+    return bnb.dequantize_blockwise(values, absmax=scales, code=code, blocksize=numel // len(scales))
 
 
 def _vectors(shape: Sequence[int]) -> int:

@@ -25,7 +25,11 @@ class Pair(NamedTuple):
     cpu: Engine
 
 
-@pytest.fixture(scope="module", params=LINEARS)
+QUICK = "llama"  # a family for every run of the tests; the others are slow together
+FAMILIES = [family if family == QUICK else pytest.param(family, marks=pytest.mark.slow) for family in LINEARS]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
 def pair(request, model_folder) -> Pair:
     folder = model_folder(request.param)
     return Pair(request.param, GpuEngine(load(folder, SPAN)), Engine(load(folder, SPAN)))
@@ -68,8 +72,8 @@ def test_the_bytes_of_a_position_and_the_speed_are_measured(pair):
         assert memory.device_name("cuda:1") == "cuda:1, pretended GPU"
 
 
-@pytest.mark.parametrize("quantization", ["int8", "nf4"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("quantization", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", [QUICK, pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_quantized_blocks(model_folder, family, quantization):
     found = []
     for kind in (GpuEngine, Engine):

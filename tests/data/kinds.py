@@ -1,5 +1,7 @@
 """Small tokenizers of the kinds that published models have."""
 
+# ruff: noqa: RUF001  # DeepSeek's tokens have wide bars
+
 from __future__ import annotations
 
 import json
@@ -38,6 +40,29 @@ def prepend() -> Tokenizer:
     return tokenizer
 
 
+def word_pieces() -> Tokenizer:
+    """As BERT's: spaces are not in the tokens."""
+    letters = sorted({*map(chr, range(33, 127)), *"é世界｜▁"})
+    tokens = dict.fromkeys(["[UNK]", *WORDS, *letters, *(f"##{letter}" for letter in letters)])
+    tokenizer = Tokenizer(models.WordPiece({token: number for number, token in enumerate(tokens)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def unigram() -> Tokenizer:
+    """As T5's and ALBERT's: the likeliest pieces, with a word mark before each word."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    letters = [*map(chr, range(33, 127)), "\n", *"é世界｜"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=["<unk>"], unk_token="<unk>", initial_alphabet=letters, show_progress=False
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 9, trainer)
+    return tokenizer
+
+
 def _pieces() -> models.BPE:
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
@@ -56,4 +81,10 @@ def _pieces_decoder() -> decoders.Sequence:
     )
 
 
-KINDS: dict[str, Callable[[], Tokenizer]] = {"byte level": byte_level, "metaspace": metaspace, "prepend": prepend}
+KINDS: dict[str, Callable[[], Tokenizer]] = {
+    "byte level": byte_level,
+    "metaspace": metaspace,
+    "prepend": prepend,
+    "word pieces": word_pieces,
+    "unigram": unigram,
+}

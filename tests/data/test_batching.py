@@ -7,30 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals_tune.data.batching import RowOrder, RowShare, pack, training_order
-from petals_tune.data.rows import IGNORED, Row
+from petals_tune.data.chat_rows import Row
 
 LENGTHS = [3 + (n * 7) % 40 for n in range(203)]
 
 
-def row(length: int, mark: int = 0) -> Row:
-    return Row(input_ids=[mark] * length, labels=[IGNORED] + [mark] * (length - 1), cut_tokens=1)
-
-
 @given(st.lists(st.integers(2, 20), max_size=60))
 def test_packs_hold_every_row_once_and_are_not_too_long(lengths: list[int]) -> None:
-    packs = pack([row(length, mark) for mark, length in enumerate(lengths)], 20)
-    assert all(len(each.input_ids) <= 20 and len(each.labels) == len(each.input_ids) for each in packs)
-    tokens = list(chain.from_iterable(each.input_ids for each in packs))
-    assert {mark: tokens.count(mark) for mark in range(len(lengths))} == dict(enumerate(lengths))
-    assert sum(each.supervised_tokens for each in packs) == sum(lengths) - len(lengths)
-    assert sum(each.cut_tokens for each in packs) == len(lengths)
+    packs = pack(lengths, 20)
+    assert sorted(chain.from_iterable(packs)) == list(range(len(lengths)))
+    assert all(sum(lengths[row] for row in rows) <= 20 for rows in packs)
     assert len(packs) <= max(1, 2 * -(-sum(lengths) // 20))
-
-
-def test_a_pack_keeps_rows_whole() -> None:
-    (packed,) = pack([row(3, 1), row(2, 2)], 10)
-    assert packed.input_ids == [1, 1, 1, 2, 2]
-    assert packed.labels == [IGNORED, 1, 1, IGNORED, 2]
 
 
 def batches(order: list[int], size: int) -> list[list[int]]:
@@ -103,7 +90,7 @@ def test_a_place_in_an_epoch_can_be_resumed() -> None:
 
 
 def test_validation_rows_are_shared_without_repeating_any() -> None:
-    rows = [row(3)] * 7
+    rows = [Row(input_ids=[1, 2], labels=[1, 2])] * 7
     shares = [RowShare(rows, rank=rank, ranks=3) for rank in range(3)]
     assert sorted(chain(*shares)) == list(range(7))
     assert [len(share) for share in shares] == [3, 2, 2]

@@ -1,19 +1,21 @@
-"""Any chat of eight published chat templates, for three kinds of tokenizers: what is learned is what would be said."""
+"""Any chat of eight published chat templates, for five kinds of tokenizers: what is learned is what would be said."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import re
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from petals_tune.data.chat_format import Tools
 from petals_tune.data.chat_rows import IGNORED, Row, chat_rows
 from petals_tune.data.examples import Chat, Message
 from petals_tune.data.rows import context_ids
@@ -77,18 +79,56 @@ def chats(draw: st.DrawFn) -> Chat:
     return Chat(messages=tuple(messages[: max(some) + 1]), learned=tuple(sorted(some)))
 
 
-def sent(messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[int, ...]:
+TOOLS = ({"type": "function", "function": {"name": "weather", "description": "", "parameters": {"type": "object"}}},)
+
+# What ends a call of a tool, in the templates that write calls.
+CALL_ENDS = {name: ENDS[name] for name in ("deepseekv3", "qwen2_5", "qwen3", "qwen3_5_think")} | {"gptoss": "<|call|>"}
+
+
+@st.composite
+def tool_chats(draw: st.DrawFn) -> Chat:
+    """Chats in which the assistant calls a tool before some of its answers."""
+    messages: list[Message] = [{"role": "system", "content": draw(TEXTS)}] if draw(st.booleans()) else []
+    for called in (True, *draw(st.lists(st.booleans(), max_size=1))):
+        messages.append({"role": "user", "content": draw(TEXTS)})
+        if called:
+            call = {"name": "weather", "arguments": {"city": draw(st.sampled_from(WORDS))}}
+            messages.append(
+                {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+            )
+            messages.append({"role": "tool", "content": draw(TEXTS)})
+        messages.append({"role": "assistant", "content": draw(TEXTS)})
+    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    some = draw(st.lists(st.sampled_from(answers), min_size=1, unique=True))
+    return Chat(messages=tuple(messages[: max(some) + 1]), learned=tuple(sorted(some)), tools=TOOLS)
+
+
+def sent(
+    messages: tuple[Message, ...], tokenizer: PreTrainedTokenizerBase, name: str, tools: Tools = ()
+) -> tuple[int, ...]:
     """What generation sends for the next answer, by transformers alone."""
     turns = [{**m, "content": m["content"].strip()} if m["role"] == "assistant" else m for m in messages]
     if name == "gemma" and turns[0]["role"] == "system":
         system, user, *rest = turns
         turns = [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
-    return tuple(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"])
+    if name == "deepseekv3":  # whose template takes the arguments of calls as text
+        turns = copy.deepcopy(turns)
+        for call in (call["function"] for turn in turns for call in turn.get("tool_calls", ())):
+            call["arguments"] = json.dumps(call["arguments"])
+    encoded = tokenizer.apply_chat_template(
+        turns, tools=list(tools) or None, add_generation_prompt=True, return_dict=True
+    )
+    return tuple(encoded["input_ids"])
+
+
+def written(text: str, kind: str) -> str:
+    """A text as tokens of that kind hold it."""
+    return re.sub(r"\s", "", text) if kind == "word pieces" else text
 
 
 @pytest.mark.parametrize("name", ENDS)
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(chat=chats())
 def test_before_every_learned_answer_stands_what_generation_would_have_sent(kind: str, name: str, chat: Chat) -> None:
     tokenizer = tokenizer_of(kind, name)
@@ -99,15 +139,40 @@ def test_before_every_learned_answer_stands_what_generation_would_have_sent(kind
         for start, end in learned(row):
             place = prompts[tuple(row.input_ids[:start])]
             assert row.input_ids[end - 1] == tokenizer.convert_tokens_to_ids(ENDS[name])
-            said, answer = (
-                str(tokenizer.decode(row.input_ids[start : end - 1])),
-                chat.messages[place]["content"].strip(),
-            )
+            said = written(str(tokenizer.decode(row.input_ids[start : end - 1])), kind)
+            answer = written(chat.messages[place]["content"].strip(), kind)
             assert said.endswith(answer)
             before = said.removesuffix(answer).strip()
             assert re.fullmatch(r"(<think>)?\s*(</think>)?|<\|channel\|>\s?final<\|message\|>", before)
             places.append(place)
     assert sorted(places) == list(chat.learned), "each answer once"
+
+
+@pytest.mark.parametrize("name", CALL_ENDS)
+@settings(max_examples=12, deadline=None)
+@given(chat=tool_chats(), kind=st.sampled_from([*KINDS]))
+def test_calls_of_tools_and_answers_after_their_results_follow_what_generation_would_have_sent(
+    name: str, chat: Chat, kind: str
+) -> None:
+    # DeepSeek's template writes a second call of a chat without the mark of the turn: that is refused.
+    assume(name != "deepseekv3" or sum("tool_calls" in turn for turn in chat.messages) == 1)
+    tokenizer = tokenizer_of(kind, name)
+    prompts = {sent(chat.messages[:place], tokenizer, name, TOOLS): place for place in chat.learned}
+    places = []
+    for row in chat_rows(chat, tokenizer, 4000, from_user=False):
+        for start, end in learned(row):
+            place = prompts[tuple(row.input_ids[:start])]
+            turn = chat.messages[place]
+            said = written(str(tokenizer.decode(row.input_ids[start : end - 1])), kind)
+            last = ENDS[name] if not turn.get("tool_calls") else CALL_ENDS[name]
+            assert row.input_ids[end - 1] == tokenizer.convert_tokens_to_ids(last)
+            if turn.get("tool_calls"):
+                assert "weather" in said
+                assert turn["tool_calls"][0]["function"]["arguments"]["city"] in said
+            else:
+                assert said.endswith(written(turn["content"].strip(), kind))
+            places.append(place)
+    assert sorted(places) == list(chat.learned), "each call and each answer once"
 
 
 @settings(max_examples=30, deadline=None)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from petals_tune.data.chat_rows import Row
 from petals_tune.data.checks import check_positions, check_vocabulary, keep_padding_inside
 from petals_tune.data.collate import choose_pad_id
 from petals_tune.errors import ConfigError
 from tests.raising import raises
 from tests.train.tiny import tiny_tokenizer
-
-ROWS = [Row(input_ids=[1, 2, 3], labels=[1, 2, 3]), Row(input_ids=[4, 5], labels=[4, 5])]
 
 
 def test_a_token_beyond_the_embeddings_is_refused() -> None:
@@ -23,10 +20,10 @@ def test_a_token_beyond_the_embeddings_is_refused() -> None:
 
 @pytest.mark.parametrize(("soft_tokens", "positions"), [(0, 2), (2, 4)])
 def test_a_row_beyond_the_learned_positions_is_refused(soft_tokens: int, positions: int) -> None:
-    check_positions(ROWS, soft_tokens, positions + 1)
-    check_positions(ROWS, soft_tokens, None)
+    check_positions(3, soft_tokens, positions + 1)
+    check_positions(3, soft_tokens, None)
     with raises(ConfigError, key="data.max_tokens", seen=3):
-        check_positions(ROWS, soft_tokens, positions)
+        check_positions(3, soft_tokens, positions)
 
 
 def test_padding_beyond_the_embeddings_is_the_end_token() -> None:

@@ -1,8 +1,18 @@
 import hashlib
+from pathlib import Path
 
 import pytest
 
-from petals_tune.data.source import SplitShares, check_whole_number, corpus_file, hash_fraction
+from petals_tune.data.chitchat import ChitChat
+from petals_tune.data.questions import Questions
+from petals_tune.data.source import (
+    SplitShares,
+    check_whole_number,
+    corpus_file,
+    digest_files,
+    digest_of,
+    hash_fraction,
+)
 from petals_tune.errors import ConfigError, DataError
 from tests.raising import raises
 
@@ -47,3 +57,19 @@ def test_a_corpus_is_a_file_of_an_installed_package() -> None:
     for package, name in (("petals_tune.data", "nothing.jsonl"), ("not_there", "rows.csv")):
         with raises(DataError, source="not-there==1"):
             corpus_file(package, name, requirement="not-there==1")
+
+
+def test_the_digest_of_files_is_that_of_their_bytes_in_order(tmp_path: Path) -> None:
+    a, b, same = (tmp_path / name for name in ("a", "b", "same"))
+    for path, text in {a: "x", b: "y", same: "x"}.items():
+        path.write_text(text)
+    assert digest_files([a, b]) == digest_files([same, b]) != digest_files([b, a])
+    with raises(DataError, source=tmp_path / "c"):
+        digest_files([tmp_path / "c"])
+
+
+def test_the_digest_of_a_corpus_is_of_its_file_and_its_options() -> None:
+    sources = [ChitChat(), ChitChat(persona_lines=3), Questions(topics=["ai"]), Questions(topics=["money"])]
+    assert len({digest_of(source) for source in sources}) == 4
+    assert digest_of(sources[0]) == digest_of(ChitChat())
+    assert digest_of(sources[2]) != digest_of(Questions(topics=["ai"], system="Answer."))

@@ -44,6 +44,10 @@ def test_model_folder_only_translates_the_name_embedded(embedded: Path) -> None:
     assert model_folder("embedded") == str(embedded)
     assert model_folder("bigscience/bloom-560m") == "bigscience/bloom-560m"
     assert model_folder("./embedded") == "./embedded"
+    assert model_folder("bigscience/bloom-560m", "main") == "bigscience/bloom-560m"
+    for source in ("embedded", str(embedded)):
+        with raises(ConfigError, key="model.revision", seen="main"):
+            model_folder(source, "main")
 
 
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

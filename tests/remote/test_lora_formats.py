@@ -80,7 +80,11 @@ def test_gradients_through_quantized_blocks_are_those_of_the_library_in_one_proc
 )
 def test_smaller_formats_are_close_and_send_what_the_formula_says(exact, method, wire_format, grad_format, tolerance):
     model = AutoDistributedModelForCausalLM.from_pretrained(
-        str(exact.folder), initial_peers=exact.peers[2], wire_format=wire_format, grad_format=grad_format
+        str(exact.folder),
+        initial_peers=exact.peers[2],
+        wire_format=wire_format,
+        grad_format=grad_format,
+        hand_over="never",  # on a busy machine servers seem far from here, and the client would send less
     )
     stats = model.remote_blocks.stats
     found = gradients(model, method)
@@ -89,7 +93,7 @@ def test_smaller_formats_are_close_and_send_what_the_formula_says(exact, method,
     for name, gradient in expected.items():
         assert relative_error(found[name], gradient) <= tolerance, name
 
-    size = {"float32": 4, "float16": 2, "bfloat16": 2, "blockwise8": 1}
+    size = {"float32": 4, "float16": 2, "bfloat16": 2, "blockwise8": 1 + 4 / WIDTH}
     values = ROWS * (LENGTH + (PROMPT if method == "prompt" else 0)) * WIDTH
     gradients_at_inputs = len(CUT) if method == "prompt" else len(CUT) - 1
     by_formula = values * (2 * len(CUT) * size[wire_format] + (len(CUT) + gradients_at_inputs) * size[grad_format])

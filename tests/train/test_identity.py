@@ -14,7 +14,7 @@ from petals_tune.train.result import Result
 from petals_tune.train.run import run
 from tests.raising import raises
 from tests.train.conftest import Compose
-from tests.train.tiny import LocalConnection
+from tests.train.tiny import LocalConnection, save_tiny, tiny_model
 
 SHORT = ("trainer.max_steps=3", "~callbacks.replies", "data.max_rows=20")
 
@@ -55,6 +55,11 @@ def test_what_is_no_checkpoint_of_this_run_ends_before_a_server_starts(
         "optimizer._target_=torch.optim.Adam": "optimizer",
     }.items():
         refused("ckpt_path", first, override, seen=what)
+    other = save_tiny(tmp_path / "other")  # of the same shape, with the same embeddings
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.weight.data += 1e-3
+    model.save_pretrained(other)
+    refused("ckpt_path", first, f"model.source={other}", seen="base")
     cfg = tiny_run("personachat", *SHORT[1:], "trainer.max_steps=6", f"ckpt_path={first}")
     cfg.output_dir, cfg.data.source = str(tmp_path / "on"), {"_target_": "tests.train.tiny.TinyReviews"}
     with raises(ConfigError, key="ckpt_path", seen="data"):

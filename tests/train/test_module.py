@@ -2,6 +2,8 @@ import copy
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from petals_tune.data.module import TextData
 from petals_tune.errors import ConfigError, Diverged
 from petals_tune.train.callbacks import NewestCheckpoint
 from petals_tune.train.module import FineTuner
-from petals_tune.train.objective import CausalLM, LabelWords
+from petals_tune.train.objective import CausalLM, LabelWords, Scores
 from tests.raising import raises
 from tests.train.tiny import WORDS, TinyReviews, TinyTalk, tiny_model, tiny_tokenizer
 
@@ -165,3 +167,31 @@ def test_the_prefix_of_validation_metrics_can_be_changed(tmp_path: Path) -> None
         run.validate(module, datamodule=talk(), verbose=False)
     assert set(module.summaries) == {"zero_shot"}
     assert module.split == "val"
+
+
+def test_random_numbers_of_a_step_of_several_processes_follow_from_the_seed_the_rank_and_the_step() -> None:
+    """A checkpoint has the random states of one process; in one process the stream is left alone."""
+
+    def drawn(*, rank: int, step: int, batches: int = 1, disturbed: int = 0, processes: int = 2) -> list[float]:
+        module, numbers = tuner(), []
+        module.log = module._mean_over_processes = MagicMock(return_value=1.0)  # type: ignore[method-assign]
+        module._score = lambda batch: (  # type: ignore[method-assign]
+            numbers.append(torch.rand(1).item()) or Scores(loss=torch.zeros(()), count=1, metrics={})
+        )
+        module.trainer = SimpleNamespace(  # type: ignore[assignment]
+            world_size=processes, global_rank=rank, global_step=step, accumulate_grad_batches=2
+        )
+        module._seed = 5
+        torch.manual_seed(disturbed)
+        for batch in range(batches):
+            module.training_step({}, batch)  # type: ignore[arg-type]
+        return numbers
+
+    expected = drawn(rank=1, step=3)
+    assert drawn(rank=1, step=3, disturbed=9) == expected
+    first, second = drawn(rank=1, step=3, batches=2)
+    assert ([first], first != second) == (expected, True)
+    assert expected not in (drawn(rank=0, step=3), drawn(rank=1, step=4))
+    torch.manual_seed(9)
+    next_number = torch.rand(1).item()
+    assert drawn(rank=0, step=3, disturbed=9, processes=1) == [next_number]

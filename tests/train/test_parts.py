@@ -8,7 +8,7 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from petals_tune.errors import ConfigError
-from petals_tune.train.parts import prepare
+from petals_tune.train.parts import Parts, prepare
 from tests.raising import raises
 from tests.train.conftest import Compose
 from tests.train.tiny import tiny_model, tiny_tokenizer
@@ -48,6 +48,19 @@ def test_a_token_beyond_the_embeddings_is_refused(recipe: str, tmp_path: Path, t
         cfg.objective.words = [*cfg.objective.words, " so-so"]
     with raises(ConfigError, key="model.source", seen=vocabulary):
         prepare(cfg)
+
+
+def test_an_initial_text_with_a_token_beyond_the_embeddings_is_refused(tmp_path: Path, tiny_run: Compose) -> None:
+    vocabulary = len(tiny_tokenizer())
+    source = folder_with(tmp_path / "model", token=" so-so", vocabulary=vocabulary)
+
+    def start(text: str) -> Parts:
+        return prepare(tiny_run("personachat", f"model.source={source}", f"tuning.init_text='{text}'"))
+
+    assert start("a so").tuning.num_virtual_tokens == 4
+    start("four bytes are read, and so-so is not")
+    with raises(ConfigError, key="model.source", seen=vocabulary):
+        start("a so-so b")
 
 
 def test_rows_beyond_a_table_of_learned_positions_are_refused(tmp_path: Path, tiny_run: Compose) -> None:

@@ -80,26 +80,26 @@ def test_an_evaluation_asks_with_the_system_text_of_the_training() -> None:
 def test_the_counts_of_a_table_stay() -> None:
     counted = Counter[str]()
 
-    def read() -> Generator[AnyExample]:
+    def read() -> Generator[tuple[int, AnyExample]]:
         try:
-            yield question()
+            yield 1, question()
             counted["empty"] += 1
-            yield question()
+            yield 3, question()
         finally:
             counted["not read"] += 1
 
     class Counted(Rows):
         def train(self) -> CountedExamples:
-            return CountedExamples(read(), counted, refused.append)
+            return CountedExamples(read(), counted, lambda error, row: refused.append((str(error), row)))
 
-    refused: list[DataError] = []
+    refused: list[tuple[str, int]] = []
     rows = asked_as_trained(Counted([]), Prompting(), Prompting(system="Be brief.")).train()
     assert isinstance(rows, CountedExamples)
     assert next(rows).context[0]["content"] == next(rows).context[0]["content"] == "Be brief."
-    rows.refuse(DataError("the second"))
+    rows.refuse(DataError("the second"), rows.row)
     rows.close()
     assert rows.left_out == {"empty": 1, "not read": 1}
-    assert [str(error) for error in refused] == ["the second"]
+    assert refused == [("the second", 3)]
 
 
 def test_system_texts_of_each_row_are_left_alone() -> None:

@@ -51,6 +51,25 @@ def test_a_run_writes_all_its_files(
     assert str(out) in printed[-1]
 
 
+def test_the_configuration_of_a_run_runs_again_with_the_same_data_alone(tiny_run: Compose, tmp_path: Path) -> None:
+    run(tiny_run("personachat", "trainer.max_steps=2"), LocalConnection())
+    cfg = OmegaConf.load(tmp_path / "out" / "config.yaml")
+    assert cfg.data.digest == Result.load(tmp_path / "out").data_digest
+    checkpoint = torch.load(tmp_path / "out" / "checkpoint.ckpt", weights_only=True)
+    assert checkpoint["petals_tune"]["identity"]["data"] == cfg.data.digest
+    again = OmegaConf.merge(cfg, {"output_dir": str(tmp_path / "again")})
+    measured = run(again, LocalConnection())
+    assert measured == Result.load(tmp_path / "out").measured
+    on = {"ckpt_path": str(tmp_path / "out" / "checkpoint.ckpt"), "trainer": {"max_steps": 3}}
+    run(OmegaConf.merge(cfg, on), LocalConnection())
+    changed = OmegaConf.merge(again, {"data": {"source": {"_target_": "tests.train.tiny.TinyReviews"}}})
+    swarm = LocalConnection()
+    with raises(ConfigError, key="data.digest"):
+        run(OmegaConf.merge(changed, {"output_dir": str(tmp_path / "other")}), swarm)
+    assert swarm.opened == 0
+    run(OmegaConf.merge(changed, {"output_dir": str(tmp_path / "other"), "data": {"digest": None}}), swarm)
+
+
 def test_sst2_measures_the_zero_shot_accuracy(tiny_run: Compose, tmp_path: Path) -> None:
     measured = run(tiny_run("sst2", "trainer.max_steps=12", "optimizer.lr=0.1"), LocalConnection())
     assert set(measured) == {"zero_shot", "before", "after"}

@@ -117,7 +117,7 @@ class CountedSwarm(LocalSwarm):
     events: Any = None
 
     @contextmanager
-    def open(self, source: str, blocks: int) -> Any:
+    def open(self, source: str, blocks: int, **revision: str) -> Any:
         self.events.append("start")
         yield [f"address {self.events.count('start')}"]
         self.events.append("end")
@@ -129,8 +129,8 @@ def test_one_swarm_serves_all_jobs_that_want_the_same_servers(monkeypatch: pytes
     plain = CountedSwarm(events=events)
     kept = SharedSwarm()
 
-    def peers(**changes: Any) -> list[str]:
-        parts: Any = SimpleNamespace(source="tiny", blocks=4, swarm=replace(plain, **changes))
+    def peers(revision: str | None = None, **changes: Any) -> list[str]:
+        parts: Any = SimpleNamespace(source="tiny", revision=revision, blocks=4, swarm=replace(plain, **changes))
         with kept(parts) as found:
             return found  # type: ignore[return-value]
 
@@ -138,8 +138,9 @@ def test_one_swarm_serves_all_jobs_that_want_the_same_servers(monkeypatch: pytes
     assert events == ["start"]
     assert peers(quantization="nf4") == ["address 2"]
     assert events == ["start", "end", "start"]
+    assert peers("old", quantization="nf4") == ["address 3"]
     kept.close()
-    assert events == ["start", "end", "start", "end"]
+    assert events == ["start", "end"] * 3
 
 
 def sweep_command(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:

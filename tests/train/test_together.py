@@ -48,6 +48,14 @@ def test_two_processes_learn_what_one_does_with_the_whole_batch(
         assert float(fact["loss"]) == pytest.approx(tested["test/loss"], abs=1e-5)
 
 
+@pytest.mark.slow
+def test_two_processes_with_dropout_go_on_exactly(tiny_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.train.together", str(tiny_folder), str(tmp_path), "resumed"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(tmp_path / f"resumed_{rank}.txt").read_text() for rank in (0, 1)] == ["same=True"] * 2
+
+
 def test_a_further_rank_starts_no_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("PETALS_TUNE_LOCAL_SWARM", "/ip4/127.0.0.1/tcp/1/p2p/a,/ip4/127.0.0.1/tcp/2/p2p/b")

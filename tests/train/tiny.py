@@ -110,6 +110,7 @@ class LocalConnection:
             model = load_model(
                 parts.objective,
                 parts.source,
+                revision=parts.revision,
                 causal_lm=AutoModelForCausalLM,
                 classifier=AutoModelForSequenceClassification,
             )

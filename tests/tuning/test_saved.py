@@ -11,13 +11,16 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from petals_tune.errors import ConfigError, UnsupportedAdapter
+from petals_tune.model.fingerprint import Fingerprint
 from petals_tune.tuning import deep_prompt
 from petals_tune.tuning.deep_prompt import DeepPromptConfig, save_deep_prompts
+from petals_tune.tuning.identity import FILE, Identity
 from petals_tune.tuning.saved import (
     CONFIG_FILE,
     adapter_folder,
     base_of,
     check_adapter,
+    choose_base,
     head_rows,
     load_adapter,
     load_tokenizer,
@@ -214,6 +217,16 @@ def test_a_folder_or_a_name_without_an_adapter(tmp_path: Path) -> None:
 def test_the_adapter_names_its_model(tmp_path: Path) -> None:
     (tmp_path / CONFIG_FILE).write_text(json.dumps({"base_model_name_or_path": "some/model"}))
     assert base_of(tmp_path) == "some/model"
+    given = {"source": None, "revision": None}
+    assert choose_base(tmp_path, **given) == ("some/model", None)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({"base_model_name_or_path": "some/model", "revision": "v1"}))
+    assert choose_base(tmp_path, **given) == ("some/model", "v1")
+    base = Fingerprint(config="", outside="", blocks=None)
+    Identity(source="own/model", revision="v2", task="CAUSAL_LM", base=base).save(tmp_path)
+    assert choose_base(tmp_path, **given) == ("own/model", "v2")
+    assert choose_base(tmp_path, **given | {"revision": "v3"}) == ("own/model", "v3")
+    assert choose_base(tmp_path, **given | {"source": "third/model"}) == ("third/model", None)
+    (tmp_path / FILE).unlink()
     (tmp_path / CONFIG_FILE).write_text(json.dumps({"base_model_name_or_path": None}))
     with raises(ConfigError, key="model.source"):
         base_of(tmp_path)

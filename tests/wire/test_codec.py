@@ -73,6 +73,8 @@ def test_what_a_stranger_wrote_is_not_repeated_at_any_length():
 
 def test_before_a_peer_is_known_nothing_but_a_small_hello_is_read():
     assert decode_hello(encode(Hello(model="digest", token=b"t"))) == Hello(model="digest", token=b"t")
+    on_hub = Hello(model=f"{'c' * 64}.{'w' * 64}")  # SHA-256 of the config and of the files of weights
+    assert decode_hello(encode(on_hub)) == on_hub
     for other in (encode(Ping()), encode(FORWARD), b"", b"\xc1", encode(Hello()) + bytes(4096)):
         with raises(ProtocolError, what="hello"):
             decode_hello(other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import Collection, Sequence
@@ -16,7 +17,7 @@ from hivemind.p2p import PeerID
 from petals_tune.errors import ConnectionLost, ServerUnreachable
 from petals_tune.net.dht.announcements import sign
 from petals_tune.net.dht.keys import INDEX, MAX_DEPTH, Spot, groups, key_at
-from petals_tune.net.dht.node import Node
+from petals_tune.net.dht.node import BUCKET, Node
 from petals_tune.net.dht.reader import HOLDERS, READING_S, Reader
 from petals_tune.net.dht.tree import Depth
 from petals_tune.net.directory import Snapshot
@@ -30,7 +31,9 @@ logger = logging.getLogger(__name__)
 
 LEAVING_S = 3.0
 PING_S = 20.0  # between two pings of the initial peers, give or take half
+LOOK_AROUND_S = 120.0
 STORING_S = 10.0  # deadline of an announcement
+HIDDEN_S = 600.0  # how long a server tells the initial peers after it was hidden: their answers let others find it
 CHECK_EVERY = 5  # renewals after which a server looks whether others can find it
 
 
@@ -56,7 +59,7 @@ class DhtDirectory:
         self._ends_s = 0.0
         self._renewals = -1
         self._checked: set[PeerID] = set()  # nodes that had the announcement when it was looked for
-        self._is_hidden = False  # others do not find this server where they look: the initial peers are told too
+        self._hidden_until_s = -math.inf  # others did not find this server where they look: the initial peers are told
 
     @classmethod
     async def join(
@@ -88,14 +91,20 @@ class DhtDirectory:
             await asyncio.wait_for(self.node.leave(), LEAVING_S)
 
     async def stay_known(self, transport: HivemindTransport, initial_peers: Sequence[str]) -> None:
-        """Ping the peers through which this one joined, again and again, for ever.
+        """Ping the peers through which this one joined, and look for the nodes around this one, for ever.
 
-        The DHT forgets a peer that did not answer once, and one that was started again knows nobody: without this,
-        those who join through it then find an empty network.
+        The DHT forgets a peer that did not answer once, and one that was started again knows nobody: without the pings,
+        those who join through it then find an empty network. The more nodes there are, the more seldom each has to.
+        Nodes that ended are forgotten where they are called, and nobody calls those around itself but to look.
         """
+        looked_s = time.monotonic()
         while True:
             await asyncio.sleep(PING_S * random.uniform(0.5, 1.5))
-            await asyncio.gather(*(self._ping(transport, address) for address in initial_peers))
+            if self._chance.random() < BUCKET / max(self.node.others, BUCKET):
+                await asyncio.gather(*(self._ping(transport, address) for address in initial_peers))
+            if time.monotonic() - looked_s > LOOK_AROUND_S:
+                looked_s = time.monotonic()
+                await self.node.look_around()
 
     async def _ping(self, transport: HivemindTransport, address: str) -> None:
         with suppress(ConnectionLost, TimeoutError):  # it is away
@@ -167,13 +176,18 @@ class DhtDirectory:
             return
         self._checked = holders
         search = (await self.node.find([key], enough=HOLDERS, timeout_s=READING_S))[key]
-        is_hidden = bool(search.answered) and record.peer not in search.told
-        if is_hidden and not self._is_hidden:
+        if not search.answered or record.peer in search.told:
+            return
+        if not self._is_hidden:
             logger.warning(
                 "the nodes of the DHT that are nearest to this server's key do not show it to others: the initial "
                 "peers are told about it as well"
             )
-        self._is_hidden = is_hidden
+        self._hidden_until_s = time.monotonic() + HIDDEN_S
+
+    @property
+    def _is_hidden(self) -> bool:
+        return time.monotonic() < self._hidden_until_s
 
     # Reading
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import time
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -28,11 +29,12 @@ from petals_tune.net.dht.protocol import MAX_KEYS, MAX_PLACES, AnnouncementProto
 from petals_tune.net.hivemind_p2p import HivemindTransport, hivemind_errors, peer_of
 from petals_tune.net.members import Members
 
-REPLICAS = 5  # nodes that store an announcement at each of its keys
+REPLICAS = 8  # nodes that store an announcement at each of its keys
 NEAREST = 8  # nodes around a key that are asked before it is said that there is nothing
 AT_ONCE = 3  # of a key, nodes asked at the same time
 ANSWER_S = 3.0  # for one node's answer
 PATIENCE_S = 1.0  # for further answers about a key once a node had something: who is named may not exist
+LOOKING_S = 10.0  # for a look around
 BUCKET = 20  # nodes in each bucket of the routing table
 NEAREST_S = 120.0  # how long the nodes nearest to a key are remembered
 MAX_REMEMBERED = 2_000  # such keys
@@ -54,12 +56,17 @@ class Search:
     found: dict[str, Announcement] = field(default_factory=dict)  # by peer, the latest of each
     told: set[str] = field(default_factory=set)  # peers of which another node told
 
-    def next(self) -> list[DHTID]:
-        """The nodes to ask now: the nearest that are not known to be silent."""
+    def next(self, chance: random.Random) -> list[DHTID]:
+        """The nodes to ask now: the nearest that are not known to be silent.
+
+        Of those that are near enough to hold announcements, any: always the nearest ones would carry all the reading.
+        """
         if self.is_over:
             return []
         alive = [node for node in self.nearest() if node not in self.asked or node in self.answered | self.waiting]
         at_once = min(AT_ONCE, AT_ONCE if self.enough is None else self.enough)  # answers are large
+        if self.enough is not None:
+            alive[:REPLICAS] = chance.sample(alive[:REPLICAS], len(alive[:REPLICAS]))
         return [node for node in alive[:NEAREST] if node not in self.asked][: max(at_once - len(self.waiting), 0)]
 
     @property
@@ -91,6 +98,7 @@ class Node:
     def __init__(self, protocol: AnnouncementProtocol, peer: PeerID):
         self.protocol, self._peer = protocol, peer
         self._silent = Blacklist(_SILENT_S, _BACKOFF)
+        self._chance = random.Random()
         self._nearest: dict[DHTID, tuple[float, list[PeerID]]] = {}
         self._late: set[asyncio.Task[object]] = set()  # requests whose search is over
 
@@ -141,7 +149,16 @@ class Node:
         for ping in waiting:
             ping.add_done_callback(lambda ping: ping.cancelled() or ping.exception())  # it may fail later, unheard
         await asyncio.sleep(0)  # the one that answered enters the routing table
-        await self.find([self.protocol.node_id], enough=None, timeout_s=ANSWER_S)
+        await self.look_around(ANSWER_S)
+
+    async def look_around(self, timeout_s: float = LOOKING_S) -> None:
+        """Look for the nodes nearest to this one; those that do not answer are forgotten."""
+        await self.find([self.protocol.node_id], enough=None, timeout_s=timeout_s)
+
+    @property
+    def others(self) -> int:
+        """Number of the nodes that this one knows."""
+        return len(self.protocol.routing_table.uid_to_peer_id)
 
     async def leave(self) -> None:
         for task in self._late:
@@ -204,7 +221,7 @@ class Node:
         """Send the requests that are due; one to each node, for all keys that it is near to."""
         due: dict[DHTID, tuple[PeerID, list[Search]]] = {}
         for search in searches:
-            for node in search.next():
+            for node in search.next(self._chance):
                 search.asked.add(node)
                 search.waiting.add(node)
                 due.setdefault(node, (search.candidates[node], []))[1].append(search)

@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 READING_S = 4.0  # deadline of a snapshot, a look for one server, a list of models
 HOLDERS = 2  # nodes whose answers about a shard are put together
 INITIAL_S = 30.0  # between two questions to the initial peers: less than an announcement lasts
-BYTES_A_READING = 100_000  # about as much a snapshot brings, unless it is thorough
-RECORD_BYTES = 700  # of one announcement, about
+BYTES_A_READING = 170_000  # about as much a snapshot brings, unless it is thorough
+RECORD_BYTES = 1_200  # of one announcement, about
 MAX_KNOWN = 1_000  # servers of a model that are kept in mind
 _DEPTHS_AT_ONCE = 5  # at which one server is looked for at the same time
 

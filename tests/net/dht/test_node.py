@@ -1,6 +1,7 @@
 """Finding and storing over many real nodes, of which some are gone."""
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -20,7 +21,7 @@ from tests.net.dht.nodes import announced, key_of, node, record, signed
 from tests.raising import raises
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-NODES = 9
+NODES = REPLICAS + 2
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -68,7 +69,7 @@ async def test_nodes_that_are_gone_are_replaced_by_the_next_nearest(nodes):
         for number in range(6):
             await (leaving if number < 3 else stack).enter_async_context(node(peers, name=f"{number + 1} b"))
         spots = {Spot(0, 0): key("0 b", Spot(0, 0))}
-        assert await first.node.store(signed("0 b"), spots, timeout_s=10) == {Spot(0, 0): (REPLICAS, REPLICAS)}
+        assert await first.node.store(signed("0 b"), spots, timeout_s=10) == {Spot(0, 0): (7, 7)}, "all there are"
         await leaving.aclose()
         for _ in range(4):  # each time those that did not answer are forgotten
             counts = await first.node.store(signed("0 b"), spots, timeout_s=10)
@@ -86,6 +87,14 @@ async def test_a_node_that_is_nearer_than_those_that_are_known_is_noticed_when_i
     assert not nodes[8].node._is_fresh(where)
     await nodes[8].node.protocol.update_routing_table(None, stranger, responded=False)
     assert nodes[8].node._is_fresh(where)
+
+
+async def test_nodes_around_that_are_gone_are_forgotten(nodes):
+    async with node(name="0 c") as (first, peers):
+        async with node(peers, name="1 c"):
+            assert first.node.others == 1
+        await first.node.look_around()
+        assert first.node.others == 0
 
 
 async def test_who_asks_one_node_gets_what_that_one_has(nodes):
@@ -107,25 +116,35 @@ def search_of(distances: list[int], *, enough: int | None = 2) -> Search:
     return Search(DHTID(0), enough, {DHTID(each): f"peer {each}" for each in distances})
 
 
-async def test_a_search_asks_the_nearest_first_and_few_at_a_time():
-    search = search_of([9, 1, 5, 3])
-    assert search.next() == [1, 3]
-    assert search_of([9, 1, 5, 3], enough=None).next() == [1, 3, 5]
-    search.asked |= {DHTID(1), DHTID(3)}
-    search.waiting |= {DHTID(1), DHTID(3)}
-    assert search.next() == []
+async def test_a_search_for_nodes_asks_the_nearest_first_and_few_at_a_time():
+    search, chance = search_of([9, 1, 5, 3, 7], enough=None), random.Random(0)
+    assert search.next(chance) == [1, 3, 5]
+    search.asked |= {DHTID(1), DHTID(3), DHTID(5)}
+    search.waiting |= {DHTID(1), DHTID(3), DHTID(5)}
+    assert search.next(chance) == []
     search.waiting.clear()
-    search.answered.add(DHTID(1))  # 3 was silent
-    assert search.next() == [5, 9]
+    search.answered.add(DHTID(1))  # 3 and 5 were silent
+    assert search.next(chance) == [7, 9]
+
+
+async def test_a_search_for_announcements_asks_any_of_those_that_should_hold_them():
+    distances = [*range(1, 2 * REPLICAS)]
+    asked = [search_of(distances).next(random.Random(seed)) for seed in range(100)]
+    assert {len(each) for each in asked} == {2}, "as many as are enough"
+    assert {node for each in asked for node in each} == {*range(1, REPLICAS + 1)}
+    search = search_of(distances)
+    search.asked |= {DHTID(each) for each in range(2, REPLICAS + 1)}
+    search.answered |= search.asked
+    assert search.next(random.Random(0)) == [1], "the others that are near were asked"
 
 
 async def test_a_search_ends_with_enough_holders_and_keeps_the_latest_of_each_peer():
-    search = search_of([1, 2, 3])
+    search, chance = search_of([1, 2, 3]), random.Random(0)
     old, new = announced("a"), announced("a", issued_s=1010)
     for found in ([new], [], [old]):
-        assert search.next()
+        assert search.next(chance)
         search.add(found)
-    assert search.next() == []
+    assert search.next(chance) == []
     assert search.found == {new.peer: new}
 
 
@@ -138,10 +157,11 @@ async def test_a_search_waits_a_second_for_others_once_something_was_found(monke
     search.add([announced("a")])
     nodes_only.add([announced("a")])
     assert (search.ends_s, nodes_only.ends_s) == (now_s + PATIENCE_S, now_s + 4)
-    assert search.next() == [1, 2]
+    chance = random.Random(0)
+    assert len(search.next(chance)) == 2
     now_s += PATIENCE_S
-    assert search.next() == []
-    assert nodes_only.next() != []
+    assert search.next(chance) == []
+    assert nodes_only.next(chance) != []
 
 
 async def test_a_node_that_is_silent_is_passed_over_though_nobody_waited_for_it(nodes, monkeypatch):
