@@ -181,7 +181,8 @@ async def test_a_node_that_is_silent_is_passed_over_though_nobody_waited_for_it(
         return None
 
     monkeypatch.setattr(reader.protocol, "call_find", held_find)
-    reader._nearest[where] = time.monotonic(), [stranger]
+    holder = next(each.node.protocol.p2p.peer_id for each in holders(nodes, where) if each is not nodes[7])
+    monkeypatch.setattr(reader, "_known_near", lambda key: {node_id_of(peer): peer for peer in (stranger, holder)})
     search = (await reader.find([where], enough=2, timeout_s=10))[where]
     assert search.found.keys() == {key_of("6").peer}
     assert node_id_of(stranger) in search.waiting
