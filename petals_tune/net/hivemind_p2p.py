@@ -91,6 +91,9 @@ class HivemindTransport:
                     )
             except ConnectionLost as error:
                 raise _start_error(error, initial_peers, host_maddrs, announce_maddrs, listens) from None
+        control = p2p._client.control
+        assert isinstance(control._pending_calls, dict)
+        control._pending_calls = PendingCalls(control._pending_calls)
         return cls(p2p)
 
     async def stop(self) -> None:
@@ -157,6 +160,19 @@ class HivemindTransport:
 
         with hivemind_errors(self.id):
             await self.p2p.add_binary_stream_handler(protocol, handle)
+
+
+class PendingCalls(dict[Any, "asyncio.Future[Any]"]):
+    """hivemind's calls to the daemon that wait for an answer, without those that were given up.
+
+    An answer to one that was cancelled and is still listed raises InvalidStateError in the task that reads all answers,
+    which ends with it: the process would hear nothing any more (`ControlClient._read_from_persistent_conn` in
+    hivemind/p2p/p2p_daemon_bindings/control.py).
+    """
+
+    def __contains__(self, call: object) -> bool:
+        waiting = self.get(call)
+        return waiting is not None and not waiting.done()
 
 
 def _lost(error: Exception, peer: str) -> PetalsTuneError:

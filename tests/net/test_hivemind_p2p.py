@@ -16,7 +16,13 @@ from google.protobuf.message import DecodeError
 from hivemind.dht.protocol import ValidationError
 
 from petals_tune.errors import ClockSkew, ConfigError, ConnectionLost, PetalsTuneError, ServerUnreachable
-from petals_tune.net.hivemind_p2p import HivemindTransport, encode_address, hivemind_errors, on_this_machine
+from petals_tune.net.hivemind_p2p import (
+    HivemindTransport,
+    PendingCalls,
+    encode_address,
+    hivemind_errors,
+    on_this_machine,
+)
 from petals_tune.net.transport import Connection
 from tests.raising import raises
 
@@ -251,3 +257,20 @@ def test_a_bug_stays_what_it_is(bug):
 async def test_a_task_that_is_cancelled_inside_a_call_is_cancelled():
     with pytest.raises(asyncio.CancelledError), hivemind_errors():
         raise asyncio.CancelledError
+
+
+async def test_an_answer_to_a_call_that_was_given_up_does_not_end_the_reading_of_all_answers():
+    """hivemind lists a cancelled call until its task runs again, and fails at an answer that comes before that."""
+    calls, waiting, given_up = PendingCalls(), asyncio.Future(), asyncio.Future()
+    calls["waiting"], calls["given up"] = waiting, given_up
+    given_up.cancel()
+    assert "waiting" in calls
+    assert "given up" not in calls
+    assert calls.pop("given up", None) is given_up
+    transport = await HivemindTransport.start()
+    try:
+        control = transport.p2p._client.control
+        assert isinstance(control._pending_calls, PendingCalls)
+        await transport.addresses()
+    finally:
+        await transport.stop()

@@ -175,7 +175,7 @@ class DhtDirectory:
         if not self._initial or (self._renewals % CHECK_EVERY and holders <= self._checked):
             return
         self._checked = holders
-        search = (await self.node.find([key], enough=HOLDERS, timeout_s=READING_S))[key]
+        search = (await self.node.find([key], enough=HOLDERS, timeout_s=READING_S, whole=True))[key]
         if not search.answered or record.peer in search.told:
             return
         if not self._is_hidden:

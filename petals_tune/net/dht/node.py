@@ -25,7 +25,7 @@ from petals_tune.net.dht.announcements import Announcement, Opener
 from petals_tune.net.dht.keys import Spot
 from petals_tune.net.dht.members_only import MembersOnly
 from petals_tune.net.dht.networks import Networks
-from petals_tune.net.dht.protocol import MAX_KEYS, MAX_PLACES, AnnouncementProtocol, node_id_of
+from petals_tune.net.dht.protocol import MAX_KEYS, MAX_PLACES, AnnouncementProtocol, Found, node_id_of
 from petals_tune.net.hivemind_p2p import HivemindTransport, hivemind_errors, peer_of
 from petals_tune.net.members import Members
 
@@ -33,8 +33,8 @@ REPLICAS = 8  # nodes that store an announcement at each of its keys
 NEAREST = 8  # nodes around a key that are asked before it is said that there is nothing
 AT_ONCE = 3  # of a key, nodes asked at the same time
 ANSWER_S = 3.0  # for one node's answer
-PATIENCE_S = 1.0  # for further answers about a key once a node had something: who is named may not exist
 LOOKING_S = 10.0  # for a look around
+PATIENCE_S = 1.0  # for further answers about a key once a node had something: who is named may not exist
 BUCKET = 20  # nodes in each bucket of the routing table
 NEAREST_S = 120.0  # how long the nodes nearest to a key are remembered
 MAX_REMEMBERED = 2_000  # such keys
@@ -51,7 +51,9 @@ class Search:
     asked: set[DHTID] = field(default_factory=set)
     waiting: set[DHTID] = field(default_factory=set)
     answered: set[DHTID] = field(default_factory=set)
+    whole: bool = False  # all that a node has is wanted, not a sample of it
     holders: int = 0
+    held: int = 0  # announcements that a node has under the key, though it may show a sample
     ends_s: float = math.inf  # time.monotonic(); from then on nobody else is asked or waited for
     found: dict[str, Announcement] = field(default_factory=dict)  # by peer, the latest of each
     told: set[str] = field(default_factory=set)  # peers of which another node told
@@ -80,8 +82,9 @@ class Search:
     def nearest(self) -> list[DHTID]:
         return sorted(self.candidates, key=self.key.xor_distance)
 
-    def add(self, announcements: Sequence[Announcement]) -> None:
-        """Take what one node has; of a peer that is known, the later announcement."""
+    def add(self, announcements: Sequence[Announcement], held: int = 0) -> None:
+        """Take what one node shows of the `held` that it has; of a peer that is known, the later announcement."""
+        self.held = max(self.held, held, len(announcements))
         if announcements and self.enough is not None:
             self.ends_s = min(self.ends_s, time.monotonic() + PATIENCE_S)
         self.holders += bool(announcements)
@@ -171,16 +174,20 @@ class Node:
         with hivemind_errors():
             await self.protocol.call_ping(PeerID.from_base58(peer_of(address)))
 
-    async def find(self, keys: Collection[DHTID], *, enough: int | None, timeout_s: float) -> dict[DHTID, Search]:
+    async def find(
+        self, keys: Collection[DHTID], *, enough: int | None, timeout_s: float, whole: bool = False
+    ) -> dict[DHTID, Search]:
         """Look for announcements under `keys`, until for each `enough` nodes had some or the nearest were asked.
 
-        None: for the nearest nodes alone. At the deadline, what was found by then; nothing is raised.
+        `enough` is None: for the nearest nodes alone. Nodes show a sample of many announcements, unless the `whole` is
+        asked for. At the deadline, what was found by then; nothing is raised but AccessDenied, for our own token.
         """
         searches = {}
         deadline_s = time.monotonic() + timeout_s
         for key in keys:
-            search = searches[key] = Search(key, enough, self._known_near(key), ends_s=deadline_s)
+            search = searches[key] = Search(key, enough, self._known_near(key), ends_s=deadline_s, whole=whole)
             search.found = {each.peer: each for each in self.protocol.store.get(key.to_bytes(), time.time())}
+            search.held = len(search.found)
         asking: dict[asyncio.Task[object], tuple[PeerID, DHTID, list[Search]]] = {}
         try:
             while True:
@@ -229,7 +236,12 @@ class Node:
             for start in range(0, len(wanted), MAX_KEYS):
                 part = wanted[start : start + MAX_KEYS]
                 task: asyncio.Task[object] = asyncio.create_task(
-                    self.protocol.call_find(peer, [each.key for each in part], nodes_only=part[0].enough is None)
+                    self.protocol.call_find(
+                        peer,
+                        [each.key for each in part],
+                        nodes_only=part[0].enough is None,
+                        whole=part[0].whole,
+                    )
                 )
                 asking[task] = peer, node, part
 
@@ -249,12 +261,12 @@ class Node:
         for search in wanted:
             search.waiting.discard(node)
             if isinstance(answer, dict):
-                announcements, nodes = answer[search.key]
+                found: Found = answer[search.key]
                 search.answered.add(node)
-                search.add(announcements)
+                search.add(found.announcements, found.held)
                 search.candidates |= {
                     near: each
-                    for near, each in nodes.items()
+                    for near, each in found.nodes.items()
                     if near != self.protocol.node_id and each not in self._silent
                 }
 
@@ -262,9 +274,11 @@ class Node:
         """What each of `peers` itself has under `keys`, whether it is near to them or not."""
         found: dict[DHTID, list[Announcement]] = {key: [] for key in keys}
         ids = [PeerID.from_base58(peer) for peer in peers]
-        for answer in await asyncio.gather(*(self.protocol.call_find(peer, list(keys)[:MAX_KEYS]) for peer in ids)):
-            for key, (announcements, _) in (answer or {}).items():
-                found[key] += announcements
+        for answer in await asyncio.gather(
+            *(self.protocol.call_find(peer, list(keys)[:MAX_KEYS], whole=True) for peer in ids)
+        ):
+            for key, shown in (answer or {}).items():
+                found[key] += shown.announcements
         return found
 
     async def store(

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import random
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from time import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from hivemind.dht.protocol import DHTProtocol
@@ -33,17 +34,26 @@ MAX_KEYS = 64  # of one request
 MAX_PLACES = 64  # of one request to store
 MAX_ANSWER_BYTES = 2**20  # of announcements in one answer
 NEIGHBOURS = 8  # of a key, that a node names
+SAMPLE = 12  # announcements in an answer, unless the whole is asked for
 MAX_REACHING = 8  # owners of announcements handed on by others that are dialled at the same time
 MAX_TO_REACH = 256  # such announcements that wait
 
-_NODES_ONLY = b"n"  # behind a key in a request: only the nodes that are near to it are asked for
+# What is asked for, as a byte behind a key in a request; without one: a sample.
+_NODES_ONLY, _WHOLE = b"n", b"w"
 
 _encoder = msgspec.msgpack.Encoder()
 _list_decoder = msgspec.msgpack.Decoder(list[bytes])
 
 NetworkOf = Callable[[str], Awaitable[str | None]]  # the network of a peer that is connected now
 Reach = Callable[[str, Sequence[str]], Awaitable[str | None]]  # of a peer that can be reached at one of the addresses
-Found = tuple[list[Announcement], dict[DHTID, PeerID]]
+
+
+class Found(NamedTuple):
+    """What a node has under a key."""
+
+    announcements: list[Announcement]  # all, or of many a sample
+    nodes: dict[DHTID, PeerID]  # that are near to the key
+    held: int  # how many announcements there are
 
 
 def node_id_of(peer: PeerID) -> DHTID:
@@ -110,14 +120,16 @@ class AnnouncementProtocol(DHTProtocol):
         return list(response.store_ok)
 
     async def call_find(
-        self, peer: PeerID, keys: Collection[DHTID], *, nodes_only: bool = False
+        self, peer: PeerID, keys: Collection[DHTID], *, nodes_only: bool = False, whole: bool = False
     ) -> dict[DHTID, Found] | None:
         """Ask `peer` for what it has under `keys`, unless it is `nodes_only`, and for nodes that are nearer to them.
+
+        Of more than `SAMPLE` announcements it shows so many, drawn at random, unless the `whole` is asked for.
 
         Announcements that are not right are left out, and take no others with them. None where the peer did not answer.
         """
         keys = list(keys)
-        mark = _NODES_ONLY if nodes_only else b""
+        mark = _NODES_ONLY if nodes_only else _WHOLE if whole else b""
         request = dht_pb2.FindRequest(keys=[key.to_bytes() + mark for key in keys], peer=self.node_info)
         response = await self._call(peer, "rpc_find", request)
         if response is None or len(response.results) != len(keys):
@@ -125,7 +137,10 @@ class AnnouncementProtocol(DHTProtocol):
         found = {}
         for key, result in zip(keys, response.results, strict=True):
             announcements = await self._believe(result.value)
-            found[key] = announcements, _nodes(result.nearest_node_ids, result.nearest_peer_ids)
+            # The field for hivemind's end of a dictionary tells how many there are.
+            told = result.expiration_time if 0 <= result.expiration_time <= INDEX_RECORDS else 0
+            nodes = _nodes(result.nearest_node_ids, result.nearest_peer_ids)
+            found[key] = Found(announcements, nodes, max(len(announcements), int(told)))
         return found
 
     async def _call(self, peer: PeerID, name: str, request: Any) -> Any:
@@ -221,8 +236,12 @@ class AnnouncementProtocol(DHTProtocol):
         response, room = dht_pb2.FindResponse(peer=self.node_info), MAX_ANSWER_BYTES
         for key in request.keys[:MAX_KEYS]:
             result = dht_pb2.FindResult(type=dht_pb2.NOT_FOUND)
-            if len(key) in (KEY_BYTES, KEY_BYTES + len(_NODES_ONLY)):
-                announcements = self.store.get(key, time()) if len(key) == KEY_BYTES else []
+            mark = key[KEY_BYTES:]
+            if len(key) >= KEY_BYTES and mark in (b"", _NODES_ONLY, _WHOLE):
+                announcements = [] if mark == _NODES_ONLY else self.store.get(key[:KEY_BYTES], time())
+                result.expiration_time = len(announcements)
+                if mark != _WHOLE and len(announcements) > SAMPLE:
+                    announcements = random.sample(announcements, SAMPLE)
                 if announcements and (value := _encoder.encode([each.data for each in announcements])):
                     room -= len(value)
                     if room > 0:

@@ -17,6 +17,7 @@ from hivemind.dht.routing import DHTID
 from petals_tune.net.dht.announcements import Announcement
 from petals_tune.net.dht.keys import MAX_DEPTH, Shard, groups, index_keys, model_part, peer_path, roots
 from petals_tune.net.dht.node import Node
+from petals_tune.net.dht.protocol import SAMPLE
 from petals_tune.net.dht.tree import Look
 from petals_tune.net.directory import Snapshot
 from petals_tune.wire.records import PROTOCOL, ServerRecord, same_model
@@ -52,7 +53,7 @@ class Known:
         due: list[Look] = []
         room = BYTES_A_READING
         for look in found:
-            room -= look.records * RECORD_BYTES * HOLDERS
+            room -= min(look.records, SAMPLE) * RECORD_BYTES * HOLDERS
             if due and room < 0:
                 break
             due.append(look)
@@ -91,9 +92,9 @@ class Known:
         of_group = {record.peer: groups(record.blocks) for record in records if record.state != "offline"}
         seen = Counter(group for some in of_group.values() for group in some)
         factors = {
-            group: max(1.0, look.servers / seen[group])
+            group: look.servers / seen[group]
             for group, look in self.looks.items()
-            if look.levels > 0 and seen[group]
+            if seen[group] and look.servers > seen[group]
         }
         return {
             peer: statistics.fmean(factors.get(group, 1.0) for group in some)
@@ -141,7 +142,7 @@ class Reader:
                     continue
                 has_heard = True
                 known.add(each for each in search.found.values() if same_model(each.record.model, model))
-                look.found(shard, len(search.found), time.monotonic())
+                look.found(shard, max(search.held, len(search.found)), time.monotonic())
                 if look.next_depth is not None:
                     due.append(look)
         return has_heard
@@ -164,7 +165,7 @@ class Reader:
                 for depth in depths
             ]
             keys = [DHTID.from_bytes(shard.key) for shard in shards]
-            searches = await self._node.find(keys, enough=HOLDERS, timeout_s=READING_S)
+            searches = await self._node.find(keys, enough=HOLDERS, timeout_s=READING_S, whole=True)
             found_here = [each for search in searches.values() for each in search.found.values()]
             known.add(each for each in found_here if same_model(each.record.model, model))
             if (found := known.announcements.get(peer)) is not None:
@@ -176,7 +177,7 @@ class Reader:
     async def models(self) -> tuple[ServerRecord, ...]:
         """As `Directory.models`."""
         keys = [DHTID.from_bytes(key) for key in index_keys()]
-        searches = await self._node.find(keys, enough=HOLDERS, timeout_s=READING_S)
+        searches = await self._node.find(keys, enough=HOLDERS, timeout_s=READING_S, whole=True)
         found = {
             each.peer + model_part(each.record.model): each for s in searches.values() for each in s.found.values()
         }

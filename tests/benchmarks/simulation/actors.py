@@ -21,7 +21,7 @@ from petals_tune.net.dht.announcements import Announcement, Opener
 from petals_tune.net.dht.directory import DhtDirectory
 from petals_tune.net.dht.keys import Spot
 from petals_tune.net.dht.node import ANSWER_S, BUCKET, REPLICAS, Node, Search
-from petals_tune.net.dht.protocol import AnnouncementProtocol, Found, node_id_of
+from petals_tune.net.dht.protocol import SAMPLE, AnnouncementProtocol, Found, node_id_of
 from petals_tune.wire.signing import SigningKey
 from tests.benchmarks.simulation import traffic
 from tests.benchmarks.simulation.traffic import Counted
@@ -53,8 +53,10 @@ class CountingNode(Node):
 
     protocol: SimProtocol
 
-    async def find(self, keys: Collection[DHTID], *, enough: int | None, timeout_s: float) -> dict[DHTID, Search]:
-        found = await super().find(keys, enough=enough, timeout_s=timeout_s)
+    async def find(
+        self, keys: Collection[DHTID], *, enough: int | None, timeout_s: float, whole: bool = False
+    ) -> dict[DHTID, Search]:
+        found = await super().find(keys, enough=enough, timeout_s=timeout_s, whole=whole)
         load = self.protocol.load
         load.searches[NODES if enough is None else VALUES] += len(found)
         if enough is not None:
@@ -122,7 +124,7 @@ class SimProtocol(AnnouncementProtocol):
         return [self.world.put(spot, self.opener.open(data[0], self.now()), self.now()) for spot in spots]
 
     async def call_find(
-        self, peer: PeerID, keys: Collection[DHTID], *, nodes_only: bool = False
+        self, peer: PeerID, keys: Collection[DHTID], *, nodes_only: bool = False, whole: bool = False
     ) -> dict[DHTID, Found] | None:
         keys = list(keys)
         node = await self._answered(peer)
@@ -134,8 +136,9 @@ class SimProtocol(AnnouncementProtocol):
         found: dict[DHTID, Found] = {}
         for key in keys:
             held = [] if nodes_only else self.world.get(node, key.to_bytes(), self.now())
-            found[key] = held, self.world.neighbours(node, key, exclude)
-        sizes = [(len(held), len(near)) for held, near in found.values()]
+            shown = held if whole or len(held) <= SAMPLE else random.sample(held, SAMPLE)
+            found[key] = Found(shown, self.world.neighbours(node, key, exclude), len(held))
+        sizes = [(len(each.announcements), len(each.nodes)) for each in found.values()]
         received = traffic.find_response_bytes(sizes, self.record_bytes)
         self.counted.add(sent, received)
         kind = NODES if nodes_only else VALUES

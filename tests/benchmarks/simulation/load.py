@@ -14,7 +14,7 @@ import numpy as np
 
 from petals_tune.net.dht.keys import Shard
 from petals_tune.net.dht.node import NEAREST_S, REPLICAS
-from petals_tune.net.dht.protocol import NEIGHBOURS
+from petals_tune.net.dht.protocol import NEIGHBOURS, SAMPLE
 from petals_tune.net.dht.reader import Known
 from petals_tune.swarm.known import REFRESH_S
 from tests.benchmarks.simulation import traffic
@@ -126,7 +126,9 @@ def node_loads(watched: Watched, chance: random.Random) -> Loads:
         for path in range(shards):
             key = Shard(model_digest, group, depth, path).key
             records = world.records(key, EPOCH_S + watched.ended_s)
-            full_bytes = request + traffic.find_response_bytes([(records, NEIGHBOURS)], watched.record_bytes)
+            full_bytes = request + traffic.find_response_bytes(
+                [(min(records, SAMPLE), NEIGHBOURS)], watched.record_bytes
+            )
             for rank, near in enumerate(world.nearest(key)):
                 number, holds = number_of[near], rank < REPLICAS
                 asked = read * values.near[rank]

@@ -28,14 +28,16 @@ class _SeesAll:
     def __init__(self, world: World):
         self._world = world
 
-    async def find(self, keys: Collection[DHTID], *, enough: int | None, timeout_s: float) -> dict[DHTID, Any]:
+    async def find(
+        self, keys: Collection[DHTID], *, enough: int | None, timeout_s: float, whole: bool = False
+    ) -> dict[DHTID, Any]:
         now_s = EPOCH_S + asyncio.get_running_loop().time()
         found = {}
         for key in keys:
             store = self._world.stores.get(key.to_bytes())
             records = [] if store is None else store.get(key.to_bytes(), now_s)
             by_peer = {each.peer: renewed(each, now_s) for each in records}
-            found[key] = SimpleNamespace(answered={1}, found=by_peer)
+            found[key] = SimpleNamespace(answered={1}, found=by_peer, held=len(by_peer))
         return found
 
     async def read_at(self, peers: Collection[str], keys: Collection[DHTID]) -> dict[DHTID, list[Any]]:

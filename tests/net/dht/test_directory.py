@@ -283,10 +283,10 @@ class HidingNode:
         self.told_also.append(tuple(also_at))
         return dict.fromkeys(spots, (5, 5))
 
-    async def find(self, keys: list[DHTID], *, enough: int, timeout_s: float) -> dict[DHTID, Search]:
+    async def find(self, keys: list[DHTID], **_: Any) -> dict[DHTID, Search]:
         self.looks += 1
         told = {record("a").peer} if self.shown else set()
-        return {key: Search(key, enough, answered={DHTID(1)}, told=told) for key in keys}
+        return {key: Search(key, 2, answered={DHTID(1)}, told=told) for key in keys}
 
 
 async def test_a_server_that_is_hidden_by_new_neighbours_of_its_key_tells_the_initial_peers(monkeypatch, caplog):

@@ -157,11 +157,10 @@ async def test_a_search_waits_a_second_for_others_once_something_was_found(monke
     search.add([announced("a")])
     nodes_only.add([announced("a")])
     assert (search.ends_s, nodes_only.ends_s) == (now_s + PATIENCE_S, now_s + 4)
-    chance = random.Random(0)
-    assert len(search.next(chance)) == 2
+    assert sorted(search.next(random.Random(0))) == [1, 2]
     now_s += PATIENCE_S
-    assert search.next(chance) == []
-    assert nodes_only.next(chance) != []
+    assert search.next(random.Random(0)) == []
+    assert nodes_only.next(random.Random(0)) != []
 
 
 async def test_a_node_that_is_silent_is_passed_over_though_nobody_waited_for_it(nodes, monkeypatch):

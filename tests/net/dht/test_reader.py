@@ -36,7 +36,9 @@ class PlayedNode:
                 if (key := key_at(each.record, Spot(group, depth))) is not None:
                     self.shown.setdefault(key, []).append(each)
 
-    async def find(self, keys: Collection[DHTID], *, enough: int, timeout_s: float) -> dict[DHTID, Search]:
+    async def find(
+        self, keys: Collection[DHTID], *, enough: int, timeout_s: float, whole: bool = False
+    ) -> dict[DHTID, Search]:
         assert timeout_s <= module.READING_S
         self.meanwhile()
         searches = {}
