@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import Collection, Sequence
@@ -32,6 +33,7 @@ LEAVING_S = 3.0
 PING_S = 20.0  # between two pings of the initial peers, give or take half
 LOOK_AROUND_S = 120.0
 STORING_S = 10.0  # deadline of an announcement
+HIDDEN_S = 600.0  # how long a server tells the initial peers after it was hidden: their answers let others find it
 CHECK_EVERY = 5  # renewals after which a server looks whether others can find it
 
 
@@ -57,7 +59,7 @@ class DhtDirectory:
         self._ends_s = 0.0
         self._renewals = -1
         self._checked: set[PeerID] = set()  # nodes that had the announcement when it was looked for
-        self._is_hidden = False  # others do not find this server where they look: the initial peers are told too
+        self._hidden_until_s = -math.inf  # others did not find this server where they look: the initial peers are told
 
     @classmethod
     async def join(
@@ -122,7 +124,10 @@ class DhtDirectory:
         taken = await self._publish(record, groups(record.blocks))
         if not taken:
             logger.warning("no node of the DHT took this server's announcement: others may not find it")
+        was_hidden = self._is_hidden
         await self._check_seen(record)
+        if self._is_hidden and not was_hidden:
+            await self._publish(record, groups(record.blocks))
 
     async def withdraw(self, record: ServerRecord) -> None:
         """Replace the announcement by one that says offline (the DHT has no delete)."""
@@ -171,13 +176,18 @@ class DhtDirectory:
             return
         self._checked = holders
         search = (await self.node.find([key], enough=HOLDERS, timeout_s=READING_S, whole=True))[key]
-        is_hidden = bool(search.answered) and record.peer not in search.told
-        if is_hidden and not self._is_hidden:
+        if not search.answered or record.peer in search.told:
+            return
+        if not self._is_hidden:
             logger.warning(
                 "the nodes of the DHT that are nearest to this server's key do not show it to others: the initial "
                 "peers are told about it as well"
             )
-        self._is_hidden = is_hidden
+        self._hidden_until_s = time.monotonic() + HIDDEN_S
+
+    @property
+    def _is_hidden(self) -> bool:
+        return time.monotonic() < self._hidden_until_s
 
     # Reading
 

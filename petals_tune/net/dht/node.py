@@ -321,8 +321,11 @@ class Node:
                 counts[spot] = stored + was_taken, asked + 1
 
     def _is_fresh(self, key: DHTID) -> bool:
-        looked_s, _ = self._nearest.get(key, (float("-inf"), []))
-        return time.monotonic() - looked_s < NEAREST_S
+        """Whether the nodes nearest to `key` are known: found lately, and no nearer one was met since."""
+        looked_s, nearest = self._nearest.get(key, (float("-inf"), []))
+        met = self.protocol.routing_table.get_nearest_neighbors(key, REPLICAS, exclude=self.protocol.node_id)
+        are_known = all(peer in nearest or peer in self._silent for _, peer in met)
+        return are_known and time.monotonic() - looked_s < NEAREST_S
 
     def holders(self, key: DHTID) -> list[PeerID]:
         """The nodes that should store what is under `key`, this one included where it is near enough."""

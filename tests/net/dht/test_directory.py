@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
@@ -13,7 +14,7 @@ import pytest_asyncio
 from hivemind.dht.routing import DHTID
 
 from petals_tune.errors import AccessDenied, ClockSkew, ServerUnreachable
-from petals_tune.net.dht.directory import DhtDirectory
+from petals_tune.net.dht.directory import HIDDEN_S, DhtDirectory
 from petals_tune.net.dht.keys import Spot
 from petals_tune.net.dht.members_only import MembersOnly
 from petals_tune.net.dht.node import Search
@@ -282,13 +283,13 @@ class HidingNode:
         self.told_also.append(tuple(also_at))
         return dict.fromkeys(spots, (5, 5))
 
-    async def find(self, keys: list[DHTID], *, enough: int, timeout_s: float, whole: bool) -> dict[DHTID, Search]:
+    async def find(self, keys: list[DHTID], **_: Any) -> dict[DHTID, Search]:
         self.looks += 1
         told = {record("a").peer} if self.shown else set()
-        return {key: Search(key, enough, answered={DHTID(1)}, told=told) for key in keys}
+        return {key: Search(key, 2, answered={DHTID(1)}, told=told) for key in keys}
 
 
-async def test_a_server_that_is_hidden_by_new_neighbours_of_its_key_tells_the_initial_peers(caplog):
+async def test_a_server_that_is_hidden_by_new_neighbours_of_its_key_tells_the_initial_peers(monkeypatch, caplog):
     """It looks at once where others are the nearest, and else at every fifth renewal."""
     node, first = HidingNode(), key_of("first").peer
     directory = DhtDirectory(node, identity=key_of("a"), initial_peers=[f"/ip4/127.0.0.1/tcp/1/p2p/{first}"])  # type: ignore[arg-type]
@@ -297,11 +298,15 @@ async def test_a_server_that_is_hidden_by_new_neighbours_of_its_key_tells_the_in
     assert (node.looks, set(node.told_also)) == (1, {()})
     node.nearest, node.shown = ["two"], False
     await directory.announce(record("a"), lasts_s=60)
-    assert node.looks == 2
+    assert (node.looks, node.told_also[-2:]) == (2, [(), (first,)]), "at once"
     assert "do not show it" in caplog.text
     await directory.announce(record("a"), lasts_s=60)
-    assert (node.looks, node.told_also[-2:]) == (3, [(), (first,)]), "the sixth"
+    assert (node.looks, node.told_also[-1]) == (3, (first,)), "the sixth"
     node.shown = True
     for _ in range(6):
         await directory.announce(record("a"), lasts_s=60)
-    assert (node.looks, node.told_also[-1]) == (4, ()), "they show it again"
+    assert (node.looks, node.told_also[-1]) == (4, (first,)), "it may be shown by the initial peers alone"
+    now_s = time.monotonic()
+    monkeypatch.setattr("petals_tune.net.dht.directory.time.monotonic", lambda: now_s + HIDDEN_S)
+    await directory.announce(record("a"), lasts_s=60)
+    assert node.told_also[-1] == ()

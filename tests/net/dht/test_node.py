@@ -76,6 +76,19 @@ async def test_nodes_that_are_gone_are_replaced_by_the_next_nearest(nodes):
         assert counts == {Spot(0, 0): (4, 4)}, "four nodes are left"
 
 
+async def test_a_node_that_is_nearer_than_those_that_are_known_is_noticed_when_it_is_met(nodes):
+    """Strangers that come to hide a key are found out at the next announcement, not two minutes later."""
+    where = key("8", Spot(0, 9))
+    await nodes[8].node.store(signed("8"), {Spot(0, 9): where}, timeout_s=10)
+    assert nodes[8].node._is_fresh(where)
+    strangers = (PeerID.from_base58(key_of(f"nearer {number}").peer) for number in range(200))
+    stranger = min(strangers, key=lambda peer: where.xor_distance(node_id_of(peer)))
+    nodes[8].node.protocol.routing_table.add_or_update_node(node_id_of(stranger), stranger)
+    assert not nodes[8].node._is_fresh(where)
+    await nodes[8].node.protocol.update_routing_table(None, stranger, responded=False)
+    assert nodes[8].node._is_fresh(where)
+
+
 async def test_nodes_around_that_are_gone_are_forgotten(nodes):
     async with node(name="0 c") as (first, peers):
         async with node(peers, name="1 c"):
@@ -172,7 +185,8 @@ async def test_a_node_that_is_silent_is_passed_over_though_nobody_waited_for_it(
 
     monkeypatch.setattr(reader, "_chance", NearestFirst())
     monkeypatch.setattr(reader.protocol, "call_find", held_find)
-    reader._nearest[where] = time.monotonic(), [stranger]
+    holder = next(each.node.protocol.p2p.peer_id for each in holders(nodes, where) if each is not nodes[7])
+    monkeypatch.setattr(reader, "_known_near", lambda key: {node_id_of(peer): peer for peer in (stranger, holder)})
     search = (await reader.find([where], enough=2, timeout_s=10))[where]
     assert search.found.keys() == {key_of("6").peer}
     assert node_id_of(stranger) in search.waiting
