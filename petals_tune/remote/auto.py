@@ -30,7 +30,7 @@ from petals_tune.swarm.call import Calls
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.joining import join_swarm
 from petals_tune.swarm.retry import RetryPolicy
-from petals_tune.swarm.round_trips import HandOverRule
+from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.swarm.verify import SpotChecks
 from petals_tune.tuning.support import refuse_adapter_names
 from petals_tune.wire.span import BlockSpan

@@ -22,7 +22,7 @@ from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
 from petals_tune.remote.skeleton import Skeleton
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
-from petals_tune.swarm.route import Hop
+from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.trace import CallContext
 from petals_tune.tuning.support import collect_adapter
 from petals_tune.wire.adapter import AdapterVersion

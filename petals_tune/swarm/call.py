@@ -16,8 +16,8 @@ from petals_tune.errors import BadReply
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.hand_over import Pass
 from petals_tune.swarm.replies import bad_reply, check_tensor, expect, gradients_by_block
-from petals_tune.swarm.round_trips import HandOverRule
-from petals_tune.swarm.route import Hop
+from petals_tune.swarm.routes.round_trips import HandOverRule
+from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.sender import Sender
 from petals_tune.swarm.sums import AdapterSums, PartialSum, Term
 from petals_tune.swarm.trace import CallContext, ChainGradients, Leg, Stage

@@ -18,7 +18,7 @@ from petals_tune.swarm.call import Calls
 from petals_tune.swarm.hand_over import Pass
 from petals_tune.swarm.repair import Repair
 from petals_tune.swarm.retry import Attempts
-from petals_tune.swarm.route import Hop
+from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.sums import AdapterSums, PartialSum, Term
 from petals_tune.swarm.trace import CallContext, ChainGradients, Leg, Trace, stages_of
 from petals_tune.wire.span import BlockSpan

@@ -14,13 +14,13 @@ from petals_tune.net.peer import Peer, joined
 from petals_tune.net.pool import StreamPool
 from petals_tune.net.stats import SwarmStats
 from petals_tune.net.stream import ServerStream
-from petals_tune.swarm.dialler import Dialler
-from petals_tune.swarm.known import KnownServers
-from petals_tune.swarm.load import Load
 from petals_tune.swarm.retry import RetryPolicy
-from petals_tune.swarm.round_trips import HandOverRule
-from petals_tune.swarm.route import Hop
-from petals_tune.swarm.routing import Routing, Wish
+from petals_tune.swarm.routes.dialler import Dialler
+from petals_tune.swarm.routes.known import KnownServers
+from petals_tune.swarm.routes.load import Load
+from petals_tune.swarm.routes.round_trips import HandOverRule
+from petals_tune.swarm.routes.route import Hop
+from petals_tune.swarm.routes.routing import Routing, Wish
 from petals_tune.wire.messages import Forwarded, Message, Ping, Stepped
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from petals_tune.swarm.client import SwarmClient
-from petals_tune.swarm.round_trips import FAR_S, HandOverRule
-from petals_tune.swarm.route import Hop
+from petals_tune.swarm.routes.round_trips import FAR_S, HandOverRule
+from petals_tune.swarm.routes.route import Hop
 from petals_tune.wire.messages import TICKET_BYTES, HandOver, Message
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan

@@ -16,10 +16,10 @@ from typing import Protocol, TypeVar
 
 from petals_tune.errors import NotKept, Retriable, ServerError, SessionLost
 from petals_tune.net.stats import SwarmStats
-from petals_tune.swarm.load import Load
 from petals_tune.swarm.retry import Attempts, Notices, RetryPolicy
-from petals_tune.swarm.round_trips import HandOverRule
-from petals_tune.swarm.route import Hop
+from petals_tune.swarm.routes.load import Load
+from petals_tune.swarm.routes.round_trips import HandOverRule
+from petals_tune.swarm.routes.route import Hop
 from petals_tune.wire.span import BlockSpan
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from petals_tune.errors import BadReply, ConfigError, NotFinite
-from petals_tune.swarm.route import Hop
+from petals_tune.swarm.routes.route import Hop
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Message
 

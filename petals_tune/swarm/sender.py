@@ -27,8 +27,8 @@ from petals_tune.errors import (
 from petals_tune.net.stream import ServerStream
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.hand_over import HandOverRules, Pass, SentAhead
-from petals_tune.swarm.round_trips import HandOverRule
-from petals_tune.swarm.route import Hop
+from petals_tune.swarm.routes.round_trips import HandOverRule
+from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.trace import CallContext
 from petals_tune.wire.messages import (
     Backward,

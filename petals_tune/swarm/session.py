@@ -16,7 +16,7 @@ from petals_tune.swarm.call import Calls
 from petals_tune.swarm.hand_over import Pass
 from petals_tune.swarm.repair import Repair
 from petals_tune.swarm.retry import Attempts
-from petals_tune.swarm.route import Hop
+from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.sender import fewer
 from petals_tune.swarm.trace import CallContext
 from petals_tune.wire.adapter import AdapterVersion

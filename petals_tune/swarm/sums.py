@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from petals_tune.swarm.route import Hop
+from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.trace import CallContext, Leg
 from petals_tune.wire.span import BlockSpan
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from petals_tune.swarm.route import Hop
+from petals_tune.swarm.routes.route import Hop
 from petals_tune.wire.adapter import AdapterPart, AdapterVersion
 from petals_tune.wire.span import BlockSpan
 

@@ -29,8 +29,8 @@ from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.repair import Repair
 from petals_tune.swarm.retry import RetryPolicy
-from petals_tune.swarm.round_trips import HandOverRule
-from petals_tune.swarm.route import Hop
+from petals_tune.swarm.routes.round_trips import HandOverRule
+from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.sums import PartialSum
 from petals_tune.swarm.trace import CallContext, ChainGradients, Leg
 from petals_tune.wire.records import ServerRecord

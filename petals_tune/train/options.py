@@ -17,7 +17,7 @@ from petals_tune.errors import ConfigError
 from petals_tune.net.member_files import refuse_keys
 from petals_tune.swarm.local import local_swarm
 from petals_tune.swarm.retry import RetryPolicy
-from petals_tune.swarm.round_trips import HandOverRule
+from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.wire.span import BlockSpan, gaps
 from petals_tune.wire.tensors import WireFormat
 

@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import msgspec
 import numpy as np
 
-from petals_tune.swarm.bans import Bans
-from petals_tune.swarm.load import Load
-from petals_tune.swarm.round_trips import RoundTrips
-from petals_tune.swarm.route import Hop, plan_route
-from petals_tune.swarm.table import ServerTable
+from petals_tune.swarm.routes.bans import Bans
+from petals_tune.swarm.routes.load import Load
+from petals_tune.swarm.routes.round_trips import RoundTrips
+from petals_tune.swarm.routes.route import Hop, plan_route
+from petals_tune.swarm.routes.table import ServerTable
 from petals_tune.wire.records import MAX_ROUND_TRIPS, ServerRecord, Throughput
 from petals_tune.wire.span import BlockSpan
 

@@ -27,7 +27,7 @@ from petals_tune.swarm.call import Calls
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.retry import RetryPolicy
-from petals_tune.swarm.round_trips import HandOverRule
+from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.swarm.verify import SpotChecks
 from petals_tune.wire.messages import Chained, HandOver, Message
 from petals_tune.wire.records import PROTOCOL, ServerRecord

@@ -7,7 +7,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from petals_tune.swarm import loop, trials
+from petals_tune.swarm import loop
+from petals_tune.swarm.routes import trials
 from petals_tune.wire.messages import CollectedSum, Forward, Forwarded, Gradients, Message
 from petals_tune.wire.records import Throughput
 from petals_tune.wire.span import BlockSpan

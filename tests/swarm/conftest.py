@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from petals_tune.swarm import client, dialler, known, routing
+from petals_tune.swarm import client
+from petals_tune.swarm.routes import dialler, known, routing
 from tests.faults.network import Network
 from tests.models import save_model
 from tests.swarm.played_swarm import Clock

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from petals_tune.swarm.route import HOP_COST_BLOCKS, Costs, Hop
-from petals_tune.swarm.table import ServerTable
+from petals_tune.swarm.routes.route import HOP_COST_BLOCKS, Costs, Hop
+from petals_tune.swarm.routes.table import ServerTable
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 

@@ -12,9 +12,9 @@ from petals_tune.net.directory import Snapshot
 from petals_tune.net.in_process import InProcessDirectory, InProcessNetwork, InProcessTransport
 from petals_tune.net.stream import ServerStream
 from petals_tune.net.transport import Connection
-from petals_tune.swarm import known
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.retry import RetryPolicy
+from petals_tune.swarm.routes import known
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 from tests.net.played_peer import LONG_S, PlayedPeer, accepted, answer_pings

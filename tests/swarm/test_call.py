@@ -13,7 +13,7 @@ from petals_tune.errors import BadReply, NotFinite, PetalsTuneError, ServerBusy
 from petals_tune.swarm import call, loop, replies
 from petals_tune.swarm.call import Calls
 from petals_tune.swarm.hand_over import Pass
-from petals_tune.swarm.route import Hop
+from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.sums import AdapterSums
 from petals_tune.swarm.trace import CallContext, stages_of
 from petals_tune.wire.messages import CollectedSum, Done, Forwarded, Gradients, Message, Refusal, SessionOpened, Stepped

@@ -7,7 +7,7 @@ import torch
 
 from petals_tune.errors import ServerBusy, ServerTimeout, ServerUnreachable, SwarmError
 from petals_tune.swarm.client import LEAST_OWN, PING_S
-from petals_tune.swarm.route import Hop
+from petals_tune.swarm.routes.route import Hop
 from petals_tune.wire.messages import Forwarded, Gradients, Refusal, Stepped
 from tests.net.played_peer import accepted
 from tests.raising import raises

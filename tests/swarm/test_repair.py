@@ -19,10 +19,10 @@ from petals_tune.errors import (
 )
 from petals_tune.net.stats import SwarmStats
 from petals_tune.swarm import repair
-from petals_tune.swarm.load import Load
 from petals_tune.swarm.repair import Repair
 from petals_tune.swarm.retry import RetryPolicy
-from petals_tune.swarm.route import Hop
+from petals_tune.swarm.routes.load import Load
+from petals_tune.swarm.routes.route import Hop
 from petals_tune.wire.span import BlockSpan
 from tests.raising import raises
 from tests.swarm.test_trace import ROUTE

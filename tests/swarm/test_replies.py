@@ -3,7 +3,7 @@ import torch
 
 from petals_tune.errors import BadReply, ConfigError, NotFinite
 from petals_tune.swarm.replies import check_tensor, expect, gradients_by_block
-from petals_tune.swarm.route import Hop
+from petals_tune.swarm.routes.route import Hop
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Done, Pong
 from petals_tune.wire.records import ServerRecord

@@ -12,7 +12,7 @@ import torch
 from petals_tune.errors import AdapterMissing, MessageTooLarge, RequestRefused, ServerBusy, ServerTimeout
 from petals_tune.net.stream import OVERHEAD_BYTES
 from petals_tune.swarm import loop, sender
-from petals_tune.swarm.route import Hop
+from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.sender import Sender, fewer
 from petals_tune.swarm.trace import CallContext
 from petals_tune.wire.adapter import AdapterVersion

@@ -1,6 +1,6 @@
 import torch
 
-from petals_tune.swarm.route import Hop
+from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.trace import CallContext, stages_of
 from petals_tune.wire.adapter import AdapterPart, AdapterVersion
 from petals_tune.wire.records import ServerRecord

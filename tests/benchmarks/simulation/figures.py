@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from petals_tune.swarm.known import REFRESH_S
+from petals_tune.swarm.routes.known import REFRESH_S
 from tests.benchmarks.simulation.load import node_loads, reading_counts
 from tests.benchmarks.simulation.population import Model, Place
 from tests.benchmarks.simulation.simulate import Group, Watched

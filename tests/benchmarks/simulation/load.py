@@ -16,7 +16,7 @@ from petals_tune.net.dht.keys import Shard
 from petals_tune.net.dht.node import NEAREST_S, REPLICAS
 from petals_tune.net.dht.protocol import NEIGHBOURS, SAMPLE
 from petals_tune.net.dht.reader import Known
-from petals_tune.swarm.known import REFRESH_S
+from petals_tune.swarm.routes.known import REFRESH_S
 from tests.benchmarks.simulation import traffic
 from tests.benchmarks.simulation.actors import NODES, PATH, PING, VALUES
 from tests.benchmarks.simulation.clock import EPOCH_S

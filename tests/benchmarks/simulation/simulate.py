@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 
 from petals_tune.net.dht.keys import groups
-from petals_tune.swarm.known import REFRESH_S, KnownServers
+from petals_tune.swarm.routes.known import REFRESH_S, KnownServers
 from petals_tune.wire.span import gaps
 from servers.membership.placement import best_span, block_throughputs
 from tests.benchmarks.simulation.actors import Actor, Load

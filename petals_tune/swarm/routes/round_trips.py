@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from petals_tune.swarm.table import Floats, Handing, ServerTable
+from petals_tune.swarm.routes.table import Floats, Handing, ServerTable
 from petals_tune.wire.records import ServerRecord
 
 HandOverRule = Literal["auto", "always", "never"]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from petals_tune.swarm.route import Costs, Hop
-from petals_tune.swarm.table import Floats, Handing, Mask, ServerTable
+from petals_tune.swarm.routes.route import Costs, Hop
+from petals_tune.swarm.routes.table import Floats, Handing, Mask, ServerTable
 from petals_tune.wire.records import ServerRecord, Throughput
 
 SMOOTHING = 0.3  # weight of the newest measurement

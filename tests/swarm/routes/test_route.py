@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals_tune.errors import UncoveredBlocks
-from petals_tune.swarm import route as module
-from petals_tune.swarm.route import HOP_COST_BLOCKS, Hop, plan_route
-from petals_tune.swarm.table import Handing, ServerTable
+from petals_tune.swarm.routes import route as module
+from petals_tune.swarm.routes.route import HOP_COST_BLOCKS, Hop, plan_route
+from petals_tune.swarm.routes.table import Handing, ServerTable
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 from tests.raising import raises

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from petals_tune.swarm.load import MOST_CLAIMED, Load
-from petals_tune.swarm.route import Hop
-from petals_tune.swarm.table import ServerTable
+from petals_tune.swarm.routes.load import MOST_CLAIMED, Load
+from petals_tune.swarm.routes.route import Hop
+from petals_tune.swarm.routes.table import ServerTable
 from petals_tune.wire.records import ServerRecord, Throughput
 from petals_tune.wire.span import BlockSpan
 

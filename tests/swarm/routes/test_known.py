@@ -7,8 +7,8 @@ import msgspec
 import pytest
 
 from petals_tune.errors import AccessDenied, ServerUnreachable, UncoveredBlocks
-from petals_tune.swarm.known import REFRESH_S, REMEMBERED_S
-from petals_tune.swarm.routing import STALE_S
+from petals_tune.swarm.routes.known import REFRESH_S, REMEMBERED_S
+from petals_tune.swarm.routes.routing import STALE_S
 from petals_tune.wire.span import BlockSpan
 from tests.raising import raises
 from tests.swarm.played_swarm import A, B, Swarm, record

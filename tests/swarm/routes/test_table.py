@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from petals_tune.swarm.table import ServerTable
+from petals_tune.swarm.routes.table import ServerTable
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
-from tests.swarm.test_route import MODEL, server
+from tests.swarm.routes.test_route import MODEL, server
 
 spans = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 9)), max_size=14)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import msgspec
 
 from petals_tune.net.directory import Directory, Snapshot
-from petals_tune.swarm.table import ServerTable
+from petals_tune.swarm.routes.table import ServerTable
 from petals_tune.wire.records import ServerRecord, same_model
 from petals_tune.wire.span import BlockSpan
 

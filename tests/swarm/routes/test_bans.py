@@ -1,4 +1,4 @@
-from petals_tune.swarm.bans import FIRST_BAN_S, LONGEST_BAN_S, NOT_FINITE_S, OFFENCE_S, Bans
+from petals_tune.swarm.routes.bans import FIRST_BAN_S, LONGEST_BAN_S, NOT_FINITE_S, OFFENCE_S, Bans
 
 
 def test_a_ban_lasts_until_its_end_and_then_until_the_server_was_reached():

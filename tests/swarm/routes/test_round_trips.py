@@ -1,9 +1,9 @@
 import msgspec
 import pytest
 
-from petals_tune.swarm.round_trips import FAR_S, KEPT, RoundTrips
-from petals_tune.swarm.table import ServerTable
-from tests.swarm.test_route import server
+from petals_tune.swarm.routes.round_trips import FAR_S, KEPT, RoundTrips
+from petals_tune.swarm.routes.table import ServerTable
+from tests.swarm.routes.test_route import server
 
 NEAR = msgspec.structs.replace(server("a", 0, 6), round_trips_s={"b": 0.02, "far": 0.5})
 TABLE = ServerTable([NEAR, server("b", 6, 12), server("far", 6, 12)])

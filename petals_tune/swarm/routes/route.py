@@ -9,7 +9,7 @@ from shlex import quote
 import numpy as np
 
 from petals_tune.errors import UncoveredBlocks
-from petals_tune.swarm.table import Floats, Handing, Mask, ServerTable
+from petals_tune.swarm.routes.table import Floats, Handing, Mask, ServerTable
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan, gaps
 

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from petals_tune.errors import BadReply, NotFinite, ServerTimeout, ServerUnreachable, UncoveredBlocks
-from petals_tune.swarm import dialler, routing
-from petals_tune.swarm.trials import FIRST_PAUSE_S, LEAST_S
+from petals_tune.swarm.routes import dialler, routing
+from petals_tune.swarm.routes.trials import FIRST_PAUSE_S, LEAST_S
 from petals_tune.wire.records import Throughput
 from tests.raising import raises
 from tests.swarm.played_swarm import WHOLE, A, B, Swarm, record

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from petals_tune.swarm.table import Mask, ServerTable
+from petals_tune.swarm.routes.table import Mask, ServerTable
 from petals_tune.wire.records import ServerRecord
 
 ANSWERS = 4  # requests that a server has to answer in time until it is a newcomer no more

@@ -1,10 +1,18 @@
 import msgspec
 import pytest
 
-from petals_tune.swarm.table import ServerTable
-from petals_tune.swarm.trials import ANSWERS, FIRST_PAUSE_S, LEAST_S, LONGEST_PAUSE_S, MOST_TIMES, Trials, hosts_of
+from petals_tune.swarm.routes.table import ServerTable
+from petals_tune.swarm.routes.trials import (
+    ANSWERS,
+    FIRST_PAUSE_S,
+    LEAST_S,
+    LONGEST_PAUSE_S,
+    MOST_TIMES,
+    Trials,
+    hosts_of,
+)
 from petals_tune.wire.records import ServerRecord
-from tests.swarm.test_route import server
+from tests.swarm.routes.test_route import server
 
 
 def at(host: str, peer: str) -> ServerRecord:

@@ -2,10 +2,10 @@ import asyncio
 
 import pytest
 
-from petals_tune.swarm import dialler as module
-from petals_tune.swarm.dialler import A_MINUTE, AT_ONCE, KEPT_FREE, KEPT_FREE_A_MINUTE, SLOW_S, Dialler
+from petals_tune.swarm.routes import dialler as module
+from petals_tune.swarm.routes.dialler import A_MINUTE, AT_ONCE, KEPT_FREE, KEPT_FREE_A_MINUTE, SLOW_S, Dialler
 from petals_tune.wire.records import ServerRecord
-from tests.swarm.test_route import server
+from tests.swarm.routes.test_route import server
 
 SERVERS = [server(f"{number:03}", 0, 4) for number in range(2 * A_MINUTE)]
 

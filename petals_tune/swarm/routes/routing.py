@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from petals_tune.errors import ServerUnreachable, UncoveredBlocks
-from petals_tune.swarm.bans import Bans
-from petals_tune.swarm.dialler import A_MINUTE, Dialler
-from petals_tune.swarm.known import KnownServers
-from petals_tune.swarm.load import Load
-from petals_tune.swarm.round_trips import HandOverRule, RoundTrips
-from petals_tune.swarm.route import Costs, Hop, plan_route
-from petals_tune.swarm.table import Mask, ServerTable
-from petals_tune.swarm.trials import Trials
+from petals_tune.swarm.routes.bans import Bans
+from petals_tune.swarm.routes.dialler import A_MINUTE, Dialler
+from petals_tune.swarm.routes.known import KnownServers
+from petals_tune.swarm.routes.load import Load
+from petals_tune.swarm.routes.round_trips import HandOverRule, RoundTrips
+from petals_tune.swarm.routes.route import Costs, Hop, plan_route
+from petals_tune.swarm.routes.table import Mask, ServerTable
+from petals_tune.swarm.routes.trials import Trials
 from petals_tune.wire.span import BlockSpan
 
 STALE_S = 1.0  # an older reading of the directory is renewed before anybody is told that blocks are missing
