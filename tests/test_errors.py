@@ -76,7 +76,7 @@ TEXTS: dict[str, tuple[Callable[[], object], type[PetalsTuneError], str]] = {
     "an option that is misspelt": (
         command_line("recipe=sst2 tuning.token=16"),
         ConfigError,
-        "tuning.token is no option (did you mean tuning.tokens?); tuning has tokens, init_text, init_from",
+        "tuning.token is no option (did you mean tuning.tokens?); tuning has tokens, init_text, usual_lr, init_from",
     ),
     "a value of another type": (
         command_line("recipe=sst2 trainer.max_steps=abc"),

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow
-import tokenizers
-import transformers
 from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 from tqdm import tqdm
@@ -191,8 +190,8 @@ def _encoded(
         digest,
         max_tokens,
         Hasher.hash(tokenizer),
-        transformers.__version__,
-        tokenizers.__version__,
+        version("transformers"),
+        version("tokenizers"),
         str(date.today()) if "strftime_now" in template else "",  # templates of Llama 3 write the date
     ]
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:32]

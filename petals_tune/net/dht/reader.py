@@ -94,7 +94,7 @@ class Known:
         factors = {
             group: look.servers / seen[group]
             for group, look in self.looks.items()
-            if seen[group] and look.servers > seen[group]
+            if (look.levels > 0 or look.records > SAMPLE) and 0 < seen[group] < look.servers
         }
         return {
             peer: statistics.fmean(factors.get(group, 1.0) for group in some)

@@ -186,7 +186,7 @@ async def test_servers_of_a_group_that_is_full_are_found_deeper(nodes, model, mo
     for name in names:
         await speaker(server, name).announce(record(name, model=model), lasts_s=300)
     found: set[str] = set()
-    for _ in range(40):
+    for _ in range(150):
         snapshot = await client.snapshot(model, WHOLE)
         found |= {each.peer for each in snapshot.servers}
     assert snapshot.is_sample

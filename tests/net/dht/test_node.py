@@ -180,6 +180,11 @@ async def test_a_node_that_is_silent_is_passed_over_though_nobody_waited_for_it(
         await is_over.wait()
         return None
 
+    class NearestFirst(random.Random):
+        def sample(self, population: Any, k: int, **_: Any) -> Any:
+            return list(population)[:k]
+
+    monkeypatch.setattr(reader, "_chance", NearestFirst())
     monkeypatch.setattr(reader.protocol, "call_find", held_find)
     holder = next(each.node.protocol.p2p.peer_id for each in holders(nodes, where) if each is not nodes[7])
     monkeypatch.setattr(reader, "_known_near", lambda key: {node_id_of(peer): peer for peer in (stranger, holder)})

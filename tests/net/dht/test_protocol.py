@@ -18,7 +18,7 @@ from hivemind.utils import MSGPackSerializer
 
 from petals_tune.net.dht.directory import DhtDirectory
 from petals_tune.net.dht.keys import INDEX, Shard, Spot
-from petals_tune.net.dht.protocol import MAX_PLACES, NEIGHBOURS, AnnouncementProtocol, node_id_of
+from petals_tune.net.dht.protocol import MAX_PLACES, NEIGHBOURS, SAMPLE, AnnouncementProtocol, Found, node_id_of
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 from tests.net.dht.nodes import key_of, node, record, signed
@@ -126,7 +126,7 @@ async def test_nodes_that_another_one_names_wrongly_are_not_asked(nodes, monkeyp
 
     async with malicious(monkeypatch, client, "rpc_find", answer) as peer:
         found = await client.node.protocol.call_find(peer, [DHTID(0)])
-        assert found == {DHTID(0): ([], {node_id_of(right): right})}
+        assert found == {DHTID(0): Found([], {node_id_of(right): right}, 0)}
 
 
 def malicious(monkeypatch: pytest.MonkeyPatch, client: DhtDirectory, name: str, answer: Any) -> Any:
@@ -206,7 +206,7 @@ async def test_an_answer_that_is_malformed_is_empty_and_takes_no_other_with_it(n
 
     async with malicious(monkeypatch, client, "rpc_find", answer) as peer:
         found = await client.node.protocol.call_find(peer, [DHTID.from_bytes(Shard(model, 0).key)])
-        assert [announcements for announcements, _ in found.values()] == [[]]
+        assert [shown.announcements for shown in found.values()] == [[]]
         client.node.protocol.routing_table.add_or_update_node(node_id_of(peer), peer)
         assert await stored(client, model) == (record("a", model=model),)
         await client.node.protocol.update_routing_table(None, peer, responded=False)
@@ -222,7 +222,7 @@ async def test_one_good_announcement_among_bad_ones_is_believed(nodes, model, mo
 
     async with malicious(monkeypatch, client, "rpc_find", answer) as peer:
         found = await client.node.protocol.call_find(peer, [DHTID(1)])
-    assert [each.record for each in found[DHTID(1)][0]] == [record("a", model=model)]
+    assert [each.record for each in found[DHTID(1)].announcements] == [record("a", model=model)]
 
 
 async def test_a_ping_that_is_answered_with_nonsense_counts_as_none(nodes, monkeypatch):
@@ -234,3 +234,28 @@ async def test_a_ping_that_is_answered_with_nonsense_counts_as_none(nodes, monke
 
     async with malicious(monkeypatch, client, "rpc_ping", answer) as peer:
         assert await client.node.protocol.call_ping(peer) is None
+
+
+async def test_of_many_announcements_a_node_shows_a_sample_and_says_how_many_it_has(nodes, model):
+    server, client = nodes
+    peer, key = server.node.protocol.p2p.peer_id, DHTID.from_bytes(Shard(model, 0).key)
+    for number in range(20):
+        assert server.node.protocol.put_own(ROOT, signed(f"{number} of many", model=model))
+    shown = [(await client.node.protocol.call_find(peer, [key]))[key] for _ in range(2)]
+    assert [(len(each.announcements), each.held) for each in shown] == [(SAMPLE, 20)] * 2
+    assert {each.peer for each in shown[0].announcements} != {each.peer for each in shown[1].announcements}
+    whole = (await client.node.protocol.call_find(peer, [key], whole=True))[key]
+    assert (len({each.peer for each in whole.announcements}), whole.held) == (20, 20)
+    none = (await client.node.protocol.call_find(peer, [key], nodes_only=True))[key]
+    assert (none.announcements, none.held) == ([], 0)
+
+
+@pytest.mark.parametrize("told", [float("nan"), float("inf"), -1.0, 1e300])
+async def test_a_number_of_announcements_that_cannot_be_is_not_believed(nodes, model, monkeypatch, told):
+    _, client = nodes
+
+    async def answer(self: Any, request: Any, context: Any) -> dht_pb2.FindResponse:
+        return dht_pb2.FindResponse(results=[dht_pb2.FindResult(expiration_time=told)] * len(request.keys))
+
+    async with malicious(monkeypatch, client, "rpc_find", answer) as peer:
+        assert (await client.node.protocol.call_find(peer, [DHTID(2)]))[DHTID(2)].held == 0

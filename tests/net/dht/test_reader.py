@@ -13,6 +13,7 @@ from petals_tune.net.dht import reader as module
 from petals_tune.net.dht.announcements import Announcement
 from petals_tune.net.dht.keys import SHARD_RECORDS, Shard, Spot, key_at
 from petals_tune.net.dht.node import Search
+from petals_tune.net.dht.protocol import SAMPLE
 from petals_tune.net.dht.reader import Known, Reader
 from petals_tune.wire.span import BlockSpan
 from tests.net.dht.nodes import MODEL, announced, key_of
@@ -90,7 +91,7 @@ async def test_of_a_large_model_bounded_bytes_are_read_at_a_time_and_all_groups_
     for _ in range(6):
         node.asked.clear()
         await reader.snapshot(MODEL, WHOLE)
-        records = sum(len(node.shown[key.to_bytes()]) for key in node.asked)
+        records = sum(min(len(node.shown[key.to_bytes()]), SAMPLE) for key in node.asked)
         assert records * module.RECORD_BYTES * module.HOLDERS <= module.BYTES_A_READING
         asked += node.asked
     assert {key.to_bytes() for key in asked} == set(node.shown)
@@ -204,7 +205,7 @@ def test_groups_that_were_read_longest_ago_come_first(thorough):
         look.found(Shard(MODEL, look.root.group), 20, -float(number))
     due = [look.root.group for look in known.due(WHOLE, thorough=thorough)]
     assert due[0] == 7
-    assert len(due) == (8 if thorough else 3)
+    assert len(due) == (8 if thorough else 5), "12 records of 1.2 kB from two nodes each, in 170 kB"
 
 
 async def test_initial_peers_are_asked_again_before_what_they_told_ends(monkeypatch):

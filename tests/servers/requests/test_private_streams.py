@@ -16,7 +16,6 @@ from petals_tune.net.members import Members
 from petals_tune.net.pool import StreamPool
 from petals_tune.net.stats import SwarmStats
 from petals_tune.wire.messages import (
-    PROTOCOL,
     Forwarded,
     Hello,
     Ping,
@@ -24,6 +23,7 @@ from petals_tune.wire.messages import (
     Refusal,
     Welcome,
 )
+from petals_tune.wire.records import PROTOCOL
 from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.tokens import issue, public_text, token_text
 from servers.requests import streams
