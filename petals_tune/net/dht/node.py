@@ -271,8 +271,8 @@ class Node:
                 }
 
     async def read_at(self, peers: Collection[str], keys: Collection[DHTID]) -> dict[DHTID, list[Announcement]]:
-        """What each of `peers` itself has under `keys`, whether it is near to them or not."""
-        found: dict[DHTID, list[Announcement]] = {key: [] for key in keys}
+        """What this node and each of `peers` have themselves under `keys`, whether they are near to them or not."""
+        found = {key: self.protocol.store.get(key.to_bytes(), time.time()) for key in keys}
         ids = [PeerID.from_base58(peer) for peer in peers]
         for answer in await asyncio.gather(
             *(self.protocol.call_find(peer, list(keys)[:MAX_KEYS], whole=True) for peer in ids)
