@@ -235,7 +235,7 @@ def test_the_house_keeps_the_rule(rule):
         (wrong_directions, "petals_tune/chat.py", "from servers import server"),
         (wrong_directions, "servers/server.py", "from petals_tune.swarm.chain import Chain"),
         (wrong_directions, "servers/server.py", "from petals_tune.swarm import chain"),
-        (circles, "petals_tune/swarm/chain.py", "from petals_tune.swarm import retry"),
+        (circles, "petals_tune/swarm/route.py", "from petals_tune.swarm import retry"),
         (strangers, "petals_tune/remote/auto.py", "import hivemind.p2p"),
         (strangers, "petals_tune/swarm/chain.py", "from transformers import AutoModel"),
         (dangers, "petals_tune/wire/tensors.py", "import pickle"),
