@@ -44,7 +44,7 @@ class _Clock:
 def _patched(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
     clock = _Clock(loop)
     with ExitStack() as stack:
-        for module in ("net.dht.node", "net.dht.reader", "net.dht.directory", "net.directory", "swarm.known"):
+        for module in ("net.dht.node", "net.dht.reader", "net.dht.directory", "net.directory", "swarm.routes.known"):
             stack.enter_context(patch(f"petals_tune.{module}.time", clock))
         for name in ("hivemind.utils.timed_storage", "hivemind.dht.node", "hivemind.dht.routing"):
             stack.enter_context(patch(f"{name}.get_dht_time", clock.time))
@@ -56,6 +56,11 @@ def run_virtual(main: Coroutine[Any, Any, Any]) -> Any:
     loop = VirtualLoop()
     try:
         with _patched(loop):
-            return loop.run_until_complete(main)
+            result = loop.run_until_complete(main)
+            left = asyncio.all_tasks(loop)  # requests whose search is over
+            for task in left:
+                task.cancel()
+            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            return result
     finally:
         loop.close()
