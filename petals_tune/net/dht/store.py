@@ -44,6 +44,7 @@ class AnnouncementStore:
     _shards: dict[bytes, dict[str, Place]] = field(default_factory=dict)
     _latest: dict[tuple[str, str], Announcement] = field(default_factory=dict)  # by peer and model
     _places: Counter[str] = field(default_factory=Counter)  # by network
+    _of_peer: dict[str, list[str]] = field(default_factory=dict)  # the networks of a peer's places
     _total: int = 0  # places of all networks
 
     def put(self, spot: Spot, new: Announcement, network: str, now_s: float) -> bool:
@@ -65,6 +66,7 @@ class AnnouncementStore:
             return False
         else:
             self._places[network] += 1
+            self._of_peer.setdefault(new.peer, []).append(network)
             self._total += 1
         self._latest[owner] = new
         shard[new.peer] = Place(new, spot, network)
@@ -82,7 +84,7 @@ class AnnouncementStore:
 
     def network_of(self, peer: str) -> str | None:
         """The network that was found for a peer when it announced itself; None where nothing of it stands here."""
-        return next((shard[peer].network for shard in self._shards.values() if peer in shard), None)
+        return next(iter(self._of_peer.get(peer, ())), None)
 
     def items(self, now_s: float) -> Iterator[tuple[bytes, list[Place]]]:
         """All keys with what is live under them; drops what has expired."""
@@ -108,8 +110,14 @@ class AnnouncementStore:
         )
 
     def _drop(self, shard: dict[str, Place], place: Place) -> None:
-        del shard[place.announcement.peer]
+        peer = place.announcement.peer
+        del shard[peer]
+        self._of_peer[peer].remove(place.network)
+        if not self._of_peer[peer]:
+            del self._of_peer[peer]
         self._places[place.network] -= 1
+        if not self._places[place.network]:
+            del self._places[place.network]
         self._total -= 1
 
     def _make_room(self, shard: dict[str, Place], new: Announcement, network: str, *, is_index: bool) -> bool:

@@ -97,6 +97,19 @@ def test_a_network_has_its_share_of_a_node(monkeypatch):
     assert store.put(ROOT, announced("a", issued_s=1061), "net", 1061), "what expired counts no more"
 
 
+def test_the_network_of_a_peer_is_known_while_anything_of_it_stands_here():
+    store = AnnouncementStore()
+    assert store.network_of(peer("a")) is None
+    store.put(ROOT, announced("a"), "net", 1001)
+    store.put(Spot(0, 3), announced("a"), "net", 1001)
+    assert store.network_of(peer("a")) == "net"
+    store.put(Spot(1, 0), announced("a", issued_s=1010, start=8, stop=12), "net", 1011)
+    assert store.get(KEY, 1012) == []
+    assert store.network_of(peer("a")) == "net"
+    assert list(store.items(1080)) == []
+    assert store.network_of(peer("a")) is None
+
+
 @pytest.mark.parametrize(
     ("address", "network"),
     [
