@@ -67,6 +67,8 @@ class Look:
             self.levels, self.next_depth = shard.depth + 1, min(shard.depth + STEP, MAX_DEPTH)
         else:
             self.levels, self.next_depth = (shard.depth if records else max(shard.depth - 1, 0)), None
+            if not records:  # the level above was not read: between empty and full
+                self.deepest = SHARD_RECORDS / 2
         if shard.depth == self.levels:
             is_new = levels != self.levels or self.levels == 0
             self.deepest = records if is_new else self.deepest + SMOOTHING * (records - self.deepest)
