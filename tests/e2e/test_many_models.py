@@ -20,7 +20,7 @@ from tests.models import plain_model, relative_error, save_model
 from tests.processes import LONG_S
 from tests.raising import raises
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.slow]
 IDS = torch.arange(12).reshape(2, 6)
 
 

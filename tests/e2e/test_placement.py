@@ -8,14 +8,12 @@ import pytest
 import torch
 
 from petals_tune import AutoDistributedModelForCausalLM
-from petals_tune.errors import ServerUnreachable
 from petals_tune.swarm import loop
 from petals_tune.swarm.local import ServerProcess, server_process
 from petals_tune.wire.records import ServerRecord, Throughput
 from petals_tune.wire.span import BlockSpan, gaps
 from tests.models import BLOCKS, plain_model, relative_error, save_model
 from tests.processes import wait_until
-from tests.raising import raises
 from tests.watcher import servers_of, watching
 
 pytestmark = pytest.mark.swarm
@@ -96,17 +94,6 @@ def test_a_server_announces_what_it_was_given_or_what_it_measured(start):
     assert measured.batch > 1
     assert measured.network is not None, "it sent something to the first server"
     assert measured.network > 1
-
-
-def test_a_server_of_another_model_is_told_what_the_swarm_serves(start, folder, tmp_path):
-    peers = start().wait_until_ready()
-    other = start(f"swarm.initial_peers=[{','.join(peers)}]", source=save_model(tmp_path / "bloom", "bloom"))
-    with raises(ServerUnreachable) as caught:
-        other.wait_until_ready()
-    (error,) = [line for line in caught.value.output if "error: " in line]
-    assert f" {folder} " in error, "what the swarm serves"
-    assert f"model.source={tmp_path / 'bloom'} " in error
-    assert other.process.wait() == 2
 
 
 @contextmanager

@@ -88,8 +88,8 @@ def test_sums_are_the_same_every_time(swarms):
 def test_a_sum_that_is_lost_or_not_ours_is_computed_again(swarms, fault, monkeypatch):
     model, ask, hit = swarms.remote(2), Sender.ask, []
 
-    async def failing(self, hop, request, context=None):
-        reply = await ask(self, hop, request, context)
+    async def failing(self, hop, request, context=None, **given):
+        reply = await ask(self, hop, request, context, **given)
         if isinstance(request, CollectSum) and not hit:
             hit.append(hop)
             if fault == "lost":

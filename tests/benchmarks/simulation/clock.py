@@ -51,16 +51,19 @@ def _patched(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
         yield
 
 
+async def _end(tasks: set[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def run_virtual(main: Coroutine[Any, Any, Any]) -> Any:
     """Run `main` in virtual time."""
     loop = VirtualLoop()
     try:
         with _patched(loop):
             result = loop.run_until_complete(main)
-            left = asyncio.all_tasks(loop)  # requests whose search is over
-            for task in left:
-                task.cancel()
-            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            loop.run_until_complete(_end(asyncio.all_tasks(loop)))  # requests whose search is over
             return result
     finally:
         loop.close()
