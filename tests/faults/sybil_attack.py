@@ -146,7 +146,8 @@ async def _never_answer(connection: Any) -> None:
 
 
 async def _say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    await reader.read()
+    with suppress(ConnectionError, asyncio.CancelledError):
+        await reader.read()
 
 
 def _keys_near(key: DHTID) -> list[SigningKey]:
