@@ -16,7 +16,7 @@ from tests.models import BLOCKS, plain_model, relative_error, save_model
 from tests.processes import wait_until
 from tests.watcher import servers_of, watching
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.slow]
 OPTIONS = [
     "num_blocks=3",
     "quantization=none",
