@@ -1,6 +1,6 @@
 # make demo       install, then fine-tune the embedded default on a local swarm of two server processes
 # make test       test-fast, then the tests that start servers
-# make test-fast  the tests that start no servers, in two processes: about 3 minutes on two cores
+# make test-fast  the tests that start no servers, in two processes: about 5 minutes on two cores
 # make test-slow  the tests that do not fit into the time of make test
 # make lint       install, then ruff and mypy
 # make gpu-kit    pack the wheels that a CUDA machine without a network lacks, for tests/gpu/check.py, into .gpu-kit
