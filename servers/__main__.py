@@ -9,7 +9,7 @@ import threading
 import time
 
 from petals_tune.config import folder_of
-from petals_tune.model.convert import model_folder
+from petals_tune.model.convert import NEEDED, model_folder
 from servers.command import command, stop_on_signals
 from servers.options import Serve
 
@@ -43,7 +43,9 @@ def host(options: Serve) -> None:
     if options.exit_with_stdin:
         threading.Thread(target=_exit_with_stdin, daemon=True).start()
     _ = options.span  # raises its ConfigError before the slow imports
-    model = dataclasses.replace(options.model, source=model_folder(options.model.source, options.model.revision))
+    model = options.model
+    if model.source != NEEDED:
+        model = dataclasses.replace(model, source=model_folder(model.source, model.revision))
     run(dataclasses.replace(options, model=model))
 
 

@@ -20,12 +20,13 @@ from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.loading import load_blocks, torch_dtype
 from petals_tune.blocks.quantization import find_scheme
 from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.model.convert import NEEDED
 from petals_tune.net.peer import Peer, joined
 from petals_tune.net.transport import Connection
 from petals_tune.wire.records import MAX_TEXT, PROTOCOL, ServerRecord, ServerState
 from petals_tune.wire.span import BlockSpan
 from servers.membership.announcer import Announcer
-from servers.membership.needed import NEEDED, needed_model
+from servers.membership.needed import needed_model
 from servers.membership.placer import Placer
 from servers.membership.plan import Plan, make_plan
 from servers.membership.round_trips import RoundTrips

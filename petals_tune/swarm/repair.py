@@ -68,8 +68,7 @@ class Repair:
         """Run `go` along a route of `span`; from where a server fails on, along another one.
 
         `go` yields, after each server, the block that the work has come to. `work` and `latency` are as for
-        `SwarmClient.route`. Raises UncoveredBlocks, SwarmTimeout, and what `go` raises that is not
-        `Retriable`.
+        `SwarmClient.route`. Raises UncoveredBlocks, SwarmTimeout, and what `go` raises that is not `Retriable`.
         """
         attempts = self.attempts()
         start = span.start

@@ -9,6 +9,7 @@ from pathlib import Path
 from petals_tune.config import Model
 from petals_tune.errors import ConfigError, PetalsTuneError
 from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.model.convert import NEEDED
 from petals_tune.model.disk import DiskCache
 from petals_tune.net.directory import Directory
 from petals_tune.wire.records import ServerRecord, group_by_model, same_model, usual_blocks
@@ -17,7 +18,6 @@ from servers.membership.placement import block_throughputs
 
 logger = logging.getLogger(__name__)
 
-NEEDED = "needed"  # as model.source
 MOST_MODELS = 32  # that are looked at
 
 

@@ -232,7 +232,7 @@ class SlowDirectory(InProcessDirectory):
     async def snapshot(self, model: str, blocks: BlockSpan, *, thorough: bool = False) -> Snapshot:
         if self._network.at_lookup is not None:
             await self._network.at_lookup()
-        return Snapshot.of(server.record for server in self._network.servers.values())
+        return Snapshot.of(server.record for server in self._network.servers.values() if server.record.model == model)
 
     async def models(self) -> tuple[ServerRecord, ...]:
         return tuple(server.record for server in self._network.servers.values())

@@ -18,7 +18,7 @@ from hivemind.utils import MSGPackSerializer
 
 from petals_tune.net.dht.directory import DhtDirectory
 from petals_tune.net.dht.keys import SHARD_RECORDS, Shard, Spot
-from petals_tune.net.dht.protocol import MAX_PLACES, MAX_TO_REACH, node_id_of
+from petals_tune.net.dht.protocol import MAX_SPOTS, MAX_TO_REACH, node_id_of
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 from tests.fuzz.dht import malicious_node
@@ -49,8 +49,8 @@ class Network:
     async def store(self, values: list[bytes]) -> list[bool]:
         stub = self.thief.node.protocol.get_stub(self.server.node.protocol.p2p.peer_id)
         taken: list[bool] = []
-        for start in range(0, len(values), MAX_PLACES):
-            part = values[start : start + MAX_PLACES]
+        for start in range(0, len(values), MAX_SPOTS):
+            part = values[start : start + MAX_SPOTS]
             request = dht_pb2.StoreRequest(subkeys=[ROOT.encode()] * len(part), values=part)
             taken += (await stub.rpc_store(request, timeout=30)).store_ok
         return taken

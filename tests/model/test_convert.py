@@ -114,3 +114,8 @@ def test_a_folder_that_is_there_is_not_touched(tmp_path: Path) -> None:
 def test_the_command_prints_our_errors_and_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "absent.gguf"), str(tmp_path / "model")]) == 2
     assert "absent.gguf: no such file" in capsys.readouterr().err
+
+
+def test_what_servers_choose_from_their_network_is_no_model_for_others() -> None:
+    with raises(ConfigError, key="model.source", seen="needed"):
+        model_folder("needed")

@@ -55,7 +55,8 @@ class Shown(InProcessDirectory):
     async def snapshot(self, model: str, blocks: BlockSpan, *, thorough: bool = False) -> Snapshot:
         self.readings += 1
         await self.before()
-        return msgspec.structs.replace(Snapshot.of(self.records), taken_at_s=known.time.monotonic())
+        ours = [record for record in self.records if record.model == model]
+        return msgspec.structs.replace(Snapshot.of(ours), taken_at_s=known.time.monotonic())
 
 
 class Lines(InProcessNetwork):

@@ -25,7 +25,7 @@ from petals_tune.net.dht.announcements import Announcement, Opener
 from petals_tune.net.dht.keys import Spot
 from petals_tune.net.dht.members_only import MembersOnly
 from petals_tune.net.dht.networks import Networks
-from petals_tune.net.dht.protocol import MAX_KEYS, MAX_PLACES, AnnouncementProtocol, Found, node_id_of
+from petals_tune.net.dht.protocol import MAX_KEYS, MAX_SPOTS, AnnouncementProtocol, Found, node_id_of
 from petals_tune.net.hivemind_p2p import HivemindTransport, hivemind_errors, peer_of
 from petals_tune.net.members import Members
 
@@ -306,8 +306,8 @@ class Node:
     async def _store_at(
         self, peer: PeerID, data: bytes, spots: list[Spot], counts: dict[Spot, tuple[int, int]]
     ) -> None:
-        for start in range(0, len(spots), MAX_PLACES):
-            part = spots[start : start + MAX_PLACES]
+        for start in range(0, len(spots), MAX_SPOTS):
+            part = spots[start : start + MAX_SPOTS]
             if peer == self._peer:
                 taken: list[bool] | None = [self.protocol.put_own(spot, data) for spot in part]
             else:

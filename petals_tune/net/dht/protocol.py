@@ -31,7 +31,7 @@ from petals_tune.net.hivemind_p2p import hivemind_errors
 logger = logging.getLogger(__name__)
 
 MAX_KEYS = 64  # of one request
-MAX_PLACES = 64  # of one request to store
+MAX_SPOTS = 64  # of one request to store
 MAX_ANSWER_BYTES = 2**20  # of announcements in one answer
 NEIGHBOURS = 8  # of a key, that a node names
 SAMPLE = 12  # announcements in an answer, unless the whole is asked for
@@ -194,8 +194,8 @@ class AnnouncementProtocol(DHTProtocol):
         response = dht_pb2.StoreResponse(peer=self.node_info)
         values = list(request.values)
         if len(values) == 1:
-            values *= min(len(request.subkeys), MAX_PLACES)
-        for spot, value in zip(request.subkeys[:MAX_PLACES], values, strict=False):
+            values *= min(len(request.subkeys), MAX_SPOTS)
+        for spot, value in zip(request.subkeys[:MAX_SPOTS], values, strict=False):
             response.store_ok.append(await self._take(spot, value, str(context.remote_id)))
             await asyncio.sleep(0)
         return response
@@ -291,8 +291,8 @@ class AnnouncementProtocol(DHTProtocol):
                 continue
             data += [place.announcement.data for place in places]
             spots += [place.spot for place in places]
-        for start in range(0, len(data), MAX_PLACES):
-            part = slice(start, start + MAX_PLACES)
+        for start in range(0, len(data), MAX_SPOTS):
+            part = slice(start, start + MAX_SPOTS)
             if await self.call_store(peer_id, data[part], spots[part]) is None:
                 return
 

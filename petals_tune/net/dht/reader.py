@@ -15,7 +15,7 @@ import msgspec
 from hivemind.dht.routing import DHTID
 
 from petals_tune.net.dht.announcements import Announcement
-from petals_tune.net.dht.keys import MAX_DEPTH, Shard, groups, index_keys, model_part, peer_path, roots
+from petals_tune.net.dht.keys import MAX_DEPTH, Shard, groups, index_keys, peer_path, roots
 from petals_tune.net.dht.node import Node
 from petals_tune.net.dht.protocol import SAMPLE
 from petals_tune.net.dht.tree import Look
@@ -178,12 +178,6 @@ class Reader:
         """As `Directory.models`."""
         keys = [DHTID.from_bytes(key) for key in index_keys()]
         searches = await self._node.find(keys, enough=HOLDERS, timeout_s=READING_S, whole=True)
-        found = {
-            each.peer + model_part(each.record.model): each for s in searches.values() for each in s.found.values()
-        }
-        return tuple(
-            sorted(
-                (each.record for each in found.values() if each.record.state != "offline"),
-                key=lambda record: (record.model_name, record.model, record.peer),
-            )
-        )
+        records = [each.record for search in searches.values() for each in search.found.values()]
+        there = [record for record in records if record.state != "offline"]
+        return tuple(sorted(there, key=lambda record: (record.model_name, record.model, record.peer)))

@@ -11,7 +11,7 @@ import msgspec
 
 from petals_tune.net.directory import Directory, Snapshot
 from petals_tune.swarm.routes.table import ServerTable
-from petals_tune.wire.records import ServerRecord, same_model
+from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 
 REMEMBERED_S = 60.0  # as long as a server's announcement lasts by default
@@ -41,15 +41,14 @@ class KnownServers:
     @property
     def servers(self) -> tuple[ServerRecord, ...]:
         """The servers of our model that are known now."""
-        known = () if self._snapshot is None else self._snapshot.servers
-        return tuple(server for server in known if same_model(server.model, self._model))
+        return () if self._snapshot is None else self._snapshot.servers
 
     @property
     def table(self) -> ServerTable:
         """Those servers, ready for planning."""
         if self._table is None:
             assert self._snapshot is not None, "the directory was never read"
-            self._table = ServerTable.of_model(self._snapshot.servers, self._model)
+            self._table = ServerTable(self._snapshot.servers)
         return self._table
 
     @property

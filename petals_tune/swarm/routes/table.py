@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from petals_tune.wire.records import ServerRecord, same_model
+from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 
 Floats = NDArray[np.float64]
@@ -49,11 +49,6 @@ class ServerTable:
         self.slots: Indices = np.full((max(len(self.cuts) - 1, 0), width), len(spans), dtype=np.intp)
         for place, column in enumerate(self.columns):
             self.slots[self.first[place] : self.last[place], column] = place
-
-    @classmethod
-    def of_model(cls, servers: Sequence[ServerRecord], model: str) -> ServerTable:
-        """The servers that hold `model`, a digest."""
-        return cls(server for server in servers if same_model(server.model, model))
 
     def mask(self, peers: Collection[str]) -> Mask:
         """Which of the servers are among `peers`."""

@@ -20,6 +20,7 @@ LEAST_S = 10.0  # for an answer of a newcomer
 MOST_TIMES = 5.0  # or so many times what the work would take a server of the speed that it is believed to have
 FIRST_PAUSE_S = 2.0  # after a newcomer failed, until the next one is tried
 LONGEST_PAUSE_S = 60.0
+MAX_HOSTS = 10_000  # that are remembered: addresses can be invented too
 
 
 @dataclass
@@ -80,7 +81,9 @@ class Trials:
 
     def _count(self, server: ServerRecord, change: int) -> None:
         for host in hosts_of(server):
-            self._failed_at[host] = self._failed_at.get(host, 0) + change
+            self._failed_at[host] = self._failed_at.pop(host, 0) + change
+        while len(self._failed_at) > MAX_HOSTS:  # those that nothing was heard of for longest
+            del self._failed_at[next(iter(self._failed_at))]
 
 
 def hosts_of(server: ServerRecord) -> Sequence[str]:

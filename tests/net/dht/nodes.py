@@ -64,3 +64,8 @@ async def node(
             await directory.leave()
     finally:
         await transport.stop()
+
+
+async def addresses(server: DhtDirectory) -> list[str]:
+    """Where others can join through the node of `server`."""
+    return [str(address) for address in await server.node.protocol.p2p.get_visible_maddrs()]

@@ -24,17 +24,11 @@ from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tokens import issue
-from tests.net.dht.nodes import key_of, node, record
+from tests.net.dht.nodes import addresses, key_of, node, record
 from tests.raising import raises
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 WHOLE = BlockSpan(0, 24)
-
-
-@pytest.fixture
-def model(request: pytest.FixtureRequest) -> str:
-    """That this test has for itself in the network of all."""
-    return request.node.name
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -101,10 +95,6 @@ async def test_a_server_that_moves_is_seen_where_it_is_now(nodes, model):
     async with node(await addresses(server), client=True) as (newcomer, _):
         assert (await newcomer.snapshot(model, BlockSpan(0, 8))).servers == ()
         assert await seen(newcomer, model) == (moved,)
-
-
-async def addresses(server: DhtDirectory) -> list[str]:
-    return [str(address) for address in await server.node.protocol.p2p.get_visible_maddrs()]
 
 
 async def test_a_server_that_starts_again_is_seen_though_its_new_record_ends_sooner(nodes, model):

@@ -18,18 +18,21 @@ from hivemind.utils import MSGPackSerializer
 
 from petals_tune.net.dht.directory import DhtDirectory
 from petals_tune.net.dht.keys import INDEX, Shard, Spot
-from petals_tune.net.dht.protocol import MAX_PLACES, NEIGHBOURS, SAMPLE, AnnouncementProtocol, Found, node_id_of
+from petals_tune.net.dht.protocol import (
+    MAX_KEYS,
+    MAX_SPOTS,
+    NEIGHBOURS,
+    SAMPLE,
+    AnnouncementProtocol,
+    Found,
+    node_id_of,
+)
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
-from tests.net.dht.nodes import key_of, node, record, signed
+from tests.net.dht.nodes import addresses, key_of, node, record, signed
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 ROOT = Spot(0, 0)
-
-
-@pytest.fixture
-def model(request: pytest.FixtureRequest) -> str:
-    return request.node.name
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -111,10 +114,6 @@ async def test_a_node_has_the_id_of_its_peer_and_no_other(nodes):
         assert table.get(peer_id=peer) == node_id_of(peer) == honest.node.protocol.node_id
 
 
-async def addresses(server: DhtDirectory) -> list[str]:
-    return [str(address) for address in await server.node.protocol.p2p.get_visible_maddrs()]
-
-
 async def test_nodes_that_another_one_names_wrongly_are_not_asked(nodes, monkeypatch):
     _, client = nodes
     right, wrong = (PeerID.from_base58(key_of(name).peer) for name in ("right", "wrong"))
@@ -151,9 +150,9 @@ async def test_a_request_is_bounded(nodes, model):
     server, thief = nodes
     own = signed("thief", model=model)
     answer = await ask(thief, server, dht_pb2.StoreRequest(subkeys=[ROOT.encode()] * 500, values=[own]))
-    assert len(answer.store_ok) == MAX_PLACES
+    assert len(answer.store_ok) == MAX_SPOTS
     answer = await ask(thief, server, dht_pb2.FindRequest(keys=[bytes(20)] * 500))
-    assert len(answer.results) == MAX_PLACES
+    assert len(answer.results) == MAX_KEYS
     assert all(len(result.nearest_peer_ids) <= NEIGHBOURS for result in answer.results)
     answer = await ask(thief, server, dht_pb2.FindRequest(keys=[b"", bytes(19), bytes(300)]))
     assert [result.type for result in answer.results] == [dht_pb2.NOT_FOUND] * 3

@@ -85,17 +85,6 @@ async def test_a_directory_that_does_not_let_us_in_any_more_ends_work_only_once_
     assert complaints == []
 
 
-async def test_servers_of_another_model_are_none(clock):
-    swarm = Swarm(A, record("other", model="x"))
-    await swarm.client.refresh()
-    assert swarm.known() == ["a"]
-    swarm.directory.records = (record("other", model="x"),)
-    clock.now_s += REMEMBERED_S + 1
-    await swarm.client.refresh()
-    with raises(UncoveredBlocks, missing=(BlockSpan(0, 6),), seen=()):
-        await swarm.peers()
-
-
 async def test_a_server_that_one_reading_missed_is_remembered_for_a_while(clock):
     swarm = Swarm(A, B)
     await swarm.client.refresh()

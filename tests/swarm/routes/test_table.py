@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from petals_tune.swarm.routes.table import ServerTable
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
-from tests.swarm.routes.test_route import MODEL, server
+from tests.swarm.routes.test_route import server
 
 spans = st.lists(st.tuples(st.integers(0, 12), st.integers(1, 9)), max_size=14)
 
@@ -51,20 +51,6 @@ def test_the_last_record_of_a_peer_counts_and_unknown_peers_are_in_no_mask():
     table = ServerTable([server("b", 0, 4), server("a", 0, 4), server("b", 2, 6)])
     assert [(each.peer, each.blocks.start) for each in table.servers] == [("a", 0), ("b", 2)]
     assert table.mask({"b", "unknown"}).tolist() == [False, True]
-
-
-def test_servers_of_another_model_are_left_out():
-    other = server("x", 0, 12, model="o" * 64)
-    assert [each.peer for each in ServerTable.of_model([other, server("y", 0, 12)], MODEL).servers] == ["y"]
-    assert ServerTable.of_model([], MODEL).servers == ()
-    assert ServerTable.of_model([other], MODEL).servers == ()
-
-
-def test_a_model_whose_weights_only_one_side_knows_is_the_same_and_other_weights_are_another():
-    known, other = (server(peer, 0, 12, model=f"{MODEL}.{peer * 64}") for peer in "vw")
-    assert len(ServerTable.of_model([known], MODEL).servers) == 1
-    assert [each.peer for each in ServerTable.of_model([known, other], other.model).servers] == ["w"]
-    assert ServerTable.of_model([known], other.model).servers == ()
 
 
 @pytest.mark.parametrize(

@@ -83,3 +83,13 @@ def test_newcomers_at_a_host_where_more_failed_than_worked_are_suspects():
 )
 def test_a_server_is_at_the_hosts_that_it_announces_and_a_relay_is_none_of_them(addresses, hosts):
     assert hosts_of(msgspec.structs.replace(server("peer", 0, 4), addresses=addresses)) == hosts
+
+
+def test_a_bounded_number_of_hosts_is_remembered_those_heard_of_last(monkeypatch):
+    monkeypatch.setattr("petals_tune.swarm.routes.trials.MAX_HOSTS", 3)
+    trials = Trials()
+    for number in (1, 2, 3, 1, 4):
+        trials.failed(at(f"10.0.0.{number}", f"liar {number}"), 100.0)
+    table = ServerTable([at(f"10.0.0.{number}", f"new {number}") for number in (1, 2, 3, 4)])
+    suspect = {server.peer for server, bad in zip(table.servers, trials.suspects(table), strict=True) if bad}
+    assert suspect == {"new 1", "new 3", "new 4"}
