@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from petals_tune.errors import ServerError, ServerUnreachable
+from petals_tune.errors import ServerError
 from petals_tune.net.circuit_relay import Reservation, start_relay
 from petals_tune.net.dht.directory import DhtDirectory
 from petals_tune.net.dial_back import PROTOCOL as DIAL_BACK
@@ -129,18 +129,15 @@ async def joined(
             if reach == "relay" or dialable is False:
                 reservation = await Reservation.make(transport, initial_peers)
                 stack.callback(asyncio.create_task(reservation.renew()).cancel)
-        try:
-            directory = await DhtDirectory.join(
-                transport,
-                initial_peers,
-                client_mode=not listens or reservation is not None,
-                identity=identity,
-                members=members,
-            )
-        except ServerUnreachable:
-            if not listens:
-                await _ask_for_the_reason(transport, initial_peers, members, timeout_s=connect_s)
-            raise
+        ask_why = partial(_ask_for_the_reason, transport, initial_peers, members, timeout_s=connect_s)
+        directory = await DhtDirectory.join(
+            transport,
+            initial_peers,
+            client_mode=not listens or reservation is not None,
+            identity=identity,
+            members=members,
+            ask_why=None if listens else ask_why,
+        )
         stack.push_async_callback(directory.leave)
         stack.callback(asyncio.create_task(directory.stay_known(transport, initial_peers)).cancel)
         yield Peer(

@@ -20,6 +20,7 @@ from petals_tune.net.peer import Peer, joined
 from petals_tune.swarm import loop
 from petals_tune.swarm.local import ServerProcess, server_process
 from petals_tune.wire.signing import SigningKey
+from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tokens import token_from
 from servers.keys import main as keys
 from tests.models import plain_model, relative_error, save_model
@@ -29,6 +30,7 @@ from tests.watcher import servers_of, watching
 
 pytestmark = pytest.mark.swarm
 IDS = torch.tensor([[1, 2, 3, 4]])
+MODEL = "of the network"  # whatever its name, the directory has to be asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +131,27 @@ def join_until(deadline_s: float, swarm: Swarm, name: str) -> None:
         swarm.model(name).remote_blocks.close()
 
 
+def read_until(deadline_s: float, peer: Peer) -> None:
+    while time.monotonic() < deadline_s:
+        loop.run(peer.directory.snapshot(MODEL, BlockSpan(0, 6)))
+
+
+def models_until(deadline_s: float, peer: Peer) -> None:
+    while time.monotonic() < deadline_s:
+        loop.run(peer.directory.models())
+
+
 def test_who_is_revoked_is_out_in_the_middle_of_its_work_and_others_are_not(swarm):
     alice, carol = swarm.model("alice"), swarm.model("carol")
-    with torch.no_grad():
+    with torch.no_grad(), swarm.watching(Members.with_token(*_files(swarm, "alice"))) as reader:
         alice(IDS)
         keys(["revoke", "--name", "alice", "--key", str(swarm.folder / "swarm.key")])
         with raises(AccessDenied, reason="revoked", member="alice"):
             use_until(time.monotonic() + LONG_S, alice)  # servers look at the list once a second
         carol(IDS)
+        for reading in (read_until, models_until):  # the directory says nothing to her, and that is not "no servers"
+            with raises(AccessDenied, reason="revoked", member="alice"):
+                reading(time.monotonic() + LONG_S, reader)
     for model in (alice, carol):
         model.remote_blocks.close()
     with raises(AccessDenied, reason="revoked", member="alice"):

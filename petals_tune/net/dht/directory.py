@@ -7,7 +7,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -47,12 +47,13 @@ class DhtDirectory:
         identity: SigningKey | None = None,
         members: Members | None = None,
         initial_peers: Sequence[str] = (),
+        ask_why: Callable[[], Awaitable[None]] | None = None,
     ):
-        """`identity` signs what is announced; a client that announces nothing has none."""
+        """`identity` signs what is announced; a client that announces nothing has none. `ask_why`: as in `Reader`."""
         self.node = node
         self._identity, self._members = identity, members
         self._initial = tuple(peer_of(address) for address in initial_peers)
-        self._reader = Reader(node, self._initial)
+        self._reader = Reader(node, self._initial, ask_why=None if members is None else ask_why)
         self._chance = random.Random()
         self._depths: dict[int, Depth] = {}  # by group
         self._announced: ServerRecord | None = None
@@ -70,20 +71,24 @@ class DhtDirectory:
         client_mode: bool,
         identity: SigningKey | None = None,
         members: Members | None = None,
+        ask_why: Callable[[], Awaitable[None]] | None = None,
     ) -> DhtDirectory:
         """Join the DHT; what is announced there is signed by `identity`, and a private one is for `members` only.
 
+        The DHT of a private swarm does not answer whom it refuses: where it is silent, `ask_why` is awaited.
         Raises ServerUnreachable where no initial peer answers, ClockSkew where the clocks differ too much for the DHT.
         """
         try:
             node = await Node.join(transport, initial_peers, client_mode=client_mode, members=members)
         except ConnectionLost as error:
+            if ask_why is not None:
+                await ask_why()
             raise ServerUnreachable(
                 f"no initial peer answers: {', '.join(initial_peers)} ({error})\n"
                 "  check that the first server runs and prints this address; a private swarm answers only those who "
                 "give swarm.token=FILE"
             ) from None
-        return cls(node, identity=identity, members=members, initial_peers=initial_peers)
+        return cls(node, identity=identity, members=members, initial_peers=initial_peers, ask_why=ask_why)
 
     async def leave(self) -> None:
         """Leave the DHT. It does not wait for a daemon that is gone, as it is where a group of processes is stopped."""

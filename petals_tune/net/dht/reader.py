@@ -9,7 +9,7 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import msgspec
 from hivemind.dht.routing import DHTID
@@ -106,9 +106,19 @@ class Known:
 class Reader:
     """Reads announcements through one node; each reading has a deadline and adds to what is known."""
 
-    def __init__(self, node: Node, initial: Sequence[str], chance: random.Random | None = None):
-        """`initial`: ids of the peers through which this one joined; they are asked for what they have themselves."""
-        self._node, self._initial = node, initial
+    def __init__(
+        self,
+        node: Node,
+        initial: Sequence[str],
+        chance: random.Random | None = None,
+        *,
+        ask_why: Callable[[], Awaitable[None]] | None = None,
+    ):
+        """`initial`: ids of the peers through which this one joined; they are asked for what they have themselves.
+
+        `ask_why` is awaited where no node answered, and raises where they do not want to: AccessDenied.
+        """
+        self._node, self._initial, self._ask_why = node, initial, ask_why
         self._chance = chance or random.Random()
         self._known: dict[str, Known] = {}
 
@@ -122,11 +132,16 @@ class Reader:
             known.asked_initial_s = time.monotonic()
             readings.append(self._read_initial(known, [look.root for look in due], model))
         if not any(await asyncio.gather(*readings)) and self._initial:
+            await self._was_silent()
             logger.warning(
                 "no node of the directory answered in %g s; going on with the %d servers that are known",
                 *(READING_S, len(known.announcements)),
             )
         return known.snapshot(blocks)
+
+    async def _was_silent(self) -> None:
+        if self._ask_why is not None:
+            await self._ask_why()
 
     async def _look(self, known: Known, due: Sequence[Look], model: str) -> bool:
         """Look for the shards that are due, and below those that are full; whether any node answered in time."""
@@ -178,6 +193,8 @@ class Reader:
         """As `Directory.models`."""
         keys = [DHTID.from_bytes(key) for key in index_keys()]
         searches = await self._node.find(keys, enough=HOLDERS, timeout_s=READING_S, whole=True)
+        if not any(search.answered or search.found for search in searches.values()):
+            await self._was_silent()
         records = [each.record for search in searches.values() for each in search.found.values()]
         there = [record for record in records if record.state != "offline"]
         return tuple(sorted(there, key=lambda record: (record.model_name, record.model, record.peer)))
