@@ -73,16 +73,16 @@ class DistributedModel:
 
         `source` is a folder in Hugging Face format or a hub name: what the servers host. `revision`, `token` (the
         hub's) and `dtype` mean what they mean in transformers; `dtype` is that of the client's part, servers have their
-        own, and "auto" is the checkpoint's. `local_blocks`, spans such as ["0:2", "28:30"], are blocks that this process
-        runs itself, in `local_quantization` (as a server's: "int8", "nf4" or "none") and in `dtype`, so that no server
-        sees what enters the first of them or leaves the last. Hidden states travel as `wire_format` and their gradients as `grad_format`,
-        in micro-batches of `micro_batch_rows` rows (None: as many as make 128 positions). `hand_over` says whether
-        servers send their outputs straight to the next one of a chain: "always", "never", or "auto", where both are far
-        from here. The blocks are `model.remote_blocks`; its `close()` leaves the swarm. `config_changes` are fields of
-        the config that concern the client's part, such as `num_labels=3`; one that concerns the blocks is refused. A
-        share `verify` of the work is done by a second server too, to find wrong answers (swarm/verify.py); which part
-        of it follows from torch's seed. With it, nothing is handed on: a server could give another one what it does not
-        show us. `policy` says how long work is tried again.
+        own, and "auto" is the checkpoint's. `local_blocks`, spans such as ["0:2", "28:30"], are blocks that this
+        process runs itself, in `dtype` and in `local_quantization` ("int8", "nf4" or "none"), as a server would. Hidden
+        states travel as `wire_format` and their gradients as `grad_format`, in micro-batches of `micro_batch_rows` rows
+        (None: as many as make 128 positions). `hand_over` says whether servers send their outputs straight to the next
+        one of a chain: "always", "never", or "auto", where both are far from here. The blocks are
+        `model.remote_blocks`; its `close()` leaves the swarm. `config_changes` are fields of the config that concern
+        the client's part, such as `num_labels=3`; one that concerns the blocks is refused. A share `verify` of the work
+        is done by a second server too, to find wrong answers (swarm/verify.py); which part of it follows from torch's
+        seed. With it, nothing is handed on: a server could give another one what it does not show us. `policy` says how
+        long work is tried again.
 
         All that the checkpoint holds is frozen: wrap the model with PEFT, or let `tuning_mode="ptune"` (a soft prompt
         of `pre_seq_len` tokens) or `"deep_ptune"` (one at every block as well) do it: then the result is a PeftModel

@@ -161,7 +161,7 @@ class RemoteSpan(Skeleton):
 
     def __repr__(self) -> str:
         blocks = repr(nn.ModuleList(list(self.children())))
-        parts = ", ".join(f"{part.span} {'on servers' if part.local is None else 'here'}" for part in self.parts())
+        parts = "; ".join(f"{part.span}, {'on servers' if part.local is None else 'here'}" for part in self.parts())
         return f"{type(self).__name__}(blocks {parts}): {blocks}"
 
     def __getattr__(self, name: str) -> Any:

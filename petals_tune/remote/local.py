@@ -1,7 +1,7 @@
-"""Local blocks: those that the client runs itself, so that no server sees what enters the first block or leaves the last.
+"""Local blocks: those that the client runs itself, so that no server sees the embeddings or the last hidden states.
 
-They are loaded, quantized and run by the code of servers (petals_tune/blocks), so their numbers are a server's; only
-that their graphs are part of the caller's own. Shapes: B rows, S positions, H hidden size.
+They are loaded, quantized and run by the code of servers (petals_tune/blocks), so their numbers are a server's; their
+autograd graph is a part of the caller's own. Shapes: B rows, S positions, H hidden size.
 """
 
 from __future__ import annotations
@@ -106,9 +106,7 @@ class LocalBlocks:
 
     def _load(self, span: BlockSpan, device: str) -> Engine:
         self._engines.pop(span, None)
-        loaded = load_blocks(
-            self._checkpoint, span, quantization=self.quantization, dtype=self._dtype, device=device
-        )
+        loaded = load_blocks(self._checkpoint, span, quantization=self.quantization, dtype=self._dtype, device=device)
         self._engines[span] = Engine(loaded)
         return self._engines[span]
 
@@ -129,8 +127,8 @@ class LocalBlocks:
                 yield engine
             except NotFinite as error:
                 raise Diverged(
-                    f"local blocks {local}, on this machine: {error}\n  training diverged (lower optimizer.lr, or clip), "
-                    "or the weights of this block are broken"
+                    f"local blocks {local}, on this machine: {error}\n  training diverged (lower optimizer.lr, or "
+                    "clip), or the weights of this block are broken"
                 ) from error
             except (MemoryError, RuntimeError) as error:
                 if isinstance(error, PetalsTuneError) or not is_out_of_memory(error):

@@ -33,9 +33,7 @@ class LocalSession:
         )
         self._order: torch.Tensor | None = None  # rows to reorder with the next step
 
-    def step(
-        self, inputs: Inputs, *, position: int, order: torch.Tensor | None, device: torch.device
-    ) -> torch.Tensor:
+    def step(self, inputs: Inputs, *, position: int, order: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """As `ChainSession.step`, in this thread and on `device`. Raises Diverged in the place of NotFinite."""
         check_length(position + len(inputs), self._session.max_length)
         if order is not None:
@@ -70,9 +68,7 @@ class SplitSession:
         self._sessions = list(sessions)
         self._orders: list[torch.Tensor | None] = [None] * len(self._sessions)  # not given to a span yet
 
-    def step(
-        self, inputs: Inputs, *, position: int, order: torch.Tensor | None, device: torch.device
-    ) -> torch.Tensor:
+    def step(self, inputs: Inputs, *, position: int, order: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """As `ChainSession.step`, from span to span; local ones compute on `device`.
 
         After a step that failed, the next one may begin at the same position or an earlier one.
