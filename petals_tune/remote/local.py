@@ -65,8 +65,9 @@ class LocalBlocks:
         self._checkpoint, self._dtype = checkpoint, dtype
         self._engines: dict[BlockSpan, Engine] = {}
         self._one_at_a_time = threading.RLock()  # an engine is for one thread, and a model may be called from several
-        for span in self.spans:
-            self._load(span, "cpu")
+        with torch.random.fork_rng(devices=[]):  # transformers draws weights before it reads them
+            for span in self.spans:
+                self._load(span, "cpu")
 
     def __contains__(self, span: BlockSpan) -> bool:
         return any(each.covers(span) for each in self.spans)

@@ -11,7 +11,8 @@ import torch
 from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.blocks.engine import Engine
 from petals_tune.errors import ConfigError, Diverged, RequestRefused, UncoveredBlocks
-from petals_tune.remote.local import parse_local_blocks
+from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.remote.local import LocalBlocks, parse_local_blocks
 from petals_tune.swarm import joining
 from petals_tune.tuning.deep_prompt import DeepPromptConfig, with_deep_prompts
 from petals_tune.wire.messages import Forward, Message, PutAdapter
@@ -110,7 +111,13 @@ def test_int8_blocks_with_dropout_give_the_numbers_of_a_server_to_the_last_bit(f
             assert torch.equal(here[name], value), name
 
 
-def test_dropout_in_local_blocks_leaves_the_client_s_own_draws_as_they_are(folder):
+def test_local_blocks_leave_the_client_s_own_draws_as_they_are(folder):
+    torch.manual_seed(4)
+    expected = torch.rand(4)
+    torch.manual_seed(4)
+    LocalBlocks(Checkpoint(str(folder)), [BlockSpan(0, 1)], quantization="int8", dtype=torch.float32)
+    assert torch.equal(torch.rand(4), expected), "loaded"
+
     with remote(AutoDistributedModelForCausalLM, folder, local_blocks=["0:2"]) as model:
         torch.manual_seed(3)
         torch.randint(2**62, ())  # the seed of a call
