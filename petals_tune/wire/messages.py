@@ -287,7 +287,9 @@ class Refusal(Message, frozen=True, tag="refusal"):
         fields = _checked(kind, self.fields)
         if issubclass(kind, errors.ServerError):
             fields["peer"] = server
-        return kind(f"{self.text} (said by server {server})", **fields)
+        # On one line and between quotation marks: no command that it proposes shall look like one of ours.
+        words = errors.printable(" ".join(self.text[:MAX_FIELD_TEXT].split())).replace('"', "'")
+        return kind(f'server {server} says: "{words}"', **fields)
 
 
 def _checked(kind: type[PetalsTuneError], fields: dict[str, Any]) -> dict[str, Any]:
@@ -296,8 +298,11 @@ def _checked(kind: type[PetalsTuneError], fields: dict[str, Any]) -> dict[str, A
     for name, declared in _FIELDS.get(kind, {}).items():
         try:
             if name in fields:
-                msgspec.convert(fields[name], FieldValue)
-                checked[name] = msgspec.convert(fields[name], declared)
+                value = fields[name]
+                if isinstance(value, str):
+                    value = errors.printable(value, allowed="")
+                msgspec.convert(value, FieldValue)
+                checked[name] = msgspec.convert(value, declared)
         except msgspec.ValidationError:
             continue
     return checked
