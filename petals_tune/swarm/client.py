@@ -88,7 +88,7 @@ class SwarmClient:
             peer = await stack.enter_async_context(
                 joined(initial_peers, members=members, listens=False, connect_s=policy.connect_s)
             )
-            client = cls(peer, model, policy, blocks, source=source, join=initial_peers[0])
+            client = cls(peer, model, policy, blocks, source=source, join=next(iter(initial_peers), ""))
             client._owned = stack.pop_all()
         return client
 
