@@ -132,7 +132,8 @@ class Reader:
             known.asked_initial_s = time.monotonic()
             readings.append(self._read_initial(known, [look.root for look in due], model))
         if not any(await asyncio.gather(*readings)) and self._initial:
-            await self._was_silent()
+            if not known.announcements:  # else there are servers to ask, whatever the nodes of the DHT say of us
+                await self._was_silent()
             logger.warning(
                 "no node of the directory answered in %g s; going on with the %d servers that are known",
                 *(READING_S, len(known.announcements)),
