@@ -133,6 +133,8 @@ class ServerStream(MessageWriter):
         self._ids = itertools.count(1)
         self._pending: dict[int, Expected] = {}
         self._given_up: dict[int, int] = {}  # most bytes of replies that nobody waits for, by id, oldest first
+        # Which sizes are allowed, `_admit` says.
+        self._assembler = frames.Assembler(max_message_bytes=2**32, max_open_bytes=2**63, admit=self._admit)
         self._arriving = 0  # id of the frame that is read
         self._unasked = 0  # messages beyond those that were asked for
         self._heard_s = awake_s()
@@ -287,9 +289,6 @@ class ServerStream(MessageWriter):
             raise self._failure
 
     async def _read(self) -> None:
-        assembler = frames.Assembler(
-            max_message_bytes=2**32, max_open_bytes=2**63, admit=self._admit
-        )  # which sizes are allowed, `_admit` says
         try:
             while True:
                 header = await self.connection.read_exactly(frames.HEADER.size)
@@ -297,7 +296,7 @@ class ServerStream(MessageWriter):
                 payload = await self.connection.read_exactly(length)
                 self._heard_s, self._unanswered_pings = awake_s(), 0
                 self._stats.received_bytes += len(header) + length
-                body = assembler.feed(self._arriving, payload, remaining)
+                body = self._assembler.feed(self._arriving, payload, remaining)
                 if body is not None and not isinstance(body, frames.Dropped):
                     self._take(self._arriving, decode(body))
         except ProtocolError as error:
