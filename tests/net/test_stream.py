@@ -455,7 +455,7 @@ async def test_replies_that_nobody_waits_for_any_more_are_kept_for_a_few_request
 
 
 async def test_numbers_of_a_welcome_are_taken_for_no_more_than_is_sensible(connect):
-    stream, peer = await connect(max_in_flight=2**62, max_message_bytes=2**62, max_positions=1, max_tokens=2**62)
+    stream, _ = await connect(max_in_flight=2**62, max_message_bytes=2**62, max_positions=1, max_tokens=2**62)
     assert stream._window._value == stream_module.MAX_IN_FLIGHT
     assert stream.max_tensor_bytes < stream_module.MAX_MESSAGE_BYTES
     stream, _ = await connect(max_in_flight=1, max_message_bytes=1)
