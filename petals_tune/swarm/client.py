@@ -12,13 +12,18 @@ from shlex import quote
 from petals_tune.errors import (
     BadReply,
     NotFinite,
+    OverLimit,
     PetalsTuneError,
+    ProtocolError,
+    Refused,
+    RequestRefused,
     ServerError,
     ServerTimeout,
     SwarmError,
     UncoveredBlocks,
 )
 from petals_tune.net.members import Members
+from petals_tune.net.own_lag import awake_s
 from petals_tune.net.peer import Peer, joined
 from petals_tune.net.pool import StreamPool
 from petals_tune.net.stats import SwarmStats
@@ -26,6 +31,7 @@ from petals_tune.net.stream import ServerStream
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.routes.dialler import Dialler
 from petals_tune.swarm.routes.known import KnownServers
+from petals_tune.swarm.routes.limits import LEAST, Limits, ServerLimits, Size
 from petals_tune.swarm.routes.load import Load
 from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.swarm.routes.route import Hop
@@ -62,6 +68,7 @@ class SwarmClient:
         )
         self._routing = Routing(self._known, Dialler(self._reach), self._open_peers)
         self._bans = self._routing.bans
+        self._reported: set[str] = set()  # peers whose refusal others contradicted
         self._pinged_s = time.monotonic()
         self._pinging: asyncio.Task[None] | None = None
         peers = f"swarm.initial_peers=[{join or 'ADDRESS'}]"
@@ -104,6 +111,11 @@ class SwarmClient:
         """What servers cost."""
         return self._routing.load
 
+    @property
+    def limits(self) -> Limits:
+        """How much servers take at once."""
+        return self._routing.limits
+
     async def refresh(self) -> None:
         """Read the directory again."""
         await self._known.refresh()
@@ -116,17 +128,29 @@ class SwarmClient:
         """Begin to read the directory again; nobody has to wait for it."""
         return self._known.refresh_soon()
 
-    async def route(self, span: BlockSpan, *, work: int, latency: HandOverRule | None = None) -> tuple[Hop, ...]:
+    async def route(
+        self,
+        span: BlockSpan,
+        *,
+        work: int,
+        latency: HandOverRule | None = None,
+        size: Size = LEAST,
+        without: Collection[str] = (),
+    ) -> tuple[Hop, ...]:
         """The best chain for `span`, where `work` tokens (rows x positions) go through each block; see `Routing.route`.
 
         The one with the most tokens a second; with `latency`, the one with the least time for a token, where servers
-        hand their outputs on by that rule.
+        hand their outputs on by that rule. Of servers that take requests of `size`, and of none of those `without`.
         """
         self._check_open()
         if time.monotonic() - self._pinged_s > PING_S and (self._pinging is None or self._pinging.done()):
             self._pinging = asyncio.create_task(self._ping_all())
         with self._telling_how_to_host():
-            return await self._routing.route(Wish(span=span, work=work, latency=latency))
+            return await self._routing.route(Wish(span=span, work=work, latency=latency, size=size, without=without))
+
+    async def others(self, span: BlockSpan, *, without: Collection[str]) -> bool:
+        """Whether servers other than those `without` hold all blocks of `span`."""
+        return await self._routing.others(span, without=without)
 
     def plan(self, span: BlockSpan, *, work: int, banned: Collection[str]) -> tuple[Hop, ...]:
         """The best chain without the `banned`, as far as is known now. Raises UncoveredBlocks."""
@@ -195,6 +219,26 @@ class SwarmClient:
             note = self._bans.not_finite if isinstance(error, NotFinite) else self._bans.offended
             note(server.peer, now_s)
 
+    def give_up(self, error: ServerError) -> None:
+        """Leave the server that `error` names alone for a while."""
+        for server in self.servers:
+            if server.peer == error.peer:
+                self.failed(server, error)
+
+    def contradicted(self, refused: Refused) -> None:
+        """Others did what a server refused: it is left alone like one that returned what cannot be right.
+
+        One that takes less at once may be honest, and one that does not let us in, or holds another model by now: these
+        were passed over for a while, and no more.
+        """
+        if isinstance(refused, OverLimit):
+            return
+        if isinstance(refused.said, RequestRefused | ProtocolError):
+            self._bans.offended(refused.peer, time.monotonic())
+        if refused.peer not in self._reported:
+            self._reported.add(refused.peer)
+            logger.warning("server %s refused what others did, and is passed over: %s", refused.peer, refused)
+
     # Streams
 
     async def stream(self, server: ServerRecord) -> ServerStream:
@@ -209,6 +253,13 @@ class SwarmClient:
             self.failed(server, error)
             raise type(error)(f"blocks {server.blocks}: {error}", **vars(error) | {"peer": server.peer}) from error
         self._routing.round_trips.add(server.peer, stream.round_trip_s)
+        welcome = stream.welcome
+        self.limits.said(
+            server.peer,
+            ServerLimits(
+                tokens=welcome.max_tokens, positions=welcome.max_positions, message_bytes=stream.max_tensor_bytes
+            ),
+        )
         return stream
 
     def open_stream(self, server: ServerRecord) -> ServerStream | None:
@@ -236,10 +287,10 @@ class SwarmClient:
         await asyncio.gather(*map(self._ping, streams))
 
     async def _ping(self, stream: ServerStream) -> None:
-        began_s = time.monotonic()
+        began_s = awake_s()
         with suppress(PetalsTuneError):  # who needs the stream meets its error
             await stream.call(Ping(), timeout_s=self.policy.connect_s)
-            self._routing.round_trips.add(stream.peer, time.monotonic() - began_s)
+            self._routing.round_trips.add(stream.peer, awake_s() - began_s)
 
     def _check_open(self) -> None:
         if self._closed:
