@@ -113,6 +113,7 @@ class DistributedModel:
             join_swarm(
                 initial_peers,
                 model=checkpoint.digest,
+                source=str(source),
                 blocks=gaps(local_spans, BlockSpan(0, family.total_blocks)),
                 policy=policy or RetryPolicy(),
                 members=None if swarm_token is None else Members.of_client(swarm_token, identity_path),
