@@ -1,4 +1,4 @@
-"""Everything that can go wrong, as one tree. Imports nothing, so that every room can raise from it.
+"""Everything that can go wrong, as one tree. Imports nothing of ours, so that every room can raise from it.
 
 PetalsTuneError
 |-- ConfigError (ValueError)            yours: a key or a value; the text names what is allowed
@@ -43,21 +43,34 @@ there is no other one to ask. What the client finds wrong itself, it raises at o
 
 from __future__ import annotations
 
+import unicodedata
 from typing import ClassVar, Literal
 
 Fault = Literal["yours", "the server's", "the network's"]
 
 
+def printable(text: str, *, allowed: str = "\n\t") -> str:
+    """`text` with a question mark for each control, format or surrogate character that is not `allowed`.
+
+    Such characters move the cursor, colour or overwrite lines, or turn the direction of writing around.
+    """
+    return "".join("?" if unicodedata.category(each) in _CONTROLS and each not in allowed else each for each in text)
+
+
+_CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
 class PetalsTuneError(Exception):
     """Base of all errors of this project. The text says what failed, what was seen, and what to type next.
 
-    What a program may want to know, such as the key of a configuration, is a field of the class, given by its name.
+    What a program may want to know, such as the key of a configuration, is a field of the class, given by its name. The
+    text may hold words of strangers, and is shown in terminals: control characters in it become question marks.
     """
 
     fault: ClassVar[Fault] = "yours"
 
     def __init__(self, text: str, **fields: object):
-        super().__init__(text)
+        super().__init__(printable(text))
         for name in fields:
             assert hasattr(type(self), name), f"{type(self).__name__} has no field {name}"
         vars(self).update(fields)  # which is what pickle keeps, too

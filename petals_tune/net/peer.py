@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from petals_tune.errors import Refused, ServerError, ServerUnreachable
+from petals_tune.net.background import begin
 from petals_tune.net.circuit_relay import Reservation, start_relay
 from petals_tune.net.dht.directory import DhtDirectory
 from petals_tune.net.dial_back import PROTOCOL as DIAL_BACK
@@ -129,7 +130,7 @@ async def joined(
                 )
             if reach == "relay" or dialable is False:
                 reservation = await Reservation.make(transport, initial_peers)
-                stack.callback(asyncio.create_task(reservation.renew()).cancel)
+                stack.callback(begin(reservation.renew(), "the renewal of this server's place at its relay").cancel)
         ask_why = partial(_ask_for_the_reason, transport, initial_peers, members, timeout_s=connect_s)
         directory = await DhtDirectory.join(
             transport,
@@ -140,7 +141,8 @@ async def joined(
             ask_why=None if listens else ask_why,
         )
         stack.push_async_callback(directory.leave)
-        stack.callback(asyncio.create_task(directory.stay_known(transport, initial_peers)).cancel)
+        staying = directory.stay_known(transport, initial_peers)
+        stack.callback(begin(staying, "the way by which this peer stays known in the DHT").cancel)
         yield Peer(
             id=transport.id,
             transport=transport,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager, suppress
+from shlex import quote
 
 from petals_tune.errors import (
     BadReply,
@@ -19,6 +20,7 @@ from petals_tune.errors import (
     ServerError,
     ServerTimeout,
     SwarmError,
+    UncoveredBlocks,
 )
 from petals_tune.net.members import Members
 from petals_tune.net.own_lag import awake_s
@@ -47,8 +49,13 @@ LEAST_OWN = 0.1  # share of a step's time that counts as the server's own, whate
 class SwarmClient:
     """Knows the servers of one model. All methods run on the background loop."""
 
-    def __init__(self, peer: Peer, model: str, policy: RetryPolicy, blocks: BlockSpan):
-        """`blocks`: those that are looked for in the directory."""
+    def __init__(
+        self, peer: Peer, model: str, policy: RetryPolicy, blocks: BlockSpan, *, source: str = "MODEL", join: str = ""
+    ):
+        """`blocks`: those that are looked for in the directory.
+
+        `source` and `join`, an address, are this client's own: what servers say of theirs belongs into no command.
+        """
         self.stats = SwarmStats()
         self.policy = policy
         self._streams = StreamPool(peer, model=model, timeout_s=policy.connect_s, stats=self.stats)
@@ -64,6 +71,8 @@ class SwarmClient:
         self._reported: set[str] = set()  # peers whose refusal others contradicted
         self._pinged_s = time.monotonic()
         self._pinging: asyncio.Task[None] | None = None
+        peers = f"swarm.initial_peers=[{join or 'ADDRESS'}]"
+        self._command = f"python -m servers {quote(f'model.source={source}')} {quote(peers)} blocks="  # hosts the model
         self._owned = AsyncExitStack()  # what ends with this client
         self._closed = False
 
@@ -73,11 +82,12 @@ class SwarmClient:
         initial_peers: Sequence[str],
         *,
         model: str,
+        source: str,
         blocks: BlockSpan,
         policy: RetryPolicy,
         members: Members | None = None,
     ) -> SwarmClient:
-        """Join the swarm, a private one as one of its `members`.
+        """Join the swarm, a private one as one of its `members`. `source` is how users name the `model`, a digest.
 
         Raises ConfigError, ServerUnreachable, ClockSkew or AccessDenied.
         """
@@ -85,7 +95,7 @@ class SwarmClient:
             peer = await stack.enter_async_context(
                 joined(initial_peers, members=members, listens=False, connect_s=policy.connect_s)
             )
-            client = cls(peer, model, policy, blocks)
+            client = cls(peer, model, policy, blocks, source=source, join=next(iter(initial_peers), ""))
             client._owned = stack.pop_all()
         return client
 
@@ -135,7 +145,8 @@ class SwarmClient:
         self._check_open()
         if time.monotonic() - self._pinged_s > PING_S and (self._pinging is None or self._pinging.done()):
             self._pinging = asyncio.create_task(self._ping_all())
-        return await self._routing.route(Wish(span=span, work=work, latency=latency, size=size, without=without))
+        with self._telling_how_to_host():
+            return await self._routing.route(Wish(span=span, work=work, latency=latency, size=size, without=without))
 
     async def others(self, span: BlockSpan, *, without: Collection[str]) -> bool:
         """Whether servers other than those `without` hold all blocks of `span`."""
@@ -143,7 +154,21 @@ class SwarmClient:
 
     def plan(self, span: BlockSpan, *, work: int, banned: Collection[str]) -> tuple[Hop, ...]:
         """The best chain without the `banned`, as far as is known now. Raises UncoveredBlocks."""
-        return self._routing.plan(Wish(span=span, work=work), without=banned)
+        with self._telling_how_to_host():
+            return self._routing.plan(Wish(span=span, work=work), without=banned)
+
+    def command_to_host(self, span: object) -> str:
+        """The command that hosts blocks `span` of this client's model."""
+        return f"{self._command}{span}"
+
+    @contextmanager
+    def _telling_how_to_host(self) -> Iterator[None]:
+        """Add to UncoveredBlocks the commands that would host what is missing."""
+        try:
+            yield
+        except UncoveredBlocks as error:
+            commands = "".join(f"\n  start one:  {self.command_to_host(span)}" for span in error.missing)
+            raise UncoveredBlocks(f"{error}{commands}", missing=error.missing, seen=error.seen) from None
 
     # What is learned of servers
 
