@@ -291,22 +291,11 @@ class Refusal(Message, frozen=True, tag="refusal"):
         class does not declare, or a value of another type than is declared, is dropped.
         """
         kind = _REFUSALS.get(self.error, errors.ServerError)
-<<<<<<< HEAD
         # On one line and between quotation marks: no command that it proposes shall look like one of ours.
         words = errors.printable(" ".join(self.text.split())).replace('"', "'")
         text, fields = f'server {server} says: "{words}"', _checked(kind, self.fields)
         if issubclass(kind, errors.ServerError):
             return kind(text, **fields | {"peer": server})
-=======
-        fields = _checked(kind, self.fields)
-        if issubclass(kind, errors.ServerError):
-            fields["peer"] = server
-        # On one line and between quotation marks: no command that it proposes shall look like one of ours.
-        words = errors.printable(" ".join(self.text[:MAX_FIELD_TEXT].split())).replace('"', "'")
-        text = f'server {server} says: "{words}"'
-        if issubclass(kind, errors.ServerError):
-            return kind(text, **fields)
->>>>>>> client
         said = kind(text, **fields)
         is_limit = isinstance(said, errors.RequestRefused) and said.limit
         return (errors.OverLimit if is_limit else errors.Refused)(text, peer=server, said=said)
