@@ -6,6 +6,7 @@ No field can carry code. Shapes: B rows, S positions, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, TypeVar, get_origin, get_type_hints
 
 import msgspec
@@ -19,7 +20,7 @@ from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WireFormat
 from petals_tune.wire.tokens import TokenBytes
 
-MAX_PARTS = 100_000  # of an adapter: 100 blocks with 10 adapted linears each make 1000
+MAX_PARTS = 10_000  # of an adapter: 100 blocks with 10 adapted linears each make 1000
 MAX_LEASES = 10_000  # in one Release
 MAX_TICKETS = 1_000  # in one Withdrawn
 MAX_POSITION = 2**24  # no model has as many
@@ -129,7 +130,9 @@ class Gradients(Message, frozen=True, tag="gradients"):
     """Reply to Backward."""
 
     hidden: torch.Tensor | None = None  # (B, S, H) at the input of the first block; None where Forward wanted none
-    adapter: list[torch.Tensor] = []  # in the order of the adapter's tensors on these blocks, summed over rows
+    adapter: Annotated[
+        list[torch.Tensor], msgspec.Meta(max_length=2 * MAX_PARTS)
+    ] = []  # in the order of the adapter's tensors on these blocks, summed over rows
 
 
 class CollectSum(Message, frozen=True, tag="collect_sum"):
@@ -141,7 +144,7 @@ class CollectSum(Message, frozen=True, tag="collect_sum"):
 class CollectedSum(Message, frozen=True, tag="collected_sum"):
     """Reply to CollectSum."""
 
-    adapter: list[torch.Tensor]  # as in Gradients
+    adapter: Annotated[list[torch.Tensor], msgspec.Meta(max_length=2 * MAX_PARTS)]  # as in Gradients
     terms: int  # backwards in the sum; 0: there is no such sum (any more)
 
 
@@ -249,6 +252,18 @@ class Withdrawn(Message, frozen=True, tag="withdrawn"):
     """Cancel the requests that wait for these tickets. Has no reply."""
 
     tickets: Annotated[list[Ticket], msgspec.Meta(max_length=MAX_TICKETS)]
+
+
+def tensors_of(value: object) -> Iterator[torch.Tensor]:
+    """Yield all tensors of a message, or of a list or a part in one."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list):
+        for each in value:
+            yield from tensors_of(each)
+    elif isinstance(value, msgspec.Struct):
+        for name in value.__struct_fields__:
+            yield from tensors_of(getattr(value, name))
 
 
 def carried(request: Forward | Backward | Step) -> torch.Tensor:

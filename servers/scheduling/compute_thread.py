@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -44,15 +45,24 @@ class ComputeThread:
     async def run(self, priority: Priority, function: Callable[[], T], *, client: str = "") -> T:
         """Run `function` on the thread on behalf of `client`; "" is the server itself, or several clients at once.
 
-        Does not run it where the caller is cancelled before its turn.
+        Where the caller is cancelled, a function that waits is dropped, with all that it holds. One that runs already
+        ends first: until then the memory that it holds is taken.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
+        work: _Work = (function, future, loop)
         self._unfinished += 1
         with self._changed:
-            self._queue.push(priority, client, (function, future, loop))
+            self._queue.push(priority, client, work)
             self._changed.notify()
-        return await future
+
+        def drop() -> bool:
+            with self._changed:
+                dropped = self._queue.discard(priority, client, work)
+            self._unfinished -= dropped
+            return dropped
+
+        return await result_or_end(future, drop)
 
     def stop(self) -> None:
         """End the thread after the work that is queued."""
@@ -72,8 +82,7 @@ class ComputeThread:
             error: BaseException | None = None
             started_s = time.perf_counter()
             try:
-                if not future.cancelled():
-                    result = function()
+                result = function()
             except BaseException as raised:  # noqa: BLE001  # raised again in `run`
                 error = raised
             with self._changed:
@@ -83,9 +92,24 @@ class ComputeThread:
 
     def _settle(self, future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
         self._unfinished -= 1
-        if future.cancelled():
-            return
         if error is not None:
             future.set_exception(error)
         else:
             future.set_result(result)
+
+
+async def result_or_end(future: asyncio.Future[T], drop: Callable[[], bool]) -> T:
+    """Return the result of work. Where the caller is cancelled, `drop` the work, or wait until it has ended.
+
+    `drop` returns False where the work has begun.
+    """
+    try:
+        await asyncio.wait([future])
+    except asyncio.CancelledError:
+        if not drop():
+            while not future.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([future])
+            future.exception()  # nobody else asks for it
+        raise
+    return future.result()
