@@ -192,7 +192,9 @@ class Neighbours:
 
     def _shut(self, peer: str, error: Exception) -> None:
         logger.info("outputs cannot be handed on to server %s now: %s", peer, error)
-        self._shut_until_s[peer] = time.monotonic() + SHUT_S
+        now_s = time.monotonic()
+        self._shut_until_s = {peer: until_s for peer, until_s in self._shut_until_s.items() if until_s > now_s}
+        self._shut_until_s[peer] = now_s + SHUT_S
         self._records.pop(peer, None)  # it may be back at another address
 
     async def _record(self, peer: str) -> ServerRecord | None:
@@ -205,6 +207,7 @@ class Neighbours:
                 self._looks_s.append(now_s)
                 found = await self._peer.directory.find(peer, self._model, self.blocks)
                 if found is not None:
+                    self._records = {each: self._records[each] for each in self._records if self._known(each)}
                     self._records[peer] = found, time.monotonic()
         return self._known(peer)
 

@@ -91,7 +91,7 @@ class Handler:
         self._turns = Turns()
         self._executor = Executor(engine, compute, stores, self._admission, self._turns)
         self._inbox = Inbox()
-        self._streams = OpenStreams(self._admission)
+        self._streams = OpenStreams(self._admission, stores.drop_expired)
         self._running: set[asyncio.Task[None]] = set()
         self._readers: set[asyncio.Task[None]] = set()  # one for each open stream
         self.draining = False
@@ -129,6 +129,11 @@ class Handler:
     @property
     def streams(self) -> int:
         return len(self._streams)
+
+    @property
+    def message_bytes(self) -> int:
+        """Memory of requests that arrive, wait or are computed, and of replies that wait to be read."""
+        return self._admission.receiving_bytes
 
     async def wait_until_idle(self) -> None:
         """Wait until no request runs; none starts while `draining` is set."""

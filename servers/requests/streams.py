@@ -171,8 +171,9 @@ class ClientStream(MessageWriter):
 class OpenStreams:
     """All open streams of a server; those that are stuck, and those of former members, are closed."""
 
-    def __init__(self, admission: Admission):
-        self._admission = admission
+    def __init__(self, admission: Admission, each_second: Callable[[float], None]):
+        """`each_second` is called with the time each second while streams are open."""
+        self._admission, self._each_second = admission, each_second
         self._open: set[ClientStream] = set()
         self._watching: asyncio.Task[None] | None = None
 
@@ -209,6 +210,7 @@ class OpenStreams:
         while self._open:
             await asyncio.sleep(_WATCH_S)
             now_s = time.monotonic()
+            self._each_second(now_s)
             for stream in self._open:
                 stream.expel_former_member(now_s)
             for stream in [stream for stream in self._open if stream.is_stuck(now_s)]:

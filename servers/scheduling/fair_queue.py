@@ -120,7 +120,7 @@ class _ClientQueues(Generic[Item]):
     def discard(self, client: str, item: Item) -> bool:
         items = self._items.get(client, [])
         for place, (*_, each) in enumerate(items):
-            if each is item:
+            if each == item:
                 del items[place]
                 heapq.heapify(items)
                 if not items:

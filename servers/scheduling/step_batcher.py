@@ -22,7 +22,7 @@ import torch
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.kv_cache import Session
 from petals_tune.wire.messages import Step
-from servers.scheduling.compute_thread import ComputeThread, result_or_end
+from servers.scheduling.compute_thread import ComputeThread, Outcome
 from servers.scheduling.fair_queue import FairScheduler, Priority
 
 K = TypeVar("K")
@@ -39,7 +39,7 @@ MAX_MEASURED = 1024  # kinds of steps whose duration is remembered
 class _Waiting:
     session: Session
     step: Step
-    done: asyncio.Future[torch.Tensor]
+    outcome: Outcome[torch.Tensor]
     position: int | None  # which all steps of its batch must have; None: any
 
     @property
@@ -95,8 +95,7 @@ class StepBatcher:
         """Compute the output (B, S, H) of the blocks of `session` for `step`. Raises RequestRefused, SessionLost."""
         # Rows of a batch are filled from the left, and transformers counts a window from the end of the longest.
         position = step.position if self._engine.loaded.family.windowed else None
-        done = asyncio.get_running_loop().create_future()
-        waiting = _Waiting(session=session, step=step, done=done, position=position)
+        waiting = _Waiting(session=session, step=step, outcome=Outcome(), position=position)
         with self._lock:
             self._by_key.setdefault(waiting.key, {})[waiting] = None
             self._by_client.setdefault(session.client, {})[waiting] = None
@@ -105,7 +104,7 @@ class StepBatcher:
         if self._batches is None or self._batches.done():
             # A task starts in the loop's next iteration, after other steps that have arrived already.
             self._batches = asyncio.create_task(self._run_batches())
-        return await result_or_end(done, partial(self._remove, waiting))
+        return await waiting.outcome.wait(partial(self._remove, waiting))
 
     async def _run_batches(self) -> None:
         while self._by_client:
@@ -230,7 +229,4 @@ def _discard(queues: dict[K, dict[_Waiting, None]], name: K, waiting: _Waiting) 
 
 def _deliver(batch: list[_Waiting], outputs: Sequence[torch.Tensor | BaseException]) -> None:
     for waiting, output in zip(batch, outputs, strict=True):
-        if isinstance(output, BaseException):
-            waiting.done.set_exception(output)
-        else:
-            waiting.done.set_result(output)
+        waiting.outcome.settle(output)
