@@ -37,6 +37,8 @@ from petals_tune.wire.tensors import in_format
 from servers.requests import handler, streams
 from servers.scheduling.compute_thread import ComputeThread
 from servers.scheduling.fair_queue import Priority
+from servers.stores.budgets import Budgets
+from servers.stores.stores import Stores
 from tests.raising import raises
 from tests.servers.peers import (
     HIDDEN,
@@ -208,6 +210,22 @@ async def test_an_adapter_that_never_fits_is_refused_with_what_would(engine):
     async with House(engine, kept=stores(adapters=1000)).client() as peer:
         refusal = await peer.refused(put(prompt(positions=32)))
         assert is_refusal_of(RequestRefused("", reason="adapter", limit="max_adapter_gb"), refusal)
+
+
+async def test_what_is_too_old_goes_while_nobody_asks_for_anything(engine, monkeypatch):
+    monkeypatch.setattr(streams, "_WATCH_S", 0.01)
+    kept = Stores.within(
+        Budgets(leases=2**20, sessions=2**20, adapters=0, sums=0),
+        max_lease_age_s=0.05,
+        max_session_idle_s=0.05,
+        token_bytes=1,
+    )
+    async with House(engine, kept=kept).client() as client:
+        assert isinstance(await client.ask(forward(keep=True)), Forwarded)
+        await client.ask(OpenSession(span=SPAN, rows=1, max_length=4))
+        async with asyncio.timeout(60):
+            while kept.leases.used_bytes or kept.sessions.used_bytes:
+                await asyncio.sleep(0.01)
 
 
 async def test_a_client_that_leaves_takes_everything_along(engine):
