@@ -10,6 +10,7 @@ import torch
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.engine import Engine
 from petals_tune.errors import RequestRefused
+from petals_tune.wire.codec import INLINE_BYTES
 from petals_tune.wire.messages import (
     Backward,
     CollectedSum,
@@ -30,6 +31,7 @@ from servers.requests.admission import Admission
 from servers.scheduling.compute_thread import ComputeThread
 from servers.scheduling.fair_queue import Priority
 from servers.scheduling.step_batcher import StepBatcher
+from servers.scheduling.turns import Turns
 from servers.stores.adapters import sum_terms
 from servers.stores.stores import Stores
 
@@ -37,8 +39,8 @@ from servers.stores.stores import Stores
 class Executor:
     """Runs requests with one engine, and keeps what their clients may come back for. Used by the event loop alone."""
 
-    def __init__(self, engine: Engine, compute: ComputeThread, stores: Stores, admission: Admission):
-        self._engine, self._compute, self._stores = engine, compute, stores
+    def __init__(self, engine: Engine, compute: ComputeThread, stores: Stores, admission: Admission, turns: Turns):
+        self._engine, self._compute, self._stores, self._turns = engine, compute, stores, turns
         self._admission, self._limits = admission, admission.limits
         self._steps = StepBatcher(engine, compute)
 
@@ -82,7 +84,11 @@ class Executor:
         lease = None
         if result.graph is not None and client in self._admission:  # it may have left meanwhile
             lease = self._stores.leases.keep(client, result.graph, result.graph_bytes, time.monotonic())
-        return Forwarded(hidden=in_format(result.output, request.reply_format), lease=lease, compute_s=result.compute_s)
+        return Forwarded(
+            hidden=await self._in_format(client, result.output, request.reply_format),
+            lease=lease,
+            compute_s=result.compute_s,
+        )
 
     async def _backward(self, client: str, request: Backward) -> Gradients:
         graph = adapter = None
@@ -98,12 +104,23 @@ class Executor:
         elif client in self._admission:
             self._stores.sums.add(client, request.adapter_sum, request.term, gradients)
             gradients = []
-        return Gradients(hidden=None if hidden is None else in_format(hidden, request.reply_format), adapter=gradients)
+        return Gradients(
+            hidden=None if hidden is None else await self._in_format(client, hidden, request.reply_format),
+            adapter=gradients,
+        )
 
     async def _step(self, client: str, request: Step) -> Stepped:
         self.check_size(request.hidden)
         session = self._stores.sessions.get(client, request.session, time.monotonic())
-        return Stepped(hidden=in_format(await self._steps.run(session, request), request.reply_format))
+        return Stepped(
+            hidden=await self._in_format(client, await self._steps.run(session, request), request.reply_format)
+        )
+
+    async def _in_format(self, client: str, tensor: torch.Tensor, wire_format: str) -> torch.Tensor:
+        """Prepare a tensor for its reply, in a thread where it is large."""
+        if tensor.nbytes <= INLINE_BYTES:
+            return in_format(tensor, wire_format)
+        return await self._turns.run(client, partial(in_format, tensor, wire_format))
 
     async def _collect_sum(self, client: str, request: CollectSum) -> CollectedSum:
         terms = self._stores.sums.take(client, request.adapter_sum)
