@@ -23,9 +23,12 @@ FEW_POSITIONS = 8  # the median of fewer says nothing that the furthest position
 LEAST_NORM = 0.01
 
 # By how much honest servers that compute in this dtype differ before any rounding, relative to the norm of a position.
-# Measured for bfloat16 with two kernels of one CPU, over ten blocks: 0.009 forward, 0.034 back. float16 has three more
-# bits; float32 made no difference that was measurable.
-COMPUTED = {"float32": 1e-3, "float16": 7e-3, "bfloat16": 6e-2}
+# Measured with two kernels of one CPU, over ten blocks, at the position where it was most: 0.000003 in float32, 0.035
+# in bfloat16. In float16 0.017 at the median position, and 0.66 where it was most, for the reason below.
+COMPUTED = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 6e-2}
+# Gradients of a mean over many tokens are near float16's smallest number, 2**-24, and products of them are below it.
+# A vector counts as if its values were as large as this, at the least.
+LEAST_VALUE = {"float32": 0.0, "float16": 2**-12, "bfloat16": 0.0}
 # The widest gap between neighbours of a format, relative to the value, or in 8 bits to the largest of a position.
 STEP = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7, "blockwise8": 0.9 / 64}
 # What a cut inside the blocks adds at one position, relative to its norm: the blocks behind it compute with rounded
@@ -64,9 +67,10 @@ class Deviation:
         )
 
 
-def deviation(left: Answer, right: Answer) -> Deviation:
-    """Compare two answers, tensor by tensor."""
-    each = [_deviation(a.float(), b.float()) for a, b in zip(left.tensors, right.tensors, strict=True)]
+def deviation(left: Answer, right: Answer, dtype: str = "float32") -> Deviation:
+    """Compare the answers of two servers that compute in `dtype`, tensor by tensor."""
+    least = LEAST_VALUE[dtype]
+    each = [_deviation(a.float(), b.float(), least) for a, b in zip(left.tensors, right.tensors, strict=True)]
     return Deviation(
         largest=max((one.largest for one in each), default=0.0),
         typical=max((one.typical for one in each), default=0.0),
@@ -74,19 +78,20 @@ def deviation(left: Answer, right: Answer) -> Deviation:
     )
 
 
-def _deviation(a: torch.Tensor, b: torch.Tensor) -> Deviation:
+def _deviation(a: torch.Tensor, b: torch.Tensor, least_value: float) -> Deviation:
     """Of two tensors: (B, S, H), or an adapter's gradient, which has no positions and counts as one vector."""
-    least = FEW_POSITIONS if a.dim() == 3 else 1
+    few = FEW_POSITIONS if a.dim() == 3 else 1
     if a.dim() < 3:
         a, b = a.reshape(1, 1, -1), b.reshape(1, 1, -1)
     norms, errors = b.norm(dim=-1), (a - b).norm(dim=-1)
     there = (norms > 0) | (errors > 0)  # gradients are often zero at whole positions
     if not there.any():
         return Deviation(largest=0.0, typical=0.0, furthest=0.0)
-    largest = float((a - b).abs().max() / b.abs().max().clamp(min=_TINY))
-    relative = errors / norms.clamp(min=max(LEAST_NORM * float(norms[there].median()), _TINY))
+    largest = float((a - b).abs().max() / b.abs().max().clamp(min=max(least_value, _TINY)))
+    least_norm = max(LEAST_NORM * float(norms[there].median()), least_value * b.shape[-1] ** 0.5, _TINY)
+    relative = errors / norms.clamp(min=least_norm)
     groups = [relative[there], *(row[kept] for row, kept in zip(relative, there, strict=True))]
-    medians = [float(group.median()) for group in groups if len(group) >= least]
+    medians = [float(group.median()) for group in groups if len(group) >= few]
     return Deviation(largest=largest, typical=max(medians, default=0.0), furthest=float(relative.max()))
 
 

@@ -129,7 +129,8 @@ class SpotChecks:
     async def _compare(self, work: Work, first: Answer, second: Answer) -> bool:
         """Whether two servers say the same; where not, a third one is asked, and who is outvoted is banned."""
         self._client.stats.checks += 1
-        apart = deviation(first, second)
+        dtype = work.leg.hop.server.dtype
+        apart = deviation(first, second, dtype)
         if apart.within(self._limit(work.leg, first, second)):
             return True
         span, asked = work.leg.hop.span, {each.peer for each in (*first.servers, *second.servers)}
@@ -142,7 +143,7 @@ class SpotChecks:
         except PetalsTuneError as error:
             logger.warning("%s, and the third one that was asked who is wrong failed: %s", text, error)
             return False
-        agree = [deviation(each, third).within(self._limit(work.leg, each, third)) for each in (first, second)]
+        agree = [deviation(each, third, dtype).within(self._limit(work.leg, each, third)) for each in (first, second)]
         liar = choose_outvoted(first, second, third, agree)
         if liar is None or len(liar.servers) > 1:
             logger.warning("%s, and a third answer does not tell who is wrong", text)

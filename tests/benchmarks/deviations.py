@@ -57,7 +57,9 @@ def main() -> None:
         whole = [engines.go(each, WHOLE, "float32", one_by_one=True) for each in work]
         for wire, spans in itertools.product(WIRE_FORMATS, (WHOLE, HALVES)):
             others = whole if spans is WHOLE else [engines.go(each, spans, wire, one_by_one=True) for each in work]
-            found = [apart(rounded(one, wire), rounded(other, wire)) for one, other in zip(alone, others, strict=True)]
+            found = [
+                apart(rounded(one, wire), rounded(other, wire), dtype) for one, other in zip(alone, others, strict=True)
+            ]
             limit = tolerance(dtype, [wire], cuts=len(spans) - 1)
             most = {name: max(getattr(each, name) for each in found) for name in vars(limit)}
             cells = " | ".join(f"{most[name]:.2g} | {getattr(limit, name):.2g}" for name in most)
@@ -139,8 +141,8 @@ def rounded(pair: Pair, wire: str) -> Pair:
     return output, grad
 
 
-def apart(one: Pair, other: Pair) -> Deviation:
-    return deviation(Answer(servers=(), tensors=one), Answer(servers=(), tensors=other))
+def apart(one: Pair, other: Pair, dtype: str = "float32") -> Deviation:
+    return deviation(Answer(servers=(), tensors=one), Answer(servers=(), tensors=other), dtype)
 
 
 PLACES: dict[str, Any] = {

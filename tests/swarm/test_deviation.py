@@ -97,6 +97,17 @@ def test_positions_without_a_gradient_are_equal_and_those_with_next_to_none_coun
     assert apart(lie, grad, "float32").furthest > 0.05
 
 
+def test_gradients_near_the_smallest_numbers_of_float16_are_compared_with_what_it_can_hold():
+    grad = torch.full((1, 16, 576), 2e-5)
+    noisy = rounded(grad + 1e-6, "float32")  # 5 %, and 16 of the smallest steps
+    assert not deviation(noisy, rounded(grad, "float32"), "bfloat16").within(
+        Deviation(largest=1, typical=0.03, furthest=1)
+    )
+    assert deviation(noisy, rounded(grad, "float32"), "float16").within(tolerance("float16", ["float32"]))
+    lie = rounded(grad * 1.5, "float32")
+    assert not deviation(lie, rounded(grad, "float32"), "float16").within(tolerance("float16", ["float32"]))
+
+
 def test_an_adapters_gradient_counts_as_one_vector():
     gradient = torch.randn(2, 96, generator=torch.Generator().manual_seed(0))
     gradient[1, 3] = 1e-9
