@@ -13,19 +13,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
-from petals_tune.errors import BadReply, PetalsTuneError, UncoveredBlocks
+from petals_tune.errors import BadReply, PetalsTuneError, Refused, ServerError, UncoveredBlocks
 from petals_tune.swarm.call import Calls
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.deviation import Answer, Deviation, choose_outvoted, deviation, tolerance
 from petals_tune.swarm.repair import Repair
 from petals_tune.swarm.retry import RetryPolicy
+from petals_tune.swarm.routes.limits import LEAST, UNLIMITED, Size
 from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.trace import CallContext, ChainGradients, Leg, Trace
@@ -200,13 +201,21 @@ class _Others:
     def asked(self) -> tuple[ServerRecord, ...]:
         return tuple(hop.server for route in self._routes.values() for hop in route)
 
-    async def route(self, span: BlockSpan, *, work: int, latency: HandOverRule | None = None) -> tuple[Hop, ...]:
+    async def route(
+        self,
+        span: BlockSpan,
+        *,
+        work: int,
+        latency: HandOverRule | None = None,
+        size: Size = LEAST,
+        without: Collection[str] = (),
+    ) -> tuple[Hop, ...]:
         """One route for a span, so that all of a check is done by the same servers."""
         if span not in self._routes:
-            self._routes[span] = self._choose(span, work)
+            self._routes[span] = self._choose(span, work, size)
         return self._routes[span]
 
-    def _choose(self, span: BlockSpan, work: int) -> tuple[Hop, ...]:
+    def _choose(self, span: BlockSpan, work: int, size: Size) -> tuple[Hop, ...]:
         """A server that was reached and holds all of `span`, by chance: two that agreed to lie rarely check each other.
 
         Where there are few, the best of those that were not reached yet, or of those that hold a part.
@@ -218,6 +227,7 @@ class _Others:
             and span.stop <= each.blocks.stop
             and each.peer not in self._banned
             and self._client.open_stream(each) is not None
+            and self._client.limits.of.get(each.peer, UNLIMITED).share(size) >= 1
         ]
         if len(reached) < CHOICE and (not reached or self._chance.random() < 0.5):
             try:
@@ -229,6 +239,15 @@ class _Others:
 
     def refresh_soon(self) -> None:
         """A check does not wait for servers."""
+
+    async def others(self, span: BlockSpan, *, without: Collection[str]) -> bool:
+        return True  # a check that a server refuses ends; nobody is asked whether it is right
+
+    def give_up(self, error: ServerError) -> None:
+        self._client.give_up(error)
+
+    def contradicted(self, refused: Refused) -> None:
+        self._client.contradicted(refused)
 
 
 async def _forward(chain: Chain, leg: Leg, context: CallContext) -> Trace:
