@@ -155,3 +155,34 @@ def test_where_attention_has_a_window_only_equal_positions_share_a_step(model_fo
             assert relative_error(found, expected) < TOLERANCE
     finally:
         compute.stop()
+
+
+def test_a_long_row_does_not_fill_up_the_caches_of_short_ones(engine, monkeypatch):
+    """One row of 30 positions and six of 2: together they would make seven caches of 31."""
+    monkeypatch.setattr("servers.scheduling.step_batcher.FEW_POSITIONS", 4)
+    batches: list[list[int]] = []
+    compute = ComputeThread()
+    batcher = StepBatcher(engine, compute)
+    sessions = [session(client=name) for name in "abcdefg"]
+    for each in sessions:
+        outputs(engine, (each, step(hidden(1, 30 if each is sessions[0] else 2, 0), 0)))
+    run = engine.step
+
+    def seen(steps):
+        batches.append(sorted(each.position for _, each in steps))
+        return run(steps)
+
+    monkeypatch.setattr(engine, "step", seen)
+
+    async def work() -> None:
+        await asyncio.gather(*(batcher.run(each, step(hidden(1, 1, 0), each.position)) for each in sessions))
+
+    try:
+        asyncio.run(work())
+    finally:
+        compute.stop()
+    assert sorted(position for batch in batches for position in batch) == [2] * 6 + [30]
+    for batch in batches:
+        held = sum(position + 1 for position in batch)
+        assert len(batch) * (batch[-1] + 1) <= 2 * held
+    assert len(batches) == 2
