@@ -12,8 +12,8 @@ Shapes: B rows, S positions, D rotary size.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -42,9 +42,7 @@ class SeparateRows:
         self._sessions: Sequence[SessionRows] = ()
         for module in list(model.modules()):
             if _has_changing_frequencies(module):
-                vars(module).pop("forward", None)  # of an earlier engine on the same blocks
-                fresh = copy.deepcopy(module, _shared(module))
-                module.forward = partial(self._rotary_tables, fresh)
+                module.forward = partial(self._rotary_tables, _copy(module))
         for block in blocks:
             for child in block.children():
                 if _has_experts(child):
@@ -71,25 +69,36 @@ class SeparateRows:
         tables = []
         for session, positions in zip(self._sessions, rows, strict=True):
             last = torch.full_like(positions[..., :1], session.context_length - 1)
-            module = copy.deepcopy(fresh, _shared(fresh))
-            table = module(x, torch.cat([positions, last], dim=-1), *args, **kwargs)
+            table = _copy(fresh)(x, torch.cat([positions, last], dim=-1), *args, **kwargs)
             tables.append(tuple(each[..., :-1, :] for each in table))
         return tuple(torch.cat(parts, dim=-3) for parts in zip(*tables, strict=True)) if several else tables[0]
 
-    def _each_session(self, forward: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run `forward` on the rows of each session in `hidden` (B, S, H); outputs are concatenated by rows."""
+    def _each_session(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run `forward` on the rows of each session in its arguments; outputs are concatenated by rows."""
         if len(self._sessions) <= 1:
-            return forward(hidden, *args, **kwargs)
-        outputs = [forward(own, *args, **kwargs) for own in hidden.split([session.rows for session in self._sessions])]
+            return forward(*args, **kwargs)
+        rows, first, outputs = sum(session.rows for session in self._sessions), 0, []
+        for session in self._sessions:
+            own = partial(_rows, first, first + session.rows, rows)
+            outputs.append(forward(*map(own, args), **{name: own(value) for name, value in kwargs.items()}))
+            first += session.rows
         if isinstance(outputs[0], tuple):  # with the router's logits
             return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
         return torch.cat(outputs)
 
 
-def _shared(module: nn.Module) -> dict[int, Any]:
-    """What copies of a rotary module share with it: the model's config, which is large and only read."""
-    config = getattr(module, "config", None)
-    return {} if config is None else {id(config): config}
+def _rows(first: int, stop: int, rows: int, value: Any) -> Any:
+    """Rows first:stop of a tensor of `rows` rows; anything else as it is."""
+    has_rows = isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == rows
+    return value[first:stop] if has_rows else value
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A copy of a rotary module with buffers and attributes of its own; the rest, such as its config, is shared."""
+    copied = type(module).__new__(type(module))
+    vars(copied).update(vars(module), _buffers={name: buffer.clone() for name, buffer in module.named_buffers()})
+    vars(copied).pop("forward", None)  # of `SeparateRows`
+    return copied
 
 
 def _has_changing_frequencies(module: nn.Module) -> bool:
@@ -100,7 +109,9 @@ def _has_changing_frequencies(module: nn.Module) -> bool:
 
 
 def _has_experts(module: nn.Module) -> bool:
-    """Does this part of a block send each row to some of several experts?"""
+    """Does this part of a block, which is no attention, send each row to some of several experts?"""
+    if "attention_mask" in inspect.signature(type(module).forward).parameters:
+        return False
     return any(
         name.rpartition(".")[2] == "experts"
         or any(parameter.dim() == 3 for parameter in inner.parameters(recurse=False))
