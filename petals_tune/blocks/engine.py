@@ -26,7 +26,7 @@ from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
 
 # What torch, or transformers' code, raises on input that passed our checks.
-_TORCH_ERRORS = (RuntimeError, LookupError, ValueError, TypeError, MemoryError)
+TORCH_ERRORS = (RuntimeError, LookupError, ValueError, TypeError, MemoryError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class Engine:
         """The outputs of steps that were prepared. Where several fail together, each is run alone."""
         try:
             return self._run_together(steps)
-        except _TORCH_ERRORS as error:
+        except TORCH_ERRORS as error:
             if len(steps) == 1:
                 ((number, (session, step)),) = steps.items()
                 session.undo(step)
@@ -172,13 +172,14 @@ class Engine:
             all_finite = _are_finite(output)
             rows = output.split([session.rows for session in sessions])
             for (number, (session, step)), own in zip(steps.items(), rows, strict=True):
-                if all_finite or _are_finite(own):
-                    session.position += step.hidden.shape[1]
-                    results[number] = own
-                else:
-                    again = partial(self._step, [session], [step])
-                    results[number] = self._not_finite(session.span, step.hidden, again)
-                    session.undo(step)
+                again = partial(self._step, [session], [step])
+                good = all_finite or _are_finite(own)
+                results[number] = own if good else self._not_finite(session.span, step.hidden, again)
+        for number, (session, step) in steps.items():  # once nothing can fail any more
+            if isinstance(results[number], torch.Tensor):
+                session.position += step.hidden.shape[1]
+            else:
+                session.undo(step)
         return results
 
     def _step(self, sessions: Sequence[Session], steps: Sequence[Step]) -> torch.Tensor:

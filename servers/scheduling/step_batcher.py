@@ -40,10 +40,13 @@ class _Waiting:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Steps with equal keys can share a batch: one new position each, same blocks, same adapter."""
+        """Steps with equal keys can share a batch: one new position each, same blocks, same adapter.
+
+        Some parts of an adapter, such as a soft prompt, act in a session's first step alone.
+        """
         alone = id(self) if self.step.hidden.shape[1] > 1 else None
         session = self.session
-        adapter = session.adapter_version and (session.client, session.adapter_version)
+        adapter = session.adapter_version and (session.client, session.adapter_version, self.step.position == 0)
         return alone, session.span, adapter, self.position
 
 

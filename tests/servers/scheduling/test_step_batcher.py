@@ -186,3 +186,26 @@ def test_a_long_row_does_not_fill_up_the_caches_of_short_ones(engine, monkeypatc
         held = sum(position + 1 for position in batch)
         assert len(batch) * (batch[-1] + 1) <= 2 * held
     assert len(batches) == 2
+
+
+def test_a_prompt_acts_in_the_first_step_of_each_session_whatever_the_others_are_at(engine, family):
+    """Two sessions with the same deep prompt of one position: one begins, and the other goes on."""
+    prompt = Adapter((AdapterPart(block=2, method="prompt", tensors=[torch.ones(1, 32)]),))
+
+    def started() -> list[tuple[Session, Step]]:
+        begun, new = (session(adapter=prompt, version="deep") for _ in range(2))
+        outputs(engine, (begun, step(hidden(1, 3, 0), 0)))
+        return [(begun, step(hidden(1, 1, 1), 3)), (new, step(hidden(1, 1, 2), 0))]
+
+    expected = [outputs(engine, each)[0] for each in started()]
+    compute = ComputeThread()
+    batcher = StepBatcher(engine, compute)
+
+    async def all_at_once() -> list[torch.Tensor]:
+        return list(await asyncio.gather(*(batcher.run(*each) for each in started())))
+
+    try:
+        for found, wanted in zip(asyncio.run(all_at_once()), expected, strict=True):
+            assert relative_error(found, wanted) < TOLERANCE
+    finally:
+        compute.stop()
