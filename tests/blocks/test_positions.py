@@ -44,6 +44,7 @@ def test_the_limits_are_found_in_config_and_blocks(config, given, table, length)
     assert limits_of(config) == PositionLimits(given=given, table=table, length=length)
 
 
+@pytest.mark.slow
 def test_most_families_have_no_table_that_ends():
     limited = {name for name in FAMILIES if (found := limits_of(config_of(name))).table or found.length}
     assert limited == {"gptj", "mpt"}
