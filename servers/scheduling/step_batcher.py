@@ -28,6 +28,8 @@ from servers.scheduling.fair_queue import FairScheduler, Priority
 K = TypeVar("K")
 
 MAX_BATCH_ROWS = 64
+MAX_PADDING = 2.0  # a batch's caches are filled up to its longest row: to so many times of what they hold, and no more
+FEW_POSITIONS = 64  # rows that are not longer share a batch whatever their lengths
 ENOUGH_SESSIONS = 0.5  # of the active ones start a batch: the others are at another server of their chain meanwhile
 MAX_WAIT_STEPS = 0.5  # how long a batch waits for more steps, in durations of a step
 ACTIVE_STEPS = 32  # a session whose last step is longer ago, in durations of a step, is not active
@@ -44,9 +46,13 @@ class _Waiting:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Steps with equal keys can share a batch: one new position each, same blocks, same adapter."""
+        """Steps with equal keys can share a batch: one new position each, same blocks, same adapter.
+
+        Some parts of an adapter, such as a soft prompt, act in a session's first step alone.
+        """
         alone = id(self) if self.step.hidden.shape[1] > 1 else None
-        return alone, *self.kind, self.position
+        begins = self.session.adapter_version is not None and self.step.position == 0
+        return alone, *self.kind, begins, self.position
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -201,13 +207,16 @@ class StepBatcher:
         if first not in alike:
             return []
         batch: list[_Waiting] = []
-        rows = 0
+        rows = held = longest = 0
         sessions: set[int] = set()
         for each in [first, *(each for each in alike if each is not first)]:
-            fits = rows + each.session.rows <= MAX_BATCH_ROWS and id(each.session) not in sessions
+            now_rows, length = rows + each.session.rows, each.step.position + 1
+            now_held, now_longest = held + each.session.rows * length, max(longest, length)
+            fits = now_rows <= MAX_BATCH_ROWS and id(each.session) not in sessions
+            fits &= now_longest <= FEW_POSITIONS or now_rows * now_longest <= MAX_PADDING * now_held
             if not batch or fits:
                 batch.append(each)
-                rows += each.session.rows
+                rows, held, longest = now_rows, now_held, now_longest
                 sessions.add(id(each.session))
         return [each for each in batch if self._remove(each)]
 
