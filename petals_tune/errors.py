@@ -10,7 +10,9 @@ PetalsTuneError
 |-- ProtocolError (ValueError)          the server's: bytes that break the rules of the wire; the stream is closed
 |-- ConnectionLost (ConnectionError)    the network's: a stream of bytes to a peer ended, or could not be opened
 |-- RequestRefused (ValueError)         yours: the server says that this request is wrong everywhere
-|   `-- MessageTooLarge                 yours: more bytes than a server takes in one message; cut smaller, it may do
+|   `-- TooLarge                        yours: cut smaller, it may do
+|       |-- MessageTooLarge             more bytes than a server takes in one message
+|       `-- ComputationTooLarge         more memory than a server has to compute one request
 |-- SwarmError (RuntimeError)
 |   |-- SwarmMismatch                   yours: the servers hold another model
 |   |-- AccessDenied                    yours: the swarm is private, and your token does not let you in
@@ -132,11 +134,22 @@ class RequestRefused(PetalsTuneError, ValueError):
     max_length: int | None = None  # of a session that would fit, where one does not
 
 
-class MessageTooLarge(RequestRefused):
-    """A message has more bytes than a server takes at once."""
+class TooLarge(RequestRefused):
+    """A request takes more of something than a server has for one; with fewer rows or positions it may do."""
 
-    size_bytes: int = 0  # of its tensors
-    limit_bytes: int = 0  # for them
+    size_bytes: int = 0
+    limit_bytes: int = 0
+
+
+class MessageTooLarge(TooLarge):
+    """The tensors of a message have more bytes than a server takes at once."""
+
+
+class ComputationTooLarge(TooLarge):
+    """Computing a request takes more memory than a server has for it."""
+
+    max_rows: int = 0  # of that many positions that would fit; 0: not even one
+    max_positions: int = 0  # of one row that would fit
 
 
 class SwarmError(PetalsTuneError, RuntimeError):

@@ -117,6 +117,7 @@ class Engine:
 
     def prepare_adapter(self, parts: Sequence[AdapterPart]) -> list[AdapterPart]:
         """The parts of an uploaded adapter on the engine's device. Raises RequestRefused for one that does not fit."""
+        self.hooks.check_places(parts)
         self.hooks.check(parts, self.hidden_size)
         return [part.to(self._device) for part in parts]
 

@@ -112,7 +112,7 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True)
 class _Seen:
-    """What passes through one block, or through two in a row, took. Peaks are the moments with the most of something."""
+    """What passes through one block, or through two in a row, took. Peaks are moments with the most of something."""
 
     forward: Mapping[bool, Sequence[Growth]]  # without a graph; by `Pass.train`: dropout takes other kernels
     kept: Growth  # by the graph
@@ -148,7 +148,8 @@ class Footprint:
         first, *others = self._blocks(one)
         growths = [first.alone.kept, *(block.kept_more for block in others)]
         of_blocks = sum(growth.bytes(rows, positions, positions) for growth in growths)
-        return of_blocks + self._of_adapter(one)[0] * rows * positions
+        adapter_bytes = 0 if one.adapter is None else one.adapter.bytes
+        return of_blocks + adapter_bytes + self._of_adapter(one)[0] * rows * positions
 
     def training_bytes(self, one: Pass, rows: int, positions: int) -> int:
         """Most memory during a forward with a graph and its backward, graph and gradients included."""

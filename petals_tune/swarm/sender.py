@@ -23,6 +23,7 @@ from petals_tune.errors import (
     RequestRefused,
     ServerError,
     ServerTimeout,
+    TooLarge,
 )
 from petals_tune.net.stream import ServerStream
 from petals_tune.swarm.client import SwarmClient
@@ -258,8 +259,8 @@ def _tensor_bytes(value: object) -> int:
     return sum(_tensor_bytes(each) for each in value) if isinstance(value, list) else 0
 
 
-def fewer(count: int, error: MessageTooLarge) -> int:
-    """How many of `count` rows or positions fit into a message. Raises `error` where not even one does."""
+def fewer(count: int, error: TooLarge) -> int:
+    """How many of `count` rows or positions may fit. Raises `error` where not even one does."""
     if count == 1:
         raise error
     return max(1, min(count - 1, count * error.limit_bytes // error.size_bytes))

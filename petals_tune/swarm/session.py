@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from petals_tune.errors import MessageTooLarge, RequestRefused
+from petals_tune.errors import RequestRefused, TooLarge
 from petals_tune.swarm.call import Calls
 from petals_tune.swarm.hand_over import Pass
 from petals_tune.swarm.repair import Repair
@@ -139,7 +139,7 @@ class ChainSession:
             part = inputs.cut(start, start + self._most_positions)
             try:
                 outputs.append(await self._step(part, position + start, attempts))
-            except MessageTooLarge as error:
+            except TooLarge as error:
                 self._most_positions = fewer(len(part), error)
             else:
                 start += len(part)

@@ -308,7 +308,7 @@ _REFUSALS: dict[str, type[PetalsTuneError]] = {
     for kind in (
         *(errors.ServerError, errors.ServerBusy, errors.BlocksNotHere, errors.NotFinite),
         *(errors.LeaseLost, errors.SessionLost, errors.AdapterMissing, errors.NotHandedOn),
-        *(errors.RequestRefused, errors.MessageTooLarge, errors.ProtocolError),
+        *(errors.RequestRefused, errors.MessageTooLarge, errors.ComputationTooLarge, errors.ProtocolError),
         *(errors.SwarmMismatch, errors.AccessDenied),
     )
 }

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.footprint import Pass
 from petals_tune.blocks.kv_cache import Session
 from petals_tune.wire.messages import Step
 from servers.scheduling.compute_thread import ComputeThread
@@ -48,8 +49,8 @@ class _Waiting:
 class StepBatcher:
     """Batches the steps that wait. Used by the event loop alone."""
 
-    def __init__(self, engine: Engine, compute: ComputeThread):
-        self._engine, self._compute = engine, compute
+    def __init__(self, engine: Engine, compute: ComputeThread, *, max_compute_bytes: int):
+        self._engine, self._compute, self._max_compute_bytes = engine, compute, max_compute_bytes
         self._waiting: list[_Waiting] = []
         self._arrived = asyncio.Event()
         self._last: dict[int, tuple[float, tuple[object, ...]]] = {}  # by session: time and key of its last step
@@ -69,7 +70,11 @@ class StepBatcher:
         if self._batches is None or self._batches.done():
             # A task starts in the loop's next iteration, after other steps that have arrived already.
             self._batches = asyncio.create_task(self._run_batches())
-        return await waiting.done
+        try:
+            return await waiting.done
+        finally:
+            if waiting in self._waiting:  # cancelled: it would hold its tensors until its turn
+                self._waiting.remove(waiting)
 
     async def _run_batches(self) -> None:
         while self._waiting:
@@ -125,13 +130,19 @@ class StepBatcher:
         sessions: set[int] = set()
         for each in [first, *(each for each in self._waiting if each is not first)]:
             fits = rows + each.session.rows <= MAX_BATCH_ROWS and id(each.session) not in sessions
-            if each.key == first.key and (not batch or fits):
+            if each.key == first.key and (not batch or (fits and self._has_memory([*batch, each]))):
                 batch.append(each)
                 rows += each.session.rows
                 sessions.add(id(each.session))
         for each in batch:
             self._waiting.remove(each)
         return batch
+
+    def _has_memory(self, batch: Sequence[_Waiting]) -> bool:
+        """Whether a batch of one position a row has memory enough: each row takes what the longest one takes."""
+        session, rows = batch[0].session, sum(each.session.rows for each in batch)
+        one, longest = Pass(span=session.span, adapter=session.adapter), max(each.step.position for each in batch) + 1
+        return self._engine.footprint.step_bytes(one, rows, 1, longest) <= self._max_compute_bytes
 
 
 def _deliver(batch: list[_Waiting], outputs: Sequence[torch.Tensor | BaseException]) -> None:

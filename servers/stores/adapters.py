@@ -87,7 +87,7 @@ class GradientSums(BudgetedStore[_Term, list[torch.Tensor]]):
 
     @contextmanager
     def room(self, client: str, sum_id: int, place: int, like: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Reserve room for a term that the block computes and `add`s, as large as the tensors `like`. Raises ServerBusy."""
+        """Reserve room for a term as large as `like`, which the block computes and `add`s. Raises ServerBusy."""
         term, size_bytes = _Term(sum_id, place), sum(tensor.nbytes for tensor in like)
         if term in self.keys_of(client):
             yield  # it is computed a second time, and the first one stays
@@ -101,8 +101,8 @@ class GradientSums(BudgetedStore[_Term, list[torch.Tensor]]):
     def add(self, client: str, sum_id: int, place: int, gradients: list[torch.Tensor]) -> None:
         """Keep a term in the room that was reserved for it; one that is here already stays.
 
-        The oldest sums of a client that never collects are dropped. Raises RequestRefused for a term whose shapes differ
-        from the others'.
+        The oldest sums of a client that never collects are dropped. Raises RequestRefused for a term whose shapes are
+        not those of the others.
         """
         new, earlier = _Term(sum_id, place), self.keys_of(client)
         terms = [self.lookup(client, term) for term in earlier if term.sum_id == sum_id and term != new]

@@ -67,7 +67,7 @@ class BudgetedStore(Generic[K, V]):
 
     @contextmanager
     def room_for(self, client: str, key: K, size_bytes: int, *, now_s: float = 0.0) -> Iterator[bool]:
-        """Reserve room, where there is some, for a value that the block computes: it is free again unless `fill` came."""
+        """Reserve room, where there is some, for a value that the block computes and `fill`s, or it is free again."""
         fits = self.insert(client, key, None, size_bytes, now_s=now_s)
         entry = self._held[client][key] if fits else None
         try:
@@ -155,7 +155,9 @@ class BudgetedStore(Generic[K, V]):
         while missing > 0:
             # The greediest is beyond its share: were all others within theirs, this client's share would be free.
             greediest = max(others, key=lambda other: others[other])
-            key, entry = next(((key, entry) for key, entry in newest[greediest] if entry.value is not None), (None, None))
+            key, entry = next(
+                ((key, entry) for key, entry in newest[greediest] if entry.value is not None), (None, None)
+            )
             if key is None or entry is None:
                 return None  # a computation has it, and will give it back
             evicted.append((greediest, key))
