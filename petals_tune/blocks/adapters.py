@@ -142,7 +142,8 @@ class AdapterHooks:
                 )
 
     def check(self, parts: Sequence[AdapterPart], hidden_size: int) -> None:
-        """Raises RequestRefused for a part that does not fit these blocks; `check_places` has found its place."""
+        """Raises RequestRefused for a part that does not fit these blocks."""
+        self.check_places(parts)
         for part in parts:
             if any(not tensor.is_floating_point() or not torch.isfinite(tensor).all() for tensor in part.tensors):
                 raise refusal(part, "its tensors are not finite floats")

@@ -117,7 +117,6 @@ class Engine:
 
     def prepare_adapter(self, parts: Sequence[AdapterPart]) -> list[AdapterPart]:
         """The parts of an uploaded adapter on the engine's device. Raises RequestRefused for one that does not fit."""
-        self.hooks.check_places(parts)
         self.hooks.check(parts, self.hidden_size)
         return [part.to(self._device) for part in parts]
 
@@ -232,6 +231,12 @@ class Engine:
 
     def block(self, number: int) -> nn.Module:
         return self._blocks[number - self.loaded.span.start]
+
+    @property
+    def description(self) -> str:
+        """The model, and how it is computed: all that memory depends on but for the kinds of the blocks."""
+        config = {**self._model.config.to_dict(), "num_hidden_layers": None, "layer_types": None}
+        return f"{self._quantization.name} {self._dtype} {self._device} {sorted(config.items())}"
 
     def kind_of(self, block: int) -> str:
         """The structure of a block: those of equal structure take equal memory."""

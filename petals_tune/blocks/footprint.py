@@ -9,14 +9,13 @@ Shapes: B rows, S new positions, T positions in all, the cached ones included.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,11 +23,9 @@ from petals_tune.adapters import METHODS
 from petals_tune.adapters.base import linear_features
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.kv_cache import Session
+from petals_tune.blocks.loading import LoadedBlocks
 from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
-
-if TYPE_CHECKING:
-    from petals_tune.blocks.engine import Engine
 
 _PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 137)
 _LEAST_LENGTH = 16  # shorter passes take other ways through kernels (FloatLinear's packed weights)
@@ -66,12 +63,10 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in given and storage._cdata not in self._storages:
-                    self._add(storage)
+        known = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(output):
+            if storage._cdata not in known | self._storages:
+                self._add(storage)
         return output
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -93,6 +88,12 @@ class _Watch(TorchDispatchMode):
         if size_bytes % total == 0 and total != new:
             return Growth(total=of_a_row / total)
         return Growth(new=of_a_row / new) if size_bytes % new == 0 else Growth(fixed=size_bytes)
+
+
+def _storages(values: object) -> list[torch.UntypedStorage]:
+    """Those of all tensors in `values`, but for weights in oneDNN's layout: they are kept, and count as weights."""
+    tensors = [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+    return [tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,15 +185,34 @@ class Footprint:
         return sum(part.kept for part in each), max((part.working for part in each), default=0)
 
 
-def measure_footprint(engine: Engine) -> Footprint:
+class Measurable(Protocol):
+    """The engine (blocks/engine.py), which has its footprint measured."""
+
+    loaded: LoadedBlocks
+    hidden_size: int
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+    def block(self, number: int) -> nn.Module: ...
+    def kind_of(self, block: int) -> str: ...
+    def measure_token_bytes(self) -> int: ...
+    def forward(self, request: Forward, adapter: Adapter | None) -> Any: ...
+    def backward(self, request: Backward, graph: Any, adapter: Adapter | None) -> object: ...
+    def step(self, steps: Sequence[tuple[Session, Step]]) -> Sequence[object]: ...
+
+
+def measure_footprint(engine: Measurable) -> Footprint:
     """Watch short passes through each kind of block, alone and behind each kind: some ten milliseconds for each."""
     start, stop = engine.loaded.span.start, engine.loaded.span.stop
-    measure = functools.cache(partial(_measure, engine))  # by kinds
-    first_of: dict[tuple[str, ...], BlockSpan] = {}
+    model = engine.description
 
     def seen(span: BlockSpan, *, masked: bool) -> _Seen:
-        kinds = tuple(engine.kind_of(block) for block in range(span.start, span.stop))
-        return measure(first_of.setdefault(kinds, span), masked)
+        key = model, tuple(engine.kind_of(block) for block in range(span.start, span.stop)), masked
+        if key not in _measured:
+            _measured[key] = _measure(engine, span, masked)
+        return _measured[key]
 
     def block(number: int, *, masked: bool) -> _Block:
         alone = seen(BlockSpan(number, number + 1), masked=masked)
@@ -215,7 +235,11 @@ def measure_footprint(engine: Engine) -> Footprint:
     )
 
 
-def _measure(engine: Engine, span: BlockSpan, masked: bool) -> _Seen:
+# By model, kinds of blocks and `Pass.masked`: a server that moves to other blocks of its model measures little anew.
+_measured: dict[tuple[str, tuple[str, ...], bool], _Seen] = {}
+
+
+def _measure(engine: Measurable, span: BlockSpan, masked: bool) -> _Seen:
     new, total = _lengths(engine, span)
     hidden, padding = torch.zeros(1, new, engine.hidden_size), None
     if masked:
@@ -247,7 +271,7 @@ def _measure(engine: Engine, span: BlockSpan, masked: bool) -> _Seen:
     )
 
 
-def _measure_step(engine: Engine, span: BlockSpan, new: int, total: int, padding: torch.Tensor) -> Sequence[Growth]:
+def _measure_step(engine: Measurable, span: BlockSpan, new: int, total: int, padding: torch.Tensor) -> Sequence[Growth]:
     session = Session(client="", span=span, rows=1, max_length=total, adapter=None, adapter_version=None)
     before = total - new
     first = torch.zeros(1, before, engine.hidden_size)
@@ -265,7 +289,7 @@ def _measure_step(engine: Engine, span: BlockSpan, new: int, total: int, padding
     return peaks
 
 
-def _lengths(engine: Engine, span: BlockSpan) -> tuple[int, int]:
+def _lengths(engine: Measurable, span: BlockSpan) -> tuple[int, int]:
     """Two short lengths; both, and their next numbers, have a prime factor that no dimension of these blocks has.
 
     The next number is the width of scores where attention has a sink (gpt_oss).

@@ -156,9 +156,10 @@ class Executor:
         self.check_size(request.hidden)
         session = self._stores.sessions.get(client, request.session, time.monotonic())
         one, (rows, positions, _) = Pass(span=session.span, adapter=session.adapter), request.hidden.shape
+        before = min(request.position, session.position)  # the engine refuses a step that leaves some out
 
         def needed_bytes(rows: int, new: int) -> int:
-            return self._engine.footprint.step_bytes(one, rows, new, request.position + new)
+            return self._engine.footprint.step_bytes(one, rows, new, before + new)
 
         self._check_memory(needed_bytes, rows, positions)
         return Stepped(hidden=in_format(await self._steps.run(session, request), request.reply_format))

@@ -6,7 +6,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -15,12 +14,7 @@ from servers.scheduling.fair_queue import FairQueue, Priority
 
 T = TypeVar("T")
 
-
-@dataclass(slots=True)
-class _Work:
-    function: Callable[[], Any] | None  # None: cancelled
-    future: asyncio.Future[Any]
-    loop: asyncio.AbstractEventLoop
+_Work = tuple[Callable[[], Any], asyncio.Future[Any], asyncio.AbstractEventLoop]
 
 
 class ComputeThread:
@@ -50,20 +44,15 @@ class ComputeThread:
     async def run(self, priority: Priority, function: Callable[[], T], *, client: str = "") -> T:
         """Run `function` on the thread on behalf of `client`; "" is the server itself, or several clients at once.
 
-        Does not run it where the caller is cancelled before its turn, and frees at once what it would use.
+        Does not run it where the caller is cancelled before its turn.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._unfinished += 1
-        work = _Work(function, future, loop)
-        del function
         with self._changed:
-            self._queue.push(priority, client, work)
+            self._queue.push(priority, client, (function, future, loop))
             self._changed.notify()
-        try:
-            return await future
-        finally:
-            work.function = None
+        return await future
 
     def stop(self) -> None:
         """End the thread after the work that is queued."""
@@ -78,20 +67,19 @@ class ComputeThread:
                 self._changed.wait_for(lambda: self._stopping or len(self._queue) > 0)
                 if not len(self._queue):
                     return
-                work = self._queue.pop()
-                function, future, loop = work.function, work.future, work.loop
+                function, future, loop = self._queue.pop()
             result: Any = None
             error: BaseException | None = None
             started_s = time.perf_counter()
             try:
-                if function is not None and not future.cancelled():
+                if not future.cancelled():
                     result = function()
             except BaseException as raised:  # noqa: BLE001  # raised again in `run`
                 error = raised
             with self._changed:
                 self._queue.charge(time.perf_counter() - started_s)
             loop.call_soon_threadsafe(self._settle, future, result, error)
-            del work, function, future, result, error  # or a request's tensors would live until the next one comes
+            del function, future, result, error  # or a request's tensors would live until the next one comes
 
     def _settle(self, future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
         self._unfinished -= 1

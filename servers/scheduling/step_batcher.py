@@ -49,8 +49,9 @@ class _Waiting:
 class StepBatcher:
     """Batches the steps that wait. Used by the event loop alone."""
 
-    def __init__(self, engine: Engine, compute: ComputeThread, *, max_compute_bytes: int):
-        self._engine, self._compute, self._max_compute_bytes = engine, compute, max_compute_bytes
+    def __init__(self, engine: Engine, compute: ComputeThread, *, max_compute_bytes: int | None = None):
+        self._engine, self._compute = engine, compute
+        self._max_compute_bytes = max_compute_bytes
         self._waiting: list[_Waiting] = []
         self._arrived = asyncio.Event()
         self._last: dict[int, tuple[float, tuple[object, ...]]] = {}  # by session: time and key of its last step
@@ -70,11 +71,7 @@ class StepBatcher:
         if self._batches is None or self._batches.done():
             # A task starts in the loop's next iteration, after other steps that have arrived already.
             self._batches = asyncio.create_task(self._run_batches())
-        try:
-            return await waiting.done
-        finally:
-            if waiting in self._waiting:  # cancelled: it would hold its tensors until its turn
-                self._waiting.remove(waiting)
+        return await waiting.done
 
     async def _run_batches(self) -> None:
         while self._waiting:
@@ -140,6 +137,8 @@ class StepBatcher:
 
     def _has_memory(self, batch: Sequence[_Waiting]) -> bool:
         """Whether a batch of one position a row has memory enough: each row takes what the longest one takes."""
+        if self._max_compute_bytes is None:
+            return True
         session, rows = batch[0].session, sum(each.session.rows for each in batch)
         one, longest = Pass(span=session.span, adapter=session.adapter), max(each.step.position for each in batch) + 1
         return self._engine.footprint.step_bytes(one, rows, 1, longest) <= self._max_compute_bytes

@@ -27,7 +27,7 @@ class SessionStore(BudgetedStore[int, Session]):
         that would.
         """
         self.drop_expired(now_s)
-        position_bytes = (self._token_bytes * len(request.span) + 1) * request.rows  # and a bool of padding
+        position_bytes = self._token_bytes * len(request.span) * request.rows
         adapter_bytes = 0 if adapter is None else adapter.bytes  # the session keeps it
         size_bytes = position_bytes * request.max_length + adapter_bytes
 

@@ -99,14 +99,14 @@ def test_a_long_prompt_is_read_in_as_many_positions_as_a_server_takes(folder, re
 def leases(monkeypatch: pytest.MonkeyPatch) -> list[LeaseStore]:
     """What servers in this process keep."""
     stores: list[LeaseStore] = []
-    keep = LeaseStore.keep
+    room = LeaseStore.room
 
     def seen(self: LeaseStore, *args):
         if self not in stores:
             stores.append(self)
-        return keep(self, *args)
+        return room(self, *args)
 
-    monkeypatch.setattr(LeaseStore, "keep", seen)
+    monkeypatch.setattr(LeaseStore, "room", seen)
     return stores
 
 
