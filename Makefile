@@ -24,9 +24,10 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 demo: $(INSTALLED)
 	$(BIN)/python -m petals_tune recipe=personachat
 
-# Two servers of a swarm need both cores: those tests run one after the other.
+# Faults are timed, so those tests run one after the other; what is compared with a plain model can share the cores.
 test: test-fast
-	$(BIN)/python -m pytest -m "swarm and not slow"
+	$(BIN)/python -m pytest -m "swarm and not slow" tests/remote -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "swarm and not slow" --ignore tests/remote
 
 # loadfile: the tests of a file share its fixtures, so they run in one process.
 test-fast: $(INSTALLED)

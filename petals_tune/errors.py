@@ -1,4 +1,4 @@
-"""Everything that can go wrong, as one tree. Imports nothing, so that every room can raise from it.
+"""Everything that can go wrong, as one tree. Imports nothing of ours, so that every room can raise from it.
 
 PetalsTuneError
 |-- ConfigError (ValueError)            yours: a key or a value; the text names what is allowed
@@ -9,10 +9,8 @@ PetalsTuneError
 |-- Diverged (ArithmeticError)          yours: a loss or a gradient that is not finite; nothing was applied
 |-- ProtocolError (ValueError)          the server's: bytes that break the rules of the wire; the stream is closed
 |-- ConnectionLost (ConnectionError)    the network's: a stream of bytes to a peer ended, or could not be opened
-|-- RequestRefused (ValueError)         yours: the server says that this request is wrong everywhere
-|   `-- TooLarge                        yours: cut smaller, it may do
-|       |-- MessageTooLarge             more bytes than a server takes in one message
-|       `-- ComputationTooLarge         more memory than a server has to compute one request
+|-- RequestRefused (ValueError)         yours: this request is wrong everywhere
+|   `-- RequestTooLarge                 yours: more than any server takes at once; cut smaller, it may do
 |-- SwarmError (RuntimeError)
 |   |-- SwarmMismatch                   yours: the servers hold another model
 |   |-- AccessDenied                    yours: the swarm is private, and your token does not let you in
@@ -27,6 +25,8 @@ PetalsTuneError
     |-- BadReply                        wrong shapes, wrong dtypes, or numbers that two others deny
     |   `-- NotFinite                   NaN or Inf; where a second server says the same, it is `Diverged`
     |-- UntrustedServer                 it has no valid token of this private swarm
+    |-- Refused                         it says that the request is wrong everywhere (`said`), which others may deny
+    |   `-- OverLimit                   it says that the request is more than it takes at once
     `-- NotKept                         it works, and lacks what the client can send again:
         |-- LeaseLost                   the kept graph is gone: send the inputs along
         |-- SessionLost                 the KV cache is gone: replay the inputs
@@ -35,25 +35,42 @@ PetalsTuneError
 
 `error.fault` says whose it is. Those with a star are `Retriable`: another server, or a later moment, may do, and they
 alone are tried again. Whatever is not in this tree is a bug of ours: it leaves at once, with its traceback.
+
+What a server says of a request is evidence of that server: a client gets `Refused`, and the error that the server named
+(RequestRefused, AccessDenied, SwarmMismatch, ProtocolError) is raised where a second server says the same, or where
+there is no other one to ask. What the client finds wrong itself, it raises at once.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from typing import ClassVar, Literal
 
 Fault = Literal["yours", "the server's", "the network's"]
 
 
+def printable(text: str, *, allowed: str = "\n\t") -> str:
+    """`text` with a question mark for each control, format or surrogate character that is not `allowed`.
+
+    Such characters move the cursor, colour or overwrite lines, or turn the direction of writing around.
+    """
+    return "".join("?" if unicodedata.category(each) in _CONTROLS and each not in allowed else each for each in text)
+
+
+_CONTROLS = ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
 class PetalsTuneError(Exception):
     """Base of all errors of this project. The text says what failed, what was seen, and what to type next.
 
-    What a program may want to know, such as the key of a configuration, is a field of the class, given by its name.
+    What a program may want to know, such as the key of a configuration, is a field of the class, given by its name. The
+    text may hold words of strangers, and is shown in terminals: control characters in it become question marks.
     """
 
     fault: ClassVar[Fault] = "yours"
 
     def __init__(self, text: str, **fields: object):
-        super().__init__(text)
+        super().__init__(printable(text))
         for name in fields:
             assert hasattr(type(self), name), f"{type(self).__name__} has no field {name}"
         vars(self).update(fields)  # which is what pickle keeps, too
@@ -124,32 +141,22 @@ class ConnectionLost(PetalsTuneError, ConnectionError):
 
 
 class RequestRefused(PetalsTuneError, ValueError):
-    """A server refused a request that no other server would accept either."""
+    """A request that no server would accept."""
 
     reason: str = ""  # "hidden size", "hidden not finite", "gradient shape", "gradient not finite", "no gradient",
     # "rows", "order", "too long", "adapter", "sum", "ticket", "kind"; empty where a limit is exceeded
     limit: str = ""  # the limit that it exceeds, as its option is called: "max_positions"
+    fits: int | None = None  # rows x positions that would be within that limit, where they are known
     block: int | None = None  # where one block of the request is at fault
     module: str = ""  # path inside that block, where an adapter's part is at fault
     max_length: int | None = None  # of a session that would fit, where one does not
 
 
-class TooLarge(RequestRefused):
-    """A request takes more of something than a server has for one; with fewer rows or positions it may do."""
+class RequestTooLarge(RequestRefused):
+    """A request is more than any server of its blocks takes at once; `limit` names the one that it exceeds."""
 
-    size_bytes: int = 0
-    limit_bytes: int = 0
-
-
-class MessageTooLarge(TooLarge):
-    """The tensors of a message have more bytes than a server takes at once."""
-
-
-class ComputationTooLarge(TooLarge):
-    """Computing a request takes more memory than a server has for it."""
-
-    max_rows: int = 0  # of that many positions that would fit; 0: not even one
-    max_positions: int = 0  # of one row that would fit
+    size: int = 0  # rows x positions, of which `fits` would fit; only positions where `limit` is "max_positions"
+    fits: int = 0
 
 
 class SwarmError(PetalsTuneError, RuntimeError):
@@ -198,6 +205,7 @@ class ServerError(Retriable, RuntimeError):
 
     fault: ClassVar[Fault] = "the server's"
     peer: str = ""  # the server
+    span: object = None  # the blocks that it was asked for, a BlockSpan, where that is known
 
 
 class ServerUnreachable(ServerError, ConnectionError):
@@ -235,6 +243,18 @@ class NotFinite(BadReply):
 
 class UntrustedServer(ServerError):
     """The server could not show that it belongs to this private swarm; nothing was sent to it."""
+
+
+class Refused(ServerError):
+    """The server says that this request is wrong everywhere. Other servers may deny that."""
+
+    said: PetalsTuneError | None = None  # RequestRefused, AccessDenied, SwarmMismatch or ProtocolError
+
+
+class OverLimit(Refused):
+    """The request is more than this server takes at once; its `said` names the limit."""
+
+    fits: int | None = None  # rows x positions that it would take; None: nothing smaller can be sent in its place
 
 
 class NotKept(ServerError):

@@ -6,15 +6,19 @@ project writes a whole file.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from petals_tune.errors import ConfigError
 
@@ -29,8 +33,8 @@ def replacing(path: Path, *, key: str = "", private: bool = False, shared: bool 
     kills leave one partial file at most. `shared`: several processes may write this file at the same time, and each has
     a partial name of its own. `private`: the file is there, empty, and only its owner can read and write it.
 
-    Raises ConfigError with `key`, the option that gave `path`, where the file cannot be made or renamed. Errors of the
-    block are passed on.
+    Raises ConfigError with `key`, the option that gave `path`, where the file cannot be made or renamed, or the disk is
+    full. Other errors of the block are passed on.
     """
     owner = f"{os.getpid()}-" if shared else ""
     partial = path.with_name(f".partial-{owner}{path.name}")
@@ -39,7 +43,8 @@ def replacing(path: Path, *, key: str = "", private: bool = False, shared: bool 
             with _errors_explained(path, key):
                 partial.unlink(missing_ok=True)
                 os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        yield partial
+        with _errors_explained(path, key, only=_FULL):
+            yield partial
         with _errors_explained(path, key):
             _flush_to_disk(partial)
             partial.replace(path)
@@ -125,7 +130,8 @@ def filling(folder: Path, *, key: str = "") -> Iterator[Path]:
         with _errors_explained(folder, key):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        yield partial
+        with _errors_explained(folder, key, only=_FULL):
+            yield partial
         with _errors_explained(folder, key):
             files = sorted(file for file in partial.iterdir() if file.is_file())
             for file in files:
@@ -139,14 +145,28 @@ def filling(folder: Path, *, key: str = "") -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+# No room on the disk or in somebody's share of it, a file system that takes no larger files, or none at all.
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+
+
 @contextmanager
-def _errors_explained(path: Path, key: str) -> Iterator[None]:
+def _errors_explained(path: Path, key: str, *, only: frozenset[int] | None = None) -> Iterator[None]:
+    """Raise ConfigError in place of an OSError, where its number is among `only`; None: of any."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _number_in(str(error))
+        if number is None or (only is not None and number not in only):
+            raise
         named = f"{key}={path}" if key else str(path)
-        hint = "; its folder has to be there" if isinstance(error, FileNotFoundError) else ""
-        raise ConfigError(f"{named} cannot be written: {error.strerror}{hint}", key=key, seen=str(path)) from None
+        hint = "; its folder has to be there" if number == errno.ENOENT else ""
+        raise ConfigError(f"{named} cannot be written: {os.strerror(number)}{hint}", key=key, seen=str(path)) from None
+
+
+def _number_in(text: str) -> int | None:
+    """The number of the system's error in a text of safetensors: "I/O error: No space left on device (os error 28)"."""
+    found = re.search(r"\(os error (\d+)\)", text)
+    return int(found[1]) if found else None
 
 
 def _flush_to_disk(file: Path) -> None:

@@ -155,3 +155,17 @@ def test_a_mistake_has_this_text(mistake, tmp_path, monkeypatch):
     with raises(kind) as caught:
         make()
     assert str(caught.value) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain text,\n  a command\tand a tab", "plain text,\n  a command\tand a tab"),
+        ("\x1b[2J\x9b31m\x07\r\0", "?[2J?31m???"),
+        ("\u202eabc\u2066\u200b\ufeff\u2028", "?abc????"),
+        ("\ud800", "?"),
+        ("日本語 é \u3000 \xa0 😀", "日本語 é \u3000 \xa0 😀"),
+    ],
+)
+def test_no_error_carries_control_characters_to_a_terminal(text, shown):
+    assert str(PetalsTuneError(text)) == shown

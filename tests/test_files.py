@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import stat
 import subprocess
@@ -12,8 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from petals_tune.errors import ConfigError
 from petals_tune.files import filling, replacing, write_json, write_text
@@ -56,7 +59,7 @@ def test_the_partial_name_keeps_the_ending_that_libraries_go_by(tmp_path):
         partial.write_bytes(b"")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "of another file"), KeyboardInterrupt()])
 def test_an_error_in_the_middle_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "a.txt"
     write_text(path, "old")
@@ -69,6 +72,22 @@ def test_an_error_in_the_middle_leaves_the_old_file(tmp_path, error):
     with pytest.raises(type(error)):
         broken_off()
     assert contents(tmp_path) == {"a.txt": "old"}
+
+
+@pytest.mark.parametrize("writer", [disk_full, lambda file: save_file({"a": torch.zeros(1000)}, file)])
+@pytest.mark.parametrize("way", [replacing, filling])
+def test_a_library_that_finds_the_disk_full_is_told_as_such(tmp_path, way, writer):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # no file may become larger
+    try:
+        with (
+            raises(ConfigError, key="output_dir", seen=str(tmp_path / "a")),
+            way(tmp_path / "a", key="output_dir") as to,
+        ):
+            writer(to if way is replacing else to / "b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert contents(tmp_path) == {}
 
 
 @pytest.mark.parametrize("private", [False, True])
@@ -139,7 +158,7 @@ def test_an_error_in_the_middle_leaves_the_old_folder(tmp_path):
             (partial / "a").write_text("2")
             disk_full()
 
-    with pytest.raises(OSError, match="No space"):
+    with raises(ConfigError, seen=str(folder)):
         broken_off()
     assert contents(tmp_path) == {"adapter/a": "1"}
 

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     # floor 1
     "errors": "",
     "files": "errors",
+    "checksums": "errors files",
     # floor 2
     "wire": "errors",
     "cli": "errors",
@@ -27,20 +28,20 @@ MAY_IMPORT = {
     "config": "errors hydra_errors",  # knows what it checks only by the names in the YAML
     # floor 3
     "net": "errors files wire",
-    "model": "errors files wire.span",
+    "model": "errors files checksums wire.span",
     "adapters": "errors wire.adapter",  # methods that `tuning` collects and `blocks` applies
     # floor 4
     "blocks": "errors files wire model adapters",  # a client may run some blocks itself: no network, no server
-    "tuning": "errors files wire.adapter model adapters",  # how an adapter's parts are named, no more of the wire
-    "data": "errors files model",
+    "tuning": "errors files checksums wire.adapter model adapters",  # how an adapter's parts are named
+    "data": "errors files checksums model",
     "swarm": "errors wire net",
     # floor 5
     "remote": "errors wire net model tuning swarm",
     "servers": "__version__ errors files cli config wire net model blocks",
     # floor 6
-    "train": "errors config hydra_errors wire files model blocks.quantization tuning data net swarm remote",
+    "train": "errors config hydra_errors wire files checksums model blocks.quantization tuning data net swarm remote",
     # floor 7: the commands, and the package's own front, which imports what it offers on first use
-    "petals_tune": "errors cli config hydra_errors wire files model tuning data net swarm remote train",
+    "petals_tune": "errors cli config hydra_errors wire files checksums model tuning data net swarm remote train",
     "conf": "",
     "recipes": "",
 }

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -40,6 +41,8 @@ class QuantizedBlockCache:
         try:
             with safe_open(path, framework="pt") as opened:
                 state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
+                if (opened.metadata() or {}).get("checksum") != _checksum(state):
+                    raise SafetensorError("its checksum is another one")
         except FileNotFoundError:
             return None
         except (SafetensorError, OSError) as error:
@@ -55,7 +58,8 @@ class QuantizedBlockCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with self.disk.room_for(size_bytes, f"block {block}"), replacing(path, shared=True) as partial:
-                save_file(state, partial, metadata={"source": self.checkpoint.source, "block": str(block)})
+                about = {"source": self.checkpoint.source, "block": str(block), "checksum": _checksum(state)}
+                save_file(state, partial, metadata=about)
         except (ConfigError, SafetensorError, OSError) as error:
             logger.warning("block %d is not kept for the next start: %s", block, error)
 
@@ -64,3 +68,12 @@ class QuantizedBlockCache:
         what = [self.checkpoint.state_of(names), sorted(names), self.quantization, str(self.dtype), libraries]
         key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
         return self.disk.quantized / key / f"{block}.safetensors"
+
+
+def _checksum(state: Mapping[str, torch.Tensor]) -> str:
+    """XXH3 of the tensors with their names, types and shapes: a bit that flips on the disk would change numbers."""
+    sums = xxhash.xxh3_128()
+    for name, tensor in sorted(state.items()):
+        sums.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        sums.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sums.hexdigest()

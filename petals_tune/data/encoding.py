@@ -30,9 +30,11 @@ from datasets.fingerprint import Hasher
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from petals_tune.checksums import seal, unseal
 from petals_tune.data.examples import AnyExample, from_json, to_json
 from petals_tune.data.rows import rows_of
 from petals_tune.data.source import NOT_NEEDED, CountedExamples
+from petals_tune.data.store import writing
 from petals_tune.data.stored_rows import RECORD, Indices, StoredRows, record_of_row, record_without_row
 from petals_tune.errors import DataError
 from petals_tune.files import make_folder, replacing
@@ -167,16 +169,15 @@ def _stored(examples: Iterable[tuple[int, str]], name: str) -> Iterator[tuple[Da
     """Yield numbered examples as a data set with the features _EXAMPLES, and its digest."""
     left = iter(tqdm(examples, desc=f"reading {name} rows", unit=" examples", disable=None, leave=False))
     digest, schema = hashlib.sha256(), _EXAMPLES.arrow_schema
-    with _writing(_folder()):
+    with writing(_folder()):
         temporary = tempfile.TemporaryDirectory(dir=_folder(), prefix=".partial-")
     with temporary as folder:
         path = str(Path(folder) / "examples.arrow")
-        with pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
+        with writing(path), pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
             while part := list(islice(left, _BATCH)):
                 numbers, texts = zip(*part, strict=True)
                 digest.update("".join(f"{text}\n" for text in texts).encode())
-                with _writing(path):
-                    writer.write_batch(pyarrow.record_batch([numbers, texts], schema=schema))
+                writer.write_batch(pyarrow.record_batch([numbers, texts], schema=schema))
         yield Dataset.from_file(path), digest.hexdigest()
 
 
@@ -197,11 +198,12 @@ def _encoded(
     key = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()[:32]
     arrow = _folder() / f"{key}.arrow"
     with suppress(OSError, ValueError, pyarrow.ArrowException):
+        unseal(arrow)
         return Dataset.from_file(str(arrow))
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     # shared: two runs may encode the same data at the same time.
-    with _writing(arrow), replacing(arrow, shared=True) as partial_file:
+    with writing(arrow), replacing(arrow, shared=True) as partial_file:
         stored.map(
             partial(_encode_batch, tokenizer=tokenizer, max_tokens=max_tokens),
             with_indices=True,
@@ -214,6 +216,7 @@ def _encoded(
             new_fingerprint=key,
             desc=f"encoding {name} rows",
         )
+    seal(arrow)
     return Dataset.from_file(str(arrow))
 
 
@@ -235,12 +238,3 @@ def _folder() -> Path:
     folder = cache_folder() / "encoded"
     make_folder(folder, key="PETALS_TUNE_CACHE")
     return folder
-
-
-@contextmanager
-def _writing(path: Path | str) -> Iterator[None]:
-    """Raise DataError where a file of the cache cannot be written."""
-    try:
-        yield
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"encoded rows cannot be kept: {path} cannot be written: {error}", source=path) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -15,10 +15,11 @@ from typing import Any
 import pyarrow
 from datasets import Dataset, Features, Value
 
+from petals_tune.checksums import seal, unseal
 from petals_tune.data.formats import TableRow, cell_text, read_rows
 from petals_tune.data.source import digest_files
 from petals_tune.errors import DataError
-from petals_tune.files import replacing, write_text
+from petals_tune.files import make_folder, replacing
 from petals_tune.model.convert import cache_folder
 
 _FORM = "1"  # of what is stored; another one makes all tables be read anew
@@ -74,28 +75,48 @@ class DataFiles:
         options = json.dumps([_FORM, self.digest, self._kinds, self.quotes])
         name = hashlib.sha256(options.encode()).hexdigest()[:32]
         folder = cache_folder() / "tables"
-        arrow, about = folder / f"{name}.arrow", folder / f"{name}.json"
+        arrow = folder / f"{name}.arrow"
         source = str(self.paths[0])
         with suppress(OSError, ValueError, pyarrow.ArrowException):
-            return StoredTable(Dataset.from_file(str(arrow)), tuple(json.loads(about.read_text())), source)
-        folder.mkdir(parents=True, exist_ok=True)
+            columns = tuple(unseal(arrow))
+            return StoredTable(Dataset.from_file(str(arrow)), columns, source)
+        make_folder(folder, key="PETALS_TUNE_CACHE")
         columns = self._write(arrow)
-        write_text(about, json.dumps(columns), shared=True)
-        return StoredTable(Dataset.from_file(str(arrow)), tuple(columns), source)
+        seal(arrow, list(columns))
+        return StoredTable(Dataset.from_file(str(arrow)), columns, source)
 
-    def _write(self, arrow: Path) -> list[str]:
+    def _write(self, arrow: Path) -> tuple[str, ...]:
         columns: dict[str, None] = {}
         schema = FEATURES.arrow_schema
+        rows = self.rows()
         # shared: two runs may read the same new file at the same time.
-        with replacing(arrow, shared=True) as partial, pyarrow.ipc.new_stream(str(partial), schema) as writer:
-            rows = self.rows()
+        with (
+            writing(arrow),
+            replacing(arrow, shared=True) as partial,
+            pyarrow.ipc.new_stream(str(partial), schema) as writer,
+        ):
             while part := list(islice(rows, _WRITE_ROWS)):
                 for row in part:
                     columns.update({} if isinstance(row, DataError) else dict.fromkeys(row))
                 pairs = [_stored(row) for row in part]
                 arrays = [[pair[0] for pair in pairs], [pair[1] for pair in pairs]]
                 writer.write_batch(pyarrow.record_batch(arrays, schema=schema))
-        return list(columns)
+        return tuple(columns)
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Raise DataError where a file of the cache cannot be written. Errors of the data are DataErrors already."""
+    try:
+        yield
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        # The library closes its file once more after an OSError, which is a ValueError.
+        if isinstance(error, ValueError) and not isinstance(error.__context__, OSError):
+            raise
+        raise DataError(
+            f"{path}, a file of the cache, cannot be written: {error}\n  PETALS_TUNE_CACHE=FOLDER puts it elsewhere",
+            source=str(path),
+        ) from error
 
 
 def _stored(row: TableRow | DataError) -> tuple[str | None, str | None]:

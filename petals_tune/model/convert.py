@@ -7,7 +7,9 @@ folders, so the wheel's GGUF is converted once per machine and kept in the cache
 """
 
 import argparse
+import functools
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from petals_tune.checksums import CACHE_SUMS, find_damaged, write_sums
 from petals_tune.errors import ConfigError, PetalsTuneError, UnsupportedModel
 from petals_tune.files import filling
 from petals_tune.model.packaged import installed_file
@@ -79,17 +82,27 @@ def embedded_model() -> Path:
     Raises UnsupportedModel where the wheel is absent and nothing is cached.
     """
     folder = cache_folder() / EMBEDDED_NAME
-    if folder.is_dir():
+    if folder.is_dir() and _is_undamaged(folder):
         return folder
     source = embedded_gguf()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{EMBEDDED_NAME}.lock")):
+        if folder.is_dir() and find_damaged(folder, CACHE_SUMS) is not None:
+            shutil.rmtree(folder)
         if not folder.is_dir():
             print(f"converting {EMBEDDED_NAME} into {folder} (once, half a minute) ...", file=sys.stderr, flush=True)
             started_s = time.monotonic()
             convert_gguf(source, folder)
             print(f"converted in {time.monotonic() - started_s:.0f} s", file=sys.stderr, flush=True)
     return folder
+
+
+@functools.cache
+def _is_undamaged(folder: Path) -> bool:
+    """Look once a process: it takes 0.1 s."""
+    if (file := find_damaged(folder, CACHE_SUMS)) is not None:
+        print(f"{file} is damaged", file=sys.stderr, flush=True)
+    return file is None
 
 
 def convert_gguf(source: Path, folder: Path, *, dtype: str = "float32") -> None:
@@ -113,6 +126,7 @@ def convert_gguf(source: Path, folder: Path, *, dtype: str = "float32") -> None:
             _forget_quantization(model)
             tokenizer.save_pretrained(partial)
             model.save_pretrained(partial)
+            write_sums(partial, CACHE_SUMS)
     except ConfigError:  # a ValueError too: the folder cannot be written
         raise
     except ValueError as error:

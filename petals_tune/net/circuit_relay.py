@@ -124,12 +124,12 @@ async def _request(transport: HivemindTransport, relay: str) -> None:
                 reply = await _read_reply(connection)
             finally:
                 connection.close()
+        limit = reply.get(4)
+        most_bytes = _fields(limit).get(2) if isinstance(limit, bytes) else None
     except (ConnectionLost, ProtocolError, TimeoutError) as error:
         raise ServerUnreachable(f"it does not relay ({str(error) or 'no answer'})", peer=relay) from None
     if (status := reply.get(5)) != _OK:
         raise ServerUnreachable(f"it refuses (status {status!r} of libp2p's circuit relay)", peer=relay)
-    limit = reply.get(4)
-    most_bytes = _fields(limit).get(2) if isinstance(limit, bytes) else None
     if isinstance(most_bytes, int) and 0 < most_bytes < LEAST_BYTES:
         raise ServerUnreachable(f"it lets no more than {most_bytes} bytes through", peer=relay)
 

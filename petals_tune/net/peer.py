@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from petals_tune.errors import ServerError
+from petals_tune.errors import Refused, ServerError, ServerUnreachable
+from petals_tune.net.background import begin
 from petals_tune.net.circuit_relay import Reservation, start_relay
 from petals_tune.net.dht.directory import DhtDirectory
 from petals_tune.net.dial_back import PROTOCOL as DIAL_BACK
@@ -19,6 +20,7 @@ from petals_tune.net.hivemind_p2p import HivemindTransport, handle_loop_exceptio
 from petals_tune.net.members import Members, credentials
 from petals_tune.net.stream import ServerStream
 from petals_tune.net.transport import Transport
+from petals_tune.net.verdict import verdict
 
 Reach = Literal["auto", "direct", "relay"]  # auto: direct where a peer of the swarm can dial this one
 T = TypeVar("T")
@@ -128,7 +130,7 @@ async def joined(
                 )
             if reach == "relay" or dialable is False:
                 reservation = await Reservation.make(transport, initial_peers)
-                stack.callback(asyncio.create_task(reservation.renew()).cancel)
+                stack.callback(begin(reservation.renew(), "the renewal of this server's place at its relay").cancel)
         ask_why = partial(_ask_for_the_reason, transport, initial_peers, members, timeout_s=connect_s)
         directory = await DhtDirectory.join(
             transport,
@@ -139,7 +141,8 @@ async def joined(
             ask_why=None if listens else ask_why,
         )
         stack.push_async_callback(directory.leave)
-        stack.callback(asyncio.create_task(directory.stay_known(transport, initial_peers)).cancel)
+        staying = directory.stay_known(transport, initial_peers)
+        stack.callback(begin(staying, "the way by which this peer stays known in the DHT").cancel)
         yield Peer(
             id=transport.id,
             transport=transport,
@@ -154,11 +157,33 @@ async def joined(
 async def _ask_for_the_reason(
     transport: Transport, initial_peers: Sequence[str], members: Members | None, *, timeout_s: float
 ) -> None:
-    """Raises AccessDenied, or what else a server says: the DHT of a private swarm does not answer whom it refuses."""
-    for address in initial_peers:
-        with suppress(ServerError):
-            peer = peer_of(address)
+    """Ask the initial peers why the DHT is silent: that of a private swarm does not answer whom it refuses.
+
+    Raises AccessDenied, or what else they refuse, where two say so or there is only one; ServerUnreachable where one of
+    several says so and no other one answers. Returns where one of them lets us in, or none answers.
+    """
+
+    async def ask(address: str) -> Refused | bool | None:
+        """What the peer refuses; None where it does not answer, True where it lets us in."""
+        try:
             stream = await ServerStream.open(
-                transport, peer, [address], model=None, members=members, timeout_s=timeout_s
+                transport, peer_of(address), [address], model=None, members=members, timeout_s=timeout_s
             )
-            await stream.close()
+        except Refused as error:
+            return error
+        except ServerError:
+            return None
+        await stream.close()
+        return True
+
+    by_peer = {peer_of(address): address for address in initial_peers}  # one may have several addresses
+    answers = await asyncio.gather(*map(ask, by_peer.values()))
+    refused = [answer for answer in answers if isinstance(answer, Refused)]
+    if True in answers or not refused:
+        return
+    if (final := verdict(refused, alone=len(by_peer) == 1)) is not None:
+        raise final
+    raise ServerUnreachable(
+        f"of {len(by_peer)} initial peers only {refused[0].peer} answers, and it says: {refused[0]}",
+        peer=refused[0].peer,
+    )

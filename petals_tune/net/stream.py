@@ -6,11 +6,13 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from petals_tune.errors import (
     AccessDenied,
+    BadReply,
     ConnectionLost,
     PetalsTuneError,
     ProtocolError,
@@ -20,6 +22,7 @@ from petals_tune.errors import (
     UntrustedServer,
 )
 from petals_tune.net.members import Members
+from petals_tune.net.own_lag import awake_s, patience
 from petals_tune.net.stats import SwarmStats
 from petals_tune.net.transport import Connection, Transport
 from petals_tune.wire import frames
@@ -45,7 +48,11 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 SILENCE_S = 6.0  # a server whose event loop sends nothing for so long is stopped or gone
 ENOUGH_PINGS = 3  # that it has to leave unanswered meanwhile
-MAX_MESSAGE_BYTES = 2**31
+MAX_MESSAGE_BYTES = 2**31  # that we send in one message, whatever the server would take
+MAX_IN_FLIGHT = 64  # requests, whatever the server would take: each is kept, encoded, until it was sent
+SMALL_REPLY_BYTES = 2**16  # enough for every reply without tensors
+MAX_GIVEN_UP = 64  # requests without a waiter whose replies are still read, since they may name what the server keeps
+MAX_UNASKED = 32  # messages under ids of which none was asked, until the server is left
 CHECK_S = 1.0  # between two checks whether the server is still a member of a private swarm
 TOKENS_S = 30.0  # between two exchanges of tokens on an open stream of a private swarm
 HELLO_S = 10.0  # for the answer to ours
@@ -57,11 +64,11 @@ T = TypeVar("T")
 class MessageWriter:
     """Writes messages frame by frame: they alternate on the connection, and a slow reader stops their writers."""
 
-    def __init__(self, connection: Connection):
+    def __init__(self, connection: Connection, clock: Callable[[], float] = time.monotonic):
         self.connection = connection
-        self._lock = asyncio.Lock()
+        self._lock, self._clock = asyncio.Lock(), clock
         self._running: set[asyncio.Task[Any]] = set()  # asyncio keeps no strong reference to a task
-        self.blocked_since_s: float | None = None  # time.monotonic() since when the reader takes nothing
+        self.blocked_since_s: float | None = None  # on the `clock`: since when the reader takes nothing
 
     async def write(self, message_id: int, message: Message) -> int:
         """Write `message`; returns its bytes, frames included. Raises ConnectionLost.
@@ -90,7 +97,7 @@ class MessageWriter:
         sent = 0
         for header, payload in frames.cut(message_id, body):
             async with self._lock:
-                self.blocked_since_s = time.monotonic()
+                self.blocked_since_s = self._clock()
                 try:
                     await self.connection.write(header, payload)
                 finally:
@@ -99,14 +106,24 @@ class MessageWriter:
         return sent
 
 
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """A reply that is due."""
+
+    reply: asyncio.Future[Message]
+    most_bytes: int
+
+
 class ServerStream(MessageWriter):
     """The client's end of a connection to one server; replies are matched with their requests by id.
 
     Every pending request fails at once when the connection ends, the server falls silent, or is no member any more.
+    Memory is taken for replies that were asked for, as large as they can be; all else is read and dropped. Time for
+    which this process stood still is not counted against the server.
     """
 
     def __init__(self, connection: Connection, stats: SwarmStats):
-        super().__init__(connection)
+        super().__init__(connection, clock=awake_s)
         self.peer = connection.peer
         self.adapters: dict[tuple[str, BlockSpan], asyncio.Task[Message]] = {}  # uploads on this stream, by version
         self.welcome: Welcome
@@ -114,8 +131,13 @@ class ServerStream(MessageWriter):
         self._stats = stats
         self._window = asyncio.Semaphore(1)  # requests in flight
         self._ids = itertools.count(1)
-        self._pending: dict[int, asyncio.Future[Message]] = {}
-        self._heard_s = time.monotonic()
+        self._pending: dict[int, Expected] = {}
+        self._given_up: dict[int, int] = {}  # most bytes of replies that nobody waits for, by id, oldest first
+        # Which sizes are allowed, `_admit` says.
+        self._assembler = frames.Assembler(max_message_bytes=2**32, max_open_bytes=2**63, admit=self._admit)
+        self._arriving = 0  # id of the frame that is read
+        self._unasked = 0  # messages beyond those that were asked for
+        self._heard_s = awake_s()
         self._unanswered_pings = 0
         self._failure: ServerError | None = None
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
@@ -134,10 +156,11 @@ class ServerStream(MessageWriter):
     ) -> ServerStream:
         """Dial server `peer` and greet it: it has to serve `model` (None: any) and, with `members`, be one of them.
 
-        Raises ServerUnreachable, ServerTimeout, UntrustedServer, or what the server refuses.
+        Raises ServerError: ServerUnreachable, ServerTimeout, UntrustedServer, Refused. AccessDenied where our own token
+        has expired.
         """
         try:
-            async with asyncio.timeout(timeout_s):
+            async with patience(timeout_s):
                 connection = await transport.dial(peer, addresses, PROTOCOL)
         except TimeoutError:
             raise ServerTimeout(f"server {peer} did not open a stream within {timeout_s:g} s", peer=peer) from None
@@ -152,19 +175,19 @@ class ServerStream(MessageWriter):
         return stream
 
     async def _greet(self, model: str | None, members: Members | None, timeout_s: float) -> None:
-        asked_s = time.monotonic()
+        asked_s = awake_s()
         token = None if members is None else members.own_token()
         self.welcome = await self._say_hello(Hello(model=model, token=token), timeout_s)
-        self.round_trip_s = time.monotonic() - asked_s
+        self.round_trip_s = awake_s() - asked_s
         if members is not None and token is not None:
             host = _check_host(members, self.welcome.token, self.peer)
             self._tasks.append(asyncio.create_task(self._watch_tokens(model, members, token, host)))
-        self._window = asyncio.Semaphore(self.welcome.max_in_flight)
+        self._window = asyncio.Semaphore(min(self.welcome.max_in_flight, MAX_IN_FLIGHT))
 
     async def _say_hello(self, hello: Hello, timeout_s: float) -> Welcome:
-        welcome = await self._call(hello, timeout_s)
+        welcome = await self._call(hello, timeout_s, SMALL_REPLY_BYTES)
         if not isinstance(welcome, Welcome):
-            raise ServerError(f"server {self.peer} answered Hello with {type(welcome).__name__}", peer=self.peer)
+            raise BadReply(f"server {self.peer} answered Hello with {type(welcome).__name__}", peer=self.peer)
         return welcome
 
     async def _watch_tokens(self, model: str | None, members: Members, shown: bytes, host: Token) -> None:
@@ -194,30 +217,30 @@ class ServerStream(MessageWriter):
     @property
     def max_tensor_bytes(self) -> int:
         """Bytes of tensors that the server takes in one message."""
-        return self.welcome.max_message_bytes - OVERHEAD_BYTES
+        return max(min(self.welcome.max_message_bytes, MAX_MESSAGE_BYTES) - OVERHEAD_BYTES, 0)
 
     @property
     def alive(self) -> bool:
         return self._failure is None
 
-    async def call(self, request: Message, *, timeout_s: float | None) -> Message:
-        """Send `request` and wait for its reply, `timeout_s` at most.
+    async def call(self, request: Message, *, timeout_s: float | None, most_bytes: int = SMALL_REPLY_BYTES) -> Message:
+        """Send `request` and wait for its reply, which has `most_bytes`, for `timeout_s` at most.
 
-        Raises ServerError, or what the server's refusal stands for.
+        Raises ServerError; what the server refuses is a `Refused` or another class of it.
         """
         async with self._window:
-            return await self._call(request, timeout_s)
+            return await self._call(request, timeout_s, most_bytes)
 
-    async def _call(self, request: Message, timeout_s: float | None) -> Message:
+    async def _call(self, request: Message, timeout_s: float | None, most_bytes: int) -> Message:
         if self._failure is not None:
             raise self._failure
         message_id = next(self._ids)
         reply: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._pending[message_id] = reply
-        asked_s = time.monotonic()
+        self._pending[message_id] = Expected(reply=reply, most_bytes=most_bytes)
+        asked_s = awake_s()
         self._heard_s = max(self._heard_s, asked_s - SILENCE_S / 2)  # an idle server owes no sign of life
         try:
-            async with asyncio.timeout(timeout_s):
+            async with patience(timeout_s):
                 await self._send(message_id, request)
                 answer = await reply
         except TimeoutError:
@@ -226,16 +249,26 @@ class ServerStream(MessageWriter):
             self._pending.pop(message_id, None)
             if reply.done() and not reply.cancelled():
                 reply.exception()  # where sending failed first, nobody awaits it, and asyncio would complain
+            else:
+                self._give_up(message_id, most_bytes)
         if not isinstance(request, Ping):
-            self._stats.answered(self.peer, time.monotonic() - asked_s)
+            self._stats.answered(self.peer, awake_s() - asked_s)
         if isinstance(answer, Refusal):
             raise answer.to_error(self.peer)
         return answer
+
+    def _give_up(self, message_id: int, most_bytes: int) -> None:
+        """Wait for a reply no more. It is read all the same when it comes, unless there are many of them."""
+        self._given_up[message_id] = most_bytes
+        if len(self._given_up) > MAX_GIVEN_UP:
+            del self._given_up[next(iter(self._given_up))]
+            self._unasked -= 1  # it may still come
 
     async def send(self, message: Message) -> None:
         """Send a `message` that is not answered. Raises ServerError."""
         if self._failure is not None:
             raise self._failure
+        self._unasked -= 1  # a server may answer it: to a Ping with a Pong, to a Delivery that it has no room
         await self._send(next(self._ids), message)
 
     async def notify(self, message: Message) -> None:
@@ -256,40 +289,60 @@ class ServerStream(MessageWriter):
             raise self._failure
 
     async def _read(self) -> None:
-        assembler = frames.Assembler(max_message_bytes=MAX_MESSAGE_BYTES, max_open_bytes=2 * MAX_MESSAGE_BYTES)
         try:
             while True:
                 header = await self.connection.read_exactly(frames.HEADER.size)
-                length, message_id, remaining = frames.read_header(header)
+                length, self._arriving, remaining = frames.read_header(header)
                 payload = await self.connection.read_exactly(length)
-                self._heard_s, self._unanswered_pings = time.monotonic(), 0
+                self._heard_s, self._unanswered_pings = awake_s(), 0
                 self._stats.received_bytes += len(header) + length
-                body = assembler.feed(message_id, payload, remaining)
-                assert not isinstance(body, frames.Dropped)  # all is admitted here
-                if body is None:
-                    continue
-                reply, pending = decode(body), self._pending.get(message_id)
-                if pending is not None and not pending.done():
-                    pending.set_result(reply)
-                elif (giving_back := _give_back(reply)) is not None:
-                    self._keep(asyncio.create_task(self.notify(giving_back)))
+                body = self._assembler.feed(self._arriving, payload, remaining)
+                if body is not None and not isinstance(body, frames.Dropped):
+                    self._take(self._arriving, decode(body))
         except ProtocolError as error:
             self._lost(f"server {self.peer} breaks the protocol: {error}")
         except ConnectionLost as error:
             self._lost(f"server {self.peer} closed the stream: {error}")
 
+    def _admit(self, total: int) -> bool:
+        """Whether to keep a message of `total` bytes whose first frame came: only a reply that is due, and fits.
+
+        Raises ProtocolError where the server sends what was not asked for, again and again.
+        """
+        expected = self._pending.get(self._arriving)
+        if expected is not None and not expected.reply.done():
+            if total <= expected.most_bytes:
+                return True
+            text = f"server {self.peer} answers with {total} bytes, where at most {expected.most_bytes} could be due"
+            expected.reply.set_exception(BadReply(text, peer=self.peer))
+        elif total <= self._given_up.get(self._arriving, -1):
+            return True
+        else:
+            self._unasked += 1
+            if self._unasked > MAX_UNASKED:
+                raise ProtocolError(f"{self._unasked} messages that nobody asked for", what="message")
+        return False
+
+    def _take(self, message_id: int, reply: Message) -> None:
+        """Pass on a reply, or give back what it says that the server keeps, where nobody waits for it any more."""
+        expected = self._pending.get(message_id)
+        self._given_up.pop(message_id, None)
+        if expected is not None and not expected.reply.done():
+            expected.reply.set_result(reply)
+        elif (giving_back := _give_back(reply)) is not None:
+            self._keep(asyncio.create_task(self.notify(giving_back)))
+
     async def _watch(self) -> None:
         """Notice a server that is stopped or unplugged: the event loop of a living one answers while it computes."""
         while self._failure is None:
             await asyncio.sleep(HEARTBEAT_S)
-            now_s = time.monotonic()
+            now_s = awake_s()
             silence_s = now_s - self._heard_s
             if not self._pending or silence_s <= HEARTBEAT_S:
                 continue
             blocked = self.blocked_since_s is not None  # it takes nothing, not even a Ping
             if self.blocked_since_s is not None:
                 silence_s = min(silence_s, now_s - self.blocked_since_s)
-            # It may be this process that stood still: then what the server said is still to be read.
             if silence_s > SILENCE_S and (blocked or self._unanswered_pings >= ENOUGH_PINGS):
                 self._lost(f"server {self.peer} fell silent for {silence_s:.0f} s")
             elif not blocked:
@@ -304,8 +357,8 @@ class ServerStream(MessageWriter):
         if self._failure is None:
             self._failure = error
             for pending in self._pending.values():
-                if not pending.done():
-                    pending.set_exception(self._failure)
+                if not pending.reply.done():
+                    pending.reply.set_exception(self._failure)
             if flush:
                 self.close_connection()
             else:

@@ -105,6 +105,7 @@ class DistributedModel:
             join_swarm(
                 initial_peers,
                 model=checkpoint.digest,
+                source=str(source),
                 blocks=BlockSpan(0, family.total_blocks),
                 policy=policy or RetryPolicy(),
                 members=None if swarm_token is None else Members.of_client(swarm_token, identity_path),

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch.autograd.function import once_differentiable
 
-from petals_tune.errors import RequestRefused, TooLarge
+from petals_tune.errors import RequestRefused, RequestTooLarge
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.sender import fewer
@@ -36,9 +36,9 @@ class RemoteCall:
     rows: int
 
     def forward(self, hidden: torch.Tensor, *, keep: bool, input_grad: bool) -> list[Trace]:
-        """Traces in the order of the rows. Where a server takes fewer rows at once, micro-batches are smaller.
+        """Traces in the order of the rows. Where the servers take fewer rows at once, micro-batches are smaller.
 
-        Raises TooLarge where a single row is too large.
+        Raises RequestTooLarge where a single row is too large.
         """
         rows = min(self.rows, len(hidden))
         traces: dict[int, Trace] = {}  # by first row
@@ -54,7 +54,7 @@ class RemoteCall:
             except BaseException as error:
                 KeptTraces(self.chain, list(traces.values()))  # which dies, and gives the leases of the others back
                 traces.clear()
-                if not isinstance(error, TooLarge):
+                if not isinstance(error, RequestTooLarge):
                     raise
                 rows = fewer(rows, error)
 

@@ -16,6 +16,7 @@ from petals_tune.errors import BadReply
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.hand_over import Pass
 from petals_tune.swarm.replies import bad_reply, check_tensor, expect, gradients_by_block
+from petals_tune.swarm.routes.limits import Size
 from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.sender import Sender
@@ -35,7 +36,7 @@ from petals_tune.wire.messages import (
     Step,
     Stepped,
 )
-from petals_tune.wire.tensors import WireFormat, in_format
+from petals_tune.wire.tensors import WireFormat, format_bytes, in_format
 
 EnteredPass = AbstractAsyncContextManager[Pass]
 
@@ -70,6 +71,17 @@ class Calls:
         self.hand_over = hand_over
         self.observer = observer
 
+    def size(self, hidden: torch.Tensor, context: CallContext, *, keep: bool) -> Size:
+        """How much a forward of `hidden` (B, S, H) brings to each server; with `keep`, its backward counts too."""
+        rows, positions, _ = hidden.shape
+        hidden_bytes = format_bytes(hidden.shape, self.wire_format)
+        masks = [mask for mask in (context.padding, context.positions) if mask is not None]
+        return Size(
+            tokens=rows * positions,
+            positions=positions,
+            message_bytes=hidden_bytes * (2 if keep else 1) + sum(mask.nbytes for mask in masks),
+        )
+
     # Training
 
     def forwards(self, stages: Sequence[Stage], like: torch.Tensor, context: CallContext) -> EnteredPass:
@@ -81,7 +93,7 @@ class Calls:
         def request(number: int) -> Forward:
             return self._forward(stages[number], context, empty)
 
-        return self._sender.in_pass([stage.hop for stage in stages], request, context)
+        return self._sender.in_pass([stage.hop for stage in stages], request, context, width=like.shape[2])
 
     async def forward(
         self, stage: Stage, hidden: torch.Tensor, context: CallContext, along: Pass
@@ -121,7 +133,8 @@ class Calls:
             leg = legs[number]
             return self._backward(leg, context, _sum_of(leg, sums), term, leg.hidden[:, :, :0])
 
-        return self._sender.in_pass([leg.hop for leg in legs], request, context)
+        width = legs[0].hidden.shape[2] if legs else 0
+        return self._sender.in_pass([leg.hop for leg in legs], request, context, width=width)
 
     async def backward(
         self,
@@ -179,13 +192,14 @@ class Calls:
     async def collect(self, partial: PartialSum) -> ChainGradients | None:
         """The adapter's gradients that a server added up; None where its sum is not the one of our terms."""
         hop, context = partial.hop, partial.terms[0].context
-        answer = await self._sender.ask(hop, CollectSum(adapter_sum=partial.number))
+        parts = context.adapter_on(hop.span)
+        answer = await self._sender.ask(hop, CollectSum(adapter_sum=partial.number), parts=parts)
         with self._checking(hop):
             reply = expect(hop, answer, CollectedSum)
             # A backward that was given up here and repeated elsewhere may be in the sum all the same.
             if reply.terms != len(partial.terms):
                 return None
-            found = ChainGradients(adapter=gradients_by_block(hop, context.adapter_on(hop.span), reply.adapter))
+            found = ChainGradients(adapter=gradients_by_block(hop, parts, reply.adapter))
         if self.observer is not None:
             await self.observer.on_sum(partial, found)
         return found
@@ -206,9 +220,9 @@ class Calls:
         with self._checking(hop):
             return expect(hop, answer, SessionOpened).session
 
-    def steps(self, hops: Sequence[Hop], request: Callable[[int], Step]) -> EnteredPass:
+    def steps(self, hops: Sequence[Hop], request: Callable[[int], Step], width: int) -> EnteredPass:
         """A pass of `step` along `hops`; `request` makes the one of a hop, by its number, without its tensor."""
-        return self._sender.in_pass(hops, request, CallContext())  # the sessions have the adapter
+        return self._sender.in_pass(hops, request, CallContext(), width=width)  # the sessions have the adapter
 
     async def step(
         self, hop: Hop, hidden: torch.Tensor, build: Callable[[torch.Tensor], Step], along: Pass

@@ -36,7 +36,7 @@ class Chain:
     ) -> Trace:
         """Run blocks `span` on `hidden` (B, S, H). With `keep`, servers keep their graphs where these fit.
 
-        Raises UncoveredBlocks, SwarmTimeout, or RequestRefused for what no server would accept.
+        Raises UncoveredBlocks, SwarmTimeout, RequestTooLarge for more than servers take at once, and what they refuse.
         """
         legs: list[Leg] = []
         current = hidden
@@ -53,7 +53,8 @@ class Chain:
                     yield stage.hop.span.stop
 
         try:
-            await self.repair.along_route(span, go, work=hidden.shape[0] * hidden.shape[1])
+            size = self.calls.size(hidden, context, keep=keep)
+            await self.repair.along_route(span, go, work=size.tokens, size=size)
         except BaseException:
             await self.calls.release(legs)
             raise
@@ -124,7 +125,7 @@ class Chain:
 
         if self.client.lost(leg.hop.server):
             return await elsewhere()
-        return await self.repair.with_fallback(there, elsewhere, attempts)
+        return await self.repair.with_fallback(there, elsewhere, attempts, leg.hop.span)
 
     async def collect(self, sums: AdapterSums) -> list[ChainGradients]:
         """The adapter's gradients that servers added up. What a lost server had is computed again elsewhere."""
@@ -134,16 +135,19 @@ class Chain:
     async def _collect(self, partial_sum: PartialSum) -> list[ChainGradients]:
         if not partial_sum.terms:
             return []
+        attempts, span = self.repair.attempts(), partial_sum.hop.span
 
         async def again() -> list[ChainGradients]:
             terms = sorted(partial_sum.terms, key=lambda term: term.place)
-            return [await self._term_again(term) for term in terms]
+            found = [await self._term_again(term) for term in terms]
+            self.repair.made_progress(attempts, span)
+            return found
 
         async def collected() -> list[ChainGradients] | None:
             found = await self.calls.collect(partial_sum)
             return None if found is None else [found]
 
-        found = await self.repair.with_fallback(collected, again, self.repair.attempts())
+        found = await self.repair.with_fallback(collected, again, attempts, span)
         return await again() if found is None else found
 
     async def _term_again(self, term: Term) -> ChainGradients:

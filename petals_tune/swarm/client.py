@@ -5,11 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager, suppress
+from shlex import quote
 
-from petals_tune.errors import BadReply, NotFinite, PetalsTuneError, ServerError, ServerTimeout, SwarmError
+from petals_tune.errors import (
+    BadReply,
+    NotFinite,
+    OverLimit,
+    PetalsTuneError,
+    ProtocolError,
+    Refused,
+    RequestRefused,
+    ServerError,
+    ServerTimeout,
+    SwarmError,
+    UncoveredBlocks,
+)
 from petals_tune.net.members import Members
+from petals_tune.net.own_lag import awake_s
 from petals_tune.net.peer import Peer, joined
 from petals_tune.net.pool import StreamPool
 from petals_tune.net.stats import SwarmStats
@@ -17,6 +31,7 @@ from petals_tune.net.stream import ServerStream
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.routes.dialler import Dialler
 from petals_tune.swarm.routes.known import KnownServers
+from petals_tune.swarm.routes.limits import LEAST, Limits, ServerLimits, Size
 from petals_tune.swarm.routes.load import Load
 from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.swarm.routes.route import Hop
@@ -34,8 +49,13 @@ LEAST_OWN = 0.1  # share of a step's time that counts as the server's own, whate
 class SwarmClient:
     """Knows the servers of one model. All methods run on the background loop."""
 
-    def __init__(self, peer: Peer, model: str, policy: RetryPolicy, blocks: BlockSpan):
-        """`blocks`: those that are looked for in the directory."""
+    def __init__(
+        self, peer: Peer, model: str, policy: RetryPolicy, blocks: BlockSpan, *, source: str = "MODEL", join: str = ""
+    ):
+        """`blocks`: those that are looked for in the directory.
+
+        `source` and `join`, an address, are this client's own: what servers say of theirs belongs into no command.
+        """
         self.stats = SwarmStats()
         self.policy = policy
         self._streams = StreamPool(peer, model=model, timeout_s=policy.connect_s, stats=self.stats)
@@ -48,8 +68,11 @@ class SwarmClient:
         )
         self._routing = Routing(self._known, Dialler(self._reach), self._open_peers)
         self._bans = self._routing.bans
+        self._reported: set[str] = set()  # peers whose refusal others contradicted
         self._pinged_s = time.monotonic()
         self._pinging: asyncio.Task[None] | None = None
+        peers = f"swarm.initial_peers=[{join or 'ADDRESS'}]"
+        self._command = f"python -m servers {quote(f'model.source={source}')} {quote(peers)} blocks="  # hosts the model
         self._owned = AsyncExitStack()  # what ends with this client
         self._closed = False
 
@@ -59,11 +82,12 @@ class SwarmClient:
         initial_peers: Sequence[str],
         *,
         model: str,
+        source: str,
         blocks: BlockSpan,
         policy: RetryPolicy,
         members: Members | None = None,
     ) -> SwarmClient:
-        """Join the swarm, a private one as one of its `members`.
+        """Join the swarm, a private one as one of its `members`. `source` is how users name the `model`, a digest.
 
         Raises ConfigError, ServerUnreachable, ClockSkew or AccessDenied.
         """
@@ -71,7 +95,7 @@ class SwarmClient:
             peer = await stack.enter_async_context(
                 joined(initial_peers, members=members, listens=False, connect_s=policy.connect_s)
             )
-            client = cls(peer, model, policy, blocks)
+            client = cls(peer, model, policy, blocks, source=source, join=next(iter(initial_peers), ""))
             client._owned = stack.pop_all()
         return client
 
@@ -87,6 +111,11 @@ class SwarmClient:
         """What servers cost."""
         return self._routing.load
 
+    @property
+    def limits(self) -> Limits:
+        """How much servers take at once."""
+        return self._routing.limits
+
     async def refresh(self) -> None:
         """Read the directory again."""
         await self._known.refresh()
@@ -99,20 +128,47 @@ class SwarmClient:
         """Begin to read the directory again; nobody has to wait for it."""
         return self._known.refresh_soon()
 
-    async def route(self, span: BlockSpan, *, work: int, latency: HandOverRule | None = None) -> tuple[Hop, ...]:
+    async def route(
+        self,
+        span: BlockSpan,
+        *,
+        work: int,
+        latency: HandOverRule | None = None,
+        size: Size = LEAST,
+        without: Collection[str] = (),
+    ) -> tuple[Hop, ...]:
         """The best chain for `span`, where `work` tokens (rows x positions) go through each block; see `Routing.route`.
 
         The one with the most tokens a second; with `latency`, the one with the least time for a token, where servers
-        hand their outputs on by that rule.
+        hand their outputs on by that rule. Of servers that take requests of `size`, and of none of those `without`.
         """
         self._check_open()
         if time.monotonic() - self._pinged_s > PING_S and (self._pinging is None or self._pinging.done()):
             self._pinging = asyncio.create_task(self._ping_all())
-        return await self._routing.route(Wish(span=span, work=work, latency=latency))
+        with self._telling_how_to_host():
+            return await self._routing.route(Wish(span=span, work=work, latency=latency, size=size, without=without))
+
+    async def others(self, span: BlockSpan, *, without: Collection[str]) -> bool:
+        """Whether servers other than those `without` hold all blocks of `span`."""
+        return await self._routing.others(span, without=without)
 
     def plan(self, span: BlockSpan, *, work: int, banned: Collection[str]) -> tuple[Hop, ...]:
         """The best chain without the `banned`, as far as is known now. Raises UncoveredBlocks."""
-        return self._routing.plan(Wish(span=span, work=work), without=banned)
+        with self._telling_how_to_host():
+            return self._routing.plan(Wish(span=span, work=work), without=banned)
+
+    def command_to_host(self, span: object) -> str:
+        """The command that hosts blocks `span` of this client's model."""
+        return f"{self._command}{span}"
+
+    @contextmanager
+    def _telling_how_to_host(self) -> Iterator[None]:
+        """Add to UncoveredBlocks the commands that would host what is missing."""
+        try:
+            yield
+        except UncoveredBlocks as error:
+            commands = "".join(f"\n  start one:  {self.command_to_host(span)}" for span in error.missing)
+            raise UncoveredBlocks(f"{error}{commands}", missing=error.missing, seen=error.seen) from None
 
     # What is learned of servers
 
@@ -163,6 +219,26 @@ class SwarmClient:
             note = self._bans.not_finite if isinstance(error, NotFinite) else self._bans.offended
             note(server.peer, now_s)
 
+    def give_up(self, error: ServerError) -> None:
+        """Leave the server that `error` names alone for a while."""
+        for server in self.servers:
+            if server.peer == error.peer:
+                self.failed(server, error)
+
+    def contradicted(self, refused: Refused) -> None:
+        """Others did what a server refused: it is left alone like one that returned what cannot be right.
+
+        One that takes less at once may be honest, and one that does not let us in, or holds another model by now: these
+        were passed over for a while, and no more.
+        """
+        if isinstance(refused, OverLimit):
+            return
+        if isinstance(refused.said, RequestRefused | ProtocolError):
+            self._bans.offended(refused.peer, time.monotonic())
+        if refused.peer not in self._reported:
+            self._reported.add(refused.peer)
+            logger.warning("server %s refused what others did, and is passed over: %s", refused.peer, refused)
+
     # Streams
 
     async def stream(self, server: ServerRecord) -> ServerStream:
@@ -177,6 +253,13 @@ class SwarmClient:
             self.failed(server, error)
             raise type(error)(f"blocks {server.blocks}: {error}", **vars(error) | {"peer": server.peer}) from error
         self._routing.round_trips.add(server.peer, stream.round_trip_s)
+        welcome = stream.welcome
+        self.limits.said(
+            server.peer,
+            ServerLimits(
+                tokens=welcome.max_tokens, positions=welcome.max_positions, message_bytes=stream.max_tensor_bytes
+            ),
+        )
         return stream
 
     def open_stream(self, server: ServerRecord) -> ServerStream | None:
@@ -204,10 +287,10 @@ class SwarmClient:
         await asyncio.gather(*map(self._ping, streams))
 
     async def _ping(self, stream: ServerStream) -> None:
-        began_s = time.monotonic()
+        began_s = awake_s()
         with suppress(PetalsTuneError):  # who needs the stream meets its error
             await stream.call(Ping(), timeout_s=self.policy.connect_s)
-            self._routing.round_trips.add(stream.peer, time.monotonic() - began_s)
+            self._routing.round_trips.add(stream.peer, awake_s() - began_s)
 
     def _check_open(self) -> None:
         if self._closed:

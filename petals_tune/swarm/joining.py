@@ -21,16 +21,21 @@ async def join_swarm(
     initial_peers: Sequence[str],
     *,
     model: str,
+    source: str,
     blocks: BlockSpan,
     policy: RetryPolicy,
     members: Members | None = None,
 ) -> SwarmClient:
     """Join the swarm, a private one as one of its `members`, and wait until all `blocks` have a server.
 
+    `model` is a digest, `source` how users name it.
+
     Raises ConfigError, ServerUnreachable, ClockSkew, AccessDenied, SwarmMismatch, or UncoveredBlocks after a few
     seconds of looking.
     """
-    client = await SwarmClient.join(initial_peers, model=model, blocks=blocks, policy=policy, members=members)
+    client = await SwarmClient.join(
+        initial_peers, model=model, source=source, blocks=blocks, policy=policy, members=members
+    )
     looking = Repair(client, RetryPolicy(timeout_s=JOIN_S, longest_pause_s=0.5))
     try:
         await looking.until_done(partial(client.route, blocks, work=1), looking.attempts())
@@ -40,8 +45,7 @@ async def join_swarm(
             if not client.servers and (others := await client.models()):
                 raise SwarmMismatch(
                     f"{mismatch_text(others, model, whose='your model')}\n"
-                    "  load a model that the network has, or host yours:  python -m servers model.source=MODEL "
-                    "'swarm.initial_peers=[...]'",
+                    f"  load a model that the network has, or host yours:  {client.command_to_host(blocks)}",
                     wanted=model,
                     found=tuple(dict.fromkeys(server.model for server in others)),
                 ) from None

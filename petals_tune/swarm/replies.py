@@ -58,4 +58,4 @@ def gradients_by_block(
 
 
 def bad_reply(hop: Hop, what: str, kind: type[BadReply] = BadReply) -> BadReply:
-    return kind(f"server {hop.server.peer} returned {what} from blocks {hop.span}", peer=hop.server.peer)
+    return kind(f"server {hop.server.peer} returned {what} from blocks {hop.span}", peer=hop.server.peer, span=hop.span)

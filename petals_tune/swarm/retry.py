@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from petals_tune.errors import Diverged, NotFinite, Retriable, SwarmTimeout, UncoveredBlocks
+from petals_tune.errors import Diverged, NotFinite, OverLimit, Refused, Retriable, SwarmTimeout, UncoveredBlocks
+from petals_tune.net.verdict import verdict
+from petals_tune.wire.span import BlockSpan, gaps
 
 NOTICE_AFTER_S = 5.0  # what is repaired sooner is not logged
 NOTICE_EVERY_S = 30.0
@@ -28,6 +30,41 @@ class RetryPolicy:
 
 
 @dataclass
+class Refusals:
+    """What servers refused of one piece of work, each until others have done it."""
+
+    by_peer: dict[str, Refused] = field(default_factory=dict)  # the last of each, the newest last
+    _done: list[BlockSpan] = field(default_factory=list)  # blocks for which others did the work since
+
+    @property
+    def peers(self) -> frozenset[str]:
+        """Servers that are not asked again for this work."""
+        return frozenset(self.by_peer)
+
+    def add(self, refused: Refused) -> None:
+        if isinstance(refused, OverLimit) and refused.fits is not None:
+            return  # known by its limits from now on, and asked for less
+        self.by_peer.pop(refused.peer, None)
+        self.by_peer[refused.peer] = refused
+
+    def done(self, span: BlockSpan) -> list[Refused]:
+        """Take note that the work is done for the blocks of `span`; returns the refusals that this contradicts."""
+        if not self.by_peer:
+            return []
+        self._done.append(span)
+        denied = [
+            each
+            for each in self.by_peer.values()
+            if not isinstance(each.span, BlockSpan) or not gaps(self._done, each.span)
+        ]
+        for each in denied:
+            del self.by_peer[each.peer]
+        if not self.by_peer:
+            self._done.clear()
+        return denied
+
+
+@dataclass
 class Attempts:
     """The attempts at one piece of work since it last moved on."""
 
@@ -37,23 +74,35 @@ class Attempts:
     failures: int = 0  # of servers; waiting for blocks that nobody holds is none
     server_error: Retriable | None = None  # the last of them
     not_finite: NotFinite | None = None  # the first of them
+    refusals: Refusals = field(default_factory=Refusals)
+    lacked: set[str] = field(default_factory=set)  # servers that did not keep what they were to keep
 
     def made_progress(self, now_s: float) -> None:
         self.since_s, self.count, self.failures = now_s, 0, 0
         self.server_error = self.not_finite = None
 
-    def failed(self, error: Retriable, now_s: float) -> float:
-        """Seconds to wait before the next attempt.
+    def failed(self, error: Retriable, now_s: float, *, alone: bool = False) -> float:
+        """Seconds to wait before the next attempt. `alone`: only servers that refused, or returned NaN, are there.
 
-        When there shall be none, raises `error`, or SwarmTimeout, or Diverged for numbers that were not finite twice.
+        When there shall be none, raises `error`, or SwarmTimeout; what servers refuse, where two agree or nobody else
+        is there; Diverged for numbers that were not finite at two servers, or twice at the only one.
         """
+        if isinstance(error, Refused):
+            self.refusals.add(error)
+        if isinstance(error, Refused | UncoveredBlocks):
+            final = verdict(list(self.refusals.by_peer.values()), alone=alone)
+            if final is not None:
+                raise final from error
+        if isinstance(error, OverLimit):
+            return 0.0  # no failure: it is asked for less, or not again
         if isinstance(error, NotFinite):
-            if self.not_finite is not None:
+            before = self.not_finite
+            if before is not None and (alone or before.peer != error.peer):
                 raise Diverged(
-                    f"{error}\n  and before that: {self.not_finite}\n  training diverged (lower optimizer.lr, or "
-                    "clip), or the blocks of these servers are broken"
+                    f"{error}\n  and before that: {before}\n  training diverged (lower optimizer.lr, or clip), or the "
+                    "blocks of these servers are broken"
                 ) from error
-            self.not_finite = error
+            self.not_finite = before or error
         self.count += 1
         if not isinstance(error, UncoveredBlocks):
             self.failures += 1

@@ -6,9 +6,8 @@ Nothing is tried again here: what fails, raises (swarm/repair.py). Shapes: B row
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -16,37 +15,47 @@ import torch
 
 from petals_tune.errors import (
     AdapterMissing,
-    MessageTooLarge,
+    NotFinite,
     NotHandedOn,
     NotKept,
-    ProtocolError,
+    OverLimit,
+    Refused,
     RequestRefused,
+    RequestTooLarge,
     ServerError,
     ServerTimeout,
-    TooLarge,
 )
-from petals_tune.net.stream import ServerStream
+from petals_tune.net.own_lag import awake_s, patience
+from petals_tune.net.stream import SMALL_REPLY_BYTES
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.hand_over import HandOverRules, Pass, SentAhead
+from petals_tune.swarm.replies import bad_reply
+from petals_tune.swarm.routes.limits import Size
 from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.trace import CallContext
+from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import (
     Backward,
     Chained,
     ChainedReply,
+    CollectSum,
     Delivery,
+    Done,
     Forward,
     HandOver,
     Message,
     PutAdapter,
     Step,
     Withdrawn,
+    carried,
 )
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import encoded_bytes
 
+MOST_VALUE_BYTES = 8  # of a value in a reply, with its share of the scales of 8-bit vectors, however short these are
+TENSOR_BYTES = 64  # of a tensor beside its values
 KEPT_UPLOADS = 8  # versions of adapters that a stream remembers to have carried; servers keep fewer
 
 UploadName = tuple[str, BlockSpan]
@@ -64,11 +73,11 @@ class Sender:
 
     @asynccontextmanager
     async def in_pass(
-        self, hops: Sequence[Hop], request: Callable[[int], Request], context: CallContext
+        self, hops: Sequence[Hop], request: Callable[[int], Request], context: CallContext, *, width: int
     ) -> AsyncIterator[Pass]:
         """A pass along `hops`: where one hands on to the next, the next one's request is sent ahead.
 
-        What still waits at the end is withdrawn.
+        Hidden states have `width` values. What still waits at the end is withdrawn.
         """
         along, comes, givers = Pass(), {}, {}
         for giver, taker, ticket in self._rules.tickets(hops):
@@ -79,7 +88,7 @@ class Sender:
             for number, hop in enumerate(hops):
                 if hop.span in comes:
                     chained = Chained(request=request(number), comes=comes[hop.span], goes=along.goes.get(hop.span))
-                    reply = asyncio.create_task(self.ask(hop, chained, context))
+                    reply = asyncio.create_task(self.ask(hop, chained, context, width=width))
                     reply.add_done_callback(_retrieve_error)  # it may never be awaited
                     along.waiting[hop.span] = SentAhead(
                         hop=hop, giver=givers[hop.span], ticket=comes[hop.span].ticket, reply=reply
@@ -104,12 +113,12 @@ class Sender:
             else:
                 request = build(tensor)
                 message = request if goes is None else Chained(request=request, goes=goes)
-                reply = await self.ask(hop, message, context, tokens=tokens)
+                reply = await self.ask(hop, message, context, tokens=tokens, width=tensor.shape[2])
         except NotKept:
             if goes is not None:
                 along.goes[hop.span] = goes  # for the request that is sent instead
             raise
-        if not isinstance(reply, ChainedReply):
+        if not isinstance(reply, ChainedReply) or (goes is None and ahead is None):
             return reply
         along.handed_on = reply.handed_on
         if goes is not None and not reply.handed_on:
@@ -117,18 +126,25 @@ class Sender:
         return reply.reply
 
     async def _reply_ahead(self, ahead: SentAhead, tensor: torch.Tensor, *, handed_on: bool) -> Message:
-        """The reply to what was sent ahead. Raises NotHandedOn where it has to be asked once more, with its tensor."""
+        """The reply to what was sent ahead. Raises NotHandedOn where it has to be asked once more, with its tensor.
+
+        What another server says that it handed on, and did not, is delivered after half of the time.
+        """
         server = ahead.hop.server
+        parts_s = [self._client.reply_s(server) / 2] * 2
         try:
-            if not handed_on and not ahead.reply.done():
-                stream = await self._client.stream(server)
-                delivery = Delivery(ticket=ahead.ticket, tensor=tensor)
-                _check_size(stream, delivery)
-                await stream.notify(delivery)
-            done, _ = await asyncio.wait({ahead.reply}, timeout=self._client.reply_s(server))
-            if done:
-                return ahead.reply.result()
-        except (RequestRefused, ProtocolError) as error:
+            for delivers, part_s in zip((not handed_on, handed_on), parts_s, strict=True):
+                if delivers and not ahead.reply.done():
+                    stream = await self._client.stream(server)
+                    await stream.notify(Delivery(ticket=ahead.ticket, tensor=tensor))
+                with suppress(TimeoutError):
+                    async with patience(part_s):
+                        await asyncio.wait({ahead.reply})
+                if ahead.reply.done():
+                    if delivers and handed_on:
+                        self._rules.failed(ahead.giver.peer, server.peer)
+                    return ahead.reply.result()
+        except Refused as error:
             # What was handed on may be what is wrong: with ours, the server says so again.
             raise NotHandedOn(f"{error}", peer=server.peer) from error
         finally:
@@ -144,42 +160,85 @@ class Sender:
         ahead.reply.cancel()
         await self.notify(ahead.hop, Withdrawn(tickets=[ahead.ticket]))
 
-    async def ask(self, hop: Hop, request: Message, context: CallContext | None = None, *, tokens: int = 0) -> Message:
+    async def ask(
+        self,
+        hop: Hop,
+        request: Message,
+        context: CallContext | None = None,
+        *,
+        tokens: int = 0,
+        width: int = 0,
+        parts: Sequence[AdapterPart] = (),
+    ) -> Message:
         """Send `request` and wait for the reply. A server that fails is left alone for a while.
 
-        With `tokens`, it is work for so many, and the time until the reply tells how fast the server is.
+        With `tokens`, it is work for so many, and the time until the reply tells how fast the server is. `width` and
+        `parts` tell how large a reply may be that brings hidden states, or gradients of an adapter other than the
+        `context`'s on these blocks.
 
         A request that waits for another server's output has no deadline here: it begins when that output is there.
         """
         server = hop.server
         waits = isinstance(request, Chained) and request.comes is not None
-        upload = None if context is None else await self._upload(hop, context)
+        try:
+            upload = None if context is None else await self._upload(hop, context)
+        except Refused as error:  # of a greeting, too
+            error.span = hop.span
+            raise
+        most_bytes = largest_reply(request, width, parts if context is None else context.adapter_on(hop.span))
         try:
             stream = await self._client.stream(server)
-            _check_size(stream, request)
-            if tokens:
-                answer = stream.call(request, timeout_s=self._client.reply_s(server))
-                reply = await self._timed(hop, tokens, answer)
-            else:
-                reply = await stream.call(request, timeout_s=None if waits else self._client.policy.reply_s)
+            self._check_size(hop, request)
+            timeout_s = None if waits else self._client.policy.reply_s if not tokens else self._client.reply_s(server)
+            answer = stream.call(request, timeout_s=timeout_s, most_bytes=most_bytes)
+            reply = await (self._timed(hop, tokens, answer) if tokens else answer)
         except NotKept as error:  # it works, and lacks only what we can send
             if isinstance(error, AdapterMissing) and upload is not None:
                 self._forget(hop, *upload)
             raise
+        except OverLimit as error:  # no failure: it is asked for less
+            error.span = hop.span
+            asked = size_of(request) if error.fits is None else None
+            if asked is not None and isinstance(error.said, RequestRefused):
+                error.fits = self._client.limits.refused(server.peer, asked, error.said)
+            raise
         except ServerError as error:
-            self._client.failed(server, error)
+            if isinstance(error, Refused | NotFinite):
+                error.span = hop.span
+            if not (waits and isinstance(error, Refused)):  # else what was handed on may be wrong
+                self._client.failed(server, error)
             raise
         self._client.answered(server)
         return reply
+
+    def _check_size(self, hop: Hop, request: Message) -> None:
+        """Raises OverLimit for more than the server said that it takes at once: such a request is not sent."""
+        limits = self._client.limits.of.get(hop.server.peer)
+        if limits is None:
+            return
+        if isinstance(request, PutAdapter):
+            if (size_bytes := _tensor_bytes(request)) > limits.message_bytes:
+                raise _over_limit(
+                    hop,
+                    f"the adapter on blocks {request.span} has {size_bytes / 2**20:.1f} MB, and server "
+                    f"{hop.server.peer} takes {limits.message_bytes / 2**20:.1f} MB in a message (its "
+                    "limits.max_message_mb)\n  train fewer modules, or with a lower rank",
+                    "max_message_mb",
+                    reason="adapter",
+                )
+        elif (size := size_of(request)) is not None and (share := limits.share(size)) < 1:
+            limit = limits.exceeded(size)
+            text = f"{size.tokens} tokens are more than server {hop.server.peer} takes at once (its limits.{limit})"
+            raise _over_limit(hop, text, limit, fits=int(share * size.tokens))
 
     async def _timed(
         self, hop: Hop, tokens: int, answer: Awaitable[Message], *, giver: ServerRecord | None = None
     ) -> Message:
         """The `answer` to work that is sent now, or handed on by `giver`; the client is told how long it took."""
         with self._client.load.sending(hop, tokens) as ahead:
-            began_s = time.monotonic()
+            began_s = awake_s()
             reply = await answer
-            seconds = time.monotonic() - began_s
+            seconds = awake_s() - began_s
         done = reply.reply if isinstance(reply, ChainedReply) else reply
         self._client.worked(hop, done, seconds, tokens, ahead=ahead, giver=giver)
         return reply
@@ -208,11 +267,19 @@ class Sender:
         task = stream.adapters.get(name)
         if task is None or (task.done() and (task.cancelled() or task.exception())):
             put = PutAdapter(version=context.adapter.version, span=hop.span, parts=parts)
-            task = stream.adapters[name] = asyncio.create_task(self.ask(hop, put))
+            task = stream.adapters[name] = asyncio.create_task(self._put(hop, put))
             if len(stream.adapters) > KEPT_UPLOADS:
                 del stream.adapters[next(iter(stream.adapters))]
         await asyncio.shield(task)
         return name, task
+
+    async def _put(self, hop: Hop, put: PutAdapter) -> Message:
+        reply = await self.ask(hop, put)
+        if not isinstance(reply, Done):
+            error = bad_reply(hop, f"a {type(reply).__name__} where a Done was due")
+            self._client.failed(hop.server, error)
+            raise error
+        return reply
 
     def _forget(self, hop: Hop, name: UploadName, task: asyncio.Task[Message]) -> None:
         """An upload that the server does not keep any more is made again by the next request, and once for all."""
@@ -227,27 +294,34 @@ def _retrieve_error(done: asyncio.Task[Any]) -> None:
         done.exception()
 
 
-def _check_size(stream: ServerStream, request: Message) -> None:
-    """Raises MessageTooLarge for more than the server takes in one message, RequestRefused for such an adapter."""
-    size_bytes, limit_bytes = _tensor_bytes(request), stream.max_tensor_bytes
+def _over_limit(hop: Hop, text: str, limit: str, *, reason: str = "", fits: int | None = None) -> OverLimit:
+    said = RequestRefused(text, limit=limit, reason=reason, fits=fits)
+    return OverLimit(text, peer=hop.server.peer, span=hop.span, said=said, fits=fits)
+
+
+def size_of(request: Message) -> Size | None:
+    """How much a request brings; None for one that brings no hidden states."""
     asked = request.request if isinstance(request, Chained) else request
+    if not isinstance(asked, Forward | Backward | Step):
+        return None
+    size_bytes = _tensor_bytes(request)
     if isinstance(asked, Forward) and asked.keep:
         size_bytes += _tensor_bytes(asked.hidden)  # its backward may bring the input and a gradient together
-    if size_bytes > limit_bytes:
-        found = f"and server {stream.peer} takes {limit_bytes / 2**20:.1f} MB in a message (its limits.max_message_mb)"
-        if isinstance(request, PutAdapter):
-            raise RequestRefused(
-                f"the adapter on blocks {request.span} has {size_bytes / 2**20:.1f} MB, {found}\n"
-                "  train fewer modules, or with a lower rank",
-                reason="adapter",
-                limit="max_message_mb",
-            )
-        raise MessageTooLarge(
-            f"a request has {size_bytes / 2**20:.1f} MB, {found}\n"
-            "  what makes it smaller: shorter texts, swarm.wire_format=bfloat16 and swarm.grad_format=bfloat16",
-            size_bytes=size_bytes,
-            limit_bytes=limit_bytes,
-        )
+    rows, positions, _ = carried(asked).shape
+    return Size(tokens=rows * positions, positions=positions, message_bytes=size_bytes)
+
+
+def largest_reply(request: Message, width: int, parts: Sequence[AdapterPart]) -> int:
+    """Most bytes of an honest reply to `request`: hidden states of `width` values, gradients of `parts`."""
+    asked = request.request if isinstance(request, Chained) else request
+    most_bytes = SMALL_REPLY_BYTES
+    if isinstance(asked, Forward | Backward | Step):
+        rows, positions, _ = carried(asked).shape
+        most_bytes += MOST_VALUE_BYTES * rows * positions * width
+    if isinstance(asked, CollectSum) or (isinstance(asked, Backward) and asked.adapter_sum is None):
+        tensors = [tensor for part in parts for tensor in part.tensors]
+        most_bytes += sum(MOST_VALUE_BYTES * tensor.numel() + TENSOR_BYTES for tensor in tensors)
+    return most_bytes
 
 
 def _tensor_bytes(value: object) -> int:
@@ -259,8 +333,8 @@ def _tensor_bytes(value: object) -> int:
     return sum(_tensor_bytes(each) for each in value) if isinstance(value, list) else 0
 
 
-def fewer(count: int, error: TooLarge) -> int:
-    """How many of `count` rows or positions may fit. Raises `error` where not even one does."""
-    if count == 1:
+def fewer(count: int, error: RequestTooLarge) -> int:
+    """How many of `count` rows or positions fit at once. Raises `error` where not even one does."""
+    if count == 1 or error.limit == "max_positions":
         raise error
-    return max(1, min(count - 1, count * error.limit_bytes // error.size_bytes))
+    return max(1, min(count - 1, count * error.fits // error.size))

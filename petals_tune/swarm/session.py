@@ -6,24 +6,24 @@ Shapes: B rows, S new positions, H hidden size.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
-from petals_tune.errors import RequestRefused, TooLarge
+from petals_tune.errors import OverLimit, RequestRefused, RequestTooLarge
 from petals_tune.swarm.call import Calls
 from petals_tune.swarm.hand_over import Pass
 from petals_tune.swarm.repair import Repair
 from petals_tune.swarm.retry import Attempts
+from petals_tune.swarm.routes.limits import Size
 from petals_tune.swarm.routes.route import Hop
-from petals_tune.swarm.sender import fewer
 from petals_tune.swarm.trace import CallContext
 from petals_tune.wire.adapter import AdapterVersion
 from petals_tune.wire.messages import Step
 from petals_tune.wire.span import BlockSpan
 
-MOST_POSITIONS = 512  # positions that go through the blocks at once when a prompt is read or replayed
+MOST_POSITIONS = 512  # positions that go through the blocks at once when a prompt is read or replayed, or fewer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,14 +110,14 @@ class ChainSession:
         self._calls, self._repair = calls, repair
         self._span, self._context = span, CallContext(adapter=adapter)
         self._sessions: list[HopSession] = []
-        self._most_positions = MOST_POSITIONS
 
     async def step(self, inputs: Inputs, *, position: int, order: torch.Tensor | None) -> torch.Tensor:
         """The output (B, S, H) of the blocks for the positions from `position` on; what lay behind is forgotten.
 
         With `order`, the caches of row i become those of row order[i] first. When a server is lost, another route is
         found for its blocks alone, and their inputs so far are replayed there.
-        Raises RequestRefused where `max_length` is exceeded or nobody has room, and what `Chain.forward` raises.
+        Raises RequestRefused where `max_length` is exceeded or nobody has room, and what `Chain.forward` raises. A text
+        is cut where a server takes fewer positions at once.
         """
         if position + len(inputs) > self.max_length:
             raise RequestRefused(
@@ -136,14 +136,26 @@ class ChainSession:
             self._sessions = await self._open(self._span, [])
         outputs, start = [], 0
         while start < len(inputs):
-            part = inputs.cut(start, start + self._most_positions)
+            part = inputs.cut(start, start + self._most_positions(inputs, self._sessions))
             try:
                 outputs.append(await self._step(part, position + start, attempts))
-            except TooLarge as error:
-                self._most_positions = fewer(len(part), error)
+            except RequestTooLarge:
+                if self._most_positions(inputs, self._sessions) >= len(part):
+                    raise
             else:
                 start += len(part)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _most_positions(self, inputs: Inputs, sessions: Sequence[HopSession]) -> int:
+        """How many positions of `inputs` all servers of `sessions` take at once."""
+        context = CallContext(padding=inputs.padding, positions=inputs.positions)
+        size = self._calls.size(inputs.hidden, context, keep=False)
+        most = MOST_POSITIONS
+        for session in sessions:
+            if (limits := self._calls.client.limits.of.get(session.hop.server.peer)) is not None:
+                share = limits.share(replace(size, positions=1))
+                most = min(most, limits.positions, int(share * len(inputs)))
+        return max(most, 1)
 
     async def close(self) -> None:
         """Give the caches back."""
@@ -162,12 +174,15 @@ class ChainSession:
             return self._request(sessions[number], empty, position, empty.hidden)
 
         number = 0
-        async with self._calls.steps([session.hop for session in sessions], ahead) as along:
+        width = inputs.hidden.shape[2]
+        async with self._calls.steps([session.hop for session in sessions], ahead, width) as along:
             while number < len(self._sessions):
+                session = self._sessions[number]
                 output = await self._repair.with_fallback(
-                    partial(self._through, self._sessions[number], inputs, position, along),
+                    partial(self._through, session, inputs, position, along),
                     partial(self._replace, number),
                     attempts,
+                    session.hop.span,
                 )
                 if output is not None:
                     inputs = inputs.with_hidden(output)
@@ -175,9 +190,15 @@ class ChainSession:
         return inputs.hidden
 
     async def _through(self, session: HopSession, inputs: Inputs, position: int, along: Pass) -> torch.Tensor:
-        """The output (B, S, H) of one session for `inputs`."""
+        """The output (B, S, H) of one session for `inputs`. Raises RequestTooLarge where it takes fewer positions."""
         build = partial(self._request, session, inputs, position)
-        output = await self._calls.step(session.hop, inputs.hidden, build, along)
+        try:
+            output = await self._calls.step(session.hop, inputs.hidden, build, along)
+        except OverLimit as error:
+            tokens = inputs.hidden.shape[0] * len(inputs)
+            if error.fits is None or len(inputs) == 1 or error.fits < self.rows:
+                raise
+            raise RequestTooLarge(str(error), limit="max_tokens", size=tokens, fits=error.fits) from error
         session.order = None
         session.history.add(inputs)
         return output
@@ -214,11 +235,8 @@ class ChainSession:
                     self._calls.open_session, hop, self._context, rows=self.rows, max_length=self.max_length
                 )
                 session = HopSession(hop=hop, id=await self._repair.supply_missing(opened))
-                outputs, position = [], 0
                 try:
-                    for inputs in replay:
-                        outputs.append(inputs.with_hidden(await self._through(session, inputs, position, Pass())))
-                        position += len(inputs)
+                    outputs = await self._replay(session, replay)
                 except BaseException:
                     await self._calls.close_session(hop, session.id)
                     raise
@@ -227,9 +245,29 @@ class ChainSession:
                 yield hop.span.stop
 
         try:
-            await self._repair.along_route(span, go, work=self.rows, latency=self._calls.hand_over)
+            least = Size(tokens=self.rows)
+            await self._repair.along_route(span, go, work=self.rows, latency=self._calls.hand_over, size=least)
         except BaseException:
             for session in sessions:
                 await self._calls.close_session(session.hop, session.id)
             raise
         return sessions
+
+    async def _replay(self, session: HopSession, replay: Sequence[Inputs]) -> list[Inputs]:
+        """Bring a new session to where another one was; returns the inputs of the next one."""
+        outputs, position, left = [], 0, list(replay)
+        while left:
+            whole = left.pop(0)
+            most = self._most_positions(whole, [session])
+            inputs = whole.cut(0, most)
+            try:
+                outputs.append(inputs.with_hidden(await self._through(session, inputs, position, Pass())))
+            except RequestTooLarge:
+                if self._most_positions(whole, [session]) >= len(inputs):
+                    raise
+                left.insert(0, whole)
+                continue
+            position += len(inputs)
+            if len(whole) > most:
+                left.insert(0, whole.cut(most, len(whole)))
+        return outputs

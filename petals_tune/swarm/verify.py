@@ -18,17 +18,18 @@ import logging
 import math
 import random
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from petals_tune.errors import BadReply, PetalsTuneError, UncoveredBlocks
+from petals_tune.errors import BadReply, PetalsTuneError, Refused, ServerError, UncoveredBlocks
 from petals_tune.swarm.call import Calls
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.repair import Repair
 from petals_tune.swarm.retry import RetryPolicy
+from petals_tune.swarm.routes.limits import LEAST, Size
 from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.sums import PartialSum
@@ -238,7 +239,15 @@ class _Others:
     def asked(self) -> tuple[ServerRecord, ...]:
         return tuple(hop.server for route in self._routes.values() for hop in route)
 
-    async def route(self, span: BlockSpan, *, work: int, latency: HandOverRule | None = None) -> tuple[Hop, ...]:
+    async def route(
+        self,
+        span: BlockSpan,
+        *,
+        work: int,
+        latency: HandOverRule | None = None,
+        size: Size = LEAST,
+        without: Collection[str] = (),
+    ) -> tuple[Hop, ...]:
         """One route for a span, so that all of a check is done by the same servers."""
         if span not in self._routes:
             self._routes[span] = self._client.plan(span, work=work, banned=self._banned)
@@ -246,6 +255,15 @@ class _Others:
 
     def refresh_soon(self) -> None:
         """A check does not wait for servers."""
+
+    async def others(self, span: BlockSpan, *, without: Collection[str]) -> bool:
+        return True  # a check that a server refuses ends; nobody is asked whether it is right
+
+    def give_up(self, error: ServerError) -> None:
+        self._client.give_up(error)
+
+    def contradicted(self, refused: Refused) -> None:
+        self._client.contradicted(refused)
 
 
 def _output(done: Done) -> tuple[torch.Tensor, ...]:

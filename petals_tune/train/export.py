@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel, PeftType, PromptTuningConfig, PromptTuningInit
 
+from petals_tune.checksums import write_sums
 from petals_tune.files import filling
 from petals_tune.model.convert import EMBEDDED, EMBEDDED_GGUF, EMBEDDED_NAME
 from petals_tune.model.fingerprint import Fingerprint
@@ -87,7 +88,7 @@ def identity_of(parts: Parts) -> Identity:
 
 
 def export_adapter(net: PeftModel, folder: Path, result: Result, identity: Identity) -> None:
-    """Write adapter_config.json, adapter_model.safetensors, petals_tune.json and README.md of the active adapter.
+    """Write adapter_config.json, adapter_model.safetensors, petals_tune.json, README.md and SHA256SUMS of an adapter.
 
     Stock `PeftModel.from_pretrained(model, folder)` loads it on a local or remote model. Deep prompts, which PEFT does
     not know, are a file of their own, which `petals_tune.tuning.saved.load_adapter` loads too.
@@ -110,6 +111,7 @@ def export_adapter(net: PeftModel, folder: Path, result: Result, identity: Ident
         # Replaces PEFT's own card, a template with paths of this machine.
         text = model_card(config, result, identity, deep=deep)
         (partial / "README.md").write_text(text, encoding="utf-8")
+        write_sums(partial)
 
 
 def model_card(config: PeftConfig, result: Result, identity: Identity, *, deep: bool) -> str:

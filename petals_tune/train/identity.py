@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -125,6 +127,9 @@ class SavedRun:
         if not path.is_file():
             raise _no_checkpoint(path, f"is not there; ckpt_path={LAST} takes the newest one of {OUTPUTS / name}")
         try:
+            with ZipFile(path) as archive:  # torch writes checksums, and does not read them
+                if (part := archive.testzip()) is not None:
+                    raise _no_checkpoint(path, f"is damaged: {part} in it has another checksum")
             checkpoint = TorchCheckpointIO().load_checkpoint(path, weights_only=True)
             record = checkpoint[KEY]
             return cls(
@@ -137,7 +142,9 @@ class SavedRun:
                 measured=record["measured"],
                 spent=record["spent"],
             )
-        except (OSError, RuntimeError, UnpicklingError, ValueError, EOFError):
+        except ConfigError:
+            raise
+        except (OSError, RuntimeError, UnpicklingError, ValueError, EOFError, BadZipFile, zlib.error):
             raise _no_checkpoint(path, "is no checkpoint of a training, or is damaged") from None
         except (KeyError, TypeError):
             raise _no_checkpoint(

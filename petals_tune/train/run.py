@@ -175,7 +175,7 @@ def fit(parts: Parts, tuner: FineTuner, result: Result, *, ckpt_path: Path | Non
     if "before" not in result.measured:
         measure(parts, tuner, "before", into=result.measured)
     with raise_interrupts(parts.trainer):
-        parts.trainer.fit(tuner, datamodule=parts.data, ckpt_path=ckpt_path)
+        parts.trainer.fit(tuner, datamodule=parts.data, ckpt_path=ckpt_path, weights_only=True)
     step, summary = tuner.summaries.get("val", (-1, {}))  # none in a run that goes on for a few steps
     measure(parts, tuner, "after", into=result.measured, known=summary if step == tuner.exported.step else None)
 

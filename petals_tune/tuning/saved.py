@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from petals_tune.checksums import SUMS, check_sums
 from petals_tune.errors import ConfigError
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.fingerprint import Fingerprint
@@ -24,14 +25,14 @@ from petals_tune.tuning.support import check_config
 
 CONFIG_FILE = "adapter_config.json"
 _TOKENIZER = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template.*"]
-_FILES = ["adapter_*", deep_prompt.FILE, identity.FILE, "README.md", *_TOKENIZER]
+_FILES = ["adapter_*", deep_prompt.FILE, identity.FILE, SUMS, "README.md", *_TOKENIZER]
 _HEADS = ("score", "classifier")  # PEFT's names of classification heads
 
 
 def adapter_folder(source: str | Path) -> Path:
     """The folder of an adapter: `source` itself, or where the hub's files of that name were put.
 
-    Raises ConfigError where neither has an adapter.
+    Raises ConfigError where neither has an adapter, or a file differs from its checksum.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -47,6 +48,7 @@ def adapter_folder(source: str | Path) -> Path:
                 key="adapter",
                 seen=source,
             )
+        check_sums(folder, key="adapter")
         return folder
     try:
         found = Path(snapshot_download(str(source), allow_patterns=_FILES))
@@ -60,6 +62,7 @@ def adapter_folder(source: str | Path) -> Path:
         raise ConfigError(
             f"{source} on the hub has no {CONFIG_FILE}: it is no adapter in PEFT's format", key="adapter", seen=source
         )
+    check_sums(found, key="adapter")
     return found
 
 

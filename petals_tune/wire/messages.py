@@ -25,11 +25,14 @@ MAX_TICKETS = 1_000  # in one Withdrawn
 MAX_POSITION = 2**24  # no model has as many
 MAX_FIELDS = 16  # of an error in a Refusal
 MAX_FIELD_TEXT = 1024  # characters of one
+MAX_REFUSAL_TEXT = 4096  # characters of a Refusal's text
 TICKET_BYTES = 16
 
 Name = Annotated[str, msgspec.Meta(max_length=128)]
 Digest = Annotated[str, msgspec.Meta(max_length=2 * 64 + 1)]  # of a model on a hub: CONFIG.WEIGHTS, two SHA-256 sums
 Ticket = Annotated[bytes, msgspec.Meta(min_length=TICKET_BYTES, max_length=TICKET_BYTES)]
+# Each of them takes memory, however small it is; a part of an adapter has two at most.
+Tensors = Annotated[list[torch.Tensor], msgspec.Meta(max_length=2 * MAX_PARTS)]
 FieldValue = bool | int | float | Annotated[str, msgspec.Meta(max_length=MAX_FIELD_TEXT)] | None
 Request = TypeVar("Request", bound="Forward | Backward | Step")  # those that send a tensor through blocks
 
@@ -51,6 +54,8 @@ class Welcome(Message, frozen=True, tag="welcome"):
     record: ServerRecord
     max_in_flight: Annotated[int, msgspec.Meta(ge=1)]
     max_message_bytes: Annotated[int, msgspec.Meta(ge=1)]
+    max_positions: Annotated[int, msgspec.Meta(ge=1)]  # of a row in one request
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)]  # rows x positions of one request
     token: TokenBytes | None = None  # shows that the server may host blocks of a private swarm
 
 
@@ -129,7 +134,7 @@ class Gradients(Message, frozen=True, tag="gradients"):
     """Reply to Backward."""
 
     hidden: torch.Tensor | None = None  # (B, S, H) at the input of the first block; None where Forward wanted none
-    adapter: list[torch.Tensor] = []  # in the order of the adapter's tensors on these blocks, summed over rows
+    adapter: Tensors = []  # in the order of the adapter's tensors on these blocks, summed over rows
 
 
 class CollectSum(Message, frozen=True, tag="collect_sum"):
@@ -141,7 +146,7 @@ class CollectSum(Message, frozen=True, tag="collect_sum"):
 class CollectedSum(Message, frozen=True, tag="collected_sum"):
     """Reply to CollectSum."""
 
-    adapter: list[torch.Tensor]  # as in Gradients
+    adapter: Tensors  # as in Gradients
     terms: int  # backwards in the sum; 0: there is no such sum (any more)
 
 
@@ -269,25 +274,31 @@ class Done(Message, frozen=True, tag="done"):
 class Refusal(Message, frozen=True, tag="refusal"):
     """Reply to a request that failed. `error` names a class of errors.py: clients learn from it where to try again."""
 
-    error: str
-    text: str
+    error: Name
+    text: Annotated[str, msgspec.Meta(max_length=MAX_REFUSAL_TEXT)]
     fields: Annotated[dict[Name, FieldValue], msgspec.Meta(max_length=MAX_FIELDS)] = {}  # of the error
 
     @classmethod
     def of(cls, error: PetalsTuneError) -> Refusal:
         """Return the refusal that tells a client of `error`: its text, and those of its fields that can be sent."""
-        return cls(error=type(error).__name__, text=str(error), fields=_checked(type(error), vars(error)))
+        text = str(error)[:MAX_REFUSAL_TEXT]
+        return cls(error=type(error).__name__, text=text, fields=_checked(type(error), vars(error)))
 
-    def to_error(self, server: str) -> PetalsTuneError:
+    def to_error(self, server: str) -> errors.ServerError:
         """Return the error to raise on the client's side; a ServerError where the name is not of a refusal.
 
-        A field that its class does not declare, or a value of another type than is declared, is dropped.
+        What is wrong everywhere comes as `Refused`: a server's word is evidence of that server alone. A field that its
+        class does not declare, or a value of another type than is declared, is dropped.
         """
         kind = _REFUSALS.get(self.error, errors.ServerError)
-        fields = _checked(kind, self.fields)
+        # On one line and between quotation marks: no command that it proposes shall look like one of ours.
+        words = errors.printable(" ".join(self.text.split())).replace('"', "'")
+        text, fields = f'server {server} says: "{words}"', _checked(kind, self.fields)
         if issubclass(kind, errors.ServerError):
-            fields["peer"] = server
-        return kind(f"{self.text} (said by server {server})", **fields)
+            return kind(text, **fields | {"peer": server})
+        said = kind(text, **fields)
+        is_limit = isinstance(said, errors.RequestRefused) and said.limit
+        return (errors.OverLimit if is_limit else errors.Refused)(text, peer=server, said=said)
 
 
 def _checked(kind: type[PetalsTuneError], fields: dict[str, Any]) -> dict[str, Any]:
@@ -296,8 +307,11 @@ def _checked(kind: type[PetalsTuneError], fields: dict[str, Any]) -> dict[str, A
     for name, declared in _FIELDS.get(kind, {}).items():
         try:
             if name in fields:
-                msgspec.convert(fields[name], FieldValue)
-                checked[name] = msgspec.convert(fields[name], declared)
+                value = fields[name]
+                if isinstance(value, str):
+                    value = errors.printable(value, allowed="")
+                msgspec.convert(value, FieldValue)
+                checked[name] = msgspec.convert(value, declared)
         except msgspec.ValidationError:
             continue
     return checked
@@ -308,17 +322,17 @@ _REFUSALS: dict[str, type[PetalsTuneError]] = {
     for kind in (
         *(errors.ServerError, errors.ServerBusy, errors.BlocksNotHere, errors.NotFinite),
         *(errors.LeaseLost, errors.SessionLost, errors.AdapterMissing, errors.NotHandedOn),
-        *(errors.RequestRefused, errors.MessageTooLarge, errors.ComputationTooLarge, errors.ProtocolError),
+        *(errors.RequestRefused, errors.ProtocolError),
         *(errors.SwarmMismatch, errors.AccessDenied),
     )
 }
 
-# Types of their fields by name; without `peer`, which the receiver knows better.
+# Types of their fields by name; without `peer` and `span`, which the receiver knows better.
 _FIELDS: dict[type[PetalsTuneError], dict[str, Any]] = {
     kind: {
         name: declared
         for name, declared in get_type_hints(kind).items()
-        if get_origin(declared) is not ClassVar and name != "peer"
+        if get_origin(declared) is not ClassVar and name not in ("peer", "span")
     }
     for kind in _REFUSALS.values()
 }

@@ -57,6 +57,15 @@ def encoded_bytes(tensor: torch.Tensor) -> int:
     return tensor.nbytes
 
 
+def format_bytes(shape: Sequence[int], wire_format: str) -> int:
+    """How many bytes the values of a tensor of `shape` take on the wire in that format."""
+    if wire_format == "blockwise8":
+        return math.prod(shape) + 4 * _vectors(shape)
+    if wire_format == "float16":
+        return 2 * math.prod(shape) + _vectors(shape)
+    return math.prod(shape) * int(getattr(torch, wire_format).itemsize)
+
+
 def as_received(tensor: torch.Tensor, wire_format: str) -> torch.Tensor:
     """Encode and decode `tensor`: the values that a receiver of this format gets."""
     return from_bytes(memoryview(to_bytes(in_format(tensor, wire_format))))

@@ -56,13 +56,13 @@ def run(options: Health) -> None:
     async def serve_page(watch: Watch, stop: asyncio.Event) -> None:
         pages = Pages()
         async with http_server(pages.app(), options.host, options.port, key="port") as port:
-            pages.report = await watch.look()
+            pages.show(await watch.look())
             print(f"ready: http://{options.host}:{port}", flush=True)
             while not stop.is_set():
                 try:
                     await asyncio.wait_for(stop.wait(), options.period_s)
                 except TimeoutError:
-                    pages.report = await watch.look()
+                    pages.show(await watch.look())
 
     async def until_stopped() -> bool:
         """Return whether all blocks are covered."""

@@ -24,29 +24,29 @@ def _of_model(model: ModelReport, *, red: str) -> str:
     count = len(model.servers)
     servers = f"{count} server{'s' * (count != 1)}" + (" of many" if model.is_sample else "")
     lines = [
-        f"{_plain(model.name)}: {model.total_blocks} blocks, {servers}, "
+        f"{model.name}: {model.total_blocks} blocks, {servers}, "
         f"slowest block {_rate(min(model.block_tokens_per_s))} tokens/s"
     ]
     width = min(WIDTH, model.total_blocks)
     rows = [("", *_HEAD), *((_diagram(model, server, width), *_cells(server)) for server in model.servers)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines += ["  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += [f"{server.peer[-6:]} is silent: {_plain(server.problem)}" for server in model.servers if server.problem]
+    lines += [f"{server.peer[-6:]} is silent: {server.problem}" for server in model.servers if server.problem]
     if model.uncovered:
         lines.append(red.format(f"UNCOVERED: no server answers for blocks {', '.join(map(str, model.uncovered))}"))
     return "\n".join(lines)
 
 
 def _cells(server: ServerReport) -> Sequence[str]:
-    name = f"{_plain(server.public_name)} " if server.public_name else ""
+    name = f"{server.public_name} " if server.public_name else ""
     return (
         f"{name}..{server.peer[-6:]}",
         str(server.blocks),
         server.state,
         _rate(server.tokens_per_s),
-        _plain(server.quantization),
-        _plain(server.dtype),
-        _plain(server.version),
+        server.quantization,
+        server.dtype,
+        server.version,
         "" if server.free_cache_bytes is None else f"{server.free_cache_bytes / 2**30:.2f} GB",
         "" if server.latency_s is None else f"{1000 * server.latency_s:.1f} ms",
     )
@@ -61,8 +61,3 @@ def _diagram(model: ModelReport, server: ServerReport, width: int) -> str:
 
 def _rate(tokens_per_s: float) -> str:
     return f"{tokens_per_s:.3g}" if tokens_per_s < 1000 else f"{tokens_per_s:,.0f}"
-
-
-def _plain(text: str) -> str:
-    """Replace control characters in text that strangers wrote."""
-    return "".join(character if character.isprintable() else "?" for character in text)

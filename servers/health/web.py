@@ -20,11 +20,15 @@ _HEADERS = {
 
 
 class Pages:
-    """Serves the latest `report`."""
+    """Serves the latest report."""
 
     def __init__(self) -> None:
-        self.report: Report | None = None
+        self._report: bytes | None = None  # as JSON
         self._page = files("servers.health").joinpath("page.html").read_text(encoding="utf-8")
+
+    def show(self, report: Report) -> None:
+        """Show `report` from now on. It is encoded once, not for each visitor."""
+        self._report = msgspec.json.encode(report)
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -35,8 +39,8 @@ class Pages:
         return web.Response(text=self._page, content_type="text/html", headers=_HEADERS)
 
     async def _json(self, _: web.Request) -> web.Response:
-        if self.report is None:
+        if self._report is None:
             return web.Response(
                 status=503, text='{"error": "the first look at the swarm is not over"}', headers=_HEADERS
             )
-        return web.Response(body=msgspec.json.encode(self.report), content_type="application/json", headers=_HEADERS)
+        return web.Response(body=self._report, content_type="application/json", headers=_HEADERS)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from petals_tune.errors import AccessDenied, ConnectionLost
+from petals_tune.net.background import begin
 from petals_tune.net.directory import Directory
 from petals_tune.wire.records import ServerRecord
 
@@ -29,7 +30,7 @@ class Announcer:
         self.record = record
         await self._publish(record)
         if self._renewal is None:
-            self._renewal = asyncio.create_task(self._renew())
+            self._renewal = begin(self._renew(), "the renewal of this server's announcement")
 
     async def withdraw(self) -> None:
         if self.record is not None:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from petals_tune.errors import PetalsTuneError
+from petals_tune.net.background import begin
 from petals_tune.net.peer import Peer
 from petals_tune.net.stream import ServerStream
 from petals_tune.wire.messages import Ping
@@ -34,7 +35,7 @@ class RoundTrips:
     @asynccontextmanager
     async def measuring(self, span: BlockSpan) -> AsyncIterator[None]:
         """Measure in the background, while this server hosts `span`."""
-        task = asyncio.create_task(self._keep_measuring(span))
+        task = begin(self._keep_measuring(span), "the measuring of round trips")
         try:
             yield
         finally:

@@ -13,7 +13,7 @@ import torch
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.footprint import Pass
-from petals_tune.errors import ComputationTooLarge, RequestRefused
+from petals_tune.errors import RequestRefused
 from petals_tune.wire.messages import (
     Backward,
     CollectedSum,
@@ -84,24 +84,20 @@ class Executor:
             )
 
     def _check_memory(self, needed_bytes: NeededBytes, rows: int, positions: int) -> None:
-        """Raises ComputationTooLarge where so many rows of so many positions need more than max_compute_gb."""
+        """Raises RequestRefused where so many rows of so many positions need more than max_compute_gb."""
         limit_bytes = self._limits.max_compute_bytes
         size_bytes = needed_bytes(rows, positions)
         if size_bytes <= limit_bytes:
             return
-        fits_bytes = partial(bisect.bisect_right, x=limit_bytes)
-        max_rows = fits_bytes(range(1, rows), key=lambda fewer: needed_bytes(fewer, positions))
-        max_positions = fits_bytes(range(1, positions), key=lambda fewer: needed_bytes(1, fewer))
-        fewer_rows = f"send at most {max_rows} rows of {positions} positions: swarm.micro_batch_rows={max_rows}"
-        raise ComputationTooLarge(
+        fitting = partial(bisect.bisect_right, x=limit_bytes)
+        most_rows = fitting(range(1, rows), key=lambda fewer: needed_bytes(fewer, positions))
+        most_positions = fitting(range(1, positions), key=lambda fewer: needed_bytes(1, fewer))
+        raise RequestRefused(
             f"{rows} rows of {positions} positions need {size_bytes / _GB:.2f} GB of memory on these blocks, and this "
-            f"server has {limit_bytes / _GB:.2f} GB for one request (its limits.max_compute_gb)\n  "
-            + (fewer_rows if max_rows else f"send at most {max_positions} positions at once"),
+            f"server has {limit_bytes / _GB:.2f} GB for one request (its limits.max_compute_gb): send at most "
+            + (f"{most_rows} of these rows, swarm.micro_batch_rows" if most_rows else f"{most_positions} positions"),
             limit="max_compute_gb",
-            size_bytes=size_bytes,
-            limit_bytes=limit_bytes,
-            max_rows=max_rows,
-            max_positions=max_positions,
+            fits=most_rows * positions or most_positions,
         )
 
     async def _forward(self, client: str, request: Forward) -> Forwarded:

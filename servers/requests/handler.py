@@ -162,6 +162,8 @@ class Handler:
             record=self.record,
             max_in_flight=self._limits.max_in_flight,
             max_message_bytes=self._limits.max_message_bytes,
+            max_positions=self._limits.max_positions,
+            max_tokens=self._limits.max_tokens,
             token=own_token,
         )
         await stream.write(message_id, welcome)

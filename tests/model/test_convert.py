@@ -7,9 +7,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
+from petals_tune.checksums import CACHE_SUMS, write_sums
 from petals_tune.errors import ConfigError, UnsupportedModel
 from petals_tune.model import convert, packaged
 from petals_tune.model.convert import convert_gguf, embedded_gguf, embedded_model, main, model_folder
+from tests.damage import flip_bit
 from tests.raising import raises
 
 
@@ -119,3 +121,21 @@ def test_the_command_prints_our_errors_and_exits_2(tmp_path: Path, capsys: pytes
 def test_what_servers_choose_from_their_network_is_no_model_for_others() -> None:
     with raises(ConfigError, key="model.source", seen="needed"):
         model_folder("needed")
+
+
+def test_a_converted_model_that_is_damaged_is_converted_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def convert_quickly(source: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+        write_sums(folder, CACHE_SUMS)
+
+    monkeypatch.setenv("PETALS_TUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(convert, "convert_gguf", convert_quickly)
+    weights = embedded_model() / "model.safetensors"
+    flip_bit(weights, 3)
+    convert._is_undamaged.cache_clear()
+    assert embedded_model() == weights.parent
+    assert weights.read_bytes() == b"weights"
+    assert f"{weights} is damaged" in capsys.readouterr().err

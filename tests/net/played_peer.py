@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from petals_tune.errors import ConnectionLost
 from petals_tune.net.in_process import InProcessNetwork
@@ -27,7 +28,12 @@ RECORD = ServerRecord(
     quantization="none",
     dtype="float32",
 )
+LIMITS = {"max_in_flight": 32, "max_message_bytes": 2**30, "max_positions": 2**20, "max_tokens": 2**20}
 LONG_S = 60.0  # never reached where the code is right
+
+
+def welcome(**fields: Any) -> Welcome:
+    return Welcome(**{"record": RECORD, **LIMITS, **fields})
 
 
 class PlayedPeer:
@@ -84,12 +90,11 @@ class PlayedPeer:
         except ConnectionLost:
             return received
 
-    async def welcome(self, *, max_in_flight: int = 32, token: bytes | None = None) -> Hello:
+    async def welcome(self, **fields: Any) -> Hello:
         """Answer the greeting of a client, and return it."""
         number, hello = await self.read()
         assert isinstance(hello, Hello)
-        welcome = Welcome(record=RECORD, max_in_flight=max_in_flight, max_message_bytes=2**30, token=token)
-        await self.send(welcome, number)
+        await self.send(welcome(**fields), number)
         return hello
 
 

@@ -159,3 +159,39 @@ async def test_a_reply_that_is_none_is_refused(reply):
     reader.feed_eof()
     with pytest.raises((ProtocolError, ConnectionLost)):
         await circuit_relay._read_reply(Connection("relay", reader, writer=None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        bytes([0x28, 100, 0x22, 1, 0xFF]),  # status 100 (OK), and a limit that is no message
+        bytes([0x28, 100, 0x22, 3, 0x10, 0xFF, 0xFF]),  # a limit whose number does not end
+        bytes([0x2A, 1, 100]),  # a status that is bytes
+    ],
+)
+async def test_a_relay_with_a_malformed_answer_is_left_for_another_one(start, monkeypatch, reply):
+    """An attack: the keeper of the reservation must outlive whatever a relay says."""
+    monkeypatch.setattr(circuit_relay, "RENEW_S", 0.05)
+    relay, liar = await start(relays=True), await start()
+    asked = []
+
+    async def answer(connection: Connection) -> None:
+        asked.append(await connection.read_exactly(3))
+        await connection.write(bytes([len(reply)]), reply)
+        connection.close()
+
+    await liar.accept(circuit_relay._HOP, answer)
+    server = await start(listens=False)
+    addresses = [*await liar.addresses(), *await relay.addresses()]
+    with raises(ServerUnreachable, peer=liar.id):
+        await reserve(server, addresses[0])
+    place = Reservation(server, addresses, addresses[0])
+    keeping = asyncio.create_task(place.renew())
+    try:
+        async with asyncio.timeout(30):
+            while place.relay != addresses[1]:
+                await asyncio.sleep(0.05)
+        assert len(asked) > 1
+        assert not keeping.done()
+    finally:
+        keeping.cancel()

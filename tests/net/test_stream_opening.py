@@ -4,10 +4,10 @@ import msgspec
 import pytest
 
 from petals_tune.errors import (
-    ServerError,
+    BadReply,
+    Refused,
     ServerTimeout,
     ServerUnreachable,
-    SwarmMismatch,
     UntrustedServer,
 )
 from petals_tune.net.in_process import InProcessNetwork
@@ -17,20 +17,19 @@ from petals_tune.wire.messages import (
     Done,
     Hello,
     Refusal,
-    Welcome,
 )
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.tokens import Token, issue
-from tests.net.played_peer import LONG_S, PEER, RECORD, opening
+from tests.net.played_peer import LONG_S, PEER, RECORD, opening, welcome
 from tests.raising import raises
 
 
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
-        (Refusal(error="SwarmMismatch", text="another model"), SwarmMismatch),
-        (Done(), ServerError),
+        (Refusal(error="SwarmMismatch", text="another model"), Refused),
+        (Done(), BadReply),
         (None, ServerUnreachable),
     ],
     ids=["refused", "no welcome", "hung up"],
@@ -74,7 +73,7 @@ async def test_a_member_sends_nothing_to_a_server_without_a_good_token(shown):
     message_id, hello = await peer.read()
     assert hello == Hello(model="m", token=mine.encoded)
     token = None if shown is None else shown.encoded
-    await peer.send(Welcome(record=RECORD, max_in_flight=1, max_message_bytes=1, token=token), message_id)
+    await peer.send(welcome(token=token), message_id)
     with raises(UntrustedServer, peer=IMPOSTOR.peer):
         await task
     assert await peer.last_words() == [], "our end is closed, and nothing came after the Hello"

@@ -11,7 +11,7 @@ import torch
 from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.footprint import Pass
-from petals_tune.errors import MessageTooLarge, RequestRefused
+from petals_tune.errors import RequestRefused, RequestTooLarge
 from petals_tune.net.stream import OVERHEAD_BYTES
 from petals_tune.wire.messages import Backward, Chained, Forward, Message, Step
 from petals_tune.wire.span import BlockSpan
@@ -19,6 +19,7 @@ from servers.requests.handler import Handler
 from servers.stores.leases import LeaseStore
 from tests.inprocess import in_process_swarm
 from tests.models import VOCABULARY, plain_model, relative_error, save_model
+from tests.raising import raises
 from tests.servers.parts import load
 
 ROWS, LENGTH, HIDDEN = 6, 16, 32
@@ -74,14 +75,13 @@ def test_a_batch_is_cut_into_what_a_server_takes_in_one_message(folder, requests
     assert sum(len(request.grad) for request in requests if isinstance(request, Backward)) == 2 * ROWS
 
 
-def test_a_row_that_is_too_large_alone_is_refused_with_both_sizes(folder, requests):
+def test_a_row_that_is_too_large_alone_is_refused_with_what_would_fit(folder, requests):
     limit = ROW_BYTES + OVERHEAD_BYTES - 1
     with in_process_swarm(folder, "0:6", max_message_bytes=limit):
         model = remote(folder)
-        with torch.no_grad(), pytest.raises(MessageTooLarge) as caught:
+        with torch.no_grad(), raises(RequestTooLarge, limit="max_message_mb", size=LENGTH, fits=LENGTH - 1):
             model(input_ids=IDS)
         model.remote_blocks.close()
-    assert (caught.value.size_bytes, caught.value.limit_bytes) == (ROW_BYTES, ROW_BYTES - 1)
     assert not requests, "nothing was sent"
 
 

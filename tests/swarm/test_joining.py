@@ -34,7 +34,7 @@ class Entrance:
             self.inside -= 1
 
     def join(self, model: str = MODEL, blocks: BlockSpan = WHOLE) -> SwarmClient:
-        return loop.run(join_swarm(["peer"], model=model, blocks=blocks, policy=RetryPolicy()))
+        return loop.run(join_swarm(["peer"], model=model, source="the model", blocks=blocks, policy=RetryPolicy()))
 
 
 @pytest.fixture
@@ -56,8 +56,12 @@ def test_blocks_that_nobody_holds_are_named_after_a_while_and_the_client_leaves(
     monkeypatch.setattr(joining, "JOIN_S", 0.2)
     network.kill("b")
     network.serve("c", "4:5")
-    with raises(UncoveredBlocks, missing=(BlockSpan(3, 4), BlockSpan(5, 6)), seen=(id_of("a"), id_of("c"))):
+    with raises(UncoveredBlocks, missing=(BlockSpan(3, 4), BlockSpan(5, 6)), seen=(id_of("a"), id_of("c"))) as caught:
         entrance.join()
+    hosting = "  start one:  python -m servers 'model.source=the model' 'swarm.initial_peers=[peer]' blocks="
+    assert str(caught.value).splitlines()[1:] == [f"{hosting}3:4", f"{hosting}5:6"], (
+        "names of our own, none of a server"
+    )
     assert entrance.inside == 0
 
 
@@ -97,7 +101,9 @@ def test_who_gives_up_waiting_leaves(entrance, network):
     network.at_lookup = look
 
     async def give_up() -> None:
-        task = asyncio.create_task(join_swarm(["peer"], model=MODEL, blocks=WHOLE, policy=RetryPolicy()))
+        task = asyncio.create_task(
+            join_swarm(["peer"], model=MODEL, source="the model", blocks=WHOLE, policy=RetryPolicy())
+        )
         await looking.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -1,7 +1,7 @@
 """When work is tried again, and that nothing else is: a swarm that only counts stands behind the policy."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,9 @@ from petals_tune.errors import (
     AdapterMissing,
     LeaseLost,
     NotHandedOn,
+    Refused,
     RequestRefused,
+    ServerError,
     ServerUnreachable,
     SessionLost,
     SwarmTimeout,
@@ -27,6 +29,7 @@ from petals_tune.wire.span import BlockSpan
 from tests.raising import raises
 from tests.swarm.test_trace import ROUTE
 
+WHOLE = BlockSpan(0, 6)
 POLICY = RetryPolicy(attempts=3, first_pause_s=0.0)
 
 
@@ -40,12 +43,27 @@ class Counted:
     routes: list[BlockSpan] = field(default_factory=list)
     refreshed: int = 0
 
-    async def route(self, span: BlockSpan, *, work: int, latency: str | None = None) -> tuple[Hop, ...]:
+    given_up: list[str] = field(default_factory=list)
+    contradicted_: list[str] = field(default_factory=list)
+    alone: bool = False
+    without: list[frozenset[str]] = field(default_factory=list)
+
+    async def route(self, span: BlockSpan, **options: Any) -> tuple[Hop, ...]:
         self.routes.append(span)
+        self.without.append(options["without"])
         return tuple(hop for hop in ROUTE if hop.span.start >= span.start)
 
     def refresh_soon(self) -> None:
         self.refreshed += 1
+
+    async def others(self, span: BlockSpan, *, without: Collection[str]) -> bool:
+        return not self.alone
+
+    def give_up(self, error: ServerError) -> None:
+        self.given_up.append(error.peer)
+
+    def contradicted(self, refused: Refused) -> None:
+        self.contradicted_.append(refused.peer)
 
 
 @dataclass
@@ -98,7 +116,7 @@ async def test_what_no_other_server_could_do_leaves_at_once(error):
     swarm = Counted()
     for work in (
         lambda: Repair(swarm).along_route(BlockSpan(0, 6), failing_at({2: [error]}, []), work=1),
-        lambda: Repair(swarm).with_fallback(Work([error]), Work([]), Repair(swarm).attempts()),
+        lambda: Repair(swarm).with_fallback(Work([error]), Work([]), Repair(swarm).attempts(), WHOLE),
         lambda: Repair(swarm).until_done(Work([error]), Repair(swarm).attempts()),
     ):
         with pytest.raises(type(error)) as caught:
@@ -121,7 +139,7 @@ async def test_a_request_whose_server_fails_is_done_otherwise_and_one_that_succe
     swarm = Counted()
     otherwise = Work([])
     for errors, calls, retries in (([], 0, 0), ([ServerUnreachable("gone")], 1, 1), ([SessionLost("s")], 2, 2)):
-        assert await Repair(swarm).with_fallback(Work(errors), otherwise, Repair(swarm).attempts()) == "done"
+        assert await Repair(swarm).with_fallback(Work(errors), otherwise, Repair(swarm).attempts(), WHOLE) == "done"
         assert (otherwise.calls, swarm.stats.retries) == (calls, retries)
 
 

@@ -5,7 +5,8 @@ from petals_tune.swarm.retry import NOTICE_AFTER_S, NOTICE_EVERY_S, Attempts, No
 from tests.raising import raises
 
 POLICY = RetryPolicy(timeout_s=100, first_pause_s=1, longest_pause_s=5)
-GONE, NOBODY, NAN = ServerUnreachable("gone"), UncoveredBlocks("blocks 3:6"), NotFinite("NaN")
+GONE, NOBODY = ServerUnreachable("gone"), UncoveredBlocks("blocks 3:6")
+NAN, NAN_TOO = NotFinite("NaN", peer="a"), NotFinite("NaN", peer="b")
 
 
 def test_pauses_double_up_to_the_longest():
@@ -55,12 +56,15 @@ def test_attempts_count_failures_of_servers_and_not_the_waiting_for_one():
         attempts.failed(GONE, 6)
 
 
-def test_numbers_that_are_not_finite_twice_are_nobodys_fault_but_the_runs():
+def test_numbers_that_two_servers_or_the_only_one_twice_find_not_finite_are_the_runs_own_fault():
     attempts = Attempts(POLICY, since_s=0)
     attempts.failed(NAN, 1)
     attempts.failed(GONE, 2)
+    attempts.failed(NAN, 2.5)
     with raises(Diverged):
-        attempts.failed(NAN, 3)
+        attempts.failed(NAN_TOO, 3)
+    with raises(Diverged):
+        attempts.failed(NAN, 3, alone=True)
     attempts.made_progress(4)
     attempts.failed(NAN, 5)
 

@@ -3,14 +3,13 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 
-from petals_tune.errors import AdapterMissing, MessageTooLarge, RequestRefused, ServerBusy, ServerTimeout
-from petals_tune.net.stream import OVERHEAD_BYTES
+from petals_tune.errors import AdapterMissing, OverLimit, RequestRefused, RequestTooLarge, ServerBusy, ServerTimeout
 from petals_tune.swarm import loop, sender
 from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.sender import Sender, fewer
@@ -126,8 +125,9 @@ def limited(sent: Sent, limit_bytes: int) -> None:
     """Server `a` takes so many bytes of tensors in a message."""
 
     async def limit() -> None:
-        stream = await sent.client.stream(sent.hops["a"].server)
-        stream.welcome = msgspec.structs.replace(stream.welcome, max_message_bytes=limit_bytes + OVERHEAD_BYTES)
+        await sent.client.stream(sent.hops["a"].server)
+        limits = sent.client.limits
+        limits.said(id_of("a"), replace(limits.of[id_of("a")], message_bytes=limit_bytes))
 
     loop.run(limit())
 
@@ -140,29 +140,31 @@ def test_a_request_that_is_too_large_is_not_sent(network, keep):
     limited(sent, size)
     assert isinstance(loop.run(sent.sender.ask(sent.hops["a"], request)), Forwarded)
     limited(sent, size - 1)
-    with raises(MessageTooLarge) as caught:
+    tokens = HIDDEN.shape[0] * HIDDEN.shape[1]
+    with raises(OverLimit, peer=id_of("a"), span=SPANS["a"], fits=tokens - 1):
         loop.run(sent.sender.ask(sent.hops["a"], request))
-    assert (caught.value.limit_bytes, caught.value.size_bytes - size) == (size - 1, 0)
     assert network.calls["a", "Forward"] == 1
     assert not sent.client.banned()
 
 
-def test_an_adapter_that_is_too_large_can_never_be_sent(network):
+def test_an_adapter_that_is_too_large_is_not_sent(network):
     sent = Sent(network)
     limited(sent, 100)
-    with raises(RequestRefused, reason="adapter", limit="max_message_mb"):
+    with raises(OverLimit, peer=id_of("a"), fits=None) as caught:
         loop.run(sent.forward())
+    assert isinstance(caught.value.said, RequestRefused)
+    assert (caught.value.said.reason, caught.value.said.limit) == ("adapter", "max_message_mb")
     assert not network.calls
 
 
 @pytest.mark.parametrize(("count", "size", "limit", "fit"), [(8, 100, 50, 4), (8, 100, 99, 7), (3, 1000, 1, 1)])
 def test_so_many_rows_fit_into_a_message(count, size, limit, fit):
-    assert fewer(count, MessageTooLarge("large", size_bytes=size, limit_bytes=limit)) == fit
+    assert fewer(count, RequestTooLarge("large", size=size, fits=limit)) == fit
 
 
 def test_one_row_that_is_too_large_is_an_error():
-    error = MessageTooLarge("large", size_bytes=2, limit_bytes=1)
-    with raises(MessageTooLarge) as caught:
+    error = RequestTooLarge("large", size=2, fits=1)
+    with raises(RequestTooLarge) as caught:
         fewer(1, error)
     assert caught.value is error
 
@@ -177,7 +179,9 @@ def passing(network: Network, sent: Sent, work: Callable[[Any], Coroutine[Any, A
 
     async def run() -> None:
         hops = list(sent.hops.values())
-        async with sent.sender.in_pass(hops, lambda number: sent.build(names[number])(empty), CallContext()) as along:
+        async with sent.sender.in_pass(
+            hops, lambda number: sent.build(names[number])(empty), CallContext(), width=WIDTH
+        ) as along:
             await work(along)
         deadline_s = time.monotonic() + LONG_S
         while any(server.handler._running for server in network.servers.values()):

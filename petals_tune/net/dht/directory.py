@@ -23,6 +23,7 @@ from petals_tune.net.dht.tree import Depth
 from petals_tune.net.directory import Snapshot
 from petals_tune.net.hivemind_p2p import HivemindTransport, peer_of
 from petals_tune.net.members import Members
+from petals_tune.net.own_lag import patience
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.span import BlockSpan
@@ -113,7 +114,7 @@ class DhtDirectory:
 
     async def _ping(self, transport: HivemindTransport, address: str) -> None:
         with suppress(ConnectionLost, TimeoutError):  # it is away
-            async with asyncio.timeout(PING_S):
+            async with patience(PING_S):
                 await transport.connect(address)
                 await self.node.ping(address)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 
 from petals_tune.errors import ConnectionLost
 from petals_tune.net.dht.store import network_of_address
 from petals_tune.net.hivemind_p2p import HivemindTransport
+from petals_tune.net.own_lag import patience
 
 REACH_S = 5.0
 LIST_S = 1.0  # how long a list of the connected peers is good for
@@ -36,7 +36,7 @@ class Networks:
     async def reach(self, peer: str, addresses: Sequence[str]) -> str | None:
         """The network of a peer that can be reached at one of `addresses`; None where it cannot."""
         try:
-            async with asyncio.timeout(REACH_S):
+            async with patience(REACH_S):
                 await self._transport.reach(peer, addresses)
         except (ConnectionLost, TimeoutError):
             return None

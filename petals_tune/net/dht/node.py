@@ -28,6 +28,7 @@ from petals_tune.net.dht.networks import Networks
 from petals_tune.net.dht.protocol import MAX_KEYS, MAX_SPOTS, AnnouncementProtocol, Found, node_id_of
 from petals_tune.net.hivemind_p2p import HivemindTransport, hivemind_errors, peer_of
 from petals_tune.net.members import Members
+from petals_tune.net.own_lag import awake_s, patience
 
 REPLICAS = 8  # nodes that store an announcement at each of its keys
 NEAREST = 8  # nodes around a key that are asked before it is said that there is nothing
@@ -54,7 +55,7 @@ class Search:
     whole: bool = False  # all that a node has is wanted, not a sample of it
     holders: int = 0
     held: int = 0  # announcements that a node has under the key, though it may show a sample
-    ends_s: float = math.inf  # time.monotonic(); from then on nobody else is asked or waited for
+    ends_s: float = math.inf  # awake_s(); from then on nobody else is asked or waited for
     found: dict[str, Announcement] = field(default_factory=dict)  # by peer, the latest of each
     told: set[str] = field(default_factory=set)  # peers of which another node told
 
@@ -77,7 +78,7 @@ class Search:
 
     @property
     def is_over(self) -> bool:
-        return self.is_satisfied or time.monotonic() >= self.ends_s
+        return self.is_satisfied or (self.ends_s < math.inf and awake_s() >= self.ends_s)
 
     def nearest(self) -> list[DHTID]:
         return sorted(self.candidates, key=self.key.xor_distance)
@@ -86,7 +87,7 @@ class Search:
         """Take what one node shows of the `held` that it has; of a peer that is known, the later announcement."""
         self.held = max(self.held, held, len(announcements))
         if announcements and self.enough is not None:
-            self.ends_s = min(self.ends_s, time.monotonic() + PATIENCE_S)
+            self.ends_s = min(self.ends_s, awake_s() + PATIENCE_S)
         self.holders += bool(announcements)
         for new in announcements:
             self.told.add(new.peer)
@@ -183,7 +184,7 @@ class Node:
         asked for. At the deadline, what was found by then; nothing is raised but AccessDenied, for our own token.
         """
         searches = {}
-        deadline_s = time.monotonic() + timeout_s
+        deadline_s = awake_s() + timeout_s
         for key in keys:
             search = searches[key] = Search(key, enough, self._known_near(key), ends_s=deadline_s, whole=whole)
             search.found = {each.peer: each for each in self.protocol.store.get(key.to_bytes(), time.time())}
@@ -195,7 +196,7 @@ class Node:
                 awaited = [search.ends_s for search in searches.values() if search.waiting and not search.is_over]
                 if not awaited:
                     break
-                left_s = max(min(awaited) - time.monotonic(), 0)
+                left_s = max(min(awaited) - awake_s(), 0)
                 done, _ = await asyncio.wait(asking, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     self._take(task.result(), *asking.pop(task))
@@ -299,7 +300,7 @@ class Node:
             places[PeerID.from_base58(address)] = list(spots)
         counts = dict.fromkeys(spots, (0, 0))
         with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
+            async with patience(timeout_s):
                 await asyncio.gather(*(self._store_at(peer, data, wanted, counts) for peer, wanted in places.items()))
         return counts
 

@@ -27,6 +27,7 @@ from petals_tune.net.dht.announcements import MAX_ANNOUNCEMENT_BYTES, Announceme
 from petals_tune.net.dht.keys import INDEX_RECORDS, KEY_BYTES, Spot
 from petals_tune.net.dht.store import NO_NETWORK, AnnouncementStore
 from petals_tune.net.hivemind_p2p import hivemind_errors
+from petals_tune.net.own_lag import patience
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,8 @@ class AnnouncementProtocol(DHTProtocol):
         """The answer of `peer`; None, and the peer leaves the routing table, where there is none in time."""
         try:
             with hivemind_errors(str(peer)):
-                response = await getattr(self.get_stub(peer), name)(request, timeout=self.wait_timeout)
+                async with patience(self.wait_timeout):
+                    response = await getattr(self.get_stub(peer), name)(request)
         except (ConnectionLost, TimeoutError) as error:
             logger.debug("%s of the DHT does not answer: %s", peer, error)
             response = None

@@ -20,6 +20,7 @@ from petals_tune.net.dht.node import Node
 from petals_tune.net.dht.protocol import SAMPLE
 from petals_tune.net.dht.tree import Look
 from petals_tune.net.directory import Snapshot
+from petals_tune.net.own_lag import awake_s
 from petals_tune.wire.records import PROTOCOL, ServerRecord, same_model
 from petals_tune.wire.span import BlockSpan
 
@@ -132,7 +133,8 @@ class Reader:
             known.asked_initial_s = time.monotonic()
             readings.append(self._read_initial(known, [look.root for look in due], model))
         if not any(await asyncio.gather(*readings)) and self._initial:
-            await self._was_silent()
+            if not known.announcements:  # else there are servers to ask, whatever the nodes of the DHT say of us
+                await self._was_silent()
             logger.warning(
                 "no node of the directory answered in %g s; going on with the %d servers that are known",
                 *(READING_S, len(known.announcements)),
@@ -145,11 +147,11 @@ class Reader:
 
     async def _look(self, known: Known, due: Sequence[Look], model: str) -> bool:
         """Look for the shards that are due, and below those that are full; whether any node answered in time."""
-        deadline_s = time.monotonic() + READING_S
+        deadline_s = awake_s() + READING_S
         has_heard = False
-        while due and time.monotonic() < deadline_s:
+        while due and awake_s() < deadline_s:
             shards = {DHTID.from_bytes((shard := look.choose(self._chance)).key): (look, shard) for look in due}
-            searches = await self._node.find(shards, enough=HOLDERS, timeout_s=deadline_s - time.monotonic())
+            searches = await self._node.find(shards, enough=HOLDERS, timeout_s=deadline_s - awake_s())
             due = []
             for key, search in searches.items():
                 look, shard = shards[key]

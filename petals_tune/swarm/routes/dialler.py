@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
+from petals_tune.net.own_lag import awake_s
 from petals_tune.wire.records import ServerRecord
 
 AT_ONCE = 32
@@ -34,7 +35,7 @@ class Dialler:
 
     def slow(self) -> Collection[str]:
         """Peers that are being dialled and should have answered."""
-        now_s = time.monotonic()
+        now_s = awake_s()
         return [peer for peer, began_s in self._began_s.items() if now_s - began_s >= SLOW_S]
 
     def begin(self, server: ServerRecord, *, awaited: bool) -> bool:
@@ -48,7 +49,7 @@ class Dialler:
         if at_once <= (0 if awaited else KEPT_FREE) or a_minute <= (0 if awaited else KEPT_FREE_A_MINUTE):
             return False
         self._begun_s.append(now_s)
-        self._began_s[server.peer] = now_s
+        self._began_s[server.peer] = awake_s()
         task = self._tasks[server.peer] = asyncio.create_task(self._opening(server))
         task.add_done_callback(lambda _: self._end(server.peer))
         return True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from shlex import quote
 
 import numpy as np
 
@@ -139,13 +138,8 @@ def _uncovered(table: ServerTable, wanted: BlockSpan, usable: Mask) -> Uncovered
     seen = ", ".join(map(describe, table.servers[:MOST_NAMED], usable)) or "none"
     if len(table.servers) > MOST_NAMED:
         seen += f" and {len(table.servers) - MOST_NAMED} more"
-    address = next((server.addresses[0] for server in table.servers if server.addresses), "ADDRESS")
-    # What some server wrote is quoted: it shall be safe to copy into a shell.
-    model = quote(f"model.source={table.servers[0].model_name if table.servers else 'MODEL'}")
-    peers = quote(f"swarm.initial_peers=[{address}]")
-    commands = "\n".join(f"  start one:  python -m servers {model} blocks={span} {peers}" for span in missing)
     return UncoveredBlocks(
-        f"no server holds blocks {', '.join(map(str, missing))}; servers seen: {seen}\n{commands}",
+        f"no server holds blocks {', '.join(map(str, missing))}; servers seen: {seen}",
         missing=tuple(missing),
         seen=tuple(server.peer for server in table.servers),
     )

@@ -14,6 +14,7 @@ from petals_tune.errors import ServerUnreachable, UncoveredBlocks
 from petals_tune.swarm.routes.bans import Bans
 from petals_tune.swarm.routes.dialler import A_MINUTE, Dialler
 from petals_tune.swarm.routes.known import KnownServers
+from petals_tune.swarm.routes.limits import LEAST, Limits, Size
 from petals_tune.swarm.routes.load import Load
 from petals_tune.swarm.routes.round_trips import HandOverRule, RoundTrips
 from petals_tune.swarm.routes.route import Costs, Hop, plan_route
@@ -33,6 +34,8 @@ class Wish:
     span: BlockSpan
     work: int  # tokens (rows x positions) that go through each block
     latency: HandOverRule | None = None  # the least time for one token, where servers hand on so; None: throughput
+    size: Size = LEAST  # of its requests: servers that take less are passed over
+    without: Collection[str] = ()  # peers that refused this piece of work
 
 
 @dataclass
@@ -46,14 +49,16 @@ class Routing:
     bans: Bans = field(default_factory=Bans)
     trials: Trials = field(default_factory=Trials)
     round_trips: RoundTrips = field(default_factory=RoundTrips)
+    limits: Limits = field(default_factory=Limits)
     _explored_s: float = -math.inf
 
     async def route(self, wish: Wish) -> tuple[Hop, ...]:
         """The cheapest chain of servers that were reached; others are dialled where these do not hold all blocks.
 
         Servers that failed are passed over until they were reached again, unless nobody else holds their blocks; those
-        that returned NaN, unless not even a failed one holds them. One that returned what cannot be right is not asked
-        even then. Raises UncoveredBlocks, ServerUnreachable.
+        that returned NaN, unless not even a failed one holds them. One that returned what cannot be right, or takes
+        less at once than the wish brings, is not asked even then.
+        Raises UncoveredBlocks, ServerUnreachable; RequestTooLarge where all servers of some blocks take less.
         """
         await self.known.keep_fresh()
         self._reach_doubtful()
@@ -69,10 +74,40 @@ class Routing:
         self._explore(wish)
         return route
 
+    async def others(self, span: BlockSpan, *, without: Collection[str]) -> bool:
+        """Whether servers other than those `without` hold all blocks of `span`; the directory is asked before a no."""
+
+        def are_known() -> bool:
+            table = self.known.table
+            return table.covers(self._there(table, without), span)
+
+        if not are_known() and self.known.age_s > STALE_S:
+            await self.known.refresh()
+        return are_known()
+
+    def _there(self, table: ServerTable, without: Collection[str] = ()) -> Mask:
+        """Servers that may come into question at some time."""
+        return ~table.mask(self.bans.offenders(time.monotonic())) & ~table.mask(without)
+
+    def _able(self, table: ServerTable, wish: Wish) -> Mask:
+        """Servers that may be asked for this wish."""
+        return ~table.mask(wish.without) & ~self.limits.smaller(table, wish.size)
+
+    def _check_size(self, wish: Wish) -> None:
+        """Raises RequestTooLarge where servers hold the blocks of `wish`, and all of some blocks take less."""
+        table = self.known.table
+        if not self.limits.smaller(table, wish.size).any():
+            return
+        there = self._there(table, wish.without)
+        if table.covers(there, wish.span) and not table.covers(there & self._able(table, wish), wish.span):
+            error = self.limits.too_large(table, there, wish.span, wish.size)
+            assert error is not None, "some servers take less"
+            raise error
+
     def plan(self, wish: Wish, *, without: Collection[str]) -> tuple[Hop, ...]:
         """The cheapest chain `without` some peers, and of servers that were reached if these hold all blocks."""
         table = self.known.table
-        usable = ~table.mask(without)
+        usable = ~table.mask(without) & self._able(table, wish)
         return self._first(wish, usable & table.mask(self.open_peers()), usable)
 
     async def _reached(self, wish: Wish) -> tuple[Hop, ...]:
@@ -82,7 +117,8 @@ class Routing:
         """
         while True:
             table, now_s = self.known.table, time.monotonic()
-            usable = ~table.mask(self.bans.active(now_s))
+            self._check_size(wish)  # more is known of each that is reached
+            usable = ~table.mask(self.bans.active(now_s)) & self._able(table, wish)
             reached = usable & table.mask(self.open_peers())
             try:
                 return self._choose(table, wish, usable, reached, now_s)
@@ -126,7 +162,8 @@ class Routing:
         """A chain with servers that failed lately, those that worked before first. Raises UncoveredBlocks."""
         table, now_s = self.known.table, time.monotonic()
         tried = table.mask(self.open_peers()) | self.load.measured(table)
-        failed, wrong = (~table.mask(peers) for peers in (self.bans.wrong(now_s), self.bans.offenders(now_s)))
+        able = self._able(table, wish)
+        failed, wrong = (able & ~table.mask(peers) for peers in (self.bans.wrong(now_s), self.bans.offenders(now_s)))
         return self._first(wish, failed & tried, failed, wrong)
 
     def _first(self, wish: Wish, *usable: Mask) -> tuple[Hop, ...]:
@@ -158,7 +195,7 @@ class Routing:
         if now_s - self._explored_s < EXPLORE_S or len(reached) >= MOST_STREAMS:
             return
         self._explored_s = now_s
-        usable = ~table.mask(self.bans.active(now_s)) & ~self.trials.suspects(table)
+        usable = ~table.mask(self.bans.active(now_s)) & ~self.trials.suspects(table) & self._able(table, wish)
         if not table.covers(usable, wish.span):
             return
         for hop in plan_route(table, wish.span, self._costs(table, wish), usable=usable):

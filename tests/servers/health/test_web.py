@@ -15,10 +15,11 @@ async def test_the_report_comes_as_json_once_there_is_one():
         url = f"http://127.0.0.1:{port}"
         async with session.get(f"{url}/swarm.json") as answer:
             assert answer.status == 503
-        pages.report = report_of([server("a", 0, 8)], {"a": WELL}, now_unix_s=5)
+        report = report_of([server("a", 0, 8)], {"a": WELL}, now_unix_s=5)
+        pages.show(report)
         async with session.get(f"{url}/swarm.json") as answer:
             assert answer.status == 200
-            assert msgspec.json.decode(await answer.read(), type=Report) == pages.report
+            assert msgspec.json.decode(await answer.read(), type=Report) == report
 
 
 async def test_the_page_loads_nothing_from_elsewhere():

@@ -15,7 +15,7 @@ import torch
 from petals_tune.blocks.adapters import MAX_PARTS_A_MODULE
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.footprint import Pass
-from petals_tune.errors import ComputationTooLarge, PetalsTuneError, RequestRefused, ServerBusy
+from petals_tune.errors import RequestRefused, ServerBusy
 from petals_tune.wire.messages import Backward, CollectSum, Done, Forward, Forwarded, OpenSession, Step
 from servers.requests.admission import Admission
 from servers.requests.execution import Executor
@@ -60,10 +60,18 @@ def computed(engine: Parts, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
-async def refused(executor: Executor, request: Any) -> PetalsTuneError:
-    with pytest.raises(PetalsTuneError) as caught:
+async def refused(executor: Executor, request: Any) -> RequestRefused:
+    with pytest.raises(RequestRefused) as caught:
         await executor.run(MALLORY, request)
     return caught.value
+
+
+async def fitting(executor: Executor, request: Any) -> int:
+    """How many tokens would fit, where `request` is refused because it is larger."""
+    error = await refused(executor, request)
+    assert error.limit == "max_compute_gb"
+    assert error.fits is not None
+    return error.fits
 
 
 async def test_many_parts_on_one_linear_are_refused_by_their_number(engine, computed):
@@ -86,12 +94,11 @@ async def test_parts_that_are_allowed_count_before_they_are_computed(engine, com
     await executor.run(MALLORY, put(*[lora(1, dropout=0.1)] * MAX_PARTS_A_MODULE))
     attack = {"hidden": noise(1, 512), "train": True, "adapter": "v", "keep": True}
     computed.clear()
-    error = await refused(executor, forward(**attack))
-    assert isinstance(error, ComputationTooLarge)
-    assert (error.limit, error.max_rows) == ("max_compute_gb", 0)
+    fits = await fitting(executor, forward(**attack))
+    assert fits < 512
     assert not computed
-    fitting = {**attack, "hidden": noise(1, error.max_positions)}
-    assert isinstance(await executor.run(MALLORY, forward(**fitting)), Forwarded)
+    shorter = {**attack, "hidden": noise(1, fits)}
+    assert isinstance(await executor.run(MALLORY, forward(**shorter)), Forwarded)
     del attack["adapter"]
     assert isinstance(await executor.run(MALLORY, forward(**attack)), Forwarded), "without its adapter it fits"
     assert all(map(torch.equal, alone, await trained(executor)))
@@ -108,16 +115,12 @@ async def test_attention_beyond_the_memory_is_refused_with_the_rows_that_fit(eng
 
     alone = await trained(executor)
     computed.clear()
-    error = await refused(executor, attack(4))
-    assert isinstance(error, ComputationTooLarge)
-    assert (error.limit, error.limit_bytes) == ("max_compute_gb", limit_bytes)
-    assert error.size_bytes > limit_bytes
-    assert 1 <= error.max_rows < 4
+    rows, rest = divmod(await fitting(executor, attack(4)), 1024)
+    assert (1 <= rows < 4, rest) == (True, 0)
     assert not computed
-    assert isinstance(await refused(executor, attack(error.max_rows + 1)), ComputationTooLarge)
-    assert isinstance(await executor.run(MALLORY, attack(error.max_rows)), Forwarded)
-    again = await refused(executor, Backward(again=attack(4), grad=noise(4, 1024)))
-    assert isinstance(again, ComputationTooLarge)
+    assert await fitting(executor, attack(rows + 1)) == rows * 1024
+    assert isinstance(await executor.run(MALLORY, attack(rows)), Forwarded)
+    assert await fitting(executor, Backward(again=attack(4), grad=noise(4, 1024))) <= rows * 1024
     assert len(computed) == 1, "the one that fits"
     assert all(map(torch.equal, alone, await trained(executor)))
 
@@ -125,11 +128,9 @@ async def test_attention_beyond_the_memory_is_refused_with_the_rows_that_fit(eng
 async def test_a_step_beyond_the_memory_is_refused_with_the_positions_that_fit(engine, computed):
     executor = executor_of(engine, kept=stores(sessions=2**26), max_compute_bytes=2**23)
     opened: Any = await executor.run(MALLORY, OpenSession(span=SPAN, rows=2, max_length=2048))
-    error = await refused(executor, Step(session=opened.session, hidden=noise(2, 2048), position=0))
-    assert isinstance(error, ComputationTooLarge)
+    fits = await fitting(executor, Step(session=opened.session, hidden=noise(2, 2048), position=0))
     assert not computed
-    fitting = Step(session=opened.session, hidden=noise(1, error.max_positions // 2).repeat(2, 1, 1), position=0)
-    await executor.run(MALLORY, fitting)
+    await executor.run(MALLORY, Step(session=opened.session, hidden=noise(2, fits // 4), position=0))
 
 
 async def test_kept_graphs_never_pass_their_budget_however_many_are_computed_at_once(engine, monkeypatch):
@@ -177,14 +178,13 @@ async def test_a_graph_whose_backward_waits_is_still_counted(engine, held):
 
 async def test_an_adapter_that_never_fits_is_refused_before_it_is_moved_to_the_device(engine, computed):
     executor = executor_of(engine, kept=stores(adapters=1000))
-    error = await refused(executor, put(lora(16)))
-    assert (type(error), error.limit) == (RequestRefused, "max_adapter_gb")  # type: ignore[attr-defined]
+    assert (await refused(executor, put(lora(16)))).limit == "max_adapter_gb"
     assert not computed
 
 
 async def test_an_adapter_that_does_not_fit_the_blocks_leaves_no_room_reserved(engine):
     executor = executor_of(engine)
-    assert isinstance(await refused(executor, put(lora(scaling=float("nan")))), RequestRefused)
+    await refused(executor, put(lora(scaling=float("nan"))))
     assert executor._stores.adapters.used_bytes == 0
 
 
@@ -193,7 +193,8 @@ async def test_a_term_of_a_sum_without_room_is_refused_before_its_backward(engin
     await executor.run(MALLORY, put(lora()))
     computed.clear()
     backward = Backward(again=forward(adapter="v"), grad=torch.ones(1, 2, HIDDEN), adapter_sum=1)
-    assert isinstance(await refused(executor, backward), ServerBusy)
+    with raises(ServerBusy, limit="max_adapter_gb"):
+        await executor.run(MALLORY, backward)
     assert not computed
     assert executor._stores.sums.used_bytes == 0
 

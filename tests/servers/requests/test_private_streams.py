@@ -6,6 +6,7 @@ import pytest
 
 from petals_tune.errors import (
     AccessDenied,
+    Refused,
     ServerBusy,
     ServerError,
 )
@@ -215,8 +216,10 @@ async def test_members_keep_their_stream_while_their_tokens_are_renewed_and_lose
         now_s = 3003.0
         while pool.living(HOST.peer) is not None:
             await asyncio.sleep(0.001)
-        with raises(AccessDenied, reason="revoked", member="alice"):
+        with raises(Refused, peer=HOST.peer) as caught:
             await pool.get(record)
+        assert isinstance(caught.value.said, AccessDenied)
+        assert (caught.value.said.reason, caught.value.said.member) == ("revoked", "alice")
         await pool.close()
         await network.close()
 

@@ -68,7 +68,7 @@ async def test_so_many_are_dialled_in_a_minute(monkeypatch):
 
 async def test_a_server_is_dialled_once_at_a_time_and_seems_slow_after_a_while(monkeypatch):
     now_s = 100.0
-    monkeypatch.setattr(module.time, "monotonic", lambda: now_s)
+    monkeypatch.setattr(module, "awake_s", lambda: now_s)
     line = Line()
     assert [line.dialler.begin(SERVERS[0], awaited=True) for _ in range(3)] == [True] * 3
     await asyncio.sleep(0)

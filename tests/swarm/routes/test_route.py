@@ -1,4 +1,3 @@
-import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -106,24 +105,20 @@ def test_equal_routes_are_told_apart_by_peer_id_whatever_the_order():
     assert planned(servers) == planned(servers[::-1]) == ["a0=0:6", "a6=6:12"]
 
 
-def test_all_gaps_are_named_with_the_commands_that_would_fill_them():
+def test_all_gaps_are_named():
     gaps = (BlockSpan(0, 2), BlockSpan(4, 6), BlockSpan(8, 12))
-    with raises(UncoveredBlocks, missing=gaps, seen=("a", "b")) as caught:
+    with raises(UncoveredBlocks, missing=gaps, seen=("a", "b")):
         planned([server("a", 2, 4), server("b", 6, 8)])
-    text = str(caught.value)
-    for span in ("0:2", "4:6", "8:12"):
-        start = f"python -m servers model.source=name-of-mmm blocks={span}"
-        assert f"{start} 'swarm.initial_peers=[/ip4/10.0.0.1/tcp/1/p2p/a]'" in text
 
 
-def test_a_command_that_a_server_had_a_hand_in_is_safe_to_copy():
-    wicked = msgspec.structs.replace(server("a", 0, 4), model_name="x; rm -rf ~", addresses=("$(reboot)`reboot`'",))
+def test_no_name_or_address_of_a_server_gets_into_the_text():
+    """A person might copy a command with them, or run what they name."""
+    wicked = msgspec.structs.replace(
+        server("a", 0, 4), model_name="evil/model", addresses=("/dns4/evil.example/tcp/1",)
+    )
     with pytest.raises(UncoveredBlocks) as caught:
         planned([wicked])
-    _, _, command = str(caught.value).partition("start one:")
-    *_, source, blocks, peers = shlex.split(command)
-    assert (source, blocks) == ("model.source=x; rm -rf ~", "blocks=4:12")
-    assert peers == "swarm.initial_peers=[$(reboot)`reboot`']"
+    assert "evil" not in str(caught.value)
 
 
 def test_a_gap_made_by_a_ban_says_so():
