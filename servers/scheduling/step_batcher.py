@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 
 from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.footprint import Pass
 from petals_tune.blocks.kv_cache import Session
 from petals_tune.wire.messages import Step
 from servers.scheduling.compute_thread import ComputeThread, Outcome
@@ -83,8 +84,9 @@ class _Measured:
 class StepBatcher:
     """Batches the steps that wait. Used by the event loop alone."""
 
-    def __init__(self, engine: Engine, compute: ComputeThread):
+    def __init__(self, engine: Engine, compute: ComputeThread, *, max_compute_bytes: int | None = None):
         self._engine, self._compute = engine, compute
+        self._max_compute_bytes = max_compute_bytes
         self._by_key: dict[tuple[object, ...], dict[_Waiting, None]] = {}  # all that wait, oldest first
         self._by_client: dict[str, dict[_Waiting, None]] = {}  # the same
         self._lock = threading.Lock()  # of both: the compute thread takes batches out
@@ -214,7 +216,7 @@ class StepBatcher:
             now_held, now_longest = held + each.session.rows * length, max(longest, length)
             fits = now_rows <= MAX_BATCH_ROWS and id(each.session) not in sessions
             fits &= now_longest <= FEW_POSITIONS or now_rows * now_longest <= MAX_PADDING * now_held
-            if not batch or fits:
+            if not batch or (fits and self._has_memory([*batch, each])):
                 batch.append(each)
                 rows, held, longest = now_rows, now_held, now_longest
                 sessions.add(id(each.session))
@@ -228,6 +230,14 @@ class StepBatcher:
             _discard(self._by_key, waiting.key, waiting)
             _discard(self._by_client, waiting.session.client, waiting)
         return True
+
+    def _has_memory(self, batch: Sequence[_Waiting]) -> bool:
+        """Whether a batch of one position a row has memory enough: each row takes what the longest one takes."""
+        if self._max_compute_bytes is None:
+            return True
+        session, rows = batch[0].session, sum(each.session.rows for each in batch)
+        one, longest = Pass(span=session.span, adapter=session.adapter), max(each.step.position for each in batch) + 1
+        return self._engine.footprint.step_bytes(one, rows, 1, longest) <= self._max_compute_bytes
 
 
 def _discard(queues: dict[K, dict[_Waiting, None]], name: K, waiting: _Waiting) -> None:
