@@ -99,6 +99,13 @@ class Engine:
         elapsed_s = time.perf_counter() - started_s
         return Result(output=output, graph=graph, graph_bytes=graph_bytes, compute_s=elapsed_s)
 
+    def run(self, request: Forward, adapter: Adapter | None) -> torch.Tensor:
+        """The output (B, S, H) of a forward, on the engine's device and in the caller's own autograd graph.
+
+        It is differentiable in `request.hidden` and in the adapter's tensors. Raises as `forward`.
+        """
+        return self._output(request, adapter, request.hidden.to(self._device, self._dtype))
+
     def backward(
         self, request: Backward, graph: Graph | None, adapter: Adapter | None
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
