@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "data": "errors files checksums model",
     "swarm": "errors wire net",
     # floor 5
-    "remote": "errors wire net model tuning swarm",
+    "remote": "errors wire net model blocks tuning swarm",
     "servers": "__version__ errors files cli config wire net model blocks",
     # floor 6
     "train": "errors config hydra_errors wire files checksums model blocks.quantization tuning data net swarm remote",

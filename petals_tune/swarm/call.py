@@ -120,6 +120,7 @@ class Calls:
             hidden=tensor,
             padding=context.padding,
             positions=context.positions,
+            context_length=context.context_length,
             adapter=stage.adapter,
             keep=stage.keep,
             input_grad=stage.input_grad,

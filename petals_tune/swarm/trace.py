@@ -21,6 +21,7 @@ class CallContext:
 
     padding: torch.Tensor | None = None  # (B, S) bool, True = attend
     positions: torch.Tensor | None = None  # (B or 1, S) int64
+    context_length: int | None = None  # of all rows together, as in a Forward
     adapter: AdapterVersion | None = None
     train: bool = False
     seed: int = 0
