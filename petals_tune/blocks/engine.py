@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from petals_tune.blocks.adapters import Adapter, AdapterHooks, CallPlan
+from petals_tune.blocks.footprint import Footprint, measure_footprint
 from petals_tune.blocks.graphs import Graph, KeptMemory
 from petals_tune.blocks.kernels import use_fast_kernels
 from petals_tune.blocks.kv_cache import Session, StepCache
@@ -96,6 +98,13 @@ class Engine:
                 output = self._output(request, adapter, request.hidden.to(self._device, self._dtype)).cpu()
         elapsed_s = time.perf_counter() - started_s
         return Result(output=output, graph=graph, graph_bytes=graph_bytes, compute_s=elapsed_s)
+
+    def run(self, request: Forward, adapter: Adapter | None) -> torch.Tensor:
+        """The output (B, S, H) of a forward, on the engine's device and in the caller's own autograd graph.
+
+        It is differentiable in `request.hidden` and in the adapter's tensors. Raises as `forward`.
+        """
+        return self._output(request, adapter, request.hidden.to(self._device, self._dtype))
 
     def backward(
         self, request: Backward, graph: Graph | None, adapter: Adapter | None
@@ -258,6 +267,25 @@ class Engine:
                 each.remove()
         first = min(bad, default=span.stop)
         return NotFinite(f"non-finite numbers come out of block {first}, from finite ones", block=first)
+
+    @functools.cached_property
+    def footprint(self) -> Footprint:
+        """What requests will take in memory. Measured at its first use, on the blocks: by the computing thread."""
+        return measure_footprint(self)
+
+    def block(self, number: int) -> nn.Module:
+        return self._blocks[number - self.loaded.span.start]
+
+    @property
+    def description(self) -> str:
+        """The model, and how it is computed: all that memory depends on but for the kinds of the blocks."""
+        config = {**self._model.config.to_dict(), "num_hidden_layers": None, "layer_types": None}
+        return f"{self._quantization.name} {self._dtype} {self._device} {sorted(config.items())}"
+
+    def kind_of(self, block: int) -> str:
+        """The structure of a block: those of equal structure take equal memory."""
+        layer_type = "" if self._layer_types is None else self._layer_types[block - self.loaded.span.start]
+        return f"{layer_type} {self.block(block)}"
 
     def measure_token_bytes(self) -> int:
         """Bytes of one position of one row in the caches of one block, seen in a step of one position."""

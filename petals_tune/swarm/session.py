@@ -59,6 +59,17 @@ class Inputs:
         )
 
 
+def check_length(reached: int, max_length: int) -> None:
+    """Raises RequestRefused for a step to position `reached` of a session for `max_length`."""
+    if reached > max_length:
+        raise RequestRefused(
+            f"the session was opened for max_length={max_length} positions and this step would reach {reached}; open "
+            "it with a larger max_length",
+            reason="too long",
+            max_length=reached,
+        )
+
+
 @dataclass
 class History:
     """The inputs of a span so far. Reordering rows composes indices; tensors are gathered when they are replayed."""
@@ -122,13 +133,7 @@ class ChainSession:
         Raises RequestRefused where `max_length` is exceeded or nobody has room, and what `Chain.forward` raises. A text
         is cut where a server takes fewer positions at once.
         """
-        if position + len(inputs) > self.max_length:
-            raise RequestRefused(
-                f"the session was opened for max_length={self.max_length} positions and this step would reach "
-                f"{position + len(inputs)}; open it with a larger max_length",
-                reason="too long",
-                max_length=position + len(inputs),
-            )
+        check_length(position + len(inputs), self.max_length)
         for session in self._sessions:
             session.history.cut(position)
             if order is not None:

@@ -71,6 +71,7 @@ class Leg:
     stage: Stage
     hidden: torch.Tensor  # (B, S, H) input of the span
     lease: int | None  # the graph that the server keeps; None: it keeps none
+    shadow: object | None = None  # what an observer keeps of it (swarm/verify.py)
 
     @property
     def hop(self) -> Hop:

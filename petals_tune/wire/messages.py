@@ -6,6 +6,7 @@ No field can carry code. Shapes: B rows, S positions, H hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, TypeVar, get_origin, get_type_hints
 
 import msgspec
@@ -19,7 +20,7 @@ from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WireFormat
 from petals_tune.wire.tokens import TokenBytes
 
-MAX_PARTS = 100_000  # of an adapter: 100 blocks with 10 adapted linears each make 1000
+MAX_PARTS = 10_000  # of an adapter: 100 blocks with 10 adapted linears each make 1000
 MAX_LEASES = 10_000  # in one Release
 MAX_TICKETS = 1_000  # in one Withdrawn
 MAX_POSITION = 2**24  # no model has as many
@@ -259,6 +260,18 @@ class Withdrawn(Message, frozen=True, tag="withdrawn"):
     """Cancel the requests that wait for these tickets. Has no reply."""
 
     tickets: Annotated[list[Ticket], msgspec.Meta(max_length=MAX_TICKETS)]
+
+
+def tensors_of(value: object) -> Iterator[torch.Tensor]:
+    """Yield all tensors of a message, or of a list or a part in one."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list):
+        for each in value:
+            yield from tensors_of(each)
+    elif isinstance(value, msgspec.Struct):
+        for name in value.__struct_fields__:
+            yield from tensors_of(getattr(value, name))
 
 
 def carried(request: Forward | Backward | Step) -> torch.Tensor:
