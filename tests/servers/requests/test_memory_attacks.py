@@ -89,7 +89,7 @@ async def test_many_parts_on_one_linear_are_refused_by_their_number(engine, comp
 async def test_parts_that_are_allowed_count_before_they_are_computed(engine, computed):
     """Eight parts with dropout on a linear keep eight times its input."""
     plain = engine[0].footprint.training_bytes(Pass(span=SPAN, train=True), 1, 512)
-    executor = executor_of(engine, max_compute_bytes=int(1.2 * plain))
+    executor = executor_of(engine, max_compute_bytes=plain)
     alone = await trained(executor)
     await executor.run(MALLORY, put(*[lora(1, dropout=0.1)] * MAX_PARTS_A_MODULE))
     attack = {"hidden": noise(1, 512), "train": True, "adapter": "v", "keep": True}
@@ -150,7 +150,7 @@ async def test_kept_graphs_never_pass_their_budget_however_many_are_computed_at_
     leases = [reply.lease for reply in replies if isinstance(reply, Forwarded) and reply.lease is not None]
     assert (len(replies), len(leases), len(used)) == (6, 3, 6), "all are answered"
     assert 2 * one < used[0] <= max(used) <= kept.leases.max_bytes
-    assert 0.8 * one < kept.leases.used_bytes / 3 <= one, "by now, what was measured"
+    assert 0.5 * one < kept.leases.used_bytes / 3 < one, "by now, what was measured"
 
 
 @pytest.fixture
