@@ -201,7 +201,9 @@ class _Server:
     async def _wait_for_move(self, here: BlockSpan, stop: asyncio.Event) -> BlockSpan | None:
         """Return the span to move to once other blocks need this server more; None once `stop` is set."""
         while True:
-            pause_s = None if self._options.span else self._options.balance_period_s * random.uniform(0.5, 1.5)
+            pause_s = (
+                None if self._options.span else self._options.balance_period_s * random.SystemRandom().uniform(0.5, 1.5)
+            )
             try:
                 await asyncio.wait_for(stop.wait(), pause_s)
                 return None

@@ -105,10 +105,11 @@ def compute_bytes(device: str, max_gb: float | None) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a request did not fit; cuBLAS has no class for it."""
+    """Whether an error says that a request did not fit; cuBLAS and torch's allocator of host memory have no class."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+    texts = ("CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def give_back_freed_memory() -> None:

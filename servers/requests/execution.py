@@ -14,6 +14,7 @@ from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.footprint import Pass
 from petals_tune.errors import RequestRefused
+from petals_tune.wire.codec import INLINE_BYTES
 from petals_tune.wire.messages import (
     Backward,
     CollectedSum,
@@ -34,6 +35,7 @@ from servers.requests.admission import Admission
 from servers.scheduling.compute_thread import ComputeThread
 from servers.scheduling.fair_queue import Priority
 from servers.scheduling.step_batcher import StepBatcher
+from servers.scheduling.turns import Turns
 from servers.stores.adapters import sum_terms
 from servers.stores.stores import Stores
 
@@ -45,8 +47,8 @@ NeededBytes = Callable[[int, int], int]  # of rows and positions
 class Executor:
     """Runs requests with one engine, and keeps what their clients may come back for. Used by the event loop alone."""
 
-    def __init__(self, engine: Engine, compute: ComputeThread, stores: Stores, admission: Admission):
-        self._engine, self._compute, self._stores = engine, compute, stores
+    def __init__(self, engine: Engine, compute: ComputeThread, stores: Stores, admission: Admission, turns: Turns):
+        self._engine, self._compute, self._stores, self._turns = engine, compute, stores, turns
         self._admission, self._limits = admission, admission.limits
         self._steps = StepBatcher(engine, compute, max_compute_bytes=self._limits.max_compute_bytes)
 
@@ -105,7 +107,9 @@ class Executor:
         forward = partial(self._engine.forward, request, adapter)
         if not request.keep or client not in self._admission:
             result = await self._compute.run(Priority.FORWARD, forward, client=client)
-            return Forwarded(hidden=in_format(result.output, reply_format), compute_s=result.compute_s)
+            return Forwarded(
+                hidden=await self._in_format(client, result.output, reply_format), compute_s=result.compute_s
+            )
         leases, (rows, positions, _) = self._stores.leases, request.hidden.shape
         kept_bytes = self._engine.footprint.kept_bytes(
             Pass(span=request.span, adapter=adapter, train=request.train), rows, positions
@@ -115,7 +119,9 @@ class Executor:
             if lease is not None and result.graph is not None:
                 kept = leases.fill(client, lease, result.graph, result.graph_bytes, now_s=time.monotonic())
                 lease = lease if kept else None  # the client may have left meanwhile
-        return Forwarded(hidden=in_format(result.output, reply_format), lease=lease, compute_s=result.compute_s)
+        return Forwarded(
+            hidden=await self._in_format(client, result.output, reply_format), lease=lease, compute_s=result.compute_s
+        )
 
     async def _backward(self, client: str, request: Backward) -> Gradients:
         graph = adapter = None
@@ -138,7 +144,10 @@ class Executor:
             elif client in self._admission:
                 self._stores.sums.add(client, request.adapter_sum, request.term, gradients)
                 gradients = []
-        return Gradients(hidden=None if hidden is None else in_format(hidden, request.reply_format), adapter=gradients)
+        return Gradients(
+            hidden=None if hidden is None else await self._in_format(client, hidden, request.reply_format),
+            adapter=gradients,
+        )
 
     def _checked(self, client: str, request: Forward, *, with_graph: bool) -> Adapter | None:
         """The adapter of a forward, whose memory is checked; with that of its backward, which may have to repeat it."""
@@ -162,7 +171,15 @@ class Executor:
             return self._engine.footprint.step_bytes(one, rows, new, before + new)
 
         self._check_memory(needed_bytes, rows, positions)
-        return Stepped(hidden=in_format(await self._steps.run(session, request), request.reply_format))
+        return Stepped(
+            hidden=await self._in_format(client, await self._steps.run(session, request), request.reply_format)
+        )
+
+    async def _in_format(self, client: str, tensor: torch.Tensor, wire_format: str) -> torch.Tensor:
+        """Prepare a tensor for its reply, in a thread where it is large."""
+        if tensor.nbytes <= INLINE_BYTES:
+            return in_format(tensor, wire_format)
+        return await self._turns.run(client, partial(in_format, tensor, wire_format))
 
     async def _collect_sum(self, client: str, request: CollectSum) -> CollectedSum:
         with self._stores.sums.taken(client, request.adapter_sum) as terms:

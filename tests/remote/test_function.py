@@ -60,11 +60,16 @@ def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
     return [parameter.grad for parameter in tuned.parameters() if parameter.requires_grad]
 
 
-@pytest.mark.parametrize("rows_that_fit", [1, 2, 4])
-def test_a_batch_is_cut_into_what_a_server_takes_in_one_message(folder, requests, rows_that_fit):
-    # A forward that will have a backward counts twice: its input and a gradient may have to travel together.
-    limit = 2 * rows_that_fit * ROW_BYTES + OVERHEAD_BYTES
-    with in_process_swarm(folder, "0:2", "2:6", max_message_bytes=limit):
+@pytest.mark.parametrize(
+    ("rows_that_fit", "limits"),
+    [
+        # A forward that will have a backward counts twice: its input and a gradient may have to travel together.
+        *((rows, {"max_message_bytes": 2 * rows * ROW_BYTES + OVERHEAD_BYTES}) for rows in (1, 2, 4)),
+        (2, {"max_tokens": 2 * LENGTH + 1}),
+    ],
+)
+def test_a_batch_is_cut_into_what_a_server_takes_at_once(folder, requests, rows_that_fit, limits):
+    with in_process_swarm(folder, "0:2", "2:6", **limits):
         model = remote(folder)
         found, expected = gradients(model), gradients(plain_model(folder))
         model.remote_blocks.close()
@@ -85,9 +90,17 @@ def test_a_row_that_is_too_large_alone_is_refused_with_what_would_fit(folder, re
     assert not requests, "nothing was sent"
 
 
-def test_a_long_prompt_is_read_in_as_many_positions_as_a_server_takes(folder, requests):
-    limit = ROW_BYTES // 4 + 100 + OVERHEAD_BYTES  # two positions of two rows, and their position ids
-    with in_process_swarm(folder, "0:2", "2:6", max_message_bytes=limit), torch.no_grad():
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_message_bytes": ROW_BYTES // 4 + 100 + OVERHEAD_BYTES},  # two positions, and their ids
+        {"max_tokens": 5},
+        {"max_positions": 2},
+    ],
+    ids=lambda limits: next(iter(limits)),
+)
+def test_a_long_prompt_is_read_in_as_many_positions_as_a_server_takes(folder, requests, limits):
+    with in_process_swarm(folder, "0:2", "2:6", **limits), torch.no_grad():
         model = remote(folder)
         options = {"max_new_tokens": 6, "do_sample": False}
         found = model.generate(IDS[:2], **options)

@@ -42,3 +42,12 @@ def test_a_client_that_leaves_takes_everything_along_and_others_keep_theirs():
     assert used(stores) == [20, 60, 40, 80], "3 bytes x 2 blocks x 5 positions; 5 and 10 floats"
     stores.drop_client("me")
     assert used(stores) == [10, 30, 20, 40]
+
+
+def test_old_graphs_and_idle_sessions_go_without_another_request():
+    stores = made()
+    filled("me", stores)
+    stores.drop_expired(60.0)
+    assert used(stores) == [10, 30, 20, 40]
+    stores.drop_expired(60.1)
+    assert used(stores) == [0, 0, 20, 40]
