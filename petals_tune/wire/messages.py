@@ -25,7 +25,7 @@ MAX_TICKETS = 1_000  # in one Withdrawn
 MAX_POSITION = 2**24  # no model has as many
 MAX_FIELDS = 16  # of an error in a Refusal
 MAX_FIELD_TEXT = 1024  # characters of one
-MAX_REFUSAL_TEXT = 2**15  # characters of a Refusal's text, of which the reader shows fewer
+MAX_REFUSAL_TEXT = 4096  # characters of a Refusal's text
 TICKET_BYTES = 16
 
 Name = Annotated[str, msgspec.Meta(max_length=128)]
@@ -291,14 +291,11 @@ class Refusal(Message, frozen=True, tag="refusal"):
         class does not declare, or a value of another type than is declared, is dropped.
         """
         kind = _REFUSALS.get(self.error, errors.ServerError)
-        fields = _checked(kind, self.fields)
-        if issubclass(kind, errors.ServerError):
-            fields["peer"] = server
         # On one line and between quotation marks: no command that it proposes shall look like one of ours.
-        words = errors.printable(" ".join(self.text[:MAX_FIELD_TEXT].split())).replace('"', "'")
-        text = f'server {server} says: "{words}"'
+        words = errors.printable(" ".join(self.text.split())).replace('"', "'")
+        text, fields = f'server {server} says: "{words}"', _checked(kind, self.fields)
         if issubclass(kind, errors.ServerError):
-            return kind(text, **fields)
+            return kind(text, **fields | {"peer": server})
         said = kind(text, **fields)
         is_limit = isinstance(said, errors.RequestRefused) and said.limit
         return (errors.OverLimit if is_limit else errors.Refused)(text, peer=server, said=said)
