@@ -89,9 +89,7 @@ def test_a_row_that_is_too_large_alone_is_refused_with_what_would_fit(folder, re
 @pytest.mark.parametrize(
     "limits",
     [
-        {
-            "max_message_bytes": ROW_BYTES // 4 + 100 + OVERHEAD_BYTES
-        },  # two positions, and their ids
+        {"max_message_bytes": ROW_BYTES // 4 + 100 + OVERHEAD_BYTES},  # two positions, and their ids
         {"max_tokens": 5},
         {"max_positions": 2},
     ],
