@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Protocol
@@ -20,6 +22,8 @@ from servers.scheduling.compute_thread import ComputeThread
 
 # From a step on a GPU to a long batch on a CPU.
 _BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
+_LAG_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10)
+LAG_EVERY_S = 0.02  # between two looks how late the event loop is
 
 
 class Watched(Protocol):
@@ -51,6 +55,12 @@ class Metrics(Collector):
             "From a whole request to its reply, waiting included",
             ["request"],
             buckets=_BUCKETS_S,
+            registry=self._registry,
+        )
+        self._lag = Histogram(
+            "petals_tune_loop_lag_seconds",
+            "How long something that is due waits for the event loop, at any moment",
+            buckets=_LAG_BUCKETS_S,
             registry=self._registry,
         )
         self._tokens = Counter(
@@ -85,6 +95,9 @@ class Metrics(Collector):
         if handler is not None:
             stores = handler.stores
             yield GaugeMetricFamily("petals_tune_streams", "Open streams of clients", value=handler.streams)
+            yield GaugeMetricFamily(
+                "petals_tune_message_bytes", "Memory of requests and replies", value=handler.message_bytes
+            )
             yield GaugeMetricFamily("petals_tune_sessions", "Sessions kept", value=len(stores.sessions))
             yield GaugeMetricFamily("petals_tune_leases", "Graphs kept for backwards", value=len(stores.leases))
             yield GaugeMetricFamily("petals_tune_lease_bytes", "What they take", value=stores.leases.used_bytes)
@@ -96,8 +109,22 @@ class Metrics(Collector):
         """Serve /metrics and /health; yields the port. Raises ConfigError where it is taken."""
         app = web.Application()
         app.add_routes([web.get("/metrics", self._metrics), web.get("/health", self._health)])
-        async with http_server(app, host, port, key="metrics_port") as bound_port:
-            yield bound_port
+        measuring = asyncio.create_task(self._measure_lag())
+        try:
+            async with http_server(app, host, port, key="metrics_port") as bound_port:
+                yield bound_port
+        finally:
+            measuring.cancel()
+
+    async def _measure_lag(self) -> None:
+        """Count how late the loop is at each multiple of LAG_EVERY_S, those that it misses while it stands included."""
+        due_s = time.monotonic()
+        while True:
+            await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+            now_s = time.monotonic()
+            while due_s <= now_s:
+                self._lag.observe(now_s - due_s)
+                due_s += LAG_EVERY_S
 
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})

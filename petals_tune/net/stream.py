@@ -26,7 +26,7 @@ from petals_tune.net.own_lag import awake_s, patience
 from petals_tune.net.stats import SwarmStats
 from petals_tune.net.transport import Connection, Transport
 from petals_tune.wire import frames
-from petals_tune.wire.codec import decode, encode
+from petals_tune.wire.codec import INLINE_BYTES, Part, decode, encode
 from petals_tune.wire.messages import (
     ChainedReply,
     CloseSession,
@@ -38,9 +38,11 @@ from petals_tune.wire.messages import (
     Release,
     SessionOpened,
     Welcome,
+    tensors_of,
 )
 from petals_tune.wire.records import PROTOCOL
 from petals_tune.wire.span import BlockSpan
+from petals_tune.wire.tensors import encoded_bytes
 from petals_tune.wire.tokens import Token
 
 logger = logging.getLogger(__name__)
@@ -76,10 +78,16 @@ class MessageWriter:
         A message that was begun is written to its end, even where the caller is cancelled: the reader would keep memory
         for the rest of it.
         """
-        body = encode(message)
-        if len(body) <= frames.MAX_FRAME_BYTES:
-            return await self._write(message_id, body)
-        return await asyncio.shield(self._keep(asyncio.create_task(self._write(message_id, body))))
+        inline = sum(map(encoded_bytes, tensors_of(message))) <= INLINE_BYTES
+        return await self.write_parts(
+            message_id, [encode(message) if inline else await asyncio.to_thread(encode, message)]
+        )
+
+    async def write_parts(self, message_id: int, parts: Sequence[Part]) -> int:
+        """Write an encoded message, as `write` does."""
+        if sum(map(len, parts)) <= frames.MAX_FRAME_BYTES:
+            return await self._write(message_id, [b"".join(parts)])
+        return await asyncio.shield(self._keep(asyncio.create_task(self._write(message_id, parts))))
 
     def _keep(self, task: asyncio.Task[T]) -> asyncio.Task[T]:
         self._running.add(task)
@@ -93,9 +101,9 @@ class MessageWriter:
         else:
             self.connection.abort()
 
-    async def _write(self, message_id: int, body: bytes) -> int:
+    async def _write(self, message_id: int, parts: Sequence[Part]) -> int:
         sent = 0
-        for header, payload in frames.cut(message_id, body):
+        for header, payload in frames.cut(message_id, *parts):
             async with self._lock:
                 self.blocked_since_s = self._clock()
                 try:

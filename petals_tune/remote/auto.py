@@ -79,10 +79,9 @@ class DistributedModel:
         (None: as many as make 128 positions). `hand_over` says whether servers send their outputs straight to the next
         one of a chain: "always", "never", or "auto", where both are far from here. The blocks are
         `model.remote_blocks`; its `close()` leaves the swarm. `config_changes` are fields of the config that concern
-        the client's part, such as `num_labels=3`; one that concerns the blocks is refused. A share `verify` of the work
-        is done by a second server too, to find wrong answers (swarm/verify.py); which part of it follows from torch's
-        seed. With it, nothing is handed on: a server could give another one what it does not show us. `policy` says how
-        long work is tried again.
+        the client's part, such as `num_labels=3`; one that concerns the blocks is refused. A share `verify` of the
+        micro-batches is computed by a second server too, to find wrong answers (swarm/verify.py); no seed tells which
+        ones. With it, nothing is handed on, and servers sum no gradients. `policy` says how long work is tried again.
 
         All that the checkpoint holds is frozen: wrap the model with PEFT, or let `tuning_mode="ptune"` (a soft prompt
         of `pre_seq_len` tokens) or `"deep_ptune"` (one at every block as well) do it: then the result is a PeftModel
@@ -124,9 +123,18 @@ class DistributedModel:
             model: Any = without_blocks(cls.plain_class, config, checkpoint.read(outside, dtype), dtype)
             skeleton = family.blocks_of(placeholder)
             fill_with_placeholders(skeleton, dtype)
-            formats = {"wire_format": wire_format, "grad_format": grad_format}
-            checks = SpotChecks(client, share=verify, seed=torch.initial_seed(), **formats) if verify else None
-            calls = Calls(client, hand_over="never" if verify else hand_over, observer=checks, **formats)
+            checks = None
+            if verify:  # then all work is done as checks are
+                hand_over = "never"
+                checks = SpotChecks(client, share=verify, wire_format=wire_format, grad_format=grad_format)
+            calls = Calls(
+                client,
+                wire_format=wire_format,
+                grad_format=grad_format,
+                hand_over=hand_over,
+                sums=checks is None,
+                observer=checks,
+            )
             backbone = Backbone(
                 chain=Chain(calls),
                 returns_tuple=returns_tuple,

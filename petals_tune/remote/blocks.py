@@ -95,6 +95,7 @@ class Backbone:
         context = CallContext(
             padding=None if padding is None else padding.cpu(),
             positions=None if positions is None else positions.cpu(),
+            context_length=None if positions is None else int(positions.max()) + 1,
             train=span.training,
             seed=int(torch.randint(2**62, ())) if span.training else 0,
         )

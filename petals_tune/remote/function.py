@@ -66,7 +66,8 @@ class RemoteCall:
         check_gradient(self.span, grad)
         grads = grad.split([len(trace.hidden) for trace in traces])
         # A single micro-batch has nothing to be summed with: its gradients come back with the backward itself.
-        sums = AdapterSums() if self.context.adapter is not None and len(traces) > 1 else None
+        summed = self.context.adapter is not None and len(traces) > 1 and self.chain.calls.sums
+        sums = AdapterSums() if summed else None
 
         async def back() -> tuple[torch.Tensor | None, list[ChainGradients]]:
             parts = await _all(

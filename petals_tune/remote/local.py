@@ -94,6 +94,7 @@ class LocalBlocks:
                     hidden=hidden[start : start + rows],
                     padding=context.padding,
                     positions=context.positions,
+                    context_length=context.context_length,
                     train=context.train,
                     seed=context.seed,
                 )

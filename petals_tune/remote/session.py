@@ -204,6 +204,7 @@ class RemoteCache(Cache):
             hidden=hidden.detach().cpu(),
             padding=None if padding is None or padding[:, -new:].all() else padding[:, -new:].cpu(),
             positions=None if positions is None else positions.cpu(),
+            context_length=self.position + new if positions is None else int(positions.max()) + 1,
         )
         order, self._order = self._order, None
         output = self._session.step(inputs, position=self.position, order=order, device=hidden.device)

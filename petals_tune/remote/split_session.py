@@ -11,7 +11,6 @@ import torch
 
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.kv_cache import Session
-from petals_tune.errors import PetalsTuneError
 from petals_tune.remote.local import LocalBlocks
 from petals_tune.swarm import loop
 from petals_tune.swarm.session import MOST_POSITIONS, ChainSession, Inputs, check_length
@@ -47,13 +46,14 @@ class LocalSession:
                 position=position + start,
                 padding=part.padding,
                 positions=part.positions,
+                context_length=part.context_length,
                 order=self._order,
             )
             with self._blocks.running(self._session.span, part.hidden, device) as engine:
                 if self._parts and self._session.adapter is None:
                     self._session.adapter = Adapter(tuple(engine.prepare_adapter(self._parts)))
                 (output,) = engine.step([(self._session, step)])
-                if isinstance(output, PetalsTuneError):
+                if isinstance(output, Exception):
                     raise output
             self._order = None
             outputs.append(output)

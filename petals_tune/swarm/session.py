@@ -33,23 +33,26 @@ class Inputs:
     hidden: torch.Tensor  # (B, S, H)
     padding: torch.Tensor | None  # (B, S) bool
     positions: torch.Tensor | None  # (B or 1, S) int64
+    context_length: int | None = None  # of the step that they are a part of, as in a Step; kept for replays
 
     def __len__(self) -> int:
         return self.hidden.shape[1]
 
     def cut(self, start: int, stop: int) -> Inputs:
-        return Inputs(
+        return replace(
+            self,
             hidden=self.hidden[:, start:stop],
             padding=None if self.padding is None else self.padding[:, start:stop],
             positions=None if self.positions is None else self.positions[:, start:stop],
         )
 
     def with_hidden(self, hidden: torch.Tensor) -> Inputs:
-        return Inputs(hidden=hidden, padding=self.padding, positions=self.positions)
+        return replace(self, hidden=hidden)
 
     def rows(self, order: torch.Tensor) -> Inputs:
         positions = self.positions
-        return Inputs(
+        return replace(
+            self,
             hidden=self.hidden[order],
             padding=None if self.padding is None else self.padding[order],
             positions=positions[order] if positions is not None and positions.shape[0] > 1 else positions,
@@ -215,6 +218,7 @@ class ChainSession:
             position=position,
             padding=inputs.padding,
             positions=inputs.positions,
+            context_length=inputs.context_length,
             order=session.order,
             reply_format=self._calls.wire_format,
         )

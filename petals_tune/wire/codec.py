@@ -5,27 +5,59 @@ One message is one piece of bytes. Decoding checks every field, and is what a pe
 
 from __future__ import annotations
 
+import math
+import secrets
+import struct
+import threading
 from typing import Any, Union
 
 import msgspec
 import torch
 
 from petals_tune.errors import ProtocolError
+from petals_tune.wire import tensors
 from petals_tune.wire.messages import Hello, Message
 from petals_tune.wire.records import PROTOCOL
-from petals_tune.wire.tensors import from_bytes, to_bytes
 
+# Up to here an event loop may encode and decode messages itself: the slowest ones, adapters of many parts, take 25 ms.
+INLINE_BYTES = 2**16
 MAX_HELLO_BYTES = 4096  # of the first message of a stream, whose sender is not known yet
 _MAX_TEXT = 300  # of msgspec's error, which may repeat a stranger's bytes
 _TENSOR = 1  # the extension type
+_EXTENSION = struct.Struct(">BIb")  # MessagePack's ext 32
+_MARK = secrets.token_bytes(16)  # in the place of a tensor while a message is encoded; nobody else knows it
+_MARKED = b"\xd8" + bytes([_TENSOR]) + _MARK  # as MessagePack has it
+
+Part = bytes | memoryview
 
 
 def encode(message: Message) -> bytes:
-    return _encoder.encode(message)
+    return b"".join(encode_parts(message))
 
 
-def decode(body: bytes) -> Message:
-    """Decode any message. Raises ProtocolError."""
+def encode_parts(message: Message) -> list[Part]:
+    """Encode a message as parts, which one after the other are its bytes. Values of tensors stay where they are.
+
+    So they must not change until the parts were sent.
+    """
+    found: list[tuple[bytes, Part]] = []
+
+    def encode_tensor(value: Any) -> msgspec.msgpack.Ext:
+        if not isinstance(value, torch.Tensor):
+            raise NotImplementedError(f"{type(value).__name__} cannot be encoded")
+        found.append(tensors.to_parts(value))
+        return msgspec.msgpack.Ext(_TENSOR, _MARK)
+
+    first, *others = msgspec.msgpack.Encoder(enc_hook=encode_tensor).encode(message).split(_MARKED)
+    parts: list[Part] = [first]
+    for (header, values), after in zip(found, others, strict=True):
+        parts += [_EXTENSION.pack(0xC9, len(header) + len(values), _TENSOR) + header, values, after]
+    return parts
+
+
+def decode(body: bytes, *, max_bytes: int | None = None) -> Message:
+    """Decode any message. Raises ProtocolError; MemoryError before its tensors take more than `max_bytes`."""
+    _allowed.bytes = math.inf if max_bytes is None else max_bytes
     return _decode(_decoder, body, "message")
 
 
@@ -43,19 +75,22 @@ def _decode(decoder: msgspec.msgpack.Decoder[Any], body: bytes, what: str) -> An
         raise ProtocolError(f"not a message of {PROTOCOL}: {str(error)[:_MAX_TEXT]}", what=what) from None
 
 
-def _encode_tensor(value: Any) -> msgspec.msgpack.Ext:
-    if isinstance(value, torch.Tensor):
-        return msgspec.msgpack.Ext(_TENSOR, to_bytes(value))
-    raise NotImplementedError(f"{type(value).__name__} cannot be encoded")
-
-
 def _decode_tensor(code: int, data: memoryview) -> torch.Tensor:
     if code != _TENSOR:
         raise ProtocolError(f"unknown extension type {code}", what="message")
-    return from_bytes(data)
+    _allowed.bytes -= tensors.decoded_bytes(data)
+    if _allowed.bytes < 0:
+        raise MemoryError
+    return tensors.from_bytes(data)
 
 
-_encoder = msgspec.msgpack.Encoder(enc_hook=_encode_tensor)
+class _Allowed(threading.local):
+    """What tensors of the message that this thread decodes may still take, in bytes."""
+
+    bytes: float = math.inf
+
+
+_allowed = _Allowed()
 _decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(
     Union[tuple(Message.__subclasses__())],  # noqa: UP007  # made of a list
     ext_hook=_decode_tensor,

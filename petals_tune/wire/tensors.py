@@ -15,6 +15,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import numpy
 import torch
 
 from petals_tune.errors import ConfigError, ProtocolError
@@ -73,9 +74,18 @@ def as_received(tensor: torch.Tensor, wire_format: str) -> torch.Tensor:
 
 def to_bytes(value: torch.Tensor) -> bytes:
     """Encode a tensor: dtype code, number of dimensions, the dimensions (u32 each), then the values."""
+    return b"".join(to_parts(value))
+
+
+def to_parts(value: torch.Tensor) -> tuple[bytes, bytes | memoryview]:
+    """Encode a tensor as `to_bytes` does, in two parts: the header, and the values, in the tensor's memory if possible.
+
+    They are copied where the tensor is a view of part of its memory: a row would keep its whole batch.
+    """
+    raw: Any
     if isinstance(value, Blockwise8):
         code, tensor = _BLOCKWISE8, value.as_subclass(torch.Tensor).cpu().float().contiguous()
-        raw: Any = _to_blockwise8(tensor) if tensor.numel() else b""
+        raw = _to_blockwise8(tensor) if tensor.numel() else b""
     elif isinstance(value, Scaled16):
         code, tensor = _SCALED16, value.as_subclass(torch.Tensor).cpu().float().contiguous()
         raw = _to_scaled16(tensor) if tensor.numel() else b""
@@ -85,8 +95,18 @@ def to_bytes(value: torch.Tensor) -> bytes:
                 f"{value.dtype} tensors cannot be sent; float32, float16 and bfloat16 can", seen=value.dtype
             )
         code, tensor = _CODES[value.dtype], value.detach().cpu().contiguous()
-        raw = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
-    return b"".join((struct.pack(f">BB{tensor.dim()}I", code, tensor.dim(), *tensor.shape), memoryview(raw)))
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:
+            tensor = tensor.clone()
+        raw = _memory_of(tensor) if tensor.numel() else b""
+    return struct.pack(f">BB{tensor.dim()}I", code, tensor.dim(), *tensor.shape), raw
+
+
+def decoded_bytes(data: memoryview) -> int:
+    """Return the bytes of memory that `from_bytes` would take for a tensor; 0 where it refuses it."""
+    if len(data) < 2 or data[0] not in (_BLOCKWISE8, _SCALED16):
+        return len(data)
+    shape = struct.unpack_from(f">{data[1]}I", data, 2) if len(data) >= 2 + 4 * data[1] else ()
+    return 4 * min(math.prod(shape), len(data))  # a value takes a byte at least
 
 
 def from_bytes(data: memoryview) -> torch.Tensor:
@@ -109,11 +129,24 @@ def from_bytes(data: memoryview) -> torch.Tensor:
         raise ProtocolError(
             f"a {dtype} tensor of shape {shape} has {numel * dtype.itemsize} bytes, not {len(raw)}", what="tensor"
         )
-    if dtype is torch.bool and numel and max(raw) > 1:
+    if dtype is torch.bool and numel and numpy.frombuffer(raw, numpy.uint8).max() > 1:
         raise ProtocolError("a bool tensor holds other values than 0 and 1", what="tensor")
     if numel == 0:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape)
+    return _copied(raw, dtype).view(shape)
+
+
+def _memory_of(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor, without a copy."""
+    buffer: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(buffer)
+
+
+def _copied(raw: memoryview, dtype: torch.dtype) -> torch.Tensor:
+    """Copy `raw` into a new flat tensor. NumPy releases the interpreter's lock meanwhile, bytearray() does not."""
+    copy = torch.empty(len(raw), dtype=torch.uint8)  # aligned for any dtype
+    numpy.copyto(copy.numpy(), numpy.frombuffer(raw, numpy.uint8))
+    return copy.view(dtype)
 
 
 def _to_blockwise8(tensor: torch.Tensor) -> bytes:
@@ -124,7 +157,7 @@ def _to_blockwise8(tensor: torch.Tensor) -> bytes:
     values, state = bnb.quantize_blockwise(vectors, blocksize=vectors.shape[1], nested=False)
     # A NaN becomes a finite code, and the receiver could not refuse it.
     state.absmax.masked_fill_(~vectors.isfinite().all(dim=1), torch.nan)
-    return state.absmax.numpy().tobytes() + values.numpy().tobytes()
+    return b"".join((_memory_of(state.absmax), _memory_of(values)))
 
 
 def _from_blockwise8(raw: memoryview, shape: tuple[int, ...], numel: int) -> torch.Tensor:
@@ -137,8 +170,8 @@ def _from_blockwise8(raw: memoryview, shape: tuple[int, ...], numel: int) -> tor
         return torch.empty(shape)
     from bitsandbytes import functional as bnb
 
-    scales = torch.frombuffer(bytearray(raw[:scale_bytes]), dtype=torch.float32)
-    values = torch.frombuffer(bytearray(raw[scale_bytes:]), dtype=torch.uint8).view(shape)
+    scales = _copied(raw[:scale_bytes], torch.float32)
+    values = _copied(raw[scale_bytes:], torch.uint8).view(shape)
     code = bnb.create_dynamic_map()
     return bnb.dequantize_blockwise(values, absmax=scales, code=code, blocksize=numel // len(scales))
 
@@ -155,7 +188,7 @@ def _to_scaled16(tensor: torch.Tensor) -> bytes:
     _, exponents = torch.frexp(largest.where(largest.isfinite(), 1.0))  # what is not finite stays so, unscaled
     shifts = (_SCALED_EXPONENT - exponents).clamp(-_MAX_SHIFT, _MAX_SHIFT).to(torch.int8)
     values = (vectors * _power(shifts)).to(torch.float16)
-    return shifts.numpy().tobytes() + values.numpy().tobytes()
+    return b"".join((_memory_of(shifts), _memory_of(values)))
 
 
 def _from_scaled16(raw: memoryview, shape: tuple[int, ...], numel: int) -> torch.Tensor:
@@ -166,10 +199,10 @@ def _from_scaled16(raw: memoryview, shape: tuple[int, ...], numel: int) -> torch
         )
     if numel == 0:
         return torch.empty(shape)
-    shifts = torch.frombuffer(bytearray(raw[:vectors]), dtype=torch.int8).view(-1, 1)
+    shifts = _copied(raw[:vectors], torch.int8).view(-1, 1)
     if int(shifts.min()) < -_MAX_SHIFT or int(shifts.max()) > _MAX_SHIFT:
         raise ProtocolError(f"a scale of a float16 tensor is beyond 2**{_MAX_SHIFT}", what="tensor")
-    values = torch.frombuffer(bytearray(raw[vectors:]), dtype=torch.float16).view(vectors, -1)
+    values = _copied(raw[vectors:], torch.float16).view(vectors, -1)
     return values.float().mul_(_power(-shifts)).view(shape)
 
 

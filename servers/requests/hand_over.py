@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -36,22 +36,32 @@ KNOWN_S = 60.0  # how long a record is used without another look
 
 @dataclass(frozen=True, kw_only=True)
 class Delivered:
-    """A tensor that another server handed on. Its memory is that server's quota until `release` is called."""
+    """A tensor that another server handed on. Its memory is of that server's quota until `release` is called."""
 
     tensor: torch.Tensor  # (B, S, H)
     release: Callable[[], None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Early:
+    """A tensor whose request is not here yet."""
+
+    delivered: Delivered
+    stream: Hashable  # that brought it
+    expiry: asyncio.TimerHandle
+
+
 class Inbox:
     """Brings together requests and the tensors that other servers hand on for them, whichever comes first.
 
-    Both name a ticket, which is good once. Used by the event loop alone.
+    Both name a ticket, which is good once. A tensor that comes early is kept for EARLY_S, and no longer than the stream
+    that brought it. Used by the event loop alone.
     """
 
     def __init__(self) -> None:
         # By ticket: the sending server, and the tensor to come.
         self._waiting: dict[bytes, tuple[str, asyncio.Future[Delivered]]] = {}
-        self._early: dict[bytes, tuple[float, Delivered]] = {}  # by ticket, oldest first: time of arrival
+        self._early: dict[bytes, _Early] = {}  # by ticket, oldest first
         self._spent: dict[bytes, None] = {}  # tickets that were used or withdrawn, oldest first
 
     async def receive(self, comes: HandOver) -> Delivered:
@@ -67,9 +77,8 @@ class Inbox:
                 peer=comes.peer,
                 reason="used or dropped",
             )
-        if (early := self._early.pop(comes.ticket, None)) is not None:
-            self._spend(comes.ticket)
-            return early[1]
+        if (early := self._take_early(comes.ticket)) is not None:
+            return early
         coming: asyncio.Future[Delivered] = asyncio.get_running_loop().create_future()
         self._waiting[comes.ticket] = comes.peer, coming
         try:
@@ -82,8 +91,11 @@ class Inbox:
             del self._waiting[comes.ticket]
             self._spend(comes.ticket)
 
-    def deliver(self, delivery: Delivery, release: Callable[[], None]) -> None:
-        """Pass on the tensor of `delivery`, or keep it for its request. Whoever is done with it calls `release`."""
+    def deliver(self, delivery: Delivery, stream: Hashable, release: Callable[[], None]) -> None:
+        """Pass on the tensor of `delivery`, which came on `stream`, or keep it for its request.
+
+        Whoever is done with it calls `release`.
+        """
         delivered = Delivered(tensor=delivery.tensor, release=release)
         _, coming = self._waiting.get(delivery.ticket, ("", None))
         if coming is not None and not coming.done():
@@ -91,17 +103,22 @@ class Inbox:
         elif coming is not None or delivery.ticket in self._early or delivery.ticket in self._spent:
             release()  # a second time, or too late
         else:
-            now_s = time.monotonic()
-            self._early[delivery.ticket] = now_s, delivered
-            self._drop_old(now_s)
+            expiry = asyncio.get_running_loop().call_later(EARLY_S, self._drop_early, delivery.ticket)
+            self._early[delivery.ticket] = _Early(delivered=delivered, stream=stream, expiry=expiry)
+            if len(self._early) > MAX_EARLY:
+                self._drop_early(next(iter(self._early)))
 
     def withdraw(self, tickets: list[bytes]) -> None:
         """Drop the tensors of these tickets, whenever they come, and fail the requests that wait for them."""
         for ticket in tickets:
-            if (early := self._early.pop(ticket, None)) is not None:
-                early[1].release()
+            self._drop_early(ticket)
             self._fail(ticket, NotHandedOn("the client withdrew this request", reason="withdrawn"))
             self._spend(ticket)
+
+    def drop_from(self, stream: Hashable) -> None:
+        """Drop the tensors that came on `stream`, which has ended, and whose requests are not here yet."""
+        for ticket in [ticket for ticket, early in self._early.items() if early.stream == stream]:
+            self._drop_early(ticket)
 
     def fail_from(self, peer: str, reason: str) -> None:
         """Fail the requests that wait for tensors of `peer`."""
@@ -115,13 +132,16 @@ class Inbox:
         if coming is not None and not coming.done():
             coming.set_exception(error)
 
-    def _drop_old(self, now_s: float) -> None:
-        for ticket, (since_s, delivered) in list(self._early.items()):
-            if now_s - since_s <= EARLY_S and len(self._early) <= MAX_EARLY:
-                break
+    def _drop_early(self, ticket: bytes) -> None:
+        if (delivered := self._take_early(ticket)) is not None:
             delivered.release()
-            del self._early[ticket]
-            self._spend(ticket)
+
+    def _take_early(self, ticket: bytes) -> Delivered | None:
+        if (early := self._early.pop(ticket, None)) is None:
+            return None
+        early.expiry.cancel()
+        self._spend(ticket)
+        return early.delivered
 
     def _spend(self, ticket: bytes) -> None:
         self._spent[ticket] = None
@@ -172,7 +192,9 @@ class Neighbours:
 
     def _shut(self, peer: str, error: Exception) -> None:
         logger.info("outputs cannot be handed on to server %s now: %s", peer, error)
-        self._shut_until_s[peer] = time.monotonic() + SHUT_S
+        now_s = time.monotonic()
+        self._shut_until_s = {peer: until_s for peer, until_s in self._shut_until_s.items() if until_s > now_s}
+        self._shut_until_s[peer] = now_s + SHUT_S
         self._records.pop(peer, None)  # it may be back at another address
 
     async def _record(self, peer: str) -> ServerRecord | None:
@@ -185,6 +207,7 @@ class Neighbours:
                 self._looks_s.append(now_s)
                 found = await self._peer.directory.find(peer, self._model, self.blocks)
                 if found is not None:
+                    self._records = {each: self._records[each] for each in self._records if self._known(each)}
                     self._records[peer] = found, time.monotonic()
         return self._known(peer)
 

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.engine import TORCH_ERRORS, Engine
 from petals_tune.blocks.memory import give_back_freed_memory, is_out_of_memory
 from petals_tune.errors import (
     AccessDenied,
@@ -24,7 +24,7 @@ from petals_tune.errors import (
 )
 from petals_tune.net.members import Members
 from petals_tune.net.transport import Connection
-from petals_tune.wire.codec import decode
+from petals_tune.wire.codec import INLINE_BYTES, Part, decode, encode_parts
 from petals_tune.wire.frames import Dropped
 from petals_tune.wire.messages import (
     Chained,
@@ -45,18 +45,24 @@ from petals_tune.wire.messages import (
     Withdrawn,
     carried,
     carrying,
+    tensors_of,
 )
 from petals_tune.wire.records import ServerRecord, mismatch_text, same_model
-from servers.requests.admission import Admission, RequestLimits
+from petals_tune.wire.tensors import encoded_bytes
+from servers.requests.admission import Admission, RequestLimits, Reservation
 from servers.requests.execution import Executor
 from servers.requests.hand_over import Inbox, Neighbours
 from servers.requests.streams import ClientStream, OpenStreams
 from servers.scheduling.compute_thread import ComputeThread
+from servers.scheduling.turns import Turns
 from servers.stores.stores import Stores
 
 logger = logging.getLogger(__name__)
 
 CLOSING_S = 5.0  # timeout for clients to read EOF and close their side, and for readers to end once streams are closed
+
+MAX_EXPANSION = 4  # of a message whose tensors come in 8 bits and become float32
+TENSOR_BYTES = 512  # of the object, beside a tensor's values
 
 OnReply = Callable[[Message, Message, float], None]  # request, reply, seconds between them
 
@@ -82,9 +88,10 @@ class Handler:
         self.stores, self.record = stores, record
         self._limits, self._members, self._on_reply, self._neighbours = limits, members, on_reply, neighbours
         self._admission = Admission(limits)
-        self._executor = Executor(engine, compute, stores, self._admission)
+        self._turns = Turns()
+        self._executor = Executor(engine, compute, stores, self._admission, self._turns)
         self._inbox = Inbox()
-        self._streams = OpenStreams(self._admission)
+        self._streams = OpenStreams(self._admission, stores.drop_expired)
         self._running: set[asyncio.Task[None]] = set()
         self._readers: set[asyncio.Task[None]] = set()  # one for each open stream
         self.draining = False
@@ -114,6 +121,7 @@ class Handler:
         finally:
             self._readers.discard(reader_task)
             self._streams.leave(stream)
+            self._inbox.drop_from(stream)
             if client not in self._admission:
                 self.stores.drop_client(client)
                 self._inbox.fail_from(client, "it left")
@@ -121,6 +129,11 @@ class Handler:
     @property
     def streams(self) -> int:
         return len(self._streams)
+
+    @property
+    def message_bytes(self) -> int:
+        """Memory of requests that arrive, wait or are computed, and of replies that wait to be read."""
+        return self._admission.receiving_bytes
 
     async def wait_until_idle(self) -> None:
         """Wait until no request runs; none starts while `draining` is set."""
@@ -168,16 +181,15 @@ class Handler:
         )
         await stream.write(message_id, welcome)
 
-    async def _receive(self, stream: ClientStream, message_id: int, body: bytes | Dropped) -> None:
+    async def _receive(self, stream: ClientStream, message_id: int, body: bytes | Dropped, room: Reservation) -> None:
         """Answer a message, or start a task that does. A bad message is refused, and the stream goes on."""
-        if isinstance(body, Dropped):
-            # It may have been an output that was handed on; its ticket was dropped with it.
-            self._inbox.fail_from(stream.client, "there was no room for it")
-            busy = ServerBusy(f"no room for a request of {body.total} bytes now", limit="max_receiving_gb")
-            await stream.write(message_id, Refusal.of(busy))
-            return
+        kept = False  # by whoever has the message now, and its room
         try:
-            message = decode(body)
+            if isinstance(body, Dropped):
+                # It may have been an output that was handed on; its ticket was dropped with it.
+                self._inbox.fail_from(stream.client, "there was no room for it")
+                raise _no_room(body.total)
+            message = await self._decode(stream.client, body, room)
             match message:
                 case Ping():
                     await stream.write(message_id, Pong())
@@ -190,26 +202,47 @@ class Handler:
                 case CloseSession():
                     self.stores.sessions.close(stream.client, message.session)
                 case Delivery():
-                    self._inbox.deliver(message, partial(stream.release, len(body)))
-                    return
+                    self._inbox.deliver(message, stream, room.release)
+                    kept = True
                 case _:
-                    self._start(stream, message_id, message, len(body))
-                    return
+                    self._start(stream, message_id, message, room)
+                    kept = True
         except (ProtocolError, ServerBusy) as error:
             if message_id in stream.tasks:
                 raise  # a refusal under this id would answer another request
             await stream.write(message_id, Refusal.of(error))
-        stream.release(len(body))
+        finally:
+            if not kept:
+                room.release()
 
-    def _start(self, stream: ClientStream, message_id: int, request: Message, size_bytes: int) -> None:
+    async def _decode(self, client: str, body: bytes, room: Reservation) -> Message:
+        """Decode a message, in a thread where it is large; `room` is then that of its tensors.
+
+        Raises ProtocolError, ServerBusy.
+        """
+        if len(body) <= INLINE_BYTES:
+            message = decode(body)
+        else:
+            try:
+                message = await self._turns.run(client, partial(decode, body, max_bytes=len(body)))
+            except MemoryError:  # it has tensors of 8 or 16 bits, which become float32
+                if not room.resize(MAX_EXPANSION * len(body)):
+                    raise _no_room(MAX_EXPANSION * len(body)) from None
+                message = await self._turns.run(client, partial(decode, body))
+        size_bytes = sum(tensor.nbytes + TENSOR_BYTES for tensor in tensors_of(message))
+        if not room.resize(size_bytes):
+            raise _no_room(size_bytes)
+        return message
+
+    def _start(self, stream: ClientStream, message_id: int, request: Message, room: Reservation) -> None:
         """Start a task that answers `request`. Raises ServerBusy, ProtocolError."""
         stream.start_request(message_id)
-        task = asyncio.create_task(self._answer(stream, message_id, request))
-        stream.track(message_id, task, size_bytes)
+        task = asyncio.create_task(self._answer(stream, message_id, request, room))
+        stream.track(message_id, task, room)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def _answer(self, stream: ClientStream, message_id: int, request: Message) -> None:
+    async def _answer(self, stream: ClientStream, message_id: int, request: Message, room: Reservation) -> None:
         reply: Message
         started_s = time.monotonic()
         try:
@@ -217,12 +250,12 @@ class Handler:
                 raise ServerBusy("this server is leaving the swarm", leaving=True)
             async with asyncio.timeout(self._limits.max_request_s):
                 reply = await self._reply(stream.client, request)
-        except TimeoutError:  # a computation that runs already goes on, and its result is dropped
+        except TimeoutError:  # a computation that was begun ends first, and its result is dropped
             limit = f"{self._limits.max_request_s:g} s (this server's limits.max_request_s)"
             reply = Refusal.of(ServerBusy(f"the request was not done after {limit}", limit="max_request_s"))
         except PetalsTuneError as error:
             reply = Refusal.of(error)
-        except (MemoryError, RuntimeError) as error:
+        except TORCH_ERRORS as error:
             if is_out_of_memory(error):
                 logger.warning("no memory for a request of %s: %s", stream.client, error)
                 reply = Refusal.of(ServerBusy(f"out of memory: {str(error).partition('. GPU')[0]}", limit="memory"))
@@ -235,12 +268,27 @@ class Handler:
         if self._on_reply is not None:
             asked = request.request if isinstance(request, Chained) else request
             self._on_reply(asked, reply, time.monotonic() - started_s)
+        lease = _lease(reply)
+        del request  # its memory is free, or is the graph's
         try:
-            await stream.write(message_id, reply)
+            parts = await self._encode(stream.client, reply, room)
+            del reply
+        except ServerBusy as error:
+            self.stores.leases.release(stream.client, lease)
+            parts = encode_parts(Refusal.of(error))
+        try:
+            await stream.reply(message_id, parts)
         except ConnectionLost:
-            reply = reply.reply if isinstance(reply, ChainedReply) else reply
-            if isinstance(reply, Forwarded) and reply.lease is not None:
-                self.stores.leases.release(stream.client, [reply.lease])
+            self.stores.leases.release(stream.client, lease)
+
+    async def _encode(self, client: str, reply: Message, room: Reservation) -> list[Part]:
+        """Encode a reply, in a thread where it is large; `room` is then the reply's. Raises ServerBusy."""
+        size_bytes = sum(map(encoded_bytes, tensors_of(reply)))
+        if not room.resize(size_bytes):
+            raise _no_room(size_bytes)
+        if size_bytes <= INLINE_BYTES:
+            return encode_parts(reply)
+        return await self._turns.run(client, partial(encode_parts, reply))
 
     async def _reply(self, client: str, request: Message) -> Message:
         if isinstance(request, Chained):
@@ -263,6 +311,16 @@ class Handler:
         if chained.goes is not None and self._neighbours is not None and reply.hidden is not None:
             handed_on = await self._neighbours.hand_on(chained.goes, reply.hidden)
         return ChainedReply(reply=reply, handed_on=handed_on)
+
+
+def _lease(reply: Message) -> list[int]:
+    """The lease that a reply names, if any."""
+    reply = reply.reply if isinstance(reply, ChainedReply) else reply
+    return [reply.lease] if isinstance(reply, Forwarded) and reply.lease is not None else []
+
+
+def _no_room(size_bytes: int) -> ServerBusy:
+    return ServerBusy(f"no room for a message of {size_bytes} bytes now", limit="max_receiving_gb")
 
 
 def _with_tensor(request: Request, tensor: torch.Tensor) -> Request:

@@ -5,24 +5,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from petals_tune.errors import AccessDenied, ConnectionLost, PetalsTuneError, ProtocolError, ServerError
 from petals_tune.net.stream import MessageWriter
 from petals_tune.net.transport import Connection
 from petals_tune.wire import frames
-from petals_tune.wire.codec import MAX_HELLO_BYTES, decode_hello
+from petals_tune.wire.codec import MAX_HELLO_BYTES, Part, decode_hello
 from petals_tune.wire.frames import Assembler, Dropped
 from petals_tune.wire.messages import Hello, Refusal
-from servers.requests.admission import Admission, ClientQuota
+from servers.requests.admission import Admission, ClientQuota, Reservation
 
 logger = logging.getLogger(__name__)
 
 GREETING_S = 10.0  # a stream without a Hello for so long is closed
 STALL_S = 60.0  # a stream is closed where a message, of either direction, makes no progress for so long
+# ... and where a message has come more slowly, in the mean since it began, STALL_S or longer ago. A client on a line of
+# 256 kbit/s that sends 32 requests at a time, frame by frame in turns, sends each at 1,000 bytes/s.
+LEAST_BYTES_PER_S = 512.0
+FLUSH_S = 10.0  # the end of a stream waits so long for its client to read what was written
 IDLE_S = 60.0  # a stream that is idle for longer is closed to make room for a new one
 EXPELLED_S = 5.0  # a client that is no member any more has so long to read why its stream ends
+TURN_S = 0.001  # a stream whose next messages are here already lets the others go on after so long
+_WAITED_S = 0.0001  # a read that took longer has waited, and the others went on
 _WATCH_S = 1.0
 
 
@@ -35,14 +41,16 @@ class ClientStream(MessageWriter):
         self.message_id = 0  # of the last frame that was read
         self.check_still_in: Callable[[], None] = lambda: None  # raises AccessDenied; set in a private swarm
         self.tasks: dict[int, asyncio.Task[None]] = {}  # requests in flight, by message id
-        self._reserved_bytes = 0
         limits = quota.limits
         self._assembler = Assembler(
             max_message_bytes=limits.max_message_bytes,
             max_open_bytes=limits.max_receiving_bytes,
-            admit=self._reserve,
+            admit=quota.fits,
+            reserve=quota.reserve,
+            release=quota.release,
         )
-        self._heard_s = time.monotonic()
+        self._leaving: dict[int, float] = {}  # replies that wait to be read, by message id: since when
+        self._heard_s = self._turn_s = time.monotonic()
         self._greeted = self._inside_frame = False
         self._expelled_s: float | None = None
 
@@ -55,23 +63,34 @@ class ClientStream(MessageWriter):
         self._greeted = True
         return hello
 
-    async def next_message(self) -> tuple[int, bytes | Dropped]:
-        """Read the next whole message, (id, body), no faster than the client's max_requests_per_s.
+    async def next_message(self) -> tuple[int, bytes | Dropped, Reservation]:
+        """Read the next whole message, no faster than the client's max_requests_per_s: its id, body and memory.
 
         Raises ProtocolError for frames that break the rules, AccessDenied once the client's token is no longer good.
         """
         while True:
+            await self._take_turns()
+            asked_s = time.monotonic()
             header = await self.connection.read_exactly(frames.HEADER.size)
             self._heard_s, self._inside_frame = time.monotonic(), True
+            if self._heard_s - asked_s > _WAITED_S:
+                self._turn_s = self._heard_s
             length, self.message_id, remaining = frames.read_header(header)
             self.check_still_in()
             payload = await self.connection.read_exactly(length)
             self._heard_s, self._inside_frame = time.monotonic(), False
-            body = self._assembler.feed(self.message_id, payload, remaining)
+            if not remaining and (delay_s := self.quota.delay_s(self._heard_s)):
+                await asyncio.sleep(delay_s)
+            body = self._assembler.feed(self.message_id, payload, remaining, self._heard_s)
             if body is not None:
-                if delay_s := self.quota.delay_s(self._heard_s):
-                    await asyncio.sleep(delay_s)
-                return self.message_id, body
+                kept_bytes = 0 if isinstance(body, Dropped) else len(body)
+                return self.message_id, body, Reservation(self.quota, kept_bytes)
+
+    async def _take_turns(self) -> None:
+        """Let other streams go on: reading what has arrived already never waits."""
+        if time.monotonic() - self._turn_s > TURN_S:
+            await asyncio.sleep(0)
+            self._turn_s = time.monotonic()
 
     def start_request(self, message_id: int) -> None:
         """Count one more request in flight. Raises ServerBusy; ProtocolError where another one has its id."""
@@ -80,14 +99,14 @@ class ClientStream(MessageWriter):
             raise ProtocolError(text, what="message")
         self.quota.start_request()
 
-    def track(self, message_id: int, task: asyncio.Task[None], size_bytes: int) -> None:
-        """Count a request of `size_bytes` as in flight until `task`, which answers it, is done."""
+    def track(self, message_id: int, task: asyncio.Task[None], room: Reservation) -> None:
+        """Count a request as in flight, and its memory as `room`, until `task`, which answers it, is done."""
         self.tasks[message_id] = task
 
         def finish(task: asyncio.Task[None]) -> None:
             del self.tasks[message_id]
             self.quota.finish_request()
-            self.release(size_bytes)
+            room.release()
             if not task.cancelled() and (error := task.exception()) is not None:
                 # The client would wait for an answer that never comes.
                 logger.error("a bug while serving a request; its stream is closed", exc_info=error)
@@ -95,11 +114,13 @@ class ClientStream(MessageWriter):
 
         task.add_done_callback(finish)
 
-    def release(self, size_bytes: int) -> None:
-        """Release the memory of a request."""
-        size_bytes = min(size_bytes, self._reserved_bytes)  # `end` released all of it
-        self._reserved_bytes -= size_bytes
-        self.quota.release(size_bytes)
+    async def reply(self, message_id: int, parts: Sequence[Part]) -> None:
+        """Write an encoded reply. It has to be read within max_request_s. Raises ConnectionLost."""
+        self._leaving[message_id] = time.monotonic()
+        try:
+            await self.write_parts(message_id, parts)
+        finally:
+            del self._leaving[message_id]
 
     async def refuse(self, error: PetalsTuneError) -> None:
         """Tell the client why its stream ends."""
@@ -119,37 +140,40 @@ class ClientStream(MessageWriter):
                 self._keep(asyncio.create_task(self.refuse(error))).add_done_callback(lambda _: self.close_connection())
 
     def end(self) -> None:
-        """Close the stream, cancel its requests and release their memory."""
+        """Close the stream, cancel its requests and drop what has come of others."""
         for task in self.tasks.values():
             task.cancel()
-        self.release(self._reserved_bytes)
+        self._assembler.clear()
         self.close_connection()
+        # What was written and never read would stay in memory, with the socket.
+        asyncio.get_running_loop().call_later(FLUSH_S, self.connection.abort)
 
     def is_stuck(self, now_s: float) -> bool:
-        """Whether a Hello, a message or the end of the stream is overdue."""
+        """Whether a Hello, a message, the reading of a reply or the end of the stream is overdue."""
         if self._expelled_s is not None and now_s - self._expelled_s > EXPELLED_S:
             return True
         if not self._greeted:
             return now_s - self._heard_s > GREETING_S
         if self.blocked_since_s is not None and now_s - self.blocked_since_s > STALL_S:
             return True
-        return (self._inside_frame or len(self._assembler) > 0) and now_s - self._heard_s > STALL_S
+        if (self._inside_frame or len(self._assembler) > 0) and now_s - self._heard_s > STALL_S:
+            return True
+        if self._assembler.slowest(now_s, after_s=STALL_S) < LEAST_BYTES_PER_S:
+            return True
+        waits_s = max(self._assembler.oldest_s(now_s), now_s - min(self._leaving.values(), default=now_s))
+        return waits_s > self.quota.limits.max_request_s
 
     def idle_s(self, now_s: float) -> float:
         """Seconds since the last frame; 0 while a message or a request is in flight."""
         return 0.0 if self.tasks or self._inside_frame or len(self._assembler) else now_s - self._heard_s
 
-    def _reserve(self, size_bytes: int) -> bool:
-        reserved = self.quota.reserve(size_bytes)
-        self._reserved_bytes += size_bytes if reserved else 0
-        return reserved
-
 
 class OpenStreams:
     """All open streams of a server; those that are stuck, and those of former members, are closed."""
 
-    def __init__(self, admission: Admission):
-        self._admission = admission
+    def __init__(self, admission: Admission, each_second: Callable[[float], None]):
+        """`each_second` is called with the time each second while streams are open."""
+        self._admission, self._each_second = admission, each_second
         self._open: set[ClientStream] = set()
         self._watching: asyncio.Task[None] | None = None
 
@@ -186,6 +210,7 @@ class OpenStreams:
         while self._open:
             await asyncio.sleep(_WATCH_S)
             now_s = time.monotonic()
+            self._each_second(now_s)
             for stream in self._open:
                 stream.expel_former_member(now_s)
             for stream in [stream for stream in self._open if stream.is_stuck(now_s)]:

@@ -6,7 +6,8 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -14,7 +15,45 @@ from servers.scheduling.fair_queue import FairQueue, Priority
 
 T = TypeVar("T")
 
-_Work = tuple[Callable[[], Any], asyncio.Future[Any], asyncio.AbstractEventLoop]
+
+class Outcome(Generic[T]):
+    """The result of work, for one task that waits for it. Used by the event loop alone."""
+
+    def __init__(self) -> None:
+        self._result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._ended = asyncio.Event()
+
+    @property
+    def given_up(self) -> bool:
+        """Whether the task that waits was cancelled."""
+        return self._result.cancelled()
+
+    def settle(self, result: T | BaseException) -> None:
+        """Pass on the result, or the error to raise, of work that has ended."""
+        self._ended.set()
+        if self.given_up:
+            return
+        if isinstance(result, BaseException):
+            self._result.set_exception(result)
+        else:
+            self._result.set_result(result)
+
+    async def wait(self, drop: Callable[[], bool]) -> T:
+        """Return the result. Where the caller is cancelled, `drop` the work; wait for its end where it has begun.
+
+        `drop` returns whether the work had not begun.
+        """
+        try:
+            return await self._result
+        except asyncio.CancelledError:
+            if not drop():
+                while not self._ended.is_set():
+                    with suppress(asyncio.CancelledError):
+                        await self._ended.wait()
+            raise
+
+
+_Work = tuple[Callable[[], Any], Outcome[Any], asyncio.AbstractEventLoop]
 
 
 class ComputeThread:
@@ -44,15 +83,23 @@ class ComputeThread:
     async def run(self, priority: Priority, function: Callable[[], T], *, client: str = "") -> T:
         """Run `function` on the thread on behalf of `client`; "" is the server itself, or several clients at once.
 
-        Does not run it where the caller is cancelled before its turn.
+        Where the caller is cancelled, a function that waits is dropped, with all that it holds. One that runs already
+        ends first: until then the memory that it holds is taken.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
+        outcome: Outcome[T] = Outcome()
+        work: _Work = (function, outcome, asyncio.get_running_loop())
         self._unfinished += 1
         with self._changed:
-            self._queue.push(priority, client, (function, future, loop))
+            self._queue.push(priority, client, work)
             self._changed.notify()
-        return await future
+
+        def drop() -> bool:
+            with self._changed:
+                dropped = self._queue.discard(priority, client, work)
+            self._unfinished -= dropped
+            return dropped
+
+        return await outcome.wait(drop)
 
     def stop(self) -> None:
         """End the thread after the work that is queued."""
@@ -67,25 +114,19 @@ class ComputeThread:
                 self._changed.wait_for(lambda: self._stopping or len(self._queue) > 0)
                 if not len(self._queue):
                     return
-                function, future, loop = self._queue.pop()
+                function, outcome, loop = self._queue.pop()
             result: Any = None
-            error: BaseException | None = None
             started_s = time.perf_counter()
             try:
-                if not future.cancelled():
+                if not outcome.given_up:
                     result = function()
             except BaseException as raised:  # noqa: BLE001  # raised again in `run`
-                error = raised
+                result = raised
             with self._changed:
                 self._queue.charge(time.perf_counter() - started_s)
-            loop.call_soon_threadsafe(self._settle, future, result, error)
-            del function, future, result, error  # or a request's tensors would live until the next one comes
+            loop.call_soon_threadsafe(self._settle, outcome, result)
+            del function, outcome, result  # or a request's tensors would live until the next one comes
 
-    def _settle(self, future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    def _settle(self, outcome: Outcome[Any], result: Any) -> None:
         self._unfinished -= 1
-        if future.cancelled():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)
+        outcome.settle(result)

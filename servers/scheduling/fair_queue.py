@@ -81,6 +81,10 @@ class FairQueue(Generic[Item]):
     def push(self, priority: Priority, client: str, item: Item) -> None:
         (self._steps if priority is Priority.STEP else self._batches).push(priority, client, item)
 
+    def discard(self, priority: Priority, client: str, item: Item) -> bool:
+        """Remove an item that waits; False where it does not (any more)."""
+        return (self._steps if priority is Priority.STEP else self._batches).discard(client, item)
+
     def pop(self) -> Item:
         """Remove and return the next item. Raises IndexError where nothing waits."""
         if not self:
@@ -112,6 +116,17 @@ class _ClientQueues(Generic[Item]):
     def push(self, priority: Priority, client: str, item: Item) -> None:
         self._count += 1
         heapq.heappush(self._items.setdefault(client, []), (priority, self._count, item))
+
+    def discard(self, client: str, item: Item) -> bool:
+        items = self._items.get(client, [])
+        for place, (*_, each) in enumerate(items):
+            if each == item:
+                del items[place]
+                heapq.heapify(items)
+                if not items:
+                    del self._items[client]
+                return True
+        return False
 
     def pop(self) -> Item:
         client = self.scheduler.choose(self._items)

@@ -8,51 +8,93 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 
 from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.footprint import Pass
 from petals_tune.blocks.kv_cache import Session
 from petals_tune.wire.messages import Step
-from servers.scheduling.compute_thread import ComputeThread
+from servers.scheduling.compute_thread import ComputeThread, Outcome
 from servers.scheduling.fair_queue import FairScheduler, Priority
 
+K = TypeVar("K")
+
 MAX_BATCH_ROWS = 64
+MAX_PADDING = 2.0  # a batch's caches are filled up to its longest row: to so many times of what they hold, and no more
+FEW_POSITIONS = 64  # rows that are not longer share a batch whatever their lengths
 ENOUGH_SESSIONS = 0.5  # of the active ones start a batch: the others are at another server of their chain meanwhile
 MAX_WAIT_STEPS = 0.5  # how long a batch waits for more steps, in durations of a step
 ACTIVE_STEPS = 32  # a session whose last step is longer ago, in durations of a step, is not active
 INLINE_S = 0.05  # shorter steps run on the event loop itself: the way to the compute thread and back takes 1 ms
+MAX_MEASURED = 1024  # kinds of steps whose duration is remembered
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Waiting:
     session: Session
     step: Step
-    done: asyncio.Future[torch.Tensor]
+    outcome: Outcome[torch.Tensor]
     position: int | None  # which all steps of its batch must have; None: any
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Steps with equal keys can share a batch: one new position each, same blocks, same adapter."""
+        """Steps with equal keys can share a batch: one new position each, same blocks, same adapter.
+
+        Some parts of an adapter, such as a soft prompt, act in a session's first step alone.
+        """
         alone = id(self) if self.step.hidden.shape[1] > 1 else None
+        begins = self.session.adapter_version is not None and self.step.position == 0
+        return alone, *self.kind, begins, self.position
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What decides, beside rows and positions, how long a step takes."""
         session = self.session
-        adapter = session.adapter_version and (session.client, session.adapter_version)
-        return alone, session.span, adapter, self.position
+        return session.span, session.adapter_version and (session.client, session.adapter_version)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """Duration of a batch of one position a row."""
+
+    elapsed_s: float
+    rows: int
+    cached: int  # positions in the caches, those of shorter rows filled up
+
+    @classmethod
+    def of(cls, batch: Sequence[_Waiting], elapsed_s: float = 0.0) -> _Measured:
+        rows = sum(waiting.session.rows for waiting in batch)
+        longest = max(waiting.step.position + 1 for waiting in batch)
+        return cls(elapsed_s=elapsed_s, rows=rows, cached=rows * longest)
+
+    def longest_s(self, other: _Measured) -> float:
+        """How long a batch of the size of `other` takes at the most: no cost grows faster than rows and positions."""
+        return self.elapsed_s * max(1.0, other.rows / self.rows, other.cached / self.cached)
 
 
 class StepBatcher:
     """Batches the steps that wait. Used by the event loop alone."""
 
-    def __init__(self, engine: Engine, compute: ComputeThread):
+    def __init__(self, engine: Engine, compute: ComputeThread, *, max_compute_bytes: int | None = None):
         self._engine, self._compute = engine, compute
-        self._waiting: list[_Waiting] = []
+        self._max_compute_bytes = max_compute_bytes
+        self._by_key: dict[tuple[object, ...], dict[_Waiting, None]] = {}  # all that wait, oldest first
+        self._by_client: dict[str, dict[_Waiting, None]] = {}  # the same
+        self._lock = threading.Lock()  # of both: the compute thread takes batches out
         self._arrived = asyncio.Event()
-        self._last: dict[int, tuple[float, tuple[object, ...]]] = {}  # by session: time and key of its last step
+        # By session: time and key of its last step, the one longest ago first; and how many sessions have which key.
+        self._last: dict[int, tuple[float, tuple[object, ...]]] = {}
+        self._active: Counter[tuple[object, ...]] = Counter()
+        self._measured: dict[tuple[object, ...], _Measured] = {}  # last batch of each kind, the latest last
         self._batches: asyncio.Task[None] | None = None
         self._scheduler: FairScheduler[str] = FairScheduler()  # of clients
         self._single_s = math.inf  # duration of the last batch of one position a row
@@ -61,40 +103,62 @@ class StepBatcher:
         """Compute the output (B, S, H) of the blocks of `session` for `step`. Raises RequestRefused, SessionLost."""
         # Rows of a batch are filled from the left, and transformers counts a window from the end of the longest.
         position = step.position if self._engine.loaded.family.windowed else None
-        done = asyncio.get_running_loop().create_future()
-        waiting = _Waiting(session=session, step=step, done=done, position=position)
-        self._waiting.append(waiting)
-        self._last[id(session)] = time.monotonic(), waiting.key
+        waiting = _Waiting(session=session, step=step, outcome=Outcome(), position=position)
+        with self._lock:
+            self._by_key.setdefault(waiting.key, {})[waiting] = None
+            self._by_client.setdefault(session.client, {})[waiting] = None
+        self._note(session, waiting.key)
         self._arrived.set()
         if self._batches is None or self._batches.done():
             # A task starts in the loop's next iteration, after other steps that have arrived already.
             self._batches = asyncio.create_task(self._run_batches())
-        return await waiting.done
+        return await waiting.outcome.wait(partial(self._remove, waiting))
 
     async def _run_batches(self) -> None:
-        while self._waiting:
+        while self._by_client:
             first = self._choose_first()
             await self._wait_for_batch(first.key)
-            short = self._single_s < INLINE_S and first.step.hidden.shape[1] == 1
-            if short and self._compute.is_idle:
-                _deliver(*self._run_batch(first))
+            if not self._compute.is_idle:  # steps that come until the thread is free join the batch
+                _deliver(*await self._compute.run(Priority.STEP, partial(self._take_and_run, first)))
+            elif self._is_short(batch := self._take(first)):
+                _deliver(*self._run_batch(batch))
                 await asyncio.sleep(0)  # for the answers to be sent
             else:
-                _deliver(*await self._compute.run(Priority.STEP, partial(self._run_batch, first)))
+                _deliver(*await self._compute.run(Priority.STEP, partial(self._run_batch, batch)))
 
     def _choose_first(self) -> _Waiting:
         """Return the oldest step of the client that is next; others may share its batch."""
-        client = self._scheduler.choose(dict.fromkeys(waiting.session.client for waiting in self._waiting))
-        return next(waiting for waiting in self._waiting if waiting.session.client == client)
+        return next(iter(self._by_client[self._scheduler.choose(self._by_client)]))
+
+    def _note(self, session: Session, key: tuple[object, ...]) -> None:
+        """Remember the time and the key of a session's last step."""
+        self._forget(id(session))
+        self._last[id(session)] = time.monotonic(), key
+        self._active[key] += 1
+
+    def _forget(self, session: int) -> None:
+        _, key = self._last.pop(session, (0.0, None))
+        if key is not None:
+            self._active[key] -= 1
+            if not self._active[key]:
+                del self._active[key]
+
+    def _forget_inactive(self, since_s: float) -> None:
+        """Forget the sessions whose last step was before `since_s`."""
+        while self._last:
+            session, (last_s, _) = next(iter(self._last.items()))
+            if last_s >= since_s:
+                return
+            self._forget(session)
 
     async def _wait_for_batch(self, key: tuple[object, ...]) -> None:
         """Wait until enough of the active sessions have a step with `key`, or for MAX_WAIT_STEPS."""
-        step_s, now_s = min(self._single_s, INLINE_S), time.monotonic()
-        self._last = {session: last for session, last in self._last.items() if now_s - last[0] < ACTIVE_STEPS * step_s}
-        enough = ENOUGH_SESSIONS * sum(last_key == key for _, last_key in self._last.values())
+        step_s = min(self._single_s, INLINE_S)
+        self._forget_inactive(time.monotonic() - ACTIVE_STEPS * step_s)
+        enough = ENOUGH_SESSIONS * self._active[key]
 
         def too_few() -> bool:
-            return sum(waiting.key == key for waiting in self._waiting) < enough
+            return len(self._by_key.get(key, ())) < enough
 
         if not too_few():
             return
@@ -104,8 +168,21 @@ class StepBatcher:
                     self._arrived = asyncio.Event()
                     await self._arrived.wait()
 
-    def _run_batch(self, first: _Waiting) -> tuple[list[_Waiting], Sequence[torch.Tensor | BaseException]]:
-        batch = self._take(first)
+    def _is_short(self, batch: Sequence[_Waiting]) -> bool:
+        """Whether `batch` is certain to take less than INLINE_S: its size against the last one of its kind.
+
+        Beams, which copy their caches, are not measured.
+        """
+        if not batch:
+            return True
+        measured = self._measured.get(batch[0].kind)
+        plain = all(each.step.hidden.shape[1] == 1 and each.step.order is None for each in batch)
+        return plain and measured is not None and measured.longest_s(_Measured.of(batch)) < INLINE_S
+
+    def _take_and_run(self, first: _Waiting) -> tuple[list[_Waiting], Sequence[torch.Tensor | BaseException]]:
+        return self._run_batch(self._take(first))
+
+    def _run_batch(self, batch: list[_Waiting]) -> tuple[list[_Waiting], Sequence[torch.Tensor | BaseException]]:
         started_s = time.perf_counter()
         outputs: Sequence[torch.Tensor | BaseException]
         try:
@@ -114,31 +191,61 @@ class StepBatcher:
             outputs = [error] * len(batch)
         elapsed_s = time.perf_counter() - started_s
         self._scheduler.charge(elapsed_s)
-        if first.step.hidden.shape[1] == 1:
+        if batch and batch[0].step.hidden.shape[1] == 1:
             self._single_s = elapsed_s
+            self._measured.pop(kind := batch[0].kind, None)
+            self._measured[kind] = _Measured.of(batch, elapsed_s)
+            if len(self._measured) > MAX_MEASURED:
+                del self._measured[next(iter(self._measured))]
         return batch, outputs
 
     def _take(self, first: _Waiting) -> list[_Waiting]:
-        """Remove from the queue, and return, `first` and the steps that can share its batch."""
+        """Remove from the queue, and return, `first` and the steps that can share its batch.
+
+        Nothing where `first` was given up meanwhile.
+        """
+        with self._lock:
+            alike = list(self._by_key.get(first.key, ()))
+        if first not in alike:
+            return []
         batch: list[_Waiting] = []
-        rows = 0
+        rows = held = longest = 0
         sessions: set[int] = set()
-        for each in [first, *(each for each in self._waiting if each is not first)]:
-            fits = rows + each.session.rows <= MAX_BATCH_ROWS and id(each.session) not in sessions
-            if each.key == first.key and (not batch or fits):
+        for each in [first, *(each for each in alike if each is not first)]:
+            now_rows, length = rows + each.session.rows, each.step.position + 1
+            now_held, now_longest = held + each.session.rows * length, max(longest, length)
+            fits = now_rows <= MAX_BATCH_ROWS and id(each.session) not in sessions
+            fits &= now_longest <= FEW_POSITIONS or now_rows * now_longest <= MAX_PADDING * now_held
+            if not batch or (fits and self._has_memory([*batch, each])):
                 batch.append(each)
-                rows += each.session.rows
+                rows, held, longest = now_rows, now_held, now_longest
                 sessions.add(id(each.session))
-        for each in batch:
-            self._waiting.remove(each)
-        return batch
+        return [each for each in batch if self._remove(each)]
+
+    def _remove(self, waiting: _Waiting) -> bool:
+        """Remove a step from the queue; False where it is in a batch already."""
+        with self._lock:
+            if waiting not in self._by_key.get(waiting.key, ()):
+                return False
+            _discard(self._by_key, waiting.key, waiting)
+            _discard(self._by_client, waiting.session.client, waiting)
+        return True
+
+    def _has_memory(self, batch: Sequence[_Waiting]) -> bool:
+        """Whether a batch of one position a row has memory enough: each row takes what the longest one takes."""
+        if self._max_compute_bytes is None:
+            return True
+        session, rows = batch[0].session, sum(each.session.rows for each in batch)
+        one, longest = Pass(span=session.span, adapter=session.adapter), max(each.step.position for each in batch) + 1
+        return self._engine.footprint.step_bytes(one, rows, 1, longest) <= self._max_compute_bytes
+
+
+def _discard(queues: dict[K, dict[_Waiting, None]], name: K, waiting: _Waiting) -> None:
+    del queues[name][waiting]
+    if not queues[name]:
+        del queues[name]
 
 
 def _deliver(batch: list[_Waiting], outputs: Sequence[torch.Tensor | BaseException]) -> None:
     for waiting, output in zip(batch, outputs, strict=True):
-        if waiting.done.cancelled():
-            continue
-        if isinstance(output, BaseException):
-            waiting.done.set_exception(output)
-        else:
-            waiting.done.set_result(output)
+        waiting.outcome.settle(output)

@@ -29,6 +29,11 @@ class Stores:
             sums=GradientSums(max_bytes=budgets.sums),
         )
 
+    def drop_expired(self, now_s: float) -> None:
+        """Drop the graphs and sessions that are too old or were not used for too long."""
+        self.leases.drop_expired(now_s)
+        self.sessions.drop_expired(now_s)
+
     def drop_client(self, client: str) -> None:
         for store in (self.leases, self.sessions, self.adapters, self.sums):
             store.drop_client(client)

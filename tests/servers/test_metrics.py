@@ -1,5 +1,7 @@
 """What Prometheus and a supervisor read of a handler; of a whole server, in tests/e2e/test_health.py."""
 
+import asyncio
+import time
 from types import SimpleNamespace
 
 import aiohttp
@@ -40,6 +42,7 @@ async def test_what_is_kept_and_served_is_counted(engine):
             1,
             1,
         )
+        assert seen["petals_tune_message_bytes{}"] == house.handler.message_bytes
         assert seen["petals_tune_lease_bytes{}"] == house.stores.leases.used_bytes > 0
         assert seen["petals_tune_cache_bytes{}"] == 256 * len(SPAN) * 4, "256 bytes a token and block"
         assert seen["petals_tune_cache_free_bytes{}"] == 2**20 - seen["petals_tune_cache_bytes{}"]
@@ -66,3 +69,20 @@ async def test_a_supervisor_learns_whether_it_serves():
         assert (await read(port, "/health"))[0] == 503
         server.record = record_of()
         assert await read(port, "/health") == (200, f"online: blocks {SPAN}\n")
+
+
+async def test_a_loop_that_stands_still_is_seen_for_as_long_as_it_stood():
+    metrics = Metrics()
+    async with metrics.serving("127.0.0.1", 0) as port:
+        await asyncio.sleep(0.1)
+        before = await samples(port)
+        time.sleep(1.2)  # what is to be measured
+        await asyncio.sleep(0.1)
+        after = await samples(port)
+
+    def late(bucket: str) -> float:
+        name, everything = f"petals_tune_loop_lag_seconds_bucket{{le={bucket}}}", "petals_tune_loop_lag_seconds_count{}"
+        return (after[everything] - before[everything]) - (after[name] - before[name])
+
+    assert late("1.0") >= 9, "what came due in its first 0.2 s"
+    assert late("0.2") >= 49, "in its first second"

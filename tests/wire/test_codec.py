@@ -2,21 +2,25 @@
 
 import contextlib
 import tracemalloc
+import weakref
 
 import msgspec
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from petals_tune.errors import ProtocolError
-from petals_tune.wire.codec import decode, decode_hello, encode
-from petals_tune.wire.messages import Hello, Message, Ping, Release
+from petals_tune.wire.codec import decode, decode_hello, encode, encode_parts
+from petals_tune.wire.messages import Forward, Hello, Message, Ping, Release
+from petals_tune.wire.tensors import in_format
 from tests.raising import raises
 from tests.wire.test_messages import EXAMPLES, FORWARD, NAMES, same
 
 
 def test_there_is_an_example_of_every_message():
-    assert set(Message.__subclasses__()) == {type(example) for example in EXAMPLES}
+    ours = {kind for kind in Message.__subclasses__() if kind.__module__ == Message.__module__}  # tests define others
+    assert ours == {type(example) for example in EXAMPLES}
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=NAMES)
@@ -53,6 +57,40 @@ def decodes_or_refuses(data: bytes) -> None:
 def test_a_list_that_claims_more_than_is_allowed_or_arrived_is_refused(length):
     with raises(ProtocolError, what="message"):
         decode(encode(Release(leases=[])).removesuffix(b"\x90") + length)
+
+
+def test_parts_are_the_message_and_values_of_tensors_stay_where_they_are():
+    hidden = torch.arange(12.0).view(1, 3, 4)
+    forward = Forward(span=FORWARD.span, hidden=hidden)
+    parts = encode_parts(forward)
+    assert b"".join(parts) == encode(forward)
+    hidden += 1
+    assert torch.equal(decode(b"".join(parts)).hidden, hidden)
+
+
+def test_a_row_that_is_sent_does_not_keep_its_batch_in_memory():
+    batch = torch.zeros(64, 3, 4)
+    storage = weakref.ref(batch.untyped_storage())
+    parts = encode_parts(Forward(span=FORWARD.span, hidden=batch[:1]))
+    del batch
+    assert storage() is None
+    assert sum(map(len, parts)) < 500
+
+
+def test_tensors_that_become_too_large_are_refused_before_memory_is_taken_for_them():
+    plain, packed = (
+        Forward(span=FORWARD.span, hidden=in_format(torch.ones(1, 1000, 1000), name))
+        for name in ("float32", "blockwise8")
+    )
+    for message, fits in ((plain, True), (packed, False)):
+        body = encode(message)
+        if fits:
+            decode(body, max_bytes=len(body))
+            continue
+        with pytest.raises(MemoryError):
+            decode(body, max_bytes=len(body))
+        assert decode(body, max_bytes=4 * len(body)).hidden.nbytes == 4_000_000
+    assert decode(encode(packed)).hidden.shape == (1, 1000, 1000), "no limit is left over from before"
 
 
 def test_a_long_list_is_refused_before_memory_is_taken_for_it():

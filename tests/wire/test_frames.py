@@ -67,11 +67,88 @@ def test_a_message_longer_than_the_limit_is_refused_at_its_first_frame():
         assembler(max_message_bytes=10).feed(1, b"12345", 6)
 
 
-def test_unfinished_messages_are_bounded_together_by_what_they_claim():
+def test_unfinished_messages_are_bounded_together_by_what_came_of_them():
     reader = assembler(max_open_bytes=15)
-    assert reader.feed(1, b"1", 9) is None
+    for message_id in range(10):
+        assert reader.feed(message_id, b"1", 9_000) is None, "a claim takes no memory"
+    assert reader.feed(0, b"12345", 8_995) is None
     with raises(ProtocolError, what="message"):
-        reader.feed(2, b"1", 9)
+        reader.feed(1, b"1", 8_999)
+
+
+class Room:
+    """Memory that is reserved, of so many bytes."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.free_bytes = size_bytes
+
+    def admits(self, size_bytes: int) -> bool:
+        return size_bytes <= self.free_bytes
+
+    def reserve(self, size_bytes: int) -> bool:
+        admitted = self.admits(size_bytes)
+        self.free_bytes -= size_bytes if admitted else 0
+        return admitted
+
+    def release(self, size_bytes: int) -> None:
+        self.free_bytes += size_bytes
+
+    def assembler(self) -> Assembler:
+        sizes = {"max_message_bytes": 100, "max_open_bytes": 1000}
+        return Assembler(**sizes, admit=self.admits, reserve=self.reserve, release=self.release)
+
+
+def test_memory_is_reserved_for_what_came_and_no_more():
+    room = Room(20)
+    reader = room.assembler()
+    assert reader.feed(1, b"1", 19) is None
+    assert room.free_bytes == 19
+    assert reader.feed(2, b"12", 17) is None
+    assert room.free_bytes == 17
+    assert reader.feed(2, b"3" * 17, 0) == b"12" + b"3" * 17
+    assert room.free_bytes == 0, "a whole message's memory is its reader's to release"
+    assert reader.feed(1, b"1", 18) is None
+    assert room.free_bytes == 1, "no room in the middle: all of it is dropped"
+    room.free_bytes += 19
+    assert reader.feed(1, b"1" * 18, 0) == frames.Dropped(20)
+    assert room.free_bytes == 20
+
+
+def test_a_message_that_does_not_fit_when_it_begins_is_dropped_from_its_first_byte():
+    room = Room(20)
+    reader = room.assembler()
+    assert reader.feed(1, b"1", 20) is None
+    assert room.free_bytes == 20
+    assert reader.feed(1, b"2" * 20, 0) == frames.Dropped(21)
+    assert reader.feed(2, b"3" * 21, 0) == frames.Dropped(21), "of one frame"
+
+
+def test_a_reader_that_ends_releases_what_came_of_unfinished_messages():
+    room = Room(20)
+    reader = room.assembler()
+    reader.feed(1, b"123", 10)
+    reader.feed(2, b"45", 10)
+    reader.clear()
+    assert (room.free_bytes, len(reader), reader.open_bytes) == (20, 0, 0)
+
+
+def test_the_pace_and_the_age_of_unfinished_messages_are_known():
+    reader = assembler()
+    assert (reader.slowest(5.0, after_s=1.0), reader.oldest_s(5.0)) == (float("inf"), 0.0)
+    reader.feed(1, b"12", 100, 10.0)
+    reader.feed(2, b"12345678", 100, 18.0)
+    assert reader.slowest(20.0, after_s=1.0) == 2 / 10
+    reader.feed(1, b"12345678", 92, 20.0)
+    assert reader.slowest(20.0, after_s=1.0) == 10 / 10
+    assert reader.slowest(20.0, after_s=10.0) == float("inf")
+    assert reader.oldest_s(20.0) == 10.0
+
+
+def test_a_message_in_parts_is_cut_into_the_same_bytes():
+    framed = parsed(cut(7, b"ab", b"", memoryview(bytes(frames.MAX_FRAME_BYTES + 1)), b"c"))
+    assert b"".join(payload for _, payload, _ in framed) == b"ab" + bytes(frames.MAX_FRAME_BYTES + 1) + b"c"
+    reader = assembler(max_message_bytes=2**20, max_open_bytes=2**20)
+    assert [body is not None for body in (reader.feed(*frame) for frame in framed)] == [False] * 3 + [True]
 
 
 def test_finished_messages_make_room_again():

@@ -6,7 +6,6 @@ import torch
 
 from petals_tune import errors
 from petals_tune.errors import PetalsTuneError, ProtocolError, RequestRefused, ServerError
-from petals_tune.wire import codec
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.codec import decode, encode
 from petals_tune.wire.messages import (
@@ -38,6 +37,7 @@ from petals_tune.wire.messages import (
 )
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
+from petals_tune.wire.tensors import to_bytes
 from tests.raising import raises
 
 SPAN = BlockSpan(3, 7)
@@ -57,6 +57,7 @@ FORWARD = Forward(
     hidden=HIDDEN,
     padding=torch.tensor([[True, True, False], [True, True, True]]),
     positions=torch.arange(3)[None],
+    context_length=7,
     adapter="version",
     keep=True,
     train=True,
@@ -142,7 +143,7 @@ def test_a_forward_whose_tensors_do_not_fit_together_cannot_be_made_and_is_refus
     legal = Forward(span=SPAN, hidden=HIDDEN, padding=FORWARD.padding, positions=FORWARD.positions)
     raw = {"kind": "forward", **msgspec.structs.asdict(legal), **fields}
     with raises(ProtocolError, what="message"):
-        decode(codec._encoder.encode(raw))
+        decode(msgspec.msgpack.encode(raw, enc_hook=lambda tensor: msgspec.msgpack.Ext(1, to_bytes(tensor))))
 
 
 @pytest.mark.parametrize("fields", [{}, {"lease": 1, "again": FORWARD}], ids=["neither", "both"])

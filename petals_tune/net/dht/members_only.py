@@ -16,6 +16,9 @@ from petals_tune.net.members import Members
 from petals_tune.wire.signing import is_signed, public_key_of
 
 NONCE_BYTES = 16
+MAX_NONCES = (
+    100_000  # that are remembered, 20 MB: a request can be repeated once members made so many others within a minute
+)
 MAX_CLOCK_S = 60.0  # how old a request may be: nonces are remembered for longer than this
 
 
@@ -27,7 +30,7 @@ class MembersOnly(AuthorizerBase):
 
     def __init__(self, members: Members):
         self._members = members
-        self._nonces = TimedStorage()
+        self._nonces = TimedStorage(maxsize=MAX_NONCES)
 
     async def sign_request(self, request: Any, service_public_key: object) -> None:
         request.auth.time = get_dht_time()

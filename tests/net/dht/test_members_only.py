@@ -59,6 +59,27 @@ async def test_a_request_that_is_too_old_or_of_a_stranger_is_refused(monkeypatch
     assert not await host.validate_request(await signed_request(authorizer(STRANGER, hosts=True, owner=STRANGER)))
 
 
+async def test_requests_with_long_nonces_are_refused_and_nothing_of_them_is_kept():
+    """Of a member, who signs them: hivemind's own check remembers a nonce of any length."""
+    host, client = authorizer(HOST, hosts=True), authorizer(CLIENT, hosts=False)
+    for length in [*(2**18 for _ in range(60)), 0, members_only.NONCE_BYTES - 1, members_only.NONCE_BYTES + 1]:
+        request = await signed_request(client)
+        request.auth.nonce, request.auth.signature = bytes(length), b""
+        request.auth.signature = CLIENT.sign("dht request", request.SerializeToString(deterministic=True))
+        assert not await host.validate_request(request)
+    assert len(host._nonces) == 0
+    assert await host.validate_request(await signed_request(client))
+
+
+async def test_nonces_that_are_remembered_are_bounded(monkeypatch):
+    monkeypatch.setattr(members_only, "MAX_NONCES", 3)
+    host, client = authorizer(HOST, hosts=True), authorizer(CLIENT, hosts=False)
+    for _ in range(5):
+        assert await host.validate_request(last := await signed_request(client))
+        assert len(host._nonces) <= 3
+    assert not await host.validate_request(type(last).FromString(last.SerializeToString()))
+
+
 async def test_a_response_comes_from_one_who_hosts_and_answers_this_request():
     host, client = authorizer(HOST, hosts=True), authorizer(CLIENT, hosts=False)
     request = await signed_request(client)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals_tune.errors import ServerBusy
-from servers.requests.admission import Admission, RequestLimits
+from servers.requests.admission import Admission, RequestLimits, Reservation
 from tests.raising import raises
 
 CLIENTS = st.sampled_from(["a", "b", "c"])
@@ -15,6 +15,7 @@ def admission(**changes: float) -> Admission:
     limits = {"max_streams": 6, "max_streams_per_client": 2, "max_in_flight": 3}
     limits |= {"max_requests_per_s": 10.0, "max_request_s": 60.0}
     sizes = {"max_receiving_bytes": 100, "max_message_bytes": 100, "max_positions": 8, "max_tokens": 16}
+    sizes |= {"max_compute_bytes": 100}
     return Admission(RequestLimits(**{**limits, **sizes, **changes}))
 
 
@@ -74,3 +75,34 @@ def test_alone_a_client_may_have_half_of_the_memory_for_requests_under_way():
     assert not quota.reserve(1)
     quota.release(50)
     assert not quota.reserve(51)
+
+
+def test_a_reservation_follows_the_size_of_its_message_and_is_released_once():
+    admitted = admission(max_receiving_bytes=100)
+    quota = admitted.open_stream("a")
+    assert quota.reserve(20)
+    room = Reservation(quota, 20)
+    assert room.resize(50)
+    assert not room.resize(51), "half of it, for one that is alone"
+    assert room.size_bytes == quota.receiving_bytes == 50
+    assert room.resize(10)
+    assert admitted.receiving_bytes == 10
+    for _ in range(2):
+        room.release()
+        assert admitted.receiving_bytes == 0
+
+
+def test_a_client_that_comes_again_has_what_it_left_in_its_quota():
+    admitted = admission(max_receiving_bytes=100)
+    quota = admitted.open_stream("a")
+    assert quota.reserve(40)
+    quota.start_request()
+    admitted.close_stream("a")
+    assert "a" not in admitted, "it has no stream"
+    assert admitted.open_stream("a") is quota
+    admitted.close_stream("a")
+    quota.release(40)
+    assert admitted.open_stream("a") is quota
+    admitted.close_stream("a")
+    quota.finish_request()
+    assert admitted.open_stream("a") is not quota

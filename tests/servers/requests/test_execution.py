@@ -11,6 +11,7 @@ from petals_tune.wire.messages import Backward, CollectSum, Done, Forward, Messa
 from petals_tune.wire.span import BlockSpan
 from servers.requests.admission import Admission
 from servers.requests.execution import Executor
+from servers.scheduling.turns import Turns
 from tests.raising import raises
 from tests.servers.peers import HIDDEN, LIMITS, SPAN, forward, prompt, put, stores
 
@@ -27,7 +28,7 @@ def executor_of(engine, *clients: str, **changes: int) -> Executor:
     admission = Admission(dataclasses.replace(LIMITS, **changes))
     for client in clients:
         admission.open_stream(client)
-    return Executor(*engine, stores(), admission)
+    return Executor(*engine, stores(), admission, Turns())
 
 
 async def test_a_forward_is_what_the_engine_computes(executor, engine):

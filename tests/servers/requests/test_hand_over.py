@@ -19,9 +19,9 @@ class Deliveries:
     def __init__(self) -> None:
         self.inbox, self.released = Inbox(), Counter[int]()
 
-    def deliver(self, number: int) -> None:
+    def deliver(self, number: int, stream: str = "stream") -> None:
         delivery = Delivery(ticket=ticket(number), tensor=torch.full((1, 1, 1), float(number)))
-        self.inbox.deliver(delivery, lambda: self.released.update([number]))
+        self.inbox.deliver(delivery, stream, lambda: self.released.update([number]))
 
     def receive(self, number: int, giver: str = "a") -> asyncio.Task[hand_over.Delivered]:
         return asyncio.create_task(self.inbox.receive(HandOver(peer=giver, ticket=ticket(number))))
@@ -101,6 +101,25 @@ async def test_tensors_without_a_request_are_few_and_do_not_stay(monkeypatch):
     with raises(NotHandedOn, peer="a", reason="used or dropped"):
         await deliveries.receive(0)
     assert (await deliveries.receive(4)).tensor.item() == 4
-    monkeypatch.setattr(hand_over, "EARLY_S", 0.0)
-    deliveries.deliver(5)
-    assert deliveries.released.keys() >= {2, 3}
+
+
+async def test_a_tensor_without_a_request_goes_after_a_while_though_no_other_one_comes(monkeypatch):
+    monkeypatch.setattr(hand_over, "EARLY_S", 0.02)
+    deliveries = Deliveries()
+    for number in range(3):
+        deliveries.deliver(number)
+    assert (await deliveries.receive(1)).tensor.item() == 1
+    await asyncio.sleep(0.1)
+    assert deliveries.released == {0: 1, 2: 1}, "the one that was received is its request's to release"
+    assert not deliveries.inbox._early
+
+
+async def test_a_tensor_without_a_request_goes_with_the_stream_that_brought_it():
+    deliveries = Deliveries()
+    for number, stream in enumerate(("left", "right", "left")):
+        deliveries.deliver(number, stream)
+    deliveries.inbox.drop_from("left")
+    assert deliveries.released == {0: 1, 2: 1}
+    with raises(NotHandedOn, peer="a", reason="used or dropped"):
+        await deliveries.receive(0)
+    assert (await deliveries.receive(1)).tensor.item() == 1

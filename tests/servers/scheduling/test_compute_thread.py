@@ -2,9 +2,12 @@
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
+import torch
 
 from servers.scheduling.compute_thread import ComputeThread
 from servers.scheduling.fair_queue import Priority
@@ -62,6 +65,37 @@ async def test_what_was_cancelled_before_its_turn_does_not_run(compute):
     held.release.set()
     await compute.run(Priority.FORWARD, lambda: ran.append("after"))
     assert ran == ["after"]
+
+
+async def test_what_was_cancelled_before_its_turn_is_dropped_with_all_that_it_holds(compute):
+    held = Held(compute)
+    await held.start()
+    tensor = torch.zeros(10)
+    gone = weakref.ref(tensor)
+    cancelled = asyncio.create_task(compute.run(Priority.FORWARD, partial(tensor.sum, 0), client="a"))
+    await asyncio.sleep(0)
+    cancelled.cancel()
+    await asyncio.wait([cancelled])
+    del tensor, cancelled
+    assert gone() is None
+    assert compute.queue_length == 0
+    held.release.set()
+    await held.task
+    assert compute.is_idle
+
+
+async def test_what_runs_when_it_is_cancelled_ends_first(compute):
+    """Until then the memory that it holds is taken, and whoever accounts for it must not think otherwise."""
+    held = Held(compute)
+    await held.start()
+    for _ in range(2):
+        held.task.cancel()
+        await asyncio.sleep(0.01)
+        assert not held.task.done()
+    held.release.set()
+    with pytest.raises(asyncio.CancelledError):
+        await held.task
+    assert compute.is_idle
 
 
 async def test_it_is_idle_when_nothing_runs_or_waits(compute):

@@ -117,3 +117,15 @@ def test_the_length_is_what_waits(server):
     assert len(server.queue) == 3
     server.run()
     assert len(server.queue) == 2
+
+
+def test_what_is_discarded_is_not_served_and_the_others_keep_their_order():
+    queue: FairQueue[str] = FairQueue()
+    for number in range(4):
+        queue.push(Priority.FORWARD, "anna", str(number))
+    queue.push(Priority.STEP, "anna", "step")
+    assert queue.discard(Priority.FORWARD, "anna", "1")
+    assert queue.discard(Priority.STEP, "anna", "step")
+    assert not queue.discard(Priority.FORWARD, "anna", "1")
+    assert not queue.discard(Priority.FORWARD, "bob", "1")
+    assert [queue.pop() for _ in range(len(queue))] == ["0", "2", "3"]

@@ -1,6 +1,9 @@
 """Batches of steps by direct calls: they equal lone steps, and no client waits for another's many."""
 
 import asyncio
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +11,12 @@ import torch
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.kv_cache import Session
+from petals_tune.errors import RequestRefused
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Step
 from servers.scheduling.compute_thread import ComputeThread
 from servers.scheduling.step_batcher import StepBatcher
-from tests.models import relative_error
+from tests.models import ROPE_TYPES, relative_error
 from tests.servers.parts import load
 from tests.servers.steps import SPAN, hidden, outputs, session, step
 
@@ -155,3 +159,169 @@ def test_where_attention_has_a_window_only_equal_positions_share_a_step(model_fo
             assert relative_error(found, expected) < TOLERANCE
     finally:
         compute.stop()
+
+
+class Threads:
+    """Where steps of an engine ran: the number of rows of each, and whether it was on the event loop."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch):
+        self.ran: list[tuple[int, bool]] = []
+        self._step, self._loop = engine.step, threading.get_ident()
+        monkeypatch.setattr(engine, "step", self)
+
+    def __call__(self, steps):
+        rows = sum(session.rows for session, _ in steps)
+        self.ran.append((rows, threading.get_ident() == self._loop))
+        return self._step(steps)
+
+
+@pytest.fixture
+def batcher(engine) -> Iterator[StepBatcher]:
+    compute = ComputeThread(1)
+    yield StepBatcher(engine, compute)
+    compute.stop()
+
+
+async def test_a_large_step_does_not_run_on_the_event_loop_because_a_small_one_was_short(engine, batcher, monkeypatch):
+    monkeypatch.setattr("servers.scheduling.step_batcher.INLINE_S", 1.0)  # on a busy machine
+    threads, small = Threads(engine, monkeypatch), session()
+    for position in range(2):
+        await batcher.run(small, step(hidden(1, 1, 0), position))
+    assert threads.ran == [(1, False), (1, True)]
+    rows = 16_384
+    large = await batcher.run(session(rows), step(hidden(1, 1, 0).expand(rows, -1, -1), 0))
+    assert threads.ran.pop() == (rows, False)
+    assert relative_error(large[:1], outputs(engine, (session(), step(hidden(1, 1, 0), 0)))[0]) < TOLERANCE
+    monkeypatch.setattr("servers.scheduling.step_batcher.INLINE_S", 1e9)
+    await batcher.run(small, step(hidden(1, 1, 0), 2, order=torch.tensor([0])))
+    assert threads.ran.pop() == (1, False), "beams"
+
+
+async def test_how_long_a_step_may_take_is_measured_for_each_kind(engine, family, batcher, monkeypatch):
+    monkeypatch.setattr("servers.scheduling.step_batcher.INLINE_S", 1.0)  # on a busy machine
+    threads = Threads(engine, monkeypatch)
+    await batcher.run(session(), step(hidden(1, 1, 0), 0))
+    for inline in (False, True):
+        await batcher.run(session(adapter=lora(family, 1), version="a"), step(hidden(1, 1, 0), 0))
+        assert threads.ran[-1] == (1, inline)
+
+
+async def test_two_steps_of_one_session_that_wait_at_once_are_computed_one_after_the_other(engine, batcher):
+    one = session()
+    first, second = hidden(1, 2, 0), hidden(1, 2, 1)
+    found = await asyncio.gather(batcher.run(one, step(first, 0)), batcher.run(one, step(second, 0)))
+    for output, given in zip(found, (first, second), strict=True):
+        assert torch.equal(output, outputs(engine, (session(), step(given, 0)))[0])
+
+
+async def test_a_step_that_is_given_up_is_dropped_at_once_or_ends_first(engine, batcher, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def held(steps, run=engine.step):
+        begun.set()
+        assert go_on.wait(60)
+        return run(steps)
+
+    monkeypatch.setattr(engine, "step", held)
+    running = asyncio.create_task(batcher.run(session(), step(hidden(1, 2, 0), 0)))
+    assert await asyncio.to_thread(begun.wait, 60)
+    waiting = asyncio.create_task(batcher.run(session(client="other"), step(hidden(1, 2, 0), 0)))
+    await asyncio.sleep(0)
+    for task in (waiting, running):
+        task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert not batcher._by_client
+    assert not batcher._by_key
+    await asyncio.sleep(0.01)
+    assert not running.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+
+
+def test_a_long_row_does_not_fill_up_the_caches_of_short_ones(engine, monkeypatch):
+    """One row of 30 positions and six of 2: together they would make seven caches of 31."""
+    monkeypatch.setattr("servers.scheduling.step_batcher.FEW_POSITIONS", 4)
+    batches: list[list[int]] = []
+    compute = ComputeThread()
+    batcher = StepBatcher(engine, compute)
+    sessions = [session(client=name) for name in "abcdefg"]
+    for each in sessions:
+        outputs(engine, (each, step(hidden(1, 30 if each is sessions[0] else 2, 0), 0)))
+    run = engine.step
+
+    def seen(steps):
+        batches.append(sorted(each.position for _, each in steps))
+        return run(steps)
+
+    monkeypatch.setattr(engine, "step", seen)
+
+    async def work() -> None:
+        await asyncio.gather(*(batcher.run(each, step(hidden(1, 1, 0), each.position)) for each in sessions))
+
+    try:
+        asyncio.run(work())
+    finally:
+        compute.stop()
+    assert sorted(position for batch in batches for position in batch) == [2] * 6 + [30]
+    for batch in batches:
+        held = sum(position + 1 for position in batch)
+        assert len(batch) * (batch[-1] + 1) <= 2 * held
+    assert len(batches) == 2
+
+
+def test_a_prompt_acts_in_the_first_step_of_each_session_whatever_the_others_are_at(engine, family):
+    """Two sessions with the same deep prompt of one position: one begins, and the other goes on."""
+    prompt = Adapter((AdapterPart(block=2, method="prompt", tensors=[torch.ones(1, 32)]),))
+
+    def started() -> list[tuple[Session, Step]]:
+        begun, new = (session(adapter=prompt, version="deep") for _ in range(2))
+        outputs(engine, (begun, step(hidden(1, 3, 0), 0)))
+        return [(begun, step(hidden(1, 1, 1), 3)), (new, step(hidden(1, 1, 2), 0))]
+
+    expected = [outputs(engine, each)[0] for each in started()]
+    compute = ComputeThread()
+    batcher = StepBatcher(engine, compute)
+
+    async def all_at_once() -> list[torch.Tensor]:
+        return list(await asyncio.gather(*(batcher.run(*each) for each in started())))
+
+    try:
+        for found, wanted in zip(asyncio.run(all_at_once()), expected, strict=True):
+            assert relative_error(found, wanted) < TOLERANCE
+    finally:
+        compute.stop()
+
+
+def test_a_hostile_step_changes_no_bit_of_the_step_that_shares_its_batch(model_folder, monkeypatch):
+    """Frequencies that follow the largest position of a batch, in transformers' own code."""
+    engine = Engine(load(model_folder("llama", **ROPE_TYPES["dynamic"]), str(SPAN)))
+    sizes: list[int] = []
+    run = engine.step
+    monkeypatch.setattr(engine, "step", lambda steps: sizes.append(len(steps)) or run(steps))
+    compute = ComputeThread()
+
+    def beside(**fields: Any) -> list[torch.Tensor | BaseException]:
+        batcher, pair = StepBatcher(engine, compute), [session(client="victim"), session(client="mallory")]
+        for each in pair:
+            run([(each, step(hidden(1, 3, 2), 0))])
+        steps = [step(hidden(1, 1, 0), 3), step(hidden(1, 1, 1), 3, **fields)]
+
+        async def both() -> list[torch.Tensor | BaseException]:
+            together = map(batcher.run, pair, steps)
+            return list(await asyncio.gather(*together, return_exceptions=True))
+
+        return asyncio.run(both())
+
+    try:
+        expected, honest = beside()
+        found, hostile = beside(positions=torch.tensor([[31]]))
+        (alone, refused), batches = beside(positions=torch.tensor([[100_000]])), list(sizes)
+    finally:
+        compute.stop()
+    assert torch.equal(found, expected)
+    assert not torch.equal(hostile, honest), "the attack ran"
+    assert batches == [2, 2, 2]
+    assert isinstance(refused, RequestRefused)
+    assert relative_error(alone, expected) < 1e-6

@@ -12,10 +12,13 @@ SPAN = BlockSpan(0, 2)
 
 def filled(client: str, stores: Stores) -> None:
     hidden = torch.ones(1, 2, 3)
-    assert stores.leases.keep(client, Graph(output=hidden, hidden=None, adapter=[]), 10, now_s=0)
+    with stores.leases.room(client, 10, 0) as lease:
+        assert lease is not None
+        assert stores.leases.fill(client, lease, Graph(output=hidden, hidden=None, adapter=[]), 10)
     stores.sessions.open(client, OpenSession(span=SPAN, rows=1, max_length=5), None, now_s=0)
-    stores.adapters.put(client, "v", SPAN, [AdapterPart(block=0, method="prompt", tensors=[torch.zeros(5)])])
-    stores.sums.add(client, 1, 0, [torch.zeros(10)])
+    with stores.adapters.room(client, "v", SPAN, 20), stores.sums.room(client, 1, 0, [torch.zeros(10)]):
+        stores.adapters.put(client, "v", SPAN, [AdapterPart(block=0, method="prompt", tensors=[torch.zeros(5)])])
+        stores.sums.add(client, 1, 0, [torch.zeros(10)])
 
 
 def used(stores: Stores) -> list[int]:
@@ -39,3 +42,12 @@ def test_a_client_that_leaves_takes_everything_along_and_others_keep_theirs():
     assert used(stores) == [20, 60, 40, 80], "3 bytes x 2 blocks x 5 positions; 5 and 10 floats"
     stores.drop_client("me")
     assert used(stores) == [10, 30, 20, 40]
+
+
+def test_old_graphs_and_idle_sessions_go_without_another_request():
+    stores = made()
+    filled("me", stores)
+    stores.drop_expired(60.0)
+    assert used(stores) == [10, 30, 20, 40]
+    stores.drop_expired(60.1)
+    assert used(stores) == [0, 0, 20, 40]

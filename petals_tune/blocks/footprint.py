@@ -1,0 +1,309 @@
+"""Memory that requests take while they are computed, estimated before they are: nothing is allocated to find out.
+
+One short pass of each kind of request through each kind of block is watched, tensor by tensor. Its lengths are primes
+that divide no dimension of the block, so the size of a tensor tells how it grows: a size that a length divides grows
+with that length, one that both divide grows with their product. This holds for any model, quantization and device.
+
+Shapes: B rows, S new positions, T positions in all, the cached ones included.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from petals_tune.adapters import METHODS
+from petals_tune.adapters.base import linear_features
+from petals_tune.blocks.adapters import Adapter
+from petals_tune.blocks.kv_cache import Session
+from petals_tune.blocks.loading import LoadedBlocks
+from petals_tune.wire.messages import Backward, Forward, Step
+from petals_tune.wire.span import BlockSpan
+
+_PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 137)
+_LEAST_LENGTH = 16  # shorter passes take other ways through kernels (FloatLinear's packed weights)
+_GPU_ALIGNMENT = 8  # attention on a GPU pads masks to a multiple of this
+_HIDDEN_BY_KERNELS = 2**20  # bytes a computing thread: what attention and matrix products allocate inside one operation
+
+
+class Growth(NamedTuple):
+    """Bytes of tensors, by what they grow with."""
+
+    fixed: float = 0.0
+    new: float = 0.0  # for each row and new position
+    total: float = 0.0  # for each row and position
+    pair: float = 0.0  # for each row and pair of a new position and a position: attention's scores, masks
+
+    def plus(self, other: Growth, sign: int = 1) -> Growth:
+        return Growth(*(mine + sign * its for mine, its in zip(self, other, strict=True)))
+
+    def bytes(self, rows: int, new: int, total: int) -> int:
+        return int(self.fixed + rows * (self.new * new + self.total * total + self.pair * new * total))
+
+    def covers(self, other: Growth) -> bool:
+        return all(mine >= its for mine, its in zip(self, other, strict=True))
+
+
+class _Watch(TorchDispatchMode):
+    """Counts the storages that operations of this thread make, while they live."""
+
+    def __init__(self, new: int, total: int, rows: int = 1):
+        super().__init__()
+        self._new, self._total, self._rows = new, total, rows
+        self.live = Growth()
+        self.peaks: list[Growth] = []  # none covers another
+        self._storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        known = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(output):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known and storage._cdata not in self._storages:
+                shared = tensor.dim() > 1 and tensor.shape[0] == 1  # by all rows; counted for each
+                self._add(storage, 1 if shared else self._rows)
+        return output
+
+    def _add(self, storage: torch.UntypedStorage, rows: int) -> None:
+        key, growth = storage._cdata, self._growth(storage.nbytes(), rows)
+        self._storages.add(key)
+        self.live = self.live.plus(growth)
+        weakref.finalize(storage, self._remove, key, growth)
+        if not any(peak.covers(self.live) for peak in self.peaks):
+            self.peaks = [peak for peak in self.peaks if not self.live.covers(peak)] + [self.live]
+
+    def _remove(self, key: int, growth: Growth) -> None:
+        self._storages.discard(key)
+        self.live = self.live.plus(growth, sign=-1)
+
+    def _growth(self, size_bytes: int, rows: int) -> Growth:
+        new, total, of_a_row = self._new, self._total, size_bytes / rows
+        if size_bytes % (new * total) == 0 or size_bytes % (new * (total + 1)) == 0:
+            return Growth(pair=of_a_row / (new * total))
+        if size_bytes % total == 0 and total != new:
+            return Growth(total=of_a_row / total)
+        return Growth(new=of_a_row / new) if size_bytes % new == 0 else Growth(fixed=size_bytes)
+
+
+def _tensors(values: object) -> list[torch.Tensor]:
+    """All tensors in `values` but weights in oneDNN's layout: they are kept, and count as weights."""
+    tensors = [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+    return [tensor for tensor in tensors if tensor.layout is torch.strided]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """What a pass through blocks is, but for its rows and positions."""
+
+    span: BlockSpan
+    adapter: Adapter | None = None
+    train: bool = False  # dropout is on
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """What passes through two blocks in a row took. Peaks are the moments with the most of something."""
+
+    forward: Mapping[bool, Sequence[Growth]]  # without a graph; by `Pass.train`: dropout takes other kernels
+    kept: Growth  # by the graph
+    training: Sequence[Growth]  # beside the graph, during the forward that makes it and the backward
+    step: Sequence[Growth]  # beside the caches
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Block:
+    """One block, with the one before it, which leaves tensors behind; of the first block, with the one behind it."""
+
+    seen: _Seen
+    kept: Growth  # by the graph of this block alone
+    kept_more: Growth  # by the graph of this block behind the one before: they share some
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes that requests on loaded blocks take: upper bounds, seldom above twice what they take."""
+
+    start: int  # number of the first block
+    blocks: Sequence[_Block]
+    token_bytes: int  # of the caches: one position of one row in one block
+    hidden_by_kernels: int
+
+    def forward_bytes(self, one: Pass, rows: int, positions: int) -> int:
+        """Most memory during a forward without a graph."""
+        peaks = [peak for block in self._of(one.span) for peak in block.seen.forward[one.train]]
+        return self._most(peaks, rows, positions, positions) + self._of_adapter(one)[1] * rows * positions
+
+    def kept_bytes(self, one: Pass, rows: int, positions: int) -> int:
+        """Bytes of the graph that a forward keeps for its backward."""
+        first, *others = self._of(one.span)
+        growths = [first.kept, *(block.kept_more for block in others)]
+        of_blocks = sum(growth.bytes(rows, positions, positions) for growth in growths)
+        adapter_bytes = 0 if one.adapter is None else one.adapter.bytes
+        return of_blocks + adapter_bytes + self._of_adapter(one)[0] * rows * positions
+
+    def training_bytes(self, one: Pass, rows: int, positions: int) -> int:
+        """Most memory during a forward with a graph and its backward, graph and gradients included."""
+        # `Engine._not_finite` runs the blocks once more, beside the graph.
+        seen = [block.seen for block in self._of(one.span)]
+        peaks = [peak for each in seen for peak in (*each.training, *each.forward[one.train])]
+        working = self._most(peaks, rows, positions, positions) + self._of_adapter(one)[1] * rows * positions
+        gradients = 0 if one.adapter is None else 2 * one.adapter.bytes  # the second time in float32
+        return self.kept_bytes(one, rows, positions) + working + gradients
+
+    def step_bytes(self, one: Pass, rows: int, new: int, total: int) -> int:
+        """Most memory during a step of `new` positions that reaches `total`, beside the caches of its sessions."""
+        peaks = [peak for block in self._of(one.span) for peak in block.seen.step]
+        joined = self.token_bytes * rows * total  # caches of one block, in one tensor for several sessions
+        return self._most(peaks, rows, new, total) + joined + self._of_adapter(one)[1] * rows * new
+
+    def _most(self, peaks: Iterable[Growth], rows: int, new: int, total: int) -> int:
+        return max(peak.bytes(rows, new, total) for peak in set(peaks)) + self.hidden_by_kernels
+
+    def _of(self, span: BlockSpan) -> Sequence[_Block]:
+        return self.blocks[span.start - self.start : span.stop - self.start]
+
+    @staticmethod
+    def _of_adapter(one: Pass) -> tuple[int, int]:
+        """(kept by its parts, most beside that while a part is applied): bytes for each row and position."""
+        parts = () if one.adapter is None else one.adapter.parts
+        each = [METHODS[part.method].position_bytes(part, training=one.train) for part in parts]
+        return sum(part.kept for part in each), max((part.working for part in each), default=0)
+
+
+class Measurable(Protocol):
+    """The engine (blocks/engine.py), which has its footprint measured."""
+
+    loaded: LoadedBlocks
+    hidden_size: int
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def description(self) -> str: ...
+    @property
+    def has_dropout(self) -> bool: ...
+    def block(self, number: int) -> nn.Module: ...
+    def kind_of(self, block: int) -> str: ...
+    def measure_token_bytes(self) -> int: ...
+    def forward(self, request: Forward, adapter: Adapter | None) -> Any: ...
+    def backward(self, request: Backward, graph: Any, adapter: Adapter | None) -> object: ...
+    def step(self, steps: Sequence[tuple[Session, Step]]) -> Sequence[object]: ...
+
+
+def measure_footprint(engine: Measurable) -> Footprint:
+    """Watch short passes through each kind of block and each pair of kinds, which reads weights ten times."""
+    start, stop, model = engine.loaded.span.start, engine.loaded.span.stop, engine.description
+    token_bytes = engine.measure_token_bytes()  # and what is made once is made now
+
+    def kinds(span: BlockSpan) -> tuple[str, tuple[str, ...]]:
+        return model, tuple(engine.kind_of(block) for block in range(span.start, span.stop))
+
+    def kept(span: BlockSpan) -> Growth:
+        if (key := kinds(span)) not in _kept:
+            _kept[key] = _measure_kept(engine, span)
+        return _kept[key]
+
+    def seen(span: BlockSpan) -> _Seen:
+        if (key := kinds(span)) not in _seen:
+            _seen[key] = _measure(engine, span)
+        return _seen[key]
+
+    blocks = []
+    with torch.random.fork_rng(devices=[]):  # dropout seeds it
+        for number in range(start, stop):
+            alone = kept(BlockSpan(number, number + 1))
+            if number == start:
+                both = seen(BlockSpan(start, min(start + 2, stop)))
+                blocks.append(_Block(seen=both, kept=alone, kept_more=alone))
+            else:
+                both = seen(BlockSpan(number - 1, number + 1))
+                kept_more = both.kept.plus(kept(BlockSpan(number - 1, number)), sign=-1)
+                blocks.append(_Block(seen=both, kept=alone, kept_more=kept_more))
+    return Footprint(
+        start=start,
+        blocks=blocks,
+        token_bytes=token_bytes,
+        hidden_by_kernels=_HIDDEN_BY_KERNELS * torch.get_num_threads(),
+    )
+
+
+# By model and kinds of blocks: a server that moves to other blocks of its model measures little anew.
+_kept: dict[tuple[str, tuple[str, ...]], Growth] = {}
+_seen: dict[tuple[str, tuple[str, ...]], _Seen] = {}
+
+
+def _request(engine: Measurable, span: BlockSpan, length: int, *, rows: int = 1, **fields: Any) -> Forward:
+    """A forward of zeros with padding: masks are counted for each request, since a window makes one too."""
+    return Forward(
+        span=span, hidden=torch.zeros(rows, length, engine.hidden_size), padding=_padding(rows, length), **fields
+    )
+
+
+def _padding(rows: int, length: int) -> torch.Tensor:
+    padding = torch.ones(rows, length, dtype=torch.bool)
+    padding[:, 0] = False  # transformers makes no mask of padding that hides nothing
+    return padding
+
+
+def _measure_kept(engine: Measurable, span: BlockSpan) -> Growth:
+    new, _ = _lengths(engine, span)
+    with _Watch(new, new) as watch:
+        result = engine.forward(_request(engine, span, new, keep=True, train=True), None)
+        kept = watch.live
+    del result
+    return kept
+
+
+def _measure(engine: Measurable, span: BlockSpan) -> _Seen:
+    new, total = _lengths(engine, span)
+    without_graph: dict[bool, Sequence[Growth]] = {}
+    for train in (False, True) if engine.has_dropout else (False,):
+        with _Watch(new, new, rows=2) as watch:  # what is a view of one row is a copy of two in some families (BLOOM)
+            engine.forward(_request(engine, span, new, rows=2, train=train), None)
+        without_graph[train] = tuple(watch.peaks)
+    with _Watch(new, new) as training:
+        result = engine.forward(_request(engine, span, new, keep=True, train=True), None)
+        kept = training.live
+        engine.backward(Backward(lease=1, grad=torch.zeros(1, new, engine.hidden_size)), result.graph, None)
+    return _Seen(
+        forward={False: without_graph[False], True: without_graph.get(True, without_graph[False])},
+        kept=kept,
+        training=tuple(peak.plus(kept, sign=-1) for peak in training.peaks),
+        step=_measure_step(engine, span, new, total),
+    )
+
+
+def _measure_step(engine: Measurable, span: BlockSpan, new: int, total: int) -> Sequence[Growth]:
+    session = Session(client="", span=span, rows=1, max_length=total, adapter=None, adapter_version=None)
+    peaks: Sequence[Growth] = ()
+    for start, stop in ((0, total - new), (total - new, total)):
+        hidden = torch.zeros(1, stop - start, engine.hidden_size)
+        step = Step(session=0, hidden=hidden, position=start, padding=_padding(1, total)[:, start:stop])
+        with _Watch(new, total) as watch:
+            (output,) = engine.step([(session, step)])
+        if isinstance(output, Exception):
+            raise output
+        peaks = tuple(watch.peaks)
+    return peaks
+
+
+def _lengths(engine: Measurable, span: BlockSpan) -> tuple[int, int]:
+    """Two short lengths; both, and their next numbers, have a prime factor that no dimension of these blocks has.
+
+    The next number is the width of scores where attention has a sink (gpt_oss).
+    """
+    modules = [module for block in range(span.start, span.stop) for module in engine.block(block).modules()]
+    dimensions = {size for module in modules for tensor in module.parameters(recurse=False) for size in tensor.shape}
+    dimensions |= {size for module in modules for size in linear_features(module) or ()}  # 4 bits are packed
+    own = [prime for prime in _PRIMES if all(size % prime for size in dimensions)]
+    scale = _GPU_ALIGNMENT if engine.device.startswith("cuda") else 1
+    lengths = [scale * prime for prime in own if any((scale * prime + 1) % other == 0 for other in own)]
+    new, total, *_ = [length for length in lengths if length >= _LEAST_LENGTH]
+    return new, total
