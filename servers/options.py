@@ -40,6 +40,7 @@ class Limits:
     max_cache_gb: Annotated[float, Field(ge=0)]
     max_session_idle_s: Annotated[float, Field(gt=0)]
     max_adapter_gb: Annotated[float, Field(ge=0)]
+    max_compute_gb: Annotated[float, Field(gt=0)] | None
     max_receiving_gb: Annotated[float, Field(gt=0)]
     max_message_mb: Annotated[float, Field(gt=0)]
     max_positions: Annotated[int, Field(ge=1)]
@@ -62,7 +63,7 @@ class Limits:
             sums=adapters,  # an adapter's gradients are as large as the adapter
         )
 
-    def of_requests(self) -> RequestLimits:
+    def of_requests(self, *, max_compute_bytes: int) -> RequestLimits:
         return RequestLimits(
             max_streams=self.max_streams,
             max_streams_per_client=self.max_streams_per_client,
@@ -73,6 +74,7 @@ class Limits:
             max_message_bytes=int(self.max_message_mb * 2**20),
             max_positions=self.max_positions,
             max_tokens=self.max_tokens,
+            max_compute_bytes=max_compute_bytes,
         )
 
 

@@ -146,7 +146,7 @@ class _Server:
             self.compute,
             stores,
             record,
-            limits.of_requests(),
+            limits.of_requests(max_compute_bytes=memory.compute_bytes(self._options.device, limits.max_compute_gb)),
             self._here.members,
             on_reply=None if self._metrics is None else self._metrics.count_request,
             neighbours=self._neighbours,
@@ -194,12 +194,16 @@ class _Server:
                 disk=self._options.disk_cache,
                 on_block=on_block,
             )
-            return Engine(await self.compute.run(Priority.FORWARD, load))
+            engine = Engine(await self.compute.run(Priority.FORWARD, load))
+            await self.compute.run(Priority.FORWARD, lambda: engine.footprint)  # measured before requests need it
+            return engine
 
     async def _wait_for_move(self, here: BlockSpan, stop: asyncio.Event) -> BlockSpan | None:
         """Return the span to move to once other blocks need this server more; None once `stop` is set."""
         while True:
-            pause_s = None if self._options.span else self._options.balance_period_s * random.uniform(0.5, 1.5)
+            pause_s = (
+                None if self._options.span else self._options.balance_period_s * random.SystemRandom().uniform(0.5, 1.5)
+            )
             try:
                 await asyncio.wait_for(stop.wait(), pause_s)
                 return None

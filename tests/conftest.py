@@ -47,7 +47,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     made: dict[tuple[object, ...], Path] = {}
 
     def folder(family: str, **changes: object) -> Path:
-        key = (family, *sorted(changes.items()))
+        key = (family, repr(sorted(changes.items())))
         if key not in made:
             made[key] = save_model(tmp_path_factory.mktemp("models") / family, family, **changes)
         return made[key]

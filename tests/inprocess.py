@@ -35,6 +35,7 @@ _LIMITS = replace(
     max_message_bytes=2**26,
     max_positions=1024,
     max_tokens=4096,
+    max_compute_bytes=2**30,
 )
 
 

@@ -98,6 +98,36 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+_ROPE = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 8},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8,
+    },
+    "longrope": {
+        "factor": 4.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 8,
+    },
+}
+# What Llama's config has for a rope type; frequencies that depend on the length change beyond 8 positions.
+ROPE_TYPES: dict[str, dict[str, Any]] = {
+    kind: {
+        "max_position_embeddings": 8 if kind == "dynamic" else 32,
+        "rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **fields},
+    }
+    for kind, fields in _ROPE.items()
+}
+# Of Phi-3, which computes a text anew where it grows beyond 8 positions.
+PHI3_LONGROPE = {**ROPE_TYPES["longrope"], "original_max_position_embeddings": 8, "sliding_window": None}
+
+
 def config_of(family: str, **changes: Any) -> PretrainedConfig:
     """The config of a small model of one of FAMILIES, with other values where `changes` has some."""
     return CONFIG_MAPPING[family.split()[0]](**{**_SIZES, **FAMILIES[family], **changes})

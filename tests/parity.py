@@ -1,6 +1,6 @@
 """How far a family's model with remote blocks is from the plain one: what a test asserts and a benchmark prints."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,19 @@ CUT = ("0:2", "2:6")  # the second server's blocks begin in the middle of every 
 LABELS = 3
 
 
-def parity(family: str, folder: Path) -> dict[str, float]:
-    """The largest relative errors of a family by what was compared; `tokens` is the share of equal ones."""
+def parity(family: str, folder: Path, *, cut: Sequence[str] = CUT, **options: Any) -> dict[str, float]:
+    """The largest relative errors of a family by what was compared; `tokens` is the share of equal ones.
+
+    `cut`: the blocks of each server; `options` of `from_pretrained`.
+    """
     save_model(folder, family)
-    with in_process_swarm(folder, *CUT):
-        with remote(AutoDistributedModelForCausalLM, folder) as model:
+    with in_process_swarm(folder, *cut):
+        with remote(AutoDistributedModelForCausalLM, folder, **options) as model:
             plain = plain_model(folder)
             figures = _hidden_states(model, plain) | {"tokens": _equal_tokens(model, plain)}
             figures |= _training(model, plain)
         if type(config_of(family)) in AutoDistributedModelForSequenceClassification._mapping:
-            with remote(AutoDistributedModelForSequenceClassification, folder, num_labels=LABELS) as model:
+            with remote(AutoDistributedModelForSequenceClassification, folder, num_labels=LABELS, **options) as model:
                 figures["classification"] = _classification(model, folder)
     return figures
 

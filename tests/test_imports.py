@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "data": "errors files checksums model",
     "swarm": "errors wire net",
     # floor 5
-    "remote": "errors wire net model tuning swarm",
+    "remote": "errors wire net model blocks tuning swarm",
     "servers": "__version__ errors files cli config wire net model blocks",
     # floor 6
     "train": "errors config hydra_errors wire files checksums model blocks.quantization tuning data net swarm remote",
@@ -84,6 +84,9 @@ HANDLES_STRANGERS = (
     *("servers.requests", "servers.stores", "servers.scheduling"),
     *("servers.health.report", "servers.health.table"),
 )
+# Whoever talks to strangers draws nothing that follows from a run's seed, nor moves the generators that a run saves.
+TALKS_TO_STRANGERS = ("petals_tune.net", "petals_tune.swarm", "servers")
+SEEDED = ("random.", "np.random.", "numpy.random.")
 OPENS_FILES = {"pathlib", "os", "io", "shutil", "tempfile", "glob", "subprocess", "importlib", "runpy", "urllib"}
 
 
@@ -217,7 +220,18 @@ def openers(sources: dict[str, Source]) -> list[str]:
     return found
 
 
-RULES = [wrong_directions, circles, strangers, dangers, openers]
+def seeded(sources: dict[str, Source]) -> list[str]:
+    """Draws from the global generators, which are seeded, where strangers may profit from knowing them."""
+    return [
+        f"{source.name}:{line} calls {call}()"
+        for source in sources.values()
+        if any(within(source.name, room) for room in TALKS_TO_STRANGERS)
+        for line, call in source.calls()
+        if call.startswith(SEEDED) and not call.startswith("random.SystemRandom")
+    ]
+
+
+RULES = [wrong_directions, circles, strangers, dangers, openers, seeded]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -245,6 +259,7 @@ def test_the_house_keeps_the_rule(rule):
         (dangers, "servers/server.py", "os.system('ls')"),
         (openers, "servers/requests/handler.py", "from pathlib import Path"),
         (openers, "petals_tune/wire/records.py", "def read(path): return open(path)"),
+        (seeded, "petals_tune/swarm/repair.py", "import random\nrandom.uniform(0, 1)"),
     ],
 )
 def test_a_breach_is_seen(rule, path, text, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +22,13 @@ class UnsupportedOption:
     what: str  # formatted with the config: the option as it is typed
     why: str
     instead: str
+
+
+class PositionBytes(NamedTuple):
+    """Upper bounds of the memory of one part, for each position of a row."""
+
+    kept: int  # by the graph, for the backward
+    working: int  # beside that, while the part is applied or differentiated
 
 
 class AdapterMethod(ABC):
@@ -79,6 +86,10 @@ class AdapterMethod(ABC):
     ) -> torch.Tensor:
         """The output to use instead of `output`, which the module computed from `x`."""
         raise NotImplementedError
+
+    @abstractmethod
+    def position_bytes(self, part: AdapterPart, *, training: bool) -> PositionBytes:
+        """What the part adds to the memory of a forward and its backward; part of what bounds a request's memory."""
 
     def least_positions(self, part: AdapterPart) -> int:
         """The shortest sequence that the part can be applied to."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from petals_tune.adapters.base import LinearMethod, refusal, shapes
+from petals_tune.adapters.base import LinearMethod, PositionBytes, refusal, shapes
 from petals_tune.wire.adapter import AdapterPart
 
 
@@ -47,3 +47,7 @@ class IA3(LinearMethod):
         self, part: AdapterPart, x: torch.Tensor, output: torch.Tensor, *, training: bool
     ) -> torch.Tensor:
         return (output * part.tensors[0].flatten()).to(output.dtype)
+
+    def position_bytes(self, part: AdapterPart, *, training: bool) -> PositionBytes:
+        features = part.tensors[0].numel()
+        return PositionBytes(kept=4 * features, working=4 * 3 * features)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from petals_tune.adapters.base import LinearMethod, UnsupportedOption, refusal, shapes
+from petals_tune.adapters.base import LinearMethod, PositionBytes, UnsupportedOption, refusal, shapes
 from petals_tune.errors import UnsupportedAdapter
 from petals_tune.wire.adapter import AdapterPart
 
@@ -113,3 +113,8 @@ class LoRA(LinearMethod):
         a, b = part.tensors
         inside = F.dropout(x.to(a.dtype), part.dropout, training=training)
         return output + (F.linear(F.linear(inside, a), b) * part.scaling).to(output.dtype)
+
+    def position_bytes(self, part: AdapterPart, *, training: bool) -> PositionBytes:
+        (rank, inputs), outputs = part.tensors[0].shape, part.tensors[1].shape[0]
+        copies = 2 if training and part.dropout else 1  # the mask, and what it leaves of the input
+        return PositionBytes(kept=4 * (copies * inputs + rank), working=4 * (2 * inputs + rank + 3 * outputs))

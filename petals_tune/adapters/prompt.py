@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from petals_tune.adapters.base import AdapterMethod, refusal, shapes
+from petals_tune.adapters.base import AdapterMethod, PositionBytes, refusal, shapes
 from petals_tune.wire.adapter import AdapterPart
 
 
@@ -49,6 +49,10 @@ class Prompt(AdapterMethod):
 
     def change_input(self, part: AdapterPart, x: torch.Tensor, *, training: bool) -> torch.Tensor:
         return _add_to_first(x, part.tensors[0])
+
+    def position_bytes(self, part: AdapterPart, *, training: bool) -> PositionBytes:
+        hidden_size = part.tensors[0].shape[1]
+        return PositionBytes(kept=4 * hidden_size, working=4 * 2 * hidden_size)
 
     def least_positions(self, part: AdapterPart) -> int:
         return part.tensors[0].shape[0]

@@ -7,6 +7,7 @@ clients with different adapters share the blocks. What a method computes is in `
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from petals_tune.adapters.base import linear_features, refusal
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.span import BlockSpan
 
+MAX_PARTS_A_MODULE = 8  # of one adapter; PEFT sends one for each adapter that is active, and each keeps its own tensors
 SEED_STEP = 1_000_003  # blocks draw their dropout from seeds far apart, so that any cut into spans draws the same
 
 Place = tuple[int, str]  # a block's number, and the path of a module inside it; "": the block itself
@@ -120,23 +122,34 @@ class AdapterHooks:
             self._modules[place].register_forward_pre_hook(self._input_hook(place))
             self._with_input_hook.add(place)
 
-    def check(self, parts: Sequence[AdapterPart], hidden_size: int) -> None:
-        """Raises RequestRefused for a part that does not fit these blocks."""
+    def check_places(self, parts: Sequence[AdapterPart]) -> None:
+        """Raises RequestRefused for a part that has no place on these blocks, by its names alone: takes no memory."""
+        at_place: Counter[Place] = Counter()
         seen: set[tuple[str, Place]] = set()
         for part in parts:
             method, place = METHODS.get(part.method), (part.block, part.module)
             if method is None:
                 raise refusal(part, f"{part.method!r} is not one of {', '.join(METHODS)}, which this server knows")
+            if place not in self._modules:
+                raise refusal(part, f"there is no linear for a {part.method!r} there")
+            if method.once_a_module and (part.method, place) in seen:
+                raise refusal(part, f"a {part.method} twice")
+            seen.add((part.method, place))
+            at_place[place] += 1
+            if at_place[place] > MAX_PARTS_A_MODULE:
+                raise refusal(
+                    part, f"more than {MAX_PARTS_A_MODULE} parts on one module; merge adapters before training"
+                )
+
+    def check(self, parts: Sequence[AdapterPart], hidden_size: int) -> None:
+        """Raises RequestRefused for a part that does not fit these blocks."""
+        self.check_places(parts)
+        for part in parts:
             if any(not tensor.is_floating_point() or not torch.isfinite(tensor).all() for tensor in part.tensors):
                 raise refusal(part, "its tensors are not finite floats")
             if not math.isfinite(part.scaling):
                 raise refusal(part, f"its scaling is {part.scaling}")
-            if place not in self._modules:
-                raise refusal(part, f"there is no linear for a {part.method!r} there")
-            method.check(part, self._modules[place], hidden_size)
-            if method.once_a_module and (part.method, place) in seen:
-                raise refusal(part, f"a {part.method} twice")
-            seen.add((part.method, place))
+            METHODS[part.method].check(part, self._modules[part.block, part.module], hidden_size)
 
     def _input_hook(self, place: Place) -> Callable[..., tuple[Any, ...] | None]:
         block, path = place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +15,20 @@ import torch
 from torch import nn
 
 from petals_tune.blocks.adapters import Adapter, AdapterHooks, CallPlan
+from petals_tune.blocks.footprint import Footprint, measure_footprint
 from petals_tune.blocks.graphs import Graph, KeptMemory
 from petals_tune.blocks.kernels import use_fast_kernels
 from petals_tune.blocks.kv_cache import Session, StepCache
 from petals_tune.blocks.loading import LoadedBlocks
+from petals_tune.blocks.positions import PositionLimits
+from petals_tune.blocks.separate_rows import SeparateRows, SessionRows
 from petals_tune.errors import BlocksNotHere, NotFinite, PetalsTuneError, RequestRefused
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
+
+# What torch, or transformers' code, raises on input that passed our checks.
+TORCH_ERRORS = (RuntimeError, LookupError, ValueError, TypeError, MemoryError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +61,8 @@ class Engine:
         self._lists: dict[BlockSpan, nn.ModuleList] = {}
         self._training = False
         self.hooks = AdapterHooks(self._blocks, loaded.span.start)
+        self._separate = SeparateRows(self._model, self._blocks)
+        self._positions = PositionLimits.of(self._model, loaded.blocks)
         self._weights = frozenset(
             tensor.untyped_storage().data_ptr() for tensor in [*self._model.parameters(), *self._model.buffers()]
         )
@@ -90,6 +99,13 @@ class Engine:
         elapsed_s = time.perf_counter() - started_s
         return Result(output=output, graph=graph, graph_bytes=graph_bytes, compute_s=elapsed_s)
 
+    def run(self, request: Forward, adapter: Adapter | None) -> torch.Tensor:
+        """The output (B, S, H) of a forward, on the engine's device and in the caller's own autograd graph.
+
+        It is differentiable in `request.hidden` and in the adapter's tensors. Raises as `forward`.
+        """
+        return self._output(request, adapter, request.hidden.to(self._device, self._dtype))
+
     def backward(
         self, request: Backward, graph: Graph | None, adapter: Adapter | None
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
@@ -119,16 +135,18 @@ class Engine:
         return [part.to(self._device) for part in parts]
 
     @torch.inference_mode()
-    def step(self, steps: Sequence[tuple[Session, Step]]) -> list[torch.Tensor | PetalsTuneError]:
+    def step(self, steps: Sequence[tuple[Session, Step]]) -> list[torch.Tensor | Exception]:
         """Run the next positions of one or more sessions on the same blocks; where several, one position each.
 
         The result of a step that cannot be done is the error for its client; that session stays at its position.
+        What the other sessions hold changes no bit of a session's output; how many rows and positions they have may
+        change how it is rounded.
         """
-        results: dict[int, torch.Tensor | PetalsTuneError] = {}
+        results: dict[int, torch.Tensor | Exception] = {}
         good: dict[int, tuple[Session, Step]] = {}
         for number, (session, step) in enumerate(steps):
             try:
-                self._check(session.span, step.hidden)
+                self._check(session.span, step)
                 if session.adapter is not None and step.position == 0:
                     session.adapter.check_positions(step.hidden.shape[1])
                 session.prepare(step)
@@ -136,23 +154,42 @@ class Engine:
             except PetalsTuneError as error:
                 results[number] = error
         if good:
-            sessions = [session for session, _ in good.values()]
-            adapter = sessions[0].adapter
-            if adapter is not None and sessions[0].position > 0:
-                adapter = adapter.after_first_step
-            with self._configured(sessions[0].span, CallPlan.of(adapter, train=False, seed=0)):
-                output = self._step(sessions, [step for _, step in good.values()]).cpu()
-                all_finite = _are_finite(output)
-                rows = output.split([session.rows for session in sessions])
-                for (number, (session, step)), own in zip(good.items(), rows, strict=True):
-                    if all_finite or _are_finite(own):
-                        session.position += step.hidden.shape[1]
-                        results[number] = own
-                    else:
-                        again = partial(self._step, [session], [step])
-                        results[number] = self._not_finite(session.span, step.hidden, again)
-                        session.undo(step)
+            results |= self._run_steps(good)
         return [results[number] for number in range(len(steps))]
+
+    def _run_steps(self, steps: dict[int, tuple[Session, Step]]) -> dict[int, torch.Tensor | Exception]:
+        """The outputs of steps that were prepared. Where several fail together, each is run alone."""
+        try:
+            return self._run_together(steps)
+        except TORCH_ERRORS as error:
+            if len(steps) == 1:
+                ((number, (session, step)),) = steps.items()
+                session.undo(step)
+                return {number: error}
+        # Behind the except clause: the error's frames hold the tensors that were made.
+        return {number: self._run_steps({number: each})[number] for number, each in steps.items()}
+
+    def _run_together(self, steps: dict[int, tuple[Session, Step]]) -> dict[int, torch.Tensor | Exception]:
+        """The outputs of steps in one pass through the blocks. Raises torch's own errors."""
+        results: dict[int, torch.Tensor | Exception] = {}
+        sessions = [session for session, _ in steps.values()]
+        adapter = sessions[0].adapter
+        if adapter is not None and sessions[0].position > 0:
+            adapter = adapter.after_first_step
+        with self._configured(sessions[0].span, CallPlan.of(adapter, train=False, seed=0)):
+            output = self._step(sessions, [step for _, step in steps.values()]).cpu()
+            all_finite = _are_finite(output)
+            rows = output.split([session.rows for session in sessions])
+            for (number, (session, step)), own in zip(steps.items(), rows, strict=True):
+                again = partial(self._step, [session], [step])
+                good = all_finite or _are_finite(own)
+                results[number] = own if good else self._not_finite(session.span, step.hidden, again)
+        for number, (session, step) in steps.items():  # once nothing can fail any more
+            if isinstance(results[number], torch.Tensor):
+                session.position += step.hidden.shape[1]
+            else:
+                session.undo(step)
+        return results
 
     def _step(self, sessions: Sequence[Session], steps: Sequence[Step]) -> torch.Tensor:
         new = steps[0].hidden.shape[1]
@@ -163,13 +200,18 @@ class Engine:
         if self._takes_positions and (len(sessions) > 1 or steps[0].positions is not None):
             positions = torch.cat([_positions(*each) for each in zip(sessions, steps, strict=True)])
             options["position_ids"] = positions.to(self._device)
-        return self._model(
-            inputs_embeds=hidden,
-            attention_mask=None if mask is None else mask.to(self._device).long(),
-            past_key_values=cache,
-            use_cache=True,
-            **options,
-        ).last_hidden_state
+        rows = [
+            SessionRows(rows=session.rows, context_length=_context_length(step))
+            for session, step in zip(sessions, steps, strict=True)
+        ]
+        with self._separate.call_of(rows):
+            return self._model(
+                inputs_embeds=hidden,
+                attention_mask=None if mask is None else mask.to(self._device).long(),
+                past_key_values=cache,
+                use_cache=True,
+                **options,
+            ).last_hidden_state
 
     def _graph(self, request: Forward, adapter: Adapter | None) -> Graph:
         """The output of a forward with its autograd graph."""
@@ -184,7 +226,7 @@ class Engine:
 
     def _output(self, request: Forward, adapter: Adapter | None, hidden: torch.Tensor) -> torch.Tensor:
         """The output (B, S, H) of a request's blocks for `hidden`, its own input on the engine's device."""
-        self._check(request.span, hidden)
+        self._check(request.span, request)
         if adapter is not None:
             adapter.check_positions(hidden.shape[1])
         with self._configured(request.span, CallPlan.of(adapter, train=request.train, seed=request.seed)):
@@ -196,7 +238,11 @@ class Engine:
     def _run(self, request: Forward, hidden: torch.Tensor) -> torch.Tensor:
         options = {} if request.positions is None else {"position_ids": request.positions.to(self._device)}
         padding = None if request.padding is None else request.padding.to(self._device).long()
-        return self._model(inputs_embeds=hidden, attention_mask=padding, use_cache=False, **options).last_hidden_state
+        rows = [SessionRows(rows=len(hidden), context_length=_context_length(request))]
+        with self._separate.call_of(rows):
+            return self._model(
+                inputs_embeds=hidden, attention_mask=padding, use_cache=False, **options
+            ).last_hidden_state
 
     @torch.no_grad()
     def _not_finite(self, span: BlockSpan, hidden: torch.Tensor, run: Callable[[], object]) -> PetalsTuneError:
@@ -222,12 +268,31 @@ class Engine:
         first = min(bad, default=span.stop)
         return NotFinite(f"non-finite numbers come out of block {first}, from finite ones", block=first)
 
+    @functools.cached_property
+    def footprint(self) -> Footprint:
+        """What requests will take in memory. Measured at its first use, on the blocks: by the computing thread."""
+        return measure_footprint(self)
+
+    def block(self, number: int) -> nn.Module:
+        return self._blocks[number - self.loaded.span.start]
+
+    @property
+    def description(self) -> str:
+        """The model, and how it is computed: all that memory depends on but for the kinds of the blocks."""
+        config = {**self._model.config.to_dict(), "num_hidden_layers": None, "layer_types": None}
+        return f"{self._quantization.name} {self._dtype} {self._device} {sorted(config.items())}"
+
+    def kind_of(self, block: int) -> str:
+        """The structure of a block: those of equal structure take equal memory."""
+        layer_type = "" if self._layer_types is None else self._layer_types[block - self.loaded.span.start]
+        return f"{layer_type} {self.block(block)}"
+
     def measure_token_bytes(self) -> int:
         """Bytes of one position of one row in the caches of one block, seen in a step of one position."""
         probe = Session.probe(self.loaded.span)
         step = Step(session=0, hidden=torch.zeros(1, 1, self.hidden_size), position=0)
         (output,) = self.step([(probe, step)])
-        if isinstance(output, PetalsTuneError):
+        if isinstance(output, Exception):
             raise output
         return max(sum(t.numel() * t.element_size() for t in layer) for layer in probe.storage.values())
 
@@ -236,11 +301,12 @@ class Engine:
         if not self.loaded.span.covers(span):
             raise BlocksNotHere(f"blocks {span} are not here; this server holds {self.loaded.span}")
 
-    def _check(self, span: BlockSpan, hidden: torch.Tensor) -> None:
+    def _check(self, span: BlockSpan, request: Forward | Step) -> None:
         self.check_span(span)
-        if hidden.shape[2] != self.hidden_size:
-            text = f"hidden size {hidden.shape[2]}, and the model's is {self.hidden_size}"
+        if (size := request.hidden.shape[2]) != self.hidden_size:
+            text = f"hidden size {size}, and the model's is {self.hidden_size}"
             raise RequestRefused(text, reason="hidden size")
+        self._positions.check(request)
 
     @contextmanager
     def _configured(self, span: BlockSpan, plan: CallPlan) -> Iterator[None]:
@@ -264,6 +330,12 @@ class Engine:
 
 def _are_finite(*tensors: torch.Tensor) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _context_length(request: Forward | Step) -> int:
+    """How many positions the frequencies of a request's rotary tables are chosen for, where it gives no more."""
+    first = request.position if isinstance(request, Step) else 0
+    return request.context_length or (first + request.hidden.shape[1] if request.positions is None else 1)
 
 
 def _positions(session: Session, step: Step) -> torch.Tensor:

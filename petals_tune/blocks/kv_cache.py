@@ -112,6 +112,14 @@ class StepCache(Cache):
             first += session.rows
         return joined[0], joined[1]
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether transformers makes a mask always, here where several sessions share a step.
+
+        Otherwise it makes none where no row has padding, and then another kernel may compute all rows.
+        """
+        return len(self._sessions) > 1
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.total - self._new
 
@@ -119,8 +127,8 @@ class StepCache(Cache):
         return self.total, 0
 
     def mask(self) -> torch.Tensor | None:
-        """(B, total) bool, True = attend; None where every position of every row is real."""
-        if all(session.padding is None and session.position + self._new == self.total for session in self._sessions):
+        """(B, total) bool, True = attend; None for a lone session without padding."""
+        if len(self._sessions) == 1 and self._sessions[0].padding is None:
             return None
         mask = torch.zeros(sum(session.rows for session in self._sessions), self.total, dtype=torch.bool)
         first = 0

@@ -16,7 +16,8 @@ from petals_tune.blocks.quantization import Quantization
 from petals_tune.errors import ConfigError
 
 _GB = 2**30
-SPARE = 0.1  # of the free memory: what computing takes for itself, and the rest of the machine
+SPARE = 0.1  # of the free memory, for the rest of the machine
+COMPUTE_SHARE = 1 / 8  # of the memory, to compute one request, where no limit is set
 # A control group's limit and use, of version 2 and of version 1, as a container sees its own.
 _CGROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
@@ -87,11 +88,28 @@ def free_bytes(device: str) -> int:
     return max(free, 0)
 
 
+def total_bytes(device: str) -> int:
+    """Memory of `device`; inside a container, what the container may use."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[1]
+    total = psutil.virtual_memory().total
+    for limit, _ in _CGROUPS:
+        if limit.is_file() and (limit_bytes := limit.read_text().strip()) != "max":
+            total = min(total, int(limit_bytes))
+    return total
+
+
+def compute_bytes(device: str, max_gb: float | None) -> int:
+    """Memory on `device` to compute one request: `max_gb`; None: a share of all."""
+    return int(total_bytes(device) * COMPUTE_SHARE if max_gb is None else max_gb * _GB)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a request did not fit; cuBLAS has no class for it."""
+    """Whether an error says that a request did not fit; cuBLAS and torch's allocator of host memory have no class."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+    texts = ("CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def give_back_freed_memory() -> None:
@@ -114,18 +132,19 @@ def block_bytes(block: nn.Module, *, quantization: Quantization, dtype: torch.dt
     return int(quantized) + sum(tensor.numel() for tensor in others) * dtype.itemsize
 
 
-def blocks_that_fit(free: int, budgets: int, one_block: int, full_block: int, total_blocks: int) -> int:
+def blocks_that_fit(free: int, budgets: int, one_block: int, working: int, total_blocks: int) -> int:
     """How many blocks of `one_block` bytes fit into `free` beside `budgets` for leases and caches.
 
-    While it loads, a server also holds one block in full. Raises ConfigError where not even one block fits.
+    `working`: what one request takes while it is computed, or one block in full while it is loaded. Raises ConfigError
+    where not even one block fits.
     """
-    room = int(free * (1 - SPARE)) - budgets - full_block
+    room = int(free * (1 - SPARE)) - budgets - working
     if room < one_block:
         raise ConfigError(
             f"{free / _GB:.1f} GB of memory are free, and a server of one block needs "
-            f"{(one_block + full_block + budgets) / (1 - SPARE) / _GB:.1f} GB: {budgets / _GB:.1f} GB for leases and "
-            f"caches, {one_block / _GB:.2f} GB for the block and {full_block / _GB:.2f} GB more while it loads\n"
-            "  lower limits.max_lease_gb or limits.max_cache_gb, or say num_blocks=1 to try all the same",
+            f"{(one_block + working + budgets) / (1 - SPARE) / _GB:.1f} GB: {budgets / _GB:.1f} GB for leases and "
+            f"caches, {one_block / _GB:.2f} GB for the block and {working / _GB:.2f} GB to load and compute it\n"
+            "  lower limits.max_lease_gb, limits.max_cache_gb or limits.max_compute_gb, or say num_blocks=1 to try it",
             key="num_blocks",
         )
     return min(room // one_block, total_blocks)

@@ -39,7 +39,7 @@ class Family:
     blocks: str  # path of the block list inside the base model, such as "layers" or "decoder.layers"
     total_blocks: int
     prefix: str  # path of the base model inside a model with a head, such as "model"
-    windowed: bool  # some block attends to a fixed number of positions only
+    windowed: bool  # some block counts back from the end of the longest row: a window of positions, or MPT's ALiBi
 
     def owner(self, base: nn.Module) -> Any:
         """Return the module whose forward loops over the blocks."""
@@ -125,7 +125,7 @@ def family_of(base: PreTrainedModel) -> Family:
         blocks=lists[0],
         total_blocks=total,
         prefix=base.base_model_prefix,
-        windowed=any(getattr(config, name, None) for name in _WINDOWS),
+        windowed=any(getattr(config, name, None) for name in _WINDOWS) or hasattr(base, "build_mpt_alibi_tensor"),
     )
 
 

@@ -18,7 +18,8 @@ from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from petals_tune.errors import ConnectionLost, ProtocolError, ServerError, ServerUnreachable
-from petals_tune.net.hivemind_p2p import CIRCUIT, HivemindTransport, peer_of
+from petals_tune.net.address_policy import CIRCUIT
+from petals_tune.net.hivemind_p2p import HivemindTransport, peer_of
 from petals_tune.net.transport import Connection
 
 logger = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from petals_tune.errors import AccessDenied, ConnectionLost, ProtocolError, ServerBusy
+from petals_tune.net.address_policy import CIRCUIT, AddressPolicy
 from petals_tune.net.hivemind_p2p import part_of, peer_of
 from petals_tune.net.members import Members
 from petals_tune.net.transport import Connection, Transport
@@ -57,8 +58,8 @@ M = TypeVar("M", Question, Answer)
 class DialBack:
     """Answers the questions of others. In a private swarm, those of its `members`."""
 
-    def __init__(self, members: Members | None):
-        self._members = members
+    def __init__(self, members: Members | None, policy: AddressPolicy):
+        self._members, self._policy = members, policy
         self._under_way = 0
 
     async def serve(self, connection: Connection) -> None:
@@ -71,7 +72,8 @@ class DialBack:
                 question = await _read(connection, Question)
                 if self._members is not None:
                     self._members.admit(question.token, connection.peer)
-                await _write(connection, await dial_all(question.addresses, host=_host(connection.remote_address)))
+                allowed, _ = self._policy.dialled(connection.peer, question.addresses)
+                await _write(connection, await dial_all(allowed, host=_host(connection.remote_address)))
         except (AccessDenied, ConnectionLost, ProtocolError, ServerBusy, TimeoutError) as error:
             logger.info("peer %s asked to be dialled: %s", connection.peer, str(error) or "it was too slow")
         finally:
@@ -137,8 +139,8 @@ async def _is_libp2p(address: str) -> bool:
 
 
 def _host(address: str) -> str | None:
-    """The IP address in a multiaddress; None where there is none."""
-    return part_of(address, "ip4") or part_of(address, "ip6")
+    """The IP address in a multiaddress; None where there is none, or where it is a relay's."""
+    return None if CIRCUIT in address else part_of(address, "ip4") or part_of(address, "ip6")
 
 
 async def _write(connection: Connection, message: Question | Answer) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from google.protobuf.message import DecodeError
 from hivemind.dht.protocol import ValidationError
@@ -24,13 +24,13 @@ from hivemind.utils.multiaddr.exceptions import Error as MultiaddrError
 
 from petals_tune.errors import ClockSkew, ConfigError, ConnectionLost, PetalsTuneError, ServerUnreachable
 from petals_tune.files import write_bytes
+from petals_tune.net.address_policy import CIRCUIT, AddressPolicy
 from petals_tune.net.transport import Connection, Serve
 from petals_tune.wire.signing import SigningKey, identity_bytes
 
 logger = logging.getLogger(__name__)
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
-CIRCUIT = "/p2p-circuit"  # in an address: what is before it relays
 _P2P = bytes.fromhex("a503")  # the code of /p2p/ in a binary multiaddr
 _CANNOT_LISTEN = ("failed to listen", "failed to parse multiaddr")  # in the daemon's last words
 
@@ -38,8 +38,8 @@ _CANNOT_LISTEN = ("failed to listen", "failed to parse multiaddr")  # in the dae
 class HivemindTransport:
     """A running p2p daemon. `start` makes one, `stop` ends it."""
 
-    def __init__(self, p2p: P2P):
-        self.p2p = p2p
+    def __init__(self, p2p: P2P, policy: AddressPolicy):
+        self.p2p, self.policy = p2p, policy
         self.id = str(p2p.peer_id)
         self._stopped = False
 
@@ -53,8 +53,11 @@ class HivemindTransport:
         identity: SigningKey | None = None,
         listens: bool = True,
         relays: bool = False,
+        swarm: Literal["open", "private"] = "open",
     ) -> HivemindTransport:
         """Start a daemon and connect it to `initial_peers`. Its peer id is that of `identity`, or a new one.
+
+        Of the addresses that others announce, it dials those that make sense in its `swarm` (address_policy.py).
 
         It reaches others through relays, unless its swarm is all on this machine; one that `relays` carries the traffic
         between others. No hole punching and no port mapping: hivemind's defaults ask the network's gateway for ports.
@@ -94,7 +97,8 @@ class HivemindTransport:
         control = p2p._client.control
         assert isinstance(control._pending_calls, dict)
         control._pending_calls = PendingCalls(control._pending_calls)
-        return cls(p2p)
+        own = [str(address) for address in await p2p.get_visible_maddrs()] if listens else []
+        return cls(p2p, await AddressPolicy.make(initial_peers, own=own, swarm=swarm))
 
     async def stop(self) -> None:
         """End the daemon and wait until it is gone. Idempotent.
@@ -126,11 +130,30 @@ class HivemindTransport:
             return tuple(str(address) for address in await self.p2p.get_visible_maddrs())
 
     async def connect(self, address: str) -> None:
-        """Connect to the peer at `address`, which ends in its id; no stream is opened. Raises ConnectionLost."""
-        await self.reach(peer_of(address), [address])
+        """Connect to the peer at `address`, which ends in its id; no stream is opened. Raises ConnectionLost.
+
+        It is dialled, whatever it is: not for addresses that others announce.
+        """
+        await self._connect(peer_of(address), [address])
 
     async def reach(self, peer: str, addresses: Sequence[str]) -> None:
-        """Connect to `peer` at one of `addresses`; no stream is opened. Raises ConnectionLost."""
+        """Connect to `peer` at one of `addresses`, as it announced them; no stream is opened. Raises ConnectionLost.
+
+        Those that the policy refuses are not dialled.
+        """
+        dialled, refused = self.policy.dialled(peer, addresses)
+        if dialled:
+            await self._connect(peer, dialled)
+        elif peer not in await self.connected():
+            reasons = "; ".join(f"{address:.256} is {why}" for address, why in refused.items()) or "it announces none"
+            raise ConnectionLost(
+                f"none of its addresses is dialled: {reasons}\n"
+                "  if these are machines of yours: give addresses of the same network as swarm.initial_peers, or make "
+                "the swarm private (docs/private-swarms.md); a server behind a router sets swarm.announce_maddrs",
+                peer=peer,
+            )
+
+    async def _connect(self, peer: str, addresses: Sequence[str]) -> None:
         with hivemind_errors(peer):
             await self.p2p._client.connect(PeerID.from_base58(peer), [encode_address(each) for each in addresses])
 

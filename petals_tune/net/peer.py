@@ -113,6 +113,7 @@ async def joined(
             identity=identity,
             listens=listens,
             relays=relays,
+            swarm="open" if members is None else "private",
         )
         transport = await (start_relay(start) if relays else start())
         stack.push_async_callback(transport.stop)
@@ -122,7 +123,7 @@ async def joined(
         own_addresses: tuple[str, ...] = ()
         if listens:
             own_addresses = (await transport.addresses())[:OWN_ADDRESSES]
-            await transport.accept(DIAL_BACK, DialBack(members).serve)
+            await transport.accept(DIAL_BACK, DialBack(members, transport.policy).serve)
             dialable = None
             if reach == "auto" and not on_this_machine(initial_peers):
                 dialable = await is_dialable(

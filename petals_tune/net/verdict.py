@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 
 from petals_tune.errors import PetalsTuneError, Refused
 
@@ -15,13 +16,13 @@ def verdict(refused: Sequence[Refused], *, alone: bool) -> PetalsTuneError | Non
     """
     if not refused:
         return None
-    last, names = refused[-1], " and ".join(dict.fromkeys(each.peer for each in refused))
+    names = " and ".join(dict.fromkeys(each.peer for each in refused))
     if alone:
         largest = max(refused, key=lambda each: getattr(each.said, "max_length", None) or 0)
         return _final(largest, f"only server {names} was there to ask" if len(refused) == 1 else f"so say {names}")
-    for other in refused[:-1]:
-        if type(last) is type(other) is Refused and type(last.said) is type(other.said) and last.peer != other.peer:
-            return _final(last, f"so say servers {other.peer} and {last.peer}")
+    for one, other in combinations(reversed(refused), 2):
+        if type(one) is type(other) is Refused and type(one.said) is type(other.said) and one.peer != other.peer:
+            return _final(one, f"so say servers {other.peer} and {one.peer}")
     return None
 
 

@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
+from petals_tune.blocks.quantization import find_scheme
 from petals_tune.errors import ConfigError, UnsupportedModel
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.families import family_of, placeholder_model, without_blocks
@@ -22,6 +23,7 @@ from petals_tune.net.members import Members
 from petals_tune.remote.blocks import Backbone, put_remote_blocks
 from petals_tune.remote.config import with_changes
 from petals_tune.remote.generation import RemoteGeneration, with_whole_input
+from petals_tune.remote.local import LocalBlocks, parse_local_blocks
 from petals_tune.remote.prompted import check_tuning_mode, with_prompts
 from petals_tune.remote.selftest import self_test
 from petals_tune.remote.skeleton import fill_with_placeholders
@@ -33,7 +35,7 @@ from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.swarm.verify import SpotChecks
 from petals_tune.tuning.support import refuse_adapter_names
-from petals_tune.wire.span import BlockSpan
+from petals_tune.wire.span import BlockSpan, gaps
 from petals_tune.wire.tensors import WireFormat
 
 _PREFIX = "Distributed"
@@ -55,6 +57,8 @@ class DistributedModel:
         revision: str | None = None,
         token: str | bool | None = None,
         dtype: torch.dtype | str = torch.float32,
+        local_blocks: Sequence[str] = (),
+        local_quantization: str = "int8",
         micro_batch_rows: int | None = None,
         wire_format: WireFormat = "float32",
         grad_format: WireFormat = "float32",
@@ -69,14 +73,15 @@ class DistributedModel:
 
         `source` is a folder in Hugging Face format or a hub name: what the servers host. `revision`, `token` (the
         hub's) and `dtype` mean what they mean in transformers; `dtype` is that of the client's part, servers have their
-        own, and "auto" is the checkpoint's. Hidden states travel as `wire_format` and their gradients as `grad_format`,
-        in micro-batches of `micro_batch_rows` rows (None: as many as make 128 positions). `hand_over` says whether
-        servers send their outputs straight to the next one of a chain: "always", "never", or "auto", where both are far
-        from here. The blocks are `model.remote_blocks`; its `close()` leaves the swarm. `config_changes` are fields of
-        the config that concern the client's part, such as `num_labels=3`; one that concerns the blocks is refused. A
-        share `verify` of the work is done by a second server too, to find wrong answers (swarm/verify.py); which part
-        of it follows from torch's seed. With it, nothing is handed on: a server could give another one what it does not
-        show us. `policy` says how long work is tried again.
+        own, and "auto" is the checkpoint's. `local_blocks`, spans such as ["0:2", "28:30"], are blocks that this
+        process runs itself, in `dtype` and in `local_quantization` ("int8", "nf4" or "none"), as a server would. Hidden
+        states travel as `wire_format` and their gradients as `grad_format`, in micro-batches of `micro_batch_rows` rows
+        (None: as many as make 128 positions). `hand_over` says whether servers send their outputs straight to the next
+        one of a chain: "always", "never", or "auto", where both are far from here. The blocks are
+        `model.remote_blocks`; its `close()` leaves the swarm. `config_changes` are fields of the config that concern
+        the client's part, such as `num_labels=3`; one that concerns the blocks is refused. A share `verify` of the
+        micro-batches is computed by a second server too, to find wrong answers (swarm/verify.py); no seed tells which
+        ones. With it, nothing is handed on, and servers sum no gradients. `policy` says how long work is tried again.
 
         All that the checkpoint holds is frozen: wrap the model with PEFT, or let `tuning_mode="ptune"` (a soft prompt
         of `pre_seq_len` tokens) or `"deep_ptune"` (one at every block as well) do it: then the result is a PeftModel
@@ -100,13 +105,15 @@ class DistributedModel:
             raise UnsupportedModel(text, source=source, model_type=config.model_type)
         placeholder = placeholder_model(config)
         family = family_of(placeholder)
+        local_spans = parse_local_blocks(local_blocks, family.total_blocks)
+        find_scheme(local_quantization).check_available("cpu")
         returns_tuple = self_test(cls.plain_class, config)
         client = loop.run(
             join_swarm(
                 initial_peers,
                 model=checkpoint.digest,
                 source=str(source),
-                blocks=BlockSpan(0, family.total_blocks),
+                blocks=gaps(local_spans, BlockSpan(0, family.total_blocks)),
                 policy=policy or RetryPolicy(),
                 members=None if swarm_token is None else Members.of_client(swarm_token, identity_path),
             )
@@ -116,13 +123,25 @@ class DistributedModel:
             model: Any = without_blocks(cls.plain_class, config, checkpoint.read(outside, dtype), dtype)
             skeleton = family.blocks_of(placeholder)
             fill_with_placeholders(skeleton, dtype)
-            formats = {"wire_format": wire_format, "grad_format": grad_format}
-            checks = SpotChecks(client, share=verify, seed=torch.initial_seed(), **formats) if verify else None
-            calls = Calls(client, hand_over="never" if verify else hand_over, observer=checks, **formats)
+            checks = None
+            if verify:  # then all work is done as checks are
+                hand_over = "never"
+                checks = SpotChecks(client, share=verify, wire_format=wire_format, grad_format=grad_format)
+            calls = Calls(
+                client,
+                wire_format=wire_format,
+                grad_format=grad_format,
+                hand_over=hand_over,
+                sums=checks is None,
+                observer=checks,
+            )
             backbone = Backbone(
                 chain=Chain(calls),
                 returns_tuple=returns_tuple,
                 micro_batch_rows=micro_batch_rows,
+                local=LocalBlocks(checkpoint, local_spans, quantization=local_quantization, dtype=dtype)
+                if local_spans
+                else None,
             )
             put_remote_blocks(model, family, skeleton, backbone)
             if model.can_generate():

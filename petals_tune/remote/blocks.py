@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
@@ -17,15 +19,18 @@ from petals_tune.net.stats import SwarmStats
 from petals_tune.remote import arguments
 from petals_tune.remote.config import BlocksConfig
 from petals_tune.remote.function import RemoteBlocksFunction, RemoteCall
+from petals_tune.remote.local import LocalBlocks
 from petals_tune.remote.positions import positions_behind_gaps
 from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
 from petals_tune.remote.skeleton import Skeleton
+from petals_tune.remote.split_session import LocalSession, SplitSession
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.routes.route import Hop
+from petals_tune.swarm.session import ChainSession
 from petals_tune.swarm.trace import CallContext
-from petals_tune.tuning.support import collect_adapter
-from petals_tune.wire.adapter import AdapterVersion
+from petals_tune.tuning.support import collect_adapter, own_parts
+from petals_tune.wire.adapter import AdapterPart, AdapterVersion
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 
@@ -65,6 +70,7 @@ class Backbone:
     chain: Chain
     returns_tuple: bool  # a layer of this family returns (hidden, ...) instead of hidden
     micro_batch_rows: int | None = None
+    local: LocalBlocks | None = None  # blocks that this process runs; None: servers run all of them
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backbone:
         return replace(self)  # of a copied model: on the same connection to the swarm
@@ -86,20 +92,39 @@ class Backbone:
         self, span: RemoteSpan, hidden: torch.Tensor, padding: torch.Tensor | None, positions: torch.Tensor | None
     ) -> torch.Tensor:
         """(B, S, H) -> (B, S, H), differentiable in `hidden` and in the adapter on the blocks of `span`."""
-        adapter, tensors = span.adapter()
-        call = RemoteCall(
-            chain=self.chain,
-            span=span.span,
-            context=CallContext(
-                padding=None if padding is None else padding.cpu(),
-                positions=None if positions is None else positions.cpu(),
-                adapter=adapter,
-                train=span.training,
-                seed=int(torch.randint(2**62, ())) if span.training else 0,
-            ),
-            rows=self.micro_batch_rows or -(-MICRO_BATCH_POSITIONS // hidden.shape[1]),
+        context = CallContext(
+            padding=None if padding is None else padding.cpu(),
+            positions=None if positions is None else positions.cpu(),
+            context_length=None if positions is None else int(positions.max()) + 1,
+            train=span.training,
+            seed=int(torch.randint(2**62, ())) if span.training else 0,
         )
-        return RemoteBlocksFunction.apply(call, hidden, *tensors)
+        rows = self.micro_batch_rows or -(-MICRO_BATCH_POSITIONS // hidden.shape[1])
+        for part in span.parts():
+            if part.local is not None:
+                hidden = part.local.forward(part.span, hidden, context, parts=part.own_adapter(), rows=rows)
+            else:
+                adapter, tensors = part.adapter()
+                call = RemoteCall(
+                    chain=self.chain, span=part.span, context=replace(context, adapter=adapter), rows=rows
+                )
+                hidden = RemoteBlocksFunction.apply(call, hidden, *tensors)
+        return hidden
+
+    def open_session(
+        self, span: RemoteSpan, rows: int, max_length: int, adapter: AdapterVersion | None
+    ) -> SplitSession:
+        """A generation session on the blocks of `span`, which has taken in nothing yet."""
+        sessions: list[LocalSession | ChainSession] = []
+        for part in span.parts():
+            parts = () if adapter is None else tuple(adapter.on(part.span))
+            if part.local is not None:
+                sessions.append(LocalSession(part.local, part.span, rows=rows, max_length=max_length, parts=parts))
+            else:
+                own = None if adapter is None or not parts else replace(adapter, parts=parts)
+                calls, repair = self.chain.calls, self.chain.repair
+                sessions.append(ChainSession(calls, repair, part.span, rows=rows, max_length=max_length, adapter=own))
+        return SplitSession(sessions, rows=rows)
 
 
 class RemoteSpan(Skeleton):
@@ -137,7 +162,8 @@ class RemoteSpan(Skeleton):
 
     def __repr__(self) -> str:
         blocks = repr(nn.ModuleList(list(self.children())))
-        return f"{type(self).__name__}(blocks {self.span}, on servers): {blocks}"
+        parts = "; ".join(f"{part.span}, {'on servers' if part.local is None else 'here'}" for part in self.parts())
+        return f"{type(self).__name__}(blocks {parts}): {blocks}"
 
     def __getattr__(self, name: str) -> Any:
         # What a model's loop asks its layers, such as Gemma's `attention_type`, the first weightless block answers.
@@ -189,9 +215,30 @@ class RemoteSpan(Skeleton):
             hidden = self.backbone.run(self[number : number + 1], hidden, call.padding, call.positions)
         return hidden
 
+    @property
+    def local(self) -> LocalBlocks | None:
+        """What runs these blocks in this process; None: servers do, or both (see `parts`)."""
+        local = self.backbone.local
+        return local if local is not None and self.span in local else None
+
+    def parts(self) -> list[RemoteSpan]:
+        """These blocks in their order, cut where servers and this process take turns."""
+        spans = () if self.backbone.local is None else self.backbone.local.spans
+        inside = {cut for span in spans for cut in (span.start, span.stop) if self.span.start < cut < self.span.stop}
+        first = self.span.start
+        cuts = sorted({first, *inside, self.span.stop})
+        return [self[start - first : stop - first] for start, stop in pairwise(cuts)] if inside else [self]
+
     def adapter(self) -> tuple[AdapterVersion | None, list[torch.Tensor]]:
         """What is trained inside these blocks. Raises UnsupportedAdapter for what servers would not run."""
-        return collect_adapter(list(enumerate(self.children(), start=self.span.start)))
+        return collect_adapter(self._numbered())
+
+    def own_adapter(self) -> list[AdapterPart]:
+        """The same, with the trained parameters themselves."""
+        return own_parts(self._numbered())
+
+    def _numbered(self) -> list[tuple[int, nn.Module]]:
+        return list(enumerate(self.children(), start=self.span.start))
 
     def _step(self, hidden: torch.Tensor, call: ModelCall, session: RemoteCache) -> torch.Tensor:
         if session.span != self.span or session.chain is not self.backbone.chain:
@@ -222,12 +269,15 @@ class RemoteBlocks(RemoteSpan):
         return self.backbone.chain.client.servers
 
     def route(self) -> tuple[Hop, ...]:
-        """The servers that a call through all blocks would take now."""
-        return loop.run(self.backbone.chain.client.route(self.span, work=1))
+        """The servers that a call through all blocks would take now; none for local blocks."""
+        client = self.backbone.chain.client
+        spans = [part.span for part in self.parts() if part.local is None]
+        return tuple(hop for span in spans for hop in loop.run(client.route(span, work=1)))
 
     def new_session(self, max_length: int) -> RemoteCache:
         """A generation session for `max_length` text positions; caches on the servers are reserved at its first use."""
-        return RemoteCache(self.backbone.chain, self.span, max_length)
+        opens = partial(self.backbone.open_session, self)
+        return RemoteCache(self.backbone.chain, self.span, max_length, open_session=opens)
 
     def close(self) -> None:
         """Leave the swarm. A call afterwards fails, also of a copy of this model, which has the same connection."""

@@ -63,15 +63,11 @@ class RemoteCall:
 
         Raises RequestRefused for a gradient that is not finite.
         """
-        if not torch.isfinite(grad).all():
-            raise RequestRefused(
-                f"non-finite numbers in the gradient at the output of blocks {self.span}: the loss or what follows the "
-                "blocks made them, no server; lower the learning rate, or clip",
-                reason="gradient not finite",
-            )
+        check_gradient(self.span, grad)
         grads = grad.split([len(trace.hidden) for trace in traces])
         # A single micro-batch has nothing to be summed with: its gradients come back with the backward itself.
-        sums = AdapterSums() if self.context.adapter is not None and len(traces) > 1 else None
+        summed = self.context.adapter is not None and len(traces) > 1 and self.chain.calls.sums
+        sums = AdapterSums() if summed else None
 
         async def back() -> tuple[torch.Tensor | None, list[ChainGradients]]:
             parts = await _all(
@@ -94,6 +90,16 @@ class RemoteCall:
             raise failed.exceptions[0] from None  # the first micro-batch that failed; the others were cancelled
         finally:
             self.chain.client.stats.wait_s += time.perf_counter() - started_s
+
+
+def check_gradient(span: BlockSpan, grad: torch.Tensor) -> None:
+    """Raises RequestRefused for a gradient at the output of blocks `span` that is not finite."""
+    if not torch.isfinite(grad).all():
+        raise RequestRefused(
+            f"non-finite numbers in the gradient at the output of blocks {span}: the loss or what follows the "
+            "blocks made them, no server; lower the learning rate, or clip",
+            reason="gradient not finite",
+        )
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 
 from petals_tune.errors import ConfigError
 from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
@@ -98,6 +98,8 @@ class RemoteGeneration:
         **kwargs: Any,
     ) -> dict[str, Any]:
         if isinstance(past_key_values, RemoteCache):
+            if self._changes_frequencies(input_ids.shape[1], past_key_values.position):
+                past_key_values.rollback(0)
             whole_text = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
             if inputs_embeds is not None and is_first_iteration:
                 past_key_values.expect_embeddings()
@@ -116,6 +118,17 @@ class RemoteGeneration:
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+
+    def _changes_frequencies(self, length: int, cached: int) -> bool:
+        """Does this model compute its whole cache anew for a text of `length` tokens, of which `cached` are in it?
+
+        Phi-3 does, where a text grows beyond `original_max_position_embeddings` and its rotary frequencies change. Its
+        own code does not see our cache, which is false.
+        """
+        original = getattr(self.config, "original_max_position_embeddings", None)  # type: ignore[attr-defined]
+        own = super().prepare_inputs_for_generation.__func__  # type: ignore[misc]
+        is_own = own is not GenerationMixin.prepare_inputs_for_generation
+        return is_own and original is not None and 0 < cached <= original < length
 
 
 def with_whole_input(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

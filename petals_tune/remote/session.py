@@ -10,13 +10,16 @@ import torch
 from transformers.cache_utils import Cache
 
 from petals_tune.errors import ConfigError
+from petals_tune.remote.split_session import SplitSession
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
-from petals_tune.swarm.session import ChainSession, Inputs
+from petals_tune.swarm.session import Inputs
 from petals_tune.wire.adapter import AdapterVersion
 from petals_tune.wire.span import BlockSpan
 
 DEFAULT_MAX_LENGTH = 2048
+
+OpenSession = Callable[[int, int, AdapterVersion | None], SplitSession]  # of rows, positions, and an adapter
 
 
 class RemoteCache(Cache):
@@ -27,7 +30,14 @@ class RemoteCache(Cache):
     where the caches hold positions whose tokens are not known, such as `inputs_embeds`.
     """
 
-    def __init__(self, chain: Chain, span: BlockSpan, max_length: int = DEFAULT_MAX_LENGTH):
+    def __init__(
+        self,
+        chain: Chain,
+        span: BlockSpan,
+        max_length: int = DEFAULT_MAX_LENGTH,
+        *,
+        open_session: OpenSession,
+    ):
         super().__init__(layers=[])
         self.position = 0
         self.virtual = 0
@@ -35,7 +45,8 @@ class RemoteCache(Cache):
         self.ids: torch.Tensor | None = None
         self.span = span
         self.chain = chain
-        self._session: ChainSession | None = None
+        self._open_session = open_session
+        self._session: SplitSession | None = None
         self._adapter: str | None = None  # version of the adapter that the caches were computed with
         self._padding: torch.Tensor | None = None  # (B, position) bool; None: every position is real
         self._positions: torch.Tensor | None = None  # (B or 1, position) int64; None: they count from 0
@@ -188,21 +199,15 @@ class RemoteCache(Cache):
         if self._session is None:
             version = adapter()
             self._adapter = _version(version)
-            self._session = ChainSession(
-                self.chain.calls,
-                self.chain.repair,
-                self.span,
-                rows=rows,
-                max_length=self.max_length + self.virtual,
-                adapter=version,
-            )
+            self._session = self._open_session(rows, self.max_length + self.virtual, version)
         inputs = Inputs(  # in host memory, also where the model is on a GPU
             hidden=hidden.detach().cpu(),
             padding=None if padding is None or padding[:, -new:].all() else padding[:, -new:].cpu(),
             positions=None if positions is None else positions.cpu(),
+            context_length=self.position + new if positions is None else int(positions.max()) + 1,
         )
         order, self._order = self._order, None
-        output = loop.run(self._session.step(inputs, position=self.position, order=order))
+        output = self._session.step(inputs, position=self.position, order=order, device=hidden.device)
         self.chain.client.stats.wait_s += time.perf_counter() - started_s
         if ids is None or (self.ids is None and self.position > self.virtual):
             self.ids = None

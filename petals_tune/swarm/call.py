@@ -44,13 +44,13 @@ EnteredPass = AbstractAsyncContextManager[Pass]
 class Observer(Protocol):
     """Sees what servers did, after each request; the next one waits for it."""
 
-    async def on_forward(self, leg: Leg, context: CallContext, output: torch.Tensor) -> None: ...
+    async def on_forward(self, leg: Leg, context: CallContext, output: torch.Tensor) -> object | None:
+        """Returns what is to be kept with the leg, as its `shadow`."""
+        ...
 
-    async def on_backward(
-        self, leg: Leg, context: CallContext, grad: torch.Tensor, found: ChainGradients, *, summed: bool
-    ) -> None: ...
+    async def on_backward(self, leg: Leg, context: CallContext, grad: torch.Tensor, found: ChainGradients) -> None: ...
 
-    async def on_sum(self, partial_sum: PartialSum, found: ChainGradients) -> None: ...
+    async def on_release(self, leg: Leg) -> None: ...
 
 
 class Calls:
@@ -63,12 +63,14 @@ class Calls:
         wire_format: WireFormat = "float32",
         grad_format: WireFormat = "float32",
         hand_over: HandOverRule = "auto",
+        sums: bool = True,
         observer: Observer | None = None,
     ):
+        """With `sums`, servers add up an adapter's gradients over the micro-batches of a backward."""
         self.client = client
         self.wire_format, self._grad_format = wire_format, grad_format
         self._sender = Sender(client, hand_over)
-        self.hand_over = hand_over
+        self.hand_over, self.sums = hand_over, sums
         self.observer = observer
 
     def size(self, hidden: torch.Tensor, context: CallContext, *, keep: bool) -> Size:
@@ -109,7 +111,7 @@ class Calls:
             output = check_tensor(stage.hop, reply.hidden, hidden)
         leg = Leg(stage=stage, hidden=hidden, lease=reply.lease)
         if self.observer is not None:
-            await self.observer.on_forward(leg, context, output)
+            leg = replace(leg, shadow=await self.observer.on_forward(leg, context, output))
         return leg, output
 
     def _forward(self, stage: Stage, context: CallContext, tensor: torch.Tensor) -> Forward:
@@ -118,6 +120,7 @@ class Calls:
             hidden=tensor,
             padding=context.padding,
             positions=context.positions,
+            context_length=context.context_length,
             adapter=stage.adapter,
             keep=stage.keep,
             input_grad=stage.input_grad,
@@ -171,7 +174,7 @@ class Calls:
             else:
                 partial.terms.append(Term(leg=leg, context=context, grad=grad, place=term))
         if self.observer is not None:
-            await self.observer.on_backward(leg, context, grad, found, summed=partial is not None)
+            await self.observer.on_backward(leg, context, grad, found)
         return found
 
     def _backward(
@@ -185,7 +188,7 @@ class Calls:
             again=again,
             grad=tensor,
             adapter_sum=None if partial is None else partial.number,
-            term=term,
+            term=0 if partial is None else term,
             reply_format=self._grad_format,
         )
 
@@ -199,16 +202,15 @@ class Calls:
             # A backward that was given up here and repeated elsewhere may be in the sum all the same.
             if reply.terms != len(partial.terms):
                 return None
-            found = ChainGradients(adapter=gradients_by_block(hop, parts, reply.adapter))
-        if self.observer is not None:
-            await self.observer.on_sum(partial, found)
-        return found
+            return ChainGradients(adapter=gradients_by_block(hop, parts, reply.adapter))
 
     async def release(self, legs: Sequence[Leg]) -> None:
         """Give the leases of `legs` back."""
         for leg in legs:
             if leg.lease is not None:
                 await self._sender.notify(leg.hop, Release(leases=[leg.lease]))
+            if self.observer is not None:
+                await self.observer.on_release(leg)
 
     # Generation
 

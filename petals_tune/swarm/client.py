@@ -275,7 +275,7 @@ class SwarmClient:
             await self.stream(server)
         except ServerError:
             return
-        except PetalsTuneError as error:  # it refuses us: so will it where nobody else is left, and then that is raised
+        except PetalsTuneError as error:  # our own token has expired: where nobody is open, that is raised
             self.failed(server, error)
             return
         self._bans.reached(server.peer)

@@ -22,23 +22,27 @@ async def join_swarm(
     *,
     model: str,
     source: str,
-    blocks: BlockSpan,
+    blocks: Sequence[BlockSpan],
     policy: RetryPolicy,
     members: Members | None = None,
 ) -> SwarmClient:
-    """Join the swarm, a private one as one of its `members`, and wait until all `blocks` have a server.
+    """Join the swarm, a private one as one of its `members`, and wait until all of `blocks` have a server.
 
-    `model` is a digest, `source` how users name it.
+    `model` is a digest, `source` how users name it. `blocks` are spans in their order: those that the client does not
+    run itself.
 
     Raises ConfigError, ServerUnreachable, ClockSkew, AccessDenied, SwarmMismatch, or UncoveredBlocks after a few
     seconds of looking.
     """
+    read = BlockSpan(blocks[0].start, blocks[-1].stop)
     client = await SwarmClient.join(
-        initial_peers, model=model, source=source, blocks=blocks, policy=policy, members=members
+        initial_peers, model=model, source=source, blocks=read, policy=policy, members=members
     )
     looking = Repair(client, RetryPolicy(timeout_s=JOIN_S, longest_pause_s=0.5))
     try:
-        await looking.until_done(partial(client.route, blocks, work=1), looking.attempts())
+        attempts = looking.attempts()
+        for span in blocks:
+            await looking.until_done(partial(client.route, span, work=1), attempts)
     except UncoveredBlocks:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(client.close)

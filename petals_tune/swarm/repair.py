@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
+import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 # Clients that lost a server at the same moment do not come back at the same moment.
 # Source: M. Brooker, Exponential Backoff And Jitter, AWS Architecture Blog 2015.
 JITTER = (0.5, 1.5)  # of the pause
+_CHANCE = secrets.SystemRandom()  # those that share a seed (seed=0 is the default) have to differ too
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -172,7 +173,7 @@ class Repair:
                 "waiting since %s, and until swarm.timeout_s=%g s are over: %s", since, attempts.policy.timeout_s, error
             )
         self._router.refresh_soon()
-        await asyncio.sleep(pause_s * random.uniform(*JITTER))
+        await asyncio.sleep(pause_s * _CHANCE.uniform(*JITTER))
 
     async def _is_alone(self, attempts: Attempts, error: Retriable) -> bool:
         """Whether no server is there for these blocks but those that refused, or returned NaN as this one did."""

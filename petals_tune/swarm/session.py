@@ -33,26 +33,40 @@ class Inputs:
     hidden: torch.Tensor  # (B, S, H)
     padding: torch.Tensor | None  # (B, S) bool
     positions: torch.Tensor | None  # (B or 1, S) int64
+    context_length: int | None = None  # of the step that they are a part of, as in a Step; kept for replays
 
     def __len__(self) -> int:
         return self.hidden.shape[1]
 
     def cut(self, start: int, stop: int) -> Inputs:
-        return Inputs(
+        return replace(
+            self,
             hidden=self.hidden[:, start:stop],
             padding=None if self.padding is None else self.padding[:, start:stop],
             positions=None if self.positions is None else self.positions[:, start:stop],
         )
 
     def with_hidden(self, hidden: torch.Tensor) -> Inputs:
-        return Inputs(hidden=hidden, padding=self.padding, positions=self.positions)
+        return replace(self, hidden=hidden)
 
     def rows(self, order: torch.Tensor) -> Inputs:
         positions = self.positions
-        return Inputs(
+        return replace(
+            self,
             hidden=self.hidden[order],
             padding=None if self.padding is None else self.padding[order],
             positions=positions[order] if positions is not None and positions.shape[0] > 1 else positions,
+        )
+
+
+def check_length(reached: int, max_length: int) -> None:
+    """Raises RequestRefused for a step to position `reached` of a session for `max_length`."""
+    if reached > max_length:
+        raise RequestRefused(
+            f"the session was opened for max_length={max_length} positions and this step would reach {reached}; open "
+            "it with a larger max_length",
+            reason="too long",
+            max_length=reached,
         )
 
 
@@ -119,13 +133,7 @@ class ChainSession:
         Raises RequestRefused where `max_length` is exceeded or nobody has room, and what `Chain.forward` raises. A text
         is cut where a server takes fewer positions at once.
         """
-        if position + len(inputs) > self.max_length:
-            raise RequestRefused(
-                f"the session was opened for max_length={self.max_length} positions and this step would reach "
-                f"{position + len(inputs)}; open it with a larger max_length",
-                reason="too long",
-                max_length=position + len(inputs),
-            )
+        check_length(position + len(inputs), self.max_length)
         for session in self._sessions:
             session.history.cut(position)
             if order is not None:
@@ -210,6 +218,7 @@ class ChainSession:
             position=position,
             padding=inputs.padding,
             positions=inputs.positions,
+            context_length=inputs.context_length,
             order=session.order,
             reply_format=self._calls.wire_format,
         )

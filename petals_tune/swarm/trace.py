@@ -21,6 +21,7 @@ class CallContext:
 
     padding: torch.Tensor | None = None  # (B, S) bool, True = attend
     positions: torch.Tensor | None = None  # (B or 1, S) int64
+    context_length: int | None = None  # of all rows together, as in a Forward
     adapter: AdapterVersion | None = None
     train: bool = False
     seed: int = 0
@@ -70,6 +71,7 @@ class Leg:
     stage: Stage
     hidden: torch.Tensor  # (B, S, H) input of the span
     lease: int | None  # the graph that the server keeps; None: it keeps none
+    shadow: object | None = None  # what an observer keeps of it (swarm/verify.py)
 
     @property
     def hop(self) -> Hop:

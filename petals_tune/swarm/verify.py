@@ -1,12 +1,9 @@
 """Spot checks: a share of the work is done by a second server too; one that deviates is outvoted by a third.
 
-The second server is asked after the first has answered, beside the way of the work, so the first cannot know which of
-its answers will be checked, and training waits for no check. What is found is therefore found late: the wrong answer
-was used, and the server that gave it is not asked again.
-
-The second server is given exactly what the first one received, and answers in float32; the client then rounds that
-answer as the wire rounded the first. Honest servers so differ by what they compute with alone, whatever the formats of
-the wire and wherever the second one's blocks are cut.
+Which work is checked is drawn from the system's randomness once the first server has answered, and nobody is told: no
+server can know which of its answers will be checked. The second server is asked as servers are always asked: for the
+same requests, in the same formats, its backward when the backward of the work is due. Training waits for no check; what
+is found is therefore found late: the wrong answer was used, and the server that gave it is not asked again.
 
 Shapes: B rows, S positions, H hidden size.
 """
@@ -15,11 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import random
-import zlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+import secrets
+from collections.abc import Collection, Coroutine
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -27,212 +23,178 @@ from petals_tune.errors import BadReply, PetalsTuneError, Refused, ServerError, 
 from petals_tune.swarm.call import Calls
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
+from petals_tune.swarm.deviation import Answer, Deviation, choose_outvoted, deviation, tolerance
 from petals_tune.swarm.repair import Repair
 from petals_tune.swarm.retry import RetryPolicy
-from petals_tune.swarm.routes.limits import LEAST, Size
+from petals_tune.swarm.routes.limits import LEAST, UNLIMITED, Size
 from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.swarm.routes.route import Hop
-from petals_tune.swarm.sums import PartialSum
-from petals_tune.swarm.trace import CallContext, ChainGradients, Leg
+from petals_tune.swarm.trace import CallContext, ChainGradients, Leg, Trace
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
-from petals_tune.wire.tensors import WireFormat, as_received
+from petals_tune.wire.tensors import WireFormat
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 MAX_RUNNING = 4  # checks at a time; the work waits for one to end where it makes more
-_TINY = 1e-30
-
-# By how much honest servers that compute in this dtype differ before any rounding, relative to the norm of a position.
-# Measured for bfloat16 with two kernels of one CPU, over ten blocks: 0.009 forward, 0.034 back. float16 has three more
-# bits; float32 made no difference that was measurable.
-COMPUTED = {"float32": 1e-3, "float16": 7e-3, "bfloat16": 6e-2}
-# The widest gap between neighbours of a format, relative to the value, or in 8 bits to the largest of a position.
-STEP = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7, "blockwise8": 0.9 / 64}
+CHOICE = 3  # servers that were reached, of which any one may check another; where fewer were, more are dialled
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What one server, or a chain of several, says: outputs and gradients, in a fixed order."""
+class Work:
+    """What is checked: the forward of a leg, and its backward where there is a gradient (B, S, H)."""
 
-    servers: tuple[ServerRecord, ...]
-    tensors: tuple[torch.Tensor, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Done:
-    """The results of some work."""
-
-    output: torch.Tensor | None = None  # (B, S, H)
-    gradients: Sequence[ChainGradients] = ()
+    leg: Leg
+    context: CallContext
+    grad: torch.Tensor | None = None
 
 
-Pick = Callable[[Done], tuple[torch.Tensor, ...]]  # what of it is compared
-Work = tuple[Leg, CallContext, torch.Tensor | None]  # a forward, and the gradient (B, S, H) where it goes back too
+class Shadow:
+    """The work of one leg at a second server: kept with the leg, for its backward."""
 
-
-def is_selected(share: float, *, seed: int, kind: str, span: BlockSpan, hidden: torch.Tensor) -> bool:
-    """Whether this piece of work is checked: the same for the same seed and input, whatever runs beside it."""
-    # All of them: the first positions are often the same, a soft prompt or a token that begins every text.
-    values = zlib.crc32(hidden.contiguous().view(torch.uint8).numpy().tobytes())
-    return share > 0 and random.Random(f"{seed} {kind} {span} {values}").random() < share
-
-
-@dataclass(frozen=True, kw_only=True)
-class Deviation:
-    """How far two answers are apart, or may be: relative errors, of the tensor where they are largest."""
-
-    largest: float  # max|a - b| / max|b|
-    typical: float  # |a - b| / |b| of the vector at a position, median over the positions
-
-    def within(self, limit: Deviation) -> bool:
-        return self.largest <= limit.largest and self.typical <= limit.typical
-
-    def __str__(self) -> str:
-        return f"{self.typical:.2%} at half of the positions, and by {self.largest:.2%} of the largest value"
-
-
-def deviation(left: Answer, right: Answer) -> Deviation:
-    pairs = [(a.float(), b.float()) for a, b in zip(left.tensors, right.tensors, strict=True)]
-    return Deviation(
-        largest=max((_largest(a, b) for a, b in pairs), default=0.0),
-        typical=max((_typical(a, b) for a, b in pairs), default=0.0),
-    )
-
-
-def _largest(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max().clamp(min=_TINY))
-
-
-def _typical(a: torch.Tensor, b: torch.Tensor) -> float:
-    """A lie about most positions shows, however small; a value that falls on another side of a rounding does not."""
-    norms, errors = b.norm(dim=-1), (a - b).norm(dim=-1)
-    there = (norms > 0) | (errors > 0)  # gradients are often zero at whole positions
-    return float((errors[there] / norms[there].clamp(min=_TINY)).median()) if there.any() else 0.0
-
-
-def tolerance(dtype: str, formats: Iterable[str]) -> Deviation:
-    """The most that honest servers which compute in `dtype` differ by, where both answers went through `formats`.
-
-    Numbers that differ by e fall on different sides of a rounding with gaps of q in e/q of the cases, and are then q
-    apart: sqrt(e q) in the mean square.
-    """
-    error, step = COMPUTED[dtype], max(STEP[each] for each in formats)
-    return Deviation(largest=error + step, typical=error + math.sqrt(error * step))
-
-
-def choose_outvoted(first: Answer, second: Answer, third: Answer, limit: Deviation) -> Answer | None:
-    """Which of the first two a third one denies, where it agrees with the other; None where that is not clear."""
-    first_agrees, second_agrees = (deviation(each, third).within(limit) for each in (first, second))
-    if first_agrees == second_agrees:
-        return None
-    return second if first_agrees else first
+    def __init__(self, chain: Chain, others: _Others, forward: asyncio.Task[Trace | None]):
+        self.chain, self.others, self.forward = chain, others, forward
 
 
 class SpotChecks:
-    """Checks a `share` of what servers did, as an observer of calls; which part of it follows from `seed`.
+    """Checks a `share` of what servers did, as an observer of calls.
 
-    Where work is checked nothing is handed on: a server could hand on something else than it answers, and the one after
-    it would be blamed.
+    Where work is checked nothing is handed on (a server could hand on something else than it answers, and the one after
+    it would be blamed), and each gradient of an adapter comes back with its micro-batch (a sum over some of them could
+    be checked only by somebody who did all of them): that is so for all work, so that no request tells a check apart.
     """
 
-    def __init__(
-        self, client: SwarmClient, *, share: float, seed: int, wire_format: WireFormat, grad_format: WireFormat
-    ):
-        self._client = client
-        self._wire_format, self._grad_format = wire_format, grad_format
-        self._exact = Calls(client, hand_over="never")  # in float32 both ways
-        self._share, self._seed = share, seed
-        self.running: set[asyncio.Task[None]] = set()
+    def __init__(self, client: SwarmClient, *, share: float, wire_format: WireFormat, grad_format: WireFormat):
+        self._client, self._share = client, share
+        self._formats = (wire_format, grad_format)
+        self._calls = Calls(client, wire_format=wire_format, grad_format=grad_format, hand_over="never", sums=False)
+        self._chance = secrets.SystemRandom()  # has no seed that anybody could know
+        self.running: set[asyncio.Task[Any]] = set()
 
-    async def on_forward(self, leg: Leg, context: CallContext, output: torch.Tensor) -> None:
-        if self._is_selected("forward", leg):
-            await self._begin([(leg, context, None)], _output, Done(output=output))
+    async def on_forward(self, leg: Leg, context: CallContext, output: torch.Tensor) -> Shadow | None:
+        """Maybe check what the server of `leg` answered; what is returned is kept with the leg."""
+        if self._chance.random() >= self._share:
+            return None
+        await self._wait_for_room()
+        others = _Others(self._client, leg.hop.server, without={leg.hop.server.peer}, chance=self._chance)
+        chain = self._chain(others)
+        return Shadow(chain, others, self._start(self._check_forward(chain, others, leg, context, output)))
 
-    async def on_backward(
-        self, leg: Leg, context: CallContext, grad: torch.Tensor, found: ChainGradients, *, summed: bool
-    ) -> None:
-        if self._is_selected("backward", leg):
-            pick = _input_gradients if summed else _all_gradients  # the adapter's are in the server's sum
-            await self._begin([(leg, context, grad)], pick, Done(gradients=[found]))
+    async def on_backward(self, leg: Leg, context: CallContext, grad: torch.Tensor, found: ChainGradients) -> None:
+        """Check the gradients that were `found` where the forward of `leg` was checked."""
+        if isinstance(leg.shadow, Shadow):
+            await self._wait_for_room()
+            self._start(self._check_backward(leg.shadow, Work(leg=leg, context=context, grad=grad), found))
 
-    async def on_sum(self, partial_sum: PartialSum, found: ChainGradients) -> None:
-        if self._is_selected("sum", partial_sum.terms[0].leg):
-            terms = sorted(partial_sum.terms, key=lambda term: term.place)
-            work: list[Work] = [(term.leg, term.context, term.grad) for term in terms]
-            await self._begin(work, _adapter_gradients, Done(gradients=[found]))
+    async def on_release(self, leg: Leg) -> None:
+        """There will be no backward of `leg`: its second server need not wait for one."""
+        if isinstance(leg.shadow, Shadow):
+            self._start(self._release(leg.shadow))
 
-    def _is_selected(self, kind: str, leg: Leg) -> bool:
-        return is_selected(self._share, seed=self._seed, kind=kind, span=leg.hop.span, hidden=leg.hidden)
-
-    async def _begin(self, work: list[Work], pick: Pick, done: Done) -> None:
-        """Start the check of `work`, which one server has `done`."""
-        while len(self.running) >= MAX_RUNNING:
-            await asyncio.wait(self.running, return_when=asyncio.FIRST_COMPLETED)
-        first = Answer(servers=(work[0][0].hop.server,), tensors=pick(done))
-        task = asyncio.create_task(self._check(work, pick, first))
-        self.running.add(task)
-        task.add_done_callback(self.running.discard)
-
-    async def _check(self, work: list[Work], pick: Pick, first: Answer) -> None:
-        span, (server,) = work[0][0].hop.span, first.servers
+    async def _check_forward(
+        self, chain: Chain, others: _Others, leg: Leg, context: CallContext, output: torch.Tensor
+    ) -> Trace | None:
+        """Compare the `output` of `leg` with that of others; returns their trace where both are the same."""
         try:
-            second = await self._answer(work, pick, without={server.peer})
-            self._client.stats.checks += 1
-            apart, limit = deviation(first, second), self._limit(work, server)
-            if apart.within(limit):
-                return
-            others = {each.peer for each in second.servers}
-            text = f"servers {server.peer} and {', '.join(sorted(others))} differ on blocks {span} by {apart}"
-            try:
-                third = await self._answer(work, pick, without={server.peer, *others})
-            except UncoveredBlocks:
-                logger.warning("%s, and there is no third one to ask who is wrong", text)
-                return
-        except PetalsTuneError as error:  # nobody to ask, or a fault on the way, or the model has left the swarm
-            logger.debug("blocks %s of server %s were not checked: %s", span, server.peer, error)
+            trace = await _forward(chain, leg, context)
+        except PetalsTuneError as error:
+            _not_checked(leg, error)
+            return None
+        first = Answer(servers=(leg.hop.server,), tensors=(output,))
+        second = Answer(servers=others.asked, tensors=(trace.hidden,))
+        if await self._compare(Work(leg=leg, context=context), first, second):
+            return trace
+        await chain.release([trace])
+        return None
+
+    async def _check_backward(self, shadow: Shadow, work: Work, found: ChainGradients) -> None:
+        """Compare the gradients that were `found` with those of the server that was asked for the forward too."""
+        assert work.grad is not None
+        if (trace := await shadow.forward) is None:
             return
-        liar = choose_outvoted(first, second, third, limit)
+        try:
+            second = await shadow.chain.backward(trace, work.grad)
+        except PetalsTuneError as error:
+            _not_checked(work.leg, error)
+            await shadow.chain.release([trace])
+            return
+        first = Answer(servers=(work.leg.hop.server,), tensors=_gradients(found))
+        await self._compare(work, first, Answer(servers=shadow.others.asked, tensors=_gradients(second)))
+
+    async def _release(self, shadow: Shadow) -> None:
+        if (trace := await shadow.forward) is not None:
+            await shadow.chain.release([trace])
+
+    async def _compare(self, work: Work, first: Answer, second: Answer) -> bool:
+        """Whether two servers say the same; where not, a third one is asked, and who is outvoted is banned."""
+        self._client.stats.checks += 1
+        dtype = work.leg.hop.server.dtype
+        apart = deviation(first, second, dtype)
+        if apart.within(self._limit(work.leg, first, second)):
+            return True
+        span, asked = work.leg.hop.span, {each.peer for each in (*first.servers, *second.servers)}
+        text = f"servers {', '.join(sorted(asked))} differ on blocks {span} by {apart}"
+        try:
+            third = await self._ask_third(work, without=asked)
+        except UncoveredBlocks:
+            logger.warning("%s, and there is no third one to ask who is wrong", text)
+            return False
+        except PetalsTuneError as error:
+            logger.warning("%s, and the third one that was asked who is wrong failed: %s", text, error)
+            return False
+        agree = [deviation(each, third, dtype).within(self._limit(work.leg, each, third)) for each in (first, second)]
+        liar = choose_outvoted(first, second, third, agree)
         if liar is None or len(liar.servers) > 1:
             logger.warning("%s, and a third answer does not tell who is wrong", text)
-            return
+            return False
         self._client.stats.outvoted += 1
         what = f"server {liar.servers[0].peer} computes blocks {span} otherwise than two others, by {apart}"
         self._client.failed(liar.servers[0], BadReply(what, peer=liar.servers[0].peer))
+        return False
 
-    async def _answer(self, work: list[Work], pick: Pick, *, without: set[str]) -> Answer:
+    async def _ask_third(self, work: Work, *, without: set[str]) -> Answer:
         """What others make of `work`. Raises SwarmTimeout for a server that fails, UncoveredBlocks without any."""
-        hop = work[0][0].hop
-        others = _Others(self._client, self._client.banned() | without | self._unlike(hop.server))
-        chain = Chain(self._exact, Repair(others, RetryPolicy(timeout_s=0.0)))
-        output, gradients = work[0][0].hidden, []
-        for leg, context, grad in work:
-            hidden, input_grad = as_received(leg.hidden, self._wire_format).float(), leg.stage.input_grad
-            trace = await chain.forward(hidden, context, hop.span, keep=grad is not None, input_grad=input_grad)
-            output = as_received(trace.hidden, self._wire_format).to(leg.hidden.dtype)
-            if grad is not None:
-                found = await chain.backward(trace, as_received(grad, self._grad_format).float())
-                if found.hidden is not None:
-                    found.hidden = as_received(found.hidden, self._grad_format).to(leg.hidden.dtype)
-                gradients.append(found)
-        return Answer(servers=others.asked, tensors=pick(Done(output=output, gradients=gradients)))
+        others = _Others(self._client, work.leg.hop.server, without=without, chance=self._chance)
+        chain = self._chain(others)
+        trace = await _forward(chain, work.leg, work.context)
+        tensors: tuple[torch.Tensor, ...] = (trace.hidden,)
+        try:
+            if work.grad is not None:
+                tensors = _gradients(await chain.backward(trace, work.grad))
+        finally:
+            await chain.release([trace])
+        return Answer(servers=others.asked, tensors=tensors)
 
-    def _unlike(self, server: ServerRecord) -> set[str]:
-        """Servers whose numbers are no measure for those of `server`."""
-        kind = (server.quantization, server.dtype)
-        return {each.peer for each in self._client.servers if (each.quantization, each.dtype) != kind}
+    def _chain(self, others: _Others) -> Chain:
+        return Chain(self._calls, Repair(others, RetryPolicy(timeout_s=0.0)))
 
-    def _limit(self, work: list[Work], server: ServerRecord) -> Deviation:
-        dtype = str(work[0][0].hidden.dtype).removeprefix("torch.")  # of the client's part
-        return tolerance(server.dtype, (dtype, self._wire_format, self._grad_format))
+    def _limit(self, leg: Leg, left: Answer, right: Answer) -> Deviation:
+        dtype = str(leg.hidden.dtype).removeprefix("torch.")  # of the client's part
+        return tolerance(leg.hop.server.dtype, (dtype, *self._formats), cuts=left.cuts + right.cuts)
+
+    async def _wait_for_room(self) -> None:
+        while len(self.running) >= MAX_RUNNING:
+            await asyncio.wait(self.running, return_when=asyncio.FIRST_COMPLETED)
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self.running.add(task)
+        task.add_done_callback(self.running.discard)
+        return task
 
 
 class _Others:
-    """The swarm without some of its servers, for one check."""
+    """The servers that may check a server's work, for one piece of it: always the same ones for a span."""
 
-    def __init__(self, client: SwarmClient, banned: frozenset[str]):
+    def __init__(self, client: SwarmClient, server: ServerRecord, *, without: set[str], chance: secrets.SystemRandom):
+        """Those whose numbers are a measure for those of `server`: of its quantization and dtype."""
         self.policy, self.stats, self.load = client.policy, client.stats, client.load
-        self._client, self._banned = client, banned
+        kind = (server.quantization, server.dtype)
+        unlike = {each.peer for each in client.servers if (each.quantization, each.dtype) != kind}
+        self._client, self._chance = client, chance
+        self._banned = client.banned() | without | unlike
         self._routes: dict[BlockSpan, tuple[Hop, ...]] = {}
 
     @property
@@ -250,8 +212,30 @@ class _Others:
     ) -> tuple[Hop, ...]:
         """One route for a span, so that all of a check is done by the same servers."""
         if span not in self._routes:
-            self._routes[span] = self._client.plan(span, work=work, banned=self._banned)
+            self._routes[span] = self._choose(span, work, size)
         return self._routes[span]
+
+    def _choose(self, span: BlockSpan, work: int, size: Size) -> tuple[Hop, ...]:
+        """A server that was reached and holds all of `span`, by chance: two that agreed to lie rarely check each other.
+
+        Where there are few, the best of those that were not reached yet, or of those that hold a part.
+        """
+        reached = [
+            each
+            for each in self._client.servers
+            if each.blocks.start <= span.start
+            and span.stop <= each.blocks.stop
+            and each.peer not in self._banned
+            and self._client.open_stream(each) is not None
+            and self._client.limits.of.get(each.peer, UNLIMITED).share(size) >= 1
+        ]
+        if len(reached) < CHOICE and (not reached or self._chance.random() < 0.5):
+            try:
+                return self._client.plan(span, work=work, banned=self._banned.union(each.peer for each in reached))
+            except UncoveredBlocks:
+                if not reached:
+                    raise
+        return (Hop(self._chance.choice(reached), span),)
 
     def refresh_soon(self) -> None:
         """A check does not wait for servers."""
@@ -266,23 +250,16 @@ class _Others:
         self._client.contradicted(refused)
 
 
-def _output(done: Done) -> tuple[torch.Tensor, ...]:
-    assert done.output is not None
-    return (done.output,)
+async def _forward(chain: Chain, leg: Leg, context: CallContext) -> Trace:
+    stage = leg.stage
+    return await chain.forward(leg.hidden, context, leg.hop.span, keep=stage.keep, input_grad=stage.input_grad)
 
 
-def _input_gradients(done: Done) -> tuple[torch.Tensor, ...]:
-    return tuple(each.hidden for each in done.gradients if each.hidden is not None)
+def _gradients(found: ChainGradients) -> tuple[torch.Tensor, ...]:
+    at_input = () if found.hidden is None else (found.hidden,)
+    return (*at_input, *(each for block in sorted(found.adapter) for each in found.adapter[block]))
 
 
-def _adapter_gradients(done: Done) -> tuple[torch.Tensor, ...]:
-    """By block, each summed over all gradients."""
-    return tuple(
-        sum(same[1:], start=same[0])
-        for block in sorted(done.gradients[0].adapter)
-        for same in zip(*(each.adapter[block] for each in done.gradients), strict=True)
-    )
-
-
-def _all_gradients(done: Done) -> tuple[torch.Tensor, ...]:
-    return (*_input_gradients(done), *_adapter_gradients(done))
+def _not_checked(leg: Leg, error: PetalsTuneError) -> None:
+    """Nobody to ask, or a fault on the way, or the model has left the swarm."""
+    logger.debug("blocks %s of server %s were not checked: %s", leg.hop.span, leg.hop.server.peer, error)

@@ -26,16 +26,18 @@ def swarm_stats(net: nn.Module) -> SwarmStats:
 
 
 def describe_swarm(net: nn.Module) -> str:
-    """Describe in one line how many servers hold the blocks, and the route of the next call."""
+    """Describe in one line how many servers hold the blocks, the route of the next call, and the local blocks."""
     blocks = remote_blocks(net)
     if blocks is None:
         return "all blocks are on this machine"
     servers, route = blocks.servers(), blocks.route()
-    copies = min(sum(number in server.blocks for server in servers) for number in range(len(blocks)))
+    remote = [number for hop in route for number in range(hop.span.start, hop.span.stop)]
+    copies = min(sum(number in server.blocks for server in servers) for number in remote)
     hops = " -> ".join(f"{hop.span} ({hop.server.quantization}, ..{hop.server.peer[-4:]})" for hop in route)
+    local = _describe_local(blocks)
     return (
         f"{len(servers)} server{'s' * (len(servers) > 1)}, every block of {route[0].span.start}:{route[-1].span.stop} "
-        f"on {copies} or more; route {hops}"
+        f"{'that is not here ' * bool(local)}on {copies} or more; route {hops}{f'; {local}' if local else ''}"
     )
 
 
@@ -45,4 +47,17 @@ def describe_block_location(net: nn.Module) -> str:
     if blocks is None:
         return "on this machine"
     kinds = sorted({hop.server.quantization for hop in blocks.route()})
-    return f"on servers, as {' and '.join('plain weights' if kind == 'none' else kind for kind in kinds)}"
+    local = _describe_local(blocks)
+    return f"on servers, as {' and '.join(map(_display_kind, kinds))}{f'; {local}' if local else ''}"
+
+
+def _describe_local(blocks: Any) -> str:
+    """Describe the blocks that this process runs itself; empty where there are none."""
+    local = blocks.backbone.local
+    if local is None:
+        return ""
+    return f"blocks {', '.join(map(str, local.spans))} on this machine, as {_display_kind(local.quantization)}"
+
+
+def _display_kind(quantization: str) -> str:
+    return "plain weights" if quantization == "none" else quantization

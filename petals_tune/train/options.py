@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from petals_tune.blocks.quantization import SchemeName
 from petals_tune.errors import ConfigError
 from petals_tune.net.member_files import refuse_keys
+from petals_tune.remote.local import parse_local_blocks
 from petals_tune.swarm.local import local_swarm
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.routes.round_trips import HandOverRule
@@ -24,7 +25,15 @@ from petals_tune.wire.tensors import WireFormat
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-_MODEL_OPTIONS = ("micro_batch_rows", "wire_format", "grad_format", "hand_over", "verify")
+_MODEL_OPTIONS = (
+    "local_blocks",
+    "local_quantization",
+    "micro_batch_rows",
+    "wire_format",
+    "grad_format",
+    "hand_over",
+    "verify",
+)
 
 
 class Swarm(Protocol):
@@ -52,6 +61,8 @@ def open_swarm(swarm: Swarm, source: str, blocks: int, revision: str | None) -> 
 class ClientOptions:
     """Options of the client, for any swarm."""
 
+    local_blocks: Sequence[Any] = ()  # spans "start:stop" that the client runs itself
+    local_quantization: SchemeName = "int8"  # of these
     micro_batch_rows: Count | None = None  # rows per request; None: rows of 128 positions in all
     wire_format: WireFormat = "float32"  # of hidden states
     grad_format: WireFormat = "float32"  # of their gradients
@@ -60,6 +71,14 @@ class ClientOptions:
     timeout_s: Seconds = RetryPolicy.timeout_s  # see RetryPolicy
     attempts: Count | None = RetryPolicy.attempts
     reply_s: Seconds = RetryPolicy.reply_s
+
+    def check(self, blocks: int) -> None:
+        """Raise ConfigError for local blocks that a model of so many blocks cannot have."""
+        self.remote_spans(blocks)
+
+    def remote_spans(self, blocks: int) -> list[BlockSpan]:
+        """Return the spans of a model of so many blocks that servers hold."""
+        return gaps(parse_local_blocks(self.local_blocks, blocks), BlockSpan(0, blocks))
 
     def client_options(self) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in _MODEL_OPTIONS}
@@ -80,23 +99,27 @@ class LocalSwarm(ClientOptions):
         self.server_spans(blocks)
 
     def server_spans(self, blocks: int) -> list[BlockSpan]:
-        """Return one span per server. Raises ConfigError where they leave a gap or exceed the model's blocks."""
-        whole = BlockSpan(0, blocks)
+        """Return one span per server. Raises ConfigError where they leave a gap or exceed the model's blocks.
+
+        A server whose span has local blocks between its own holds these too: a span has no gaps.
+        """
+        whole, remote = BlockSpan(0, blocks), self.remote_spans(blocks)
         if self.spans is None:
-            if self.servers > blocks:
+            held = [block for span in remote for block in range(span.start, span.stop)]
+            if self.servers > len(held):
                 raise ConfigError(
-                    f"swarm.servers={self.servers} is more than the model has blocks ({blocks})",
+                    f"swarm.servers={self.servers} is more than the model has blocks for servers ({len(held)})",
                     key="swarm.servers",
                     seen=self.servers,
                 )
-            cuts = [blocks * server // self.servers for server in range(self.servers + 1)]
-            return [BlockSpan(start, stop) for start, stop in pairwise(cuts)]
+            cuts = [len(held) * server // self.servers for server in range(self.servers + 1)]
+            return [BlockSpan(held[start], held[stop - 1] + 1) for start, stop in pairwise(cuts)]
         spans = [BlockSpan.parse(span, key="swarm.spans") for span in self.spans]
         if outside := [str(span) for span in spans if not whole.covers(span)]:
             raise ConfigError(
                 f"swarm.spans has {outside[0]}, and the model's blocks are {whole}", key="swarm.spans", seen=outside[0]
             )
-        if missing := gaps(spans, whole):
+        if missing := [gap for span in remote for gap in gaps(spans, span)]:
             uncovered = ", ".join(map(str, missing))
             raise ConfigError(
                 f"swarm.spans leaves blocks {uncovered} of {whole} without a server: add a span for them",
@@ -136,9 +159,6 @@ class JoinedSwarm(ClientOptions):
 
     def client_options(self) -> dict[str, Any]:
         return {**super().client_options(), "swarm_token": self.token, "identity_path": self.identity_path}
-
-    def check(self, blocks: int) -> None:
-        """Nothing to check before joining: the servers' blocks are not known yet."""
 
     def describe_opening(self, blocks: int) -> str:
         return f"connecting to {', '.join(self.initial_peers)}"

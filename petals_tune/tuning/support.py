@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 
+import msgspec
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -72,6 +73,15 @@ def collect_adapter(blocks: Sequence[tuple[int, nn.Module]]) -> tuple[AdapterVer
     if not parts:
         return None, []
     return AdapterVersion(version=_digest(parts), parts=tuple(parts)), tensors
+
+
+def own_parts(blocks: Sequence[tuple[int, nn.Module]]) -> list[AdapterPart]:
+    """The active adapters of `blocks`, with the client's own parameters as tensors. Raises as `collect_adapter`."""
+    return [
+        msgspec.structs.replace(part, tensors=parameters)
+        for number, block in blocks
+        for part, parameters in _parts(number, block)
+    ]
 
 
 def _parts(number: int, block: nn.Module) -> Iterator[tuple[AdapterPart, list[torch.Tensor]]]:

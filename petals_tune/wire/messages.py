@@ -26,11 +26,12 @@ MAX_TICKETS = 1_000  # in one Withdrawn
 MAX_POSITION = 2**24  # no model has as many
 MAX_FIELDS = 16  # of an error in a Refusal
 MAX_FIELD_TEXT = 1024  # characters of one
-MAX_REFUSAL_TEXT = 4096  # characters of a Refusal's text
+MAX_REFUSAL_TEXT = 2**15  # characters of a Refusal's text, of which the reader shows fewer
 TICKET_BYTES = 16
 
 Name = Annotated[str, msgspec.Meta(max_length=128)]
 Digest = Annotated[str, msgspec.Meta(max_length=2 * 64 + 1)]  # of a model on a hub: CONFIG.WEIGHTS, two SHA-256 sums
+ContextLength = Annotated[int, msgspec.Meta(ge=1, le=MAX_POSITION)]
 Ticket = Annotated[bytes, msgspec.Meta(min_length=TICKET_BYTES, max_length=TICKET_BYTES)]
 # Each of them takes memory, however small it is; a part of an adapter has two at most.
 Tensors = Annotated[list[torch.Tensor], msgspec.Meta(max_length=2 * MAX_PARTS)]
@@ -94,6 +95,9 @@ class Forward(Message, frozen=True, tag="forward"):
     hidden: torch.Tensor  # (B, S, H)
     padding: torch.Tensor | None = None  # (B, S) bool, True = attend; None: every position is real
     positions: torch.Tensor | None = None  # (B or 1, S) int64; None: 0 to S-1, as the model counts by itself
+    # Rope types "dynamic" and "longrope" choose their frequencies for so many positions, or for more where `positions`
+    # go further: of the whole call that this is a part of. None: for this part.
+    context_length: ContextLength | None = None
     adapter: Name | None = None  # version of an adapter that was uploaded before
     keep: bool = False  # keep the graph for a backward (a lease), if it fits
     input_grad: bool = True  # the backward will want the gradient at `hidden`, not at the adapter alone
@@ -192,6 +196,7 @@ class Step(Message, frozen=True, tag="step"):
     position: Annotated[int, msgspec.Meta(ge=0)]  # of hidden[:, 0]; longer caches are cut to it first
     padding: torch.Tensor | None = None  # (B, S) bool of these positions, True = attend
     positions: torch.Tensor | None = None  # (B or 1, S) int64
+    context_length: ContextLength | None = None  # as in Forward
     order: torch.Tensor | None = None  # (B,) int64: caches of row i become those of order[i] before the step (beams)
     reply_format: WireFormat = "float32"
 

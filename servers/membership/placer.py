@@ -55,7 +55,7 @@ class Placer:
             announced = target
             await self._announce(target, "online" if target == here else "joining")
             if not self._alone or here is not None:
-                await asyncio.sleep(random.uniform(*RECHECK_S))
+                await asyncio.sleep(random.SystemRandom().uniform(*RECHECK_S))
         assert announced is not None
         return announced
 

@@ -85,7 +85,10 @@ def number_of_blocks(options: Serve, layout: BlockLayout, dtype: torch.dtype) ->
         memory.free_bytes(options.device),
         options.limits.budgets.total_bytes,
         block_bytes(quantization=scheme) * scheme.weight_copies(options.device),
-        block_bytes(quantization=Unquantized()),
+        # Nothing is computed yet while blocks are loaded.
+        max(
+            block_bytes(quantization=Unquantized()), memory.compute_bytes(options.device, options.limits.max_compute_gb)
+        ),
         total_blocks,
     )
 

@@ -56,10 +56,10 @@ class RoundTrips:
         self.to_followers_s = {peer: seconds for peer, seconds in measured.items() if seconds is not None}
 
     async def _keep_measuring(self, span: BlockSpan) -> None:
-        await asyncio.sleep(FIRST_AFTER_S * random.uniform(0.5, 1.5))
+        await asyncio.sleep(FIRST_AFTER_S * random.SystemRandom().uniform(0.5, 1.5))
         while True:
             await self.measure(span)
-            await asyncio.sleep(PERIOD_S * random.uniform(0.5, 1.5))
+            await asyncio.sleep(PERIOD_S * random.SystemRandom().uniform(0.5, 1.5))
 
     async def _round_trip_s(self, server: ServerRecord) -> float | None:
         """Seconds of the quickest of a few pings; None where the server cannot be reached."""
@@ -85,7 +85,7 @@ class RoundTrips:
 def sample_followers(servers: Sequence[ServerRecord], span: BlockSpan) -> list[ServerRecord]:
     """A random sample of the servers that can go on where `span` ends, or from a block inside it."""
     followers = [server for server in servers if span.start < server.blocks.start <= span.stop < server.blocks.stop]
-    return random.sample(followers, min(len(followers), MAX_ROUND_TRIPS))
+    return random.SystemRandom().sample(followers, min(len(followers), MAX_ROUND_TRIPS))
 
 
 async def _ping_s(stream: ServerStream) -> float:

@@ -23,7 +23,7 @@ from petals_tune.blocks import kernels, memory
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.kv_cache import Session
 from petals_tune.blocks.loading import dummy_block
-from petals_tune.errors import ConfigError, PetalsTuneError, ServerError
+from petals_tune.errors import ConfigError, ServerError
 from petals_tune.files import write_bytes, write_first
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.net.peer import Peer
@@ -136,7 +136,7 @@ def _one_step(engine: Engine) -> Callable[[], None]:
 
     def run() -> None:
         (output,) = engine.step([(session, step)])
-        if isinstance(output, PetalsTuneError):
+        if isinstance(output, Exception):
             raise output
         output[0, -1, -1].item()
 

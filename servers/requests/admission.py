@@ -20,6 +20,7 @@ class RequestLimits:
     max_message_bytes: int
     max_positions: int
     max_tokens: int
+    max_compute_bytes: int
 
 
 class Admission:

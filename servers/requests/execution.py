@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 
 import torch
 
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.footprint import Pass
 from petals_tune.errors import RequestRefused
 from petals_tune.wire.codec import INLINE_BYTES
 from petals_tune.wire.messages import (
@@ -35,6 +39,10 @@ from servers.scheduling.turns import Turns
 from servers.stores.adapters import sum_terms
 from servers.stores.stores import Stores
 
+_GB = 2**30
+
+NeededBytes = Callable[[int, int], int]  # of rows and positions
+
 
 class Executor:
     """Runs requests with one engine, and keeps what their clients may come back for. Used by the event loop alone."""
@@ -42,7 +50,7 @@ class Executor:
     def __init__(self, engine: Engine, compute: ComputeThread, stores: Stores, admission: Admission, turns: Turns):
         self._engine, self._compute, self._stores, self._turns = engine, compute, stores, turns
         self._admission, self._limits = admission, admission.limits
-        self._steps = StepBatcher(engine, compute)
+        self._steps = StepBatcher(engine, compute, max_compute_bytes=self._limits.max_compute_bytes)
 
     async def run(self, client: str, request: Message) -> Message:
         """Return the reply to `request`. Raises PetalsTuneError; RuntimeError is torch's, on input that we let pass."""
@@ -77,41 +85,88 @@ class Executor:
                 limit="max_tokens",
             )
 
+    def _check_memory(self, needed_bytes: NeededBytes, rows: int, positions: int) -> None:
+        """Raises RequestRefused where so many rows of so many positions need more than max_compute_gb."""
+        limit_bytes = self._limits.max_compute_bytes
+        size_bytes = needed_bytes(rows, positions)
+        if size_bytes <= limit_bytes:
+            return
+        fitting = partial(bisect.bisect_right, x=limit_bytes)
+        most_rows = fitting(range(1, rows), key=lambda fewer: needed_bytes(fewer, positions))
+        most_positions = fitting(range(1, positions), key=lambda fewer: needed_bytes(1, fewer))
+        raise RequestRefused(
+            f"{rows} rows of {positions} positions need {size_bytes / _GB:.2f} GB of memory on these blocks, and this "
+            f"server has {limit_bytes / _GB:.2f} GB for one request (its limits.max_compute_gb): send at most "
+            + (f"{most_rows} of these rows, swarm.micro_batch_rows" if most_rows else f"{most_positions} positions"),
+            limit="max_compute_gb",
+            fits=most_rows * positions or most_positions,
+        )
+
     async def _forward(self, client: str, request: Forward) -> Forwarded:
-        self.check_size(request.hidden)
-        forward = partial(self._engine.forward, request, self._adapter(client, request))
-        result = await self._compute.run(Priority.FORWARD, forward, client=client)
-        lease = None
-        if result.graph is not None and client in self._admission:  # it may have left meanwhile
-            lease = self._stores.leases.keep(client, result.graph, result.graph_bytes, time.monotonic())
+        adapter, reply_format = self._checked(client, request, with_graph=request.keep), request.reply_format
+        forward = partial(self._engine.forward, request, adapter)
+        if not request.keep or client not in self._admission:
+            result = await self._compute.run(Priority.FORWARD, forward, client=client)
+            return Forwarded(
+                hidden=await self._in_format(client, result.output, reply_format), compute_s=result.compute_s
+            )
+        leases, (rows, positions, _) = self._stores.leases, request.hidden.shape
+        kept_bytes = self._engine.footprint.kept_bytes(Pass.of(request, adapter), rows, positions)
+        with leases.room(client, kept_bytes, time.monotonic()) as lease:
+            result = await self._compute.run(Priority.FORWARD, forward, client=client)
+            if lease is not None and result.graph is not None:
+                kept = leases.fill(client, lease, result.graph, result.graph_bytes, now_s=time.monotonic())
+                lease = lease if kept else None  # the client may have left meanwhile
         return Forwarded(
-            hidden=await self._in_format(client, result.output, request.reply_format),
-            lease=lease,
-            compute_s=result.compute_s,
+            hidden=await self._in_format(client, result.output, reply_format), lease=lease, compute_s=result.compute_s
         )
 
     async def _backward(self, client: str, request: Backward) -> Gradients:
         graph = adapter = None
-        if request.lease is not None:
-            graph = self._stores.leases.take(client, request.lease, time.monotonic())
-        elif request.again is not None:
-            self.check_size(request.again.hidden)
-            adapter = self._adapter(client, request.again)
-        backward = partial(self._engine.backward, request, graph, adapter)
-        hidden, gradients = await self._compute.run(Priority.BACKWARD, backward, client=client)
-        if request.adapter_sum is None:
-            gradients = [gradient.float() for gradient in gradients]
-        elif client in self._admission:
-            self._stores.sums.add(client, request.adapter_sum, request.term, gradients)
-            gradients = []
+        with ExitStack() as held:
+            if request.again is not None:
+                adapter = self._checked(client, request.again, with_graph=True)
+                trained = [] if adapter is None else adapter.tensors
+            else:
+                assert request.lease is not None
+                graph = self._stores.leases.take(client, request.lease, time.monotonic())
+                held.callback(self._stores.leases.release, client, [request.lease])
+                trained = graph.adapter
+            if request.adapter_sum is not None and client in self._admission:
+                held.enter_context(self._stores.sums.room(client, request.adapter_sum, request.term, trained))
+            backward = partial(self._engine.backward, request, graph, adapter)
+            del graph  # its memory is free as soon as the backward is done
+            hidden, gradients = await self._compute.run(Priority.BACKWARD, backward, client=client)
+            if request.adapter_sum is None:
+                gradients = [gradient.float() for gradient in gradients]
+            elif client in self._admission:
+                self._stores.sums.add(client, request.adapter_sum, request.term, gradients)
+                gradients = []
         return Gradients(
             hidden=None if hidden is None else await self._in_format(client, hidden, request.reply_format),
             adapter=gradients,
         )
 
+    def _checked(self, client: str, request: Forward, *, with_graph: bool) -> Adapter | None:
+        """The adapter of a forward, whose memory is checked; with that of its backward, which may have to repeat it."""
+        self._engine.check_span(request.span)
+        self.check_size(request.hidden)
+        adapter, footprint = self._adapter(client, request), self._engine.footprint
+        needed_bytes = footprint.training_bytes if with_graph else footprint.forward_bytes
+        rows, positions, _ = request.hidden.shape
+        self._check_memory(partial(needed_bytes, Pass.of(request, adapter)), rows, positions)
+        return adapter
+
     async def _step(self, client: str, request: Step) -> Stepped:
         self.check_size(request.hidden)
         session = self._stores.sessions.get(client, request.session, time.monotonic())
+        one, (rows, positions, _) = Pass(span=session.span, adapter=session.adapter), request.hidden.shape
+        before = min(request.position, session.position)  # the engine refuses a step that leaves some out
+
+        def needed_bytes(rows: int, new: int) -> int:
+            return self._engine.footprint.step_bytes(one, rows, new, before + new)
+
+        self._check_memory(needed_bytes, rows, positions)
         return Stepped(
             hidden=await self._in_format(client, await self._steps.run(session, request), request.reply_format)
         )
@@ -123,8 +178,8 @@ class Executor:
         return await self._turns.run(client, partial(in_format, tensor, wire_format))
 
     async def _collect_sum(self, client: str, request: CollectSum) -> CollectedSum:
-        terms = self._stores.sums.take(client, request.adapter_sum)
-        total = await self._compute.run(Priority.BACKWARD, partial(sum_terms, terms), client=client)
+        with self._stores.sums.taken(client, request.adapter_sum) as terms:
+            total = await self._compute.run(Priority.BACKWARD, partial(sum_terms, terms), client=client)
         return CollectedSum(adapter=total, terms=len(terms))
 
     def _open_session(self, client: str, request: OpenSession) -> SessionOpened:
@@ -134,9 +189,12 @@ class Executor:
 
     async def _put_adapter(self, client: str, request: PutAdapter) -> Done:
         self._engine.check_span(request.span)
-        prepare = partial(self._engine.prepare_adapter, request.parts)
-        parts = await self._compute.run(Priority.FORWARD, prepare, client=client)
-        self._stores.adapters.put(client, request.version, request.span, parts)
+        self._engine.hooks.check_places(request.parts)
+        adapters, size_bytes = self._stores.adapters, Adapter(tuple(request.parts)).bytes
+        with adapters.room(client, request.version, request.span, size_bytes):
+            prepare = partial(self._engine.prepare_adapter, request.parts)
+            parts = await self._compute.run(Priority.FORWARD, prepare, client=client)
+            adapters.put(client, request.version, request.span, parts)
         return Done()
 
     def _adapter(self, client: str, request: Forward | OpenSession) -> Adapter | None:

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.engine import TORCH_ERRORS, Engine
 from petals_tune.blocks.memory import give_back_freed_memory, is_out_of_memory
 from petals_tune.errors import (
     AccessDenied,
@@ -255,7 +255,7 @@ class Handler:
             reply = Refusal.of(ServerBusy(f"the request was not done after {limit}", limit="max_request_s"))
         except PetalsTuneError as error:
             reply = Refusal.of(error)
-        except (MemoryError, RuntimeError) as error:
+        except TORCH_ERRORS as error:
             if is_out_of_memory(error):
                 logger.warning("no memory for a request of %s: %s", stream.client, error)
                 reply = Refusal.of(ServerBusy(f"out of memory: {str(error).partition('. GPU')[0]}", limit="memory"))

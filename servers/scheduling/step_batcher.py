@@ -20,6 +20,7 @@ from typing import TypeVar
 import torch
 
 from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.footprint import Pass
 from petals_tune.blocks.kv_cache import Session
 from petals_tune.wire.messages import Step
 from servers.scheduling.compute_thread import ComputeThread, Outcome
@@ -28,6 +29,8 @@ from servers.scheduling.fair_queue import FairScheduler, Priority
 K = TypeVar("K")
 
 MAX_BATCH_ROWS = 64
+MAX_PADDING = 2.0  # a batch's caches are filled up to its longest row: to so many times of what they hold, and no more
+FEW_POSITIONS = 64  # rows that are not longer share a batch whatever their lengths
 ENOUGH_SESSIONS = 0.5  # of the active ones start a batch: the others are at another server of their chain meanwhile
 MAX_WAIT_STEPS = 0.5  # how long a batch waits for more steps, in durations of a step
 ACTIVE_STEPS = 32  # a session whose last step is longer ago, in durations of a step, is not active
@@ -44,9 +47,13 @@ class _Waiting:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Steps with equal keys can share a batch: one new position each, same blocks, same adapter."""
+        """Steps with equal keys can share a batch: one new position each, same blocks, same adapter.
+
+        Some parts of an adapter, such as a soft prompt, act in a session's first step alone.
+        """
         alone = id(self) if self.step.hidden.shape[1] > 1 else None
-        return alone, *self.kind, self.position
+        begins = self.session.adapter_version is not None and self.step.position == 0
+        return alone, *self.kind, begins, self.position
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -77,8 +84,9 @@ class _Measured:
 class StepBatcher:
     """Batches the steps that wait. Used by the event loop alone."""
 
-    def __init__(self, engine: Engine, compute: ComputeThread):
+    def __init__(self, engine: Engine, compute: ComputeThread, *, max_compute_bytes: int | None = None):
         self._engine, self._compute = engine, compute
+        self._max_compute_bytes = max_compute_bytes
         self._by_key: dict[tuple[object, ...], dict[_Waiting, None]] = {}  # all that wait, oldest first
         self._by_client: dict[str, dict[_Waiting, None]] = {}  # the same
         self._lock = threading.Lock()  # of both: the compute thread takes batches out
@@ -201,13 +209,16 @@ class StepBatcher:
         if first not in alike:
             return []
         batch: list[_Waiting] = []
-        rows = 0
+        rows = held = longest = 0
         sessions: set[int] = set()
         for each in [first, *(each for each in alike if each is not first)]:
-            fits = rows + each.session.rows <= MAX_BATCH_ROWS and id(each.session) not in sessions
-            if not batch or fits:
+            now_rows, length = rows + each.session.rows, each.step.position + 1
+            now_held, now_longest = held + each.session.rows * length, max(longest, length)
+            fits = now_rows <= MAX_BATCH_ROWS and id(each.session) not in sessions
+            fits &= now_longest <= FEW_POSITIONS or now_rows * now_longest <= MAX_PADDING * now_held
+            if not batch or (fits and self._has_memory([*batch, each])):
                 batch.append(each)
-                rows += each.session.rows
+                rows, held, longest = now_rows, now_held, now_longest
                 sessions.add(id(each.session))
         return [each for each in batch if self._remove(each)]
 
@@ -219,6 +230,14 @@ class StepBatcher:
             _discard(self._by_key, waiting.key, waiting)
             _discard(self._by_client, waiting.session.client, waiting)
         return True
+
+    def _has_memory(self, batch: Sequence[_Waiting]) -> bool:
+        """Whether a batch of one position a row has memory enough: each row takes what the longest one takes."""
+        if self._max_compute_bytes is None:
+            return True
+        session, rows = batch[0].session, sum(each.session.rows for each in batch)
+        one, longest = Pass(span=session.span, adapter=session.adapter), max(each.step.position for each in batch) + 1
+        return self._engine.footprint.step_bytes(one, rows, 1, longest) <= self._max_compute_bytes
 
 
 def _discard(queues: dict[K, dict[_Waiting, None]], name: K, waiting: _Waiting) -> None:

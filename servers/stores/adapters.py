@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -26,34 +27,42 @@ class AdapterCache(BudgetedStore[_Upload, Adapter]):
         super().__init__(max_bytes=max_bytes)
         self._versions = versions_per_client
 
-    def put(self, client: str, version: str, span: BlockSpan, parts: Sequence[AdapterPart]) -> None:
-        """Keep an adapter, dropping the client's oldest ones where it needs their room.
+    @contextmanager
+    def room(self, client: str, version: str, span: BlockSpan, size_bytes: int) -> Iterator[None]:
+        """Reserve room for an adapter that the block prepares and `put`s, dropping the client's oldest ones for it.
 
         Raises RequestRefused where it never fits, ServerBusy where others have the room now.
         """
-        adapter, upload = Adapter(tuple(parts)), _Upload(version, span)
-        if adapter.bytes > self.max_bytes:
+        upload = _Upload(version, span)
+        if size_bytes > self.max_bytes:
             raise RequestRefused(
-                f"an adapter of {adapter.bytes / 2**20:.0f} MB on blocks {span}, and this server keeps "
+                f"an adapter of {size_bytes / 2**20:.0f} MB on blocks {span}, and this server keeps "
                 f"{self.max_bytes / 2**20:.0f} MB of adapters",
                 reason="adapter",
                 limit="max_adapter_gb",
             )
         self.remove(client, upload)
-        while not self.insert(client, upload, adapter, adapter.bytes):
-            if not (own := self.keys_of(client)):
-                text = f"no room for an adapter of {adapter.bytes / 2**20:.0f} MB now"
-                raise ServerBusy(text, limit="max_adapter_gb")
+        while (own := self.keys_of(client)) and self.available_bytes(client) < size_bytes:
             self.remove(client, own[0])
+        with self.room_for(client, upload, size_bytes) as fits:
+            if not fits:
+                text = f"no room for an adapter of {size_bytes / 2**20:.0f} MB now"
+                raise ServerBusy(text, limit="max_adapter_gb")
+            yield
+
+    def put(self, client: str, version: str, span: BlockSpan, parts: Sequence[AdapterPart]) -> None:
+        """Keep an adapter in the room that was reserved for it; nothing where its client has left."""
+        adapter = Adapter(tuple(parts))
         for tensor in adapter.tensors:
             tensor.requires_grad_(True)
+        self.fill(client, _Upload(version, span), adapter, adapter.bytes)
         for oldest in self.keys_of(client)[: -self._versions]:
             self.remove(client, oldest)
 
     def get(self, client: str, version: str, span: BlockSpan) -> Adapter:
         """Return the part of an adapter on `span`. Raises AdapterMissing where the client has to upload it (again)."""
         for upload in self.keys_of(client):
-            if upload.version == version and upload.span.covers(span):
+            if upload.version == version and upload.span.covers(span) and self.lookup(client, upload) is not None:
                 adapter = self.remove(client, upload)
                 assert adapter is not None
                 self.insert(client, upload, adapter, adapter.bytes)  # as the newest; its room is still free
@@ -76,30 +85,46 @@ class GradientSums(BudgetedStore[_Term, list[torch.Tensor]]):
         super().__init__(max_bytes=max_bytes)
         self._max_sums = sums_per_client
 
-    def add(self, client: str, sum_id: int, place: int, gradients: list[torch.Tensor]) -> None:
-        """Keep a term; one that is here already stays. The oldest sums of a client that never collects are dropped.
+    @contextmanager
+    def room(self, client: str, sum_id: int, place: int, like: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Reserve room for a term as large as `like`, which the block computes and `add`s. Raises ServerBusy."""
+        term, size_bytes = _Term(sum_id, place), sum(tensor.nbytes for tensor in like)
+        if term in self.keys_of(client):
+            yield  # it is computed a second time, and the first one stays
+            return
+        with self.room_for(client, term, size_bytes) as fits:
+            if not fits:
+                text = f"no room for {size_bytes / 2**20:.0f} MB of adapter gradients now"
+                raise ServerBusy(text, limit="max_adapter_gb")
+            yield
 
-        Raises RequestRefused for a term whose shapes differ from the others', ServerBusy where it does not fit.
+    def add(self, client: str, sum_id: int, place: int, gradients: list[torch.Tensor]) -> None:
+        """Keep a term in the room that was reserved for it; one that is here already stays.
+
+        The oldest sums of a client that never collects are dropped. Raises RequestRefused for a term whose shapes are
+        not those of the others.
         """
         new, earlier = _Term(sum_id, place), self.keys_of(client)
-        if new in earlier:
-            return
-        like = next((self.lookup(client, term) for term in earlier if term.sum_id == sum_id), None)
+        terms = [self.lookup(client, term) for term in earlier if term.sum_id == sum_id and term != new]
+        like = next((term for term in terms if term is not None), None)
         if like is not None and [t.shape for t in like] != [t.shape for t in gradients]:
             raise RequestRefused(f"the terms of sum {sum_id} have not the same shapes", reason="sum")
-        size_bytes = sum(tensor.nbytes for tensor in gradients)
-        if not self.insert(client, new, gradients, size_bytes):
-            text = f"no room for {size_bytes / 2**20:.0f} MB of adapter gradients now"
-            raise ServerBusy(text, limit="max_adapter_gb")
+        self.fill(client, new, gradients, sum(tensor.nbytes for tensor in gradients))
         sums = list(dict.fromkeys(term.sum_id for term in self.keys_of(client)))
         for term in earlier:
             if term.sum_id in sums[: -self._max_sums]:
                 self.remove(client, term)
 
-    def take(self, client: str, sum_id: int) -> list[list[torch.Tensor]]:
-        """Remove and return the terms of a sum in order; none where the sum is not here."""
+    @contextmanager
+    def taken(self, client: str, sum_id: int) -> Iterator[list[list[torch.Tensor]]]:
+        """The terms of a sum in order, which is deleted at the end of the block; none where the sum is not here."""
         terms = sorted(term for term in self.keys_of(client) if term.sum_id == sum_id)
-        return [gradients for term in terms if (gradients := self.remove(client, term)) is not None]
+        found = {term: gradients for term in terms if (gradients := self.lend(client, term)) is not None}
+        try:
+            yield list(found.values())
+        finally:
+            for term in found:
+                self.remove(client, term)
 
 
 def sum_terms(terms: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -16,7 +17,7 @@ MAX_VALUES = 4096  # of one client in one store: small ones cost memory too
 
 @dataclass(slots=True)
 class _Entry(Generic[V]):
-    value: V
+    value: V | None  # None: its memory is taken, by a computation that makes the value or uses it
     size_bytes: int
     used_s: float
 
@@ -27,6 +28,9 @@ class BudgetedStore(Generic[K, V]):
     A client that is alone may hold all of the budget. Once others come, each has a right to an equal share: whoever
     holds most beyond that makes room, its newest values first, since the oldest are needed soonest. Values of one
     client never make room for another value of the same client.
+
+    Memory is counted from before it is taken until it is free: room is reserved for a value that is still computed, and
+    a value that is lent to a computation stays counted. Neither is evicted, which would free nothing.
     """
 
     def __init__(self, *, max_bytes: int, max_idle_s: float = math.inf):
@@ -44,8 +48,8 @@ class BudgetedStore(Generic[K, V]):
     def free_bytes(self) -> int:
         return self.max_bytes - self.used_bytes
 
-    def insert(self, client: str, key: K, value: V, size_bytes: int, *, now_s: float = 0.0) -> bool:
-        """Keep `value` as the newest one of `client`, evicting what others hold beyond their shares.
+    def insert(self, client: str, key: K, value: V | None, size_bytes: int, *, now_s: float = 0.0) -> bool:
+        """Keep `value` as the newest one of `client`, evicting what others hold beyond their shares. None reserves.
 
         Returns False, and keeps and evicts nothing, where it does not fit.
         """
@@ -60,6 +64,41 @@ class BudgetedStore(Generic[K, V]):
         self._client_bytes[client] += size_bytes
         self.used_bytes += size_bytes
         return True
+
+    @contextmanager
+    def room_for(self, client: str, key: K, size_bytes: int, *, now_s: float = 0.0) -> Iterator[bool]:
+        """Reserve room, where there is some, for a value that the block computes and `fill`s, or it is free again."""
+        fits = self.insert(client, key, None, size_bytes, now_s=now_s)
+        entry = self._held[client][key] if fits else None
+        try:
+            yield fits
+        finally:
+            if entry is not None and entry.value is None and self._held.get(client, {}).get(key) is entry:
+                self.remove(client, key)
+
+    def fill(self, client: str, key: K, value: V, size_bytes: int, *, now_s: float = 0.0) -> bool:
+        """Keep `value`, for which room was reserved, and count the bytes that it has in the end.
+
+        Returns False, and keeps nothing, where the client left meanwhile or the room does not suffice.
+        """
+        entry = self._held.get(client, {}).get(key)
+        if entry is None or entry.value is not None:
+            return False
+        more = size_bytes - entry.size_bytes
+        if more > max(self.free_bytes, 0):
+            self.remove(client, key)
+            return False
+        entry.value, entry.size_bytes, entry.used_s = value, size_bytes, now_s
+        self._client_bytes[client] += more
+        self.used_bytes += more
+        return True
+
+    def lend(self, client: str, key: K, *, now_s: float = 0.0) -> V | None:
+        """Return the value under `key`, once: its bytes stay counted until it is removed. None where there is none."""
+        value = self.lookup(client, key, now_s=now_s)
+        if value is not None:
+            self._held[client][key].value = None
+        return value
 
     def lookup(self, client: str, key: K, *, now_s: float = 0.0) -> V | None:
         """Return the value that `client` holds under `key`, which counts as a use of it; None where there is none."""
@@ -116,7 +155,11 @@ class BudgetedStore(Generic[K, V]):
         while missing > 0:
             # The greediest is beyond its share: were all others within theirs, this client's share would be free.
             greediest = max(others, key=lambda other: others[other])
-            key, entry = next(newest[greediest])
+            key, entry = next(
+                ((key, entry) for key, entry in newest[greediest] if entry.value is not None), (None, None)
+            )
+            if key is None or entry is None:
+                return None  # a computation has it, and will give it back
             evicted.append((greediest, key))
             others[greediest] -= entry.size_bytes
             missing -= entry.size_bytes

@@ -5,6 +5,7 @@ import torch
 
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.positions import PositionLimits
 from petals_tune.errors import BlocksNotHere, RequestRefused
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Backward
@@ -12,6 +13,7 @@ from petals_tune.wire.span import BlockSpan
 from tests.models import masks, relative_error
 from tests.raising import raises
 from tests.servers.parts import forward, load
+from tests.servers.steps import hidden, outputs, session, step
 
 FAMILIES = ["bloom", "llama", "gpt2"]
 LINEAR = {
@@ -173,3 +175,27 @@ def test_a_gradient_that_does_not_fit_is_refused(model_folder):
     again = forward("2:5", hidden_states())
     with raises(RequestRefused, reason="gradient shape"):
         engine.backward(Backward(again=again, grad=out_gradient(length=6)), None, None)
+
+
+def test_where_torch_fails_on_a_batch_only_the_step_at_fault_fails(model_folder):
+    """A position beyond GPT-J's table, as if nobody had looked at it before."""
+    engine = Engine(load(model_folder("gptj"), "1:4"))
+    engine._positions = PositionLimits(given=None, table=None, length=None)
+    good, other, bad = session(), session(2), session()
+    for each in (good, other, bad):
+        outputs(engine, (each, step(hidden(each.rows, 2, 0), 0)))
+    far = torch.tensor([[2**20]])
+    found, beside, failed = engine.step(
+        [
+            (good, step(hidden(1, 1, 1), 2)),
+            (other, step(hidden(2, 1, 2), 2, order=torch.tensor([1, 0]))),
+            (bad, step(hidden(1, 1, 1), 2, positions=far)),
+        ]
+    )
+    assert isinstance(failed, RuntimeError)
+    alone = session()
+    outputs(engine, (alone, step(hidden(1, 2, 0), 0)))
+    assert torch.equal(found, outputs(engine, (alone, step(hidden(1, 1, 1), 2)))[0])
+    assert isinstance(beside, torch.Tensor)
+    assert (good.position, other.position, bad.position) == (3, 3, 2)
+    assert torch.equal(outputs(engine, (bad, step(hidden(1, 1, 1), 2)))[0], found), "its session goes on"

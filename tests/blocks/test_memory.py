@@ -46,8 +46,12 @@ def test_a_container_has_no_more_than_its_control_group_leaves(tmp_path, monkeyp
     used.write_text("30000000\n")
     limit.write_text("max\n")
     assert free_bytes("cpu") > 100 * 2**20
+    assert memory.total_bytes("cpu") > free_bytes("cpu")
     limit.write_text("50000000\n")
     assert free_bytes("cpu") == 20_000_000
+    assert memory.total_bytes("cpu") == 50_000_000
+    assert memory.compute_bytes("cpu", None) == 50_000_000 // 8
+    assert memory.compute_bytes("cpu", 0.5) == GB // 2
     used.write_text("60000000\n")
     assert free_bytes("cpu") == 0
 

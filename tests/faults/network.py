@@ -67,6 +67,7 @@ class HeldHandler(Handler):
         if isinstance(request, Chained):  # what is in it comes here next, once its tensor is there
             return await super()._reply(client, request)
         self.network.calls[self.name, type(request).__name__] += 1
+        self.network.requests.append((self.name, request))
         for fault in self.network.faults:
             if fault.server == self.name and isinstance(request, fault.inside) and not fault.fired.is_set():
                 if fault.skip:
@@ -132,6 +133,7 @@ class Network(InProcessNetwork):
         self.faults: list[Fault] = []
         self.at_lookup: Callable[[], Coroutine[Any, Any, None]] | None = None  # before the directory answers
         self.calls: Counter[tuple[str, str]] = Counter()
+        self.requests: list[tuple[str, Message]] = []  # by server, in the order in which they came
         self.handed_on: list[str] = []  # names of servers that handed an output on
         self.apart: set[tuple[str, str]] = set()  # names of servers of which the first cannot reach the second
 
@@ -152,8 +154,8 @@ class Network(InProcessNetwork):
             retries = RetryPolicy(**{"timeout_s": 30.0, "first_pause_s": 0.01, **policy})
             client = SwarmClient(self.peer(CLIENT), MODEL, retries, BlockSpan(0, 6))
             formats = {"wire_format": wire_format, "grad_format": wire_format}
-            checks = SpotChecks(client, share=verify, seed=0, **formats) if verify else None
-            return Chain(Calls(client, hand_over=self.hand_over, observer=checks, **formats))
+            checks = SpotChecks(client, share=verify, **formats) if verify else None
+            return Chain(Calls(client, hand_over=self.hand_over, sums=not verify, observer=checks, **formats))
 
         return loop.run(make())
 

@@ -100,7 +100,7 @@ def test_alone_it_is_named_where_the_run_ends(folder, phase, kind, misdeed):
     network = ByzantineNetwork(folder, plan, hand_over=phase.hand_over, has_second=False)
     found, said = expected, id_of(BAD)
     try:
-        found = phase.run(network, timeout_s=1.0)
+        found = phase.run(network, timeout_s=0.3)
     except PetalsTuneError as error:
         said = str(error)
     finally:

@@ -3,7 +3,7 @@
 Where nobody else holds the blocks, the only server's word is final.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +20,11 @@ from petals_tune.errors import (
 )
 from petals_tune.swarm import loop
 from petals_tune.swarm.routes.bans import LONGEST_BAN_S
-from petals_tune.wire.messages import Backward, Forwarded, Gradients, Message, Refusal
+from petals_tune.swarm.session import ChainSession, Inputs
+from petals_tune.wire.messages import Backward, Forwarded, Gradients, Message, Refusal, SessionOpened, Step
 from tests.faults.network import Network, id_of
-from tests.faults.step import LENGTH, TrainingStep, check
+from tests.faults.step import LENGTH, REPLY_S, TOLERANCE, WHOLE, WIDTH, TrainingStep, check
+from tests.models import relative_error
 from tests.raising import raises
 from tests.servers.peers import LIMITS
 
@@ -190,3 +192,90 @@ def test_a_limit_of_the_only_server_is_met_by_smaller_requests(network):
         step_of(network).run()
     assert network.calls["liar", "Forward"] > 2
     assert not network.calls["liar", Backward.__name__]
+
+
+# Generation
+
+
+class Generation:
+    """A prompt of six positions and two single ones, in a session."""
+
+    def __init__(self, network: Network):
+        self._network, self.chain = network, network.chain(reply_s=REPLY_S)
+        self._session = ChainSession(self.chain.calls, self.chain.repair, WHOLE, rows=2, max_length=16, adapter=None)
+        drawn = torch.Generator().manual_seed(5)
+        self._inputs = [torch.randn(2, length, WIDTH, generator=drawn) for length in (6, 1, 1)]
+
+    def run(self, *, before_last: Callable[[], object] = lambda: None) -> torch.Tensor:
+        outputs, position = [], 0
+        for number, hidden in enumerate(self._inputs):
+            if number == len(self._inputs) - 1:
+                before_last()
+            inputs = Inputs(hidden=hidden, padding=None, positions=None)
+            outputs.append(loop.run(self._session.step(inputs, position=position, order=None)))
+            position += len(inputs)
+        self._network.disconnect_clients()
+        return torch.cat(outputs, dim=1)
+
+
+def lengths(network: Network, name: str) -> list[int]:
+    """Positions of the steps that server `name` gets from now on."""
+    handler, seen = network.servers[name].handler, []
+    reply = handler._reply
+
+    async def seeing(client: str, request: Message) -> Message:
+        if isinstance(request, Step):
+            seen.append(request.hidden.shape[1])
+        return await reply(client, request)
+
+    handler._reply = seeing  # type: ignore[method-assign]
+    return seen
+
+
+def test_a_step_that_the_only_server_refuses_for_its_size_is_made_in_smaller_ones(network):
+    plain = Generation(network).run()
+    handler = network.servers["liar"].handler
+    reply = handler._reply
+
+    async def refuse_long(client: str, request: Message) -> Message:
+        if isinstance(request, Step) and request.hidden.shape[1] > 2:
+            raise RequestRefused("no", limit="max_compute_gb", fits=5)  # two positions of two rows
+        return await reply(client, request)
+
+    handler._reply = refuse_long  # type: ignore[method-assign]
+    seen = lengths(network, "liar")
+    found = Generation(network).run()
+    assert seen == [6, 2, 2, 2, 1, 1]
+    assert relative_error(found, plain) <= TOLERANCE
+
+
+def test_what_was_so_far_is_replayed_in_as_many_positions_as_another_server_takes(network):
+    plain = Generation(network).run()
+    limited(network, "b", "3:6", max_tokens=5)
+    seen = lengths(network, "b")
+    generation = Generation(network)
+    generation.chain.client.load.correction[id_of("liar")] = 1e-9
+    found = generation.run(before_last=lambda: network.kill("liar"))
+    assert seen == [2, 2, 2, 1, 1]
+    assert relative_error(found, plain) <= TOLERANCE
+
+
+def test_a_session_that_no_server_has_room_for_is_refused_with_the_longest_that_would_fit(network):
+    network.serve("b", "3:6")
+    for name, length in (("liar", 5), ("b", 9)):
+        word = RequestRefused("no", limit="max_cache_gb", max_length=length)
+        refusing(network, word, SessionOpened, name)
+    with raises(RequestRefused, limit="max_cache_gb", max_length=9) as caught:
+        Generation(network).run()
+    assert all(id_of(name) in str(caught.value) for name in ("liar", "b"))
+
+
+def test_a_session_that_one_server_has_no_room_for_is_opened_at_another(network):
+    plain = Generation(network).run()
+    network.serve("b", "3:6")
+    refusing(network, RequestRefused("no", limit="max_cache_gb", max_length=5), SessionOpened)
+    generation = Generation(network)
+    generation.chain.client.load.correction[id_of("liar")] = 1e-9
+    assert relative_error(generation.run(), plain) <= TOLERANCE
+    assert network.calls["liar", "OpenSession"] == 2, "one is of the plain run"
+    assert not generation.chain.client.banned()

@@ -33,6 +33,7 @@ def config_of(model_type: str, **options: object) -> PretrainedConfig:
         (config_of("llama", **LLAMA), "layers", "model", False),
         (config_of("mistral", **LLAMA, sliding_window=8), "layers", "model", True),
         (config_of("bloom"), "h", "transformer", False),
+        (config_of("mpt"), "blocks", "transformer", True),
         (config_of("opt", ffn_dim=24, word_embed_proj_dim=16), "decoder.layers", "model", False),
     ],
     ids=lambda value: value.model_type if isinstance(value, PretrainedConfig) else "",

@@ -63,7 +63,7 @@ async def test_a_peer_that_listens_nowhere_is_reached_through_a_relay(start):
     server = await start(*await relay.addresses(), listens=False)
     await server.accept(ECHO, echo)
     place = await Reservation.make(server, await relay.addresses())
-    assert await echoed(await start(listens=False), server, place.address) == PAYLOAD
+    assert await echoed(await start(*await relay.addresses(), listens=False), server, place.address) == PAYLOAD
 
 
 async def test_a_daemon_that_came_up_with_the_small_relay_is_started_again(start):
@@ -122,7 +122,7 @@ async def test_a_place_is_asked_for_again_after_the_relay_was_restarted(start, m
         while "nobody can reach it" not in caplog.text:
             await asyncio.sleep(0.05)
         await start(relays=True, identity=identity, host_maddrs=[address.partition("/p2p/")[0]])
-        client = await start(listens=False)
+        client = await start(address, listens=False)
         async with asyncio.timeout(30):
             while True:
                 try:

@@ -8,6 +8,7 @@ import pytest
 
 from petals_tune.errors import ConnectionLost
 from petals_tune.net import dial_back
+from petals_tune.net.address_policy import AddressPolicy, Scope
 from petals_tune.net.dial_back import PROTOCOL, Answer, DialBack, dial_all, is_dialable
 from petals_tune.net.hivemind_p2p import HivemindTransport
 from petals_tune.net.members import Members
@@ -16,6 +17,7 @@ from petals_tune.wire.tokens import issue
 from tests.raising import raises
 
 OWNER = SigningKey.new()
+HERE = AddressPolicy(narrowest=Scope.LOOPBACK)
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def member(identity: SigningKey) -> Members:
 
 
 async def test_a_peer_says_whether_it_can_dial_another(start):
-    _, known = await start(answers=DialBack(None))
+    _, known = await start(answers=DialBack(None, HERE))
     newcomer, own = await start(*known)
     assert await is_dialable(newcomer, known, own, None) is True
     closed = "/ip4/127.0.0.1/tcp/1/p2p/" + newcomer.id
@@ -71,7 +73,7 @@ async def test_a_peer_says_whether_it_can_dial_another(start):
 
 
 async def test_the_address_of_a_router_is_believed_where_nobody_sees_it(start):
-    _, known = await start(answers=DialBack(None))
+    _, known = await start(answers=DialBack(None, HERE))
     newcomer, _ = await start(*known)
     router = ["/ip4/10.0.0.5/tcp/31337"]
     assert await is_dialable(newcomer, known, router, None) is False
@@ -87,7 +89,7 @@ async def test_one_that_knows_no_such_question_says_nothing(start):
 
 async def test_a_private_swarm_dials_members_alone(start):
     host, guest, stranger = SigningKey.new(), SigningKey.new(), SigningKey.new()
-    _, known = await start(answers=DialBack(member(host)), identity=host)
+    _, known = await start(answers=DialBack(member(host), HERE), identity=host)
     newcomer, own = await start(*known, identity=guest)
     assert await is_dialable(newcomer, known, own, member(guest)) is True
     other, own = await start(*known, identity=stranger)
@@ -105,6 +107,20 @@ async def test_nothing_but_the_host_that_asked_is_dialled(listener):
         dialled=(other, there), reached=(there,)
     )
     assert len(visits) == 1
+
+
+async def test_in_a_public_swarm_no_local_service_is_dialled_for_one_who_asks_from_here(start, listener):
+    port, visits = await listener("127.0.0.1", dial_back._GREETING)
+    _, known = await start(answers=DialBack(None, AddressPolicy()))
+    newcomer, _ = await start(*known)
+    assert await is_dialable(newcomer, known, [f"/ip4/127.0.0.1/tcp/{port}"], None) is False
+    assert visits == []
+
+
+def test_who_asks_through_a_relay_has_no_host_of_its_own():
+    relayed = "/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWGRUaaqTyQ3mjBWbfu8yVaaWHXtmtzBqbLa9kGDGnkZBi/p2p-circuit"
+    assert dial_back._host("/ip4/127.0.0.1/tcp/4001") == "127.0.0.1"
+    assert dial_back._host(relayed) is None
 
 
 @pytest.mark.parametrize("greeting", [b"", b"HTTP/1.1 400 Bad Request\r\n", b"\x13/multistream"])
@@ -126,7 +142,7 @@ async def test_one_that_lets_in_and_says_nothing_does_not_hold_up(listener, monk
     "question", [b"rubbish!", b"\xff\xff\xff\xff", b"\x00\x00\x00\x01\x80", b"\x00\x00\x00\x05\xff"]
 )
 async def test_rubbish_ends_the_stream_and_the_next_question_is_answered(start, question):
-    host, known = await start(answers=DialBack(None))
+    host, known = await start(answers=DialBack(None, HERE))
     newcomer, own = await start(*known)
     connection = await newcomer.dial(host.id, (), PROTOCOL)
     await connection.write(question)
@@ -138,7 +154,7 @@ async def test_rubbish_ends_the_stream_and_the_next_question_is_answered(start, 
 
 async def test_only_a_few_are_dialled_at_once(start, monkeypatch):
     monkeypatch.setattr(dial_back, "AT_ONCE", 1)
-    answers = DialBack(None)
+    answers = DialBack(None, HERE)
     host, known = await start(answers=answers)
     newcomer, own = await start(*known)
     connection = await newcomer.dial(host.id, (), PROTOCOL)

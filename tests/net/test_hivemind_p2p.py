@@ -5,6 +5,7 @@ import importlib
 import os
 import pkgutil
 import signal
+import socket
 from collections.abc import AsyncIterator
 from types import ModuleType
 
@@ -16,6 +17,7 @@ from google.protobuf.message import DecodeError
 from hivemind.dht.protocol import ValidationError
 
 from petals_tune.errors import ClockSkew, ConfigError, ConnectionLost, PetalsTuneError, ServerUnreachable
+from petals_tune.net.dht.networks import Networks
 from petals_tune.net.hivemind_p2p import (
     HivemindTransport,
     PendingCalls,
@@ -23,6 +25,7 @@ from petals_tune.net.hivemind_p2p import (
     hivemind_errors,
     on_this_machine,
 )
+from petals_tune.net.stream import ServerStream
 from petals_tune.net.transport import Connection
 from tests.raising import raises
 
@@ -116,6 +119,39 @@ async def echo(connection: Connection) -> None:
         connection.close()
 
 
+async def test_a_local_service_that_others_announce_is_sent_no_byte():
+    """Somebody says: my server is at an address of yours."""
+    got: list[bytes] = []
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        got.append(await reader.read(100))
+        writer.close()
+
+    service = await asyncio.start_server(listen, None, 0, family=socket.AF_INET)
+    port = service.sockets[0].getsockname()[1]
+    hosts = ["/ip4/127.0.0.1", "/ip4/127.3.2.1", "/ip4/0.0.0.0", "/ip6/::ffff:127.0.0.1", "/ip6/::1", "/dns4/localhost"]
+    announced = [f"{host}/tcp/{port}/p2p/{ED25519}" for host in hosts]
+    announced += [f"{announced[0].replace(ED25519, RSA)}/p2p-circuit/p2p/{ED25519}", f"/dns/localhost/tcp/{port}"]
+    careful = await HivemindTransport.start(listens=False)
+    beside = await HivemindTransport.start()
+    try:
+        for addresses in (*([address] for address in announced), announced):
+            with raises(ServerUnreachable, peer=ED25519) as caught:
+                await ServerStream.open(careful, ED25519, addresses, model="m", timeout_s=20)
+            assert "swarm.announce_maddrs" in str(caught.value), "what to do"
+        assert await Networks(careful).reach(ED25519, announced) is None
+        assert got == []
+        with raises(ConnectionLost, peer=ED25519):  # in a swarm of this machine it makes sense
+            await beside.reach(ED25519, announced[:1])
+        assert len(got) == 1, "the attack works where nothing is refused"
+        await careful.connect((await beside.addresses())[0])
+        await careful.reach(beside.id, announced)  # over the connection that is there
+    finally:
+        await careful.stop()
+        await beside.stop()
+        service.close()
+
+
 async def kill(transport: HivemindTransport) -> None:
     os.kill(transport.p2p._child.pid, signal.SIGKILL)
     assert await transport.ended() == "killed by signal 9"
@@ -140,8 +176,8 @@ async def test_a_dial_that_is_refused_or_reaches_nobody(host, guest):
     addresses = await host.addresses()
     for peer, there, protocol in (
         (host.id, addresses, "/unknown"),
-        (host.id, ["rubbish"], ECHO),
-        (host.id, ["/ip4/10.0.0.5/tcp/1/p2p-circuit"], ECHO),
+        (ED25519, ["rubbish"], ECHO),
+        (ED25519, ["/ip4/10.0.0.5/tcp/1/p2p-circuit"], ECHO),
         ("rubbish", (), ECHO),
         ("", (), ECHO),
         ("0OIl", (), ECHO),

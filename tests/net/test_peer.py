@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,17 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from petals_tune.errors import ServerError, ServerUnreachable
+from petals_tune.errors import AccessDenied, PetalsTuneError, ServerError, ServerUnreachable, SwarmMismatch
 from petals_tune.net.circuit_relay import Reservation
 from petals_tune.net.dht import directory as dht_directory
 from petals_tune.net.hivemind_p2p import LOOPBACK
 from petals_tune.net.in_process import InProcessNetwork
-from petals_tune.net.peer import Peer, joined
+from petals_tune.net.peer import Peer, _ask_for_the_reason, joined
+from petals_tune.net.transport import Connection
+from petals_tune.wire.messages import Refusal
+from petals_tune.wire.records import PROTOCOL
 from petals_tune.wire.span import BlockSpan
-from tests.net.played_peer import LONG_S
+from tests.net.played_peer import LONG_S, PlayedPeer, welcome
 from tests.raising import raises
 from tests.servers.peers import record_of
 
@@ -117,3 +121,57 @@ def test_the_addresses_of_a_relayed_peer_follow_its_relay():
     assert peer.addresses == (own[1], "/ip4/10.0.0.1/tcp/1/p2p/one/p2p-circuit/p2p/me")
     place.relay = place.relays[1]
     assert peer.addresses == (own[1], "/ip4/10.0.0.2/tcp/1/p2p/two/p2p-circuit/p2p/me")
+
+
+# Why the directory of a private swarm is silent: one initial peer's word is not enough where there are others
+
+DENIED, ELSEWHERE = AccessDenied("no", reason="revoked", member="alice"), SwarmMismatch("no")
+
+
+async def played(network: InProcessNetwork, name: str, answer: PetalsTuneError | None) -> None:
+    """An initial peer that refuses whoever greets it, or lets him in."""
+
+    async def serve(connection: Connection) -> None:
+        peer = PlayedPeer(connection)
+        number, _ = await peer.read()
+        await peer.send(welcome() if answer is None else Refusal.of(answer), number)
+
+    await network.peer(name).transport.accept(PROTOCOL, serve)
+
+
+async def reason(answers: dict[str, PetalsTuneError | None], *, away: Sequence[str] = ()) -> None:
+    network = InProcessNetwork()
+    for name, answer in answers.items():
+        await played(network, name, answer)
+    addresses = [f"/ip4/127.0.0.1/tcp/1/p2p/{name}" for name in (*answers, *away)]
+    try:
+        await _ask_for_the_reason(network.peer("me").transport, addresses, None, timeout_s=LONG_S)
+    finally:
+        await network.close()
+
+
+@pytest.mark.parametrize(
+    ("answers", "away"),
+    [({"a": DENIED, "b": None}, ()), ({"a": None}, ()), ({}, ("a", "b"))],
+    ids=["another one lets us in", "the only one lets us in", "none answers"],
+)
+async def test_no_reason_is_known_where(answers, away):
+    await reason(answers, away=away)
+
+
+@pytest.mark.parametrize(
+    "answers", [{"a": DENIED}, {"a": DENIED, "b": DENIED}, {"a": DENIED, "b": DENIED, "c": ELSEWHERE}]
+)
+async def test_two_initial_peers_that_agree_or_the_only_one_are_believed(answers):
+    with raises(AccessDenied, **vars(DENIED)) as caught:
+        await reason(answers)
+    assert "a" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("answers", "away"), [({"a": DENIED}, ("b",)), ({"a": DENIED, "b": ELSEWHERE}, ())], ids=["alone", "they differ"]
+)
+async def test_one_of_several_initial_peers_is_not_believed_and_what_it_says_is_told(answers, away):
+    with raises(ServerUnreachable, peer="a") as caught:
+        await reason(answers, away=away)
+    assert "no" in str(caught.value)

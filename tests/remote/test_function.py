@@ -9,14 +9,18 @@ import pytest
 import torch
 
 from petals_tune import AutoDistributedModelForCausalLM
+from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.footprint import Pass
 from petals_tune.errors import RequestRefused, RequestTooLarge
 from petals_tune.net.stream import OVERHEAD_BYTES
 from petals_tune.wire.messages import Backward, Chained, Forward, Message, Step
+from petals_tune.wire.span import BlockSpan
 from servers.requests.handler import Handler
 from servers.stores.leases import LeaseStore
 from tests.inprocess import in_process_swarm
 from tests.models import VOCABULARY, plain_model, relative_error, save_model
 from tests.raising import raises
+from tests.servers.parts import load
 
 ROWS, LENGTH, HIDDEN = 6, 16, 32
 ROW_BYTES = 4 * LENGTH * HIDDEN  # float32
@@ -56,11 +60,16 @@ def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
     return [parameter.grad for parameter in tuned.parameters() if parameter.requires_grad]
 
 
-@pytest.mark.parametrize("rows_that_fit", [1, 2, 4])
-def test_a_batch_is_cut_into_what_a_server_takes_in_one_message(folder, requests, rows_that_fit):
-    # A forward that will have a backward counts twice: its input and a gradient may have to travel together.
-    limit = 2 * rows_that_fit * ROW_BYTES + OVERHEAD_BYTES
-    with in_process_swarm(folder, "0:2", "2:6", max_message_bytes=limit):
+@pytest.mark.parametrize(
+    ("rows_that_fit", "limits"),
+    [
+        # A forward that will have a backward counts twice: its input and a gradient may have to travel together.
+        *((rows, {"max_message_bytes": 2 * rows * ROW_BYTES + OVERHEAD_BYTES}) for rows in (1, 2, 4)),
+        (2, {"max_tokens": 2 * LENGTH + 1}),
+    ],
+)
+def test_a_batch_is_cut_into_what_a_server_takes_at_once(folder, requests, rows_that_fit, limits):
+    with in_process_swarm(folder, "0:2", "2:6", **limits):
         model = remote(folder)
         found, expected = gradients(model), gradients(plain_model(folder))
         model.remote_blocks.close()
@@ -81,9 +90,17 @@ def test_a_row_that_is_too_large_alone_is_refused_with_what_would_fit(folder, re
     assert not requests, "nothing was sent"
 
 
-def test_a_long_prompt_is_read_in_as_many_positions_as_a_server_takes(folder, requests):
-    limit = ROW_BYTES // 4 + 100 + OVERHEAD_BYTES  # two positions of two rows, and their position ids
-    with in_process_swarm(folder, "0:2", "2:6", max_message_bytes=limit), torch.no_grad():
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_message_bytes": ROW_BYTES // 4 + 100 + OVERHEAD_BYTES},  # two positions, and their ids
+        {"max_tokens": 5},
+        {"max_positions": 2},
+    ],
+    ids=lambda limits: next(iter(limits)),
+)
+def test_a_long_prompt_is_read_in_as_many_positions_as_a_server_takes(folder, requests, limits):
+    with in_process_swarm(folder, "0:2", "2:6", **limits), torch.no_grad():
         model = remote(folder)
         options = {"max_new_tokens": 6, "do_sample": False}
         found = model.generate(IDS[:2], **options)
@@ -99,14 +116,14 @@ def test_a_long_prompt_is_read_in_as_many_positions_as_a_server_takes(folder, re
 def leases(monkeypatch: pytest.MonkeyPatch) -> list[LeaseStore]:
     """What servers in this process keep."""
     stores: list[LeaseStore] = []
-    keep = LeaseStore.keep
+    room = LeaseStore.room
 
     def seen(self: LeaseStore, *args):
         if self not in stores:
             stores.append(self)
-        return keep(self, *args)
+        return room(self, *args)
 
-    monkeypatch.setattr(LeaseStore, "keep", seen)
+    monkeypatch.setattr(LeaseStore, "room", seen)
     return stores
 
 
@@ -208,3 +225,15 @@ def test_shorter_formats_carry_large_states_and_small_gradients(large, wire_form
         client = model.remote_blocks.backbone.chain.client
         assert (client.stats.retries, client.banned()) == (0, frozenset())
         model.remote_blocks.close()
+
+
+def test_a_batch_is_cut_into_what_a_server_has_memory_to_compute(folder, requests):
+    engine = Engine(load(folder, "2:6"))
+    limit = engine.footprint.training_bytes(Pass(span=BlockSpan(2, 6)), 2, LENGTH)
+    with in_process_swarm(folder, "0:2", "2:6", max_compute_bytes=limit):
+        model = remote(folder)
+        found = gradients(model)
+        model.remote_blocks.close()
+    assert max(relative_error(*pair) for pair in zip(found, gradients(plain_model(folder)), strict=True)) <= 1e-5
+    sizes = [len(request.hidden) for request in requests if isinstance(request, Forward)]
+    assert max(sizes[-4:]) <= 2 < max(sizes)

@@ -38,6 +38,7 @@ LIMITS = RequestLimits(
     max_message_bytes=2**20,
     max_positions=64,
     max_tokens=256,
+    max_compute_bytes=2**28,
 )
 
 

@@ -68,28 +68,30 @@ class Seen:
     def __init__(self) -> None:
         self.events: list[tuple[str, BlockSpan]] = []
 
-    async def on_forward(self, leg, context, output) -> None:
+    async def on_forward(self, leg, context, output) -> str:
         self.events.append(("forward", leg.hop.span))
+        return f"kept with {leg.hop.span}"
 
-    async def on_backward(self, leg, context, grad, found, *, summed) -> None:
-        self.events.append(("summed backward" if summed else "backward", leg.hop.span))
+    async def on_backward(self, leg, context, grad, found) -> None:
+        self.events.append(("backward", leg.hop.span))
 
-    async def on_sum(self, partial_sum, found) -> None:
-        self.events.append(("sum", partial_sum.hop.span))
+    async def on_release(self, leg) -> None:
+        self.events.append(("release", leg.hop.span))
 
 
-def test_an_observer_sees_each_request_after_its_reply(network):
-    step = Step(network)
-    step.chain.calls.observer = seen = Seen()
-    step.run()
+def test_an_observer_sees_each_request_after_its_reply_and_what_it_keeps_stays_with_the_leg(network):
+    chain = network.chain()
+    chain.calls.observer = seen = Seen()
+    trace = loop.run(chain.forward(HIDDEN, CONTEXT, WHOLE, keep=True, input_grad=True))
+    assert [leg.shadow for leg in trace.legs] == ["kept with 0:3", "kept with 3:6"]
+    loop.run(chain.backward(trace, HIDDEN))
+    loop.run(chain.release([trace]))
     second = BlockSpan(3, 6)
-    assert seen.events[:4] == [
-        ("forward", FIRST),
-        ("forward", second),
-        ("summed backward", second),
-        ("summed backward", FIRST),
+    assert seen.events == [
+        *(("forward", FIRST), ("forward", second)),
+        *(("backward", second), ("backward", FIRST)),
+        *(("release", FIRST), ("release", second)),
     ]
-    assert sorted(seen.events[4:]) == [("sum", FIRST), ("sum", second)]
 
 
 class Asked:

@@ -1,7 +1,7 @@
 """A client is in a swarm once all its blocks have a server; otherwise it hears what is missing, and has left again."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -33,7 +33,7 @@ class Entrance:
         finally:
             self.inside -= 1
 
-    def join(self, model: str = MODEL, blocks: BlockSpan = WHOLE) -> SwarmClient:
+    def join(self, model: str = MODEL, blocks: Sequence[BlockSpan] = (WHOLE,)) -> SwarmClient:
         return loop.run(join_swarm(["peer"], model=model, source="the model", blocks=blocks, policy=RetryPolicy()))
 
 
@@ -67,7 +67,8 @@ def test_blocks_that_nobody_holds_are_named_after_a_while_and_the_client_leaves(
 
 def test_only_the_blocks_that_are_needed_are_waited_for(entrance, network):
     network.kill("b")
-    loop.run(entrance.join(blocks=BlockSpan(1, 3)).close())
+    network.serve("c", "4:5")
+    loop.run(entrance.join(blocks=[BlockSpan(1, 3), BlockSpan(4, 5)]).close())
 
 
 def test_a_server_that_comes_meanwhile_is_found(entrance, network):
@@ -102,7 +103,7 @@ def test_who_gives_up_waiting_leaves(entrance, network):
 
     async def give_up() -> None:
         task = asyncio.create_task(
-            join_swarm(["peer"], model=MODEL, source="the model", blocks=WHOLE, policy=RetryPolicy())
+            join_swarm(["peer"], model=MODEL, source="the model", blocks=[WHOLE], policy=RetryPolicy())
         )
         await looking.wait()
         task.cancel()

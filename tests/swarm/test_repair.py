@@ -11,6 +11,7 @@ from petals_tune.errors import (
     AdapterMissing,
     LeaseLost,
     NotHandedOn,
+    OverLimit,
     Refused,
     RequestRefused,
     ServerError,
@@ -176,3 +177,80 @@ async def test_a_cancelled_caller_ends_the_way_along_a_route():
     with pytest.raises(asyncio.CancelledError):
         await task
     assert left.is_set()
+
+
+# What a server refuses
+
+
+def refusal(peer: str, span: str = "0:2", **said: object) -> Refused:
+    found = RequestRefused("no", **said)
+    kind = OverLimit if found.limit else Refused
+    return kind("no", peer=peer, span=BlockSpan.parse(span), said=found)
+
+
+async def test_what_one_server_refuses_is_asked_of_others_and_never_of_it_again():
+    swarm, seen = Counted(), []
+    await Repair(swarm).along_route(BlockSpan(0, 6), failing_at({2: [refusal("x", "2:4")]}, seen), work=1)
+    assert seen == [0, 2, 4]
+    assert swarm.without == [frozenset(), {"x"}]
+    assert swarm.contradicted_ == ["x"]
+
+
+async def test_it_is_contradicted_once_all_that_it_refused_is_done():
+    swarm = Counted()
+    work = refusal("x", "0:6")
+    route = failing_at({0: [work], 4: [ServerUnreachable("gone")] * 3}, [])
+    with raises(SwarmTimeout):
+        await Repair(swarm).along_route(BlockSpan(0, 6), route, work=1)
+    assert not swarm.contradicted_
+    await Repair(swarm).along_route(BlockSpan(0, 6), failing_at({0: [work]}, []), work=1)
+    assert swarm.contradicted_ == ["x"]
+
+
+async def test_what_two_refuse_is_raised_with_both_names():
+    swarm = Counted()
+    with raises(RequestRefused, reason="rows") as caught:
+        await Repair(swarm).along_route(
+            BlockSpan(0, 6), failing_at({0: [refusal("x"), refusal("y", reason="rows")]}, []), work=1
+        )
+    assert "servers x and y" in str(caught.value)
+
+
+@pytest.mark.parametrize("after", [[], [UncoveredBlocks("none")]], ids=["at once", "once the others have left"])
+async def test_the_only_servers_word_is_final(after):
+    swarm = Counted(alone=not after)
+
+    async def work() -> None:
+        if after:
+            swarm.alone = True
+            raise after.pop()
+        raise AssertionError("it was not asked again")
+
+    errors = [refusal("x", reason="rows")]
+    repair = Repair(swarm)
+    attempts = repair.attempts()
+    with raises(RequestRefused, reason="rows") as caught:
+        await repair.pause(attempts, errors[0])
+        await repair.until_done(work, attempts)
+    assert "only server x was there" in str(caught.value)
+
+
+async def test_a_limit_is_no_failure_and_waits_for_nothing(monkeypatch):
+    swarm = Counted(RetryPolicy(attempts=1, first_pause_s=1e6))
+    limits = [refusal("x", limit="max_tokens"), refusal("x", limit="max_tokens")]
+    limits[0].fits = 3
+    await Repair(swarm).along_route(BlockSpan(0, 6), failing_at({0: limits}, []), work=1)
+    assert swarm.without == [frozenset(), frozenset(), {"x"}], "asked for less, or where that is no use not again"
+
+
+async def test_a_server_that_lacks_what_it_was_just_sent_is_given_up():
+    swarm = Counted()
+    with raises(AdapterMissing):
+        await Repair(swarm).supply_missing(Work([AdapterMissing("a", peer="x"), AdapterMissing("still", peer="x")]))
+    assert swarm.given_up == ["x"]
+    repair = Repair(swarm)
+    attempts = repair.attempts()
+    await repair.pause(attempts, SessionLost("evicted", peer="y"))
+    assert swarm.given_up == ["x"], "that happens"
+    await repair.pause(attempts, SessionLost("again", peer="y"))
+    assert swarm.given_up == ["x", "y"]

@@ -16,7 +16,7 @@ from petals_tune.wire.messages import Message, OpenSession, Refusal, Step, Stepp
 from petals_tune.wire.span import BlockSpan
 from tests.faults.network import Network
 from tests.faults.step import WHOLE, WIDTH, adapter
-from tests.models import relative_error
+from tests.models import ROPE_TYPES, relative_error
 from tests.raising import raises
 from tests.servers.parts import forward
 
@@ -169,6 +169,32 @@ def test_a_prompt_is_read_in_pieces(network, monkeypatch):
     monkeypatch.setattr(module, "MOST_POSITIONS", 3)
     check(Generation(network).steps(LENGTH), of_one_engine(network))
     assert network.calls["a", "Step"] == 3
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_what_is_replayed_has_the_frequencies_of_the_first_time(model_folder, monkeypatch, rope_type):
+    """A prompt of 12 positions in parts of 5, behind which the text goes back to 10."""
+    monkeypatch.setattr(module, "MOST_POSITIONS", 5)
+    hidden = torch.randn(ROWS, 14, WIDTH, generator=torch.Generator().manual_seed(1))
+    network = Network(model_folder("llama", **ROPE_TYPES[rope_type]))
+
+    def generate(*, lost: bool) -> torch.Tensor:
+        for name, span in {"a": "0:3", "b": "3:6"}.items():
+            network.serve(name, span)
+        generation = Generation(network)
+        outputs = []
+        for start, stop in ((0, 12), (10, 11), (11, 14)):
+            fault = network.fault("b", Step, lambda: replaced(network)) if lost and start == 11 else None
+            part = Inputs(hidden=hidden[:, start:stop], padding=None, positions=None, context_length=stop)
+            outputs.append(loop.run(generation.session.step(part, position=start, order=None)))
+            assert fault is None or fault.fired.is_set()
+        network.disconnect_clients()
+        return torch.cat(outputs, dim=1)
+
+    try:
+        assert torch.equal(generate(lost=True), generate(lost=False))
+    finally:
+        network.stop()
 
 
 def test_a_session_that_would_be_too_long_says_what_would_do_and_goes_on(network):

@@ -13,9 +13,7 @@ class Blocks:
     """Remote blocks of which two servers hold 0:3 and 2:6, and a third one 3:6, which is not on the route."""
 
     stats = SwarmStats(sent_bytes=7)
-
-    def __len__(self) -> int:
-        return 6
+    backbone = SimpleNamespace(local=None)
 
     def servers(self) -> list[Any]:
         return [SimpleNamespace(blocks=BlockSpan(*span)) for span in ((0, 3), (2, 6), (3, 6))]
@@ -27,6 +25,9 @@ class Blocks:
             SimpleNamespace(span=BlockSpan(0, 3), server=first),
             SimpleNamespace(span=BlockSpan(3, 6), server=second),
         ]
+
+
+ROUTE = "route 0:3 (int8, ..1234) -> 3:6 (none, ..5678)"
 
 
 def remote_model() -> Any:
@@ -49,9 +50,18 @@ def test_stats_are_those_of_the_remote_blocks_or_zero() -> None:
 
 
 def test_the_swarm_in_a_line() -> None:
-    route = "0:3 (int8, ..1234) -> 3:6 (none, ..5678)"
-    assert describe_swarm(remote_model()) == f"3 servers, every block of 0:6 on 1 or more; route {route}"
+    assert describe_swarm(remote_model()) == f"3 servers, every block of 0:6 on 1 or more; {ROUTE}"
     assert describe_swarm(tiny_model()) == "all blocks are on this machine"
+
+
+def test_local_blocks_in_a_line() -> None:
+    model = remote_model()
+    model.remote_blocks.backbone = SimpleNamespace(
+        local=SimpleNamespace(spans=(BlockSpan(0, 1), BlockSpan(5, 6)), quantization="none")
+    )
+    local = "blocks 0:1, 5:6 on this machine, as plain weights"
+    assert describe_swarm(model).endswith(f"every block of 0:6 that is not here on 1 or more; {ROUTE}; {local}")
+    assert describe_block_location(model) == f"on servers, as int8 and plain weights; {local}"
 
 
 def test_where_the_blocks_run() -> None:

@@ -1,6 +1,6 @@
 import pytest
 
-from petals_tune.config import composed
+from petals_tune.config import build, check, composed
 from petals_tune.errors import ConfigError
 from petals_tune.train.options import JoinedSwarm, LocalSwarm, prompt_tuning
 from petals_tune.wire.signing import SigningKey
@@ -36,6 +36,38 @@ def test_named_spans_may_overlap() -> None:
 def test_spans_that_cannot_work(swarm: LocalSwarm, key: str, seen: object) -> None:
     with raises(ConfigError, key=key, seen=seen):
         swarm.check(30)
+
+
+def test_servers_get_the_blocks_that_are_not_local() -> None:
+    assert spans(LocalSwarm(local_blocks=["0:2", "28:30"]), 30) == ["2:15", "15:28"]
+    assert spans(LocalSwarm(local_blocks=["4:6"], servers=3), 8) == ["0:2", "2:4", "6:8"]
+    assert spans(LocalSwarm(local_blocks=["3:4"], servers=1), 6) == ["0:6"]
+    assert spans(LocalSwarm(local_blocks=["0:1", "3:4"], spans=["1:3", "4:6"]), 6) == ["1:3", "4:6"]
+    with raises(ConfigError, key="swarm.spans", seen=["1:3"]):
+        LocalSwarm(local_blocks=["0:1", "3:4"], spans=["1:3"]).check(6)
+    with raises(ConfigError, key="swarm.servers", seen=2):
+        LocalSwarm(local_blocks=["1:6"]).check(6)
+
+
+@pytest.mark.parametrize(
+    "swarm", [LocalSwarm(local_blocks=["0:31"]), JoinedSwarm(initial_peers=["x"], local_blocks=["0:31"])]
+)
+def test_local_blocks_that_the_model_does_not_have(swarm: LocalSwarm | JoinedSwarm) -> None:
+    with raises(ConfigError, key="swarm.local_blocks", seen="0:31"):
+        swarm.check(30)
+
+
+@pytest.mark.parametrize("swarm", [[], ["swarm=join", "swarm.initial_peers=[x]"]])
+def test_local_blocks_are_options_of_both_swarms(swarm: list[str]) -> None:
+    cfg = composed(["recipe=sst2", *swarm, "swarm.local_blocks=[0:2,28:30]", "output_dir=out"])
+    check(cfg)
+    built = build(cfg.swarm, where="swarm")
+    assert built.client_options()["local_blocks"] == ["0:2", "28:30"]
+    assert built.client_options()["local_quantization"] == "int8"
+
+
+def test_local_blocks_are_quantized_as_those_of_local_servers() -> None:
+    assert composed(["recipe=sst2", "swarm.quantization=nf4"]).swarm.local_quantization == "nf4"
 
 
 def test_a_span_typed_on_the_command_line_needs_no_quotes() -> None:

@@ -4,16 +4,20 @@ import csv
 import json
 import math
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from petals_tune.config import recipe_names
 from petals_tune.errors import ConfigError, DataError, PetalsTuneError, ServerUnreachable, UnsupportedModel
 from petals_tune.train.result import Result
-from petals_tune.train.run import run
+from petals_tune.train.run import connected_model, run
+from tests.inprocess import in_process_swarm
 from tests.raising import raises
 from tests.train.conftest import Compose, tiny_config
 from tests.train.tiny import LocalConnection, save_tiny
@@ -189,3 +193,42 @@ def test_a_loss_too_large_for_float32s_exponential_is_in_the_result(tmp_path: Pa
         measured = json.loads((output / "result.json").read_text(), parse_constant=pytest.fail)["measured"]["after"]
         assert measured["loss"] > (88.8 if finite else 710)
         assert measured["perplexity"] == (pytest.approx(math.exp(measured["loss"])) if finite else None)
+
+
+SLOW = [name for name in recipe_names() if name != "sst2_lora_head"]
+LOCAL = ("swarm.local_blocks=[0:1]", "swarm.local_quantization=none", "swarm.servers=1")  # of two blocks
+
+
+@pytest.mark.parametrize("recipe", ["sst2_lora_head", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_a_recipe_with_local_blocks_gives_the_figures_of_servers_alone(
+    recipe: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = "trainer.max_steps=3"
+    with in_process_swarm(tiny_folder, "0:2"):
+        connect = partial(connected_model, peers=[])
+        remote = run(tiny_config(tiny_folder, tmp_path / "remote", recipe, short), connect)
+        split = run(tiny_config(tiny_folder, tmp_path / "split", recipe, short, *LOCAL), connect)
+    for when in ("before", "after"):
+        assert split[when] == pytest.approx(remote[when], rel=1e-5), when
+    assert "blocks 0:1 on this machine, as plain weights" in capsys.readouterr().out
+    card = (tmp_path / "split" / "adapter" / "README.md").read_text()
+    assert "blocks 0:1 on this machine" in card
+
+
+@pytest.mark.slow
+def test_a_run_with_dropout_in_local_blocks_goes_on_exactly(tiny_folder: Path, tmp_path: Path) -> None:
+    options = (*LOCAL, "tuning.lora_dropout=0.5", "callbacks.replies=null", "trainer.val_check_interval=2")
+    with in_process_swarm(tiny_folder, "1:2"):
+        connect = partial(connected_model, peers=[])
+        for name, further in {
+            "whole": ["trainer.max_steps=4"],
+            "first": ["trainer.max_steps=2"],
+            "second": ["trainer.max_steps=4", f"ckpt_path={tmp_path / 'first' / 'checkpoint.ckpt'}"],
+        }.items():
+            schedule = "schedule=constant"
+            run(tiny_config(tiny_folder, tmp_path / name, "personachat_lora", *options, schedule, *further), connect)
+    whole, second = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "second")
+    )
+    assert whole.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in whole.items())

@@ -19,7 +19,8 @@ from tests.wire.test_messages import EXAMPLES, FORWARD, NAMES, same
 
 
 def test_there_is_an_example_of_every_message():
-    assert set(Message.__subclasses__()) == {type(example) for example in EXAMPLES}
+    ours = {kind for kind in Message.__subclasses__() if kind.__module__ == Message.__module__}  # tests define others
+    assert ours == {type(example) for example in EXAMPLES}
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=NAMES)

@@ -57,6 +57,7 @@ FORWARD = Forward(
     hidden=HIDDEN,
     padding=torch.tensor([[True, True, False], [True, True, True]]),
     positions=torch.arange(3)[None],
+    context_length=7,
     adapter="version",
     keep=True,
     train=True,

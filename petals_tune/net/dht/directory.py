@@ -55,7 +55,7 @@ class DhtDirectory:
         self._identity, self._members = identity, members
         self._initial = tuple(peer_of(address) for address in initial_peers)
         self._reader = Reader(node, self._initial, ask_why=None if members is None else ask_why)
-        self._chance = random.Random()
+        self._chance = random.SystemRandom()
         self._depths: dict[int, Depth] = {}  # by group
         self._announced: ServerRecord | None = None
         self._ends_s = 0.0
@@ -105,7 +105,7 @@ class DhtDirectory:
         """
         looked_s = time.monotonic()
         while True:
-            await asyncio.sleep(PING_S * random.uniform(0.5, 1.5))
+            await asyncio.sleep(PING_S * self._chance.uniform(0.5, 1.5))
             if self._chance.random() < BUCKET / max(self.node.others, BUCKET):
                 await asyncio.gather(*(self._ping(transport, address) for address in initial_peers))
             if time.monotonic() - looked_s > LOOK_AROUND_S:

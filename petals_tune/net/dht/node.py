@@ -102,7 +102,7 @@ class Node:
     def __init__(self, protocol: AnnouncementProtocol, peer: PeerID):
         self.protocol, self._peer = protocol, peer
         self._silent = Blacklist(_SILENT_S, _BACKOFF)
-        self._chance = random.Random()
+        self._chance = random.SystemRandom()
         self._nearest: dict[DHTID, tuple[float, list[PeerID]]] = {}
         self._late: set[asyncio.Task[object]] = set()  # requests whose search is over
 

@@ -243,7 +243,7 @@ class AnnouncementProtocol(DHTProtocol):
                 announcements = [] if mark == _NODES_ONLY else self.store.get(key[:KEY_BYTES], time())
                 result.expiration_time = len(announcements)
                 if mark != _WHOLE and len(announcements) > SAMPLE:
-                    announcements = random.sample(announcements, SAMPLE)
+                    announcements = random.SystemRandom().sample(announcements, SAMPLE)
                 if announcements and (value := _encoder.encode([each.data for each in announcements])):
                     room -= len(value)
                     if room > 0:

@@ -120,7 +120,7 @@ class Reader:
         `ask_why` is awaited where no node answered, and raises where they do not want to: AccessDenied.
         """
         self._node, self._initial, self._ask_why = node, initial, ask_why
-        self._chance = chance or random.Random()
+        self._chance = chance or random.SystemRandom()
         self._known: dict[str, Known] = {}
 
     async def snapshot(self, model: str, blocks: BlockSpan, *, thorough: bool = False) -> Snapshot:

@@ -11,6 +11,7 @@ from petals_tune.swarm.routes.table import Floats, Mask, ServerTable
 from petals_tune.wire.span import BlockSpan
 
 MAX_SERVERS = 10_000  # that are remembered
+MOST_NAMED = 5  # in an error's text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,22 +87,23 @@ class Limits:
         if share >= 1:
             return None
         if share > 0:
-            fits = int(share * size.tokens)
+            least, fits = size.tokens, int(share * size.tokens)
             place = next(place for place, limits in known.items() if usable[place] and shares[place] == share)
-            limit, least = known[place].exceeded(size), size.tokens
-            text = (
-                f"{size.tokens} positions in all at once ({size.message_bytes / 2**20:.1f} MB), and server "
-                f"{table.servers[place].peer} takes {fits} of them (its limits.{limit})\n"
-                "  fewer rows at once, swarm.micro_batch_rows, or shorter texts, data.max_tokens"
-                + ("; or swarm.wire_format=bfloat16 and swarm.grad_format=bfloat16" if limit != "max_tokens" else "")
+            limit = known[place].exceeded(size)
+            shorter = "fewer rows at once, swarm.micro_batch_rows, or shorter texts, data.max_tokens" + (
+                "" if limit == "max_tokens" else "; or swarm.wire_format=bfloat16 and swarm.grad_format=bfloat16"
             )
+            what = f"{least} positions in all ({size.message_bytes / 2**20:.1f} MB)"
         else:
             least, fits = size.positions, int(_largest(table, usable, span, positions))
             limit, fits = ("max_positions", fits) if fits < least else ("max_tokens", 0)
-            text = (
-                f"{least} positions a row, and the servers of blocks {span} take {fits or 'fewer'} at most (limits."
-                f"{limit} of the servers)\n  shorter texts: data.max_tokens={fits or 'N'}, less what a soft prompt adds"
-            )
+            shorter = f"shorter texts: data.max_tokens={fits or 'N'}, less what a soft prompt adds"
+            what = f"{least} positions a row"
+        less = [table.servers[place].peer for place in known if usable[place] and shares[place] < 1]
+        text = (
+            f"{what} are more than the servers of blocks {span} take at once: {fits or 'not as many'} would fit (their "
+            f"limits.{limit}; of servers {', '.join(less[:MOST_NAMED])})\n  {shorter}"
+        )
         return RequestTooLarge(text, limit=limit, size=least, fits=fits)
 
 

@@ -133,7 +133,7 @@ def _uncovered(table: ServerTable, wanted: BlockSpan, usable: Mask) -> Uncovered
     missing = gaps(used, wanted)
 
     def describe(server: ServerRecord, use: bool) -> str:
-        return f"{server.blocks}{'' if use else ' (failed lately)'}"
+        return f"{server.blocks}{'' if use else f' ({server.peer} failed lately)'}"
 
     seen = ", ".join(map(describe, table.servers[:MOST_NAMED], usable)) or "none"
     if len(table.servers) > MOST_NAMED:

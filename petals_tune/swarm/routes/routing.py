@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import random
+import secrets
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -204,4 +204,4 @@ class Routing:
         if wish.latency is not None:  # which one is near shows only once it was reached
             others = np.flatnonzero(usable & ~table.mask(reached) & table.holds(wish.span))
             if len(others):
-                self.dialler.begin(table.servers[random.choice(others)], awaited=False)
+                self.dialler.begin(table.servers[secrets.choice(others.tolist())], awaited=False)

@@ -152,7 +152,7 @@ async def test_a_search_ends_with_enough_holders_and_keeps_the_latest_of_each_pe
 async def test_a_search_waits_a_second_for_others_once_something_was_found(monkeypatch):
     """A node may name eight that do not exist, each of which would be waited for."""
     now_s = 100.0
-    monkeypatch.setattr("petals_tune.net.dht.node.time.monotonic", lambda: now_s)
+    monkeypatch.setattr("petals_tune.net.dht.node.awake_s", lambda: now_s)
     search, nodes_only = search_of([1, 2, 3]), search_of([1, 2, 3], enough=None)
     search.ends_s = nodes_only.ends_s = now_s + 4
     search.add([announced("a")])

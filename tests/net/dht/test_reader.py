@@ -141,7 +141,7 @@ async def test_nodes_that_hide_a_server_do_not_hide_it_from_who_asks_the_initial
 async def test_a_reading_that_takes_too_long_ends(monkeypatch):
     """The shard of each level is full, and each look takes a second of the clock."""
     node, clock = PlayedNode(), [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(module, "awake_s", lambda: clock[0])
     full = [live(str(number)) for number in range(SHARD_RECORDS)]
 
     def pass_a_second() -> None:

@@ -15,6 +15,7 @@ def admission(**changes: float) -> Admission:
     limits = {"max_streams": 6, "max_streams_per_client": 2, "max_in_flight": 3}
     limits |= {"max_requests_per_s": 10.0, "max_request_s": 60.0}
     sizes = {"max_receiving_bytes": 100, "max_message_bytes": 100, "max_positions": 8, "max_tokens": 16}
+    sizes |= {"max_compute_bytes": 100}
     return Admission(RequestLimits(**{**limits, **sizes, **changes}))
 
 

@@ -19,6 +19,7 @@ from petals_tune.errors import (
     ProtocolError,
     RequestRefused,
     ServerBusy,
+    ServerError,
     SessionLost,
 )
 from petals_tune.wire import frames
@@ -79,6 +80,10 @@ BAD_REQUESTS: dict[str, tuple[Message, PetalsTuneError]] = {
     "more of them than allowed, to be handed on by another server": (
         Chained(request=forward(hidden=torch.ones(1, 65, 0)), comes=HandOver(peer="other", ticket=bytes(16))),
         RequestRefused(T, limit="max_positions"),
+    ),
+    "positions beyond the model's": (
+        Forward(span=SPAN, hidden=torch.ones(1, 2, HIDDEN), positions=torch.tensor([[0, 2**20]])),
+        RequestRefused(T, reason="positions", max_position=63),
     ),
     "no hidden size at all": (forward(hidden=torch.ones(1, 2, 0)), RequestRefused(T, reason="hidden size")),
     "the same in a backward": (
@@ -230,6 +235,18 @@ async def test_a_request_without_memory_is_refused_as_busy_and_the_next_one_is_s
             refusal = await client.ask(forward())
         assert is_refusal_of(ServerBusy("", limit="memory"), refusal)
         assert str(error).partition(". GPU")[0] in refusal.text
+        assert isinstance(await client.ask(forward()), Forwarded)
+
+
+@pytest.mark.parametrize("error", [IndexError("index out of range in self"), RuntimeError("sizes do not match")])
+async def test_what_fails_inside_torch_is_answered_and_the_next_one_is_served(engine, monkeypatch, error):
+    def fail(*_: object) -> None:
+        raise error
+
+    async with House(engine).client() as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine[0], "forward", fail)
+            assert is_refusal_of(ServerError(""), await client.ask(forward()))
         assert isinstance(await client.ask(forward()), Forwarded)
 
 

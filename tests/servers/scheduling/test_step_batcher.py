@@ -236,3 +236,57 @@ async def test_a_step_that_is_given_up_is_dropped_at_once_or_ends_first(engine, 
     go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await running
+
+
+def test_a_long_row_does_not_fill_up_the_caches_of_short_ones(engine, monkeypatch):
+    """One row of 30 positions and six of 2: together they would make seven caches of 31."""
+    monkeypatch.setattr("servers.scheduling.step_batcher.FEW_POSITIONS", 4)
+    batches: list[list[int]] = []
+    compute = ComputeThread()
+    batcher = StepBatcher(engine, compute)
+    sessions = [session(client=name) for name in "abcdefg"]
+    for each in sessions:
+        outputs(engine, (each, step(hidden(1, 30 if each is sessions[0] else 2, 0), 0)))
+    run = engine.step
+
+    def seen(steps):
+        batches.append(sorted(each.position for _, each in steps))
+        return run(steps)
+
+    monkeypatch.setattr(engine, "step", seen)
+
+    async def work() -> None:
+        await asyncio.gather(*(batcher.run(each, step(hidden(1, 1, 0), each.position)) for each in sessions))
+
+    try:
+        asyncio.run(work())
+    finally:
+        compute.stop()
+    assert sorted(position for batch in batches for position in batch) == [2] * 6 + [30]
+    for batch in batches:
+        held = sum(position + 1 for position in batch)
+        assert len(batch) * (batch[-1] + 1) <= 2 * held
+    assert len(batches) == 2
+
+
+def test_a_prompt_acts_in_the_first_step_of_each_session_whatever_the_others_are_at(engine, family):
+    """Two sessions with the same deep prompt of one position: one begins, and the other goes on."""
+    prompt = Adapter((AdapterPart(block=2, method="prompt", tensors=[torch.ones(1, 32)]),))
+
+    def started() -> list[tuple[Session, Step]]:
+        begun, new = (session(adapter=prompt, version="deep") for _ in range(2))
+        outputs(engine, (begun, step(hidden(1, 3, 0), 0)))
+        return [(begun, step(hidden(1, 1, 1), 3)), (new, step(hidden(1, 1, 2), 0))]
+
+    expected = [outputs(engine, each)[0] for each in started()]
+    compute = ComputeThread()
+    batcher = StepBatcher(engine, compute)
+
+    async def all_at_once() -> list[torch.Tensor]:
+        return list(await asyncio.gather(*(batcher.run(*each) for each in started())))
+
+    try:
+        for found, wanted in zip(asyncio.run(all_at_once()), expected, strict=True):
+            assert relative_error(found, wanted) < TOLERANCE
+    finally:
+        compute.stop()

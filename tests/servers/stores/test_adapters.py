@@ -20,9 +20,24 @@ def cache(max_bytes: int = 400, **options: int) -> AdapterCache:
     return AdapterCache(max_bytes=max_bytes, **options)
 
 
+def put(adapters: AdapterCache, client: str, version: str, parts: list[AdapterPart]) -> None:
+    with adapters.room(client, version, SPAN, sum(tensor.nbytes for part in parts for tensor in part.tensors)):
+        adapters.put(client, version, SPAN, parts)
+
+
+def add(sums: GradientSums, client: str, sum_id: int, place: int, gradients: list[torch.Tensor]) -> None:
+    with sums.room(client, sum_id, place, gradients):
+        sums.add(client, sum_id, place, gradients)
+
+
+def take(sums: GradientSums, client: str, sum_id: int) -> list[list[torch.Tensor]]:
+    with sums.taken(client, sum_id) as terms:
+        return terms
+
+
 def test_an_adapter_is_its_clients_and_is_cut_to_the_blocks_that_are_asked_for():
     adapters = cache()
-    adapters.put("a", "v", SPAN, parts(0, 1, 3))
+    put(adapters, "a", "v", parts(0, 1, 3))
     assert [part.block for part in adapters.get("a", "v", BlockSpan(1, 4)).parts] == [1, 3]
     assert all(tensor.requires_grad for tensor in adapters.get("a", "v", SPAN).tensors)
     for client, version, span in (("b", "v", SPAN), ("a", "w", SPAN), ("a", "v", BlockSpan(3, 5))):
@@ -33,9 +48,9 @@ def test_an_adapter_is_its_clients_and_is_cut_to_the_blocks_that_are_asked_for()
 def test_the_version_that_was_used_longest_ago_is_dropped_first():
     adapters = cache(versions_per_client=2)
     for version in ("v1", "v2"):
-        adapters.put("a", version, SPAN, parts(0))
+        put(adapters, "a", version, parts(0))
     adapters.get("a", "v1", SPAN)
-    adapters.put("a", "v3", SPAN, parts(0))
+    put(adapters, "a", "v3", parts(0))
     for version in ("v1", "v3"):
         adapters.get("a", version, SPAN)
     with raises(AdapterMissing):
@@ -46,21 +61,21 @@ def test_the_version_that_was_used_longest_ago_is_dropped_first():
 def test_an_upload_that_comes_again_replaces_the_first():
     adapters = cache()
     for _ in range(3):
-        adapters.put("a", "v", SPAN, parts(0, 1))
+        put(adapters, "a", "v", parts(0, 1))
     assert (len(adapters), adapters.used_bytes) == (1, 80)
 
 
 def test_a_clients_older_versions_make_room_and_those_of_others_only_beyond_their_share():
     adapters = cache(max_bytes=100)
-    adapters.put("a", "v1", SPAN, parts(0))
-    adapters.put("b", "v1", SPAN, parts(0))
-    adapters.put("a", "v2", SPAN, parts(0))
+    put(adapters, "a", "v1", parts(0))
+    put(adapters, "b", "v1", parts(0))
+    put(adapters, "a", "v2", parts(0))
     assert [(upload.version) for upload in adapters.keys_of("a")] == ["v2"]
     adapters.get("b", "v1", SPAN)
     with raises(ServerBusy, limit="max_adapter_gb"):
-        adapters.put("c", "v1", SPAN, parts(0))
+        put(adapters, "c", "v1", parts(0))
     with raises(RequestRefused, limit="max_adapter_gb"):
-        adapters.put("c", "v1", SPAN, parts(0, 1, 2))
+        put(adapters, "c", "v1", parts(0, 1, 2))
     assert adapters.used_bytes == 80
 
 
@@ -71,15 +86,15 @@ def term(value: float, size: int = 3) -> list[torch.Tensor]:
 def test_a_sum_adds_its_terms_in_the_order_of_their_places_each_once():
     sums = GradientSums(max_bytes=10**4)
     for place in (2, 0, 1, 0):
-        sums.add("a", 7, place, term(float(place)))
-    sums.add("a", 8, 0, term(100.0))
-    sums.add("b", 7, 0, term(100.0))
-    terms = sums.take("a", 7)
+        add(sums, "a", 7, place, term(float(place)))
+    add(sums, "a", 8, 0, term(100.0))
+    add(sums, "b", 7, 0, term(100.0))
+    terms = take(sums, "a", 7)
     assert [each[0][0].item() for each in terms] == [0.0, 1.0, 2.0]
     first, second = sum_terms(terms)
     assert torch.equal(first, torch.full((3,), 3.0))
     assert torch.equal(second, torch.full((2, 3), 30.0))
-    assert sums.take("a", 7) == []
+    assert take(sums, "a", 7) == []
     assert len(sums) == 2
 
 
@@ -91,24 +106,24 @@ def test_half_precision_terms_are_summed_to_floats():
 
 def test_terms_of_different_shapes_are_refused_and_the_sum_stays():
     sums = GradientSums(max_bytes=10**4)
-    sums.add("a", 1, 0, term(1.0))
+    add(sums, "a", 1, 0, term(1.0))
     with raises(RequestRefused, reason="sum"):
-        sums.add("a", 1, 1, term(1.0, size=4))
-    assert len(sums.take("a", 1)) == 1
+        add(sums, "a", 1, 1, term(1.0, size=4))
+    assert len(take(sums, "a", 1)) == 1
 
 
 def test_sums_that_a_client_never_collects_are_dropped_the_oldest_first():
     sums = GradientSums(max_bytes=10**4, sums_per_client=2)
     for number in (5, 6, 7):
         for place in range(2):
-            sums.add("a", number, place, term(1.0))
-    assert [len(sums.take("a", number)) for number in (5, 6, 7)] == [0, 2, 2]
+            add(sums, "a", number, place, term(1.0))
+    assert [len(take(sums, "a", number)) for number in (5, 6, 7)] == [0, 2, 2]
 
 
 @pytest.mark.parametrize("client", ["a", "b"])
 def test_a_term_without_room_is_refused_as_busy(client):
     sums = GradientSums(max_bytes=60)  # a term is 9 floats
-    sums.add("a", 1, 0, term(1.0))
+    add(sums, "a", 1, 0, term(1.0))
     with raises(ServerBusy, limit="max_adapter_gb"):
-        sums.add(client, 2, 0, term(1.0))
+        add(sums, client, 2, 0, term(1.0))
     assert sums.used_bytes == 36

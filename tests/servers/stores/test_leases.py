@@ -18,96 +18,111 @@ def store(*, max_bytes: int = 100, max_age_s: float = 60) -> LeaseStore:
     return LeaseStore(max_bytes=max_bytes, max_age_s=max_age_s)
 
 
+def keep(leases: LeaseStore, client: str, kept: Graph, size_bytes: int, now_s: float) -> int | None:
+    """Reserve and fill, as a forward does."""
+    with leases.room(client, size_bytes, now_s) as lease:
+        if lease is None or leases.fill(client, lease, kept, size_bytes, now_s=now_s):
+            return lease
+    return None
+
+
+def spend(leases: LeaseStore, client: str, lease: int, now_s: float) -> Graph:
+    """Take and release, as a backward does."""
+    graph = leases.take(client, lease, now_s)
+    leases.release(client, [lease])
+    return graph
+
+
 def test_a_lease_gives_its_graph_once_to_the_client_that_left_it():
     leases, kept = store(), graph()
-    lease = leases.keep("me", kept, 40, now_s=0)
+    lease = keep(leases, "me", kept, 40, now_s=0)
     assert leases.used_bytes == 40
     with raises(LeaseLost):
-        leases.take("another", lease, now_s=1)
-    assert leases.take("me", lease, now_s=1) is kept
+        spend(leases, "another", lease, now_s=1)
+    assert spend(leases, "me", lease, now_s=1) is kept
     assert leases.used_bytes == 0
     with raises(LeaseLost):
-        leases.take("me", lease, now_s=1)
+        spend(leases, "me", lease, now_s=1)
 
 
 def test_what_does_not_fit_is_not_kept_and_what_is_there_stays():
     leases = store(max_bytes=100)
-    first = leases.keep("me", graph(), 60, now_s=0)
-    assert leases.keep("me", graph(), 41, now_s=1) is None
-    assert leases.keep("another", graph(), 51, now_s=1) is None, "more than its share"
-    second = leases.keep("another", graph(), 40, now_s=1)
+    first = keep(leases, "me", graph(), 60, now_s=0)
+    assert keep(leases, "me", graph(), 41, now_s=1) is None
+    assert keep(leases, "another", graph(), 51, now_s=1) is None, "more than its share"
+    second = keep(leases, "another", graph(), 40, now_s=1)
     assert leases.used_bytes == 100
-    leases.take("me", first, now_s=2)
-    leases.take("another", second, now_s=2)
+    spend(leases, "me", first, now_s=2)
+    spend(leases, "another", second, now_s=2)
     assert (leases.used_bytes, len(leases)) == (0, 0)
 
 
 def test_one_greedy_client_neither_keeps_the_others_out_nor_evicts_them():
     leases = store(max_bytes=100)
-    greedy = [leases.keep("greedy", graph(), 10, now_s=0) for _ in range(12)]
+    greedy = [keep(leases, "greedy", graph(), 10, now_s=0) for _ in range(12)]
     assert greedy[10:] == [None, None]
-    shy = [leases.keep("shy", graph(), 10, now_s=1) for _ in range(5)]
+    shy = [keep(leases, "shy", graph(), 10, now_s=1) for _ in range(5)]
     assert None not in shy
-    assert leases.keep("shy", graph(), 10, now_s=1) is None, "beyond its half, and nobody else is"
+    assert keep(leases, "shy", graph(), 10, now_s=1) is None, "beyond its half, and nobody else is"
     for _ in range(20):
-        assert leases.keep("greedy", graph(), 10, now_s=1) is None
+        assert keep(leases, "greedy", graph(), 10, now_s=1) is None
     for lease in shy:
-        leases.take("shy", lease, now_s=2)
+        spend(leases, "shy", lease, now_s=2)
     for lease in greedy[:5]:
-        leases.take("greedy", lease, now_s=2)  # the oldest are needed soonest
+        spend(leases, "greedy", lease, now_s=2)  # the oldest are needed soonest
     for lease in greedy[5:10]:
         with raises(LeaseLost):
-            leases.take("greedy", lease, now_s=2)
+            spend(leases, "greedy", lease, now_s=2)
 
 
 def test_of_eight_micro_batches_in_a_budget_for_three_three_find_their_graphs():
     """Forwards 0 to 7, then backwards 0 to 7. A store that made room for the newest would find none."""
     leases = store(max_bytes=3 * 30 + 10)
-    kept = [leases.keep("me", graph(), 30, now_s=number) for number in range(8)]
+    kept = [keep(leases, "me", graph(), 30, now_s=number) for number in range(8)]
     assert [lease is not None for lease in kept] == [True] * 3 + [False] * 5
     for lease in kept[:3]:
-        leases.take("me", lease, now_s=10)
+        spend(leases, "me", lease, now_s=10)
     assert leases.used_bytes == 0
 
 
 def test_a_lease_ends_when_it_is_old():
     leases = store(max_age_s=60)
-    old, young = leases.keep("me", graph(), 40, now_s=0), leases.keep("me", graph(), 40, now_s=30)
+    old, young = keep(leases, "me", graph(), 40, now_s=0), keep(leases, "me", graph(), 40, now_s=30)
     with raises(LeaseLost):
-        leases.take("me", old, now_s=60.1)
+        spend(leases, "me", old, now_s=60.1)
     assert leases.used_bytes == 40
-    leases.take("me", young, now_s=90)
+    spend(leases, "me", young, now_s=90)
 
 
 def test_old_leases_make_room():
     leases = store(max_bytes=100, max_age_s=60)
-    leases.keep("gone", graph(), 100, now_s=0)
-    assert leases.keep("me", graph(), 100, now_s=60) is None
-    assert leases.keep("me", graph(), 100, now_s=60.1) is not None
+    keep(leases, "gone", graph(), 100, now_s=0)
+    assert keep(leases, "me", graph(), 100, now_s=60) is None
+    assert keep(leases, "me", graph(), 100, now_s=60.1) is not None
 
 
 def test_leases_are_given_back_by_their_client_alone():
     leases = store()
-    mine, other = leases.keep("me", graph(), 10, now_s=0), leases.keep("another", graph(), 10, now_s=0)
+    mine, other = keep(leases, "me", graph(), 10, now_s=0), keep(leases, "another", graph(), 10, now_s=0)
     leases.release("me", [mine, other, 999])
     assert leases.used_bytes == 10
-    leases.take("another", other, now_s=0)
+    spend(leases, "another", other, now_s=0)
 
 
 def test_a_client_that_leaves_takes_its_leases_along():
     leases = store()
     for _ in range(3):
-        leases.keep("me", graph(), 10, now_s=0)
-    other = leases.keep("another", graph(), 10, now_s=0)
+        keep(leases, "me", graph(), 10, now_s=0)
+    other = keep(leases, "another", graph(), 10, now_s=0)
     leases.drop_client("me")
     assert (leases.used_bytes, len(leases)) == (10, 1)
-    leases.take("another", other, now_s=0)
+    spend(leases, "another", other, now_s=0)
 
 
 def test_a_lease_that_ended_frees_its_graph():
     leases, kept = store(), graph()
     alive = weakref.ref(kept.output)
-    lease = leases.keep("me", kept, 10, now_s=0)
+    lease = keep(leases, "me", kept, 10, now_s=0)
     del kept
     gc.collect()
     assert alive() is not None

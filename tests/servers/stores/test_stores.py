@@ -12,10 +12,13 @@ SPAN = BlockSpan(0, 2)
 
 def filled(client: str, stores: Stores) -> None:
     hidden = torch.ones(1, 2, 3)
-    assert stores.leases.keep(client, Graph(output=hidden, hidden=None, adapter=[]), 10, now_s=0)
+    with stores.leases.room(client, 10, 0) as lease:
+        assert lease is not None
+        assert stores.leases.fill(client, lease, Graph(output=hidden, hidden=None, adapter=[]), 10)
     stores.sessions.open(client, OpenSession(span=SPAN, rows=1, max_length=5), None, now_s=0)
-    stores.adapters.put(client, "v", SPAN, [AdapterPart(block=0, method="prompt", tensors=[torch.zeros(5)])])
-    stores.sums.add(client, 1, 0, [torch.zeros(10)])
+    with stores.adapters.room(client, "v", SPAN, 20), stores.sums.room(client, 1, 0, [torch.zeros(10)]):
+        stores.adapters.put(client, "v", SPAN, [AdapterPart(block=0, method="prompt", tensors=[torch.zeros(5)])])
+        stores.sums.add(client, 1, 0, [torch.zeros(10)])
 
 
 def used(stores: Stores) -> list[int]:

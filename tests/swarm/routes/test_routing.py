@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 
-from petals_tune.errors import BadReply, NotFinite, ServerTimeout, ServerUnreachable, UncoveredBlocks
+from petals_tune.errors import BadReply, NotFinite, RequestTooLarge, ServerTimeout, ServerUnreachable, UncoveredBlocks
 from petals_tune.swarm.routes import dialler, routing
+from petals_tune.swarm.routes.limits import ServerLimits, Size
 from petals_tune.swarm.routes.trials import FIRST_PAUSE_S, LEAST_S
 from petals_tune.wire.records import Throughput
 from tests.raising import raises
@@ -269,3 +270,47 @@ async def test_for_the_least_latency_servers_are_dialled_of_which_nothing_but_th
             break
     assert len(set(swarm.network.dialled)) == 4
     await swarm.client.close()
+
+
+# Limits
+
+
+def takes(swarm: Swarm, peer: str, tokens: int) -> None:
+    swarm.client.limits.said(peer, ServerLimits(tokens=tokens, positions=100, message_bytes=2**30))
+
+
+async def test_a_route_leads_over_servers_that_take_as_much():
+    swarm = await Swarm.up(A, B)
+    assert await swarm.peers() == ["a"]
+    takes(swarm, "a", 9)
+    assert await swarm.peers(size=Size(tokens=9)) == ["a"]
+    assert await swarm.peers(size=Size(tokens=10)) == ["b"]
+    assert not swarm.client.banned()
+
+
+async def test_where_all_take_less_the_largest_number_is_said_and_banned_servers_count():
+    swarm = await Swarm.up(A, B)
+    for name, tokens in (("a", 9), ("b", 12)):
+        await swarm.peers(without={"a", "b"} - {name})
+        takes(swarm, name, tokens)
+    swarm.client.failed(B, ServerUnreachable("gone", peer="b"))
+    with raises(RequestTooLarge, limit="max_tokens", size=20, fits=12):
+        await swarm.peers(size=Size(tokens=20))
+
+
+async def test_a_server_that_refused_a_piece_of_work_is_not_asked_for_it_even_where_nobody_else_is():
+    swarm = await Swarm.up(A, B)
+    assert await swarm.peers(without={"a"}) == ["b"]
+    assert await swarm.client.others(WHOLE, without={"a"})
+    assert not await swarm.client.others(WHOLE, without={"a", "b"})
+    with raises(UncoveredBlocks, missing=(WHOLE,)):
+        await swarm.peers(without={"a", "b"})
+
+
+async def test_the_directory_is_asked_before_it_is_said_that_nobody_else_is_there(clock):
+    swarm = await Swarm.up(A, B)
+    swarm.directory.records = (A,)
+    await swarm.client.refresh()
+    clock.now_s += routing.STALE_S + 1
+    swarm.directory.records = (A, B)
+    assert await swarm.client.others(WHOLE, without={"a"})
