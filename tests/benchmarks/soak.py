@@ -78,6 +78,7 @@ BUDGET_BYTES = int(2**30 * (0.125 + 0.0625 + 2 * 0.0625 + 0.25))  # adapters twi
 # stream; the computation of one request; libraries that are loaded on first use, and what malloc keeps of freed memory.
 CONSTANT_BYTES = 2**20 * (5 * 64 + 32 + 64 + 96)
 CALM_SHARE = 0.25
+SETTLE_S = 5.0  # after which `memory.last` is what stays when all clients have left
 
 
 def main() -> None:
@@ -128,6 +129,7 @@ def soak(model: Path, options: argparse.Namespace, stack: ExitStack) -> dict[str
         honest.send(("honest", options.seconds - calm_s))
         others.send(("hostile", options.seconds - calm_s, options.seed))
         stormy, hostile = honest.recv(), others.recv()
+        time.sleep(SETTLE_S)
     ended = process.process.poll() is not None
     lag_p999_s = float("inf") if ended else lag.quantile(0.999)
     return report(process, memory, lag_p999_s, calm, also_calm, stormy, hostile)
@@ -151,8 +153,8 @@ def report(
     )
     print(f"refused or lost to the honest ones meanwhile: {stormy['failed'] or 'nothing'}")
     print(
-        f"PSS: {memory.before >> 20} MB before, {memory.peak >> 20} MB at its peak, {memory.last >> 20} MB last; "
-        f"allowed beside the first: {BUDGET_BYTES >> 20} MB of budgets and {CONSTANT_BYTES >> 20} MB"
+        f"PSS: {memory.before >> 20} MB before, {memory.peak >> 20} MB at its peak, {memory.last >> 20} MB when all had "
+        f"left; allowed beside the first: {BUDGET_BYTES >> 20} MB of budgets and {CONSTANT_BYTES >> 20} MB"
     )
     bugs = [line for line in process.lines if "Traceback" in line or "a bug while" in line]
     ended = process.process.poll() is not None
