@@ -11,12 +11,13 @@ import torch
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.kv_cache import Session
-from petals_tune.errors import RequestRefused
+from petals_tune.errors import RequestRefused, SessionLost
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Step
 from servers.scheduling.compute_thread import ComputeThread
 from servers.scheduling.step_batcher import StepBatcher
 from tests.models import ROPE_TYPES, relative_error
+from tests.raising import raises
 from tests.servers.parts import load
 from tests.servers.steps import SPAN, hidden, outputs, session, step
 
@@ -195,6 +196,20 @@ async def test_a_large_step_does_not_run_on_the_event_loop_because_a_small_one_w
     monkeypatch.setattr("servers.scheduling.step_batcher.INLINE_S", 1e9)
     await batcher.run(small, step(hidden(1, 1, 0), 2, order=torch.tensor([0])))
     assert threads.ran.pop() == (1, False), "beams"
+
+
+@pytest.mark.parametrize("position", [5, 2**60])
+async def test_a_large_step_that_was_refused_at_once_is_no_measure_for_the_next_one(
+    engine, batcher, monkeypatch, position
+):
+    monkeypatch.setattr("servers.scheduling.step_batcher.INLINE_S", 1.0)  # on a busy machine
+    threads, small, large = Threads(engine, monkeypatch), session(), session(16_384)
+    await batcher.run(small, step(hidden(1, 1, 0), 0))
+    rows = hidden(1, 1, 0).expand(16_384, -1, -1)
+    with raises(SessionLost):
+        await batcher.run(large, step(rows, position))
+    await batcher.run(large, step(rows, 0))
+    assert threads.ran.pop() == (16_384, False)
 
 
 async def test_how_long_a_step_may_take_is_measured_for_each_kind(engine, family, batcher, monkeypatch):
