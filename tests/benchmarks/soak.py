@@ -65,6 +65,7 @@ LIMITS = {
     "max_cache_gb": 0.0625,
     "max_adapter_gb": 0.0625,
     "max_receiving_gb": 0.25,
+    "max_compute_gb": 0.125,
     "max_message_mb": 64,
     "max_positions": 256,
     "max_tokens": 1024,
@@ -73,10 +74,10 @@ LIMITS = {
     "max_lease_age_s": 60,
     "max_session_idle_s": 60,
 }
-BUDGET_BYTES = int(2**30 * (0.125 + 0.0625 + 2 * 0.0625 + 0.25))  # adapters twice: and the sums of their gradients
+BUDGET_BYTES = int(2**30 * (0.125 + 0.0625 + 2 * 0.0625 + 0.25 + 0.125))  # adapters twice: and sums of their gradients
 # Beside the budgets: one message while it is decoded, from 8 bits, which takes its bytes five times; 0.5 MB for each
-# stream; the computation of one request; libraries that are loaded on first use, and what malloc keeps of freed memory.
-CONSTANT_BYTES = 2**20 * (5 * 64 + 32 + 64 + 96)
+# stream; libraries that are loaded on first use, and what malloc keeps of freed memory.
+CONSTANT_BYTES = 2**20 * (5 * 64 + 32 + 96)
 CALM_SHARE = 0.25
 SETTLE_S = 5.0  # after which `memory.last` is what stays when all clients have left
 
