@@ -154,8 +154,8 @@ def report(
     )
     print(f"refused or lost to the honest ones meanwhile: {stormy['failed'] or 'nothing'}")
     print(
-        f"PSS: {memory.before >> 20} MB before, {memory.peak >> 20} MB at its peak, {memory.last >> 20} MB when all had "
-        f"left; allowed beside the first: {BUDGET_BYTES >> 20} MB of budgets and {CONSTANT_BYTES >> 20} MB"
+        f"PSS: {memory.before >> 20} MB before, {memory.peak >> 20} MB at its peak, {memory.last >> 20} MB when all "
+        f"had left; allowed beside the first: {BUDGET_BYTES >> 20} MB of budgets and {CONSTANT_BYTES >> 20} MB"
     )
     bugs = [line for line in process.lines if "Traceback" in line or "a bug while" in line]
     ended = process.process.poll() is not None
