@@ -65,6 +65,7 @@ LIMITS = {
     "max_cache_gb": 0.0625,
     "max_adapter_gb": 0.0625,
     "max_receiving_gb": 0.25,
+    "max_compute_gb": 0.125,
     "max_message_mb": 64,
     "max_positions": 256,
     "max_tokens": 1024,
@@ -73,10 +74,10 @@ LIMITS = {
     "max_lease_age_s": 60,
     "max_session_idle_s": 60,
 }
-BUDGET_BYTES = int(2**30 * (0.125 + 0.0625 + 2 * 0.0625 + 0.25))  # adapters twice: and the sums of their gradients
+BUDGET_BYTES = int(2**30 * (0.125 + 0.0625 + 2 * 0.0625 + 0.25 + 0.125))  # adapters twice: and sums of their gradients
 # Beside the budgets: one message while it is decoded, from 8 bits, which takes its bytes five times; 0.5 MB for each
-# stream; the computation of one request; libraries that are loaded on first use, and what malloc keeps of freed memory.
-CONSTANT_BYTES = 2**20 * (5 * 64 + 32 + 64 + 96)
+# stream; libraries that are loaded on first use, and what malloc keeps of freed memory.
+CONSTANT_BYTES = 2**20 * (5 * 64 + 32 + 96)
 CALM_SHARE = 0.25
 SETTLE_S = 5.0  # after which `memory.last` is what stays when all clients have left
 
@@ -153,8 +154,8 @@ def report(
     )
     print(f"refused or lost to the honest ones meanwhile: {stormy['failed'] or 'nothing'}")
     print(
-        f"PSS: {memory.before >> 20} MB before, {memory.peak >> 20} MB at its peak, {memory.last >> 20} MB when all had "
-        f"left; allowed beside the first: {BUDGET_BYTES >> 20} MB of budgets and {CONSTANT_BYTES >> 20} MB"
+        f"PSS: {memory.before >> 20} MB before, {memory.peak >> 20} MB at its peak, {memory.last >> 20} MB when all "
+        f"had left; allowed beside the first: {BUDGET_BYTES >> 20} MB of budgets and {CONSTANT_BYTES >> 20} MB"
     )
     bugs = [line for line in process.lines if "Traceback" in line or "a bug while" in line]
     ended = process.process.poll() is not None
