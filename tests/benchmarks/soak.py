@@ -3,10 +3,11 @@
     python tests/benchmarks/soak.py [--seconds 600] [--clients 4] [--honest 2] [--seed 0]
 
 A real server process and clients over real streams, each with a p2p daemon and an identity of its own. First all are
-honest, for a quarter of the time: they generate and train with the same inputs over and over, and compare every answer
-with the first one, bit for bit (single positions, which share batches with those of others, to 1e-5). Then `--clients`
-of them are hostile (tests/faults/hostile_clients.py: tensors that nobody waits for, adapters of many parts, replies
-that nobody reads, half requests, 8-bit tensors, huge masks, large steps, floods, garbage), `--honest` of them go on.
+honest, for a quarter of the time: they generate and train with the same inputs over and over, `--clients` of them with
+the largest batches that the server takes, and compare every answer with the first one, bit for bit (single positions,
+which share batches with those of others, to 1e-5). Then those `--clients` are hostile (tests/faults/hostile_clients.py:
+tensors that nobody waits for, adapters of many parts, replies that nobody reads, half requests, 8-bit tensors, huge
+masks, large steps, floods, garbage), and `--honest` go on.
 
     peak_over_budget   largest PSS of the server's process, without its p2p daemon, beyond that before the first
                        request, over the budgets of its limits plus CONSTANT_BYTES
@@ -260,7 +261,8 @@ def run_clients(pipe: Connection, target: Target, count: int, first: int) -> Non
 async def obey(pipe: Connection, target: Target, count: int, first: int) -> None:
     """Be honest or hostile, as told, until told to end."""
     daemons = await start_daemons(count, target)
-    honest = [Honest(target=target, seed=first + number) for number in range(count)]
+    rows, positions = (2, 32) if first == 0 else (target.max_tokens // target.max_positions, target.max_positions)
+    honest = [Honest(target=target, seed=first + number, shape=(rows, positions)) for number in range(count)]
     try:
         while (order := await asyncio.to_thread(pipe.recv)) is not None:
             began_s = time.monotonic()

@@ -233,6 +233,7 @@ class Honest:
 
     target: Target
     seed: int
+    shape: tuple[int, int] = (2, 32)  # rows and positions of a batch that it trains on
     tokens: int = 0
     wrong: int = 0
     failed: Counter[str] = field(default_factory=Counter)
@@ -271,7 +272,7 @@ class Honest:
 
     async def _train(self, stream: ServerStream) -> None:
         """A forward and its backward."""
-        hidden = self._input("train", 2, 32)
+        hidden = self._input("train", *self.shape)
         reply = await self._call(stream, Forward(span=self.target.span, hidden=hidden, keep=True))
         assert isinstance(reply, Forwarded)
         self._check("output", reply.hidden)
