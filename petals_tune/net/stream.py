@@ -87,7 +87,9 @@ class MessageWriter:
         """Write an encoded message, as `write` does."""
         if sum(map(len, parts)) <= frames.MAX_FRAME_BYTES:
             return await self._write(message_id, [b"".join(parts)])
-        return await asyncio.shield(self._keep(asyncio.create_task(self._write(message_id, parts))))
+        task = self._keep(asyncio.create_task(self._write(message_id, parts)))
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # the caller may have been cancelled
+        return await asyncio.shield(task)
 
     def _keep(self, task: asyncio.Task[T]) -> asyncio.Task[T]:
         self._running.add(task)
