@@ -20,6 +20,7 @@ from petals_tune.wire.messages import Backward, CollectSum, Done, Forward, Forwa
 from servers.requests.admission import Admission
 from servers.requests.execution import Executor
 from servers.scheduling.compute_thread import ComputeThread
+from servers.scheduling.turns import Turns
 from servers.stores.stores import Stores
 from tests.raising import raises
 from tests.servers.peers import HIDDEN, LIMITS, SPAN, forward, lora, put, stores
@@ -32,7 +33,7 @@ def executor_of(engine: Parts, kept: Stores | None = None, **changes: int) -> Ex
     admission = Admission(dataclasses.replace(LIMITS, max_positions=4096, max_tokens=16384, **changes))
     for client in (HONEST, MALLORY):
         admission.open_stream(client)
-    return Executor(*engine, kept or stores(leases=2**26), admission)
+    return Executor(*engine, kept or stores(leases=2**26), admission, Turns())
 
 
 def noise(rows: int = 2, positions: int = 8) -> torch.Tensor:
