@@ -26,7 +26,7 @@ MAX_TICKETS = 1_000  # in one Withdrawn
 MAX_POSITION = 2**24  # no model has as many
 MAX_FIELDS = 16  # of an error in a Refusal
 MAX_FIELD_TEXT = 1024  # characters of one
-MAX_REFUSAL_TEXT = 2**15  # characters of a Refusal's text, of which the reader shows fewer
+MAX_REFUSAL_TEXT = 4096  # characters of a Refusal's text
 TICKET_BYTES = 16
 
 Name = Annotated[str, msgspec.Meta(max_length=128)]
