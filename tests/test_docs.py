@@ -175,3 +175,15 @@ def test_every_file_and_function_that_a_page_names_exists() -> None:
 def test_every_recipe_is_named_in_the_documentation() -> None:
     text = "".join(page.read_text() for page in PAGES)
     assert not [name for name in recipe_names() if name not in text]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_test_that_is_named_is_there(page: Path):
+    """`tests/a/test_b.py::test_c`, or `::test_d` for another one of the same file."""
+    file = ""
+    for path, name in re.findall(r"`(tests/[\w/]+\.py)?(?:::(\w+))?`", page.read_text(encoding="utf-8")):
+        if not (path or name):
+            continue
+        file = path or file
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert not name or re.search(rf"^(async )?def {name}\(", source, re.MULTILINE), f"{file} has no {name}"

@@ -77,7 +77,7 @@ HANDLES_STRANGERS = (
         f"petals_tune.net.{name}"
         for name in (
             *("circuit_relay", "dht", "dial_back", "directory"),
-            *("in_process", "peer", "pool", "stream", "transport"),
+            *("in_process", "own_lag", "peer", "pool", "stream", "transport", "verdict"),
         )
     ),
     *(f"petals_tune.blocks.{name}" for name in ("adapters", "engine", "graphs", "kernels", "kv_cache")),

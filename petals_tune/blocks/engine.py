@@ -282,6 +282,11 @@ class Engine:
         config = {**self._model.config.to_dict(), "num_hidden_layers": None, "layer_types": None}
         return f"{self._quantization.name} {self._dtype} {self._device} {sorted(config.items())}"
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training takes other kernels than evaluation."""
+        return any("drop" in name and value for name, value in self._model.config.to_dict().items())
+
     def kind_of(self, block: int) -> str:
         """The structure of a block: those of equal structure take equal memory."""
         layer_type = "" if self._layer_types is None else self._layer_types[block - self.loaded.span.start]

@@ -63,14 +63,16 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        known = {storage._cdata for storage in _storages((args, kwargs))}
-        for storage in _storages(output):
-            if storage._cdata not in known | self._storages:
-                self._add(storage)
+        known = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(output):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known and storage._cdata not in self._storages:
+                shared = tensor.dim() > 1 and tensor.shape[0] == 1  # by all rows; counted for each
+                self._add(storage, 1 if shared else self._rows)
         return output
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, growth = storage._cdata, self._growth(storage.nbytes())
+    def _add(self, storage: torch.UntypedStorage, rows: int) -> None:
+        key, growth = storage._cdata, self._growth(storage.nbytes(), rows)
         self._storages.add(key)
         self.live = self.live.plus(growth)
         weakref.finalize(storage, self._remove, key, growth)
@@ -81,8 +83,8 @@ class _Watch(TorchDispatchMode):
         self._storages.discard(key)
         self.live = self.live.plus(growth, sign=-1)
 
-    def _growth(self, size_bytes: int) -> Growth:
-        new, total, of_a_row = self._new, self._total, size_bytes / self._rows
+    def _growth(self, size_bytes: int, rows: int) -> Growth:
+        new, total, of_a_row = self._new, self._total, size_bytes / rows
         if size_bytes % (new * total) == 0 or size_bytes % (new * (total + 1)) == 0:
             return Growth(pair=of_a_row / (new * total))
         if size_bytes % total == 0 and total != new:
@@ -90,10 +92,10 @@ class _Watch(TorchDispatchMode):
         return Growth(new=of_a_row / new) if size_bytes % new == 0 else Growth(fixed=size_bytes)
 
 
-def _storages(values: object) -> list[torch.UntypedStorage]:
-    """Those of all tensors in `values`, but for weights in oneDNN's layout: they are kept, and count as weights."""
+def _tensors(values: object) -> list[torch.Tensor]:
+    """All tensors in `values` but weights in oneDNN's layout: they are kept, and count as weights."""
     tensors = [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
-    return [tensor.untyped_storage() for tensor in tensors if tensor.layout is torch.strided]
+    return [tensor for tensor in tensors if tensor.layout is torch.strided]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,18 +104,12 @@ class Pass:
 
     span: BlockSpan
     adapter: Adapter | None = None
-    masked: bool = True  # padding or positions are given
     train: bool = False  # dropout is on
-
-    @classmethod
-    def of(cls, request: Forward, adapter: Adapter | None) -> Pass:
-        masked = request.padding is not None or request.positions is not None
-        return cls(span=request.span, adapter=adapter, masked=masked, train=request.train)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Seen:
-    """What passes through one block, or through two in a row, took. Peaks are moments with the most of something."""
+    """What passes through two blocks in a row took. Peaks are the moments with the most of something."""
 
     forward: Mapping[bool, Sequence[Growth]]  # without a graph; by `Pass.train`: dropout takes other kernels
     kept: Growth  # by the graph
@@ -123,11 +119,11 @@ class _Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class _Block:
-    """One block, alone and behind the one before it, which leaves tensors behind and makes others that both use."""
+    """One block, with the one before it, which leaves tensors behind; of the first block, with the one behind it."""
 
-    alone: _Seen
-    behind: _Seen
-    kept_more: Growth  # by the graph of both than by that of the one before
+    seen: _Seen
+    kept: Growth  # by the graph of this block alone
+    kept_more: Growth  # by the graph of this block behind the one before: they share some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,19 +131,19 @@ class Footprint:
     """Bytes that requests on loaded blocks take: upper bounds, seldom above twice what they take."""
 
     start: int  # number of the first block
-    blocks: Mapping[bool, Sequence[_Block]]  # by `Pass.masked`
+    blocks: Sequence[_Block]
     token_bytes: int  # of the caches: one position of one row in one block
     hidden_by_kernels: int
 
     def forward_bytes(self, one: Pass, rows: int, positions: int) -> int:
         """Most memory during a forward without a graph."""
-        peaks = [peak for seen in self._seen(one) for peak in seen.forward[one.train]]
+        peaks = [peak for block in self._of(one.span) for peak in block.seen.forward[one.train]]
         return self._most(peaks, rows, positions, positions) + self._of_adapter(one)[1] * rows * positions
 
     def kept_bytes(self, one: Pass, rows: int, positions: int) -> int:
         """Bytes of the graph that a forward keeps for its backward."""
-        first, *others = self._blocks(one)
-        growths = [first.alone.kept, *(block.kept_more for block in others)]
+        first, *others = self._of(one.span)
+        growths = [first.kept, *(block.kept_more for block in others)]
         of_blocks = sum(growth.bytes(rows, positions, positions) for growth in growths)
         adapter_bytes = 0 if one.adapter is None else one.adapter.bytes
         return of_blocks + adapter_bytes + self._of_adapter(one)[0] * rows * positions
@@ -155,27 +151,23 @@ class Footprint:
     def training_bytes(self, one: Pass, rows: int, positions: int) -> int:
         """Most memory during a forward with a graph and its backward, graph and gradients included."""
         # `Engine._not_finite` runs the blocks once more, beside the graph.
-        peaks = [peak for seen in self._seen(one) for peak in (*seen.training, *seen.forward[one.train])]
+        seen = [block.seen for block in self._of(one.span)]
+        peaks = [peak for each in seen for peak in (*each.training, *each.forward[one.train])]
         working = self._most(peaks, rows, positions, positions) + self._of_adapter(one)[1] * rows * positions
         gradients = 0 if one.adapter is None else 2 * one.adapter.bytes  # the second time in float32
         return self.kept_bytes(one, rows, positions) + working + gradients
 
     def step_bytes(self, one: Pass, rows: int, new: int, total: int) -> int:
         """Most memory during a step of `new` positions that reaches `total`, beside the caches of its sessions."""
-        assert one.masked, "rows of several sessions share a mask"
-        peaks = [peak for seen in self._seen(one) for peak in seen.step]
+        peaks = [peak for block in self._of(one.span) for peak in block.seen.step]
         joined = self.token_bytes * rows * total  # caches of one block, in one tensor for several sessions
         return self._most(peaks, rows, new, total) + joined + self._of_adapter(one)[1] * rows * new
 
     def _most(self, peaks: Iterable[Growth], rows: int, new: int, total: int) -> int:
         return max(peak.bytes(rows, new, total) for peak in set(peaks)) + self.hidden_by_kernels
 
-    def _blocks(self, one: Pass) -> Sequence[_Block]:
-        return self.blocks[one.masked][one.span.start - self.start : one.span.stop - self.start]
-
-    def _seen(self, one: Pass) -> list[_Seen]:
-        first, *others = self._blocks(one)
-        return [first.alone, *(block.behind for block in others)]
+    def _of(self, span: BlockSpan) -> Sequence[_Block]:
+        return self.blocks[span.start - self.start : span.stop - self.start]
 
     @staticmethod
     def _of_adapter(one: Pass) -> tuple[int, int]:
@@ -195,6 +187,8 @@ class Measurable(Protocol):
     def device(self) -> str: ...
     @property
     def description(self) -> str: ...
+    @property
+    def has_dropout(self) -> bool: ...
     def block(self, number: int) -> nn.Module: ...
     def kind_of(self, block: int) -> str: ...
     def measure_token_bytes(self) -> int: ...
@@ -204,83 +198,94 @@ class Measurable(Protocol):
 
 
 def measure_footprint(engine: Measurable) -> Footprint:
-    """Watch short passes through each kind of block, alone and behind each kind: some ten milliseconds for each."""
-    start, stop = engine.loaded.span.start, engine.loaded.span.stop
-    model = engine.description
+    """Watch short passes through each kind of block and each pair of kinds, which reads weights ten times."""
+    start, stop, model = engine.loaded.span.start, engine.loaded.span.stop, engine.description
+    token_bytes = engine.measure_token_bytes()  # and what is made once is made now
 
-    def seen(span: BlockSpan, *, masked: bool) -> _Seen:
-        key = model, tuple(engine.kind_of(block) for block in range(span.start, span.stop)), masked
-        if key not in _measured:
-            _measured[key] = _measure(engine, span, masked)
-        return _measured[key]
+    def kinds(span: BlockSpan) -> tuple[str, tuple[str, ...]]:
+        return model, tuple(engine.kind_of(block) for block in range(span.start, span.stop))
 
-    def block(number: int, *, masked: bool) -> _Block:
-        alone = seen(BlockSpan(number, number + 1), masked=masked)
-        if number == start:
-            return _Block(alone=alone, behind=alone, kept_more=alone.kept)
-        before = seen(BlockSpan(number - 1, number), masked=masked)
-        behind = seen(BlockSpan(number - 1, number + 1), masked=masked)
-        return _Block(alone=alone, behind=behind, kept_more=behind.kept.plus(before.kept, sign=-1))
+    def kept(span: BlockSpan) -> Growth:
+        if (key := kinds(span)) not in _kept:
+            _kept[key] = _measure_kept(engine, span)
+        return _kept[key]
 
+    def seen(span: BlockSpan) -> _Seen:
+        if (key := kinds(span)) not in _seen:
+            _seen[key] = _measure(engine, span)
+        return _seen[key]
+
+    blocks = []
     with torch.random.fork_rng(devices=[]):  # dropout seeds it
-        masked = [block(number, masked=True) for number in range(start, stop)]
-        # No mask leaves out what is beyond a window where texts are shorter than that, as they are here.
-        windowed = engine.loaded.family.windowed
-        unmasked = masked if windowed else [block(number, masked=False) for number in range(start, stop)]
+        for number in range(start, stop):
+            alone = kept(BlockSpan(number, number + 1))
+            if number == start:
+                both = seen(BlockSpan(start, min(start + 2, stop)))
+                blocks.append(_Block(seen=both, kept=alone, kept_more=alone))
+            else:
+                both = seen(BlockSpan(number - 1, number + 1))
+                kept_more = both.kept.plus(kept(BlockSpan(number - 1, number)), sign=-1)
+                blocks.append(_Block(seen=both, kept=alone, kept_more=kept_more))
     return Footprint(
         start=start,
-        blocks={True: masked, False: unmasked},
-        token_bytes=engine.measure_token_bytes(),
+        blocks=blocks,
+        token_bytes=token_bytes,
         hidden_by_kernels=_HIDDEN_BY_KERNELS * torch.get_num_threads(),
     )
 
 
-# By model, kinds of blocks and `Pass.masked`: a server that moves to other blocks of its model measures little anew.
-_measured: dict[tuple[str, tuple[str, ...], bool], _Seen] = {}
+# By model and kinds of blocks: a server that moves to other blocks of its model measures little anew.
+_kept: dict[tuple[str, tuple[str, ...]], Growth] = {}
+_seen: dict[tuple[str, tuple[str, ...]], _Seen] = {}
 
 
-def _measure(engine: Measurable, span: BlockSpan, masked: bool) -> _Seen:
-    new, total = _lengths(engine, span)
-    hidden, padding = torch.zeros(1, new, engine.hidden_size), None
-    if masked:
-        padding = torch.ones(1, new, dtype=torch.bool)
-        padding[0, 0] = False  # transformers makes no mask of padding that hides nothing
-
-    def request(*, rows: int = 1, **fields: Any) -> Forward:
-        mask = None if padding is None else padding.expand(rows, new)
-        return Forward(span=span, hidden=hidden.repeat(rows, 1, 1), padding=mask, **fields)
-
-    def forward_peaks(*, rows: int, train: bool) -> list[Growth]:
-        with _Watch(new, new, rows=rows) as watch:
-            engine.forward(request(rows=rows, train=train), None)
-        return watch.peaks
-
-    engine.forward(request(keep=True), None)  # what is made once is made now
-    # What is a view of one row's tensor is a copy of two rows' in some families (BLOOM).
-    evaluating = [*forward_peaks(rows=1, train=False), *forward_peaks(rows=2, train=False)]
-    without_graph = {False: evaluating, True: [*evaluating, *forward_peaks(rows=2, train=True)]}
-    with _Watch(new, new) as training:
-        result = engine.forward(request(keep=True, train=True), None)
-        kept = training.live
-        engine.backward(Backward(lease=1, grad=hidden.clone()), result.graph, None)
-    return _Seen(
-        forward=without_graph,
-        kept=kept,
-        training=tuple(peak.plus(kept, sign=-1) for peak in training.peaks),
-        step=() if padding is None else _measure_step(engine, span, new, total, padding),
+def _request(engine: Measurable, span: BlockSpan, length: int, *, rows: int = 1, **fields: Any) -> Forward:
+    """A forward of zeros with padding: masks are counted for each request, since a window makes one too."""
+    return Forward(
+        span=span, hidden=torch.zeros(rows, length, engine.hidden_size), padding=_padding(rows, length), **fields
     )
 
 
-def _measure_step(engine: Measurable, span: BlockSpan, new: int, total: int, padding: torch.Tensor) -> Sequence[Growth]:
+def _padding(rows: int, length: int) -> torch.Tensor:
+    padding = torch.ones(rows, length, dtype=torch.bool)
+    padding[:, 0] = False  # transformers makes no mask of padding that hides nothing
+    return padding
+
+
+def _measure_kept(engine: Measurable, span: BlockSpan) -> Growth:
+    new, _ = _lengths(engine, span)
+    with _Watch(new, new) as watch:
+        result = engine.forward(_request(engine, span, new, keep=True, train=True), None)
+        kept = watch.live
+    del result
+    return kept
+
+
+def _measure(engine: Measurable, span: BlockSpan) -> _Seen:
+    new, total = _lengths(engine, span)
+    without_graph: dict[bool, Sequence[Growth]] = {}
+    for train in (False, True) if engine.has_dropout else (False,):
+        with _Watch(new, new, rows=2) as watch:  # what is a view of one row is a copy of two in some families (BLOOM)
+            engine.forward(_request(engine, span, new, rows=2, train=train), None)
+        without_graph[train] = tuple(watch.peaks)
+    with _Watch(new, new) as training:
+        result = engine.forward(_request(engine, span, new, keep=True, train=True), None)
+        kept = training.live
+        engine.backward(Backward(lease=1, grad=torch.zeros(1, new, engine.hidden_size)), result.graph, None)
+    return _Seen(
+        forward={False: without_graph[False], True: without_graph.get(True, without_graph[False])},
+        kept=kept,
+        training=tuple(peak.plus(kept, sign=-1) for peak in training.peaks),
+        step=_measure_step(engine, span, new, total),
+    )
+
+
+def _measure_step(engine: Measurable, span: BlockSpan, new: int, total: int) -> Sequence[Growth]:
     session = Session(client="", span=span, rows=1, max_length=total, adapter=None, adapter_version=None)
-    before = total - new
-    first = torch.zeros(1, before, engine.hidden_size)
-    steps = [
-        Step(session=0, hidden=first, position=0, padding=torch.zeros(1, before, dtype=torch.bool)),
-        Step(session=0, hidden=torch.zeros(1, new, engine.hidden_size), position=before, padding=padding),
-    ]
     peaks: Sequence[Growth] = ()
-    for step in steps:
+    for start, stop in ((0, total - new), (total - new, total)):
+        hidden = torch.zeros(1, stop - start, engine.hidden_size)
+        step = Step(session=0, hidden=hidden, position=start, padding=_padding(1, total)[:, start:stop])
         with _Watch(new, total) as watch:
             (output,) = engine.step([(session, step)])
         if isinstance(output, Exception):

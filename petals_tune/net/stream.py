@@ -1,4 +1,4 @@
-"""Messages on a connection: the writer of both sides, and the client's end, with many requests at a time."""
+"""The client's end of a connection to a server, with many requests at a time."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from petals_tune.errors import (
     AccessDenied,
@@ -25,24 +24,19 @@ from petals_tune.net.members import Members
 from petals_tune.net.own_lag import awake_s, patience
 from petals_tune.net.stats import SwarmStats
 from petals_tune.net.transport import Connection, Transport
+from petals_tune.net.writer import MessageWriter
 from petals_tune.wire import frames
-from petals_tune.wire.codec import INLINE_BYTES, Part, decode, encode
+from petals_tune.wire.codec import decode
 from petals_tune.wire.messages import (
-    ChainedReply,
-    CloseSession,
-    Forwarded,
     Hello,
     Message,
     Ping,
     Refusal,
-    Release,
-    SessionOpened,
     Welcome,
-    tensors_of,
+    freeing,
 )
 from petals_tune.wire.records import PROTOCOL
 from petals_tune.wire.span import BlockSpan
-from petals_tune.wire.tensors import encoded_bytes
 from petals_tune.wire.tokens import Token
 
 logger = logging.getLogger(__name__)
@@ -59,59 +53,6 @@ CHECK_S = 1.0  # between two checks whether the server is still a member of a pr
 TOKENS_S = 30.0  # between two exchanges of tokens on an open stream of a private swarm
 HELLO_S = 10.0  # for the answer to ours
 OVERHEAD_BYTES = 2**16  # of a message beside its tensors
-
-T = TypeVar("T")
-
-
-class MessageWriter:
-    """Writes messages frame by frame: they alternate on the connection, and a slow reader stops their writers."""
-
-    def __init__(self, connection: Connection, clock: Callable[[], float] = time.monotonic):
-        self.connection = connection
-        self._lock, self._clock = asyncio.Lock(), clock
-        self._running: set[asyncio.Task[Any]] = set()  # asyncio keeps no strong reference to a task
-        self.blocked_since_s: float | None = None  # on the `clock`: since when the reader takes nothing
-
-    async def write(self, message_id: int, message: Message) -> int:
-        """Write `message`; returns its bytes, frames included. Raises ConnectionLost.
-
-        A message that was begun is written to its end, even where the caller is cancelled: the reader would keep memory
-        for the rest of it.
-        """
-        inline = sum(map(encoded_bytes, tensors_of(message))) <= INLINE_BYTES
-        return await self.write_parts(
-            message_id, [encode(message) if inline else await asyncio.to_thread(encode, message)]
-        )
-
-    async def write_parts(self, message_id: int, parts: Sequence[Part]) -> int:
-        """Write an encoded message, as `write` does."""
-        if sum(map(len, parts)) <= frames.MAX_FRAME_BYTES:
-            return await self._write(message_id, [b"".join(parts)])
-        return await asyncio.shield(self._keep(asyncio.create_task(self._write(message_id, parts))))
-
-    def _keep(self, task: asyncio.Task[T]) -> asyncio.Task[T]:
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
-        return task
-
-    def close_connection(self) -> None:
-        """Close the connection; at once where the reader takes nothing, since its writers would wait for ever."""
-        if self.blocked_since_s is None:
-            self.connection.close()
-        else:
-            self.connection.abort()
-
-    async def _write(self, message_id: int, parts: Sequence[Part]) -> int:
-        sent = 0
-        for header, payload in frames.cut(message_id, *parts):
-            async with self._lock:
-                self.blocked_since_s = self._clock()
-                try:
-                    await self.connection.write(header, payload)
-                finally:
-                    self.blocked_since_s = None
-            sent += len(header) + len(payload)
-        return sent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,7 +278,7 @@ class ServerStream(MessageWriter):
         self._given_up.pop(message_id, None)
         if expected is not None and not expected.reply.done():
             expected.reply.set_result(reply)
-        elif (giving_back := _give_back(reply)) is not None:
+        elif (giving_back := freeing(reply)) is not None:
             self._keep(asyncio.create_task(self.notify(giving_back)))
 
     async def _watch(self) -> None:
@@ -378,15 +319,6 @@ class ServerStream(MessageWriter):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-def _give_back(reply: Message) -> Message | None:
-    """The message that frees what a server keeps for a `reply` that comes too late; None where it keeps nothing."""
-    if isinstance(reply, ChainedReply):
-        reply = reply.reply
-    if isinstance(reply, SessionOpened):
-        return CloseSession(session=reply.session)
-    return Release(leases=[reply.lease]) if isinstance(reply, Forwarded) and reply.lease is not None else None
 
 
 def _check_host(members: Members, token: bytes | None, peer: str) -> Token:

@@ -26,7 +26,7 @@ MAX_TICKETS = 1_000  # in one Withdrawn
 MAX_POSITION = 2**24  # no model has as many
 MAX_FIELDS = 16  # of an error in a Refusal
 MAX_FIELD_TEXT = 1024  # characters of one
-MAX_REFUSAL_TEXT = 2**15  # characters of a Refusal's text, of which the reader shows fewer
+MAX_REFUSAL_TEXT = 4096  # characters of a Refusal's text
 TICKET_BYTES = 16
 
 Name = Annotated[str, msgspec.Meta(max_length=128)]
@@ -283,6 +283,15 @@ def carrying(request: Request, tensor: torch.Tensor) -> Request:
     """Return a copy of `request` with another tensor. Raises ValueError where the tensor does not fit."""
     name = "grad" if isinstance(request, Backward) else "hidden"
     return msgspec.structs.replace(request, **{name: tensor})
+
+
+def freeing(reply: Message) -> Message | None:
+    """The message that frees what a server keeps for a `reply` that comes too late; None where it keeps nothing."""
+    if isinstance(reply, ChainedReply):
+        reply = reply.reply
+    if isinstance(reply, SessionOpened):
+        return CloseSession(session=reply.session)
+    return Release(leases=[reply.lease]) if isinstance(reply, Forwarded) and reply.lease is not None else None
 
 
 class Done(Message, frozen=True, tag="done"):

@@ -111,7 +111,9 @@ class Executor:
                 hidden=await self._in_format(client, result.output, reply_format), compute_s=result.compute_s
             )
         leases, (rows, positions, _) = self._stores.leases, request.hidden.shape
-        kept_bytes = self._engine.footprint.kept_bytes(Pass.of(request, adapter), rows, positions)
+        kept_bytes = self._engine.footprint.kept_bytes(
+            Pass(span=request.span, adapter=adapter, train=request.train), rows, positions
+        )
         with leases.room(client, kept_bytes, time.monotonic()) as lease:
             result = await self._compute.run(Priority.FORWARD, forward, client=client)
             if lease is not None and result.graph is not None:
@@ -154,7 +156,9 @@ class Executor:
         adapter, footprint = self._adapter(client, request), self._engine.footprint
         needed_bytes = footprint.training_bytes if with_graph else footprint.forward_bytes
         rows, positions, _ = request.hidden.shape
-        self._check_memory(partial(needed_bytes, Pass.of(request, adapter)), rows, positions)
+        self._check_memory(
+            partial(needed_bytes, Pass(span=request.span, adapter=adapter, train=request.train)), rows, positions
+        )
         return adapter
 
     async def _step(self, client: str, request: Step) -> Stepped:

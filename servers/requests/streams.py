@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from petals_tune.errors import AccessDenied, ConnectionLost, PetalsTuneError, ProtocolError, ServerError
-from petals_tune.net.stream import MessageWriter
 from petals_tune.net.transport import Connection
+from petals_tune.net.writer import MessageWriter
 from petals_tune.wire import frames
 from petals_tune.wire.codec import MAX_HELLO_BYTES, Part, decode_hello
 from petals_tune.wire.frames import Assembler, Dropped

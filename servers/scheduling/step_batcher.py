@@ -191,7 +191,8 @@ class StepBatcher:
             outputs = [error] * len(batch)
         elapsed_s = time.perf_counter() - started_s
         self._scheduler.charge(elapsed_s)
-        if batch and batch[0].step.hidden.shape[1] == 1:
+        computed = batch and all(isinstance(output, torch.Tensor) for output in outputs)  # refusals are always short
+        if computed and batch[0].step.hidden.shape[1] == 1:
             self._single_s = elapsed_s
             self._measured.pop(kind := batch[0].kind, None)
             self._measured[kind] = _Measured.of(batch, elapsed_s)

@@ -107,7 +107,7 @@ def assert_bounds(engine: Engine, rows: int, length: int, *, padded: bool, train
         return forward(SPAN, hidden, padding=padding, train=train, **fields)
 
     real = taken(engine, request, adapter)
-    guessed = estimated(engine.footprint, Pass.of(request(), adapter), rows, length)
+    guessed = estimated(engine.footprint, Pass(span=request().span, adapter=adapter, train=train), rows, length)
     for name, most, estimate in zip(("forward", "kept", "training"), real, guessed, strict=True):
         hidden_bytes = 0 if name == "kept" else engine.footprint.hidden_by_kernels
         least = (1 - LESS) * most if name == "kept" else most

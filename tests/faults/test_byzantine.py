@@ -30,6 +30,7 @@ from petals_tune.wire.messages import (
 )
 from tests.faults.byzantine import BAD, MISDEEDS, PHASES, ByzantineNetwork, Phase, Plan
 from tests.faults.network import id_of
+from tests.faults.step import REPLY_S
 from tests.models import relative_error
 
 pytestmark = pytest.mark.usefixtures("short_silence")
@@ -65,7 +66,7 @@ def cases() -> Iterator[object]:
                 yield pytest.param(phase, kind, misdeed, marks=marks, id=f"{kind.__name__}-{phase.name}-{misdeed}")
 
 
-SAMPLED = 97
+SAMPLED = 53
 
 
 def skip_what_is_not_sent(folder: Path, phase: Phase, kind: type[Message]) -> None:
@@ -100,7 +101,7 @@ def test_alone_it_is_named_where_the_run_ends(folder, phase, kind, misdeed):
     network = ByzantineNetwork(folder, plan, hand_over=phase.hand_over, has_second=False)
     found, said = expected, id_of(BAD)
     try:
-        found = phase.run(network, timeout_s=0.3)
+        found = phase.run(network, timeout_s=0.3, reply_s=3 * REPLY_S, connect_s=2 * REPLY_S)
     except PetalsTuneError as error:
         said = str(error)
     finally:

@@ -26,13 +26,11 @@ from tests.raising import raises
 LOCAL, REST = ("0:1", "3:4", "5:6"), ("1:3", "4:5")  # first, last, and one in the middle
 ROWS, LENGTH = 4, 8
 IDS = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
-SLOW = ("llama", "gpt2", "mixtral")
+SLOW = ("gemma3_text", "llama", "gpt2", "mixtral")
 TOLERANCES = {"LoRA gradients": 3e-5}  # as in test_families.py
 
 
-@pytest.mark.parametrize(
-    "family", ["bloom", "gemma3_text", *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW)]
-)
+@pytest.mark.parametrize("family", ["bloom", *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW)])
 def test_blocks_here_and_there_give_the_numbers_of_the_plain_model(family, tmp_path):
     figures = parity(family, tmp_path, cut=REST, local_blocks=LOCAL, local_quantization="none")
     assert figures.pop("tokens") == 1, "greedy generation gives the same tokens"
@@ -99,8 +97,7 @@ def step(folder: Path, tuned: Any, *, rows: int, **options: Any) -> dict[str, to
         return {"logits": output.logits.detach(), **gradients}
 
 
-@pytest.mark.parametrize("tuned", [lora, deep_prompts, ia3])
-@pytest.mark.parametrize("rows", [ROWS, 1])
+@pytest.mark.parametrize(("tuned", "rows"), [(lora, ROWS), (lora, 1), (deep_prompts, ROWS), (ia3, 1)])
 def test_int8_blocks_with_dropout_give_the_numbers_of_a_server_to_the_last_bit(folder, tuned, rows):
     there, here = step(folder, tuned, rows=rows), step(folder, tuned, rows=rows, local_blocks=LOCAL)
     assert here.keys() == there.keys()

@@ -195,11 +195,11 @@ def test_a_loss_too_large_for_float32s_exponential_is_in_the_result(tmp_path: Pa
         assert measured["perplexity"] == (pytest.approx(math.exp(measured["loss"])) if finite else None)
 
 
-SLOW = [name for name in recipe_names() if name != "sst2_lora_head"]
 LOCAL = ("swarm.local_blocks=[0:1]", "swarm.local_quantization=none", "swarm.servers=1")  # of two blocks
 
 
-@pytest.mark.parametrize("recipe", ["sst2_lora_head", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", recipe_names())
 def test_a_recipe_with_local_blocks_gives_the_figures_of_servers_alone(
     recipe: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

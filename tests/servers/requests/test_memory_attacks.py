@@ -20,6 +20,7 @@ from petals_tune.wire.messages import Backward, CollectSum, Done, Forward, Forwa
 from servers.requests.admission import Admission
 from servers.requests.execution import Executor
 from servers.scheduling.compute_thread import ComputeThread
+from servers.scheduling.turns import Turns
 from servers.stores.stores import Stores
 from tests.raising import raises
 from tests.servers.peers import HIDDEN, LIMITS, SPAN, forward, lora, put, stores
@@ -32,7 +33,7 @@ def executor_of(engine: Parts, kept: Stores | None = None, **changes: int) -> Ex
     admission = Admission(dataclasses.replace(LIMITS, max_positions=4096, max_tokens=16384, **changes))
     for client in (HONEST, MALLORY):
         admission.open_stream(client)
-    return Executor(*engine, kept or stores(leases=2**26), admission)
+    return Executor(*engine, kept or stores(leases=2**26), admission, Turns())
 
 
 def noise(rows: int = 2, positions: int = 8) -> torch.Tensor:
@@ -88,8 +89,8 @@ async def test_many_parts_on_one_linear_are_refused_by_their_number(engine, comp
 
 async def test_parts_that_are_allowed_count_before_they_are_computed(engine, computed):
     """Eight parts with dropout on a linear keep eight times its input."""
-    plain = engine[0].footprint.training_bytes(Pass(span=SPAN, masked=False, train=True), 1, 512)
-    executor = executor_of(engine, max_compute_bytes=int(1.2 * plain))
+    plain = engine[0].footprint.training_bytes(Pass(span=SPAN, train=True), 1, 512)
+    executor = executor_of(engine, max_compute_bytes=plain)
     alone = await trained(executor)
     await executor.run(MALLORY, put(*[lora(1, dropout=0.1)] * MAX_PARTS_A_MODULE))
     attack = {"hidden": noise(1, 512), "train": True, "adapter": "v", "keep": True}
@@ -136,7 +137,7 @@ async def test_a_step_beyond_the_memory_is_refused_with_the_positions_that_fit(e
 async def test_kept_graphs_never_pass_their_budget_however_many_are_computed_at_once(engine, monkeypatch):
     """Room is reserved before: counted afterwards, all of them would be there at once."""
     footprint = engine[0].footprint
-    one = footprint.kept_bytes(Pass(span=SPAN, masked=False), 1, 64)
+    one = footprint.kept_bytes(Pass(span=SPAN), 1, 64)
     kept = stores(leases=3 * one + 100)
     executor, used = executor_of(engine, kept), []
     run = engine[0].forward
@@ -150,7 +151,7 @@ async def test_kept_graphs_never_pass_their_budget_however_many_are_computed_at_
     leases = [reply.lease for reply in replies if isinstance(reply, Forwarded) and reply.lease is not None]
     assert (len(replies), len(leases), len(used)) == (6, 3, 6), "all are answered"
     assert 2 * one < used[0] <= max(used) <= kept.leases.max_bytes
-    assert 0.8 * one < kept.leases.used_bytes / 3 <= one, "by now, what was measured"
+    assert 0.5 * one < kept.leases.used_bytes / 3 < one, "by now, what was measured"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ import torch
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.kv_cache import Session
+from petals_tune.errors import RequestRefused, SessionLost
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Step
 from servers.scheduling.compute_thread import ComputeThread
 from servers.scheduling.step_batcher import StepBatcher
-from tests.models import relative_error
+from tests.models import ROPE_TYPES, relative_error
+from tests.raising import raises
 from tests.servers.parts import load
 from tests.servers.steps import SPAN, hidden, outputs, session, step
 
@@ -195,6 +198,20 @@ async def test_a_large_step_does_not_run_on_the_event_loop_because_a_small_one_w
     assert threads.ran.pop() == (1, False), "beams"
 
 
+@pytest.mark.parametrize("position", [5, 2**60])
+async def test_a_large_step_that_was_refused_at_once_is_no_measure_for_the_next_one(
+    engine, batcher, monkeypatch, position
+):
+    monkeypatch.setattr("servers.scheduling.step_batcher.INLINE_S", 1.0)  # on a busy machine
+    threads, small, large = Threads(engine, monkeypatch), session(), session(16_384)
+    await batcher.run(small, step(hidden(1, 1, 0), 0))
+    rows = hidden(1, 1, 0).expand(16_384, -1, -1)
+    with raises(SessionLost):
+        await batcher.run(large, step(rows, position))
+    await batcher.run(large, step(rows, 0))
+    assert threads.ran.pop() == (16_384, False)
+
+
 async def test_how_long_a_step_may_take_is_measured_for_each_kind(engine, family, batcher, monkeypatch):
     monkeypatch.setattr("servers.scheduling.step_batcher.INLINE_S", 1.0)  # on a busy machine
     threads = Threads(engine, monkeypatch)
@@ -290,3 +307,36 @@ def test_a_prompt_acts_in_the_first_step_of_each_session_whatever_the_others_are
             assert relative_error(found, wanted) < TOLERANCE
     finally:
         compute.stop()
+
+
+def test_a_hostile_step_changes_no_bit_of_the_step_that_shares_its_batch(model_folder, monkeypatch):
+    """Frequencies that follow the largest position of a batch, in transformers' own code."""
+    engine = Engine(load(model_folder("llama", **ROPE_TYPES["dynamic"]), str(SPAN)))
+    sizes: list[int] = []
+    run = engine.step
+    monkeypatch.setattr(engine, "step", lambda steps: sizes.append(len(steps)) or run(steps))
+    compute = ComputeThread()
+
+    def beside(**fields: Any) -> list[torch.Tensor | BaseException]:
+        batcher, pair = StepBatcher(engine, compute), [session(client="victim"), session(client="mallory")]
+        for each in pair:
+            run([(each, step(hidden(1, 3, 2), 0))])
+        steps = [step(hidden(1, 1, 0), 3), step(hidden(1, 1, 1), 3, **fields)]
+
+        async def both() -> list[torch.Tensor | BaseException]:
+            together = map(batcher.run, pair, steps)
+            return list(await asyncio.gather(*together, return_exceptions=True))
+
+        return asyncio.run(both())
+
+    try:
+        expected, honest = beside()
+        found, hostile = beside(positions=torch.tensor([[31]]))
+        (alone, refused), batches = beside(positions=torch.tensor([[100_000]])), list(sizes)
+    finally:
+        compute.stop()
+    assert torch.equal(found, expected)
+    assert not torch.equal(hostile, honest), "the attack ran"
+    assert batches == [2, 2, 2]
+    assert isinstance(refused, RequestRefused)
+    assert relative_error(alone, expected) < 1e-6
