@@ -116,6 +116,11 @@ def give_back_freed_memory() -> None:
     """Return freed memory to the system: glibc and torch's CUDA allocator keep it, and a block in full is worth it."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Return freed memory of glibc's heap to the system: it keeps what was allocated in pieces of less than 32 MB."""
     if malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         malloc_trim(0)
 

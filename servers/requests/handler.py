@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +12,7 @@ from functools import partial
 import torch
 
 from petals_tune.blocks.engine import TORCH_ERRORS, Engine
-from petals_tune.blocks.memory import give_back_freed_memory, is_out_of_memory
+from petals_tune.blocks.memory import give_back_freed_memory, is_out_of_memory, trim_heap
 from petals_tune.errors import (
     AccessDenied,
     ConnectionLost,
@@ -61,6 +62,7 @@ logger = logging.getLogger(__name__)
 
 CLOSING_S = 5.0  # timeout for clients to read EOF and close their side, and for readers to end once streams are closed
 
+TRIM_S = 5.0  # between two returns of freed memory to the system, while streams are open
 MAX_EXPANSION = 4  # of a message whose tensors come in 8 bits and become float32
 TENSOR_BYTES = 512  # of the object, beside a tensor's values
 
@@ -91,7 +93,8 @@ class Handler:
         self._turns = Turns()
         self._executor = Executor(engine, compute, stores, self._admission, self._turns)
         self._inbox = Inbox()
-        self._streams = OpenStreams(self._admission, stores.drop_expired)
+        self._streams = OpenStreams(self._admission, self._tidy)
+        self._trimmed_s = -math.inf
         self._running: set[asyncio.Task[None]] = set()
         self._readers: set[asyncio.Task[None]] = set()  # one for each open stream
         self.draining = False
@@ -151,6 +154,13 @@ class Handler:
                 end(connection)
             if self._readers:
                 await asyncio.wait(set(self._readers), timeout=CLOSING_S)
+
+    def _tidy(self, now_s: float) -> None:
+        """Drop what is too old, and return freed memory to the system, which malloc would keep."""
+        self.stores.drop_expired(now_s)
+        if not self.streams or now_s - self._trimmed_s > TRIM_S:
+            self._trimmed_s = now_s
+            asyncio.get_running_loop().run_in_executor(None, trim_heap)
 
     async def _greet(self, stream: ClientStream, message_id: int, hello: Hello) -> None:
         """Answer a Hello with a Welcome.

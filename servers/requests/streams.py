@@ -172,7 +172,7 @@ class OpenStreams:
     """All open streams of a server; those that are stuck, and those of former members, are closed."""
 
     def __init__(self, admission: Admission, each_second: Callable[[float], None]):
-        """`each_second` is called with the time each second while streams are open."""
+        """`each_second` is called with the time each second while streams are open, and once when all have ended."""
         self._admission, self._each_second = admission, each_second
         self._open: set[ClientStream] = set()
         self._watching: asyncio.Task[None] | None = None
@@ -207,9 +207,10 @@ class OpenStreams:
             self.leave(longest)
 
     async def _watch(self) -> None:
-        while self._open:
+        was_open = True
+        while was_open:
             await asyncio.sleep(_WATCH_S)
-            now_s = time.monotonic()
+            now_s, was_open = time.monotonic(), len(self._open) > 0
             self._each_second(now_s)
             for stream in self._open:
                 stream.expel_former_member(now_s)
