@@ -28,16 +28,12 @@ from petals_tune.net.writer import MessageWriter
 from petals_tune.wire import frames
 from petals_tune.wire.codec import decode
 from petals_tune.wire.messages import (
-    ChainedReply,
-    CloseSession,
-    Forwarded,
     Hello,
     Message,
     Ping,
     Refusal,
-    Release,
-    SessionOpened,
     Welcome,
+    freeing,
 )
 from petals_tune.wire.records import PROTOCOL
 from petals_tune.wire.span import BlockSpan
@@ -282,7 +278,7 @@ class ServerStream(MessageWriter):
         self._given_up.pop(message_id, None)
         if expected is not None and not expected.reply.done():
             expected.reply.set_result(reply)
-        elif (giving_back := _give_back(reply)) is not None:
+        elif (giving_back := freeing(reply)) is not None:
             self._keep(asyncio.create_task(self.notify(giving_back)))
 
     async def _watch(self) -> None:
@@ -323,15 +319,6 @@ class ServerStream(MessageWriter):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-
-def _give_back(reply: Message) -> Message | None:
-    """The message that frees what a server keeps for a `reply` that comes too late; None where it keeps nothing."""
-    if isinstance(reply, ChainedReply):
-        reply = reply.reply
-    if isinstance(reply, SessionOpened):
-        return CloseSession(session=reply.session)
-    return Release(leases=[reply.lease]) if isinstance(reply, Forwarded) and reply.lease is not None else None
 
 
 def _check_host(members: Members, token: bytes | None, peer: str) -> Token:

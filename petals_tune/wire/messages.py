@@ -285,6 +285,15 @@ def carrying(request: Request, tensor: torch.Tensor) -> Request:
     return msgspec.structs.replace(request, **{name: tensor})
 
 
+def freeing(reply: Message) -> Message | None:
+    """The message that frees what a server keeps for a `reply` that comes too late; None where it keeps nothing."""
+    if isinstance(reply, ChainedReply):
+        reply = reply.reply
+    if isinstance(reply, SessionOpened):
+        return CloseSession(session=reply.session)
+    return Release(leases=[reply.lease]) if isinstance(reply, Forwarded) and reply.lease is not None else None
+
+
 class Done(Message, frozen=True, tag="done"):
     """Reply without content to a request that succeeded."""
 

@@ -111,7 +111,9 @@ def assert_bounds(engine: Engine, rows: int, length: int, *, padded: bool, train
     for name, most, estimate in zip(("forward", "kept", "training"), real, guessed, strict=True):
         hidden_bytes = 0 if name == "kept" else engine.footprint.hidden_by_kernels
         least = (1 - LESS) * most if name == "kept" else most
-        assert least <= estimate <= FACTOR * most + hidden_bytes, (name, most, estimate)
+        # Without dropout, parts on one linear share its input, which counts for each of them.
+        factor = 2.5 if kind == "many" else FACTOR
+        assert least <= estimate <= factor * most + hidden_bytes, (name, most, estimate)
 
 
 @pytest.mark.parametrize("family", QUICK)

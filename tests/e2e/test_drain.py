@@ -71,7 +71,7 @@ async def opened(peer: Peer, server: ServerProcess) -> ServerStream:
 
 
 def ask(stream: ServerStream, request: Message) -> asyncio.Task[Message]:
-    return asyncio.create_task(stream.call(request, timeout_s=2 * LONG_S))
+    return asyncio.create_task(stream.call(request, timeout_s=2 * LONG_S, most_bytes=2**24))
 
 
 async def first_of(running: list[asyncio.Task[Message]]) -> None:
