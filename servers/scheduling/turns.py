@@ -28,14 +28,11 @@ class Turns:
         """Run `function` on behalf of `client`; not where the caller is cancelled before its turn."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(client, deque()).append(turn)
-        if not self._busy:
-            self._begin_next()
+        self._begin_next()
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.cancelled():
-                self._forget(client, turn)
-            else:  # its turn came at the same moment
+            if not turn.cancelled():  # its turn came at the same moment
                 self._end(0.0)
             raise
         began_s = time.perf_counter()
@@ -46,22 +43,24 @@ class Turns:
             if running.done():
                 self._end(time.perf_counter() - began_s)
             else:  # cancelled: what it holds is in memory until it has ended
-                running.add_done_callback(lambda _: self._end(time.perf_counter() - began_s))
+
+                def end(running: asyncio.Future[T]) -> None:
+                    running.exception()  # nobody else asks for it
+                    self._end(time.perf_counter() - began_s)
+
+                running.add_done_callback(end)
 
     def _end(self, elapsed_s: float) -> None:
         self._scheduler.charge(elapsed_s)
         self._busy = False
-        if self._waiting:
-            self._begin_next()
+        self._begin_next()
 
     def _begin_next(self) -> None:
-        client = self._scheduler.choose(self._waiting)
-        turn = self._waiting[client][0]
-        self._forget(client, turn)
-        self._busy = True
-        turn.set_result(None)
-
-    def _forget(self, client: str, turn: asyncio.Future[None]) -> None:
-        self._waiting[client].remove(turn)
-        if not self._waiting[client]:
-            del self._waiting[client]
+        while self._waiting and not self._busy:
+            turns = self._waiting[client := self._scheduler.choose(self._waiting)]
+            turn = turns.popleft()
+            if not turns:
+                del self._waiting[client]
+            if not turn.cancelled():
+                self._busy = True
+                turn.set_result(None)

@@ -68,3 +68,16 @@ async def test_one_whose_turn_comes_as_it_is_cancelled_passes_it_on():
         await asyncio.sleep(0)
     second.cancel()
     assert await third == "c"
+
+
+async def test_one_that_is_cancelled_at_the_moment_of_its_turn_does_not_stop_the_others(monkeypatch):
+    """Its future is cancelled at once, and its task has not run since."""
+    work = Work()
+    first, second, third = work.start("a"), work.start("b"), work.start("c")
+    await asyncio.sleep(0)
+    charge = work.turns._scheduler.charge
+    monkeypatch.setattr(work.turns._scheduler, "charge", lambda elapsed_s: (charge(elapsed_s), second.cancel()))
+    work.release.set()
+    assert await asyncio.gather(first, third) == ["a", "c"]
+    assert second.cancelled()
+    assert await work.start("d") == "d"
