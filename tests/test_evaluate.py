@@ -6,6 +6,7 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from petals_tune.checksums import SUMS
 from petals_tune.config import check_arguments
 from petals_tune.errors import ConfigError
 from petals_tune.evaluate import CONFIG_NAME, Evaluation
@@ -91,6 +92,7 @@ def test_an_evaluation_asks_as_the_adapter_was_trained(
     file = adapter / IDENTITY
     text = file.read_text().replace("on this machine", "on servers, as int8")
     file.write_text(text.replace('"system": null', '"system": "Count."'))
+    (adapter / SUMS).unlink()  # they are of the file that was written
     after = evaluate_adapter(evaluation(tiny_run("personachat"), adapter, "test"), LocalConnection(), schema=Evaluation)
     printed = capsys.readouterr().out
     assert "asked     as the adapter was trained, with its system text 'Count.'\n" in printed
