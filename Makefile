@@ -24,10 +24,11 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 demo: $(INSTALLED)
 	$(BIN)/python -m petals_tune recipe=personachat
 
-# Faults are timed, so those tests run one after the other; what is compared with a plain model can share the cores.
+# Faults are timed, so those tests run one after the other; the others can share the cores.
+SHARING := tests/remote tests/servers tests/swarm tests/train tests/e2e/test_private_swarm.py
 test: test-fast
-	$(BIN)/python -m pytest -m "swarm and not slow" tests/remote -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m "swarm and not slow" --ignore tests/remote
+	$(BIN)/python -m pytest -m "swarm and not slow" -n 2 --dist loadfile $(SHARING)
+	$(BIN)/python -m pytest -m "swarm and not slow" $(addprefix --ignore=,$(SHARING))
 
 # loadfile: the tests of a file share its fixtures, so they run in one process.
 test-fast: $(INSTALLED)

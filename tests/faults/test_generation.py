@@ -84,7 +84,8 @@ def generated(model: Any, **options: Any) -> torch.Tensor:
 
 def stations(session: Any) -> list[tuple[str, str]]:
     """(span, peer) of the servers that keep the session now."""
-    return [(str(station.hop.span), station.hop.server.peer) for station in session._session._sessions]
+    (remote,) = session._session._sessions  # no local blocks stand before or behind them
+    return [(str(station.hop.span), station.hop.server.peer) for station in remote._sessions]
 
 
 def test_two_servers_killed_one_after_the_other_and_replaced_by_a_different_cut(folder):
