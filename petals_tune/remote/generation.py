@@ -57,7 +57,7 @@ class RemoteGeneration:
                 key="input_ids",
             )
         try:
-            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]  # of the user's class
         finally:
             if isinstance(session, RemoteCache):
                 session.end_turn()
@@ -83,7 +83,7 @@ class RemoteGeneration:
             generation_config.cache_implementation = generation_config.prefill_chunk_size = None
             refuse_adapter_names(self, self.remote_blocks)  # type: ignore[arg-type]  # a model
             cache.begin_turn(self.remote_blocks.adapter()[0])
-        super()._prepare_cache_for_generation(  # type: ignore[misc]
+        super()._prepare_cache_for_generation(  # type: ignore[misc]  # of the user's class
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
@@ -125,8 +125,8 @@ class RemoteGeneration:
         Phi-3 does, where a text grows beyond `original_max_position_embeddings` and its rotary frequencies change. Its
         own code does not see our cache, which is false.
         """
-        original = getattr(self.config, "original_max_position_embeddings", None)  # type: ignore[attr-defined]
-        own = super().prepare_inputs_for_generation.__func__  # type: ignore[misc]
+        original = getattr(self.config, "original_max_position_embeddings", None)  # type: ignore[attr-defined]  # the same
+        own = super().prepare_inputs_for_generation.__func__  # type: ignore[misc]  # of the user's class
         is_own = own is not GenerationMixin.prepare_inputs_for_generation
         return is_own and original is not None and 0 < cached <= original < length
 
