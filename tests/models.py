@@ -4,8 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 BLOCKS = 6
 VOCABULARY = 96
@@ -97,6 +104,91 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+_OF_DEEPSEEK = {name: value for name, value in FAMILIES["deepseek_v3"].items() if name != "initializer_range"}
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+_OF_QWEN_VL = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 4,
+    "deepstack_visual_indexes": [0],
+}
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+
+# Multimodal models, whose text decoder's config is inside: sizes of that, and of a vision tower that nothing runs.
+NESTED: dict[str, dict[str, Any]] = {
+    "qwen3_vl": {"text_config": {**_HEAD_DIM, **_MROPE}, "vision_config": _OF_QWEN_VL},
+    "gemma3": {"text_config": {**_HEAD_DIM, **_MIXED}, "vision_config": _VISION},
+    "mistral3": {
+        "text_config": {"model_type": "mistral", **_HEAD_DIM},
+        "vision_config": {"model_type": "pixtral", **_VISION},
+    },
+    "llava": {
+        "text_config": {"model_type": "llama", **_GROUPED},
+        "vision_config": {"model_type": "clip_vision_model", **_VISION},
+    },
+    "qwen2_5_vl": {
+        "text_config": {**_GROUPED, **_MROPE},
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "intermediate_size": 16,
+        },
+    },
+    "qwen2_vl": {
+        "text_config": {**_GROUPED, **_MROPE},
+        "vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32},
+    },
+    "qwen3_vl_moe": {"text_config": {**_HEAD_DIM, **_EXPERTS, **_MROPE}, "vision_config": _OF_QWEN_VL},
+    "kimi_k25": {
+        "text_config": {"model_type": "deepseek_v3", **_OF_DEEPSEEK},
+        "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+    },
+    "llama4": {
+        "text_config": {
+            **_HEAD_DIM,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 8,
+        },
+        "vision_config": {**_VISION, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+    },
+    "gemma4": {
+        "text_config": {
+            **_HEAD_DIM,
+            **_MIXED,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            "global_head_dim": 16,
+        }
+    },
+    "glm4v": {"text_config": {**_HEAD_DIM, **_MROPE}, "vision_config": {}},
+    "glm4v_moe": {
+        "text_config": {
+            **_HEAD_DIM,
+            **_MROPE,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+        }
+    },
+    "step3p7": {"text_config": {**_HEAD_DIM}},
+}
+
 
 _ROPE = {
     "default": {},
@@ -129,14 +221,20 @@ PHI3_LONGROPE = {**ROPE_TYPES["longrope"], "original_max_position_embeddings": 8
 
 
 def config_of(family: str, **changes: Any) -> PretrainedConfig:
-    """The config of a small model of one of FAMILIES, with other values where `changes` has some."""
-    return CONFIG_MAPPING[family.split()[0]](**{**_SIZES, **FAMILIES[family], **changes})
+    """The config of a small model of one of FAMILIES or NESTED, with other values where `changes` has some."""
+    kind = CONFIG_MAPPING[family.split()[0]]
+    if family in NESTED:
+        fields = NESTED[family]
+        return kind(**{**fields, "text_config": {**_SIZES, **fields["text_config"], **changes}})
+    return kind(**{**_SIZES, **FAMILIES[family], **changes})
 
 
 def save_model(folder: Path, family: str, *, max_shard_size: str = "1GB", **changes: Any) -> Path:
     """The same weights for the same arguments."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(family, **changes))
+    config = config_of(family, **changes)
+    whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    model = (AutoModelForImageTextToText if whole else AutoModelForCausalLM).from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -146,8 +244,10 @@ def save_model(folder: Path, family: str, *, max_shard_size: str = "1GB", **chan
 
 
 def plain_model(folder: Path) -> PreTrainedModel:
-    """The whole model in this process, frozen."""
-    return AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False).eval()
+    """The whole model in this process, frozen; of a multimodal checkpoint as its users load it."""
+    known = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
+    return auto.from_pretrained(folder).requires_grad_(False).eval()
 
 
 def relative_error(left: torch.Tensor, right: torch.Tensor) -> float:

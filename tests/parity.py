@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from petals_tune import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
 from petals_tune.model.families import family_of
+from petals_tune.model.nested import decoder_path, is_nested
 from tests.inprocess import in_process_swarm
 from tests.models import VOCABULARY, config_of, masks, plain_model, relative_error, save_model
 
@@ -58,18 +59,24 @@ def _batches() -> Iterator[dict[str, torch.Tensor]]:
 def _training(model: Any, plain: Any) -> dict[str, float]:
     """One step of LoRA on all linears, with the gradient at the embeddings, for each side of padding."""
     worst = dict.fromkeys(("logits", "loss", "input gradient", "LoRA gradients"), 0.0)
-    blocks = family_of(plain.base_model).blocks_of(plain.base_model)
+    path = decoder_path(plain)
+    decoder = plain.get_submodule(path)
+    family = family_of(decoder)
+    blocks = family.blocks_of(decoder)
     linears = {name for name, module in blocks.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
     if any("Experts" in type(module).__name__ for module in blocks.modules()):
         # PEFT takes fused experts for linears of the same names; these are refused.
         linears = {name for name in linears if "attn" in name}
+    targets: Any = sorted({name.rpartition(".")[2] for name in linears})
+    if is_nested(plain.config):  # in a vision tower too
+        targets = rf"{path}\.{family.blocks}\..*\.({'|'.join(targets)})"
     nets = []
     for each in (model, plain):
         torch.manual_seed(1)
         config = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=2,
-            target_modules=sorted({name.rpartition(".")[2] for name in linears}),
+            target_modules=targets,
             init_lora_weights=False,
         )
         nets.append(peft.get_peft_model(each, config).eval())

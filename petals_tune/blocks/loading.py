@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -113,11 +113,11 @@ class BlockLayout:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> BlockLayout:
         meta_model = placeholder_model(checkpoint.config)
-        family = family_of(meta_model)
+        family = family_of(meta_model, checkpoint.config)
         names: dict[int, dict[str, str]] = {block: {} for block in range(family.total_blocks)}
         for name in checkpoint.tensor_names:
             block, inside = family.block_index(name), family.inside(name)
-            if block is not None and inside is not None:
+            if block in names and inside is not None:
                 names[block][name] = inside
         return cls(checkpoint=checkpoint, meta_model=meta_model, family=family, names=names)
 
@@ -174,6 +174,7 @@ class _Loader:
         config, quantize = trimmed_config(meta_model), self.scheme.loading_config(self.dtype)
         if is_quantized and (stored := self.scheme.stored_config(self.dtype)) is not None:
             config.quantization_config, quantize = stored.to_dict(), None  # as in a checkpoint that was saved quantized
+            family = replace(family, conversions=None)  # the names are those of the library's own modules
         place = f"{family.blocks}.0."
         model, loading = load_part(
             trimmed_class(meta_model, family, BlockSpan(block, block + 1)),

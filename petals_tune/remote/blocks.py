@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from petals_tune.errors import ConfigError
 from petals_tune.model.families import Family
+from petals_tune.model.nested import decoder_path, is_nested
 from petals_tune.net.stats import SwarmStats
 from petals_tune.remote import arguments
 from petals_tune.remote.config import BlocksConfig
@@ -50,6 +51,7 @@ class ModelCall:
     positions: torch.Tensor | None  # (B or 1, S) int64
     session: RemoteCache | None
     hidden_states: list[torch.Tensor] | None  # what entered each block, where the caller wants to see it
+    inside: bool = False  # a multimodal model around the one that loops over the blocks ends it
 
     def begin(self) -> None:
         """Make this the call that runs in this thread."""
@@ -283,19 +285,40 @@ class RemoteBlocks(RemoteSpan):
         """Leave the swarm. A call afterwards fails, also of a copy of this model, which has the same connection."""
         loop.run(self.backbone.chain.client.close())
 
-    def register_hooks(self, owner: Any) -> None:
+    def register_hooks(self, owner: Any, entry: Any) -> None:
         """Catch the arguments of `owner`, the module whose forward loops over these blocks, and keep its config.
+
+        entry: the multimodal model around it, which is given what the user gives and makes 4-D masks and positions in
+               three dimensions of it; of a text model `owner` itself
 
         A call with `use_cache=True` alone gets a session of its own.
         """
         self._config = BlocksConfig(owner.config)
+        if entry is not owner:
+            entry.register_forward_pre_hook(partial(self._before_all, owner), with_kwargs=True)
+            entry.register_forward_hook(self._after_all, always_call=True)
         owner.register_forward_pre_hook(self._before, with_kwargs=True)
         owner.register_forward_hook(self._after, always_call=True)
 
     @torch.compiler.disable
+    def _before_all(self, owner: Any, entry: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        arguments.check_text_alone(entry.config, args, kwargs)
+        return self._begin(owner, args, kwargs)
+
+    @torch.compiler.disable
     def _before(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        self._config.check(owner.config)
         arguments.check_arguments(owner.config, args, kwargs)
+        call = self.backbone.call
+        if call is None:
+            return self._begin(owner, args, kwargs)
+        call.inside = True
+        if (positions := arguments.text_positions(kwargs.get("position_ids"))) is not None:
+            call.positions = positions
+        return args, kwargs
+
+    def _begin(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Begin a call: the arguments of the model with what remote blocks need."""
+        self._config.check(owner.config)
         wants_states = arguments.option(owner.config, kwargs, "output_hidden_states")
         session = self._session_for(kwargs.get("past_key_values"), kwargs.get("use_cache"))
         if wants_states and session is not None:
@@ -304,7 +327,7 @@ class RemoteBlocks(RemoteSpan):
         if wants_states and (wants_states is not True or kwargs.get("return_dict") is False):
             text = "output_hidden_states: pass True, and leave return_dict as it is"
             raise ConfigError(text, key="output_hidden_states")
-        given_positions = arguments.position_ids(kwargs.get("position_ids"))
+        given_positions = arguments.text_positions(kwargs.get("position_ids"))
         positions = given_positions
         if positions is None:
             positions = self._positions(owner, args, kwargs, session)
@@ -327,7 +350,7 @@ class RemoteBlocks(RemoteSpan):
         # transformers' own capture would wait for hooks on layers that never run here.
         cached: dict[str, Any] = {"past_key_values": session, "use_cache": session is not None}
         given = {**cached, "output_hidden_states": False}
-        if positions is not None:
+        if given_positions is None and positions is not None:
             given["position_ids"] = positions
         return args, {**kwargs, **given}
 
@@ -346,10 +369,16 @@ class RemoteBlocks(RemoteSpan):
         call = self.backbone.call
         if call is None:  # it was refused
             return
-        call.end()
+        if not call.inside:
+            call.end()
         if call.hidden_states is not None and output is not None:
             # As in transformers: what enters each block, then the end with the final norm.
             output["hidden_states"] = (*call.hidden_states, output.last_hidden_state)
+
+    @torch.compiler.disable
+    def _after_all(self, entry: nn.Module, args: Any, output: Any) -> None:
+        if (call := self.backbone.call) is not None:
+            call.end()
 
     def _session_for(self, cache: Any, use_cache: bool | None) -> RemoteCache | None:
         if isinstance(cache, RemoteCache):
@@ -368,11 +397,14 @@ def put_remote_blocks(
     model: PreTrainedModel, family: Family, skeleton: nn.ModuleList, backbone: Backbone
 ) -> RemoteBlocks:
     """Put remote blocks into `model`, which was loaded without any, in place. `skeleton` has placeholder weights."""
-    base: Any = model.base_model
+    path = decoder_path(model)
+    decoder = model.get_submodule(path)
     blocks: Any = RemoteBlocks(skeleton.children(), backbone=backbone)
-    family.put_blocks(base, blocks)
-    model.config.num_hidden_layers = family.total_blocks
-    blocks.register_hooks(family.owner(base))
+    family.put_blocks(decoder, blocks)
+    owner = family.owner(decoder)
+    owner.config.num_hidden_layers = family.total_blocks
+    entry = model.get_submodule(path.partition(".")[0]) if is_nested(model.config) else owner
+    blocks.register_hooks(owner, entry)
     model.remote_blocks = blocks
     return blocks
 
