@@ -8,10 +8,13 @@ import torch
 from bitsandbytes.nn.modules import Linear8bitLt
 
 from petals_tune.blocks.kernels import FrozenProduct
+from petals_tune.blocks.quantization.int8_digits import is_worth_it, product_by_digits
 
 
 class Int8Linear(Linear8bitLt):
     """A frozen 8-bit linear: W = diag(scale) C with C (out, in) int8, so x W^T = (x C^T) scale.
+
+    Few float32 rows without a gradient, as a generation has them, are multiplied without unpacking C (int8_digits.py).
 
     On a CPU, bitsandbytes scales the whole matrix anew in each call, and keeps its input for a gradient that nobody
     wants. On a GPU it casts activations to float16, where those beyond 65,504 are infinite, and quantizes them.
@@ -27,5 +30,8 @@ class Int8Linear(Linear8bitLt):
         scale = state.SCB.to(dtype) / 127
         if dtype is torch.float16:  # x C^T alone is beyond its range
             return FrozenProduct.apply(x, self.bias, lambda: state.CB.to(dtype) * scale[:, None])
-        product = FrozenProduct.apply(x, None, lambda: state.CB.to(dtype))
+        if not torch.is_grad_enabled() and is_worth_it(x, state.CB):
+            product = product_by_digits(x.reshape(-1, x.shape[-1]), state.CB).view(*x.shape[:-1], -1)
+        else:
+            product = FrozenProduct.apply(x, None, lambda: state.CB.to(dtype))
         return product * scale if self.bias is None else torch.addcmul(self.bias.to(dtype), product, scale)
