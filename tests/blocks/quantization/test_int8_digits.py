@@ -82,7 +82,7 @@ def test_the_largest_remainders_fit_into_a_digit() -> None:
     products = torch.cat([product_by_digits(rows, matrix) for rows in x.split(16)])
 
     largest = x.abs().amax(-1, keepdim=True)
-    assert ((products - x) / largest).abs().max() < 2**-23 + 1 / (127 * 250**2)
+    assert ((products - x) / largest).abs().max() < 2**-21  # -128 for 128 would be off by 256 / (127 * 250**2): 2**-15
 
 
 def test_it_is_for_few_float32_rows_of_a_large_matrix_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
