@@ -52,7 +52,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {**_LATENT, "head_dim": 16, "mlp_layer_types": ["sparse"] * 2},
     "minimax_m2": {"rotary_dim": 16},
     "gpt_oss": {**_FULL, "rope_scaling": None},
-    "mistral4": {**_LATENT, "head_dim": 16},
+    "mistral4": _LATENT,
     "olmoe": {"num_key_value_heads": 4},
     "granitemoe": {},
     "granitemoeshared": {"shared_intermediate_size": 128},

@@ -67,10 +67,10 @@ class ExpertStack(nn.Module):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """`torch.bmm` of x (E, rows, in) with the stack, as Llama 4 does."""
-        if func is not torch.bmm:
+        if func is not torch.bmm or not args[1].transposed:
             raise TypeError(f"{func} of quantized experts is not known here")
         x, stack = args
-        return torch.stack([(part @ stack[number]) for number, part in enumerate(x)])
+        return torch.stack([stack(part, number) for number, part in enumerate(x)])
 
 
 class _Matrix:
@@ -86,7 +86,7 @@ class _Matrix:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         x, matrix, *bias = args
-        from_left = {F.linear: False, torch.matmul: True, torch.Tensor.matmul: True, torch.Tensor.__matmul__: True}
+        from_left = {F.linear: False, torch.matmul: True, torch.Tensor.matmul: True}
         if func not in from_left or (from_left[func] ^ matrix._flipped) is not matrix._stack.transposed:
             raise TypeError(f"{func} of a quantized expert is not known here")
         product = matrix._stack(x, matrix._expert)
@@ -153,7 +153,7 @@ def expert_parameters(module: nn.Module) -> Iterator[tuple[str, tuple[int, int, 
             shape = (experts, shape[0] // experts, shape[1])
         if len(shape) == 3:
             transposed = bool(getattr(module, "is_transposed", False)) or (kind, name) in _TRANSPOSED
-            yield name, shape, transposed  # type: ignore[misc]
+            yield name, shape, transposed
 
 
 def expert_stacks(module: nn.Module) -> dict[str, QuantizedStack]:
