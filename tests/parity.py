@@ -66,7 +66,7 @@ def _training(model: Any, plain: Any) -> dict[str, float]:
     linears = {name for name, module in blocks.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
     if any("Experts" in type(module).__name__ for module in blocks.modules()):
         # PEFT takes fused experts for linears of the same names; these are refused.
-        linears = {name for name in linears if "attn" in name}
+        linears = {name for name in linears if "attn" in name and "gate_proj" not in name}
     targets: Any = sorted({name.rpartition(".")[2] for name in linears})
     if is_nested(plain.config):  # in a vision tower too
         targets = rf"{path}\.{family.blocks}\..*\.({'|'.join(targets)})"

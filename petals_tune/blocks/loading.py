@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ from petals_tune.model.checkpoint import Checkpoint, StoredTensor
 from petals_tune.model.disk import DiskCache
 from petals_tune.model.families import (
     Family,
+    PerBlock,
     empty_the_rest,
     family_of,
     load_part,
     placeholder_model,
+    restore_counts,
     trimmed_class,
     trimmed_config,
 )
@@ -40,6 +43,7 @@ class LoadedBlocks:
     span: BlockSpan
     quantization: Quantization
     weight_bytes: int
+    per_block: PerBlock  # of the whole model
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -127,6 +131,10 @@ class BlockLayout:
                 names[block][name] = inside
         return cls(checkpoint=checkpoint, meta_model=meta_model, family=family, names=names)
 
+    @cached_property
+    def per_block(self) -> PerBlock:
+        return PerBlock.of(self.meta_model.config, self.family.total_blocks)
+
     def meta_block(self, block: int) -> nn.Module:
         return self.family.blocks_of(self.meta_model)[block]
 
@@ -145,7 +153,7 @@ class _Loader:
         if scheme.stored_config(dtype) is not None:
             for block in layout.family.blocks_of(layout.meta_model):
                 replace_by_stacks(block, scheme)
-        self._reader = ExpertReader(layout.meta_model)
+        self._reader = ExpertReader(layout.meta_model, layout.family.conversions)
 
     def load(self, block: int, cache: QuantizedBlockCache | None) -> nn.Module:
         renamed, checkpoint = self.layout.names[block], self.layout.checkpoint
@@ -245,9 +253,8 @@ class _Loader:
         config = trimmed_config(meta_model)
         config.num_hidden_layers = 0  # made without blocks: masks, rotary tables of each layer type, the loop
         model, _ = load_part(type(meta_model), config, {}, dtype=self.dtype, device_map=self.device)
-        model.config.num_hidden_layers = len(span)
-        if getattr(model.config, "layer_types", None) is not None:
-            model.config.layer_types = list(model.config.layer_types[span.start : span.stop])  # read as the loop goes
+        self.layout.per_block.write(model.config, span)
+        restore_counts(family.owner(model), family.owner(meta_model))
         for block in blocks:
             module: Any
             for module in block.modules():
@@ -265,6 +272,7 @@ class _Loader:
             family=family,
             span=span,
             quantization=self.scheme,
+            per_block=self.layout.per_block,
             weight_bytes=sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()),
         )
 

@@ -187,7 +187,7 @@ def _inside(config: PretrainedConfig, base: PreTrainedModel, family: Family) -> 
     for each in converters:  # for names inside the decoder alone
         each.scope_prefix = each.base_model_prefix = None
     conversions = f"{type(base).__name__}In{type(whole).__name__}"
-    register_checkpoint_conversion_mapping(conversions, converters, overwrite=True)
+    register_checkpoint_conversion_mapping(conversions, list(converters), overwrite=True)
     path = decoder_path(whole)
     inside_base = path.removeprefix(f"{whole.base_model_prefix}.")
     return replace(
@@ -239,7 +239,7 @@ def trimmed_config(placeholder: PreTrainedModel) -> PretrainedConfig:
     """Copy the config of `placeholder` for `trimmed_class`: with no vocabulary, and no caches of transformers."""
     trimmed = copy.deepcopy(placeholder.config)  # its blocks have written into it
     trimmed.vocab_size = 1
-    trimmed.pad_token_id = None
+    trimmed.pad_token_id = 0  # of a vocabulary of one; some configs allow no None
     trimmed.use_cache = False
     for name in _ENTRY_FACTORS:
         if hasattr(trimmed, name):
@@ -260,10 +260,6 @@ def trimmed_class(placeholder: PreTrainedModel, family: Family, span: BlockSpan)
             config.num_hidden_layers = 0
             super().__init__(config, *args, **kwargs)
             config.num_hidden_layers = len(span)
-            if getattr(config, "layer_types", None) is not None:
-                config.layer_types = list(
-                    config.layer_types[span.start : span.stop]
-                )  # the loop over the blocks reads it by position
             blocks = list(family.blocks_of(placeholder))[span.start : span.stop]
             kept = copy.deepcopy(nn.ModuleList(blocks), {id(placeholder.config): config})
             for parameter in kept.parameters():
@@ -274,6 +270,34 @@ def trimmed_class(placeholder: PreTrainedModel, family: Family, span: BlockSpan)
     # transformers finds by these names how a checkpoint's experts are fused.
     Trimmed.__name__, Trimmed.__module__ = family.conversions or model_class.__name__, model_class.__module__
     return Trimmed
+
+
+@dataclass(frozen=True)
+class PerBlock:
+    """Fields of a config with a value for each block, which the loop over the blocks reads by position."""
+
+    values: dict[str, list[Any]]
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, total_blocks: int) -> PerBlock:
+        fields = vars(config).items()
+        return cls({name: value for name, value in fields if isinstance(value, list) and len(value) == total_blocks})
+
+    def write(self, config: PretrainedConfig, span: BlockSpan) -> None:
+        """Make `config` that of a loop over the blocks `span` alone."""
+        config.num_hidden_layers = len(span)
+        for name, values in self.values.items():
+            setattr(config, name, values[span.start : span.stop])
+
+
+def restore_counts(owner: nn.Module, whole: nn.Module) -> None:
+    """Give the module that loops over the blocks the numbers that it has in the `whole` model, with all blocks.
+
+    Some models derive them from the number of blocks, which is 0 while parts of them are made.
+    """
+    for name, value in vars(whole).items():
+        if type(value) is int and vars(owner).get(name) != value:
+            setattr(owner, name, value)
 
 
 class _Zero(nn.Module):

@@ -57,7 +57,7 @@ def config_for(model_class: Any, config: PretrainedConfig) -> PretrainedConfig:
 
 def whole_model(config: PretrainedConfig) -> PreTrainedModel:
     """Build the multimodal model of `config`, towers and all, on the meta device. Raises UnsupportedModel."""
-    classes = (mapping.get(type(config), None) for mapping in _WITH_HEADS)
+    classes: list[Any] = [mapping.get(type(config), None) for mapping in _WITH_HEADS]
     whole = next((each for each in classes if each is not None and each.config_class is type(config)), None)
     if whole is None:
         raise UnsupportedModel(
@@ -89,8 +89,9 @@ def decoder_of(model: PreTrainedModel) -> Any:
 
 def towers(model: PreTrainedModel) -> Iterator[str]:
     """Yield the paths of modules beside the text decoder and its head: vision towers, projectors and their like."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    node, above = model, ""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings(), getattr(model, "score", None))
+    node: nn.Module = model
+    above = ""
     path = decoder_path(model)
     for part in path.split(".") if path else ():
         for name, child in node.named_children():
@@ -122,7 +123,7 @@ def text_class(model_class: Any, config: PretrainedConfig) -> Any:
     if not is_nested(config):
         return model_class
 
-    class TextOnly(model_class):  # type: ignore[misc]  # a class that is known when this runs
+    class TextOnly(model_class):
         def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
             super().__init__(config, *args, **kwargs)
             for path in list(towers(self)):

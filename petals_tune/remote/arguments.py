@@ -18,7 +18,7 @@ _KNOWN = frozenset(
     {
         *("input_ids", "inputs_embeds", "token_type_ids", "attention_mask", "position_ids", "past_key_values"),
         *("use_cache", "cache_position", "output_hidden_states", "return_dict"),
-        *("num_items_in_batch", "shift_labels", "ignore_index"),
+        *("num_items_in_batch", "shift_labels", "ignore_index", "logits_to_keep", "labels"),
     }
 )
 # Of tokens in a multimodal model: 0 for text.
@@ -49,7 +49,7 @@ def check_text_alone(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     for name, value in kwargs.items():
         if name in _TOKEN_KINDS and value is not None and bool(value.any()):
             raise _not_text(f"{name}: tokens of an image or of sound", name)
-        if isinstance(value, torch.Tensor) and name not in _KNOWN | _TOKEN_KINDS | {"labels"}:
+        if isinstance(value, torch.Tensor) and name not in _KNOWN | _TOKEN_KINDS:
             raise _not_text(name, name)
     ids = args[0] if args else kwargs.get("input_ids")
     if ids is None:

@@ -27,7 +27,6 @@ from petals_tune.remote.generation import RemoteGeneration, with_whole_input
 from petals_tune.remote.local import LocalBlocks, parse_local_blocks
 from petals_tune.remote.prompted import check_tuning_mode, with_prompts
 from petals_tune.remote.selftest import self_test
-from petals_tune.remote.skeleton import fill_with_placeholders
 from petals_tune.swarm import loop
 from petals_tune.swarm.call import Calls
 from petals_tune.swarm.chain import Chain
@@ -122,8 +121,6 @@ class DistributedModel:
         try:
             outside = [name for name in checkpoint.tensor_names if family.is_outside(name)]
             model: Any = without_blocks(cls.plain_class, config, checkpoint.read(outside, dtype), dtype)
-            skeleton = family.blocks_of(placeholder)
-            fill_with_placeholders(skeleton, dtype)
             checks = None
             if verify:  # then all work is done as checks are
                 hand_over = "never"
@@ -144,7 +141,7 @@ class DistributedModel:
                 if local_spans
                 else None,
             )
-            put_remote_blocks(model, family, skeleton, backbone)
+            put_remote_blocks(model, family, placeholder, backbone)
             if model.can_generate():
                 model.generation_config = checkpoint.generation_config
             model.name_or_path = model.config.name_or_path = str(source)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from petals_tune.errors import ConfigError
-from petals_tune.model.families import Family
+from petals_tune.model.families import Family, restore_counts
 from petals_tune.model.nested import decoder_path, is_nested
 from petals_tune.net.stats import SwarmStats
 from petals_tune.remote import arguments
@@ -23,7 +23,7 @@ from petals_tune.remote.function import RemoteBlocksFunction, RemoteCall
 from petals_tune.remote.local import LocalBlocks
 from petals_tune.remote.positions import positions_behind_gaps
 from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
-from petals_tune.remote.skeleton import Skeleton
+from petals_tune.remote.skeleton import Skeleton, fill_with_placeholders
 from petals_tune.remote.split_session import LocalSession, SplitSession
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
@@ -394,15 +394,22 @@ class RemoteBlocks(RemoteSpan):
 
 
 def put_remote_blocks(
-    model: PreTrainedModel, family: Family, skeleton: nn.ModuleList, backbone: Backbone
+    model: PreTrainedModel, family: Family, placeholder: PreTrainedModel, backbone: Backbone
 ) -> RemoteBlocks:
-    """Put remote blocks into `model`, which was loaded without any, in place. `skeleton` has placeholder weights."""
+    """Put remote blocks into `model`, which was loaded without any, in place.
+
+    placeholder: the text decoder with all blocks, which get placeholder weights in the model's dtype and are taken out
+    """
     path = decoder_path(model)
     decoder = model.get_submodule(path)
+    skeleton = family.blocks_of(placeholder)
+    fill_with_placeholders(skeleton, model.dtype)
     blocks: Any = RemoteBlocks(skeleton.children(), backbone=backbone)
+    blocks.train(model.training)  # or blocks of a model that was just loaded would drop
     family.put_blocks(decoder, blocks)
     owner = family.owner(decoder)
     owner.config.num_hidden_layers = family.total_blocks
+    restore_counts(owner, family.owner(placeholder))
     entry = model.get_submodule(path.partition(".")[0]) if is_nested(model.config) else owner
     blocks.register_hooks(owner, entry)
     model.remote_blocks = blocks

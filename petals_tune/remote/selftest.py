@@ -15,17 +15,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from petals_tune.errors import UnsupportedModel
 from petals_tune.model.families import (
     Family,
+    PerBlock,
     empty_the_rest,
     family_of,
     load_part,
     placeholder_model,
+    restore_counts,
     trimmed_class,
     trimmed_config,
     without_blocks,
 )
 from petals_tune.model.nested import decoder_of, decoder_path, is_nested, text_class, text_config
 from petals_tune.remote.blocks import Backbone, RemoteSpan, put_remote_blocks
-from petals_tune.remote.skeleton import fill_with_placeholders
 from petals_tune.wire.span import BlockSpan
 
 TOLERANCE = 1e-4  # of the largest value; float32, and what is wrong is wrong by much more
@@ -89,6 +90,8 @@ def _run(model_class: Any, config: PretrainedConfig) -> bool:
         plain = model_class(copy.deepcopy(small)).eval()
     for parameter in plain.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.02)  # nothing is at zero, where nobody would miss it
+    embeddings: Any = plain.get_input_embeddings()
+    embeddings.weight.data[0] = 0  # as some families have it whenever they are loaded
     decoder = decoder_of(plain)
     placeholder = placeholder_model(small)
     if type(decoder) is not type(placeholder):
@@ -176,6 +179,7 @@ def swapped_twin(plain: Any, config: PretrainedConfig, family: Family, *, return
     outside = {name: tensor for name, tensor in tensors.items() if family.block_index(name) is None}
     twin = without_blocks(type(plain), config, outside, torch.float32)
     placeholder = placeholder_model(config)
+    per_block = PerBlock.of(placeholder.config, family.total_blocks)
     middle = family.total_blocks // 2
     parts = []
     for span in (BlockSpan(0, middle), BlockSpan(middle, family.total_blocks)):
@@ -187,13 +191,13 @@ def swapped_twin(plain: Any, config: PretrainedConfig, family: Family, *, return
         part, _ = load_part(
             trimmed_class(placeholder, family, span), trimmed_config(placeholder), found, dtype=torch.float32
         )
+        per_block.write(part.config, span)
+        restore_counts(family.owner(part), family.owner(placeholder))
         empty_the_rest(part, family)
         parts.append((span, part))
     backbone = _LocalBackbone(chain=None, returns_tuple=returns_tuple)  # type: ignore[arg-type]  # it has no network
     backbone.parts = parts
-    skeleton = family.blocks_of(placeholder)
-    fill_with_placeholders(skeleton, torch.float32)
-    put_remote_blocks(twin, family, skeleton, backbone)
+    put_remote_blocks(twin, family, placeholder, backbone)
     return twin
 
 
@@ -221,7 +225,7 @@ def _shrink(config: PretrainedConfig) -> None:
     enough = (n for n in range(_BLOCKS, _MOST_BLOCKS) if set(kinds[:n]) == set(kinds))
     blocks = min(next(enough, _MOST_BLOCKS), total)
     heads = config.num_attention_heads
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head_width = own.get("head_dim") or config.hidden_size // heads  # where blocks differ, that of most
     config.num_hidden_layers = blocks
     for name in per_block:
         setattr(config, name, own[name][:blocks])
@@ -236,6 +240,8 @@ def _shrink(config: PretrainedConfig) -> None:
             setattr(config, name, 2 * head_width)
         elif "kv_head" in name or "key_value_head" in name:
             setattr(config, name, config.num_attention_heads if value == heads else 1)
+        elif "vocab_size" in name:
+            setattr(config, name, _VOCABULARY)
         elif "experts" in name and "tok" not in name:
             setattr(config, name, min(value, 16))
         elif name.endswith("_token_id"):
