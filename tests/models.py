@@ -129,7 +129,7 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "granitemoeshared": {**_GROUPED, "num_local_experts": 4, "shared_intermediate_size": 16},
     "glm4_moe_lite": {**_GROUPED, **_LATENT, **_ROUTED, **_SPARSE},
     "deepseek_v2": {**_GROUPED, **_LATENT, **_ROUTED, "topk_method": "greedy", "first_k_dense_replace": 1},
-    "dots1": {**_HEAD_DIM, **_ROUTED, "first_k_dense_replace": 1, "routed_scaling_factor": 1.0},
+    "dots1": {**_HEAD_DIM, **_ROUTED, "first_k_dense_replace": 1, "n_shared_experts": 1},
     "ernie4_5": _HEAD_DIM,
     "ernie4_5_moe": {**_GROUPED, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
     "phimoe": {**_GROUPED, "num_local_experts": 4, "attention_bias": True},
@@ -172,8 +172,6 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "vaultgemma": {**_HEAD_DIM, **_MIXED},
     "bitnet": _GROUPED,
     "cwm": {**_HEAD_DIM, **_MIXED},
-    "mimo_v2_flash": {},
-    "laguna": {},
     "gemma4_text": {
         **_HEAD_DIM,
         **_MIXED,
@@ -265,10 +263,6 @@ NESTED: dict[str, dict[str, Any]] = {
         "vision_config": {**_VISION, "image_size": [8, 8], "patch_size": [4, 4]},
     },
     "cohere2_vision": {"text_config": {"model_type": "cohere2", **_GROUPED, **_MIXED}, "vision_config": _VISION},
-    "paligemma": {
-        "text_config": {"model_type": "gemma", **_HEAD_DIM},
-        "vision_config": {**_VISION, "model_type": "siglip_vision_model", "projection_dim": 32},
-    },
 }
 
 

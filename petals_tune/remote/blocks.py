@@ -303,6 +303,8 @@ class RemoteBlocks(RemoteSpan):
     @torch.compiler.disable
     def _before_all(self, owner: Any, entry: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         arguments.check_text_alone(entry.config, args, kwargs)
+        if (positions := arguments.text_positions(kwargs.get("position_ids"))) is not None:
+            kwargs = {**kwargs, "position_ids": positions}
         return self._begin(owner, args, kwargs)
 
     @torch.compiler.disable
@@ -327,7 +329,7 @@ class RemoteBlocks(RemoteSpan):
         if wants_states and (wants_states is not True or kwargs.get("return_dict") is False):
             text = "output_hidden_states: pass True, and leave return_dict as it is"
             raise ConfigError(text, key="output_hidden_states")
-        given_positions = arguments.text_positions(kwargs.get("position_ids"))
+        given_positions = arguments.position_ids(kwargs.get("position_ids"))
         positions = given_positions
         if positions is None:
             positions = self._positions(owner, args, kwargs, session)
@@ -350,7 +352,7 @@ class RemoteBlocks(RemoteSpan):
         # transformers' own capture would wait for hooks on layers that never run here.
         cached: dict[str, Any] = {"past_key_values": session, "use_cache": session is not None}
         given = {**cached, "output_hidden_states": False}
-        if given_positions is None and positions is not None:
+        if positions is not None:
             given["position_ids"] = positions
         return args, {**kwargs, **given}
 
