@@ -14,7 +14,7 @@ from petals_tune.blocks.memory import give_back_freed_memory
 from petals_tune.blocks.quantization import Quantization, find_scheme
 from petals_tune.blocks.quantized_cache import QuantizedBlockCache
 from petals_tune.errors import ConfigError, UnsupportedModel
-from petals_tune.model.checkpoint import Checkpoint, StoredTensor
+from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.disk import DiskCache
 from petals_tune.model.families import (
     Family,
@@ -25,6 +25,8 @@ from petals_tune.model.families import (
     trimmed_class,
     trimmed_config,
 )
+from petals_tune.model.packed import PackedTensor
+from petals_tune.model.stored import StoredTensor
 from petals_tune.wire.span import BlockSpan
 
 
@@ -125,7 +127,9 @@ class BlockLayout:
         return self.family.blocks_of(self.meta_model)[block]
 
 
-_State = Mapping[str, torch.Tensor | StoredTensor | _Constant]  # of one block: name inside the block -> tensor
+_State = Mapping[
+    str, torch.Tensor | StoredTensor | PackedTensor | _Constant
+]  # of one block: name inside the block -> tensor
 
 
 @dataclass(frozen=True)
