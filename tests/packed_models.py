@@ -80,9 +80,7 @@ def ours(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Te
     source = Checkpoint(str(folder))
     family = family_of(placeholder_model(source.config))
     loaded = load_blocks(source, BlockSpan(0, family.total_blocks), quantization="none", dtype=dtype)
-    found = {
-        f"{family.prefix}.{family.blocks}.{name}": value.data for name, value in loaded.blocks.named_parameters()
-    }
+    found = {f"{family.prefix}.{family.blocks}.{name}": value.data for name, value in loaded.blocks.named_parameters()}
     outside = [name for name in source.tensor_names if family.block_index(name) is None]
     model = without_blocks(
         AutoModelForCausalLM._model_mapping[type(source.config)], source.config, source.read(outside, dtype), dtype

@@ -19,6 +19,7 @@ from petals_tune.model.stored import StoredTensor
 
 _STATES = ("nf4", "fp4")
 _BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}  # of `bnb_4bit_quant_storage`, whose numbers mean nothing
+_NESTED_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
 _STATE_FIELDS = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
 
 
@@ -58,6 +59,13 @@ class BitsAndBytes(PackedFormat):
             raise state.unfit("is no quant_state of a matrix") from None
         if getattr(torch, fields["dtype"], None) not in (torch.float32, torch.float16, torch.bfloat16):
             raise state.unfit(f"names the dtype {fields['dtype']!r}")
+        nested = [name for name in _NESTED_FIELDS if name in fields]
+        if nested and len(nested) < len(_NESTED_FIELDS):
+            raise state.unfit("says only a part of how its absmax is quantized")
+        if nested:
+            require(parts, "nested_absmax", "nested_quant_map")
+        if (parts["absmax"].kind == "U8") != bool(nested):
+            raise parts["absmax"].unfit("is not what its quant_state says")
         size_bytes = _BYTES.get(weight.kind, 0) * math.prod(weight.shape)
         if size_bytes != -(-math.prod(shape) // 2):
             raise weight.unfit(f"does not hold the {shape[0]} x {shape[1]} numbers of 4 bits of its quant_state")
@@ -78,14 +86,21 @@ class BitsAndBytes(PackedFormat):
         absmax = state.absmax
         if state.nested:
             absmax = dequantize_blockwise(absmax, state.state2) + state.offset
-        packed, columns = parts["weight"].reshape(-1).view(torch.uint8), weight.shape[1]
-        for rows in row_slices(weight, multiple=2 * state.blocksize // math.gcd(columns, 2 * state.blocksize)):
+        packed, absmax, columns = parts["weight"].reshape(-1).view(torch.uint8), absmax.float(), weight.shape[1]
+        size = state.blocksize
+        for rows in row_slices(weight, multiple=size // math.gcd(columns, size)):
             start, stop = rows.start * columns, rows.stop * columns
-            of_rows = QuantState(
-                absmax=absmax[start // state.blocksize : -(-stop // state.blocksize)].float(),
-                shape=torch.Size((rows.stop - rows.start, columns)),
-                blocksize=state.blocksize,
+            blocks, pairs = absmax[start // size : -(-stop // size)], packed[start // 2 : -(-stop // 2)]
+            pairs = torch.nn.functional.pad(pairs, (0, len(blocks) * size // 2 - len(pairs)))  # the last block is cut
+            # A row for each block of scales: of rows that end inside a block, its kernel for CPUs (0.50.2) takes wrong
+            # scales.
+            of_blocks = QuantState(
+                absmax=blocks,
+                shape=torch.Size((len(blocks), size)),
+                blocksize=size,
                 quant_type=state.quant_type,
                 dtype=state.dtype,
             )
-            weight[rows] = dequantize_4bit(packed[start // 2 : -(-stop // 2), None], of_rows)
+            weight[rows] = (
+                dequantize_4bit(pairs[:, None], of_blocks).flatten()[: stop - start].unflatten(0, (-1, columns))
+            )
