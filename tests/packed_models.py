@@ -75,6 +75,12 @@ def fp8_model(plain: Path, folder: Path, block: tuple[int, int] = (16, 16)) -> P
     return repacked(plain, folder, options, pack)
 
 
+def words_of(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack numbers (rows, n) without a sign into int32 words (rows, n * bits / 32), the lowest bits first."""
+    shifts = torch.arange(0, 32, bits)
+    return (numbers.unflatten(1, (-1, 32 // bits)) << shifts).sum(-1).to(torch.int32)
+
+
 def ours(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Read all of a model as clients and servers do: the parameters by their names in the whole model."""
     source = Checkpoint(str(folder))

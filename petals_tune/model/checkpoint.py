@@ -52,6 +52,11 @@ class Checkpoint:
         """
         return self._parsed[0]
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether config.json says that weights are stored in fewer bits; they are read as if they were not."""
+        return self._parsed[2] is not None
+
     @cached_property
     def _parsed(self) -> tuple[PretrainedConfig, dict[str, Any] | None, PackedFormat | None]:
         """config.json without its `quantization_config`; that; and what it says: how weights are packed."""
@@ -60,6 +65,8 @@ class Checkpoint:
                 f"model.source={self.source}: there is no such folder; give one with config.json and safetensors "
                 "files, or the name of a model on the hub",
                 source=self.source,
+                key="model.source",
+                seen=self.source,
             )
         if Path(self.source).is_dir() and not Path(self.source, "config.json").is_file():
             raise UnsupportedModel(
