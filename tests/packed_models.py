@@ -14,12 +14,12 @@ from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.families import family_of, placeholder_model, without_blocks
 from petals_tune.wire.span import BlockSpan
 
-_NOT_PACKED = ("norm", "embed", "lm_head", "gate.weight", "router")
+_NOT_PACKED = ("norm", "embed", "gate.weight", "router")
 FP8_MAX = 448.0
 
 
 def is_packed(name: str, tensor: torch.Tensor) -> bool:
-    """Whether published checkpoints pack this tensor: the weight of a linear or of an expert in a block."""
+    """Whether checkpoints may pack this tensor: the weight of a linear, of the head or of an expert."""
     return tensor.dim() == 2 and name.endswith("weight") and not any(part in name for part in _NOT_PACKED)
 
 
@@ -73,6 +73,22 @@ def fp8_model(plain: Path, folder: Path, block: tuple[int, int] = (16, 16)) -> P
 
     options = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [*block]}
     return repacked(plain, folder, options, pack)
+
+
+def mxfp4_model(plain: Path, folder: Path) -> Path:
+    """Write the model of `plain` as OpenAI publishes gpt-oss: experts in MXFP4, each number the nearest one."""
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+    def pack(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        groups = weight.mT.unflatten(-1, (-1, 32))
+        exponents = torch.ceil(torch.log2(groups.abs().amax(-1, keepdim=True) / 6))
+        scaled = groups / torch.exp2(exponents)
+        numbers = (scaled.abs()[..., None] - values).abs().argmin(-1) + 8 * (scaled < 0)
+        blocks = (numbers[..., 0::2] | numbers[..., 1::2] << 4).to(torch.uint8)
+        return {f"{name}_blocks": blocks, f"{name}_scales": (exponents[..., 0] + 127).to(torch.uint8)}
+
+    options = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    return repacked(plain, folder, options, pack, lambda name, weight: name.endswith("_proj") and weight.dim() == 3)
 
 
 def words_of(numbers: torch.Tensor, bits: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from petals_tune.blocks.experts.forward import use_expert_forward
-from petals_tune.blocks.experts.reading import ExpertReader, StoredExperts
+from petals_tune.blocks.experts.reading import ExpertReader, Readable, StoredExperts
 from petals_tune.blocks.experts.stack import QuantizedStack, expert_stacks, replace_by_stacks
 from petals_tune.blocks.memory import give_back_freed_memory
 from petals_tune.blocks.quantization import Quantization, find_scheme
@@ -28,8 +28,6 @@ from petals_tune.model.families import (
     trimmed_class,
     trimmed_config,
 )
-from petals_tune.model.packed import PackedTensor
-from petals_tune.model.stored import StoredTensor
 from petals_tune.wire.span import BlockSpan
 
 
@@ -100,7 +98,7 @@ def dummy_block(checkpoint: Checkpoint, *, quantization: str, dtype: torch.dtype
 
 @dataclass(frozen=True, kw_only=True)
 class _Constant:
-    """A tensor in the place of a `StoredTensor`: it takes memory once it is indexed."""
+    """A tensor in the place of a stored tensor: it takes memory once it is indexed."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -133,9 +131,7 @@ class BlockLayout:
         return self.family.blocks_of(self.meta_model)[block]
 
 
-_State = Mapping[
-    str, torch.Tensor | StoredTensor | PackedTensor | _Constant
-]  # of one block: name inside the block -> tensor
+_State = Mapping[str, torch.Tensor | Readable]  # of one block: name inside the block -> tensor
 
 
 class _Loader:
@@ -198,7 +194,7 @@ class _Loader:
         found = self._reader.find(names, [place + path for path in paths])
         return {parameter.removeprefix(place): stored.renamed(names) for parameter, stored in found.items()}
 
-    def _fill(self, stack: QuantizedStack, stored: StoredExperts, tensors: Mapping[str, StoredTensor]) -> None:
+    def _fill(self, stack: QuantizedStack, stored: StoredExperts, tensors: Mapping[str, Readable]) -> None:
         """Read and quantize the experts of a stack. Raises UnsupportedModel for those of another shape."""
         checkpoint = self.layout.checkpoint
 

@@ -56,8 +56,7 @@ def find_format(options: dict[str, Any] | None, config: PretrainedConfig, source
             reason = f"{method} with {error}"
     raise UnsupportedModel(
         f"{source} is stored in a format that cannot be read: quant_method {reason}; name the same model in full "
-        f"(bfloat16) or in one of {known}, or unpack it where its library runs, with model.dequantize() and "
-        "model.save_pretrained(FOLDER), and name FOLDER",
+        f"(bfloat16), or in one of {known}, with model.source=FOLDER_OR_HUB_NAME",
         source=source,
         file="config.json",
         key="model.source",
@@ -71,8 +70,9 @@ def check_unpacked(names: Iterable[str], source: str) -> None:
     marked = next((name for name in names if name.endswith(_MARKS)), None)
     if marked is not None:
         raise UnsupportedModel(
-            f"{source} has packed weights ({marked}), and config.json has no quantization_config that says how: take "
-            "both from the same place",
+            f"{source} has packed weights ({marked}), and config.json has no quantization_config that says how: name "
+            "the folder that they are from (transformers drops it where it saves a model that it unpacked, and packs the "
+            "weights again)",
             source=source,
             file="config.json",
             key="model.source",

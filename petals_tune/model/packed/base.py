@@ -63,7 +63,7 @@ class PackedFormat(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class PackedTensor:
-    """A weight that is stored in parts. Indexing unpacks it: with `...` all of it, with a number one expert.
+    """A weight that is stored in parts. Indexing unpacks it: `[...]` all of it, `[i]` and `[i:j]` experts alone.
 
     While it is unpacked, its parts and a few MB are in memory beside it.
     """
@@ -75,19 +75,20 @@ class PackedTensor:
     format: PackedFormat
 
     def __getitem__(self, index: Any) -> torch.Tensor:
+        parts = {role: part[...] for role, part in self.parts.items()}  # mapped, and read where they are unpacked
         if len(self.shape) == 2:
             weight = torch.empty(self.shape, dtype=self.dtype)
-            self._unpack({role: part[...] for role, part in self.parts.items()}, weight)
+            self._unpack(parts, weight)
             return weight if index is Ellipsis else weight[index]
-        chosen = range(self.shape[0])[index] if isinstance(index, int) else None
-        numbers = range(self.shape[0]) if chosen is None else [chosen]
-        weight = torch.empty((len(numbers), *self.shape[1:]), dtype=self.dtype)
-        stacks = {role: part[...] for role, part in self.parts.items()}  # mapped, and read where they are indexed
-        for number, into in zip(numbers, weight, strict=True):
-            self._unpack({role: stack[number] for role, stack in stacks.items()}, into)
-        if chosen is not None:
-            return weight[0]
-        return weight if index is Ellipsis else weight[index]
+        experts = range(self.shape[0])
+        chosen = experts[index] if isinstance(index, int | slice) else experts
+        numbers = [chosen] if isinstance(chosen, int) else chosen
+        weights = torch.empty((len(numbers), *self.shape[1:]), dtype=self.dtype)
+        for number, weight in zip(numbers, weights, strict=True):
+            self._unpack({role: part[number] for role, part in parts.items()}, weight)
+        if isinstance(index, int):
+            return weights[0]
+        return weights if index is Ellipsis or isinstance(index, slice) else weights[index]
 
     def _unpack(self, parts: Mapping[str, torch.Tensor], weight: torch.Tensor) -> None:
         try:

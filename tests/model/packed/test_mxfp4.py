@@ -9,32 +9,16 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from petals_tune.errors import UnsupportedModel
 from petals_tune.model.checkpoint import Checkpoint
-from tests.packed_models import assert_equal_to, change, ours, repacked
+from tests.packed_models import assert_equal_to, change, mxfp4_model, ours
 from tests.raising import raises
 
 NAME = "model.layers.1.mlp.experts.gate_up_proj"
-E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-
-
-def pack(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Round (experts, in, out) to the nearest numbers of MXFP4."""
-    groups = weight.mT.unflatten(-1, (-1, 32))
-    exponents = torch.ceil(torch.log2(groups.abs().amax(-1, keepdim=True) / 6))
-    scaled = groups / torch.exp2(exponents)
-    numbers = (scaled.abs()[..., None] - E2M1).abs().argmin(-1) + 8 * (scaled < 0)
-    blocks = (numbers[..., 0::2] | numbers[..., 1::2] << 4).to(torch.uint8)
-    return {f"{name}_blocks": blocks, f"{name}_scales": (exponents[..., 0] + 127).to(torch.uint8)}
 
 
 @pytest.fixture(scope="module")
 def gpt_oss(model_folder, tmp_path_factory) -> Path:
-    return repacked(
-        model_folder("gpt_oss", num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]),
-        tmp_path_factory.mktemp("mxfp4") / "gpt_oss",
-        {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
-        pack,
-        lambda name, weight: name.endswith("_proj") and weight.dim() == 3,
-    )
+    plain = model_folder("gpt_oss", num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
+    return mxfp4_model(plain, tmp_path_factory.mktemp("mxfp4") / "gpt_oss")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
