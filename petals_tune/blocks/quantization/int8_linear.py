@@ -15,11 +15,9 @@ def int8_product(
 ) -> torch.Tensor:
     """x (..., in) W^T + bias (..., out) for W = diag(scales / 127) C, with C (out, in) int8: (x C^T) scales / 127."""
     dtype = x.dtype  # a lambda that holds x itself would keep it for the backward
-    scale = scales.to(dtype) / 127
     if dtype is torch.float16:  # x C^T alone is beyond its range
-        return FrozenProduct.apply(x, bias, lambda: numbers.to(dtype) * scale[:, None])
-    product = FrozenProduct.apply(x, None, lambda: numbers.to(dtype))
-    return product * scale if bias is None else torch.addcmul(bias.to(dtype), product, scale)
+        return FrozenProduct.apply(x, bias, lambda: numbers.to(dtype) * (scales.to(dtype) / 127)[:, None])
+    return FrozenProduct.apply(x, bias, lambda: numbers.to(dtype), lambda: scales.to(dtype) / 127)
 
 
 class Int8Linear(Linear8bitLt):
