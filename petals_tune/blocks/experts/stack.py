@@ -6,33 +6,29 @@ families. A stack takes its name in the module, so that the names of adapters fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from petals_tune.adapters.base import ExpertParameter, expert_parameters
 from petals_tune.blocks.quantization.base import Quantization
-
-# Experts that multiply from the left of (in, out), and have no attribute that says so.
-_TRANSPOSED = {("Llama4TextExperts", "gate_up_proj"), ("Llama4TextExperts", "down_proj"), ("DbrxExpertGLU", "w2")}
 
 
 class ExpertStack(nn.Module):
-    """Frozen matrices (out, in) of E experts. Without tensors until it is filled: its shape alone is needed before.
-
-    `shape` is that of the parameter whose place it takes, (E, out, in), or (E, in, out) where it is `transposed`.
-    `is_transposed` is the attribute of transformers' module that says so: PEFT reads it, and some families lack it.
-    """
+    """Frozen matrices (out, in) of E experts. Without tensors until it is filled: its shape alone is needed before."""
 
     numbers: torch.Tensor  # as the scheme stores them, by experts
     scales: torch.Tensor
 
-    def __init__(self, shape: tuple[int, int, int], *, transposed: bool, is_transposed: bool, scheme: Quantization):
+    def __init__(self, parameter: ExpertParameter, scheme: Quantization):
         super().__init__()
-        self.shape = torch.Size(shape)
-        self.transposed, self.is_transposed, self.scheme = transposed, is_transposed, scheme
+        self.shape = torch.Size(parameter.shape)  # of the parameter whose place it takes
+        self.transposed = parameter.transposed
+        self.for_adapters = parameter.for_adapters
+        self.scheme = scheme
         self._is_hf_initialized = True  # or transformers would initialize it while it loads
 
     @property
@@ -98,20 +94,6 @@ class _Matrix:
         return product + bias[0] if bias and bias[0] is not None else product
 
 
-def expert_parameters(module: nn.Module) -> Iterator[tuple[str, tuple[int, int, int], bool]]:
-    """(name, (E, rows, columns), transposed) of each parameter of a module that holds the matrices of experts."""
-    kind = type(module).__name__
-    if "Expert" not in kind:
-        return
-    for name, parameter in module.named_parameters(recurse=False):
-        shape = tuple(parameter.shape)
-        if len(shape) == 2 and (experts := getattr(module, "moe_num_experts", 0)):  # DBRX
-            shape = (experts, shape[0] // experts, shape[1])
-        if len(shape) == 3:
-            transposed = bool(getattr(module, "is_transposed", False)) or (kind, name) in _TRANSPOSED
-            yield name, shape, transposed
-
-
 def expert_stacks(module: nn.Module) -> dict[str, ExpertStack]:
     """The stacks in a module, by their paths."""
     return {path: inner for path, inner in module.named_modules() if isinstance(inner, ExpertStack)}
@@ -120,8 +102,7 @@ def expert_stacks(module: nn.Module) -> dict[str, ExpertStack]:
 def replace_by_stacks(block: nn.Module, scheme: Quantization) -> None:
     """Put empty stacks in the place of the parameters of experts in a block, which may be on the meta device."""
     for module in list(block.modules()):
-        said = bool(getattr(module, "is_transposed", False))
-        for name, shape, transposed in list(expert_parameters(module)):
-            delattr(module, name)
-            setattr(module, name, ExpertStack(shape, transposed=transposed, is_transposed=said, scheme=scheme))
+        for parameter in list(expert_parameters(module)):
+            delattr(module, parameter.name)
+            setattr(module, parameter.name, ExpertStack(parameter, scheme))
             module._is_hf_initialized = True  # type: ignore[assignment]  # transformers would initialize the parameter
