@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel
 
+from petals_tune.adapters.base import ExpertParameter
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.experts.stack import ExpertStack, expert_stacks
 from petals_tune.blocks.loading import BlockLayout, load_blocks
@@ -115,7 +116,7 @@ def test_only_the_experts_that_tokens_chose_are_unpacked(mixture_folder, monkeyp
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_matrix_is_multiplied_as_families_write_it(transposed, quantization):
     weight = torch.randn(3, 8, 6)
-    stack = ExpertStack((3, 8, 6), transposed=transposed, is_transposed=transposed, scheme=find_scheme(quantization))
+    stack = ExpertStack(ExpertParameter("", (3, 8, 6), transposed, transposed), find_scheme(quantization))
     stack.fill(weight.__getitem__, "cpu")
     x = torch.randn(5, 8 if transposed else 6)
     wanted = x @ weight[2] if transposed else F.linear(x, weight[2])
