@@ -11,13 +11,13 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from petals_tune.blocks.experts.forward import use_expert_forward
-from petals_tune.blocks.experts.reading import ExpertReader, StoredExperts
+from petals_tune.blocks.experts.reading import ExpertReader, Readable, StoredExperts
 from petals_tune.blocks.experts.stack import ExpertStack, expert_stacks, replace_by_stacks
 from petals_tune.blocks.memory import give_back_freed_memory
 from petals_tune.blocks.quantization import Quantization, find_scheme
 from petals_tune.blocks.quantized_cache import QuantizedBlockCache
 from petals_tune.errors import ConfigError, UnsupportedModel
-from petals_tune.model.checkpoint import Checkpoint, StoredTensor
+from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.disk import DiskCache
 from petals_tune.model.families import (
     Family,
@@ -97,7 +97,7 @@ def dummy_block(checkpoint: Checkpoint, *, quantization: str, dtype: torch.dtype
 
 @dataclass(frozen=True, kw_only=True)
 class _Constant:
-    """A tensor in the place of a `StoredTensor`: it takes memory once it is indexed."""
+    """A tensor in the place of a stored tensor: it takes memory once it is indexed."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -130,7 +130,7 @@ class BlockLayout:
         return self.family.blocks_of(self.meta_model)[block]
 
 
-_State = Mapping[str, torch.Tensor | StoredTensor | _Constant]  # of one block: name inside the block -> tensor
+_State = Mapping[str, torch.Tensor | Readable]  # of one block: name inside the block -> tensor
 
 
 class _Loader:
@@ -192,7 +192,7 @@ class _Loader:
         found = self._reader.find(names, [place + path for path in paths])
         return {parameter.removeprefix(place): stored.renamed(names) for parameter, stored in found.items()}
 
-    def _fill(self, stack: ExpertStack, stored: StoredExperts, tensors: Mapping[str, StoredTensor]) -> None:
+    def _fill(self, stack: ExpertStack, stored: StoredExperts, tensors: Mapping[str, Readable]) -> None:
         """Read and quantize the experts of a stack. Raises UnsupportedModel for those of another shape."""
         checkpoint = self.layout.checkpoint
         whole = stored.whole(tensors) if self.scheme.stored_config(self.dtype) is None else None
