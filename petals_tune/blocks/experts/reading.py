@@ -43,6 +43,13 @@ class StoredExperts:
         wanted = self.converter.source_patterns if self.converter is not None else self.names
         return any(len(self.names.get(pattern, ())) != (experts if "*" in pattern else 1) for pattern in wanted)
 
+    def whole(self, tensors: Mapping[str, Readable]) -> torch.Tensor | None:
+        """Read the experts of all at once, where the parameter is stored as it is; None elsewhere."""
+        if self.converter is not None:
+            return None
+        ((name,),) = self.names.values()
+        return tensors[name][...]
+
     def read(
         self, expert: int, tensors: Mapping[str, Readable], shape: tuple[int, ...], config: PretrainedConfig
     ) -> torch.Tensor:
