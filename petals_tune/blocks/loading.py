@@ -11,6 +11,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from petals_tune.blocks.devices.hardware import has_bfloat16, is_accelerator
+from petals_tune.blocks.experts.forward import use_expert_forward
+from petals_tune.blocks.experts.reading import ExpertReader, StoredExperts
+from petals_tune.blocks.experts.stack import QuantizedStack, expert_stacks, replace_by_stacks
 from petals_tune.blocks.memory import give_back_freed_memory
 from petals_tune.blocks.quantization import Quantization, find_scheme
 from petals_tune.blocks.quantized_cache import QuantizedBlockCache
@@ -56,7 +59,8 @@ def load_blocks(
 ) -> LoadedBlocks:
     """Read blocks `span` one by one, quantize each by the scheme of that name, and build the model around them.
 
-    At most one tensor is in memory in full, or those of one block's experts. Quantized blocks are kept in `disk`, and
+    At most one tensor is in memory in full, or one expert's matrix; without quantization, those of one block's
+    experts. Quantized blocks are kept in `disk`, and
     read from there the next time. `on_block` is called after each block, with its number.
 
     device: of all blocks, or a list with that of each; the rest of the model is on the first block's
@@ -94,6 +98,8 @@ def dummy_block(checkpoint: Checkpoint, *, quantization: str, dtype: torch.dtype
         for name, parameter in layout.meta_block(0).named_parameters()
     }
     block, _ = loader.build(0, constants, device)
+    for stack in expert_stacks(block).values():
+        stack.fill(_Constant(shape=torch.Size(stack.shape[1:]), dtype=dtype).__getitem__, device)
     return loader.build_around([block], BlockSpan(0, 1), device)
 
 
@@ -135,13 +141,18 @@ class BlockLayout:
 _State = Mapping[str, torch.Tensor | StoredTensor | _Constant]  # of one block: name inside the block -> tensor
 
 
-@dataclass(frozen=True)
 class _Loader:
-    """Builds blocks of one checkpoint, each by transformers in a base model of that block alone."""
+    """Builds blocks of one checkpoint, each by transformers in a base model of that block alone.
 
-    layout: BlockLayout
-    scheme: Quantization
-    dtype: torch.dtype
+    Experts that are quantized are read and quantized here, one by one: transformers makes one tensor of all of them.
+    """
+
+    def __init__(self, layout: BlockLayout, scheme: Quantization, dtype: torch.dtype):
+        self.layout, self.scheme, self.dtype = layout, scheme, dtype
+        if scheme.stored_config(dtype) is not None:
+            for block in layout.family.blocks_of(layout.meta_model):
+                replace_by_stacks(block, scheme)
+        self._reader = ExpertReader(layout.meta_model)
 
     def load(self, block: int, cache: QuantizedBlockCache | None, device: str) -> nn.Module:
         renamed, checkpoint = self.layout.names[block], self.layout.checkpoint
@@ -158,7 +169,14 @@ class _Loader:
                     key="model.source",
                     seen=name,
                 )
-        made, missing = self.build(block, {renamed[name]: tensor for name, tensor in tensors.items()}, device)
+        experts = self._find_experts(block)
+        of_experts = {name for stored in experts.values() for names in stored.names.values() for name in names}
+        others = {renamed[name]: tensor for name, tensor in tensors.items() if name not in of_experts}
+        made, missing = self.build(block, others, device)
+        stacks = expert_stacks(made)
+        missing += [
+            path for path, stack in stacks.items() if path not in experts or experts[path].lacks(stack.shape[0])
+        ]
         if missing:
             raise UnsupportedModel(
                 f"{checkpoint.source} lacks tensors of block {block}: {', '.join(sorted(missing)[:3])}"
@@ -166,6 +184,8 @@ class _Loader:
                 key="model.source",
                 seen=sorted(missing),
             )
+        for path, stack in stacks.items():
+            self._fill(stack, experts[path], tensors, device)
         if self.scheme.stored_config(self.dtype) is not None:
             for parameter in made.parameters():
                 if parameter.is_floating_point():  # a view that would keep the whole file in memory
@@ -173,6 +193,33 @@ class _Loader:
         if cache is not None:
             cache.put(block, list(renamed), made.state_dict())
         return made
+
+    def _find_experts(self, block: int) -> dict[str, StoredExperts]:
+        """Where the quantized experts of a block are in the checkpoint, by the paths of their stacks."""
+        place = f"{self.layout.family.blocks}.{block}."
+        paths = expert_stacks(self.layout.meta_block(block))
+        names = {place + inside: name for name, inside in self.layout.names[block].items()}
+        found = self._reader.find(names, [place + path for path in paths])
+        return {parameter.removeprefix(place): stored.renamed(names) for parameter, stored in found.items()}
+
+    def _fill(
+        self, stack: QuantizedStack, stored: StoredExperts, tensors: Mapping[str, StoredTensor], device: str
+    ) -> None:
+        """Read and quantize the experts of a stack. Raises UnsupportedModel for those of another shape."""
+        checkpoint = self.layout.checkpoint
+
+        def matrix_of(expert: int) -> torch.Tensor:
+            matrix = stored.read(expert, tensors, stack.shape, checkpoint.config)
+            if matrix.shape != stack.shape[1:]:
+                raise UnsupportedModel(
+                    f"{checkpoint.source} does not fit config.json: expert {expert} of {stored.parameter} is "
+                    f"{tuple(matrix.shape)} there, and should be {tuple(stack.shape[1:])}",
+                    key="model.source",
+                    seen=stored.parameter,
+                )
+            return matrix
+
+        stack.fill(matrix_of, device)
 
     def build(
         self, block: int, state: _State, device: str, *, is_quantized: bool = False
@@ -183,16 +230,25 @@ class _Loader:
         if is_quantized and (stored := self.scheme.stored_config(self.dtype)) is not None:
             config.quantization_config, quantize = stored.to_dict(), None  # as in a checkpoint that was saved quantized
         place = f"{family.blocks}.0."
+        filled = {
+            path: [state[f"{path}.{tensor}"] for tensor in ("numbers", "scales")]
+            for path in expert_stacks(meta_model.get_submodule(f"{family.blocks}.{block}"))
+            if f"{path}.numbers" in state
+        }
         model, loading = load_part(
             trimmed_class(meta_model, family, BlockSpan(block, block + 1)),
             config,
-            {place + name: tensor for name, tensor in state.items()},
+            {place + name: t for name, t in state.items() if name.rpartition(".")[0] not in filled},
             dtype=self.dtype,
             device_map=device,
             quantization_config=quantize,
         )
         missing = [name.removeprefix(place) for name in loading["missing_keys"] if name.startswith(place)]
-        return family.blocks_of(model)[0], missing
+        made = family.blocks_of(model)[0]
+        for path, stack in expert_stacks(made).items():
+            if path in filled:
+                stack.put(*(tensor[...].to(device) for tensor in filled[path]))
+        return made, missing
 
     def build_around(self, blocks: Sequence[nn.Module], span: BlockSpan, device: str) -> LoadedBlocks:
         """The base model on `device` with `blocks`; they keep their own numbers, which some families compute with."""
@@ -209,6 +265,7 @@ class _Loader:
                 if isinstance(getattr(module, "config", None), PretrainedConfig):
                     module.config = model.config
         family.put_blocks(model, nn.ModuleList(blocks))
+        use_expert_forward(model)
         empty_the_rest(model, family)
         model.requires_grad_(False)
         self.scheme.set_mode(model, training=False)
