@@ -11,7 +11,7 @@ indices in host memory. Streams, kernels and memory are not modelled; numbers ar
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -84,6 +84,8 @@ class GpuTensor(torch.Tensor):
             shapes = [(tuple(tensor.shape), str(tensor.device)) for tensor in tensors]
             raise RuntimeError(f"expected all tensors to be on the same device: {func} of {shapes}")
         gpu = next(tensor.gpu for tensor in tensors if isinstance(tensor, GpuTensor))
+        if gpu in _failed:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors might be ...")
         if kwargs.get("device") is not None:
             gpu, kwargs["device"] = torch.device(kwargs["device"]), CPU
         args_inside = tree_map(_inside, args)
@@ -204,20 +206,35 @@ def pretended_gpus() -> Iterator[None]:
         yield
 
 
+_failed: set[torch.device] = set()
+
+
+@contextmanager
+def failed_gpu(device: str) -> Iterator[None]:
+    """While this lasts, a pretended GPU computes nothing: as CUDA's does after an error that is not of one call."""
+    _failed.add(torch.device(device))
+    try:
+        yield
+    finally:
+        _failed.clear()
+
+
 def put_on(model: nn.Module, device: str = "cuda:0") -> nn.Module:
     """Move parameters, buffers and bitsandbytes' scales to a pretended GPU, in place; frozen ones stay frozen."""
     gpu = _numbered(device)
     moved: dict[int, torch.Tensor] = {}  # tied weights stay tied
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, GpuTensor):  # of a block that is on another GPU
+            return tensor
         return moved.setdefault(id(tensor), GpuTensor(tensor.detach(), gpu))
 
     for module in model.modules():
-        if hasattr(module, "init_8bit_state"):
+        if hasattr(module, "init_8bit_state") and not isinstance(module.weight, GpuTensor):
             module.init_8bit_state()
             module.state.CB, module.state.SCB = move(module.state.CB), move(module.state.SCB)
         for name, parameter in list(module._parameters.items()):
-            if parameter is not None and not is_placeholder(parameter):
+            if parameter is not None and not is_placeholder(parameter) and not isinstance(parameter, GpuTensor):
                 found = moved.get(id(parameter))
                 if found is None:
                     found = nn.Parameter(GpuTensor(parameter.detach(), gpu), requires_grad=parameter.requires_grad)
@@ -237,11 +254,15 @@ def _state_on(state: Any, move: Any) -> Any:
 
 
 class GpuEngine(Engine):
-    """An engine whose blocks are on a pretended GPU, whatever thread calls it."""
+    """An engine whose blocks are on pretended GPUs, whatever thread calls it."""
 
-    def __init__(self, loaded: LoadedBlocks, device: str = "cuda:0"):
+    def __init__(self, loaded: LoadedBlocks, devices: Sequence[str] = ()):
+        """`devices`: of each block, as `load_blocks` puts them; all are on cuda:0 where none are given."""
+        devices = devices or ["cuda:0"] * len(loaded.span)
         with pretended_gpus():
-            put_on(loaded.model, device)
+            for block, device in zip(loaded.blocks, devices, strict=True):
+                put_on(block, device)
+            put_on(loaded.model, devices[0])
             super().__init__(loaded)
 
     def forward(self, *args: Any) -> Any:
@@ -261,3 +282,7 @@ class GpuEngine(Engine):
     def prepare_adapter(self, *args: Any) -> Any:
         with pretended_gpus():
             return super().prepare_adapter(*args)
+
+    def check_alive(self) -> None:
+        with pretended_gpus():
+            super().check_alive()
