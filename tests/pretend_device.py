@@ -24,7 +24,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from petals_tune.blocks import copies
+from petals_tune import copies
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.loading import LoadedBlocks
 from petals_tune.remote.skeleton import is_placeholder

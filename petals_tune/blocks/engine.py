@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from petals_tune.blocks.adapters import Adapter, AdapterHooks, CallPlan
-from petals_tune.blocks.copies import finite_flags, to_device, to_host
 from petals_tune.blocks.footprint import Footprint, measure_footprint
 from petals_tune.blocks.graphs import Graph, KeptMemory
 from petals_tune.blocks.kernels import use_fast_kernels, without_cudnn_attention
@@ -23,6 +22,7 @@ from petals_tune.blocks.kv_cache import Session, StepCache
 from petals_tune.blocks.loading import LoadedBlocks
 from petals_tune.blocks.positions import PositionLimits
 from petals_tune.blocks.separate_rows import SeparateRows, SessionRows
+from petals_tune.copies import finite_flags, to_device, to_host
 from petals_tune.errors import BlocksNotHere, NotFinite, PetalsTuneError, RequestRefused
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Backward, Forward, Step

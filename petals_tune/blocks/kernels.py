@@ -1,8 +1,8 @@
 """Faster kernels for frozen blocks: transformers' numbers to float rounding.
 
-On a CPU torch multiplies float32 matrices with MKL, which on many processors (AMD's, among others) runs at half the speed of
-oneDNN, the other library inside torch. Which of them is faster here is measured once per process, unless it was chosen
-with `choose_library`: the two round differently, and where they tie another measurement may take the other.
+On a CPU torch multiplies float32 matrices with MKL, which on many processors (AMD's, among others) runs at half the
+speed of oneDNN, the other library inside torch. Which of them is faster here is measured once per process, unless it
+was chosen with `choose_library`: the two round differently, and where they tie another measurement may take the other.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from petals_tune.blocks.copies import finite_flags, to_device, to_host
+from petals_tune.copies import finite_flags, to_device, to_host
 from petals_tune.wire.messages import Backward
 from tests.blocks.device_requests import LENGTH, ROWS, SPAN, noise, uploaded
 from tests.models import masks

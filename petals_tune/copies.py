@@ -1,7 +1,7 @@
 """Copies between host memory and a GPU: through pinned memory, and with one synchronisation for all that comes back.
 
 The host waits for a GPU where it needs a number of it. A copy from ordinary memory waits as well, in either direction,
-since the driver can read and write pinned pages alone without the CPU. Where a device is not CUDA's, `Tensor.to` copies.
+since the driver can read and write pinned pages alone without the CPU. For other devices, `Tensor.to` copies.
 """
 
 from __future__ import annotations
