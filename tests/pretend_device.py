@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -47,13 +47,13 @@ def _waited(why: str) -> None:
 
 @contextmanager
 def counted_waits() -> Iterator[list[str]]:
-    """Yields what would have made the host wait for a GPU within the block, in any thread."""
+    """Yields what would have made the host wait for a GPU within the block, in any thread, but for an inner block."""
     global _waits
-    _waits = found = []
+    before, _waits = _waits, []
     try:
-        yield found
+        yield _waits
     finally:
-        _waits = None
+        _waits = before
 
 
 class GpuTensor(torch.Tensor):
@@ -114,6 +114,8 @@ class GpuTensor(torch.Tensor):
             shapes = [(tuple(tensor.shape), str(tensor.device)) for tensor in tensors]
             raise RuntimeError(f"expected all tensors to be on the same device: {func} of {shapes}")
         gpu = next(tensor.gpu for tensor in tensors if isinstance(tensor, GpuTensor))
+        if gpu in _failed:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors might be ...")
         if kwargs.get("device") is not None:
             gpu, kwargs["device"] = torch.device(kwargs["device"]), CPU
         to_or_from_host = name == "copy_" and len({tensor.device for tensor in args[:2]}) > 1
@@ -253,20 +255,35 @@ def pretended_gpus() -> Iterator[None]:
         yield
 
 
+_failed: set[torch.device] = set()
+
+
+@contextmanager
+def failed_gpu(device: str) -> Iterator[None]:
+    """While this lasts, a pretended GPU computes nothing: as CUDA's does after an error that is not of one call."""
+    _failed.add(torch.device(device))
+    try:
+        yield
+    finally:
+        _failed.clear()
+
+
 def put_on(model: nn.Module, device: str = "cuda:0") -> nn.Module:
     """Move parameters, buffers and bitsandbytes' scales to a pretended GPU, in place; frozen ones stay frozen."""
     gpu = _numbered(device)
     moved: dict[int, torch.Tensor] = {}  # tied weights stay tied
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, GpuTensor):  # of a block that is on another GPU
+            return tensor
         return moved.setdefault(id(tensor), GpuTensor(tensor.detach(), gpu))
 
     for module in model.modules():
-        if hasattr(module, "init_8bit_state"):
+        if hasattr(module, "init_8bit_state") and not isinstance(module.weight, GpuTensor):
             module.init_8bit_state()
             module.state.CB, module.state.SCB = move(module.state.CB), move(module.state.SCB)
         for name, parameter in list(module._parameters.items()):
-            if parameter is not None and not is_placeholder(parameter):
+            if parameter is not None and not is_placeholder(parameter) and not isinstance(parameter, GpuTensor):
                 found = moved.get(id(parameter))
                 if found is None:
                     found = nn.Parameter(GpuTensor(parameter.detach(), gpu), requires_grad=parameter.requires_grad)
@@ -286,11 +303,15 @@ def _state_on(state: Any, move: Any) -> Any:
 
 
 class GpuEngine(Engine):
-    """An engine whose blocks are on a pretended GPU, whatever thread calls it."""
+    """An engine whose blocks are on pretended GPUs, whatever thread calls it."""
 
-    def __init__(self, loaded: LoadedBlocks, device: str = "cuda:0"):
+    def __init__(self, loaded: LoadedBlocks, devices: Sequence[str] = ()):
+        """`devices`: of each block, as `load_blocks` puts them; all are on cuda:0 where none are given."""
+        devices = devices or ["cuda:0"] * len(loaded.span)
         with pretended_gpus():
-            put_on(loaded.model, device)
+            for block, device in zip(loaded.blocks, devices, strict=True):
+                put_on(block, device)
+            put_on(loaded.model, devices[0])
             super().__init__(loaded)
 
     def forward(self, *args: Any) -> Any:
@@ -310,3 +331,7 @@ class GpuEngine(Engine):
     def prepare_adapter(self, *args: Any) -> Any:
         with pretended_gpus():
             return super().prepare_adapter(*args)
+
+    def check_alive(self) -> None:
+        with pretended_gpus():
+            super().check_alive()

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
 from petals_tune.blocks.adapters import Adapter, AdapterHooks, CallPlan
+from petals_tune.blocks.devices.hardware import check_alive
+from petals_tune.blocks.devices.transfers import device_of, move_arguments
 from petals_tune.blocks.footprint import Footprint, measure_footprint
 from petals_tune.blocks.graphs import Graph, KeptMemory
 from petals_tune.blocks.kernels import use_fast_kernels, without_cudnn_attention
@@ -52,6 +55,9 @@ class Engine:
     Requests are in host memory and so are the tensors that are returned, whatever device computes: the copy from a GPU
     waits for the computation, and the event loop, which encodes them, must not. Graphs stay on the device. A request
     waits for the GPU once: whether numbers are finite is found there and fetched with them.
+
+    Blocks may be on several devices. Requests enter on that of the model around the blocks; the caches, adapters and
+    graph of a block are on its own.
     """
 
     def __init__(self, loaded: LoadedBlocks):
@@ -74,11 +80,26 @@ class Engine:
         ]
         parameter = next(p for p in self._model.parameters() if p.is_floating_point())
         self._device, self._dtype = parameter.device, self._model.dtype
+        move_arguments(self._blocks, self._device)
         self.hidden_size: int = self._model.config.hidden_size
 
     @property
     def device(self) -> str:
+        """The device on which requests enter."""
         return str(self._device)
+
+    @functools.cached_property
+    def spans_by_device(self) -> dict[str, BlockSpan]:
+        """The blocks on each device that has some, a run on each."""
+        spans: dict[str, BlockSpan] = {}
+        for number, block in enumerate(self._blocks, self.loaded.span.start):
+            device = str(device_of(block))
+            spans[device] = BlockSpan(spans[device].start if device in spans else number, number + 1)
+        return spans
+
+    def check_alive(self) -> None:
+        """Raises DeviceFailed where a device computes nothing any more: by the computing thread, as all else."""
+        check_alive(self.spans_by_device)
 
     def forward(self, request: Forward, adapter: Adapter | None) -> Result:
         """Run the blocks. Raises RequestRefused for what these blocks cannot do, NotFinite for NaN or Inf of theirs."""
@@ -141,9 +162,13 @@ class Engine:
         return None if at_input is None else found.pop(0), found[: len(at_adapter)]
 
     def prepare_adapter(self, parts: Sequence[AdapterPart]) -> list[AdapterPart]:
-        """The parts of an uploaded adapter on the engine's device. Raises RequestRefused for one that does not fit."""
+        """The parts of an uploaded adapter, each on its block's device. Raises RequestRefused for one that is wrong."""
         self.hooks.check(parts, self.hidden_size)
-        return [part.to(self._device) for part in parts]
+        placed = []
+        for part in parts:
+            device = device_of(self.block(part.block))
+            placed.append(msgspec.structs.replace(part, tensors=[to_device(tensor, device) for tensor in part.tensors]))
+        return placed
 
     @torch.inference_mode()
     def step(self, steps: Sequence[tuple[Session, Step]]) -> list[torch.Tensor | Exception]:
@@ -282,7 +307,10 @@ class Engine:
             for each in hooks:
                 each.remove()
         first = min(bad, default=span.stop)
-        return NotFinite(f"non-finite numbers come out of block {first}, from finite ones", block=first)
+        text = f"non-finite numbers come out of block {first}, from finite ones"
+        if self._dtype is torch.float16:
+            text += "; float16 ends at 65,504, so this server needs dtype=float32 or dtype=bfloat16 for this model"
+        return NotFinite(text, block=first)
 
     @functools.cached_property
     def footprint(self) -> Footprint:
@@ -306,7 +334,7 @@ class Engine:
     def kind_of(self, block: int) -> str:
         """The structure of a block: those of equal structure take equal memory."""
         layer_type = "" if self._layer_types is None else self._layer_types[block - self.loaded.span.start]
-        return f"{layer_type} {self.block(block)}"
+        return f"{layer_type} {device_of(self.block(block))} {self.block(block)}"
 
     def measure_token_bytes(self) -> int:
         """Bytes of one position of one row in the caches of one block, seen in a step of one position."""
