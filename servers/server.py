@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
+from typing import cast
 
 import msgspec
 from tqdm import tqdm
@@ -23,7 +24,7 @@ from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.convert import NEEDED
 from petals_tune.net.peer import Peer, joined
 from petals_tune.net.transport import Connection
-from petals_tune.wire.records import MAX_TEXT, PROTOCOL, ServerRecord, ServerState
+from petals_tune.wire.records import MAX_TEXT, PROTOCOL, Dtype, ServerRecord, ServerState
 from petals_tune.wire.span import BlockSpan
 from servers.membership.announcer import Announcer
 from servers.membership.needed import needed_model
@@ -224,9 +225,10 @@ class _Server:
             blocks=span,
             total_blocks=self._plan.total_blocks,
             quantization=self._options.quantization,
-            dtype=str(self._dtype).removeprefix("torch."),
-            throughput=self._plan.throughput,
+            dtype=cast(Dtype, str(self._dtype).removeprefix("torch.")),
+            device=memory.device_kind(self._options.device),
             matrix_library=self._plan.matrix_library,
+            throughput=self._plan.throughput,
             state=state,
             version=__version__,
             public_name=self._options.public_name,

@@ -69,7 +69,9 @@ def load_blocks(
     loader = _Loader(layout, scheme, dtype, device)
     cache = None
     if disk is not None and scheme.stored_config(dtype) is not None:
-        cache = QuantizedBlockCache(disk=disk, checkpoint=checkpoint, quantization=scheme.name, dtype=dtype)
+        cache = QuantizedBlockCache(
+            disk=disk, checkpoint=checkpoint, quantization=scheme.stored_as or scheme.name, dtype=dtype
+        )
     blocks = []
     for block in range(span.start, span.stop):
         blocks.append(loader.load(block, cache))

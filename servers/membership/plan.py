@@ -115,7 +115,7 @@ async def _throughput(
         again=options.throughput == "measure",
     )
     measured = await compute.run(Priority.FORWARD, measure)
-    network = await throughput.measure_sending(here, others, model, hidden_size)
+    network = await throughput.measure_sending(here, others, model, hidden_size * dtype.itemsize)
     return msgspec.structs.replace(measured, network=network)
 
 

@@ -26,13 +26,14 @@ from petals_tune.swarm import loop
 from petals_tune.swarm.call import Calls
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
+from petals_tune.swarm.formats import Formats
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.swarm.verify import SpotChecks
 from petals_tune.wire.messages import Chained, HandOver, Message
 from petals_tune.wire.records import PROTOCOL, ServerRecord
 from petals_tune.wire.span import BlockSpan
-from petals_tune.wire.tensors import WireFormat
+from petals_tune.wire.tensors import FormatOption
 from servers.requests.hand_over import Neighbours
 from servers.requests.handler import Handler
 from servers.scheduling.compute_thread import ComputeThread
@@ -149,13 +150,14 @@ class Network(InProcessNetwork):
         """End all streams of clients, which may go on with new ones."""
         loop.background_loop().call_soon_threadsafe(self.find(CLIENT).disconnect)
 
-    def chain(self, *, verify: float = 0.0, wire_format: WireFormat = "float32", **policy: Any) -> Chain:
+    def chain(self, *, verify: float = 0.0, wire_format: FormatOption = "float32", **policy: Any) -> Chain:
         async def make() -> Chain:
             retries = RetryPolicy(**{"timeout_s": 30.0, "first_pause_s": 0.01, **policy})
             client = SwarmClient(self.peer(CLIENT), MODEL, retries, BlockSpan(0, 6))
-            formats = {"wire_format": wire_format, "grad_format": wire_format}
-            checks = SpotChecks(client, share=verify, **formats) if verify else None
-            return Chain(Calls(client, hand_over=self.hand_over, sums=not verify, observer=checks, **formats))
+            formats = Formats(hidden=wire_format, grad=wire_format)
+            checks = SpotChecks(client, share=verify, formats=formats) if verify else None
+            calls = Calls(client, formats=formats, hand_over=self.hand_over, sums=not verify, observer=checks)
+            return Chain(calls)
 
         return loop.run(make())
 
