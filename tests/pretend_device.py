@@ -85,7 +85,9 @@ class GpuTensor(torch.Tensor):
             raise RuntimeError(f"expected all tensors to be on the same device: {func} of {shapes}")
         gpu = next(tensor.gpu for tensor in tensors if isinstance(tensor, GpuTensor))
         if kwargs.get("device") is not None:
-            gpu, kwargs["device"] = torch.device(kwargs["device"]), CPU
+            if name != "_to_copy":  # a cast, by autograd where it names the device: moves are made by `_Move`
+                gpu = torch.device(kwargs["device"])
+            kwargs["device"] = CPU
         args_inside = tree_map(_inside, args)
         if name == "histc":  # which CUDA has for integers too
             args_inside = (args_inside[0].float(), *args_inside[1:])

@@ -126,7 +126,8 @@ class Engine:
         if not _are_finite(request.grad if at_input is None else at_input, *at_adapter):
             if not _are_finite(request.grad):
                 raise RequestRefused("non-finite numbers in the gradient", reason="gradient not finite")
-            raise NotFinite(f"non-finite gradients come out of blocks {self.loaded.span}, from finite ones")
+            text = f"non-finite gradients come out of blocks {self.loaded.span}, from finite ones"
+            raise NotFinite(f"{text}, {self._in_dtype}", dtype=self._dtype_name)
         return None if at_input is None else at_input.cpu(), [gradient.cpu() for gradient in at_adapter]
 
     def prepare_adapter(self, parts: Sequence[AdapterPart]) -> list[AdapterPart]:
@@ -266,7 +267,17 @@ class Engine:
             for each in hooks:
                 each.remove()
         first = min(bad, default=span.stop)
-        return NotFinite(f"non-finite numbers come out of block {first}, from finite ones", block=first)
+        text = f"non-finite numbers come out of block {first}, from finite ones, {self._in_dtype}"
+        return NotFinite(text, block=first, dtype=self._dtype_name)
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self._dtype).removeprefix("torch.")
+
+    @property
+    def _in_dtype(self) -> str:
+        beyond = ", which ends at 65,504: others hold more (dtype=bfloat16)" if self._dtype is torch.float16 else ""
+        return f"in {self._dtype_name}{beyond}"
 
     @functools.cached_property
     def footprint(self) -> Footprint:

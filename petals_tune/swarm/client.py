@@ -243,8 +243,12 @@ class SwarmClient:
             self.load.forget(server.peer)
         if isinstance(error, BadReply):
             logger.warning("server %s gave a wrong answer and is left alone: %s", server.peer, error)
-            note = self._bans.not_finite if isinstance(error, NotFinite) else self._bans.offended
-            note(server.peer, now_s)
+            if not isinstance(error, NotFinite):
+                self._bans.offended(server.peer, now_s)
+            for each in (server, *(self.servers if isinstance(error, NotFinite) else ())):
+                # What float16 cannot hold is too large for other servers in float16 too: wider ones come first.
+                if each.peer == server.peer or each.dtype == server.dtype == "float16":
+                    self._bans.not_finite(each.peer, now_s)
 
     def give_up(self, error: ServerError) -> None:
         """Leave the server that `error` names alone for a while."""

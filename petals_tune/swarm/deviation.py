@@ -34,8 +34,10 @@ COMPUTED: dict[frozenset[str], float] = {
     frozenset({"bfloat16", "float32"}): 0.12,
     frozenset({"bfloat16", "float16"}): 0.12,
 }
+# More for two dtypes where blocks are in nf4: its weights are rounded to the dtype when they are multiplied.
+NF4_OF_TWO_DTYPES = 2
 # The same in all dtypes, where activations are quantized: what falls on another side of a rounding differs by a step.
-QUANTIZED_ACTIVATIONS = 0.12
+QUANTIZED_ACTIVATIONS = 0.3
 # Gradients of a mean over many tokens are near float16's smallest number, 2**-24, and products of them are below it.
 # A vector counts as if its values were as large as this, at the least.
 LEAST_VALUE = {"float32": 0.0, "float16": 2**-12, "bfloat16": 0.0}
@@ -133,7 +135,9 @@ def tolerance(servers: Iterable[Arithmetic], formats: Iterable[str], *, cuts: in
 def _computed(one: Arithmetic, other: Arithmetic) -> float:
     """How far the answers of two honest servers may be apart before any rounding of the wire."""
     error = COMPUTED[frozenset({one.dtype, other.dtype})]
-    return max(error, QUANTIZED_ACTIVATIONS) if "activations" in one.quantization else error
+    if one.quantization == "nf4" and one.dtype != other.dtype:
+        return NF4_OF_TWO_DTYPES * error
+    return max(error, QUANTIZED_ACTIVATIONS) if one.quantization == "int8_activations" else error
 
 
 def choose_outvoted(first: Answer, second: Answer, third: Answer, agree: Sequence[bool]) -> Answer | None:

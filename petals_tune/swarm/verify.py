@@ -195,7 +195,7 @@ class _Others:
         """Those whose numbers are a measure for those of `server`."""
         self.policy, self.stats, self.load = client.policy, client.stats, client.load
         unlike = {each.peer for each in client.servers if not comparable(each.arithmetic, server.arithmetic)}
-        self._client, self._chance = client, chance
+        self._client, self._chance, self._kind = client, chance, server.arithmetic
         self._banned = client.banned() | without | unlike
         self._routes: dict[BlockSpan, tuple[Hop, ...]] = {}
 
@@ -220,7 +220,9 @@ class _Others:
     def _choose(self, span: BlockSpan, work: int, size: Size) -> tuple[Hop, ...]:
         """A server that was reached and holds all of `span`, by chance: two that agreed to lie rarely check each other.
 
-        Where there are few, the best of those that were not reached yet, or of those that hold a part.
+        Half of the time one with the same arithmetic, which finds the smallest lies; otherwise any: those that agreed
+        to lie could announce one that nobody else has. Where there are few, the best of those that were not reached
+        yet, or of those that hold a part.
         """
         reached = [
             each
@@ -237,7 +239,9 @@ class _Others:
             except UncoveredBlocks:
                 if not reached:
                     raise
-        return (Hop(self._chance.choice(reached), span),)
+        alike = [each for each in reached if each.arithmetic == self._kind]
+        some = alike if alike and self._chance.random() < 0.5 else reached
+        return (Hop(self._chance.choice(some), span),)
 
     def refresh_soon(self) -> None:
         """A check does not wait for servers."""
