@@ -38,6 +38,12 @@ def test_as_many_blocks_as_fit_beside_the_budgets_and_one_in_full():
     assert all(number in str(caught.value) for number in ("4.0", "6.1", "3.0"))
 
 
+def test_the_kind_of_a_device_is_that_of_its_arithmetic(monkeypatch):
+    assert [memory.device_kind(each) for each in ("cpu", "cuda", "cuda:1", "mps")] == ["cpu", "cuda", "cuda", "mps"]
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert memory.device_kind("cuda:0") == "rocm"
+
+
 def test_a_container_has_no_more_than_its_control_group_leaves(tmp_path, monkeypatch):
     limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
     monkeypatch.setattr(memory, "_CGROUPS", ((limit, used),))
