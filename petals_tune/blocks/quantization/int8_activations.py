@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from petals_tune.blocks.quantization.int8 import Int8
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -19,6 +20,13 @@ class Int8Activations(Int8):
     name: ClassVar[str] = "int8_activations"
     stored_as: ClassVar[str] = "int8"
     on_request: ClassVar[bool] = True
+
+    def multiply(
+        self, x: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int]
+    ) -> torch.Tensor:
+        from petals_tune.blocks.quantization.int8_activations_linear import integer_product
+
+        return integer_product(x, numbers, scales)
 
     def is_available(self, device: str) -> bool:
         return device.partition(":")[0] in ("cpu", "cuda")

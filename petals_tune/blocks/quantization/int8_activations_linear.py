@@ -27,11 +27,18 @@ class Int8ActivationsLinear(Linear8bitLt):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight.CB is not None:
             self.init_8bit_state()
-        return _IntegerProduct.apply(x, self.bias, self.state.CB, self.state.SCB)
+        return integer_product(x, self.state.CB, self.state.SCB, self.bias)
+
+
+def integer_product(
+    x: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x (..., in) W^T + bias (..., out), W = diag(scales / 127) numbers, each vector of x rounded to 8 bits."""
+    return _IntegerProduct.apply(x, bias, numbers, scales)
 
 
 class _IntegerProduct(torch.autograd.Function):
-    """x (..., in) -> x W^T + bias (..., out), W = diag(scales / 127) numbers; its gradient is that of exact x."""
+    """`integer_product`, differentiable in x alone; the gradient is that of a product with x as it is."""
 
     @staticmethod
     def forward(

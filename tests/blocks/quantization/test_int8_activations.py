@@ -33,7 +33,7 @@ def test_where_there_is_no_product_of_integers_it_is_refused():
 
 
 def test_it_is_less_exact_than_int8_and_not_by_much(model_folder, engine):
-    """Of what two blocks add to their input. Measured: int8 2.2 %, this 3.4 %."""
+    """Of what two blocks add to their input. Measured: int8 2.2 %, this 4.5 %."""
     folder = model_folder("llama", **SMOLLM2)
     hidden = torch.randn(2, 9, 576, generator=torch.Generator().manual_seed(1))
     wanted, int8 = (
