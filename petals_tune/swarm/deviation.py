@@ -37,7 +37,7 @@ COMPUTED: dict[frozenset[str], float] = {
 # More for two dtypes where blocks are in nf4: its weights are rounded to the dtype when they are multiplied.
 NF4_OF_TWO_DTYPES = 2
 # The same in all dtypes, where activations are quantized: what falls on another side of a rounding differs by a step.
-QUANTIZED_ACTIVATIONS = 0.3
+QUANTIZED_ACTIVATIONS = 0.4
 # Gradients of a mean over many tokens are near float16's smallest number, 2**-24, and products of them are below it.
 # A vector counts as if its values were as large as this, at the least.
 LEAST_VALUE = {"float32": 0.0, "float16": 2**-12, "bfloat16": 0.0}

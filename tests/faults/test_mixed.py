@@ -13,10 +13,12 @@ from petals_tune.errors import Diverged
 from petals_tune.swarm import loop
 from petals_tune.swarm.session import ChainSession, Inputs
 from petals_tune.wire.messages import Backward, Forward, Forwarded
+from petals_tune.wire.tensors import FormatOption
 from tests.faults.network import Network
 from tests.faults.step import WHOLE, WIDTH, TrainingStep
 from tests.faults.test_liars import Checked, scaled
 from tests.models import relative_error
+from tests.processes import LONG_S
 from tests.raising import raises
 from tests.servers.parts import forward
 
@@ -31,6 +33,12 @@ def network(folder: Path) -> Iterator[Network]:
     network.serve("cpu", "0:3")
     yield network
     network.stop()
+
+
+class Patient(TrainingStep):
+    def __init__(self, network: Network, wire_format: FormatOption = "auto"):
+        # Nothing here is lost in silence, and a busy machine answers late.
+        super().__init__(network, wire_format=wire_format, reply_s=LONG_S)
 
 
 def tensors_of(step: TrainingStep) -> list[torch.Tensor]:
@@ -50,7 +58,7 @@ def test_the_dtype_of_each_server_on_the_wire_changes_no_bit(network, dtype, han
     network.hand_over = hand_over
     steps = []
     for wire_format in ("float32", "auto"):
-        step = TrainingStep(network, wire_format=wire_format)
+        step = Patient(network, wire_format)
         step.hidden[:, :, 3] *= 1e-7  # below what float16 holds in full
         step.hidden[:, 0, 5] = 2**15 + 2**13  # a scale of its vector must round nothing
         step.forward()
@@ -69,7 +77,7 @@ def test_the_dtype_of_each_server_on_the_wire_changes_no_bit(network, dtype, han
 
 def test_the_formats_follow_each_server(network):
     network.serve("gpu", "3:6", **GPU)
-    TrainingStep(network, wire_format="auto").run()
+    Patient(network).run()
     seen = {
         (name, str(tensor.dtype), request.reply_format)
         for name, request in network.requests
@@ -81,7 +89,7 @@ def test_the_formats_follow_each_server(network):
 
 def test_a_gpu_that_is_lost_between_forward_and_backward_is_replaced_by_a_cpu_and_back(network, expected):
     network.serve("gpu", "3:6", **GPU)
-    step = TrainingStep(network, wire_format="auto")
+    step = Patient(network)
 
     def lose() -> None:
         network.serve("cpu 2", "3:6")
@@ -89,7 +97,7 @@ def test_a_gpu_that_is_lost_between_forward_and_backward_is_replaced_by_a_cpu_an
 
     step.run(between=lose)
     assert_near(step, expected)
-    again = TrainingStep(network, wire_format="auto")
+    again = Patient(network)
 
     def back() -> None:
         network.serve("gpu", "3:6", **GPU)
@@ -134,12 +142,12 @@ def large(step: TrainingStep) -> TrainingStep:
     ids=str,
 )
 def test_activations_of_1e5_are_computed_right(network, arithmetic, limit):
-    exact = large(TrainingStep(network))
+    exact = large(Patient(network, "float32"))
     network.serve("other", "3:6", device="cuda")
     exact.run()
     network.kill("other")
     network.serve("gpu", "3:6", device="cuda", **arithmetic)
-    step = large(TrainingStep(network, wire_format="auto"))
+    step = large(Patient(network))
     step.run()
     assert step.output.abs().max() > 9e4
     assert_near(step, exact, limit)
@@ -148,11 +156,11 @@ def test_activations_of_1e5_are_computed_right(network, arithmetic, limit):
 def test_activations_of_1e5_are_refused_in_float16_by_its_name_and_done_by_others(network, expected, caplog):
     network.serve("gpu", "3:6", device="cuda", dtype="float16")
     with raises(Diverged) as caught:
-        large(TrainingStep(network, wire_format="auto")).run()
+        large(Patient(network)).run()
     assert "float16" in str(caught.value)
     network.serve("gpu 2", "3:6", device="cuda", dtype="float16")
     network.serve("wide", "3:6", **GPU)
-    step = large(TrainingStep(network, wire_format="auto"))
+    step = large(Patient(network))
     for name, cost in {"gpu": 1e-9, "gpu 2": 1e-8}.items():  # the others are asked first
         step.chain.client.load.correction[network.servers[name].record.peer] = cost
     step.run()
@@ -160,7 +168,7 @@ def test_activations_of_1e5_are_refused_in_float16_by_its_name_and_done_by_other
     refused = network.calls["gpu", "Forward"] + network.calls["gpu 2", "Forward"]
     assert network.calls["wide", "Forward"] == 2
     assert refused >= 1
-    small = TrainingStep(network, wire_format="auto")
+    small = Patient(network)
     small.run()
     assert_near(small, expected)
 
