@@ -63,6 +63,7 @@ class DistributedModel:
         wire_format: WireFormat = "float32",
         grad_format: WireFormat = "float32",
         hand_over: HandOverRule = "auto",
+        direct: bool = True,
         verify: float = 0.0,
         swarm_token: str | None = None,
         identity_path: str | None = None,
@@ -77,7 +78,8 @@ class DistributedModel:
         process runs itself, in `dtype` and in `local_quantization` ("int8", "nf4" or "none"), as a server would. Hidden
         states travel as `wire_format` and their gradients as `grad_format`, in micro-batches of `micro_batch_rows` rows
         (None: as many as make 128 positions). `hand_over` says whether servers send their outputs straight to the next
-        one of a chain: "always", "never", or "auto", where both are far from here. The blocks are
+        one of a chain: "always", "never", or "auto", where both are far from here. `direct` lets them travel over TCP
+        connections to the servers that can be dialled, past the p2p daemons. The blocks are
         `model.remote_blocks`; its `close()` leaves the swarm. `config_changes` are fields of the config that concern
         the client's part, such as `num_labels=3`; one that concerns the blocks is refused. A share `verify` of the
         micro-batches is computed by a second server too, to find wrong answers (swarm/verify.py); no seed tells which
@@ -116,6 +118,7 @@ class DistributedModel:
                 blocks=gaps(local_spans, BlockSpan(0, family.total_blocks)),
                 policy=policy or RetryPolicy(),
                 members=None if swarm_token is None else Members.of_client(swarm_token, identity_path),
+                direct=direct,
             )
         )
         try:

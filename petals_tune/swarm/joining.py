@@ -25,18 +25,19 @@ async def join_swarm(
     blocks: Sequence[BlockSpan],
     policy: RetryPolicy,
     members: Members | None = None,
+    direct: bool = True,
 ) -> SwarmClient:
     """Join the swarm, a private one as one of its `members`, and wait until all of `blocks` have a server.
 
     `model` is a digest, `source` how users name it. `blocks` are spans in their order: those that the client does not
-    run itself.
+    run itself. `direct`: over direct connections where servers can be dialled.
 
     Raises ConfigError, ServerUnreachable, ClockSkew, AccessDenied, SwarmMismatch, or UncoveredBlocks after a few
     seconds of looking.
     """
     read = BlockSpan(blocks[0].start, blocks[-1].stop)
     client = await SwarmClient.join(
-        initial_peers, model=model, source=source, blocks=read, policy=policy, members=members
+        initial_peers, model=model, source=source, blocks=read, policy=policy, members=members, direct=direct
     )
     looking = Repair(client, RetryPolicy(timeout_s=JOIN_S, longest_pause_s=0.5))
     try:
