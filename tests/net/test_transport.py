@@ -1,4 +1,4 @@
-"""Connections of both kinds on real sockets, on both event loops that run them: whatever ends it is a ConnectionLost."""
+"""Connections of both kinds on real sockets and both event loops: whatever ends one is a ConnectionLost."""
 
 import asyncio
 import socket

@@ -172,7 +172,7 @@ async def test_what_is_served_ends_with_the_port(listener, served):
     with raises(ConnectionLost, peer="host"):
         await asyncio.wait_for(connection.read_exactly(1), LONG_S)
     await asyncio.wait_for(silent.ended.wait(), LONG_S)
-    with pytest.raises(OSError, match="[Cc]onnect"):
+    with pytest.raises(OSError, match=r"[Cc]onnect"):
         await connect(listener)
     while listener._serving:
         await asyncio.sleep(0.01)
