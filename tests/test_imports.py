@@ -41,7 +41,8 @@ MAY_IMPORT = {
     # floor 6
     "train": "errors config hydra_errors wire files checksums model blocks.quantization tuning data net swarm remote",
     # floor 7: the commands, and the package's own front, which imports what it offers on first use
-    "petals_tune": "errors cli config hydra_errors wire files checksums model tuning data net swarm remote train",
+    "petals_tune": "errors cli config hydra_errors wire files checksums model blocks tuning data net swarm remote "
+    "train",
     "conf": "",
     "recipes": "",
 }

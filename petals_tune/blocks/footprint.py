@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from petals_tune.adapters import METHODS
 from petals_tune.adapters.base import linear_features
 from petals_tune.blocks.adapters import Adapter
+from petals_tune.blocks.experts.stack import ExpertStack
 from petals_tune.blocks.kv_cache import Session
 from petals_tune.blocks.loading import LoadedBlocks
 from petals_tune.wire.messages import Backward, Forward, Step
@@ -302,6 +303,7 @@ def _lengths(engine: Measurable, span: BlockSpan) -> tuple[int, int]:
     modules = [module for block in range(span.start, span.stop) for module in engine.block(block).modules()]
     dimensions = {size for module in modules for tensor in module.parameters(recurse=False) for size in tensor.shape}
     dimensions |= {size for module in modules for size in linear_features(module) or ()}  # 4 bits are packed
+    dimensions |= {size for module in modules if isinstance(module, ExpertStack) for size in module.shape}
     own = [prime for prime in _PRIMES if all(size % prime for size in dimensions)]
     scale = _GPU_ALIGNMENT if engine.device.startswith("cuda") else 1
     lengths = [scale * prime for prime in own if any((scale * prime + 1) % other == 0 for other in own)]

@@ -10,11 +10,14 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from petals_tune.blocks.experts.forward import use_expert_forward
+from petals_tune.blocks.experts.reading import ExpertReader, Readable, StoredExperts
+from petals_tune.blocks.experts.stack import ExpertStack, expert_stacks, replace_by_stacks
 from petals_tune.blocks.memory import give_back_freed_memory
 from petals_tune.blocks.quantization import Quantization, find_scheme
 from petals_tune.blocks.quantized_cache import QuantizedBlockCache
 from petals_tune.errors import ConfigError, UnsupportedModel
-from petals_tune.model.checkpoint import Checkpoint, StoredTensor
+from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.disk import DiskCache
 from petals_tune.model.families import (
     Family,
@@ -55,8 +58,8 @@ def load_blocks(
 ) -> LoadedBlocks:
     """Read blocks `span` one by one, quantize each by the scheme of that name, and build the model around them.
 
-    At most one tensor is in memory in full, or those of one block's experts. Quantized blocks are kept in `disk`, and
-    read from there the next time. `on_block` is called after each block, with its number. Raises UnsupportedModel for
+    At most one tensor is in memory in full, or one expert's matrix. Quantized blocks are kept in `disk`, and read from
+    there the next time. `on_block` is called after each block, with its number. Raises UnsupportedModel for
     files that cannot be used, ConfigError for a span that the model does not have or a scheme that cannot be used.
     """
     scheme = find_scheme(quantization)
@@ -87,12 +90,14 @@ def dummy_block(checkpoint: Checkpoint, *, quantization: str, dtype: torch.dtype
         for name, parameter in layout.meta_block(0).named_parameters()
     }
     block, _ = loader.build(0, constants)
+    for stack in expert_stacks(block).values():
+        stack.fill(_Constant(shape=torch.Size(stack.shape[1:]), dtype=dtype).__getitem__, device)
     return loader.build_around([block], BlockSpan(0, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Constant:
-    """A tensor in the place of a `StoredTensor`: it takes memory once it is indexed."""
+    """A tensor in the place of a stored tensor: it takes memory once it is indexed."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -125,17 +130,20 @@ class BlockLayout:
         return self.family.blocks_of(self.meta_model)[block]
 
 
-_State = Mapping[str, torch.Tensor | StoredTensor | _Constant]  # of one block: name inside the block -> tensor
+_State = Mapping[str, torch.Tensor | Readable]  # of one block: name inside the block -> tensor
 
 
-@dataclass(frozen=True)
 class _Loader:
-    """Builds blocks of one checkpoint, each by transformers in a base model of that block alone."""
+    """Builds blocks of one checkpoint, each by transformers in a base model of that block alone.
 
-    layout: BlockLayout
-    scheme: Quantization
-    dtype: torch.dtype
-    device: str
+    Experts are read and quantized here, one by one: transformers makes one tensor of all of a block's.
+    """
+
+    def __init__(self, layout: BlockLayout, scheme: Quantization, dtype: torch.dtype, device: str):
+        self.layout, self.scheme, self.dtype, self.device = layout, scheme, dtype, device
+        for block in layout.family.blocks_of(layout.meta_model):
+            replace_by_stacks(block, scheme)
+        self._reader = ExpertReader(layout.meta_model)
 
     def load(self, block: int, cache: QuantizedBlockCache | None) -> nn.Module:
         renamed, checkpoint = self.layout.names[block], self.layout.checkpoint
@@ -152,7 +160,13 @@ class _Loader:
                     key="model.source",
                     seen=name,
                 )
-        made, missing = self.build(block, {renamed[name]: tensor for name, tensor in tensors.items()})
+        experts = self._find_experts(block)
+        of_experts = {name for stored in experts.values() for names in stored.names.values() for name in names}
+        made, missing = self.build(block, {renamed[name]: t for name, t in tensors.items() if name not in of_experts})
+        stacks = expert_stacks(made)
+        missing += [
+            path for path, stack in stacks.items() if path not in experts or experts[path].lacks(stack.shape[0])
+        ]
         if missing:
             raise UnsupportedModel(
                 f"{checkpoint.source} lacks tensors of block {block}: {', '.join(sorted(missing)[:3])}"
@@ -160,6 +174,8 @@ class _Loader:
                 key="model.source",
                 seen=sorted(missing),
             )
+        for path, stack in stacks.items():
+            self._fill(stack, experts[path], tensors)
         if self.scheme.stored_config(self.dtype) is not None:
             for parameter in made.parameters():
                 if parameter.is_floating_point():  # a view that would keep the whole file in memory
@@ -168,6 +184,36 @@ class _Loader:
             cache.put(block, list(renamed), made.state_dict())
         return made
 
+    def _find_experts(self, block: int) -> dict[str, StoredExperts]:
+        """Where the experts of a block are in the checkpoint, by the paths of their stacks."""
+        place = f"{self.layout.family.blocks}.{block}."
+        paths = expert_stacks(self.layout.meta_block(block))
+        names = {place + inside: name for name, inside in self.layout.names[block].items()}
+        found = self._reader.find(names, [place + path for path in paths])
+        return {parameter.removeprefix(place): stored.renamed(names) for parameter, stored in found.items()}
+
+    def _fill(self, stack: ExpertStack, stored: StoredExperts, tensors: Mapping[str, Readable]) -> None:
+        """Read and quantize the experts of a stack. Raises UnsupportedModel for those of another shape."""
+        checkpoint = self.layout.checkpoint
+        whole = stored.whole(tensors) if self.scheme.stored_config(self.dtype) is None else None
+        if whole is not None and whole.shape == stack.shape:  # of the mapped file, which servers on one machine share
+            whole = whole.to(self.device)
+            stack.put(whole.transpose(1, 2) if stack.transposed else whole, whole.new_empty(len(whole), 0))
+            return
+
+        def matrix_of(expert: int) -> torch.Tensor:
+            matrix = stored.read(expert, tensors, stack.shape, checkpoint.config)
+            if matrix.shape != stack.shape[1:]:
+                raise UnsupportedModel(
+                    f"{checkpoint.source} does not fit config.json: expert {expert} of {stored.parameter} is "
+                    f"{tuple(matrix.shape)} there, and should be {tuple(stack.shape[1:])}",
+                    key="model.source",
+                    seen=stored.parameter,
+                )
+            return matrix
+
+        stack.fill(matrix_of, self.device)
+
     def build(self, block: int, state: _State, *, is_quantized: bool = False) -> tuple[nn.Module, list[str]]:
         """(block number `block` with the tensors of `state`, the names of tensors that `state` lacks)."""
         family, meta_model = self.layout.family, self.layout.meta_model
@@ -175,16 +221,25 @@ class _Loader:
         if is_quantized and (stored := self.scheme.stored_config(self.dtype)) is not None:
             config.quantization_config, quantize = stored.to_dict(), None  # as in a checkpoint that was saved quantized
         place = f"{family.blocks}.0."
+        filled = {
+            path: [state[f"{path}.{tensor}"] for tensor in ("numbers", "scales")]
+            for path in expert_stacks(meta_model.get_submodule(f"{family.blocks}.{block}"))
+            if f"{path}.numbers" in state
+        }
         model, loading = load_part(
             trimmed_class(meta_model, family, BlockSpan(block, block + 1)),
             config,
-            {place + name: tensor for name, tensor in state.items()},
+            {place + name: t for name, t in state.items() if name.rpartition(".")[0] not in filled},
             dtype=self.dtype,
             device_map=self.device,
             quantization_config=quantize,
         )
         missing = [name.removeprefix(place) for name in loading["missing_keys"] if name.startswith(place)]
-        return family.blocks_of(model)[0], missing
+        made = family.blocks_of(model)[0]
+        for path, stack in expert_stacks(made).items():
+            if path in filled:
+                stack.put(*(tensor[...].to(self.device) for tensor in filled[path]))
+        return made, missing
 
     def build_around(self, blocks: Sequence[nn.Module], span: BlockSpan) -> LoadedBlocks:
         """The base model with `blocks`; they keep their own numbers, which some families compute with."""
@@ -201,6 +256,7 @@ class _Loader:
                 if isinstance(getattr(module, "config", None), PretrainedConfig):
                     module.config = model.config
         family.put_blocks(model, nn.ModuleList(blocks))
+        use_expert_forward(model)
         empty_the_rest(model, family)
         model.requires_grad_(False)
         self.scheme.set_mode(model, training=False)
