@@ -22,6 +22,9 @@ class PlayedDaemon:
     unreachable: bool = False
     dialled: list[tuple[str, str]] = field(default_factory=list)  # (peer, protocol)
 
+    def __post_init__(self) -> None:
+        self._streams = InProcessNetwork.peer(self.network, self.id).transport  # whatever a subclass makes of it
+
     async def reach(self, peer: str, addresses: Sequence[str]) -> None:
         if self.unreachable:
             raise ConnectionLost("nobody answers", peer=peer)
@@ -31,7 +34,7 @@ class PlayedDaemon:
 
     async def dial(self, peer: str, addresses: Sequence[str], protocol: str) -> Connection:
         self.dialled.append((peer, protocol))
-        return await self.network.peer(self.id).transport.dial(peer, addresses, protocol)
+        return await self._streams.dial(peer, addresses, protocol)
 
     async def accept(self, protocol: str, serve: Serve) -> None:
-        await self.network.peer(self.id).transport.accept(protocol, serve)
+        await self._streams.accept(protocol, serve)
