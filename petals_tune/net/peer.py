@@ -151,8 +151,8 @@ async def joined(
         carrier: Transport = transport
         if direct is not None:
             listener = None
-            if listens:
-                hosts = list(dict.fromkeys(filter(None, map(host_of, host_maddrs))))
+            hosts = list(dict.fromkeys(filter(None, map(host_of, host_maddrs))))
+            if listens and hosts:
                 listener = await Listener.start(hosts, direct.port)
                 stack.callback(listener.close)
             carrier = DirectTransport(transport, members, listener, announced_port=direct.announced_port)

@@ -20,7 +20,7 @@ MAX_RECORD_BYTES = MAX_FRAME_BYTES + TAG_BYTES
 _BUFFER_BYTES = 2 * _LENGTH.size + HEADER.size + TAG_BYTES + MAX_RECORD_BYTES
 _UNREAD_BYTES = MAX_FRAME_BYTES  # decrypted and not read: nothing more is taken from the socket
 _OBJECT_BYTES = 64  # of a record in memory, beside its bytes
-_UNSENT_BYTES = 2**20  # a writer waits while more than this is not taken by the socket
+_UNSENT_BYTES = 2 * MAX_FRAME_BYTES  # a writer waits while more than this is not taken by the socket
 # A peer whose machine or line is gone sends nothing, and would keep its stream and what it has on a server.
 _KEEPALIVE = {
     socket.TCP_KEEPIDLE: 30,  # seconds without a byte, before the kernel asks

@@ -25,6 +25,7 @@ from petals_tune.net.direct.connection import DirectConnection
 from petals_tune.net.direct.listener import TICKET_BYTES, Expected, Listener
 from petals_tune.net.direct.records import KEY_BYTES, new_key
 from petals_tune.net.members import Members
+from petals_tune.net.own_lag import patience
 from petals_tune.net.question import read_message, write_message
 from petals_tune.net.transport import Connection, Serve, Transport
 from petals_tune.wire.tokens import TokenBytes
@@ -106,7 +107,7 @@ class DirectTransport:
             await self.daemon.reach(peer, addresses)
         if self._avoided.get(peer, 0.0) <= time.monotonic():
             try:
-                async with asyncio.timeout(DIAL_S):
+                async with patience(DIAL_S):
                     return await self._dial(peer, protocol)
             except (AccessDenied, ConnectionLost, ProtocolError, OSError) as error:  # a time-out is one
                 logger.info("no direct connection to peer %s: %s", peer, str(error) or "it took too long")
