@@ -49,3 +49,9 @@ def test_direct_connections_can_be_forwarded_and_turned_off():
     forwarded = options_of("swarm.direct_port=31338", "swarm.announce_direct_port=443").swarm.direct
     assert forwarded == DirectOptions(port=31338, announced_port=443)
     assert options_of("swarm.direct_port=null").swarm.direct is None
+
+
+def test_several_devices_are_a_list():
+    assert options_of("device=[cuda:0,cuda:1]").device == ["cuda:0", "cuda:1"]
+    assert options_of("device=cuda:1").device == "cuda:1"
+    assert options_of().device == "auto"

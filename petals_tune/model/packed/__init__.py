@@ -71,8 +71,8 @@ def check_unpacked(names: Iterable[str], source: str) -> None:
     if marked is not None:
         raise UnsupportedModel(
             f"{source} has packed weights ({marked}), and config.json has no quantization_config that says how: name "
-            "the folder that they are from (where transformers saves a model that it unpacked, it packs the weights again "
-            "and drops the config)",
+            "the folder that they are from (transformers packs the weights of a model that it unpacked again where it "
+            "saves it, and drops that part of the config)",
             source=source,
             file="config.json",
             key="model.source",
