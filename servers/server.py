@@ -67,6 +67,7 @@ async def serve(options: Serve, on_ready: OnReady, stop: asyncio.Event) -> None:
                 token=swarm.token,
                 relays=swarm.relay,
                 reach=swarm.reach,
+                direct=swarm.direct,
             )
         )
         if options.model.source == NEEDED:
