@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from petals_tune import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
+from petals_tune.adapters.base import expert_parameters
 from petals_tune.model.families import family_of
 from petals_tune.model.nested import decoder_path, is_nested
 from tests.inprocess import in_process_swarm
@@ -50,6 +51,18 @@ def remote(auto: Any, folder: Path, **options: Any) -> Iterator[Any]:
         model.remote_blocks.close()
 
 
+def in_float32(model: Any) -> Any:
+    """The plain model with blocks that know no autocast, as those of servers."""
+    for layer in model.model.layers:
+
+        def forward(hidden: torch.Tensor, *args: Any, _forward: Any = layer.forward, **kwargs: Any) -> Any:
+            with torch.autocast("cpu", enabled=False):
+                return _forward(hidden.float(), *args, **kwargs)
+
+        layer.forward = forward
+    return model
+
+
 def _batches() -> Iterator[dict[str, torch.Tensor]]:
     ids = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     for mask in masks(ROWS, LENGTH).values():
@@ -64,8 +77,9 @@ def _training(model: Any, plain: Any) -> dict[str, float]:
     family = family_of(decoder)
     blocks = family.blocks_of(decoder)
     linears = {name for name, module in blocks.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
-    if any("Experts" in type(module).__name__ for module in blocks.modules()):
-        # PEFT takes fused experts for linears of the same names; these are refused.
+    experts = {each.name for module in blocks.modules() for each in expert_parameters(module)}
+    if experts:
+        # Shared experts have linears of the same names, and PEFT takes either.
         linears = {name for name in linears if "attn" in name and "gate_proj" not in name}
     targets: Any = sorted({name.rpartition(".")[2] for name in linears})
     if is_nested(plain.config):  # in a vision tower too
@@ -77,6 +91,7 @@ def _training(model: Any, plain: Any) -> dict[str, float]:
             task_type="CAUSAL_LM",
             r=2,
             target_modules=targets,
+            target_parameters=sorted(f"experts.{name}" for name in experts) or None,
             init_lora_weights=False,
         )
         nets.append(peft.get_peft_model(each, config).eval())
