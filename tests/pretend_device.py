@@ -267,6 +267,11 @@ class GpuEngine(Engine):
             put_on(loaded.model, devices[0])
             super().__init__(loaded)
 
+    @classmethod
+    def on_two_cards(cls, loaded: LoadedBlocks) -> GpuEngine:
+        """One half of the blocks on each."""
+        return cls(loaded, [f"cuda:{2 * number // len(loaded.span)}" for number in range(len(loaded.span))])
+
     def forward(self, *args: Any) -> Any:
         with pretended_gpus():
             return super().forward(*args)

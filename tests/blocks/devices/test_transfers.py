@@ -29,6 +29,7 @@ def blocks_on(*devices: torch.device) -> list[Block]:
     return blocks
 
 
+@torch.inference_mode()
 def test_what_all_blocks_get_is_copied_once_for_each_device_and_forgotten_with_it():
     blocks = blocks_on(CPU, OTHER, OTHER)
     hidden, mask, tables, cache = torch.ones(2), torch.ones(2), {"full": (torch.ones(1), torch.ones(1))}, object()
