@@ -1,6 +1,5 @@
 """Copies between devices, to torch's device without numbers; tests/blocks/test_device.py has a model with numbers."""
 
-import gc
 import weakref
 
 import torch
@@ -47,7 +46,6 @@ def test_what_all_blocks_get_is_copied_once_for_each_device_and_forgotten_with_i
     del first, second, third, mask, tables
     for block in blocks:
         block.seen.clear()
-    gc.collect()
     assert copied() is None, "the memory of a call's copies is free after it"
 
 
