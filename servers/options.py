@@ -96,7 +96,7 @@ class Serve:
     throughput: Literal["auto", "measure"] | Annotated[float, Field(gt=0)]
     quantization: SchemeName
     dtype: Literal["auto", "float32", "float16", "bfloat16"]
-    device: str
+    device: str | list[str]  # as `find_devices` reads it
     threads: Annotated[int, Field(ge=1)] | None
     identity_path: str | None
     public_name: Annotated[str, Field(max_length=MAX_NAME)]

@@ -41,3 +41,9 @@ def test_a_revision_is_an_option_beside_every_named_model():
     assert options_of().model.revision is None
     found = options_of("model=bloom-560m", "model.revision=c0ffee").model
     assert (found.source, found.revision) == ("bigscience/bloom-560m", "c0ffee")
+
+
+def test_several_devices_are_a_list():
+    assert options_of("device=[cuda:0,cuda:1]").device == ["cuda:0", "cuda:1"]
+    assert options_of("device=cuda:1").device == "cuda:1"
+    assert options_of().device == "auto"

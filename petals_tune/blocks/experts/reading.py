@@ -18,7 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 
 class Readable(Protocol):
-    """A tensor in a file (`model.checkpoint.StoredTensor`): `[...]` reads all of it, `[i]` and `[i:j]` a part."""
+    """A tensor in a file, as `Checkpoint.stored` returns it: `[...]` reads all of it, `[i]` and `[i:j]` a part."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
