@@ -24,6 +24,7 @@ PetalsTuneError
     |-- BlocksNotHere                   it hosts other blocks (by now)
     |-- BadReply                        wrong shapes, wrong dtypes, or numbers that two others deny
     |   `-- NotFinite                   NaN or Inf; where a second server says the same, it is `Diverged`
+    |-- DeviceFailed                    its GPU computes nothing any more: it ends
     |-- UntrustedServer                 it has no valid token of this private swarm
     |-- Refused                         it says that the request is wrong everywhere (`said`), which others may deny
     |   `-- OverLimit                   it says that the request is more than it takes at once
@@ -227,6 +228,12 @@ class ServerBusy(ServerError):
     leaving: bool = False  # it answers what it has begun, and takes no more
     max_length: int | None = None  # of a session that would fit, where one does not
     max_position: int | None = None  # the largest that fits, where one does not
+
+
+class DeviceFailed(ServerError):
+    """A device of the server computes nothing any more, whatever it is asked; the server ends."""
+
+    device: str = ""  # as in "cuda:0"
 
 
 class BlocksNotHere(ServerError):

@@ -97,6 +97,9 @@ class Metrics(Collector):
             stores = handler.stores
             yield GaugeMetricFamily("petals_tune_streams", "Open streams of clients", value=handler.streams)
             yield GaugeMetricFamily(
+                "petals_tune_direct_streams", "Of these on direct connections", value=handler.direct_streams
+            )
+            yield GaugeMetricFamily(
                 "petals_tune_message_bytes", "Memory of requests and replies", value=handler.message_bytes
             )
             yield GaugeMetricFamily("petals_tune_sessions", "Sessions kept", value=len(stores.sessions))

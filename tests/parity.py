@@ -50,6 +50,18 @@ def remote(auto: Any, folder: Path, **options: Any) -> Iterator[Any]:
         model.remote_blocks.close()
 
 
+def in_float32(model: Any) -> Any:
+    """The plain model with blocks that know no autocast, as those of servers."""
+    for layer in model.model.layers:
+
+        def forward(hidden: torch.Tensor, *args: Any, _forward: Any = layer.forward, **kwargs: Any) -> Any:
+            with torch.autocast("cpu", enabled=False):
+                return _forward(hidden.float(), *args, **kwargs)
+
+        layer.forward = forward
+    return model
+
+
 def _batches() -> Iterator[dict[str, torch.Tensor]]:
     ids = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     for mask in masks(ROWS, LENGTH).values():

@@ -22,6 +22,7 @@ from petals_tune.errors import (
     SwarmError,
     UncoveredBlocks,
 )
+from petals_tune.net.direct.transport import DirectOptions
 from petals_tune.net.members import Members
 from petals_tune.net.own_lag import awake_s
 from petals_tune.net.peer import Peer, joined
@@ -97,14 +98,23 @@ class SwarmClient:
         policy: RetryPolicy,
         quantizations: Collection[str] | None = None,
         members: Members | None = None,
+        direct: bool = True,
     ) -> SwarmClient:
         """Join the swarm, a private one as one of its `members`. `source` is how users name the `model`, a digest.
+
+        With `direct`, streams are opened on direct connections where the servers can be dialled.
 
         Raises ConfigError, ServerUnreachable, ClockSkew or AccessDenied.
         """
         async with AsyncExitStack() as stack:
             peer = await stack.enter_async_context(
-                joined(initial_peers, members=members, listens=False, connect_s=policy.connect_s)
+                joined(
+                    initial_peers,
+                    members=members,
+                    listens=False,
+                    direct=DirectOptions() if direct else None,
+                    connect_s=policy.connect_s,
+                )
             )
             join = next(iter(initial_peers), "")
             client = cls(peer, model, policy, blocks, quantizations=quantizations, source=source, join=join)

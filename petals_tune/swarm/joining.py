@@ -26,11 +26,13 @@ async def join_swarm(
     policy: RetryPolicy,
     quantizations: Collection[str] | None = None,
     members: Members | None = None,
+    direct: bool = True,
 ) -> SwarmClient:
     """Join the swarm, a private one as one of its `members`, and wait until all of `blocks` have a server.
 
     `model` is a digest, `source` how users name it. `blocks` are spans in their order: those that the client does not
-    run itself. Servers that hold them in none of `quantizations` are passed over; None: all are used.
+    run itself. Servers that hold them in none of `quantizations` are passed over; None: all are used. `direct`: over
+    direct connections where servers can be dialled.
 
     Raises ConfigError, ServerUnreachable, ClockSkew, AccessDenied, SwarmMismatch, or UncoveredBlocks after a few
     seconds of looking.
@@ -44,6 +46,7 @@ async def join_swarm(
         policy=policy,
         quantizations=quantizations,
         members=members,
+        direct=direct,
     )
     looking = Repair(client, RetryPolicy(timeout_s=JOIN_S, longest_pause_s=0.5))
     try:

@@ -32,6 +32,7 @@ _MODEL_OPTIONS = (
     "wire_format",
     "grad_format",
     "hand_over",
+    "direct",
     "verify",
 )
 
@@ -67,6 +68,7 @@ class ClientOptions:
     wire_format: FormatOption = "auto"  # of hidden states; auto: the dtype in which each server computes
     grad_format: FormatOption = "auto"  # of their gradients
     hand_over: HandOverRule = "auto"  # whether servers send their outputs directly to the next server of the chain
+    direct: bool = True  # whether data travels over direct connections to the servers that can be dialled
     verify: Share = 0.0  # share of micro-batches that a second server computes too, to detect wrong results
     timeout_s: Seconds = RetryPolicy.timeout_s  # see RetryPolicy
     attempts: Count | None = RetryPolicy.attempts

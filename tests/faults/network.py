@@ -21,7 +21,7 @@ from petals_tune.errors import ConnectionLost
 from petals_tune.net.directory import Snapshot
 from petals_tune.net.in_process import InProcessDirectory, InProcessNetwork
 from petals_tune.net.peer import Peer
-from petals_tune.net.transport import Connection
+from petals_tune.net.transport import Connection, StreamConnection
 from petals_tune.swarm import loop
 from petals_tune.swarm.call import Calls
 from petals_tune.swarm.chain import Chain
@@ -97,7 +97,7 @@ class CountedNeighbours(Neighbours):
         return went
 
 
-class StoppableConnection(Connection):
+class StoppableConnection(StreamConnection):
     """A server's end of a connection; nothing is read or written while the server is stopped."""
 
     def __init__(self, running: asyncio.Event, peer: str, *streams: Any):
