@@ -82,9 +82,9 @@ class DistributedModel:
         to be named. Hidden states travel as `wire_format` and their gradients as `grad_format` ("auto": in the dtype in
         which each server computes, which changes no number), in micro-batches of `micro_batch_rows` rows (None: as many
         as make 128 positions). `hand_over` says whether servers send their outputs straight to the next one of a chain:
-        "always", "never", or "auto", where both are far from here. `direct` lets all of it travel over TCP connections to
-        servers that can be dialled, past the p2p daemons. The blocks are `model.remote_blocks`; its `close()` leaves the
-        swarm. `config_changes` are fields of the config that concern the client's part, such as
+        "always", "never", or "auto", where both are far from here. `direct` lets all of it travel over TCP connections
+        to servers that can be dialled, past the p2p daemons. The blocks are `model.remote_blocks`; its `close()` leaves
+        the swarm. `config_changes` are fields of the config that concern the client's part, such as
         `num_labels=3`; one that concerns the blocks is refused. A share `verify` of the micro-batches is computed by a
         second server too, to find wrong answers (swarm/verify.py); no seed tells which ones. With it, nothing is handed
         on, and servers sum no gradients. `policy` says how long work is tried again.
