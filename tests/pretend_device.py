@@ -109,7 +109,9 @@ class GpuTensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), func._schema.name.partition("::")[2]
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        devices = {tensor.device for tensor in tensors if isinstance(tensor, GpuTensor) or tensor.dim() > 0}
+        # Of a split whose part nobody used, autograd makes an empty gradient itself: on what it takes for the device.
+        hosts = [tensor for tensor in tensors if not isinstance(tensor, GpuTensor) and tensor.dim() and tensor.numel()]
+        devices = {tensor.device for tensor in [*hosts, *(each for each in tensors if isinstance(each, GpuTensor))]}
         if len(devices) > 1 and name not in _MAY_MIX:
             shapes = [(tuple(tensor.shape), str(tensor.device)) for tensor in tensors]
             raise RuntimeError(f"expected all tensors to be on the same device: {func} of {shapes}")
