@@ -44,6 +44,7 @@ def run(context: Context) -> None:
         context.row("nf4 quantization error", error.item(), at_most=0.25)
     with context.trying("device=auto"):
         from petals_tune.blocks import memory
+        from petals_tune.blocks.devices.hardware import find_devices
 
-        memory.check_device(context.device)
+        context.row("device=auto", ", ".join(find_devices("cpu" if context.rehearse else "auto")))
         context.row("free memory", memory.free_bytes(context.device) / 2**30, "GB")
