@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from petals_tune import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
+from petals_tune.adapters.base import expert_parameters
 from petals_tune.model.families import family_of
 from tests.inprocess import in_process_swarm
 from tests.models import VOCABULARY, config_of, masks, plain_model, relative_error, save_model
@@ -72,8 +73,9 @@ def _training(model: Any, plain: Any) -> dict[str, float]:
     worst = dict.fromkeys(("logits", "loss", "input gradient", "LoRA gradients"), 0.0)
     blocks = family_of(plain.base_model).blocks_of(plain.base_model)
     linears = {name for name, module in blocks.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
-    if any("Experts" in type(module).__name__ for module in blocks.modules()):
-        # PEFT takes fused experts for linears of the same names; these are refused.
+    experts = {each.name for module in blocks.modules() for each in expert_parameters(module)}
+    if experts:
+        # Shared experts have linears of the same names, and PEFT takes either.
         linears = {name for name in linears if "attn" in name}
     nets = []
     for each in (model, plain):
@@ -82,6 +84,7 @@ def _training(model: Any, plain: Any) -> dict[str, float]:
             task_type="CAUSAL_LM",
             r=2,
             target_modules=sorted({name.rpartition(".")[2] for name in linears}),
+            target_parameters=sorted(f"experts.{name}" for name in experts) or None,
             init_lora_weights=False,
         )
         nets.append(peft.get_peft_model(each, config).eval())

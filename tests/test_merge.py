@@ -24,6 +24,7 @@ from petals_tune.errors import ConfigError, UnsupportedAdapter, UnsupportedModel
 from petals_tune.merge import merge_adapter
 from petals_tune.model.fingerprint import Fingerprint
 from petals_tune.tuning.identity import Identity, Prompting
+from tests.packed_models import fp8_model
 from tests.raising import raises
 from tests.train.tiny import save_tiny, tiny_tokenizer
 
@@ -140,6 +141,30 @@ def test_a_classifier_keeps_its_head_and_labels(base: Path, tmp_path: Path, make
     assert_equal(found, expected)
     assert model.config.id2label == {0: "bad", 1: "fair", 2: "good"}
     assert model.config.pad_token_id == tiny_tokenizer().pad_token_id
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+def test_a_packed_base_becomes_full_weights(base: Path, tmp_path: Path, task: str) -> None:
+    packed = fp8_model(base, tmp_path / "fp8")
+    for file in base.glob("*token*"):
+        (packed / file.name).write_bytes(file.read_bytes())
+    expected = save_adapter(packed, tmp_path / "adapter", lora(task_type=task))
+    auto = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
+    found, model = merged_logits(tmp_path / "adapter", tmp_path / "merged", auto)
+    assert_equal(found, expected)
+    assert not hasattr(model.config, "quantization_config")
+    kinds = {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()}
+    assert kinds == {torch.float32}
+
+
+def test_a_packed_base_that_lacks_tensors_is_refused(base: Path, tmp_path: Path) -> None:
+    packed = fp8_model(base, tmp_path / "fp8")
+    save_adapter(packed, tmp_path / "adapter", lora())
+    tensors = load_file(packed / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, packed / "model.safetensors")
+    with raises(UnsupportedModel, key="model.source", seen=["model.norm.weight"]):
+        merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged")
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])

@@ -60,20 +60,31 @@ class FloatLinear(nn.Linear):
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x (..., in) -> x W^T + bias (..., out), differentiable in x alone: nothing of the call is kept.
+    """x (..., in) -> (x W^T) scale + bias (..., out), differentiable in x alone: nothing of the call is kept.
 
-    `weight` gives W (out, in) anew in each direction, where it is stored in another form.
+    `weight` gives W (out, in) and `scale` (out,) or nothing, anew in each direction, where they are stored in another
+    form.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, weight: Callable[[], torch.Tensor]) -> Any:
-        ctx.weight = weight
-        return _linear(x, weight(), bias)
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight: Callable[[], torch.Tensor],
+        scale: Callable[[], torch.Tensor] | None = None,
+    ) -> Any:
+        ctx.weight, ctx.scale = weight, scale
+        if scale is None:
+            return _linear(x, weight(), bias)
+        product = _linear(x, weight(), None)
+        return product.mul_(scale()) if bias is None else torch.addcmul(bias.to(x.dtype), product, scale())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _linear(grad, ctx.weight().t(), None), None, None
+        scaled = grad if ctx.scale is None else grad * ctx.scale()
+        return _linear(scaled, ctx.weight().t(), None), None, None, None
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -12,13 +12,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from petals_tune.blocks.devices.hardware import has_bfloat16, is_accelerator
 from petals_tune.blocks.experts.forward import use_expert_forward
-from petals_tune.blocks.experts.reading import ExpertReader, StoredExperts
-from petals_tune.blocks.experts.stack import QuantizedStack, expert_stacks, replace_by_stacks
+from petals_tune.blocks.experts.reading import ExpertReader, Readable, StoredExperts
+from petals_tune.blocks.experts.stack import ExpertStack, expert_stacks, replace_by_stacks
 from petals_tune.blocks.memory import give_back_freed_memory
 from petals_tune.blocks.quantization import Quantization, find_scheme
 from petals_tune.blocks.quantized_cache import QuantizedBlockCache
 from petals_tune.errors import ConfigError, UnsupportedModel
-from petals_tune.model.checkpoint import Checkpoint, StoredTensor
+from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.disk import DiskCache
 from petals_tune.model.families import (
     Family,
@@ -59,9 +59,8 @@ def load_blocks(
 ) -> LoadedBlocks:
     """Read blocks `span` one by one, quantize each by the scheme of that name, and build the model around them.
 
-    At most one tensor is in memory in full, or one expert's matrix; without quantization, those of one block's
-    experts. Quantized blocks are kept in `disk`, and
-    read from there the next time. `on_block` is called after each block, with its number.
+    At most one tensor is in memory in full, or one expert's matrix. Quantized blocks are kept in `disk`, and read from
+    there the next time. `on_block` is called after each block, with its number.
 
     device: of all blocks, or a list with that of each; the rest of the model is on the first block's
 
@@ -105,7 +104,7 @@ def dummy_block(checkpoint: Checkpoint, *, quantization: str, dtype: torch.dtype
 
 @dataclass(frozen=True, kw_only=True)
 class _Constant:
-    """A tensor in the place of a `StoredTensor`: it takes memory once it is indexed."""
+    """A tensor in the place of a stored tensor: it takes memory once it is indexed."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -138,20 +137,19 @@ class BlockLayout:
         return self.family.blocks_of(self.meta_model)[block]
 
 
-_State = Mapping[str, torch.Tensor | StoredTensor | _Constant]  # of one block: name inside the block -> tensor
+_State = Mapping[str, torch.Tensor | Readable]  # of one block: name inside the block -> tensor
 
 
 class _Loader:
     """Builds blocks of one checkpoint, each by transformers in a base model of that block alone.
 
-    Experts that are quantized are read and quantized here, one by one: transformers makes one tensor of all of them.
+    Experts are read and quantized here, one by one: transformers makes one tensor of all of a block's.
     """
 
     def __init__(self, layout: BlockLayout, scheme: Quantization, dtype: torch.dtype):
         self.layout, self.scheme, self.dtype = layout, scheme, dtype
-        if scheme.stored_config(dtype) is not None:
-            for block in layout.family.blocks_of(layout.meta_model):
-                replace_by_stacks(block, scheme)
+        for block in layout.family.blocks_of(layout.meta_model):
+            replace_by_stacks(block, scheme)
         self._reader = ExpertReader(layout.meta_model)
 
     def load(self, block: int, cache: QuantizedBlockCache | None, device: str) -> nn.Module:
@@ -195,18 +193,21 @@ class _Loader:
         return made
 
     def _find_experts(self, block: int) -> dict[str, StoredExperts]:
-        """Where the quantized experts of a block are in the checkpoint, by the paths of their stacks."""
+        """Where the experts of a block are in the checkpoint, by the paths of their stacks."""
         place = f"{self.layout.family.blocks}.{block}."
         paths = expert_stacks(self.layout.meta_block(block))
         names = {place + inside: name for name, inside in self.layout.names[block].items()}
         found = self._reader.find(names, [place + path for path in paths])
         return {parameter.removeprefix(place): stored.renamed(names) for parameter, stored in found.items()}
 
-    def _fill(
-        self, stack: QuantizedStack, stored: StoredExperts, tensors: Mapping[str, StoredTensor], device: str
-    ) -> None:
+    def _fill(self, stack: ExpertStack, stored: StoredExperts, tensors: Mapping[str, Readable], device: str) -> None:
         """Read and quantize the experts of a stack. Raises UnsupportedModel for those of another shape."""
         checkpoint = self.layout.checkpoint
+        whole = stored.whole(tensors) if self.scheme.stored_config(self.dtype) is None else None
+        if whole is not None and whole.shape == stack.shape:  # of the mapped file, which servers on one machine share
+            whole = whole.to(device)
+            stack.put(whole.transpose(1, 2) if stack.transposed else whole, whole.new_empty(len(whole), 0))
+            return
 
         def matrix_of(expert: int) -> torch.Tensor:
             matrix = stored.read(expert, tensors, stack.shape, checkpoint.config)

@@ -11,8 +11,7 @@ import psutil
 import torch
 from torch import nn
 
-from petals_tune.adapters.base import linear_features
-from petals_tune.blocks.experts.stack import expert_parameters
+from petals_tune.adapters.base import expert_parameters, linear_features
 from petals_tune.blocks.quantization import Quantization
 from petals_tune.errors import ConfigError
 
@@ -106,9 +105,10 @@ def block_bytes(block: nn.Module, *, quantization: Quantization, dtype: torch.dt
         if (features := linear_features(module)) is not None:
             weights.add(id(module.get_parameter("weight")))
             quantized += quantization.weight_bytes(*features, dtype)
-        for name, (experts, rows, columns), transposed in expert_parameters(module):
-            weights.add(id(module.get_parameter(name)))
-            inputs, outputs = (rows, columns) if transposed else (columns, rows)
+        for parameter in expert_parameters(module):
+            weights.add(id(module.get_parameter(parameter.name)))
+            experts, first, second = parameter.shape
+            inputs, outputs = (first, second) if parameter.transposed else (second, first)
             quantized += experts * quantization.weight_bytes(inputs, outputs, dtype)
     others = [tensor for tensor in (*block.parameters(), *block.buffers()) if id(tensor) not in weights]
     return int(quantized) + sum(tensor.numel() for tensor in others) * dtype.itemsize

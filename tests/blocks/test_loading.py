@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from petals_tune.blocks import loading
 from petals_tune.blocks.engine import Engine
@@ -15,6 +15,7 @@ from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.families import family_of
 from petals_tune.wire.span import BlockSpan
 from tests.models import masks, plain_model, relative_error
+from tests.packed_models import fp8_model, mxfp4_model
 from tests.raising import raises
 from tests.servers.parts import SMOLLM2, forward, load
 
@@ -181,6 +182,24 @@ def test_weights_that_do_not_fit_the_config_are_refused_with_the_file_and_the_sh
     assert len(load(folder, "0:1").blocks) == 1
     with raises(UnsupportedModel, key="model.source", seen=name):
         load(folder, "1:2")
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize(("family", "pack"), [("qwen3_moe", fp8_model), ("gpt_oss", mxfp4_model)])
+def test_packed_weights_are_quantized_as_those_in_full(mixture_folder, tmp_path, disk, family, pack, quantization):
+    """Experts too, one by one; and a second start takes them from the cache."""
+    packed = pack(mixture_folder(family), tmp_path / "packed")
+    unpacked = AutoModel.from_pretrained(packed, dtype=torch.float32)  # the library unpacks it on a CPU
+    full = AutoModel.from_config(unpacked.config)  # which saves what is loaded; `unpacked` would pack it again
+    full.load_state_dict(unpacked.state_dict())
+    full.save_pretrained(tmp_path / "full")
+    wanted = load(tmp_path / "full", "0:2", quantization).blocks.state_dict()
+    for _ in range(2):
+        source = Checkpoint(str(packed))
+        found = load_blocks(source, BlockSpan(0, 2), quantization=quantization, dtype=torch.float32, disk=disk)
+        state = found.blocks.state_dict()
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(state[name], wanted[name]) for name in wanted)
 
 
 def test_a_tensor_that_is_not_there_is_named_and_not_made_up(model_folder, tmp_path):

@@ -41,10 +41,10 @@ class Section:
 SECTIONS = [
     Section("machine", 75),
     Section("parity", 90),
-    Section(
-        "card_client", 60, alone=True
-    ),  # autograd has one thread for a card, which blocks of this process would want
+    # Autograd has one thread for a card, which blocks of the same process would want.
+    Section("card_client", 60, alone=True),
     Section("speed", 190),
+    Section("cards", 45),
     Section("memory", 40),
     Section("requests", 45),
     Section("swarm", 90),

@@ -6,6 +6,7 @@ transformers describes an experts module by attributes (`use_experts_implementat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -32,29 +33,28 @@ def experts_forward(
     """
     rows, choices = top_k_index.shape
     chosen, order = top_k_index.reshape(-1).sort(stable=True)
-    total = max(experts.num_experts, int(experts.down_proj.shape[0]))
+    total = experts.num_experts
     counts = torch.bincount(chosen.clamp(max=total), minlength=total + 1).tolist()  # waits for a GPU, once
-    outputs: list[torch.Tensor] = []
-    for number, own in enumerate(hidden[order // choices].split(counts)):
-        if number == total:
-            outputs.append(torch.zeros_like(own))
-        elif len(own):
-            outputs.append(_one_expert(experts, number, own))
-    output = torch.cat(outputs)
+    has_gate = getattr(experts, "has_gate", True)
+    inside = _products(experts, "gate_up_proj" if has_gate else "up_proj", hidden[order // choices], chosen, counts)
+    inside = experts._apply_gate(inside) if has_gate else experts.act_fn(inside)
+    output = _products(experts, "down_proj", inside, chosen, counts)
     if getattr(experts, "has_post_expert_norm", False):
         output = experts.post_expert_norm(output)
     weighted = output * top_k_weights.reshape(-1)[order][:, None]
+    if counts[total]:
+        weighted = weighted.masked_fill((chosen >= total)[:, None], 0)
     return weighted[order.argsort()].view(rows, choices, -1).sum(1).to(hidden.dtype)
 
 
-def _one_expert(experts: Any, number: int, x: torch.Tensor) -> torch.Tensor:
-    """The output (rows, H) of one expert."""
-    has_gate, has_bias = getattr(experts, "has_gate", True), getattr(experts, "has_bias", False)
-    inside = _product(experts, "gate_up_proj" if has_gate else "up_proj", number, x, has_bias)
-    inside = experts._apply_gate(inside) if has_gate else experts.act_fn(inside)
-    return _product(experts, "down_proj", number, inside, has_bias)
+def _products(experts: Any, name: str, x: torch.Tensor, chosen: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """The product of each row of `x` (rows, in) with the matrix `name` of its expert, and its bias: (rows, out).
 
-
-def _product(experts: Any, name: str, number: int, x: torch.Tensor, has_bias: bool) -> torch.Tensor:
-    product = getattr(experts, name)(x, number)
-    return product + getattr(experts, f"{name}_bias")[number] if has_bias else product
+    `chosen` (rows,) has the experts' numbers in order, `counts` the rows of each; the last are no expert's.
+    """
+    stack: ExpertStack = getattr(experts, name)
+    *of_experts, others = x.split(counts)
+    products = [stack(own, number) for number, own in enumerate(of_experts) if len(own)]
+    product = torch.cat([*products, others.new_zeros(len(others), stack.features[1])])
+    has_bias = getattr(experts, "has_bias", False)
+    return product + getattr(experts, f"{name}_bias")[chosen.clamp(max=len(of_experts) - 1)] if has_bias else product

@@ -18,7 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 
 class Readable(Protocol):
-    """A tensor in a file (`model.checkpoint.StoredTensor`): `[...]` reads all of it, `[i]` and `[i:j]` a part."""
+    """A tensor in a file, as `Checkpoint.stored` returns it: `[...]` reads all of it, `[i]` and `[i:j]` a part."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -42,6 +42,13 @@ class StoredExperts:
         """Are there tensors missing, for that many experts?"""
         wanted = self.converter.source_patterns if self.converter is not None else self.names
         return any(len(self.names.get(pattern, ())) != (experts if "*" in pattern else 1) for pattern in wanted)
+
+    def whole(self, tensors: Mapping[str, Readable]) -> torch.Tensor | None:
+        """Read the experts of all at once, where the parameter is stored as it is; None elsewhere."""
+        if self.converter is not None:
+            return None
+        ((name,),) = self.names.values()
+        return tensors[name][...]
 
     def read(
         self, expert: int, tensors: Mapping[str, Readable], shape: tuple[int, ...], config: PretrainedConfig

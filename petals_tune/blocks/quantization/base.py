@@ -42,10 +42,11 @@ class Quantization(ABC):
     def scales(self, weight: nn.Parameter) -> list[torch.Tensor]:
         """The tensors that are kept beside the quantized numbers of `weight`."""
 
+    @abstractmethod
     def quantize_matrix(self, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Quantize one expert's `matrix` (out, in): (its numbers, their scales)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def multiply(
         self, x: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int]
     ) -> torch.Tensor:
@@ -53,7 +54,6 @@ class Quantization(ABC):
 
         Differentiable in x alone; the backward unpacks W again.
         """
-        raise NotImplementedError
 
     def keeps_hidden_input(self, module: nn.Module) -> bool:
         """Does `module` keep its input for the backward where autograd's saved-tensor hooks do not see it?"""

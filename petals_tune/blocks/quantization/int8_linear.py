@@ -19,13 +19,12 @@ def int8_product(
     Few float32 rows without a gradient, as a generation has them, are multiplied without unpacking C (int8_digits.py).
     """
     dtype = x.dtype  # a lambda that holds x itself would keep it for the backward
-    scale = scales.to(dtype) / 127
     if dtype is torch.float16:  # x C^T alone is beyond its range
-        return FrozenProduct.apply(x, bias, lambda: numbers.to(dtype) * scale[:, None])
-    if not torch.is_grad_enabled() and is_worth_it(x, numbers):
-        product = product_by_digits(x.reshape(-1, x.shape[-1]), numbers).view(*x.shape[:-1], -1)
-    else:
-        product = FrozenProduct.apply(x, None, lambda: numbers.to(dtype))
+        return FrozenProduct.apply(x, bias, lambda: numbers.to(dtype) * (scales.to(dtype) / 127)[:, None])
+    if torch.is_grad_enabled() or not is_worth_it(x, numbers):
+        return FrozenProduct.apply(x, bias, lambda: numbers.to(dtype), lambda: scales.to(dtype) / 127)
+    product = product_by_digits(x.reshape(-1, x.shape[-1]), numbers).view(*x.shape[:-1], -1)
+    scale = scales.to(dtype) / 127
     return product * scale if bias is None else torch.addcmul(bias.to(dtype), product, scale)
 
 

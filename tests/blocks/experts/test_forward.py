@@ -11,7 +11,8 @@ from transformers import PretrainedConfig
 from transformers.integrations.moe import batched_mm_experts_forward, use_experts_implementation
 
 from petals_tune.blocks.experts.forward import experts_forward, use_expert_forward
-from petals_tune.blocks.experts.stack import FloatStack
+from petals_tune.blocks.experts.stack import expert_stacks, replace_by_stacks
+from petals_tune.blocks.quantization import find_scheme
 from tests.models import relative_error
 
 E, H, F = 5, 6, 8  # experts, hidden size, size inside
@@ -41,11 +42,10 @@ def described_experts(*, has_gate: bool, has_bias: bool, is_transposed: bool, ha
 
 
 def with_stacks(experts: nn.Module) -> nn.Module:
-    for name in ("gate_up_proj", "up_proj", "down_proj"):
-        if hasattr(experts, name):
-            weight = experts.get_parameter(name)
-            delattr(experts, name)
-            setattr(experts, name, FloatStack(weight, tuple(weight.shape), transposed=experts.is_transposed))
+    weights = {name: weight for name, weight in experts.named_parameters() if name.endswith("_proj")}
+    replace_by_stacks(experts, find_scheme("none"))
+    for name, stack in expert_stacks(experts).items():
+        stack.fill(weights[name].detach().__getitem__, "cpu")
     return experts
 
 

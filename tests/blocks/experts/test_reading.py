@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
+from petals_tune.adapters.base import expert_parameters
 from petals_tune.blocks.experts.reading import ExpertReader
-from petals_tune.blocks.experts.stack import expert_parameters
 from petals_tune.blocks.loading import load_blocks
 from petals_tune.errors import UnsupportedModel
 from petals_tune.model.checkpoint import Checkpoint
@@ -47,10 +47,9 @@ def test_each_experts_matrix_is_that_of_the_librarys_parameter_and_read_alone(mi
     folder = mixture_folder(family)
     model, config = AutoModel.from_pretrained(folder), Checkpoint(str(folder)).config
     shapes = {
-        f"{path}.{name}": shape
+        f"{path}.{each.name}": each.shape
         for path, module in model.named_modules()
-        for name, shape, _ in expert_parameters(module)
-        if not name.endswith("bias")
+        for each in expert_parameters(module)
     }
     tensors = load_file(folder / "model.safetensors")
     found = ExpertReader(placeholder_model(config)).find(tensors, shapes)

@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModel
 
+from petals_tune.adapters.base import ExpertParameter
 from petals_tune.blocks.engine import Engine
-from petals_tune.blocks.experts.stack import FloatStack, QuantizedStack, expert_stacks
+from petals_tune.blocks.experts.stack import ExpertStack, expert_stacks
 from petals_tune.blocks.loading import BlockLayout, load_blocks
 from petals_tune.blocks.memory import block_bytes
 from petals_tune.blocks.quantization import find_scheme
@@ -99,28 +100,24 @@ def test_quantized_experts_compute_what_the_library_computes_with_their_weights(
 def test_only_the_experts_that_tokens_chose_are_unpacked(mixture_folder, monkeypatch):
     engine = engine_of(mixture_folder("mixtral"), "int8")
     asked: list[tuple[int, int]] = []
-    multiply = QuantizedStack.multiply
+    product = ExpertStack.forward
 
-    def counted(stack: QuantizedStack, x: torch.Tensor, expert: int) -> torch.Tensor:
+    def counted(stack: ExpertStack, x: torch.Tensor, expert: int) -> torch.Tensor:
         asked.append((expert, len(x)))
-        return multiply(stack, x, expert)
+        return product(stack, x, expert)
 
-    monkeypatch.setattr(QuantizedStack, "multiply", counted)
+    monkeypatch.setattr(ExpertStack, "forward", counted)
     engine.forward(forward("0:1", torch.randn(1, 3, engine.hidden_size)), None)
     assert len(asked) == len({*asked}) * 2 <= 2 * 3 * 2, "twice for each expert: into the inner size, and back"
     assert sum(rows for _, rows in asked) == 2 * 3 * 2, "three tokens, two experts each"
 
 
-@pytest.mark.parametrize("kind", ["int8", "none"])
+@pytest.mark.parametrize("quantization", ["int8", "none"])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_matrix_is_multiplied_as_families_write_it(transposed, kind):
+def test_a_matrix_is_multiplied_as_families_write_it(transposed, quantization):
     weight = torch.randn(3, 8, 6)
-    stack: FloatStack | QuantizedStack
-    if kind == "none":
-        stack = FloatStack(nn.Parameter(weight), (3, 8, 6), transposed=transposed)
-    else:
-        stack = QuantizedStack((3, 8, 6), transposed=transposed, scheme=find_scheme("int8"))
-        stack.fill(weight.__getitem__, "cpu")
+    stack = ExpertStack(ExpertParameter("", (3, 8, 6), transposed, transposed), find_scheme(quantization))
+    stack.fill(weight.__getitem__, "cpu")
     x = torch.randn(5, 8 if transposed else 6)
     wanted = x @ weight[2] if transposed else F.linear(x, weight[2])
     matrix = stack[torch.tensor(2)]
@@ -130,7 +127,7 @@ def test_a_matrix_is_multiplied_as_families_write_it(transposed, kind):
     else:
         products = [F.linear(x, matrix), x.matmul(matrix.T), torch.matmul(x, matrix.T)]
     for product in products:
-        assert relative_error(product, wanted) <= (1e-6 if kind == "none" else 0.02)
+        assert relative_error(product, wanted) <= (1e-6 if quantization == "none" else 0.02)
     for other in (partial(F.linear, x, matrix if transposed else matrix.T), partial(torch.add, x, matrix)):
         with pytest.raises(TypeError):
             other()
