@@ -8,6 +8,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peft
@@ -36,7 +39,8 @@ def measure(context: Context, plain: Any, client: subprocess.Popen[str], line_mb
         context.row("training, head of 128,256 tokens and loss on the card", 1000 * head_s, "ms", note="client's own")
     by_rows: dict[int, float] = {}
     for rows in (ROWS, 4, 1):
-        by_rows[rows] = step_seconds(context, plain, rows)
+        with stepping(plain, rows) as step:
+            by_rows[rows] = context.seconds(step)
         what = f"training, plain transformers, {rows} rows at once"
         context.row(what, ROWS * LENGTH / by_rows[rows], "tokens/s", note=f"{by_rows[rows]:.3f} s a step of {ROWS}")
     for wire, given in CASES:
@@ -46,20 +50,22 @@ def measure(context: Context, plain: Any, client: subprocess.Popen[str], line_mb
             client.stdin.flush()
             seen = json.loads(client.stdout.readline())
             line_s = seen["moved_mb"] / line_mb_s
-            computing_s = by_rows[seen["rows"]]
+            computing_s = by_rows[ROWS]
             context.row(what, ROWS * LENGTH / seen["step_s"], "tokens/s", note=f"{seen['step_s']:.3f} s a step")
             note = (
                 f"step {seen['step_s']:.3f} s = the swarm {seen['swarm_s']:.3f} + client's own {seen['own_s']:.3f} s; "
-                f"line {line_s:.3f} s for {seen['moved_mb']:.0f} MB, computing {computing_s:.3f} s with "
-                f"{seen['rows']} rows at once, encoding and decoding in one process {seen['codec_s']:.3f} s"
+                f"line {line_s:.3f} s for {seen['moved_mb']:.0f} MB, computing {computing_s:.3f} s, with "
+                f"{seen['rows']} rows at once {by_rows[seen['rows']]:.3f} s, encoding and decoding in one process "
+                f"{seen['codec_s']:.3f} s"
             )
             share = max(computing_s, line_s) / seen["step_s"]
             context.row(f"{what}: share of the slower of computing and line", share, at_least=0.9, note=note)
             context.row(f"{what}: backwards without lease", seen["recomputations"], at_most=0)
 
 
-def step_seconds(context: Context, model: Any, rows: int = ROWS) -> float:
-    """Seconds of a step with LoRA: forward and backward in batches of `rows`, optimizer."""
+@contextmanager
+def stepping(model: Any, rows: int = ROWS) -> Iterator[Callable[[], None]]:
+    """A step with LoRA: forward and backward in batches of `rows`, optimizer."""
     net = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"]))
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)).to(model.device)
@@ -70,9 +76,8 @@ def step_seconds(context: Context, model: Any, rows: int = ROWS) -> float:
         optimizer.step()
         optimizer.zero_grad()
 
-    seconds = context.seconds(step)
+    yield step
     net.unload()
-    return seconds
 
 
 def main(context: Context, given: str) -> None:
@@ -93,15 +98,24 @@ def main(context: Context, given: str) -> None:
 
 
 def figures(context: Context, model: Any, wire: str) -> dict[str, float]:
-    stats, steps = model.remote_blocks.stats, 6  # of `Context.seconds`, the one that is not timed included
-    seconds = step_seconds(context, model)
-    swarm_s = stats.wait_s / steps
+    stats = model.remote_blocks.stats
+    seen = []  # of each step: seconds, those of them that the client waited for the swarm, bytes
+    with stepping(model) as step:
+        step()
+        for _ in range(5):
+            context.wait()
+            started_s, waited_s, moved = time.perf_counter(), stats.wait_s, stats.sent_bytes + stats.received_bytes
+            step()
+            context.wait()
+            now = stats.sent_bytes + stats.received_bytes
+            seen.append((time.perf_counter() - started_s, stats.wait_s - waited_s, now - moved))
+    seconds, swarm_s, moved = sorted(seen)[len(seen) // 2]
     rows, servers = min(model.remote_blocks.backbone.micro_batch(LENGTH), ROWS), len(model.remote_blocks.route())
     return {
         "step_s": seconds,
         "swarm_s": swarm_s,
         "own_s": seconds - swarm_s,
-        "moved_mb": (stats.sent_bytes + stats.received_bytes) / steps / 1e6,
+        "moved_mb": moved / 1e6,
         "rows": rows,
         "codec_s": codec_seconds(context, model.config.hidden_size, wire, rows=rows, servers=servers),
         "recomputations": stats.recomputations,
