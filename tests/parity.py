@@ -83,6 +83,7 @@ def _training(model: Any, plain: Any) -> dict[str, float]:
         config = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=2,
+            lora_alpha=2 if experts else 8,  # of much, gpt_oss's gate makes 1e-4 of float32's rounding, in PEFT as here
             target_modules=sorted({name.rpartition(".")[2] for name in linears}),
             target_parameters=sorted(f"experts.{name}" for name in experts) or None,
             init_lora_weights=False,

@@ -117,7 +117,7 @@ class GpuTensor(torch.Tensor):
         if gpu in _failed:
             raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors might be ...")
         if kwargs.get("device") is not None:
-            if name != "_to_copy":  # whose backward names autograd's device, and moves go another way: see `_to`
+            if name != "_to_copy":  # a cast, by autograd where it names the device: moves are made by `_Move`
                 gpu = torch.device(kwargs["device"])
             kwargs["device"] = CPU
         to_or_from_host = name == "copy_" and len({tensor.device for tensor in args[:2]}) > 1
