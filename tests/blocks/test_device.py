@@ -123,7 +123,9 @@ def test_blocks_of_one_of_two_cards_and_the_memory_that_they_take(model_folder):
 
 
 @pytest.mark.parametrize("quantization", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", [QUICK, pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "mixtral", "gpt_oss"))]
+)
 def test_quantized_blocks_on_two_cards(model_folder, family, quantization):
     found = []
     for kind in (partial(GpuEngine, devices=TWO_CARDS), Engine):
