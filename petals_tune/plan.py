@@ -165,7 +165,7 @@ def blocks_held(blocks: Sequence[int], in_full: Sequence[int], gb: float) -> int
     budgets_gb = limits.max_lease_gb + limits.max_cache_gb + 2 * limits.max_adapter_gb
     working = max(max(in_full), int(gb * _GB * COMPUTE_SHARE))
     try:
-        return blocks_that_fit(int(gb * _GB), int(budgets_gb * _GB), max(blocks), working, len(blocks))
+        return blocks_that_fit([int(gb * _GB)], int(budgets_gb * _GB), max(blocks), working, len(blocks))
     except ConfigError:
         return 0
 

@@ -201,5 +201,8 @@ class AdapterHooks:
 
 def _seed(device: torch.device, seed: int) -> None:
     """Seed the generator of `device` alone: torch.manual_seed asks every backend, 1 ms on a machine without CUDA."""
+    if device.type == "mps":
+        torch.mps.manual_seed(seed)
+        return
     generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
     generator.manual_seed(seed)

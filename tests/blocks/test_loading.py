@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, PreTrainedModel
 
+from petals_tune.blocks import loading
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.loading import dummy_block, load_blocks, torch_dtype
 from petals_tune.errors import ConfigError, UnsupportedModel
@@ -120,19 +121,40 @@ def test_a_damaged_file_is_refused_by_name(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "stored", "device", "dtype"),
+    ("name", "stored", "devices", "dtype"),
     [
-        ("auto", torch.bfloat16, "cpu", torch.float32),
-        ("auto", torch.bfloat16, "cuda", torch.bfloat16),
-        ("auto", None, "cuda", torch.float32),
-        ("float16", torch.bfloat16, "cpu", torch.float16),
-        ("bfloat16", None, "cpu", torch.bfloat16),
+        ("auto", torch.bfloat16, ["cpu"], torch.float32),
+        ("auto", torch.bfloat16, ["cuda:1"], torch.bfloat16),
+        ("auto", torch.bfloat16, ["cuda:1", "cuda:0"], torch.float16),
+        ("auto", torch.float16, ["cuda:0"], torch.float16),
+        ("auto", torch.float32, ["cuda:0"], torch.float32),
+        ("auto", None, ["cuda:1"], torch.float32),
+        ("float16", torch.bfloat16, ["cpu"], torch.float16),
+        ("bfloat16", None, ["cuda:0"], torch.bfloat16),
     ],
 )
-def test_the_dtype_of_the_computation(model_folder, name, stored, device, dtype):
+def test_the_dtype_of_the_computation(model_folder, monkeypatch, name, stored, devices, dtype):
+    """cuda:0 is an old card, without bfloat16."""
+    monkeypatch.setattr(loading, "has_bfloat16", lambda device: device != "cuda:0")
     config = Checkpoint(str(model_folder("llama"))).config
     config.dtype = stored
-    assert torch_dtype(name, config, device) is dtype
+    assert torch_dtype(name, config, *devices) is dtype
+
+
+def test_blocks_are_loaded_to_the_devices_that_are_named(model_folder):
+    """To torch's device without numbers, which every machine has."""
+    checkpoint = Checkpoint(str(model_folder("llama")))
+    loaded = load_blocks(
+        checkpoint, BlockSpan(1, 4), quantization="none", dtype=torch.float32, device=["cpu", "cpu", "meta"]
+    )
+    assert [{tensor.device.type for tensor in block.parameters()} for block in loaded.blocks] == [
+        {"cpu"},
+        {"cpu"},
+        {"meta"},
+    ]
+    around = [*loaded.model.buffers()]
+    assert around, "rotary tables"
+    assert {tensor.device.type for tensor in around} == {"cpu"}
 
 
 def test_an_unknown_dtype_is_refused(model_folder):
