@@ -138,9 +138,10 @@ def ours(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Te
     source = Checkpoint(str(folder))
     family = family_of(placeholder_model(source.config))
     loaded = load_blocks(source, BlockSpan(0, family.total_blocks), quantization="none", dtype=dtype)
-    found = {f"{family.prefix}.{family.blocks}.{name}": value.data for name, value in loaded.blocks.named_parameters()}
-    for name, stack in expert_stacks(loaded.blocks).items():  # (E, out, in), whatever the parameter's layout is
-        found[f"{family.prefix}.{family.blocks}.{name}"] = stack.numbers.mT if stack.transposed else stack.numbers
+    held = {name: value.data for name, value in loaded.blocks.named_parameters()}
+    for name, stack in expert_stacks(loaded.blocks).items():
+        held[name] = stack.numbers.mT if stack.transposed else stack.numbers
+    found = {f"{family.prefix}.{family.blocks}.{name}": value for name, value in held.items()}
     outside = [name for name in source.tensor_names if family.block_index(name) is None]
     model = without_blocks(
         AutoModelForCausalLM._model_mapping[type(source.config)], source.config, source.read(outside, dtype), dtype

@@ -51,12 +51,12 @@ def remote(auto: Any, folder: Path, **options: Any) -> Iterator[Any]:
         model.remote_blocks.close()
 
 
-def in_float32(model: Any) -> Any:
+def in_float32(model: Any, device: str = "cpu") -> Any:
     """The plain model with blocks that know no autocast, as those of servers."""
     for layer in model.model.layers:
 
         def forward(hidden: torch.Tensor, *args: Any, _forward: Any = layer.forward, **kwargs: Any) -> Any:
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(torch.device(device).type, enabled=False):
                 return _forward(hidden.float(), *args, **kwargs)
 
         layer.forward = forward
@@ -90,6 +90,7 @@ def _training(model: Any, plain: Any) -> dict[str, float]:
         config = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=2,
+            lora_alpha=2 if experts else 8,  # of much, gpt_oss's gate makes 1e-4 of float32's rounding, in PEFT as here
             target_modules=targets,
             target_parameters=sorted(f"experts.{name}" for name in experts) or None,
             init_lora_weights=False,
