@@ -85,7 +85,8 @@ class Metrics(Collector):
             return
         record, handler = server.record, server.handler
         facts = {"peer": record.peer, "model": record.model_name, "blocks": str(record.blocks)}
-        more = {"quantization": record.quantization, "dtype": record.dtype, "version": record.version}
+        more = {"quantization": record.quantization, "dtype": record.dtype, "device": record.device}
+        more["version"] = record.version
         yield InfoMetricFamily("petals_tune_server", "What this server announces", value={**facts, **more})
         yield GaugeMetricFamily("petals_tune_online", "1: announced and serving", value=record.state == "online")
         yield GaugeMetricFamily("petals_tune_blocks", "Blocks that it hosts", value=len(record.blocks))

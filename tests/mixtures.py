@@ -84,7 +84,10 @@ MIXTURES: dict[str, dict[str, Any]] = {
 
 
 def save_mixture(folder: Path, family: str, **changes: Any) -> Path:
-    """Save a model of one of MIXTURES, with the same weights for the same arguments, no bias of which is zero."""
+    """Save a model of one of MIXTURES, or of a dense family of the same sizes; no bias is zero.
+
+    The weights are the same for the same arguments.
+    """
     torch.manual_seed(0)
     model = AutoModel.from_config(mixture_config(family, **changes))
     with torch.no_grad():
@@ -99,4 +102,4 @@ def save_mixture(folder: Path, family: str, **changes: Any) -> Path:
 
 
 def mixture_config(family: str, **changes: Any) -> PretrainedConfig:
-    return CONFIG_MAPPING[family](**{**_SIZES, **MIXTURES[family], **changes})
+    return CONFIG_MAPPING[family](**{**_SIZES, **MIXTURES.get(family, {}), **changes})

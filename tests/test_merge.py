@@ -24,6 +24,7 @@ from petals_tune.errors import ConfigError, UnsupportedAdapter, UnsupportedModel
 from petals_tune.merge import merge_adapter
 from petals_tune.model.fingerprint import Fingerprint
 from petals_tune.tuning.identity import Identity, Prompting
+from tests.models import save_model
 from tests.packed_models import fp8_model
 from tests.raising import raises
 from tests.train.tiny import save_tiny, tiny_tokenizer
@@ -102,6 +103,17 @@ def merged_logits(adapter: Path, output: Path, auto: Any = AutoModelForCausalLM)
 
 def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
+
+
+def test_lora_on_experts_is_merged(base: Path, tmp_path: Path) -> None:
+    mixture = save_model(tmp_path / "mixture", "qwen3_moe", num_hidden_layers=2, mlp_only_layers=[])
+    for file in base.glob("*token*"):
+        (mixture / file.name).write_bytes(file.read_bytes())
+    config = lora("q_proj", target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    expected = save_adapter(mixture, tmp_path / "adapter", config)
+    found, _ = merged_logits(tmp_path / "adapter", tmp_path / "merged")
+    assert_equal(found, expected)
+    assert not torch.allclose(AutoModelForCausalLM.from_pretrained(mixture)(input_ids=IDS).logits, expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("method", [*METHODS, *UNTIED])

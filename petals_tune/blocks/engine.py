@@ -65,7 +65,7 @@ class Engine:
         self._model, self._quantization = loaded.model, loaded.quantization
         use_fast_kernels(self._model, self._quantization)
         self._blocks = list(loaded.blocks)
-        self._layer_types = getattr(self._model.config, "layer_types", None)
+        self._per_block = loaded.per_block
         self._lists: dict[BlockSpan, nn.ModuleList] = {}
         self._training = False
         self.hooks = AdapterHooks(self._blocks, loaded.span.start)
@@ -158,7 +158,8 @@ class Engine:
         if not all(flags):
             if not request.grad.isfinite().all():
                 raise RequestRefused("non-finite numbers in the gradient", reason="gradient not finite")
-            raise NotFinite(f"non-finite gradients come out of blocks {self.loaded.span}, from finite ones")
+            text = f"non-finite gradients come out of blocks {self.loaded.span}, from finite ones"
+            raise NotFinite(f"{text}, {self._in_dtype}", dtype=self._dtype_name)
         return None if at_input is None else found.pop(0), found[: len(at_adapter)]
 
     def prepare_adapter(self, parts: Sequence[AdapterPart]) -> list[AdapterPart]:
@@ -307,10 +308,21 @@ class Engine:
             for each in hooks:
                 each.remove()
         first = min(bad, default=span.stop)
-        text = f"non-finite numbers come out of block {first}, from finite ones"
-        if self._dtype is torch.float16:
-            text += "; float16 ends at 65,504, so this server needs dtype=float32 or dtype=bfloat16 for this model"
-        return NotFinite(text, block=first)
+        text = f"non-finite numbers come out of block {first}, from finite ones, {self._in_dtype}"
+        return NotFinite(text, block=first, dtype=self._dtype_name)
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self._dtype).removeprefix("torch.")
+
+    @property
+    def _in_dtype(self) -> str:
+        beyond = (
+            ", which ends at 65,504: a server with dtype=bfloat16 or float32 holds more"
+            if self._dtype is torch.float16
+            else ""
+        )
+        return f"in {self._dtype_name}{beyond}"
 
     @functools.cached_property
     def footprint(self) -> Footprint:
@@ -323,7 +335,7 @@ class Engine:
     @property
     def description(self) -> str:
         """The model, and how it is computed: all that memory depends on but for the kinds of the blocks."""
-        config = {**self._model.config.to_dict(), "num_hidden_layers": None, "layer_types": None}
+        config = {**self._model.config.to_dict(), "num_hidden_layers": None, **dict.fromkeys(self._per_block.values)}
         return f"{self._quantization.name} {self._dtype} {self._device} {sorted(config.items())}"
 
     @property
@@ -333,8 +345,8 @@ class Engine:
 
     def kind_of(self, block: int) -> str:
         """The structure of a block: those of equal structure take equal memory."""
-        layer_type = "" if self._layer_types is None else self._layer_types[block - self.loaded.span.start]
-        return f"{layer_type} {device_of(self.block(block))} {self.block(block)}"
+        values = [values[block] for values in self._per_block.values.values()]
+        return f"{values} {device_of(self.block(block))} {self.block(block)}"
 
     def measure_token_bytes(self) -> int:
         """Bytes of one position of one row in the caches of one block, seen in a step of one position."""
@@ -364,9 +376,7 @@ class Engine:
         if span not in self._lists:
             self._lists[span] = nn.ModuleList(self._blocks[first:last])
         self.loaded.family.put_blocks(self._model, self._lists[span])
-        self._model.config.num_hidden_layers = len(span)
-        if self._layer_types is not None:
-            self._model.config.layer_types = self._layer_types[first:last]
+        self._per_block.write(self._model.config, span)
         if self._training != plan.train:
             self._quantization.set_mode(self._model, training=plan.train)
             self._training = plan.train

@@ -15,10 +15,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
-from petals_tune.blocks.quantization import find_scheme
+from petals_tune.blocks.quantization import find_scheme, usable_schemes
 from petals_tune.errors import ConfigError, UnsupportedModel
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.families import family_of, placeholder_model, without_blocks
+from petals_tune.model.nested import causal_class, config_for
 from petals_tune.net.members import Members
 from petals_tune.remote.blocks import Backbone, put_remote_blocks
 from petals_tune.remote.config import with_changes
@@ -26,17 +27,17 @@ from petals_tune.remote.generation import RemoteGeneration, with_whole_input
 from petals_tune.remote.local import LocalBlocks, parse_local_blocks
 from petals_tune.remote.prompted import check_tuning_mode, with_prompts
 from petals_tune.remote.selftest import self_test
-from petals_tune.remote.skeleton import fill_with_placeholders
 from petals_tune.swarm import loop
 from petals_tune.swarm.call import Calls
 from petals_tune.swarm.chain import Chain
+from petals_tune.swarm.formats import Formats
 from petals_tune.swarm.joining import join_swarm
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.swarm.verify import SpotChecks
 from petals_tune.tuning.support import refuse_adapter_names
 from petals_tune.wire.span import BlockSpan, gaps
-from petals_tune.wire.tensors import WireFormat
+from petals_tune.wire.tensors import FormatOption
 
 _PREFIX = "Distributed"
 
@@ -59,9 +60,10 @@ class DistributedModel:
         dtype: torch.dtype | str = torch.float32,
         local_blocks: Sequence[str] = (),
         local_quantization: str = "int8",
+        quantization: str | None = None,
         micro_batch_rows: int | None = None,
-        wire_format: WireFormat = "float32",
-        grad_format: WireFormat = "float32",
+        wire_format: FormatOption = "auto",
+        grad_format: FormatOption = "auto",
         hand_over: HandOverRule = "auto",
         direct: bool = True,
         verify: float = 0.0,
@@ -75,15 +77,17 @@ class DistributedModel:
         `source` is a folder in Hugging Face format or a hub name: what the servers host. `revision`, `token` (the
         hub's) and `dtype` mean what they mean in transformers; `dtype` is that of the client's part, servers have their
         own, and "auto" is the checkpoint's. `local_blocks`, spans such as ["0:2", "28:30"], are blocks that this
-        process runs itself, in `dtype` and in `local_quantization` ("int8", "nf4" or "none"), as a server would. Hidden
-        states travel as `wire_format` and their gradients as `grad_format`, in micro-batches of `micro_batch_rows` rows
-        (None: as many as make 128 positions). `hand_over` says whether servers send their outputs straight to the next
-        one of a chain: "always", "never", or "auto", where both are far from here. `direct` lets them travel over TCP
-        connections to the servers that can be dialled, past the p2p daemons. The blocks are
-        `model.remote_blocks`; its `close()` leaves the swarm. `config_changes` are fields of the config that concern
-        the client's part, such as `num_labels=3`; one that concerns the blocks is refused. A share `verify` of the
-        micro-batches is computed by a second server too, to find wrong answers (swarm/verify.py); no seed tells which
-        ones. With it, nothing is handed on, and servers sum no gradients. `policy` says how long work is tried again.
+        process runs itself, in `dtype` and in `local_quantization` ("int8", "nf4" or "none"), as a server would. Of the
+        servers, those are used that hold their blocks in `quantization`; None: in any but "int8_activations", which has
+        to be named. Hidden states travel as `wire_format` and their gradients as `grad_format` ("auto": in the dtype in
+        which each server computes, which changes no number), in micro-batches of `micro_batch_rows` rows (None: as many
+        as make 128 positions). `hand_over` says whether servers send their outputs straight to the next one of a chain:
+        "always", "never", or "auto", where both are far from here. `direct` lets all of it travel over TCP connections
+        to servers that can be dialled, past the p2p daemons. The blocks are `model.remote_blocks`; its `close()` leaves
+        the swarm. `config_changes` are fields of the config that concern the client's part, such as
+        `num_labels=3`; one that concerns the blocks is refused. A share `verify` of the micro-batches is computed by a
+        second server too, to find wrong answers (swarm/verify.py); no seed tells which ones. With it, nothing is handed
+        on, and servers sum no gradients. `policy` says how long work is tried again.
 
         All that the checkpoint holds is frozen: wrap the model with PEFT, or let `tuning_mode="ptune"` (a soft prompt
         of `pre_seq_len` tokens) or `"deep_ptune"` (one at every block as well) do it: then the result is a PeftModel
@@ -100,13 +104,13 @@ class DistributedModel:
         """
         check_tuning_mode(tuning_mode, pre_seq_len)
         checkpoint = Checkpoint(str(source), revision=revision, token=token)
-        config = with_changes(checkpoint.config, config_changes)
+        config = with_changes(config_for(cls.plain_class, checkpoint.config), config_changes)
         dtype = _dtype(dtype, checkpoint)
         if not isinstance(config, cls.plain_class.config_class):
             text = f"{cls.__name__} cannot load {source}: its model_type is {config.model_type!r}"
             raise UnsupportedModel(text, source=source, model_type=config.model_type)
         placeholder = placeholder_model(config)
-        family = family_of(placeholder)
+        family = family_of(placeholder, checkpoint.config)
         local_spans = parse_local_blocks(local_blocks, family.total_blocks)
         find_scheme(local_quantization).check_available("cpu")
         returns_tuple = self_test(cls.plain_class, config)
@@ -117,27 +121,19 @@ class DistributedModel:
                 source=str(source),
                 blocks=gaps(local_spans, BlockSpan(0, family.total_blocks)),
                 policy=policy or RetryPolicy(),
+                quantizations=usable_schemes(quantization),
                 members=None if swarm_token is None else Members.of_client(swarm_token, identity_path),
                 direct=direct,
             )
         )
         try:
-            outside = [name for name in checkpoint.tensor_names if family.block_index(name) is None]
+            outside = [name for name in checkpoint.tensor_names if family.is_outside(name)]
             model: Any = without_blocks(cls.plain_class, config, checkpoint.read(outside, dtype), dtype)
-            skeleton = family.blocks_of(placeholder)
-            fill_with_placeholders(skeleton, dtype)
-            checks = None
+            checks, formats = None, Formats(hidden=wire_format, grad=grad_format)
             if verify:  # then all work is done as checks are
                 hand_over = "never"
-                checks = SpotChecks(client, share=verify, wire_format=wire_format, grad_format=grad_format)
-            calls = Calls(
-                client,
-                wire_format=wire_format,
-                grad_format=grad_format,
-                hand_over=hand_over,
-                sums=checks is None,
-                observer=checks,
-            )
+                checks = SpotChecks(client, share=verify, formats=formats)
+            calls = Calls(client, formats=formats, hand_over=hand_over, sums=checks is None, observer=checks)
             backbone = Backbone(
                 chain=Chain(calls),
                 returns_tuple=returns_tuple,
@@ -146,7 +142,7 @@ class DistributedModel:
                 if local_spans
                 else None,
             )
-            put_remote_blocks(model, family, skeleton, backbone)
+            put_remote_blocks(model, family, placeholder, backbone)
             if model.can_generate():
                 model.generation_config = checkpoint.generation_config
             model.name_or_path = model.config.name_or_path = str(source)
@@ -190,13 +186,18 @@ class _AutoDistributed:
     def from_pretrained(cls, source: str, **options: Any) -> Any:
         """As `DistributedModel.from_pretrained`, of the class that transformers' auto class would choose."""
         config = Checkpoint(str(source), revision=options.get("revision"), token=options.get("token")).config
-        if type(config) not in cls._mapping:
+        plain = cls._plain_class(config)
+        if plain is None:
             needed = cls.__name__.replace(_PREFIX, "")
             text = f"transformers has no {needed} for model_type={config.model_type!r}"
             raise UnsupportedModel(text, source=source, model_type=config.model_type)
-        found = cls._mapping[type(config)]
-        plain = found[0] if isinstance(found, tuple) else found
         return distributed_class(plain).from_pretrained(source, **options)
+
+    @classmethod
+    def _plain_class(cls, config: Any) -> Any:
+        """The class of transformers for `config`; None where there is none."""
+        found = cls._mapping.get(type(config), None)
+        return found[0] if isinstance(found, tuple) else found
 
 
 class AutoDistributedModel(_AutoDistributed):
@@ -206,9 +207,17 @@ class AutoDistributedModel(_AutoDistributed):
 
 
 class AutoDistributedModelForCausalLM(_AutoDistributed):
-    """`transformers.AutoModelForCausalLM` with remote blocks."""
+    """`transformers.AutoModelForCausalLM` with remote blocks.
+
+    Of a multimodal model which that class does not know, the class of `AutoModelForImageTextToText` or
+    `AutoModelForMultimodalLM`.
+    """
 
     _mapping = MODEL_FOR_CAUSAL_LM_MAPPING
+
+    @classmethod
+    def _plain_class(cls, config: Any) -> Any:
+        return causal_class(config)
 
 
 class AutoDistributedModelForSequenceClassification(_AutoDistributed):

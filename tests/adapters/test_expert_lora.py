@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
+from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.adapters.base import ExpertShape, expert_parameters
 from petals_tune.adapters.expert_lora import ExpertLoRA
 from petals_tune.blocks.adapters import MAX_PARTS_A_MODULE, Adapter
@@ -20,11 +21,15 @@ from petals_tune.blocks.loading import load_blocks
 from petals_tune.errors import RequestRefused, UnsupportedAdapter
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.families import family_of
+from petals_tune.tuning.saved import load_adapter
+from petals_tune.tuning.support import tune
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Backward
 from petals_tune.wire.span import BlockSpan
+from tests.inprocess import in_process_swarm
 from tests.mixtures import EXPERTS
-from tests.models import relative_error
+from tests.models import plain_model, relative_error
+from tests.parity import remote
 from tests.raising import raises
 from tests.servers.parts import forward
 
@@ -151,3 +156,28 @@ def test_a_merged_adapter_is_refused(mixture_folder):
     net.merge_adapter()
     with raises(UnsupportedAdapter, key="tuning", seen="merged"):
         list(collected(net))
+
+
+def test_an_adapter_goes_to_stock_peft_and_back(model_folder, tmp_path):
+    folder = model_folder("qwen3_moe")
+    ids = torch.arange(3, 21).reshape(2, 9)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=2,
+        target_modules=["q_proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        init_lora_weights=False,
+    )
+    with in_process_swarm(folder, "0:2", "2:6"):
+        with remote(AutoDistributedModelForCausalLM, folder) as model, torch.no_grad():
+            net = tune(model, config).eval()
+            wanted = net(input_ids=ids).logits
+            net.save_pretrained(tmp_path)
+        with remote(AutoDistributedModelForCausalLM, folder) as model, torch.no_grad():
+            bare = model(input_ids=ids).logits
+            again = load_adapter(model, tmp_path)(input_ids=ids).logits
+    with torch.no_grad():
+        stock = peft.PeftModel.from_pretrained(plain_model(folder), tmp_path)
+        assert relative_error(stock(input_ids=ids).logits, wanted) <= 1e-5
+    assert torch.equal(again, wanted)
+    assert relative_error(bare, wanted) > 1e-2
