@@ -248,6 +248,7 @@ class NotFinite(BadReply):
     """NaN or Inf came out of a server's blocks, where finite numbers went in."""
 
     block: int | None = None  # the first one; None where only a gradient was not finite
+    dtype: str = ""  # in which the server computes: float16 ends at 65,504
 
 
 class UntrustedServer(ServerError):

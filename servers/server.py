@@ -10,13 +10,14 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from functools import partial
+from typing import cast
 
 import msgspec
 from tqdm import tqdm
 
 from petals_tune import __version__
 from petals_tune.blocks import memory
-from petals_tune.blocks.devices.hardware import check_alive, find_devices
+from petals_tune.blocks.devices.hardware import check_alive, device_kind, find_devices
 from petals_tune.blocks.engine import TORCH_ERRORS, Engine
 from petals_tune.blocks.footprint import Pass
 from petals_tune.blocks.loading import load_blocks, torch_dtype
@@ -26,7 +27,7 @@ from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.convert import NEEDED
 from petals_tune.net.peer import Peer, joined
 from petals_tune.net.transport import Connection
-from petals_tune.wire.records import MAX_TEXT, PROTOCOL, ServerRecord, ServerState
+from petals_tune.wire.records import MAX_TEXT, PROTOCOL, Dtype, ServerRecord, ServerState
 from petals_tune.wire.span import BlockSpan
 from servers.membership.announcer import Announcer
 from servers.membership.needed import needed_model
@@ -66,6 +67,7 @@ async def serve(options: Serve, on_ready: OnReady, stop: asyncio.Event) -> None:
                 token=swarm.token,
                 relays=swarm.relay,
                 reach=swarm.reach,
+                direct=swarm.direct,
             )
         )
         if options.model.source == NEEDED:
@@ -262,9 +264,10 @@ class _Server:
             blocks=span,
             total_blocks=self._plan.total_blocks,
             quantization=self._options.quantization,
-            dtype=str(self._dtype).removeprefix("torch."),
-            throughput=self._plan.throughput,
+            dtype=cast(Dtype, str(self._dtype).removeprefix("torch.")),
+            device=device_kind(self._devices[0]),  # several are of one kind
             matrix_library=self._plan.matrix_library,
+            throughput=self._plan.throughput,
             state=state,
             version=__version__,
             public_name=self._options.public_name,

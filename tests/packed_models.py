@@ -98,14 +98,50 @@ def words_of(numbers: torch.Tensor, bits: int) -> torch.Tensor:
     return (numbers.unflatten(1, (-1, 32 // bits)) << shifts).sum(-1).to(torch.int32)
 
 
+def random_bits(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Make numbers of random bytes below 120, which are finite in FP8, and scales in FP4 that do not overflow."""
+    size = torch.empty((), dtype=dtype).itemsize
+    return torch.randint(0, 120, (*shape[:-1], shape[-1] * size), dtype=torch.uint8).view(dtype)
+
+
+def random_parts(method: str, rows: int, columns: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Make the parts of a random weight (out, in), in MXFP4 of two experts: (options of the format, role -> part)."""
+    words, groups = torch.int32, -(-columns // 128)
+    options: dict[str, Any] = {"quant_method": method}
+    if method == "fp8":
+        scale = torch.rand(-(-rows // 128), -(-columns // 128))
+        return options, {"weight": random_bits(rows, columns, dtype=torch.float8_e4m3fn), "scale": scale}
+    if method == "mxfp4":
+        shape = (2, rows, columns // 32)
+        scales = random_bits(*shape, dtype=torch.uint8)
+        return options, {"blocks": random_bits(*shape, 16, dtype=torch.uint8), "scales": scales}
+    if method == "compressed-tensors":
+        weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+        options |= {"format": "pack-quantized", "config_groups": {"group_0": {"weights": weights}}}
+        scale, shape_part = torch.rand(rows, columns // 32).bfloat16(), torch.tensor([rows, columns])
+        return options, {"words": random_bits(rows, columns // 8, dtype=words), "scale": scale, "shape": shape_part}
+    if method == "bitsandbytes":
+        return options | {"load_in_8bit": True}, {
+            "weight": random_bits(rows, columns, dtype=torch.int8),
+            "SCB": torch.rand(rows),
+        }
+    of_words = (columns // 8, rows) if method == "gptq" else (columns, rows // 8)
+    return options | {"bits": 4, "group_size": 128}, {
+        "words": random_bits(*of_words, dtype=words),
+        "zeros": random_bits(groups, rows // 8, dtype=words),
+        "scales": torch.rand(groups, rows).half(),
+    }
+
+
 def ours(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Read all of a model as clients and servers do: the parameters by their names in the whole model."""
     source = Checkpoint(str(folder))
     family = family_of(placeholder_model(source.config))
     loaded = load_blocks(source, BlockSpan(0, family.total_blocks), quantization="none", dtype=dtype)
-    found = {f"{family.prefix}.{family.blocks}.{name}": value.data for name, value in loaded.blocks.named_parameters()}
-    for name, stack in expert_stacks(loaded.blocks).items():  # (E, out, in), whatever the parameter's layout is
-        found[f"{family.prefix}.{family.blocks}.{name}"] = stack.numbers.mT if stack.transposed else stack.numbers
+    held = {name: value.data for name, value in loaded.blocks.named_parameters()}
+    for name, stack in expert_stacks(loaded.blocks).items():
+        held[name] = stack.numbers.mT if stack.transposed else stack.numbers
+    found = {f"{family.prefix}.{family.blocks}.{name}": value for name, value in held.items()}
     outside = [name for name in source.tensor_names if family.block_index(name) is None]
     model = without_blocks(
         AutoModelForCausalLM._model_mapping[type(source.config)], source.config, source.read(outside, dtype), dtype

@@ -117,7 +117,9 @@ class GpuTensor(torch.Tensor):
         if gpu in _failed:
             raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel errors might be ...")
         if kwargs.get("device") is not None:
-            gpu, kwargs["device"] = torch.device(kwargs["device"]), CPU
+            if name != "_to_copy":  # a cast, by autograd where it names the device: moves are made by `_Move`
+                gpu = torch.device(kwargs["device"])
+            kwargs["device"] = CPU
         to_or_from_host = name == "copy_" and len({tensor.device for tensor in args[:2]}) > 1
         by_mask = name in ("index", "index_put_") and any(each.dtype is torch.bool for each in tree_leaves(args[1]))
         if name in _WAITS or by_mask or (to_or_from_host and not kwargs.get("non_blocking") and not args[2:]):

@@ -79,8 +79,8 @@ HANDLES_STRANGERS = (
     *(
         f"petals_tune.net.{name}"
         for name in (
-            *("circuit_relay", "dht", "dial_back", "directory"),
-            *("in_process", "own_lag", "peer", "pool", "stream", "transport", "verdict"),
+            *("circuit_relay", "dht", "dial_back", "direct", "directory"),
+            *("in_process", "own_lag", "peer", "pool", "question", "stream", "transport", "verdict"),
         )
     ),
     *(f"petals_tune.blocks.{name}" for name in ("adapters", "engine", "graphs", "kernels", "kv_cache")),

@@ -158,7 +158,8 @@ class Engine:
         if not all(flags):
             if not request.grad.isfinite().all():
                 raise RequestRefused("non-finite numbers in the gradient", reason="gradient not finite")
-            raise NotFinite(f"non-finite gradients come out of blocks {self.loaded.span}, from finite ones")
+            text = f"non-finite gradients come out of blocks {self.loaded.span}, from finite ones"
+            raise NotFinite(f"{text}, {self._in_dtype}", dtype=self._dtype_name)
         return None if at_input is None else found.pop(0), found[: len(at_adapter)]
 
     def prepare_adapter(self, parts: Sequence[AdapterPart]) -> list[AdapterPart]:
@@ -307,10 +308,21 @@ class Engine:
             for each in hooks:
                 each.remove()
         first = min(bad, default=span.stop)
-        text = f"non-finite numbers come out of block {first}, from finite ones"
-        if self._dtype is torch.float16:
-            text += "; float16 ends at 65,504, so this server needs dtype=float32 or dtype=bfloat16 for this model"
-        return NotFinite(text, block=first)
+        text = f"non-finite numbers come out of block {first}, from finite ones, {self._in_dtype}"
+        return NotFinite(text, block=first, dtype=self._dtype_name)
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self._dtype).removeprefix("torch.")
+
+    @property
+    def _in_dtype(self) -> str:
+        beyond = (
+            ", which ends at 65,504: a server with dtype=bfloat16 or float32 holds more"
+            if self._dtype is torch.float16
+            else ""
+        )
+        return f"in {self._dtype_name}{beyond}"
 
     @functools.cached_property
     def footprint(self) -> Footprint:

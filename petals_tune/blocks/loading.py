@@ -79,7 +79,9 @@ def load_blocks(
     loader = _Loader(layout, scheme, dtype)
     cache = None
     if disk is not None and scheme.stored_config(dtype) is not None:
-        cache = QuantizedBlockCache(disk=disk, checkpoint=checkpoint, quantization=scheme.name, dtype=dtype)
+        cache = QuantizedBlockCache(
+            disk=disk, checkpoint=checkpoint, quantization=scheme.stored_as or scheme.name, dtype=dtype
+        )
     blocks = []
     for block, its_device in zip(range(span.start, span.stop), devices, strict=True):
         blocks.append(loader.load(block, cache, its_device))

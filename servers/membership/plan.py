@@ -183,7 +183,7 @@ async def _throughput(
         )
         measured.append(await compute.run(Priority.FORWARD, measure))
     slowest = Throughput(step=min(each.step for each in measured), batch=min(each.batch for each in measured))
-    network = await throughput.measure_sending(here, others, model, hidden_size)
+    network = await throughput.measure_sending(here, others, model, hidden_size * dtype.itemsize)
     return msgspec.structs.replace(slowest, network=network)
 
 

@@ -104,8 +104,8 @@ def measure_computing(
     return measured
 
 
-async def measure_sending(peer: Peer, servers: Sequence[ServerRecord], model: str, hidden_size: int) -> float | None:
-    """Tokens/s whose float32 hidden states this machine can send to other servers of the swarm.
+async def measure_sending(peer: Peer, servers: Sequence[ServerRecord], model: str, position_bytes: int) -> float | None:
+    """Tokens/s whose hidden states, of so many bytes a position, this machine can send to other servers of the swarm.
 
     The best of a few: a line is at least as fast as what went through it. None where there is nobody to send to.
     """
@@ -121,7 +121,7 @@ async def measure_sending(peer: Peer, servers: Sequence[ServerRecord], model: st
             rates.append(_SENT_BYTES / max(full_s - empty_s, 1e-6))
         finally:
             await pool.close()
-    return max(rates) / (4 * hidden_size) if rates else None
+    return max(rates) / position_bytes if rates else None
 
 
 async def _ping_s(stream: ServerStream, size_bytes: int) -> float:

@@ -144,6 +144,11 @@ class Handler:
         return len(self._streams)
 
     @property
+    def direct_streams(self) -> int:
+        """Those of `streams` on direct connections."""
+        return sum(connection.direct for connection in self._streams.connections)
+
+    @property
     def message_bytes(self) -> int:
         """Memory of requests that arrive, wait or are computed, and of replies that wait to be read."""
         return self._admission.receiving_bytes

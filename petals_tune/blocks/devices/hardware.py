@@ -77,6 +77,12 @@ def device_name(device: str) -> str:
     return f"{device}, {hardware}"
 
 
+def device_kind(device: str) -> str:
+    """The kind of a device, whose arithmetic it has: cpu, cuda, rocm, mps, ..."""
+    kind = device.partition(":")[0]
+    return "rocm" if kind == "cuda" and torch.version.hip else kind
+
+
 @functools.cache
 def _processor() -> str:
     """Return the processor's name and its widest vectors; a container's host name would change at every start."""

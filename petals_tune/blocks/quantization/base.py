@@ -21,6 +21,8 @@ class Quantization(ABC):
     """
 
     name: ClassVar[str]  # in the configuration, and in a server's record
+    stored_as: ClassVar[str] = ""  # the scheme whose quantized blocks on the disk it uses; "": its own
+    on_request: ClassVar[bool] = False  # clients use servers in this scheme only where they name it
 
     @abstractmethod
     def loading_config(self, dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -18,6 +18,7 @@ from petals_tune.model.packed.base import (
     Part,
     check_shape,
     fp4_values,
+    fp8_values,
     require,
     row_slices,
     scale_values,
@@ -79,5 +80,5 @@ class FP8(PackedFormat):
         scale = scale.reshape(-(-weight.shape[0] // block[0]), -1)
         columns = scale.repeat_interleave(block[1], dim=1)[:, : weight.shape[1]]
         for rows in row_slices(weight):
-            values = fp4_values(stored[rows]) if stored.dtype is torch.int8 else stored[rows].to(torch.float32)
+            values = fp4_values(stored[rows]) if stored.dtype is torch.int8 else fp8_values(stored[rows])
             weight[rows] = values.mul_(columns[torch.arange(rows.start, rows.stop) // block[0]])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from petals_tune.blocks.devices import hardware
-from petals_tune.blocks.devices.hardware import check_alive, find_devices, has_bfloat16
+from petals_tune.blocks.devices.hardware import check_alive, device_kind, find_devices, has_bfloat16
 from petals_tune.errors import ConfigError, DeviceFailed
 from tests.pretend_device import failed_gpu, pretended_gpus
 from tests.raising import raises
@@ -72,3 +72,9 @@ def test_a_card_without_free_memory_is_no_failed_one(monkeypatch):
 
     monkeypatch.setattr(torch, "ones", full)
     check_alive(["cuda:0"])
+
+
+def test_the_kind_of_a_device_is_that_of_its_arithmetic(monkeypatch):
+    assert [device_kind(each) for each in ("cpu", "cuda", "cuda:1", "mps")] == ["cpu", "cuda", "cuda", "mps"]
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert device_kind("cuda:0") == "rocm"

@@ -1,7 +1,6 @@
 """Packed weights of all formats: what unpacking one takes beside its values, and pieces of any size."""
 
 import weakref
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +12,17 @@ from torch.utils._pytree import tree_leaves
 
 from petals_tune.model.packed import FORMATS, PackedTensor
 from petals_tune.model.stored import tensors_in
+from tests.packed_models import random_parts
 
 MB = 2**20
-OUT, IN = 2048, 4096
-FLOAT8 = torch.float8_e4m3fn
-
-
-def bits(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    size = torch.empty((), dtype=dtype).itemsize
-    return torch.randint(0, 120, (*shape[:-1], shape[-1] * size), dtype=torch.uint8).view(dtype)
+OUT, IN = 2048, 4096  # of MXFP4, half the outputs in each of two experts
 
 
 def packed(method: str, folder: Path, rows: int = OUT, columns: int = IN) -> PackedTensor:
-    """Make a weight of random parts: (out, in), or (2 experts, in, out / 2) in MXFP4."""
+    """Make a weight of random parts: (out, in), or (2 experts, in, out) in MXFP4."""
     torch.manual_seed(0)
-    options: dict[str, Any] = {}
-    parts: Mapping[str, torch.Tensor]
-    if method == "fp8":
-        parts = {"weight": bits(rows, columns, dtype=FLOAT8), "scale": torch.rand(-(-rows // 128), -(-columns // 128))}
-    elif method == "mxfp4":
-        shape = (2, rows // 2, columns // 32)
-        parts = {"blocks": bits(*shape, 16, dtype=torch.uint8), "scales": bits(*shape, dtype=torch.uint8)}
-    elif method == "compressed-tensors":
-        weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
-        options = {"config_groups": {"group_0": {"weights": weights}}}
-        parts = {
-            "words": bits(rows, columns // 8),
-            "scale": torch.rand(rows, columns // 32).bfloat16(),
-            "shape": torch.tensor([rows, columns]),
-        }
-    elif method == "bitsandbytes":
-        parts = {"weight": bits(rows, columns, dtype=torch.int8), "SCB": torch.rand(rows)}
-    else:
-        by_words = (columns // 8, rows) if method == "gptq" else (columns, rows // 8)
-        groups = -(-columns // 128)
-        parts = {"words": bits(*by_words), "zeros": bits(groups, rows // 8), "scales": torch.rand(groups, rows).half()}
-    save_file({role: part.contiguous() for role, part in parts.items()}, folder / "model.safetensors")
+    options, parts = random_parts(method, rows // 2 if method == "mxfp4" else rows, columns)
+    save_file(parts, folder / "model.safetensors")
     stored = tensors_in(folder / "model.safetensors", list(parts))
     how = FORMATS[method](options)
     return PackedTensor(name="a.weight", shape=how.shape_of(stored), dtype=torch.float32, parts=stored, format=how)
@@ -89,7 +63,7 @@ def test_a_large_weight_takes_its_values_and_a_few_mb(method, tmp_path):
     weight = packed(method, tmp_path)
     with Peak() as peak:
         values = weight[...]
-    assert values.numel() == OUT * IN
+    assert values.shape == weight.shape
     assert values.nbytes <= peak.bytes <= values.nbytes + 20 * MB
 
 
