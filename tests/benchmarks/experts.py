@@ -65,7 +65,7 @@ def main() -> None:
 
 def engines(folder: Path) -> dict[str, Engine]:
     source = Checkpoint(str(folder))
-    return {name: Engine(load_blocks(source, SPAN, quantization=name, dtype=torch.float32)) for name in sorted(SCHEMES)}
+    return {name: Engine(load_blocks(source, SPAN, quantization=name, dtype=torch.float32)) for name in COMPARED}
 
 
 def exactness(family: str) -> dict[str, float]:
