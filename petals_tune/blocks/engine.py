@@ -65,7 +65,7 @@ class Engine:
         self._model, self._quantization = loaded.model, loaded.quantization
         use_fast_kernels(self._model, self._quantization)
         self._blocks = list(loaded.blocks)
-        self._layer_types = getattr(self._model.config, "layer_types", None)
+        self._per_block = loaded.per_block
         self._lists: dict[BlockSpan, nn.ModuleList] = {}
         self._training = False
         self.hooks = AdapterHooks(self._blocks, loaded.span.start)
@@ -335,7 +335,7 @@ class Engine:
     @property
     def description(self) -> str:
         """The model, and how it is computed: all that memory depends on but for the kinds of the blocks."""
-        config = {**self._model.config.to_dict(), "num_hidden_layers": None, "layer_types": None}
+        config = {**self._model.config.to_dict(), "num_hidden_layers": None, **dict.fromkeys(self._per_block.values)}
         return f"{self._quantization.name} {self._dtype} {self._device} {sorted(config.items())}"
 
     @property
@@ -345,8 +345,8 @@ class Engine:
 
     def kind_of(self, block: int) -> str:
         """The structure of a block: those of equal structure take equal memory."""
-        layer_type = "" if self._layer_types is None else self._layer_types[block - self.loaded.span.start]
-        return f"{layer_type} {device_of(self.block(block))} {self.block(block)}"
+        values = [values[block] for values in self._per_block.values.values()]
+        return f"{values} {device_of(self.block(block))} {self.block(block)}"
 
     def measure_token_bytes(self) -> int:
         """Bytes of one position of one row in the caches of one block, seen in a step of one position."""
@@ -376,9 +376,7 @@ class Engine:
         if span not in self._lists:
             self._lists[span] = nn.ModuleList(self._blocks[first:last])
         self.loaded.family.put_blocks(self._model, self._lists[span])
-        self._model.config.num_hidden_layers = len(span)
-        if self._layer_types is not None:
-            self._model.config.layer_types = self._layer_types[first:last]
+        self._per_block.write(self._model.config, span)
         if self._training != plan.train:
             self._quantization.set_mode(self._model, training=plan.train)
             self._training = plan.train

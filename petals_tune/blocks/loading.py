@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -22,13 +23,17 @@ from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.disk import DiskCache
 from petals_tune.model.families import (
     Family,
+    PerBlock,
     empty_the_rest,
     family_of,
     load_part,
     placeholder_model,
+    restore_counts,
     trimmed_class,
     trimmed_config,
 )
+from petals_tune.model.nested import text_config
+from petals_tune.wire.records import Dtype
 from petals_tune.wire.span import BlockSpan
 
 
@@ -41,6 +46,7 @@ class LoadedBlocks:
     span: BlockSpan
     quantization: Quantization
     weight_bytes: int
+    per_block: PerBlock  # of the whole model
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -127,13 +133,17 @@ class BlockLayout:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> BlockLayout:
         meta_model = placeholder_model(checkpoint.config)
-        family = family_of(meta_model)
+        family = family_of(meta_model, checkpoint.config)
         names: dict[int, dict[str, str]] = {block: {} for block in range(family.total_blocks)}
         for name in checkpoint.tensor_names:
             block, inside = family.block_index(name), family.inside(name)
-            if block is not None and inside is not None:
+            if block in names and inside is not None:
                 names[block][name] = inside
         return cls(checkpoint=checkpoint, meta_model=meta_model, family=family, names=names)
+
+    @cached_property
+    def per_block(self) -> PerBlock:
+        return PerBlock.of(self.meta_model.config, self.family.total_blocks)
 
     def meta_block(self, block: int) -> nn.Module:
         return self.family.blocks_of(self.meta_model)[block]
@@ -152,7 +162,7 @@ class _Loader:
         self.layout, self.scheme, self.dtype = layout, scheme, dtype
         for block in layout.family.blocks_of(layout.meta_model):
             replace_by_stacks(block, scheme)
-        self._reader = ExpertReader(layout.meta_model)
+        self._reader = ExpertReader(layout.meta_model, layout.family.conversions)
 
     def load(self, block: int, cache: QuantizedBlockCache | None, device: str) -> nn.Module:
         renamed, checkpoint = self.layout.names[block], self.layout.checkpoint
@@ -232,6 +242,7 @@ class _Loader:
         config, quantize = trimmed_config(meta_model), self.scheme.loading_config(self.dtype)
         if is_quantized and (stored := self.scheme.stored_config(self.dtype)) is not None:
             config.quantization_config, quantize = stored.to_dict(), None  # as in a checkpoint that was saved quantized
+            family = replace(family, conversions=None)  # the names are those of the library's own modules
         place = f"{family.blocks}.0."
         filled = {
             path: [state[f"{path}.{tensor}"] for tensor in ("numbers", "scales")]
@@ -259,9 +270,8 @@ class _Loader:
         config = trimmed_config(meta_model)
         config.num_hidden_layers = 0  # made without blocks: masks, rotary tables of each layer type, the loop
         model, _ = load_part(type(meta_model), config, {}, dtype=self.dtype, device_map=device)
-        model.config.num_hidden_layers = len(span)
-        if getattr(model.config, "layer_types", None) is not None:
-            model.config.layer_types = list(model.config.layer_types[span.start : span.stop])  # read as the loop goes
+        self.layout.per_block.write(model.config, span)
+        restore_counts(family.owner(model), family.owner(meta_model))
         for block in blocks:
             module: Any
             for module in block.modules():
@@ -279,6 +289,7 @@ class _Loader:
             family=family,
             span=span,
             quantization=self.scheme,
+            per_block=self.layout.per_block,
             weight_bytes=sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()),
         )
 
@@ -287,13 +298,14 @@ def torch_dtype(name: str, config: PretrainedConfig, *devices: str) -> torch.dty
     """The dtype to compute in on `devices`, by its name.
 
     `auto` is float32 on a CPU, where bfloat16 without native support was 8 to 80 times slower, and the checkpoint's
-    dtype on a GPU; but float16 where that is bfloat16 and a GPU does not have it. Raises ConfigError.
+    dtype on a GPU, where it is one that servers compute in; but float16 where that is bfloat16 and a GPU does not have
+    it. Raises ConfigError.
     """
     if name == "auto":
-        stored = getattr(config, "dtype", None)
-        if not all(map(is_accelerator, devices)) or not isinstance(stored, torch.dtype):
+        stored: Any = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
+        if not all(map(is_accelerator, devices)) or stored not in [getattr(torch, each) for each in get_args(Dtype)]:
             return torch.float32
         return torch.float16 if stored is torch.bfloat16 and not all(map(has_bfloat16, devices)) else stored
-    if name not in ("float32", "float16", "bfloat16"):
+    if name not in get_args(Dtype):
         raise ConfigError(f"dtype={name!r} is not one of auto, float32, float16, bfloat16", key="dtype", seen=name)
     return getattr(torch, name)
