@@ -119,10 +119,10 @@ _SPARSE = {"mlp_layer_types": ["dense", *["sparse"] * 5]}
 MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "glm4_moe": {**_HEAD_DIM, **_ROUTED, "first_k_dense_replace": 1, "use_qk_norm": True},
     "minimax_m2": {**_HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
-    "mistral4": {**_GROUPED, **_LATENT, **_ROUTED, "first_k_dense_replace": 1},
+    "mistral4": {**_GROUPED, **_LATENT, **_ROUTED, "first_k_dense_replace": 1, "initializer_range": 0.1},
     "olmoe": {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
-    "granitemoe": {**_GROUPED, "num_local_experts": 4, "embedding_multiplier": 3.0, "logits_scaling": 4.0},
-    "flex_olmo": {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {**_GROUPED, "num_local_experts": 4, "initializer_range": 0.1},
+    "flex_olmo": {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.1},
     "exaone_moe": {**_HEAD_DIM, **_MIXED, **_EXPERTS, **_SPARSE, "n_group": 1, "topk_group": 1},
     "solar_open": {**_HEAD_DIM, **_ROUTED},
     "afmoe": {**_HEAD_DIM, **_MIXED, **_EXPERTS, "num_dense_layers": 1},

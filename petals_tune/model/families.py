@@ -140,6 +140,9 @@ def family_of(base: PreTrainedModel, config: PretrainedConfig | None = None) -> 
             model_type=own.model_type,
             reason="encoder",
         )
+    if what_crosses := _crossings(own):
+        reason, text = what_crosses
+        raise UnsupportedModel(f"{what}: {text}", model_type=own.model_type, reason=reason)
     kinds = set(getattr(own, "layer_types", None) or [])
     if getattr(base, "_is_stateful", False) or not kinds <= _ATTENTION:
         raise UnsupportedModel(
@@ -167,6 +170,25 @@ def family_of(base: PreTrainedModel, config: PretrainedConfig | None = None) -> 
         windowed=any(getattr(own, name, None) for name in _WINDOWS) or hasattr(base, "build_mpt_alibi_tensor"),
     )
     return family if config is None or not is_nested(config) else _inside(config, base, family)
+
+
+def _crossings(config: PretrainedConfig) -> tuple[str, str] | None:
+    """(reason, text) of what blocks of `config` need beside hidden states, by what it says; None: nothing.
+
+    What a config does not say is found by the self-test, which watches what blocks are given.
+    """
+    fields = vars(config)
+    if fields.get("hidden_size_per_layer_input"):
+        return "token ids", (
+            "each block adds an embedding of the tokens themselves (hidden_size_per_layer_input), and servers are sent "
+            "hidden states alone"
+        )
+    if fields.get("num_kv_shared_layers") or "shared" in (fields.get("indexer_types") or ()):
+        return "shared", (
+            "blocks reuse keys, values or indexes that earlier blocks made, and these do not travel from server to "
+            "server"
+        )
+    return None
 
 
 def _inside(config: PretrainedConfig, base: PreTrainedModel, family: Family) -> Family:

@@ -23,7 +23,7 @@ from petals_tune.remote.function import RemoteBlocksFunction, RemoteCall
 from petals_tune.remote.local import LocalBlocks
 from petals_tune.remote.positions import positions_behind_gaps
 from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
-from petals_tune.remote.skeleton import Skeleton, fill_with_placeholders
+from petals_tune.remote.skeleton import Skeleton, Weightless, fill_with_placeholders
 from petals_tune.remote.split_session import LocalSession, SplitSession
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
@@ -263,7 +263,7 @@ class RemoteBlocks(RemoteSpan):
         blocks = list(blocks)
         super().__init__(blocks, span=BlockSpan(0, len(blocks)), backbone=backbone)
         for number, block in enumerate(blocks):
-            block.register_forward_pre_hook(_Weightless(number))
+            block.register_forward_pre_hook(Weightless(number))
 
     @property
     def stats(self) -> SwarmStats:
@@ -301,7 +301,9 @@ class RemoteBlocks(RemoteSpan):
         if entry is not owner:
             entry.register_forward_pre_hook(partial(self._before_all, owner), with_kwargs=True)
             entry.register_forward_hook(self._after_all, always_call=True)
-        owner.register_forward_pre_hook(self._before, with_kwargs=True)
+            owner.register_forward_pre_hook(self._before_inside, with_kwargs=True)
+        else:
+            owner.register_forward_pre_hook(self._before, with_kwargs=True)
         owner.register_forward_hook(self._after, always_call=True)
 
     @torch.compiler.disable
@@ -314,9 +316,14 @@ class RemoteBlocks(RemoteSpan):
     @torch.compiler.disable
     def _before(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         arguments.check_arguments(owner.config, args, kwargs)
+        return self._begin(owner, args, kwargs)
+
+    @torch.compiler.disable
+    def _before_inside(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         call = self.backbone.call
-        if call is None:
-            return self._begin(owner, args, kwargs)
+        if call is None:  # the text decoder was called by itself
+            return self._before(owner, args, kwargs)
+        arguments.check_arguments(owner.config, args, kwargs)
         call.inside = True
         if (positions := arguments.text_positions(kwargs.get("position_ids"))) is not None:
             call.positions = positions
@@ -420,18 +427,3 @@ def put_remote_blocks(
     blocks.register_hooks(owner, entry)
     model.remote_blocks = blocks
     return blocks
-
-
-@dataclass(frozen=True)
-class _Weightless:
-    """Refuses a call of one block, whose weights would all be zero."""
-
-    number: int
-
-    def __call__(self, block: nn.Module, args: Any) -> None:
-        raise ConfigError(
-            f"block {self.number} has no weights here: run it on the swarm with "
-            f"remote_blocks[{self.number}:{self.number + 1}](hidden)",
-            key="remote_blocks",
-            seen=self.number,
-        )

@@ -111,8 +111,12 @@ def _run(model_class: Any, config: PretrainedConfig) -> bool:
         returns_tuple = isinstance(output, tuple)
 
     family.blocks_of(decoder)[0].register_forward_hook(look)
+    crossings = _Crossings(config.model_type)
+    for block in family.blocks_of(decoder):
+        block.register_forward_pre_hook(crossings.check_input, with_kwargs=True)
+        block.register_forward_hook(crossings.note_output)
     for side, mask in _masks().items():
-        wanted = _values(plain, mask)
+        wanted = _plain_values(plain, mask, config)
         if side == "no":  # the first: now it is known what layers return
             swapped = swapped_twin(plain, small, family, returns_tuple=returns_tuple)
         given = _values(swapped, mask)
@@ -126,6 +130,50 @@ def _run(model_class: Any, config: PretrainedConfig) -> bool:
                     reason="differs",
                 )
     return returns_tuple
+
+
+def _plain_values(plain: Any, mask: torch.Tensor, config: PretrainedConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_values` of the plain model. Raises UnsupportedModel where it does not run by itself."""
+    try:
+        return _values(plain, mask)
+    except _FAILURES as error:
+        if isinstance(error, UnsupportedModel):
+            raise
+        text = str(error).strip().split("\n", 1)[0]
+        raise UnsupportedModel(
+            f"model_type={config.model_type!r}: a tiny model of this config does not run on text alone: "
+            f"{type(error).__name__}: {text}",
+            model_type=config.model_type,
+            reason="config",
+        ) from error
+
+
+class _Crossings:
+    """Watches what passes from block to block: servers are sent hidden states (B, S, H) alone."""
+
+    def __init__(self, model_type: str):
+        self._model_type = model_type
+        self._made: list[torch.Tensor] = []  # by earlier blocks, beside hidden states
+
+    def check_input(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raises UnsupportedModel where a block needs more than hidden states of the block before it."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.dim() != 3:
+            raise self._refusal("streams", f"hidden states of the shape {tuple(hidden.shape)} pass between its blocks")
+        for value in (*args[1:], *kwargs.values()):
+            if any(value is made for made in self._made):
+                raise self._refusal("shared", "a block is given what an earlier block made beside hidden states,")
+
+    def note_output(self, block: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            self._made += [each for each in output[1:] if isinstance(each, torch.Tensor)]
+
+    def _refusal(self, reason: str, what: str) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"model_type={self._model_type!r}: {what} and servers are sent hidden states (rows, positions, width)",
+            model_type=self._model_type,
+            reason=reason,
+        )
 
 
 def _values(model: PreTrainedModel, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

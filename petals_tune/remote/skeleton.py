@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,3 +83,18 @@ class Skeleton(nn.ModuleList):
     def _placeholders(self) -> Iterator[tuple[str, torch.Tensor]]:
         named = (*self.named_parameters(), *self.named_buffers())
         return ((name, tensor) for name, tensor in named if is_placeholder(tensor))
+
+
+@dataclass(frozen=True)
+class Weightless:
+    """Refuses a call of one block, whose weights would all be zero."""
+
+    number: int
+
+    def __call__(self, block: nn.Module, args: Any) -> None:
+        raise ConfigError(
+            f"block {self.number} has no weights here: run it on the swarm with "
+            f"remote_blocks[{self.number}:{self.number + 1}](hidden)",
+            key="remote_blocks",
+            seen=self.number,
+        )

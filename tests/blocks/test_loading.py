@@ -9,7 +9,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from petals_tune.blocks import loading
 from petals_tune.blocks.engine import Engine
-from petals_tune.blocks.loading import dummy_block, load_blocks, torch_dtype
+from petals_tune.blocks.loading import BlockLayout, dummy_block, load_blocks, torch_dtype
 from petals_tune.errors import ConfigError, UnsupportedModel
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.families import family_of
@@ -221,3 +221,14 @@ def test_a_dummy_block_has_the_shapes_and_the_size_of_a_real_one(model_folder):
     }
     hidden = torch.randn(1, 3, 576)
     assert torch.isfinite(Engine(made_up).forward(forward("0:1", hidden), None).output).all()
+
+
+def test_blocks_behind_the_last_one_are_left_alone(model_folder, tmp_path):
+    """DeepSeek V3's files have one more, which predicts further tokens."""
+    folder = model_folder("llama")
+    tensors = load_file(folder / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file({**tensors, "model.layers.6.eh_proj.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    layout = BlockLayout.of(Checkpoint(str(tmp_path)))
+    assert sorted(layout.names) == list(range(6))
+    assert not layout.family.is_outside("model.layers.6.eh_proj.weight")

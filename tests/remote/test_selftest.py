@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -15,6 +16,7 @@ from transformers import (
     PretrainedConfig,
     T5Config,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.llama.modeling_llama import LlamaModel
@@ -110,6 +112,43 @@ def test_a_model_whose_numbers_differ_is_refused(monkeypatch):
         self_test(ScalesItsInput, LlamaConfig())
 
 
+class PassesOn(nn.Module):
+    """A Llama block that gives the next one more than hidden states, or hidden states of another shape."""
+
+    def __init__(self, block: nn.Module, what: str):
+        super().__init__()
+        self.block, self.what = block, what
+
+    def forward(self, hidden: torch.Tensor, made: Any = None, **options: Any) -> Any:
+        if self.what == "streams":
+            return self.block(hidden[0] if hidden.dim() == 4 else hidden, **options)[None]
+        return self.block(hidden, **options), hidden.sum()
+
+
+class Passes(LlamaForCausalLM):
+    what = ""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.model.layers = nn.ModuleList(PassesOn(block, self.what) for block in self.model.layers)
+        self.model.forward = self.loop
+
+    def loop(self, input_ids: Any = None, **options: Any) -> Any:
+        hidden, made = self.model.embed_tokens(input_ids), None
+        tables = self.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+        for block in self.model.layers:
+            output = block(hidden, made=made, position_embeddings=tables)
+            hidden, made = output if isinstance(output, tuple) else (output, None)
+        return BaseModelOutputWithPast(last_hidden_state=hidden[0] if hidden.dim() == 4 else hidden)
+
+
+@pytest.mark.parametrize("reason", ["streams", "shared"])
+def test_a_model_whose_blocks_pass_on_more_than_hidden_states_is_refused(reason):
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 8}
+    with raises(UnsupportedModel, model_type="llama", reason=reason):
+        self_test(type("Passes", (Passes,), {"what": reason}), LlamaConfig(**sizes))
+
+
 def _of(base_class: Any, config: PretrainedConfig) -> Any:
     model = LlamaModel(config)
     model.__class__ = base_class
@@ -123,8 +162,10 @@ def _of(base_class: Any, config: PretrainedConfig) -> Any:
         (MambaConfig(num_hidden_layers=2), "state"),
         (CONFIG_MAPPING["lfm2"](layer_types=["conv", "full_attention"], num_hidden_layers=2), "state"),
         (CONFIG_MAPPING["xlm"](n_layers=2), "blocks"),
+        (CONFIG_MAPPING["gemma4_text"](), "token ids"),
+        (CONFIG_MAPPING["gemma4_text"](hidden_size_per_layer_input=0, num_kv_shared_layers=6), "shared"),
     ],
-    ids=["t5", "mamba", "lfm2", "xlm"],
+    ids=["t5", "mamba", "lfm2", "xlm", "gemma4 embeddings", "gemma4 keys"],
 )
 def test_what_is_no_decoder_of_attention_blocks_is_refused_with_the_reason(config, reason):
     with raises(UnsupportedModel, model_type=config.model_type, reason=reason):
