@@ -22,7 +22,8 @@ from petals_tune.blocks.kv_cache import Session, StepCache
 from petals_tune.blocks.loading import LoadedBlocks
 from petals_tune.blocks.positions import PositionLimits
 from petals_tune.blocks.separate_rows import SeparateRows, SessionRows
-from petals_tune.errors import BlocksNotHere, NotFinite, PetalsTuneError, RequestRefused
+from petals_tune.errors import BlocksNotHere, NotFinite, PetalsTuneError, RequestRefused, SessionLost
+from petals_tune.model.block_lists import kinds_of_blocks, set_blocks
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
@@ -57,7 +58,7 @@ class Engine:
         self._model, self._quantization = loaded.model, loaded.quantization
         use_fast_kernels(self._model, self._quantization)
         self._blocks = list(loaded.blocks)
-        self._layer_types = getattr(self._model.config, "layer_types", None)
+        self._kinds = kinds_of_blocks(self._model.config)
         self._lists: dict[BlockSpan, nn.ModuleList] = {}
         self._training = False
         self.hooks = AdapterHooks(self._blocks, loaded.span.start)
@@ -149,6 +150,9 @@ class Engine:
                 self._check(session.span, step)
                 if session.adapter is not None and step.position == 0:
                     session.adapter.check_positions(step.hidden.shape[1])
+                session.check(step)
+                for again in session.go_back(step.position):
+                    self._repeat(session, again)
                 session.prepare(step)
                 good[number] = session, step
             except PetalsTuneError as error:
@@ -156,6 +160,12 @@ class Engine:
         if good:
             results |= self._run_steps(good)
         return [results[number] for number in range(len(steps))]
+
+    def _repeat(self, session: Session, step: Step) -> None:
+        """Run a step that `session` has taken before. Raises SessionLost where it fails: its client has the inputs."""
+        (result,) = self._run_steps({0: (session, step)}).values()
+        if isinstance(result, Exception):
+            raise SessionLost(f"the states at position {step.position} could not be computed again") from result
 
     def _run_steps(self, steps: dict[int, tuple[Session, Step]]) -> dict[int, torch.Tensor | Exception]:
         """The outputs of steps that were prepared. Where several fail together, each is run alone."""
@@ -177,23 +187,22 @@ class Engine:
         if adapter is not None and sessions[0].position > 0:
             adapter = adapter.after_first_step
         with self._configured(sessions[0].span, CallPlan.of(adapter, train=False, seed=0)):
-            output = self._step(sessions, [step for _, step in steps.values()]).cpu()
+            cache = StepCache(sessions, next(iter(steps.values()))[1].hidden.shape[1])
+            output = self._step(cache, sessions, [step for _, step in steps.values()]).cpu()
             all_finite = _are_finite(output)
             rows = output.split([session.rows for session in sessions])
             for (number, (session, step)), own in zip(steps.items(), rows, strict=True):
-                again = partial(self._step, [session], [step])
+                again = partial(self._step, StepCache([session], step.hidden.shape[1]), [session], [step])
                 good = all_finite or _are_finite(own)
                 results[number] = own if good else self._not_finite(session.span, step.hidden, again)
-        for number, (session, step) in steps.items():  # once nothing can fail any more
+        for place, (number, (session, step)) in enumerate(steps.items()):  # once nothing can fail any more
             if isinstance(results[number], torch.Tensor):
-                session.position += step.hidden.shape[1]
+                session.advance(step, cache.states_of(place))
             else:
                 session.undo(step)
         return results
 
-    def _step(self, sessions: Sequence[Session], steps: Sequence[Step]) -> torch.Tensor:
-        new = steps[0].hidden.shape[1]
-        cache = StepCache(sessions, new)
+    def _step(self, cache: StepCache, sessions: Sequence[Session], steps: Sequence[Step]) -> torch.Tensor:
         hidden = torch.cat([step.hidden for step in steps]).to(self._device, self._dtype)
         mask = cache.mask()
         options = {}
@@ -209,7 +218,7 @@ class Engine:
                 inputs_embeds=hidden,
                 attention_mask=None if mask is None else mask.to(self._device).long(),
                 past_key_values=cache,
-                use_cache=True,
+                use_cache=False,  # it is used all the same; with True, MiniMax wants a cache of its own class
                 **options,
             ).last_hidden_state
 
@@ -279,7 +288,8 @@ class Engine:
     @property
     def description(self) -> str:
         """The model, and how it is computed: all that memory depends on but for the kinds of the blocks."""
-        config = {**self._model.config.to_dict(), "num_hidden_layers": None, "layer_types": None}
+        lists = dict.fromkeys(("num_hidden_layers", "layer_types", "layers_block_type"))
+        config = {**self._model.config.to_dict(), **lists}
         return f"{self._quantization.name} {self._dtype} {self._device} {sorted(config.items())}"
 
     @property
@@ -289,8 +299,8 @@ class Engine:
 
     def kind_of(self, block: int) -> str:
         """The structure of a block: those of equal structure take equal memory."""
-        layer_type = "" if self._layer_types is None else self._layer_types[block - self.loaded.span.start]
-        return f"{layer_type} {self.block(block)}"
+        kind = "" if self._kinds is None else self._kinds[block - self.loaded.span.start]
+        return f"{kind} {self.block(block)}"
 
     def measure_token_bytes(self) -> int:
         """Bytes of one position of one row in the caches of one block, seen in a step of one position."""
@@ -299,7 +309,7 @@ class Engine:
         (output,) = self.step([(probe, step)])
         if isinstance(output, Exception):
             raise output
-        return max(sum(t.numel() * t.element_size() for t in layer) for layer in probe.storage.values())
+        return max((sum(t.numel() * t.element_size() for t in layer) for layer in probe.storage.values()), default=0)
 
     def check_span(self, span: BlockSpan) -> None:
         """Raises BlocksNotHere for blocks that another server may have."""
@@ -320,9 +330,7 @@ class Engine:
         if span not in self._lists:
             self._lists[span] = nn.ModuleList(self._blocks[first:last])
         self.loaded.family.put_blocks(self._model, self._lists[span])
-        self._model.config.num_hidden_layers = len(span)
-        if self._layer_types is not None:
-            self._model.config.layer_types = self._layer_types[first:last]
+        set_blocks(self._model.config, len(span), None if self._kinds is None else self._kinds[first:last])
         if self._training != plan.train:
             self._quantization.set_mode(self._model, training=plan.train)
             self._training = plan.train

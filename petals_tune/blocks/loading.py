@@ -14,6 +14,7 @@ from petals_tune.blocks.memory import give_back_freed_memory
 from petals_tune.blocks.quantization import Quantization, find_scheme
 from petals_tune.blocks.quantized_cache import QuantizedBlockCache
 from petals_tune.errors import ConfigError, UnsupportedModel
+from petals_tune.model.block_lists import kinds_of_blocks, set_blocks
 from petals_tune.model.checkpoint import Checkpoint, StoredTensor
 from petals_tune.model.disk import DiskCache
 from petals_tune.model.families import (
@@ -190,11 +191,10 @@ class _Loader:
         """The base model with `blocks`; they keep their own numbers, which some families compute with."""
         family, meta_model = self.layout.family, self.layout.meta_model
         config = trimmed_config(meta_model)
-        config.num_hidden_layers = 0  # made without blocks: masks, rotary tables of each layer type, the loop
+        kinds = kinds_of_blocks(config)
+        set_blocks(config, 0)  # made without blocks: masks, rotary tables of each layer type, the loop
         model, _ = load_part(type(meta_model), config, {}, dtype=self.dtype, device_map=self.device)
-        model.config.num_hidden_layers = len(span)
-        if getattr(model.config, "layer_types", None) is not None:
-            model.config.layer_types = list(model.config.layer_types[span.start : span.stop])  # read as the loop goes
+        set_blocks(model.config, len(span), None if kinds is None else kinds[span.start : span.stop])
         for block in blocks:
             module: Any
             for module in block.modules():

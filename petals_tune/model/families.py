@@ -7,6 +7,7 @@ derived wrongly, the self-test (`remote/selftest.py`) fails before anything is t
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,10 +18,14 @@ from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from petals_tune.errors import UnsupportedModel
+from petals_tune.model.block_lists import kinds_of_blocks, restore_class, set_blocks
 from petals_tune.wire.span import BlockSpan
 
-# The values of `layer_types` whose cache is keys and values.
+# The values of `layer_types` of blocks whose caches servers keep: keys and values, a state beside them or in their
+# place, or nothing.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+_NO_CACHE = {"moe", "mlp"}
 
 # Config keys of attention to a fixed number of positions back.
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
@@ -101,11 +106,15 @@ def family_of(base: PreTrainedModel) -> Family:
             model_type=config.model_type,
             reason="encoder",
         )
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if getattr(base, "_is_stateful", False) or not kinds <= _ATTENTION:
+    kinds = set(kinds_of_blocks(config) or [])
+    unknown = sorted(kinds - _ATTENTION - _STATES - _NO_CACHE)
+    has_states = bool(kinds & _STATES)
+    # Models of recurrent blocks alone (Mamba, xLSTM) take a cache of another kind; RWKV's says nothing of its blocks.
+    takes_cache = "past_key_values" in inspect.signature(base.forward).parameters
+    if unknown or (getattr(base, "_is_stateful", False) and not has_states) or (has_states and not takes_cache):
         raise UnsupportedModel(
-            f"{what} has blocks with a state of their own ({', '.join(sorted(kinds - _ATTENTION)) or 'recurrent'}); "
-            "servers keep the keys and values of attention alone",
+            f"{what} has blocks with a state of a kind ({', '.join(unknown) or 'recurrent'}) that servers cannot keep "
+            "for each client; those of linear attention, Mamba and short convolutions beside attention can be kept",
             model_type=config.model_type,
             reason="state",
         )
@@ -155,12 +164,13 @@ def without_blocks(
     Parameters in `tensors` are frozen; others, such as a new classification head, are initialized and trainable.
     """
     zero = copy.deepcopy(config)
-    zero.num_hidden_layers = 0
+    set_blocks(zero, 0)
     if hasattr(zero, "layerdrop"):
         zero.layerdrop = 0.0  # servers drop single blocks; the loop here would drop all of them at once
     model, loading = load_part(model_class, zero, tensors, dtype=dtype)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in loading["missing_keys"])
+    restore_class(model.config)
     return model.eval()
 
 
@@ -186,13 +196,10 @@ def trimmed_class(placeholder: PreTrainedModel, family: Family, span: BlockSpan)
 
     class Trimmed(model_class):
         def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
-            config.num_hidden_layers = 0
+            kinds = kinds_of_blocks(config)  # the loop over the blocks reads it by position
+            set_blocks(config, 0)
             super().__init__(config, *args, **kwargs)
-            config.num_hidden_layers = len(span)
-            if getattr(config, "layer_types", None) is not None:
-                config.layer_types = list(
-                    config.layer_types[span.start : span.stop]
-                )  # the loop over the blocks reads it by position
+            set_blocks(config, len(span), None if kinds is None else kinds[span.start : span.stop])
             blocks = list(family.blocks_of(placeholder))[span.start : span.stop]
             kept = copy.deepcopy(nn.ModuleList(blocks), {id(placeholder.config): config})
             for parameter in kept.parameters():

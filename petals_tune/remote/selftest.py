@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from petals_tune.errors import UnsupportedModel
+from petals_tune.model.block_lists import kinds_of_blocks
 from petals_tune.model.families import (
     Family,
     empty_the_rest,
@@ -31,14 +32,19 @@ _BLOCKS, _MOST_BLOCKS = 4, 8
 _VOCABULARY = 64
 _MOST_PARAMETERS = 300_000_000
 _ROWS, _POSITIONS = 2, 7
-_passed: dict[tuple[Any, str], bool] = {}  # what was tried in this process
+# Config keys of Mamba's heads; their number times their width is a multiple of the hidden size.
+_MAMBA_HEADS = ("mamba_n_heads", "mamba_num_heads", "mamba_d_ssm")
+_MAMBA_GROUPS = ("mamba_n_groups", "n_groups")
+_passed: dict[tuple[Any, str], int] = {}  # what was tried in this process
 _one_at_a_time = threading.Lock()
 # What a model's code raises on a config that it does not expect.
 _FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def self_test(model_class: Any, config: PretrainedConfig) -> bool:
-    """Does the loop of this family take `outputs[0]` of a layer? Found on a tiny model, whose swapped twin must agree.
+def self_test(model_class: Any, config: PretrainedConfig) -> int:
+    """Return the length of the tuple that a layer of this family returns; 0 where it returns a tensor.
+
+    Found on a tiny model, whose swapped twin must agree.
 
     The twin's blocks run in two parts, as servers build them; logits and the gradient at the embeddings are compared,
     with padding on either side. Raises UnsupportedModel with what differed or failed.
@@ -50,7 +56,7 @@ def self_test(model_class: Any, config: PretrainedConfig) -> bool:
         return _passed[key]
 
 
-def _run_guarded(model_class: Any, config: PretrainedConfig) -> bool:
+def _run_guarded(model_class: Any, config: PretrainedConfig) -> int:
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
@@ -71,7 +77,7 @@ def _run_guarded(model_class: Any, config: PretrainedConfig) -> bool:
             torch.set_num_threads(threads)
 
 
-def _run(model_class: Any, config: PretrainedConfig) -> bool:
+def _run(model_class: Any, config: PretrainedConfig) -> int:
     small = tiny(config)
     parameters = sum(parameter.numel() for parameter in placeholder_model(small).parameters())
     if parameters > _MOST_PARAMETERS:
@@ -85,17 +91,17 @@ def _run(model_class: Any, config: PretrainedConfig) -> bool:
     for parameter in plain.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.02)  # nothing is at zero, where nobody would miss it
     family = family_of(plain.base_model)
-    returns_tuple = False
+    tuple_length = 0
 
     def look(block: nn.Module, args: Any, output: Any) -> None:
-        nonlocal returns_tuple
-        returns_tuple = isinstance(output, tuple)
+        nonlocal tuple_length
+        tuple_length = len(output) if isinstance(output, tuple) else 0
 
     family.blocks_of(plain.base_model)[0].register_forward_hook(look)
     for side, mask in _masks().items():
         wanted = _values(plain, mask)
         if side == "no":  # the first: now it is known what layers return
-            swapped = swapped_twin(plain, small, family, returns_tuple=returns_tuple)
+            swapped = swapped_twin(plain, small, family, tuple_length=tuple_length)
         given = _values(swapped, mask)
         for what, left, right in zip(("logits", "gradient at the embeddings"), given, wanted, strict=True):
             error = ((left - right).abs().max() / right.abs().max()).item()
@@ -106,7 +112,7 @@ def _run(model_class: Any, config: PretrainedConfig) -> bool:
                     model_type=config.model_type,
                     reason="differs",
                 )
-    return returns_tuple
+    return tuple_length
 
 
 def _values(model: PreTrainedModel, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,7 +160,7 @@ class _LocalBackbone(Backbone):
         return hidden
 
 
-def swapped_twin(plain: Any, config: PretrainedConfig, family: Family, *, returns_tuple: bool) -> Any:
+def swapped_twin(plain: Any, config: PretrainedConfig, family: Family, *, tuple_length: int) -> Any:
     """The model of `plain`, taken apart as clients and servers do it, in two parts, and put together again."""
     tensors = plain.state_dict()
     outside = {name: tensor for name, tensor in tensors.items() if family.block_index(name) is None}
@@ -173,7 +179,7 @@ def swapped_twin(plain: Any, config: PretrainedConfig, family: Family, *, return
         )
         empty_the_rest(part, family)
         parts.append((span, part))
-    backbone = _LocalBackbone(chain=None, returns_tuple=returns_tuple)  # type: ignore[arg-type]  # it has no network
+    backbone = _LocalBackbone(chain=None, tuple_length=tuple_length)  # type: ignore[arg-type]  # it has no network
     backbone.parts = parts
     skeleton = family.blocks_of(placeholder)
     fill_with_placeholders(skeleton, torch.float32)
@@ -189,7 +195,8 @@ def tiny(config: PretrainedConfig) -> PretrainedConfig:
     small = copy.deepcopy(config)
     total = config.num_hidden_layers
     per_block = [name for name, value in vars(config).items() if isinstance(value, list) and len(value) == total]
-    kinds = list(zip(*(map(str, getattr(config, name)) for name in per_block), strict=True))
+    differing = [kinds_of_blocks(config) or [""] * total, *(getattr(config, name) for name in per_block)]
+    kinds = list(zip(*(map(str, values) for values in differing), strict=True))
     enough = (n for n in range(_BLOCKS, _MOST_BLOCKS) if set(kinds[:n]) == set(kinds))
     small.num_hidden_layers = min(next(enough, _MOST_BLOCKS), total)
     for name in per_block:
@@ -209,6 +216,10 @@ def tiny(config: PretrainedConfig) -> PretrainedConfig:
             setattr(small, name, small.num_attention_heads if value == heads else 1)
         elif "experts" in name and "tok" not in name:
             setattr(small, name, min(value, 16))
+        elif name in _MAMBA_HEADS:
+            setattr(small, name, value * small.hidden_size // config.hidden_size)
+        elif name in _MAMBA_GROUPS:
+            setattr(small, name, 1)
         elif name.endswith("_token_id"):
             setattr(small, name, value % 3)
         elif name == "sliding_window":
