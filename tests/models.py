@@ -88,6 +88,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere2": {**_GROUPED, **_MIXED},
     "smollm3": {**_GROUPED, "no_rope_layers": [1, 1, 0, 1, 0, 1]},
     "glm4": {**_HEAD_DIM, "initializer_range": 0.1},
+    "gpt_oss": {**_HEAD_DIM, **_MIXED, "num_local_experts": 4, "intermediate_size": 32, "rope_scaling": None},
+    "deepseek_v3": {
+        **_GROUPED,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 3,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+}
+
+
+# Families whose blocks keep states.
+STATE_FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next": {
         **_HEAD_DIM,
         **_DELTA_NET,
@@ -145,22 +166,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "falcon_h1": {**_HEAD_DIM, **_MAMBA2, "mamba_d_ssm": 64},
     "olmo_hybrid": {**_GROUPED, **_DELTA_NET, "num_key_value_heads": 4},
-    "gpt_oss": {**_HEAD_DIM, **_MIXED, "num_local_experts": 4, "intermediate_size": 32, "rope_scaling": None},
-    "deepseek_v3": {
-        **_GROUPED,
-        "num_key_value_heads": 4,
-        "moe_intermediate_size": 16,
-        "n_routed_experts": 8,
-        "n_group": 2,
-        "topk_group": 1,
-        "num_experts_per_tok": 2,
-        "first_k_dense_replace": 3,
-        "kv_lora_rank": 8,
-        "q_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-    },
 }
 
 
@@ -195,8 +200,9 @@ PHI3_LONGROPE = {**ROPE_TYPES["longrope"], "original_max_position_embeddings": 8
 
 
 def config_of(family: str, **changes: Any) -> PretrainedConfig:
-    """The config of a small model of one of FAMILIES, with other values where `changes` has some."""
-    return CONFIG_MAPPING[family.split()[0]](**{**_SIZES, **FAMILIES[family], **changes})
+    """The config of a small model of a family, with other values where `changes` has some."""
+    own = {**FAMILIES, **STATE_FAMILIES}[family]
+    return CONFIG_MAPPING[family.split()[0]](**{**_SIZES, **own, **changes})
 
 
 def save_model(folder: Path, family: str, *, max_shard_size: str = "1GB", **changes: Any) -> Path:

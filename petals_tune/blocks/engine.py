@@ -15,13 +15,15 @@ import torch
 from torch import nn
 
 from petals_tune.blocks.adapters import Adapter, AdapterHooks, CallPlan
+from petals_tune.blocks.cache_probe import StateBlocks, measure_caches
 from petals_tune.blocks.footprint import Footprint, measure_footprint
 from petals_tune.blocks.graphs import Graph, KeptMemory
 from petals_tune.blocks.kernels import use_fast_kernels
-from petals_tune.blocks.kv_cache import Session, StepCache
+from petals_tune.blocks.kv_cache import CacheSizes, Session, StepCache
 from petals_tune.blocks.loading import LoadedBlocks
 from petals_tune.blocks.positions import PositionLimits
 from petals_tune.blocks.separate_rows import SeparateRows, SessionRows
+from petals_tune.blocks.states import positions_of
 from petals_tune.errors import BlocksNotHere, NotFinite, PetalsTuneError, RequestRefused, SessionLost
 from petals_tune.model.block_lists import kinds_of_blocks, set_blocks
 from petals_tune.wire.adapter import AdapterPart
@@ -68,6 +70,8 @@ class Engine:
             tensor.untyped_storage().data_ptr() for tensor in [*self._model.parameters(), *self._model.buffers()]
         )
         self._takes_positions = "position_ids" in inspect.signature(self._model.forward).parameters
+        # Bamba, one of the models that transformers calls stateful, counts the positions of each call from 0.
+        self._counts_from_zero = bool(getattr(self._model, "_is_stateful", False))
         self._keep_hidden_input = [
             module for module in self._model.modules() if self._quantization.keeps_hidden_input(module)
         ]
@@ -135,6 +139,15 @@ class Engine:
         self.hooks.check(parts, self.hidden_size)
         return [part.to(self._device) for part in parts]
 
+    @torch.no_grad()
+    def step_alone(self, session: Session, step: Step) -> torch.Tensor:
+        """Run a step of a session at its position as it is, in one piece. Raises what failed."""
+        session.prepare(step)
+        (output,) = self._run_steps({0: (session, step)}).values()
+        if isinstance(output, Exception):
+            raise output
+        return output
+
     @torch.inference_mode()
     def step(self, steps: Sequence[tuple[Session, Step]]) -> list[torch.Tensor | Exception]:
         """Run the next positions of one or more sessions on the same blocks; where several, one position each.
@@ -151,8 +164,13 @@ class Engine:
                 if session.adapter is not None and step.position == 0:
                     session.adapter.check_positions(step.hidden.shape[1])
                 session.check(step)
+                pieces = self._pieces(session.span, step)
                 for again in session.go_back(step.position):
-                    self._repeat(session, again)
+                    for piece in self._pieces(session.span, again):
+                        self._repeat(session, piece)
+                if len(pieces) > 1:
+                    results[number] = self._run_pieces(session, pieces)
+                    continue
                 session.prepare(step)
                 good[number] = session, step
             except PetalsTuneError as error:
@@ -160,6 +178,35 @@ class Engine:
         if good:
             results |= self._run_steps(good)
         return [results[number] for number in range(len(steps))]
+
+    def _pieces(self, span: BlockSpan, step: Step) -> list[Step]:
+        """Cut a step where its blocks cannot go on from a state with several positions at once.
+
+        Raises RequestRefused for padding in a step of one position, on blocks with a state: transformers does not mask
+        it there, and the state would take it in.
+        """
+        length = step.hidden.shape[1]
+        in_one = length == 1 or step.position == 0 or self.state_blocks.go_on(span)
+        pieces = [step] if in_one else positions_of(step)
+        if (
+            self.state_blocks.keep_some(span)
+            and (length == 1 or len(pieces) > 1)
+            and step.padding is not None
+            and not bool(step.padding.all())
+        ):
+            raise RequestRefused("padding in a step of one position, on blocks with a state", reason="padding")
+        return pieces
+
+    def _run_pieces(self, session: Session, pieces: Sequence[Step]) -> torch.Tensor | Exception:
+        """The output of a step in pieces, one after the other; the error of the first one that fails."""
+        outputs = []
+        for piece in pieces:
+            session.prepare(piece)
+            (output,) = self._run_steps({0: (session, piece)}).values()
+            if isinstance(output, Exception):
+                return output
+            outputs.append(output)
+        return torch.cat(outputs, dim=1)
 
     def _repeat(self, session: Session, step: Step) -> None:
         """Run a step that `session` has taken before. Raises SessionLost where it fails: its client has the inputs."""
@@ -206,7 +253,7 @@ class Engine:
         hidden = torch.cat([step.hidden for step in steps]).to(self._device, self._dtype)
         mask = cache.mask()
         options = {}
-        if self._takes_positions and (len(sessions) > 1 or steps[0].positions is not None):
+        if self._takes_positions and (len(sessions) > 1 or steps[0].positions is not None or self._counts_from_zero):
             positions = torch.cat([_positions(*each) for each in zip(sessions, steps, strict=True)])
             options["position_ids"] = positions.to(self._device)
         rows = [
@@ -299,17 +346,24 @@ class Engine:
 
     def kind_of(self, block: int) -> str:
         """The structure of a block: those of equal structure take equal memory."""
-        kind = "" if self._kinds is None else self._kinds[block - self.loaded.span.start]
-        return f"{kind} {self.block(block)}"
+        return f"{self.layer_type_of(block)} {self.block(block)}"
 
-    def measure_token_bytes(self) -> int:
-        """Bytes of one position of one row in the caches of one block, seen in a step of one position."""
-        probe = Session.probe(self.loaded.span)
-        step = Step(session=0, hidden=torch.zeros(1, 1, self.hidden_size), position=0)
-        (output,) = self.step([(probe, step)])
-        if isinstance(output, Exception):
-            raise output
-        return max((sum(t.numel() * t.element_size() for t in layer) for layer in probe.storage.values()), default=0)
+    def layer_type_of(self, block: int) -> str:
+        """The name that the config has for a block's kind; "" where all are of one kind."""
+        return "" if self._kinds is None else self._kinds[block - self.loaded.span.start]
+
+    @functools.cached_property
+    def cache_sizes(self) -> CacheSizes:
+        """Bytes of a session's caches, seen in short steps through each kind of block."""
+        return self._measured[0]
+
+    @property
+    def state_blocks(self) -> StateBlocks:
+        return self._measured[1]
+
+    @functools.cached_property
+    def _measured(self) -> tuple[CacheSizes, StateBlocks]:
+        return measure_caches(self)
 
     def check_span(self, span: BlockSpan) -> None:
         """Raises BlocksNotHere for blocks that another server may have."""

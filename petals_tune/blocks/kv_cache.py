@@ -14,7 +14,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from petals_tune.blocks.adapters import Adapter
-from petals_tune.blocks.states import Key, States
+from petals_tune.blocks.states import MOST_INPUTS, MOST_SNAPSHOTS, Key, States
 from petals_tune.errors import RequestRefused, SessionLost
 from petals_tune.wire.messages import Step
 from petals_tune.wire.span import BlockSpan
@@ -36,9 +36,9 @@ class Session:
     states: States = field(default_factory=States)
 
     @classmethod
-    def probe(cls, span: BlockSpan) -> Session:
-        """A session of one position of one row, to measure with."""
-        return cls(client="", span=span, rows=1, max_length=1, adapter=None, adapter_version=None)
+    def probe(cls, span: BlockSpan, max_length: int) -> Session:
+        """A session of one row, to measure with."""
+        return cls(client="", span=span, rows=1, max_length=max_length, adapter=None, adapter_version=None)
 
     def check(self, step: Step) -> None:
         """Raises RequestRefused or SessionLost for a step that cannot be."""
@@ -56,12 +56,6 @@ class Session:
             )
         if step.order is not None and (int(step.order.min()) < 0 or int(step.order.max()) >= rows):
             raise RequestRefused(f"order names rows beyond 0:{rows}", reason="order")
-        if self.states.current and length == 1 and step.padding is not None and not bool(step.padding.all()):
-            # transformers masks no step of one position: its states would take the padding in.
-            raise RequestRefused(
-                "a step of one position, and padding there: blocks with a state take padding in longer steps only",
-                reason="padding",
-            )
 
     def go_back(self, position: int) -> list[Step]:
         """Go back to `position`, or to an earlier one with the steps to repeat from there. Raises SessionLost."""
@@ -114,6 +108,40 @@ class Session:
             kept[:, :, self.position : stop] = tensor
             views.append(kept[:, :, :stop])
         return views
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSizes:
+    """Bytes of a session's caches for each row, by block."""
+
+    start: int  # number of the first block
+    positions: Sequence[int]  # keys and values of one position
+    states: Sequence[int]  # states, however long the session
+    inputs: int = 0  # the input of one position, which sessions keep where some block has states
+
+    @property
+    def of_position(self) -> int:
+        """Most bytes of one position in one block."""
+        return max(self.positions)
+
+    def bytes(self, span: BlockSpan, rows: int, max_length: int) -> int:
+        """Most bytes of a session of `rows` rows of `max_length` positions on the blocks `span`."""
+        each, once, kept = self._of(span)
+        return rows * (each * max_length + once + kept * min(max_length, MOST_INPUTS))
+
+    def longest(self, span: BlockSpan, rows: int, available_bytes: int) -> int:
+        """The largest `max_length` of a session that takes no more than `available_bytes`."""
+        each, once, kept = self._of(span)
+        left = available_bytes // rows - once
+        length = left // (each + kept)
+        return max(length if length <= MOST_INPUTS else (left - kept * MOST_INPUTS) // each, 0)
+
+    def _of(self, span: BlockSpan) -> tuple[int, int, int]:
+        """Bytes of a row: (for each position, whatever the length, for each position whose input is kept)."""
+        blocks = slice(span.start - self.start, span.stop - self.start)
+        states = sum(self.states[blocks])
+        each = max(sum(self.positions[blocks]), 1)  # a session without attention keeps whether a position is padding
+        return each, states * (1 + MOST_SNAPSHOTS), self.inputs if states else 0
 
 
 class StepCache(Cache):

@@ -199,6 +199,8 @@ class _Loader:
             module: Any
             for module in block.modules():
                 if isinstance(getattr(module, "config", None), PretrainedConfig):
+                    if hasattr(module.config, "_is_quantized"):  # Jamba multiplies by some weights in another way then
+                        model.config._is_quantized = True
                     module.config = model.config
         family.put_blocks(model, nn.ModuleList(blocks))
         empty_the_rest(model, family)

@@ -81,14 +81,24 @@ class States:
         return sum(step.hidden.shape[1] for step in self._inputs)
 
 
+def positions_of(step: Step) -> list[Step]:
+    """Cut a step into steps of one position."""
+    first, *others = [_cut(step, at, at + 1) for at in range(step.hidden.shape[1])]
+    return [first, *(replace(each, order=None) for each in others)]
+
+
 def _until(position: int, step: Step) -> Step:
     """The part of a step that lies before `position`."""
-    length = position - step.position
-    if length >= step.hidden.shape[1]:
-        return step
+    return step if step.position + step.hidden.shape[1] <= position else _cut(step, 0, position - step.position)
+
+
+def _cut(step: Step, start: int, stop: int) -> Step:
+    """Positions start:stop of a step, counted from its own."""
+    positions = step.positions
     return replace(
         step,
-        hidden=step.hidden[:, :length],
-        padding=None if step.padding is None else step.padding[:, :length],
-        positions=None if step.positions is None else step.positions[:, :length],
+        position=step.position + start,
+        hidden=step.hidden[:, start:stop],
+        padding=None if step.padding is None else step.padding[:, start:stop],
+        positions=None if positions is None else positions[:, start:stop],
     )

@@ -14,6 +14,9 @@ from transformers import PretrainedConfig
 
 _FIELDS = ("num_hidden_layers", "layer_types")
 
+# Kinds of blocks that keep a state, beside keys and values or in their place.
+STATES = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
+
 
 def kinds_of_blocks(config: PretrainedConfig) -> list[str] | None:
     """The kind of each block, such as "full_attention" or "linear_attention"; None where all are of one kind."""
@@ -26,7 +29,7 @@ def set_blocks(config: PretrainedConfig, number: int, kinds: Sequence[str] | Non
     _make_settable(config)
     config.num_hidden_layers = number
     if kinds is not None:
-        config.layer_types = list(kinds)  # type: ignore[attr-defined]
+        config.layer_types = list(kinds)
 
 
 def restore_class(config: PretrainedConfig) -> None:

@@ -18,13 +18,12 @@ from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from petals_tune.errors import UnsupportedModel
-from petals_tune.model.block_lists import kinds_of_blocks, restore_class, set_blocks
+from petals_tune.model.block_lists import STATES, kinds_of_blocks, restore_class, set_blocks
 from petals_tune.wire.span import BlockSpan
 
 # The values of `layer_types` of blocks whose caches servers keep: keys and values, a state beside them or in their
 # place, or nothing.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
-_STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 _NO_CACHE = {"moe", "mlp"}
 
 # Config keys of attention to a fixed number of positions back.
@@ -107,8 +106,8 @@ def family_of(base: PreTrainedModel) -> Family:
             reason="encoder",
         )
     kinds = set(kinds_of_blocks(config) or [])
-    unknown = sorted(kinds - _ATTENTION - _STATES - _NO_CACHE)
-    has_states = bool(kinds & _STATES)
+    unknown = sorted(kinds - _ATTENTION - STATES - _NO_CACHE)
+    has_states = bool(kinds & STATES)
     # Models of recurrent blocks alone (Mamba, xLSTM) take a cache of another kind; RWKV's says nothing of its blocks.
     takes_cache = "past_key_values" in inspect.signature(base.forward).parameters
     if unknown or (getattr(base, "_is_stateful", False) and not has_states) or (has_states and not takes_cache):

@@ -131,7 +131,7 @@ async def _ping_s(stream: ServerStream, size_bytes: int) -> float:
 
 
 def _one_step(engine: Engine) -> Callable[[], None]:
-    session = Session.probe(BlockSpan(0, 1))
+    session = Session.probe(BlockSpan(0, 1), 1)
     step = Step(session=0, hidden=torch.randn(1, 1, engine.hidden_size), position=0)
 
     def run() -> None:

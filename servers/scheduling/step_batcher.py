@@ -179,9 +179,7 @@ class StepBatcher:
         if not batch:
             return True
         measured = self._measured.get(batch[0].kind)
-        plain = all(
-            each.step.hidden.shape[1] == 1 and each.step.order is None and not each.goes_back for each in batch
-        )
+        plain = all(each.step.hidden.shape[1] == 1 and each.step.order is None and not each.goes_back for each in batch)
         return plain and measured is not None and measured.longest_s(_Measured.of(batch)) < INLINE_S
 
     def _take_and_run(self, first: _Waiting) -> tuple[list[_Waiting], Sequence[torch.Tensor | BaseException]]:

@@ -116,7 +116,7 @@ def check(context: Context, what: str, checkpoint: Checkpoint, quantization: str
     session = Session(client="client", span=SPAN, rows=ROWS, max_length=CACHED, adapter=None, adapter_version=None)
     output = engine.step([(session, Step(session=0, hidden=hidden, position=0))])
     assert isinstance(output[0], torch.Tensor), output
-    counted = engine.measure_token_bytes() * ROWS * CACHED * len(SPAN)
+    counted = engine.cache_sizes.bytes(SPAN, ROWS, CACHED)
     ratio(context, f"{what}: caches of {ROWS} x {CACHED}", counted, context.allocated() - before)
 
 
