@@ -24,6 +24,7 @@ PetalsTuneError
     |-- BlocksNotHere                   it hosts other blocks (by now)
     |-- BadReply                        wrong shapes, wrong dtypes, or numbers that two others deny
     |   `-- NotFinite                   NaN or Inf; where a second server says the same, it is `Diverged`
+    |-- DeviceFailed                    its GPU computes nothing any more: it ends
     |-- UntrustedServer                 it has no valid token of this private swarm
     |-- Refused                         it says that the request is wrong everywhere (`said`), which others may deny
     |   `-- OverLimit                   it says that the request is more than it takes at once
@@ -229,6 +230,12 @@ class ServerBusy(ServerError):
     max_position: int | None = None  # the largest that fits, where one does not
 
 
+class DeviceFailed(ServerError):
+    """A device of the server computes nothing any more, whatever it is asked; the server ends."""
+
+    device: str = ""  # as in "cuda:0"
+
+
 class BlocksNotHere(ServerError):
     """The server does not host these blocks: it may have moved since its record was read."""
 
@@ -241,6 +248,7 @@ class NotFinite(BadReply):
     """NaN or Inf came out of a server's blocks, where finite numbers went in."""
 
     block: int | None = None  # the first one; None where only a gradient was not finite
+    dtype: str = ""  # in which the server computes: float16 ends at 65,504
 
 
 class UntrustedServer(ServerError):

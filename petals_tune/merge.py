@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from petals_tune.files import filling
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from petals_tune.model.checkpoint import Checkpoint
 
 CONFIG_NAME = "merge"
 
@@ -65,6 +68,7 @@ def merge_adapter(
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from petals_tune.data.collate import choose_pad_id
+    from petals_tune.model.checkpoint import Checkpoint
     from petals_tune.model.convert import model_folder
     from petals_tune.train.quiet import silence_known_warnings
     from petals_tune.tuning.saved import (
@@ -102,8 +106,15 @@ def merge_adapter(
     identity = check_adapter(folder, task=task, source=source, revision=revision, named=base)
     labels = {"num_labels": head_rows(folder)} if task == "SEQ_CLS" else {}
     print(f"loads {base} whole ...", flush=True)
+    checkpoint = Checkpoint(source, revision=revision)
     try:
-        plain = classes[task].from_pretrained(source, revision=revision, dtype=torch.float32, **labels)
+        plain = (
+            load_unpacked(classes[task], checkpoint, **labels)
+            if checkpoint.is_packed
+            else classes[task].from_pretrained(source, revision=revision, dtype=torch.float32, **labels)
+        )
+    except UnsupportedModel:
+        raise
     except (OSError, ValueError) as error:
         raise UnsupportedModel(
             f"the base model {base} cannot be loaded here: {str(error).strip().splitlines()[0]}; "
@@ -111,13 +122,6 @@ def merge_adapter(
             key="model.source",
             seen=base,
         ) from None
-    if getattr(plain, "is_quantized", False):
-        raise UnsupportedModel(
-            f"the base model {base} is quantized, and an adapter would be rounded with it: merge into the weights that "
-            "it was made from, with model.source=FOLDER",
-            key="model.source",
-            seen=base,
-        )
     tokenizer: Any = load_tokenizer(source, folder, revision)
     tuned: Any = wrap_with_adapter(plain, folder).eval()
     if not isinstance(tuned.base_model, BaseTuner):
@@ -163,6 +167,34 @@ def merge_adapter(
     print(f"merged {folder} into {base}: {output}, {size_mb:.0f} MB; use it as model.source={output}")
     if asked is not None and asked.system:
         print(f"it was trained with the system text {asked.system!r}: give it to chat as system=TEXT")
+
+
+def load_unpacked(auto_class: Any, checkpoint: Checkpoint, **labels: Any) -> Any:
+    """Load a whole model of packed weights in float32, as servers read it: no kernel of its format is wanted.
+
+    Raises UnsupportedModel where the checkpoint lacks tensors.
+    """
+    import torch
+
+    from petals_tune.model.families import load_part
+
+    found = auto_class._model_mapping[type(checkpoint.config)]
+    config = copy.deepcopy(checkpoint.config)
+    for name, value in labels.items():
+        setattr(config, name, value)
+    model_class = found[0] if isinstance(found, tuple) else found
+    tensors = checkpoint.stored(checkpoint.tensor_names, torch.float32)
+    model, loading = load_part(model_class, config, tensors, dtype=torch.float32)
+    new = () if model.can_generate() else ("score.", "classifier.")  # a classifier's head comes with the adapter
+    if missing := sorted(name for name in loading["missing_keys"] if not name.startswith(new)):
+        raise UnsupportedModel(
+            f"{checkpoint.source} lacks tensors: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}",
+            key="model.source",
+            seen=missing,
+        )
+    if model.can_generate():
+        model.generation_config = checkpoint.generation_config
+    return model
 
 
 def sample_logits(model: Any) -> Tensor:

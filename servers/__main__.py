@@ -54,8 +54,8 @@ def run(options: Serve) -> None:
     import uvloop  # this and the imports below are slow; --help and a mistyped key should not wait for them
     from transformers.utils import logging as transformers_logging
 
+    from petals_tune.blocks.devices.hardware import device_name
     from petals_tune.blocks.engine import Engine
-    from petals_tune.blocks.memory import device_name
     from petals_tune.wire.records import ServerRecord
     from servers.server import serve
 
@@ -64,9 +64,11 @@ def run(options: Serve) -> None:
     started_s = time.monotonic()
 
     def ready(record: ServerRecord, engine: Engine) -> None:
+        spans = engine.spans_by_device
+        places = [f"{device_name(each)}{f' ({spans[each]})' if len(spans) > 1 else ''}" for each in spans]
         print(
-            f"ready: blocks {record.blocks} of {record.model_name} in {record.quantization} on "
-            f"{device_name(engine.device)}, "
+            f"ready: blocks {record.blocks} of {record.model_name} in {record.quantization} and {record.dtype} on "
+            f"{' and '.join(places)}, "
             f"{engine.loaded.weight_bytes / 2**20:.0f} MB of weights, {time.monotonic() - started_s:.1f} s; "
             f"others join with swarm.initial_peers=[{','.join(record.addresses)}]",
             flush=True,

@@ -85,7 +85,8 @@ class Metrics(Collector):
             return
         record, handler = server.record, server.handler
         facts = {"peer": record.peer, "model": record.model_name, "blocks": str(record.blocks)}
-        more = {"quantization": record.quantization, "dtype": record.dtype, "version": record.version}
+        more = {"quantization": record.quantization, "dtype": record.dtype, "device": record.device}
+        more["version"] = record.version
         yield InfoMetricFamily("petals_tune_server", "What this server announces", value={**facts, **more})
         yield GaugeMetricFamily("petals_tune_online", "1: announced and serving", value=record.state == "online")
         yield GaugeMetricFamily("petals_tune_blocks", "Blocks that it hosts", value=len(record.blocks))
@@ -95,6 +96,9 @@ class Metrics(Collector):
         if handler is not None:
             stores = handler.stores
             yield GaugeMetricFamily("petals_tune_streams", "Open streams of clients", value=handler.streams)
+            yield GaugeMetricFamily(
+                "petals_tune_direct_streams", "Of these on direct connections", value=handler.direct_streams
+            )
             yield GaugeMetricFamily(
                 "petals_tune_message_bytes", "Memory of requests and replies", value=handler.message_bytes
             )

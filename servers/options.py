@@ -13,6 +13,7 @@ from petals_tune.config import Model
 from petals_tune.errors import ConfigError
 from petals_tune.model.convert import cache_folder
 from petals_tune.model.disk import DiskCache
+from petals_tune.net.direct.transport import DirectOptions
 from petals_tune.wire.records import MAX_NAME
 from petals_tune.wire.span import BlockSpan
 from servers.requests.admission import RequestLimits
@@ -26,11 +27,20 @@ class SwarmOptions:
     initial_peers: list[str]
     host_maddrs: list[str]
     announce_maddrs: list[str]
+    direct_port: Annotated[int, Field(ge=0, lt=2**16)] | None
+    announce_direct_port: Annotated[int, Field(ge=1, lt=2**16)] | None
     relay: bool
     reach: Literal["auto", "direct", "relay"]
     key: str | None
     token: str | None
     announce_s: Annotated[float, Field(gt=0)]
+
+    @property
+    def direct(self) -> DirectOptions | None:
+        """Direct data connections of the server; None: all goes through its p2p daemon."""
+        if self.direct_port is None:
+            return None
+        return DirectOptions(port=self.direct_port, announced_port=self.announce_direct_port)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +106,7 @@ class Serve:
     throughput: Literal["auto", "measure"] | Annotated[float, Field(gt=0)]
     quantization: SchemeName
     dtype: Literal["auto", "float32", "float16", "bfloat16"]
-    device: str
+    device: str | list[str]  # as `find_devices` reads it
     threads: Annotated[int, Field(ge=1)] | None
     identity_path: str | None
     public_name: Annotated[str, Field(max_length=MAX_NAME)]

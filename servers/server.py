@@ -7,29 +7,34 @@ import dataclasses
 import gc
 import logging
 import random
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from functools import partial
+from typing import cast
 
 import msgspec
 from tqdm import tqdm
 
 from petals_tune import __version__
 from petals_tune.blocks import memory
-from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.devices.hardware import check_alive, device_kind, find_devices
+from petals_tune.blocks.engine import TORCH_ERRORS, Engine
+from petals_tune.blocks.footprint import Pass
 from petals_tune.blocks.loading import load_blocks, torch_dtype
 from petals_tune.blocks.quantization import find_scheme
+from petals_tune.errors import ConfigError, PetalsTuneError
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.convert import NEEDED
 from petals_tune.net.peer import Peer, joined
 from petals_tune.net.transport import Connection
-from petals_tune.wire.records import MAX_TEXT, PROTOCOL, ServerRecord, ServerState
+from petals_tune.wire.records import MAX_TEXT, PROTOCOL, Dtype, ServerRecord, ServerState
 from petals_tune.wire.span import BlockSpan
 from servers.membership.announcer import Announcer
 from servers.membership.needed import needed_model
 from servers.membership.placer import Placer
-from servers.membership.plan import Plan, make_plan
+from servers.membership.plan import Plan, fit_budgets, make_plan
 from servers.membership.round_trips import RoundTrips
+from servers.membership.throughput import BATCH_TOKENS
 from servers.metrics import Metrics
 from servers.options import Serve
 from servers.requests.hand_over import Neighbours
@@ -46,10 +51,10 @@ OnReady = Callable[[ServerRecord, Engine], None]
 async def serve(options: Serve, on_ready: OnReady, stop: asyncio.Event) -> None:
     """Run a server until `stop` is set; then withdraw, finish what runs, and leave. Each load ends with `on_ready`.
 
-    Raises ConfigError, UnsupportedModel, ServerUnreachable.
+    Raises ConfigError, UnsupportedModel, ServerUnreachable, and DeviceFailed where a GPU computes nothing any more.
     """
-    options = dataclasses.replace(options, device=memory.find_device(options.device))
-    find_scheme(options.quantization).check_available(options.device)
+    devices = find_devices(options.device)
+    find_scheme(options.quantization).check_available(devices[0])
     swarm = options.swarm
     async with AsyncExitStack() as stack:
         here = await stack.enter_async_context(
@@ -62,6 +67,7 @@ async def serve(options: Serve, on_ready: OnReady, stop: asyncio.Event) -> None:
                 token=swarm.token,
                 relays=swarm.relay,
                 reach=swarm.reach,
+                direct=swarm.direct,
             )
         )
         if options.model.source == NEEDED:
@@ -73,14 +79,33 @@ async def serve(options: Serve, on_ready: OnReady, stop: asyncio.Event) -> None:
         if options.metrics_port is not None:
             metrics = Metrics()
             await stack.enter_async_context(metrics.serving(options.metrics_host, options.metrics_port))
-        server = _Server(options, here, compute, announcer, metrics)
+        server = _Server(options, devices, here, compute, announcer, metrics)
         if metrics is not None:
             metrics.watch(server)
         try:
-            await here.while_daemon_lives(server.run(on_ready, stop), stop)
+            with _explaining(devices):
+                await here.while_daemon_lives(server.run(on_ready, stop), stop)
         finally:
             if here.daemon_lives:  # the way to the DHT
                 await announcer.withdraw()
+
+
+@contextmanager
+def _explaining(devices: Sequence[str]) -> Iterator[None]:
+    """Raise torch's errors while blocks are measured or loaded as ours, where they are the memory's or the device's."""
+    try:
+        yield
+    except PetalsTuneError:
+        raise
+    except TORCH_ERRORS as error:
+        if memory.is_out_of_memory(error):
+            raise ConfigError(
+                f"blocks do not fit: {memory.describe_out_of_memory(error, devices)}; host fewer (num_blocks), or take "
+                "quantization=nf4",
+                key="num_blocks",
+            ) from error
+        check_alive(devices)
+        raise
 
 
 class _Stopped(Exception):
@@ -91,13 +116,20 @@ class _Server:
     """Hosts one span of blocks after the other. Used by the event loop alone."""
 
     def __init__(
-        self, options: Serve, here: Peer, compute: ComputeThread, announcer: Announcer, metrics: Metrics | None
+        self,
+        options: Serve,
+        devices: Sequence[str],
+        here: Peer,
+        compute: ComputeThread,
+        announcer: Announcer,
+        metrics: Metrics | None,
     ):
         self._options, self._here, self.compute, self._announcer = options, here, compute, announcer
+        self._devices = devices
         self._peer, self._metrics = here.id, metrics
         announcer.refresh = self._refresh
         self._checkpoint = Checkpoint(options.model.source, options.disk_cache, options.model.revision)
-        self._dtype = torch_dtype(options.dtype, self._checkpoint.config, options.device)
+        self._dtype = torch_dtype(options.dtype, self._checkpoint.config, *devices)
         self._plan: Plan
         self._placer: Placer
         self._neighbours: Neighbours
@@ -107,7 +139,9 @@ class _Server:
     async def run(self, on_ready: OnReady, stop: asyncio.Event) -> None:
         """Plan, accept streams, and host blocks until `stop` is set."""
         options = self._options
-        self._plan = plan = await make_plan(options, self._checkpoint, self._dtype, self._here, self.compute)
+        self._plan = plan = await make_plan(
+            options, self._devices, self._checkpoint, self._dtype, self._here, self.compute
+        )
         self._placer = Placer(
             self._announcer.directory,
             self._announce,
@@ -127,15 +161,20 @@ class _Server:
             await self._neighbours.close()
 
     async def _host(self, span: BlockSpan, on_ready: OnReady, stop: asyncio.Event) -> BlockSpan | None:
-        """Load `span` and serve it. Return the span to host next; None where `stop` was set."""
+        """Load `span` and serve it. Return the span to host next; None where `stop` was set.
+
+        Raises DeviceFailed once requests fail because a device does.
+        """
         await self._announce(span, "joining")
         try:
             engine = await self._load(span, stop)
         except _Stopped:
             return None
         limits = self._options.limits
+        least_bytes = engine.footprint.training_bytes(Pass(span=span), 1, BATCH_TOKENS)
+        budgets, compute_bytes = fit_budgets(limits, list(engine.spans_by_device), least_bytes)
         stores = Stores.within(
-            limits.budgets,
+            budgets,
             max_lease_age_s=limits.max_lease_age_s,
             max_session_idle_s=limits.max_session_idle_s,
             sizes=engine.cache_sizes,
@@ -146,7 +185,7 @@ class _Server:
             self.compute,
             stores,
             record,
-            limits.of_requests(max_compute_bytes=memory.compute_bytes(self._options.device, limits.max_compute_gb)),
+            limits.of_requests(max_compute_bytes=compute_bytes),
             self._here.members,
             on_reply=None if self._metrics is None else self._metrics.count_request,
             neighbours=self._neighbours,
@@ -155,13 +194,15 @@ class _Server:
         await self._announcer.announce(record)
         on_ready(record, engine)
         async with self._round_trips.measuring(span):
-            next_span = await self._wait_for_move(span, stop)
+            next_span = await self._wait_for_move(span, stop, handler)
         handler.draining = True
         if next_span is None:
             await self._announcer.withdraw()
         else:
             logger.warning("moves from blocks %s to %s, which need this server more", span, next_span)
         await self._drain(handler)
+        if handler.failure is not None:
+            raise handler.failure
         return next_span
 
     async def _drain(self, handler: Handler) -> None:
@@ -190,26 +231,25 @@ class _Server:
                 span,
                 quantization=self._options.quantization,
                 dtype=self._dtype,
-                device=self._options.device,
+                device=memory.spread(len(span), self._devices, self._plan.block_bytes),
                 disk=self._options.disk_cache,
                 on_block=on_block,
             )
             engine = Engine(await self.compute.run(Priority.FORWARD, load))
             await self.compute.run(Priority.FORWARD, lambda: engine.footprint)  # measured before requests need it
+            await self.compute.run(Priority.FORWARD, memory.give_back_freed_memory)
             return engine
 
-    async def _wait_for_move(self, here: BlockSpan, stop: asyncio.Event) -> BlockSpan | None:
-        """Return the span to move to once other blocks need this server more; None once `stop` is set."""
+    async def _wait_for_move(self, here: BlockSpan, stop: asyncio.Event, handler: Handler) -> BlockSpan | None:
+        """Return the span to move to once other blocks need this server more; None once it has to end."""
         while True:
             pause_s = (
                 None if self._options.span else self._options.balance_period_s * random.SystemRandom().uniform(0.5, 1.5)
             )
-            try:
-                await asyncio.wait_for(stop.wait(), pause_s)
+            if await _first_of(stop, handler.failed, timeout_s=pause_s):
                 return None
-            except TimeoutError:
-                if (better := await self._placer.place(here)) != here:
-                    return better
+            if (better := await self._placer.place(here)) != here:
+                return better
 
     async def _announce(self, span: BlockSpan, state: ServerState) -> None:
         await self._announcer.announce(self._record(span, state))
@@ -224,9 +264,10 @@ class _Server:
             blocks=span,
             total_blocks=self._plan.total_blocks,
             quantization=self._options.quantization,
-            dtype=str(self._dtype).removeprefix("torch."),
-            throughput=self._plan.throughput,
+            dtype=cast(Dtype, str(self._dtype).removeprefix("torch.")),
+            device=device_kind(self._devices[0]),  # several are of one kind
             matrix_library=self._plan.matrix_library,
+            throughput=self._plan.throughput,
             state=state,
             version=__version__,
             public_name=self._options.public_name,
@@ -251,3 +292,14 @@ class _Server:
             connection.close()  # it loads: whoever comes now has read an old announcement
         else:
             await self.handler.serve(connection)
+
+
+async def _first_of(*events: asyncio.Event, timeout_s: float | None) -> bool:
+    """Wait until one of `events` is set; False where none was in time."""
+    waiting = [asyncio.create_task(event.wait()) for event in events]
+    try:
+        done, _ = await asyncio.wait(waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        return bool(done)
+    finally:
+        for task in waiting:
+            task.cancel()

@@ -55,6 +55,22 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     return folder
 
 
+@pytest.fixture(scope="session")
+def mixture_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folders of small mixtures of experts; each is made once."""
+    from tests.mixtures import save_mixture  # imports transformers
+
+    made: dict[tuple[object, ...], Path] = {}
+
+    def folder(family: str, **changes: object) -> Path:
+        key = (family, repr(sorted(changes.items())))
+        if key not in made:
+            made[key] = save_mixture(tmp_path_factory.mktemp("mixtures") / family, family, **changes)
+        return made[key]
+
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
     """Fails the run where servers or p2p daemons that it started are still there at its end; ends them."""

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from petals_tune import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
+from petals_tune.adapters.base import expert_parameters
 from petals_tune.model.families import family_of
 from tests.inprocess import in_process_swarm
 from tests.models import VOCABULARY, config_of, masks, plain_model, relative_error, save_model
@@ -49,6 +50,18 @@ def remote(auto: Any, folder: Path, **options: Any) -> Iterator[Any]:
         model.remote_blocks.close()
 
 
+def in_float32(model: Any) -> Any:
+    """The plain model with blocks that know no autocast, as those of servers."""
+    for layer in model.model.layers:
+
+        def forward(hidden: torch.Tensor, *args: Any, _forward: Any = layer.forward, **kwargs: Any) -> Any:
+            with torch.autocast("cpu", enabled=False):
+                return _forward(hidden.float(), *args, **kwargs)
+
+        layer.forward = forward
+    return model
+
+
 def _batches() -> Iterator[dict[str, torch.Tensor]]:
     ids = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
     for mask in masks(ROWS, LENGTH).values():
@@ -60,8 +73,9 @@ def _training(model: Any, plain: Any) -> dict[str, float]:
     worst = dict.fromkeys(("logits", "loss", "input gradient", "LoRA gradients"), 0.0)
     blocks = family_of(plain.base_model).blocks_of(plain.base_model)
     linears = {name for name, module in blocks.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
-    if any("Experts" in type(module).__name__ for module in blocks.modules()):
-        # PEFT takes fused experts for linears of the same names; these are refused.
+    experts = {each.name for module in blocks.modules() for each in expert_parameters(module)}
+    if experts:
+        # Shared experts have linears of the same names, and PEFT takes either.
         linears = {name for name in linears if "attn" in name}
     # Beside Mamba, PEFT takes no adapter on these; and the library multiplies by the weight of `dt_proj` itself.
     linears -= {name for name in linears if any(inside in name for inside in ("mamba.out_proj", "mamba.dt_proj"))}
@@ -71,7 +85,9 @@ def _training(model: Any, plain: Any) -> dict[str, float]:
         config = peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=2,
+            lora_alpha=2 if experts else 8,  # of much, gpt_oss's gate makes 1e-4 of float32's rounding, in PEFT as here
             target_modules=sorted({name.rpartition(".")[2] for name in linears}),
+            target_parameters=sorted(f"experts.{name}" for name in experts) or None,
             init_lora_weights=False,
         )
         nets.append(peft.get_peft_model(each, config).eval())

@@ -26,7 +26,7 @@ MISTAKES: dict[str, tuple[str, object]] = {
     "recipe=sst2 trainer.max_steps=abc": ("trainer.max_steps", "abc"),
     "recipe=sst2 trainer.max_step=5": ("trainer.max_step", None),
     "recipe=sst2 trainer.precision=16-true": ("trainer.precision", None),
-    "recipe=sst2 +trainer.precision=17": ("trainer.precision", 17),
+    "recipe=sst2 trainer.precision=17": ("trainer.precision", 17),
     "recipe=sst2 +trainer.max_stepz=3": ("trainer.max_stepz", None),
     "recipe=sst2 swarm.quantization=int7": ("swarm.quantization", "int7"),
     "recipe=sst2 swarm=join": ("swarm.initial_peers", None),
@@ -100,7 +100,7 @@ def test_a_misspelt_name_is_answered_with_the_right_one(arguments: str) -> None:
     "arguments",
     [
         "recipe=sst2",
-        "recipe=personachat tuning.tokens=8 trainer.max_steps=3 +trainer.precision=32",
+        "recipe=personachat tuning.tokens=8 trainer.max_steps=3 trainer.precision=32",
         "recipe=sst2 logger=csv hydra.run.dir=x",
         "-m recipe=sst2 seed=0,1 optimizer.lr=1e-2,1e-3",
         "--help",

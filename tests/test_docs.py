@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from petals_tune import chat, evaluate, merge
+from petals_tune import chat, evaluate, merge, plan
 from petals_tune.config import check_arguments, recipe_names
 from servers.options import Serve
 
@@ -81,6 +81,10 @@ def _chat(arguments: list[str]) -> None:
     check_arguments(chat.with_prompt_key(arguments), config_name="chat", schema=chat.Chat)
 
 
+def _plan(arguments: list[str]) -> None:
+    check_arguments(plan.with_plain_values(arguments), config_name="plan", schema=plan.Options)
+
+
 def _make(arguments: list[str]) -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {word for word in arguments if "=" not in word} <= set(targets)
@@ -102,6 +106,7 @@ def _unchecked(arguments: list[str]) -> None: ...
 CHECKS: list[tuple[str, Callable[[list[str]], None]]] = [
     ("python -m petals_tune.chat", _chat),
     ("python -m petals_tune.evaluate", _composed("evaluate", schema=evaluate.Evaluation)),
+    ("python -m petals_tune.plan", _plan),
     ("python -m petals_tune.merge", _composed("merge", schema=merge.Merge)),
     ("python -m petals_tune", _composed()),
     ("petals-tune -sc", _unchecked),  # tests/test_config.py asks for completions

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "errors": "",
     "files": "errors",
     "checksums": "errors files",
+    "copies": "",
     # floor 2
     "wire": "errors",
     "cli": "errors",
@@ -31,17 +32,19 @@ MAY_IMPORT = {
     "model": "errors files checksums wire.span",
     "adapters": "errors wire.adapter",  # methods that `tuning` collects and `blocks` applies
     # floor 4
-    "blocks": "errors files wire model adapters",  # a client may run some blocks itself: no network, no server
-    "tuning": "errors files checksums wire.adapter model adapters",  # how an adapter's parts are named
+    "blocks": "errors copies files wire model adapters",  # a client may run some blocks itself: no network, no server
+    "tuning": "errors copies files checksums wire.adapter model adapters",  # how an adapter's parts are named
     "data": "errors files checksums model",
     "swarm": "errors wire net",
     # floor 5
-    "remote": "errors wire net model blocks tuning swarm",
+    "remote": "errors copies wire net model blocks tuning swarm",
     "servers": "__version__ errors files cli config wire net model blocks",
     # floor 6
-    "train": "errors config hydra_errors wire files checksums model blocks.quantization tuning data net swarm remote",
+    "train": "errors config copies hydra_errors wire files checksums model blocks.quantization tuning data net swarm "
+    "remote",
     # floor 7: the commands, and the package's own front, which imports what it offers on first use
-    "petals_tune": "errors cli config hydra_errors wire files checksums model tuning data net swarm remote train",
+    "petals_tune": "errors cli config hydra_errors wire files checksums model blocks tuning data net swarm remote "
+    "train",
     "conf": "",
     "recipes": "",
 }
@@ -76,8 +79,8 @@ HANDLES_STRANGERS = (
     *(
         f"petals_tune.net.{name}"
         for name in (
-            *("circuit_relay", "dht", "dial_back", "directory"),
-            *("in_process", "own_lag", "peer", "pool", "stream", "transport", "verdict"),
+            *("circuit_relay", "dht", "dial_back", "direct", "directory"),
+            *("in_process", "own_lag", "peer", "pool", "question", "stream", "transport", "verdict"),
         )
     ),
     *(f"petals_tune.blocks.{name}" for name in ("adapters", "engine", "graphs", "kernels", "kv_cache")),

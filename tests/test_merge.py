@@ -24,6 +24,8 @@ from petals_tune.errors import ConfigError, UnsupportedAdapter, UnsupportedModel
 from petals_tune.merge import merge_adapter
 from petals_tune.model.fingerprint import Fingerprint
 from petals_tune.tuning.identity import Identity, Prompting
+from tests.models import save_model
+from tests.packed_models import fp8_model
 from tests.raising import raises
 from tests.train.tiny import save_tiny, tiny_tokenizer
 
@@ -103,6 +105,17 @@ def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1.0, expected.abs().max().item()))
 
 
+def test_lora_on_experts_is_merged(base: Path, tmp_path: Path) -> None:
+    mixture = save_model(tmp_path / "mixture", "qwen3_moe", num_hidden_layers=2, mlp_only_layers=[])
+    for file in base.glob("*token*"):
+        (mixture / file.name).write_bytes(file.read_bytes())
+    config = lora("q_proj", target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    expected = save_adapter(mixture, tmp_path / "adapter", config)
+    found, _ = merged_logits(tmp_path / "adapter", tmp_path / "merged")
+    assert_equal(found, expected)
+    assert not torch.allclose(AutoModelForCausalLM.from_pretrained(mixture)(input_ids=IDS).logits, expected, atol=1e-2)
+
+
 @pytest.mark.parametrize("method", [*METHODS, *UNTIED])
 def test_the_merged_model_computes_what_the_adapter_does(base: Path, tmp_path: Path, method: str) -> None:
     expected = save_adapter(base, tmp_path / "adapter", (METHODS | UNTIED)[method]())
@@ -140,6 +153,30 @@ def test_a_classifier_keeps_its_head_and_labels(base: Path, tmp_path: Path, make
     assert_equal(found, expected)
     assert model.config.id2label == {0: "bad", 1: "fair", 2: "good"}
     assert model.config.pad_token_id == tiny_tokenizer().pad_token_id
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+def test_a_packed_base_becomes_full_weights(base: Path, tmp_path: Path, task: str) -> None:
+    packed = fp8_model(base, tmp_path / "fp8")
+    for file in base.glob("*token*"):
+        (packed / file.name).write_bytes(file.read_bytes())
+    expected = save_adapter(packed, tmp_path / "adapter", lora(task_type=task))
+    auto = AutoModelForCausalLM if task == "CAUSAL_LM" else AutoModelForSequenceClassification
+    found, model = merged_logits(tmp_path / "adapter", tmp_path / "merged", auto)
+    assert_equal(found, expected)
+    assert not hasattr(model.config, "quantization_config")
+    kinds = {tensor.dtype for tensor in load_file(tmp_path / "merged" / "model.safetensors").values()}
+    assert kinds == {torch.float32}
+
+
+def test_a_packed_base_that_lacks_tensors_is_refused(base: Path, tmp_path: Path) -> None:
+    packed = fp8_model(base, tmp_path / "fp8")
+    save_adapter(packed, tmp_path / "adapter", lora())
+    tensors = load_file(packed / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, packed / "model.safetensors")
+    with raises(UnsupportedModel, key="model.source", seen=["model.norm.weight"]):
+        merge_adapter(str(tmp_path / "adapter"), tmp_path / "merged")
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])

@@ -31,11 +31,21 @@ class PositionBytes(NamedTuple):
     working: int  # beside that, while the part is applied or differentiated
 
 
+class ExpertShape(NamedTuple):
+    """A parameter with the matrices of experts, as PEFT takes it for LoRA: a change of it is B A, or (B A)^T."""
+
+    experts: int
+    inputs: int
+    outputs: int
+    swapped: bool  # PEFT takes the parameter's inputs for outputs: x is multiplied by B A from the left
+
+
 class AdapterMethod(ABC):
     """One way to adapt a block. Instances have no state.
 
     The client's half turns PEFT's layers on blocks without weights into parts, and imports PEFT on use: servers do not.
-    The server's half applies parts to the real blocks, by hooks on a part's module: a linear, or the block itself.
+    The server's half applies parts to the real blocks, by hooks on a part's module: a linear, the matrices of experts,
+    or the block itself.
     """
 
     name: ClassVar[str]  # on the wire
@@ -43,6 +53,7 @@ class AdapterMethod(ABC):
     peft_type: ClassVar[str | None] = None  # of the configs that put it on blocks; None: it is no method of PEFT's
     unsupported: ClassVar[Sequence[UnsupportedOption]] = ()
     first_step_only: ClassVar[bool] = False  # of a generation session
+    on_experts: ClassVar[bool] = False  # its modules are matrices of experts, of which each row passes some
     once_a_module: ClassVar[bool] = False  # a module takes one part of this method at most
 
     # The client's half.
@@ -85,6 +96,14 @@ class AdapterMethod(ABC):
         self, part: AdapterPart, x: torch.Tensor, output: torch.Tensor, *, training: bool
     ) -> torch.Tensor:
         """The output to use instead of `output`, which the module computed from `x`."""
+        raise NotImplementedError
+
+    def split(self, part: AdapterPart, shape: ExpertShape) -> Sequence[Any]:
+        """What the part has for each expert: made once for all experts that a call multiplies by."""
+        raise NotImplementedError
+
+    def change_product(self, part: AdapterPart, own: Any, x: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+        """The product to use instead of that of rows `x` with one expert's matrix; `own` is what `split` has for it."""
         raise NotImplementedError
 
     @abstractmethod
@@ -165,6 +184,39 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
         inputs, outputs = module.get_parameter("weight").shape
         return inputs, outputs
     return None
+
+
+# Experts whose inputs are rows of their matrices, without an attribute that says so.
+_TRANSPOSED = {("Llama4TextExperts", "gate_up_proj"), ("Llama4TextExperts", "down_proj"), ("DbrxExpertGLU", "w2")}
+
+
+class ExpertParameter(NamedTuple):
+    """A parameter of a module that holds the matrices of experts, (E, out, in) or `transposed`, (E, in, out)."""
+
+    name: str
+    shape: tuple[int, int, int]
+    transposed: bool
+    is_transposed: bool  # the module's attribute of that name, which PEFT reads; some families lack it
+
+    @property
+    def for_adapters(self) -> ExpertShape:
+        experts, first, second = self.shape
+        inputs, outputs = (first, second) if self.is_transposed else (second, first)
+        return ExpertShape(experts, inputs, outputs, self.transposed and not self.is_transposed)
+
+
+def expert_parameters(module: nn.Module) -> Iterator[ExpertParameter]:
+    """The parameters of a module of transformers that hold the matrices of experts."""
+    kind = type(module).__name__
+    if "Expert" not in kind:
+        return
+    is_transposed = bool(getattr(module, "is_transposed", False))
+    for name, parameter in module.named_parameters(recurse=False):
+        shape = tuple(parameter.shape)
+        if len(shape) == 2 and (experts := getattr(module, "moe_num_experts", 0)):  # DBRX
+            shape = (experts, shape[0] // experts, shape[1])
+        if len(shape) == 3:
+            yield ExpertParameter(name, shape, is_transposed or (kind, name) in _TRANSPOSED, is_transposed)
 
 
 def shapes(part: AdapterPart) -> list[tuple[int, ...]]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from petals_tune.adapters.base import LinearMethod, PositionBytes, UnsupportedOption, refusal, shapes
 from petals_tune.errors import UnsupportedAdapter
@@ -22,6 +23,10 @@ _READS_WEIGHTS = "reads the blocks' weights, which are on the servers"
 
 def _option(name: str, config: Any) -> object:
     return getattr(config, name, None)  # younger than the oldest PEFT that works
+
+
+def _with_target_parameters(name: str, config: Any) -> object:
+    return _option("target_parameters", config) and getattr(config, name)
 
 
 class LoRA(LinearMethod):
@@ -48,11 +53,14 @@ class LoRA(LinearMethod):
             "makes blocks that no server holds",
             "layer_replication=null",
         ),
-        UnsupportedOption(
-            lambda c: c.target_parameters,
-            "target_parameters",
-            "names parameters that are no linear's weight, such as fused experts",
-            "target_modules with the names of linears",
+        *(
+            UnsupportedOption(
+                partial(_with_target_parameters, name),
+                f"{name}={{config.{name}}}",
+                "is not for target_parameters, as in PEFT",
+                instead,
+            )
+            for name, instead in (("lora_dropout", "lora_dropout=0.0"), ("fan_in_fan_out", "fan_in_fan_out=False"))
         ),
         UnsupportedOption(
             lambda c: c.megatron_config, "megatron_config", "is for Megatron's own layers", "megatron_config=null"
@@ -76,6 +84,9 @@ class LoRA(LinearMethod):
         from peft.tuners.lora import Linear, LoraLayer
 
         return LoraLayer, Linear
+
+    def owns(self, layer: nn.Module) -> bool:
+        return super().owns(layer) and type(layer).__name__ != "ParamWrapper"  # `ExpertLoRA` has these
 
     def tensors(self, layer: Any, adapter: str) -> list[torch.Tensor] | None:
         return [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight] if adapter in layer.lora_A else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from petals_tune.adapters import METHODS, AdapterMethod
 from petals_tune.adapters.base import linear_features, refusal
+from petals_tune.blocks.experts.stack import ExpertStack
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.span import BlockSpan
 
@@ -80,6 +81,7 @@ class CallPlan:
     at_output: Parts
     train: bool
     seed: int
+    of_experts: dict[int, Sequence[Any]] = field(default_factory=dict)  # by part: what it has for each expert
 
     @classmethod
     def of(cls, adapter: Adapter | None, *, train: bool, seed: int) -> CallPlan:
@@ -97,7 +99,7 @@ class AdapterHooks:
             (number, path): module
             for number, block in enumerate(blocks, first_block)
             for path, module in block.named_modules()
-            if path == "" or linear_features(module) is not None
+            if path == "" or linear_features(module) is not None or isinstance(module, ExpertStack)
         }
         self._with_input_hook: set[Place] = set()
         self._with_output_hook: set[Place] = set()
@@ -115,7 +117,9 @@ class AdapterHooks:
     def _add_hooks(self, plan: CallPlan) -> None:
         """Add the hooks that `plan` is the first to need: one that has nothing to do costs a token 1 % of its time."""
         for place in plan.at_output.keys() - self._with_output_hook:
-            self._modules[place].register_forward_hook(self._output_hook(place))
+            module = self._modules[place]
+            hook = self._expert_hook(place) if isinstance(module, ExpertStack) else self._output_hook(place)
+            module.register_forward_hook(hook)
             self._with_output_hook.add(place)
         at_input = {*plan.at_input, *self._blocks} if plan.train else set(plan.at_input)
         for place in at_input - self._with_input_hook:
@@ -131,7 +135,7 @@ class AdapterHooks:
             if method is None:
                 raise refusal(part, f"{part.method!r} is not one of {', '.join(METHODS)}, which this server knows")
             if place not in self._modules:
-                raise refusal(part, f"there is no linear for a {part.method!r} there")
+                raise refusal(part, f"there is nothing for a {part.method!r} there")
             if method.once_a_module and (part.method, place) in seen:
                 raise refusal(part, f"a {part.method} twice")
             seen.add((part.method, place))
@@ -180,8 +184,25 @@ class AdapterHooks:
 
         return hook
 
+    def _expert_hook(self, place: Place) -> Callable[..., torch.Tensor | None]:
+        def hook(stack: ExpertStack, args: tuple[torch.Tensor, int], output: torch.Tensor) -> torch.Tensor | None:
+            plan = self.plan
+            if plan is None or place not in plan.at_output:
+                return None
+            x, expert = args
+            for method, part in plan.at_output[place]:
+                if id(part) not in plan.of_experts:
+                    plan.of_experts[id(part)] = method.split(part, stack.for_adapters)
+                output = method.change_product(part, plan.of_experts[id(part)][expert], x, output)
+            return output
+
+        return hook
+
 
 def _seed(device: torch.device, seed: int) -> None:
     """Seed the generator of `device` alone: torch.manual_seed asks every backend, 1 ms on a machine without CUDA."""
+    if device.type == "mps":
+        torch.mps.manual_seed(seed)
+        return
     generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index or 0]
     generator.manual_seed(seed)

@@ -5,25 +5,29 @@ from __future__ import annotations
 import functools
 import inspect
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
 from petals_tune.blocks.adapters import Adapter, AdapterHooks, CallPlan
 from petals_tune.blocks.cache_probe import StateBlocks, measure_caches
+from petals_tune.blocks.devices.hardware import check_alive
+from petals_tune.blocks.devices.transfers import device_of, move_arguments
 from petals_tune.blocks.footprint import Footprint, measure_footprint
 from petals_tune.blocks.graphs import Graph, KeptMemory
-from petals_tune.blocks.kernels import use_fast_kernels
+from petals_tune.blocks.kernels import use_fast_kernels, without_cudnn_attention
 from petals_tune.blocks.kv_cache import CacheSizes, Session, StepCache
 from petals_tune.blocks.loading import LoadedBlocks
 from petals_tune.blocks.positions import PositionLimits
 from petals_tune.blocks.separate_rows import SeparateRows, SessionRows
 from petals_tune.blocks.states import positions_of
+from petals_tune.copies import finite_flags, to_device, to_host
 from petals_tune.errors import BlocksNotHere, NotFinite, PetalsTuneError, RequestRefused, SessionLost
 from petals_tune.model.block_lists import kinds_of_blocks, set_blocks
 from petals_tune.wire.adapter import AdapterPart
@@ -52,7 +56,11 @@ class Engine:
     whose fault it is (tests/blocks/test_finite.py tries this on every family).
 
     Requests are in host memory and so are the tensors that are returned, whatever device computes: the copy from a GPU
-    waits for the computation, and the event loop, which encodes them, must not. Graphs stay on the device.
+    waits for the computation, and the event loop, which encodes them, must not. Graphs stay on the device. A request
+    waits for the GPU once: whether numbers are finite is found there and fetched with them.
+
+    Blocks may be on several devices. Requests enter on that of the model around the blocks; the caches, adapters and
+    graph of a block are on its own.
     """
 
     def __init__(self, loaded: LoadedBlocks):
@@ -77,14 +85,26 @@ class Engine:
         ]
         parameter = next(p for p in self._model.parameters() if p.is_floating_point())
         self._device, self._dtype = parameter.device, self._model.dtype
-        if self._device.type == "cuda":
-            # cuDNN plans an attention for each new length: 55 ms for every token of a text, on an H100 with torch 2.11.
-            torch.backends.cuda.enable_cudnn_sdp(False)
+        move_arguments(self._blocks, self._device)
         self.hidden_size: int = self._model.config.hidden_size
 
     @property
     def device(self) -> str:
+        """The device on which requests enter."""
         return str(self._device)
+
+    @functools.cached_property
+    def spans_by_device(self) -> dict[str, BlockSpan]:
+        """The blocks on each device that has some, a run on each."""
+        spans: dict[str, BlockSpan] = {}
+        for number, block in enumerate(self._blocks, self.loaded.span.start):
+            device = str(device_of(block))
+            spans[device] = BlockSpan(spans[device].start if device in spans else number, number + 1)
+        return spans
+
+    def check_alive(self) -> None:
+        """Raises DeviceFailed where a device computes nothing any more: by the computing thread, as all else."""
+        check_alive(self.spans_by_device)
 
     def forward(self, request: Forward, adapter: Adapter | None) -> Result:
         """Run the blocks. Raises RequestRefused for what these blocks cannot do, NotFinite for NaN or Inf of theirs."""
@@ -97,10 +117,12 @@ class Engine:
             for tensor in (graph.output, graph.hidden):
                 if tensor is not None:
                     memory.add(tensor)
-            output, graph_bytes = graph.output.detach().cpu(), memory.bytes
+            output, graph_bytes = graph.output, memory.bytes
         else:
             with torch.no_grad():
-                output = self._output(request, adapter, request.hidden.to(self._device, self._dtype)).cpu()
+                output = self._output(request, adapter, to_device(request.hidden, self._device, self._dtype))
+        output, *finite = to_host(output, *finite_flags([output]))
+        self._check_output(finite, request, adapter)
         elapsed_s = time.perf_counter() - started_s
         return Result(output=output, graph=graph, graph_bytes=graph_bytes, compute_s=elapsed_s)
 
@@ -109,7 +131,9 @@ class Engine:
 
         It is differentiable in `request.hidden` and in the adapter's tensors. Raises as `forward`.
         """
-        return self._output(request, adapter, request.hidden.to(self._device, self._dtype))
+        output = self._output(request, adapter, to_device(request.hidden, self._device, self._dtype))
+        self._check_output(finite_flags([output]), request, adapter)
+        return output
 
     def backward(
         self, request: Backward, graph: Graph | None, adapter: Adapter | None
@@ -118,26 +142,39 @@ class Engine:
 
         Returns (gradient at the input (B, S, H) or None, gradients of the adapter's tensors). Raises as `forward`.
         """
+        again = request.again if graph is None else None
         if graph is None:
-            assert request.again is not None
-            graph = self._graph(request.again, adapter)
+            assert again is not None
+            graph = self._graph(again, adapter)
         if request.grad.shape != graph.output.shape:
             text = f"a gradient {tuple(request.grad.shape)} for an output {tuple(graph.output.shape)}"
             raise RequestRefused(text, reason="gradient shape")
         if graph.hidden is None and not graph.adapter:
             raise RequestRefused("nothing on these blocks needs a gradient", reason="no gradient")
-        at_input, at_adapter = graph.gradients(request.grad.to(self._device))
+        outputs = [] if again is None else finite_flags([graph.output])
+        grad = to_device(request.grad, graph.output.device)
+        at_input, at_adapter = graph.gradients(grad)
         # Where there is no gradient at the input, an adapter's may miss positions of the one that came.
-        if not _are_finite(request.grad if at_input is None else at_input, *at_adapter):
-            if not _are_finite(request.grad):
+        flags = [*outputs, *finite_flags([grad if at_input is None else at_input, *at_adapter])]
+        found = to_host(*([] if at_input is None else [at_input]), *at_adapter, *flags)
+        flags = found[-len(flags) :]
+        if again is not None:
+            self._check_output(flags[: len(outputs)], again, adapter)
+        if not all(flags):
+            if not request.grad.isfinite().all():
                 raise RequestRefused("non-finite numbers in the gradient", reason="gradient not finite")
-            raise NotFinite(f"non-finite gradients come out of blocks {self.loaded.span}, from finite ones")
-        return None if at_input is None else at_input.cpu(), [gradient.cpu() for gradient in at_adapter]
+            text = f"non-finite gradients come out of blocks {self.loaded.span}, from finite ones"
+            raise NotFinite(f"{text}, {self._in_dtype}", dtype=self._dtype_name)
+        return None if at_input is None else found.pop(0), found[: len(at_adapter)]
 
     def prepare_adapter(self, parts: Sequence[AdapterPart]) -> list[AdapterPart]:
-        """The parts of an uploaded adapter on the engine's device. Raises RequestRefused for one that does not fit."""
+        """The parts of an uploaded adapter, each on its block's device. Raises RequestRefused for one that is wrong."""
         self.hooks.check(parts, self.hidden_size)
-        return [part.to(self._device) for part in parts]
+        placed = []
+        for part in parts:
+            device = device_of(self.block(part.block))
+            placed.append(msgspec.structs.replace(part, tensors=[to_device(tensor, device) for tensor in part.tensors]))
+        return placed
 
     @torch.no_grad()
     def step_alone(self, session: Session, step: Step) -> torch.Tensor:
@@ -235,13 +272,14 @@ class Engine:
             adapter = adapter.after_first_step
         with self._configured(sessions[0].span, CallPlan.of(adapter, train=False, seed=0)):
             cache = StepCache(sessions, next(iter(steps.values()))[1].hidden.shape[1])
-            output = self._step(cache, sessions, [step for _, step in steps.values()]).cpu()
-            all_finite = _are_finite(output)
-            rows = output.split([session.rows for session in sessions])
-            for (number, (session, step)), own in zip(steps.items(), rows, strict=True):
+            made = self._step(cache, sessions, [step for _, step in steps.values()])
+            output, finite = to_host(made, made.isfinite().flatten(1).all(1))  # of each row
+            rows = [session.rows for session in sessions]
+            for (number, (session, step)), own, good in zip(
+                steps.items(), output.split(rows), finite.split(rows), strict=True
+            ):
                 again = partial(self._step, StepCache([session], step.hidden.shape[1]), [session], [step])
-                good = all_finite or _are_finite(own)
-                results[number] = own if good else self._not_finite(session.span, step.hidden, again)
+                results[number] = own if good.all() else self._not_finite(session.span, step.hidden, again)
         for place, (number, (session, step)) in enumerate(steps.items()):  # once nothing can fail any more
             if isinstance(results[number], torch.Tensor):
                 session.advance(step, cache.states_of(place))
@@ -250,12 +288,12 @@ class Engine:
         return results
 
     def _step(self, cache: StepCache, sessions: Sequence[Session], steps: Sequence[Step]) -> torch.Tensor:
-        hidden = torch.cat([step.hidden for step in steps]).to(self._device, self._dtype)
+        hidden = to_device(torch.cat([step.hidden for step in steps]), self._device, self._dtype)
         mask = cache.mask()
         options = {}
         if self._takes_positions and (len(sessions) > 1 or steps[0].positions is not None or self._counts_from_zero):
             positions = torch.cat([_positions(*each) for each in zip(sessions, steps, strict=True)])
-            options["position_ids"] = positions.to(self._device)
+            options["position_ids"] = to_device(positions, self._device)
         rows = [
             SessionRows(rows=session.rows, context_length=_context_length(step))
             for session, step in zip(sessions, steps, strict=True)
@@ -263,7 +301,7 @@ class Engine:
         with self._separate.call_of(rows):
             return self._model(
                 inputs_embeds=hidden,
-                attention_mask=None if mask is None else mask.to(self._device).long(),
+                attention_mask=None if mask is None else to_device(mask, self._device, torch.long),
                 past_key_values=cache,
                 use_cache=False,  # it is used all the same; with True, MiniMax wants a cache of its own class
                 **options,
@@ -271,7 +309,7 @@ class Engine:
 
     def _graph(self, request: Forward, adapter: Adapter | None) -> Graph:
         """The output of a forward with its autograd graph."""
-        hidden = request.hidden.to(self._device, self._dtype).requires_grad_(request.input_grad)
+        hidden = to_device(request.hidden, self._device, self._dtype).requires_grad_(request.input_grad)
         with torch.enable_grad():
             output = self._output(request, adapter, hidden)
         return Graph(
@@ -286,14 +324,18 @@ class Engine:
         if adapter is not None:
             adapter.check_positions(hidden.shape[1])
         with self._configured(request.span, CallPlan.of(adapter, train=request.train, seed=request.seed)):
-            output = self._run(request, hidden)
-            if not _are_finite(output):
-                raise self._not_finite(request.span, request.hidden, partial(self._run, request, hidden.detach()))
-        return output
+            return self._run(request, hidden)
+
+    def _check_output(self, finite: Iterable[torch.Tensor], request: Forward, adapter: Adapter | None) -> None:
+        """Raises the error for an output of `request` that is not finite, as `finite` says."""
+        if not all(finite):
+            with self._configured(request.span, CallPlan.of(adapter, train=request.train, seed=request.seed)):
+                hidden = to_device(request.hidden.detach(), self._device, self._dtype)
+                raise self._not_finite(request.span, request.hidden, partial(self._run, request, hidden))
 
     def _run(self, request: Forward, hidden: torch.Tensor) -> torch.Tensor:
-        options = {} if request.positions is None else {"position_ids": request.positions.to(self._device)}
-        padding = None if request.padding is None else request.padding.to(self._device).long()
+        options = {} if request.positions is None else {"position_ids": to_device(request.positions, self._device)}
+        padding = None if request.padding is None else to_device(request.padding, self._device, torch.long)
         rows = [SessionRows(rows=len(hidden), context_length=_context_length(request))]
         with self._separate.call_of(rows):
             return self._model(
@@ -303,13 +345,13 @@ class Engine:
     @torch.no_grad()
     def _not_finite(self, span: BlockSpan, hidden: torch.Tensor, run: Callable[[], object]) -> PetalsTuneError:
         """The error for an output that is not finite: of the input `hidden`, or of the first block in another `run`."""
-        if not _are_finite(hidden):
+        if not hidden.isfinite().all():
             text = f"non-finite numbers in the hidden states at block {span.start}"
             return RequestRefused(text, block=span.start, reason="hidden not finite")
         bad: list[int] = []
 
         def hook(number: int, block: nn.Module, args: object, output: Any) -> None:
-            if not _are_finite(output[0] if isinstance(output, tuple) else output):
+            if not (output[0] if isinstance(output, tuple) else output).isfinite().all():
                 bad.append(number)
 
         hooks = [
@@ -322,7 +364,21 @@ class Engine:
             for each in hooks:
                 each.remove()
         first = min(bad, default=span.stop)
-        return NotFinite(f"non-finite numbers come out of block {first}, from finite ones", block=first)
+        text = f"non-finite numbers come out of block {first}, from finite ones, {self._in_dtype}"
+        return NotFinite(text, block=first, dtype=self._dtype_name)
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self._dtype).removeprefix("torch.")
+
+    @property
+    def _in_dtype(self) -> str:
+        beyond = (
+            ", which ends at 65,504: a server with dtype=bfloat16 or float32 holds more"
+            if self._dtype is torch.float16
+            else ""
+        )
+        return f"in {self._dtype_name}{beyond}"
 
     @functools.cached_property
     def footprint(self) -> Footprint:
@@ -346,7 +402,7 @@ class Engine:
 
     def kind_of(self, block: int) -> str:
         """The structure of a block: those of equal structure take equal memory."""
-        return f"{self.layer_type_of(block)} {self.block(block)}"
+        return f"{self.layer_type_of(block)} {device_of(self.block(block))} {self.block(block)}"
 
     def layer_type_of(self, block: int) -> str:
         """The name that the config has for a block's kind; "" where all are of one kind."""
@@ -390,13 +446,10 @@ class Engine:
             self._training = plan.train
         self.hooks.plan = plan
         try:
-            yield
+            with without_cudnn_attention(self._device):
+                yield
         finally:
             self.hooks.plan = None
-
-
-def _are_finite(*tensors: torch.Tensor) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _context_length(request: Forward | Step) -> int:

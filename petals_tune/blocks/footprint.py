@@ -9,8 +9,11 @@ Shapes: B rows, S new positions, T positions in all, the cached ones included.
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +26,7 @@ from petals_tune.adapters import METHODS
 from petals_tune.adapters.base import linear_features
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.cache_probe import StateBlocks
+from petals_tune.blocks.experts.stack import ExpertStack
 from petals_tune.blocks.kv_cache import CacheSizes, Session
 from petals_tune.blocks.loading import LoadedBlocks
 from petals_tune.wire.messages import Backward, Forward, Step
@@ -124,6 +128,7 @@ class _Seen:
     kept: Growth  # by the graph
     training: Sequence[Growth]  # beside the graph, during the forward that makes it and the backward
     step: Sequence[Growth]  # beside the caches
+    expert_rows: float  # rows that experts multiply for each row and position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,12 +189,15 @@ class Footprint:
     def _of(self, span: BlockSpan) -> Sequence[_Block]:
         return self.blocks[span.start - self.start : span.stop - self.start]
 
-    @staticmethod
-    def _of_adapter(one: Pass) -> tuple[int, int]:
+    def _of_adapter(self, one: Pass) -> tuple[int, int]:
         """(kept by its parts, most beside that while a part is applied): bytes for each row and position."""
-        parts = () if one.adapter is None else one.adapter.parts
-        each = [METHODS[part.method].position_bytes(part, training=one.train) for part in parts]
-        return sum(part.kept for part in each), max((part.working for part in each), default=0)
+        kept, working = 0, 0
+        expert_rows = math.ceil(max(block.seen.expert_rows for block in self._of(one.span)))
+        for part in () if one.adapter is None else one.adapter.parts:
+            method = METHODS[part.method]
+            each, rows = method.position_bytes(part, training=one.train), expert_rows if method.on_experts else 1
+            kept, working = kept + rows * each.kept, max(working, rows * each.working)
+        return kept, working
 
 
 class Measurable(Protocol):
@@ -290,7 +298,7 @@ def _measure(engine: Measurable, span: BlockSpan) -> _Seen:
         ) as watch:  # what is a view of one row is a copy of two in some families (BLOOM)
             engine.forward(_request(engine, span, new, rows=2, train=train), None)
         without_graph[train] = tuple(watch.peaks)
-    with _Watch(new, new, weights=weights) as training:
+    with _Watch(new, new, weights=weights) as training, _counting_rows(engine, span) as counted:
         result = engine.forward(_request(engine, span, new, keep=True, train=True), None)
         kept = training.live
         engine.backward(Backward(lease=1, grad=torch.zeros(1, new, engine.hidden_size)), result.graph, None)
@@ -299,7 +307,25 @@ def _measure(engine: Measurable, span: BlockSpan) -> _Seen:
         kept=kept,
         training=tuple(peak.plus(kept, sign=-1) for peak in training.peaks),
         step=_measure_step(engine, span, new, total),
+        expert_rows=max(counted.values(), default=0) / new,
     )
+
+
+@contextmanager
+def _counting_rows(engine: Measurable, span: BlockSpan) -> Iterator[Counter[nn.Module]]:
+    """Count the rows that each matrix of experts multiplies in the meantime."""
+    counted: Counter[nn.Module] = Counter()
+
+    def count(stack: nn.Module, args: tuple[torch.Tensor, int]) -> None:
+        counted[stack] += len(args[0])
+
+    modules = [module for block in range(span.start, span.stop) for module in engine.block(block).modules()]
+    hooks = [each.register_forward_pre_hook(count) for each in modules if isinstance(each, ExpertStack)]
+    try:
+        yield counted
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _measure_step(engine: Measurable, span: BlockSpan, new: int, total: int) -> Sequence[Growth]:
@@ -344,6 +370,7 @@ def _lengths(engine: Measurable, span: BlockSpan) -> tuple[int, int]:
     modules = [module for block in range(span.start, span.stop) for module in engine.block(block).modules()]
     dimensions = {size for module in modules for tensor in module.parameters(recurse=False) for size in tensor.shape}
     dimensions |= {size for module in modules for size in linear_features(module) or ()}  # 4 bits are packed
+    dimensions |= {size for module in modules if isinstance(module, ExpertStack) for size in module.shape}
     own = [prime for prime in _PRIMES if all(size % prime for size in dimensions)]
     scale = _GPU_ALIGNMENT if engine.device.startswith("cuda") else 1
     lengths = [scale * prime for prime in own if any((scale * prime + 1) % other == 0 for other in own)]

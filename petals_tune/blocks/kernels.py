@@ -1,15 +1,16 @@
-"""Faster kernels for frozen blocks on a CPU: transformers' numbers to float rounding, in fewer passes over memory.
+"""Faster kernels for frozen blocks: transformers' numbers to float rounding.
 
-torch multiplies float32 matrices with MKL, which on many processors (AMD's, among others) runs at half the speed of
-oneDNN, the other library inside torch. Which of them is faster here is measured once per process, unless it was chosen
-with `choose_library`: the two round differently, and where they tie another measurement may take the other.
+On a CPU torch multiplies float32 matrices with MKL, which on many processors (AMD's, among others) runs at half the
+speed of oneDNN, the other library inside torch. Which of them is faster here is measured once per process, unless it
+was chosen with `choose_library`: the two round differently, and where they tie another measurement may take the other.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -59,20 +60,31 @@ class FloatLinear(nn.Linear):
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x (..., in) -> x W^T + bias (..., out), differentiable in x alone: nothing of the call is kept.
+    """x (..., in) -> (x W^T) scale + bias (..., out), differentiable in x alone: nothing of the call is kept.
 
-    `weight` gives W (out, in) anew in each direction, where it is stored in another form.
+    `weight` gives W (out, in) and `scale` (out,) or nothing, anew in each direction, where they are stored in another
+    form.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, weight: Callable[[], torch.Tensor]) -> Any:
-        ctx.weight = weight
-        return _linear(x, weight(), bias)
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight: Callable[[], torch.Tensor],
+        scale: Callable[[], torch.Tensor] | None = None,
+    ) -> Any:
+        ctx.weight, ctx.scale = weight, scale
+        if scale is None:
+            return _linear(x, weight(), bias)
+        product = _linear(x, weight(), None)
+        return product.mul_(scale()) if bias is None else torch.addcmul(bias.to(x.dtype), product, scale())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _linear(grad, ctx.weight().t(), None), None, None
+        scaled = grad if ctx.scale is None else grad * ctx.scale()
+        return _linear(scaled, ctx.weight().t(), None), None, None, None
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -85,6 +97,23 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`F.linear` by oneDNN. torch has no public name for it; its own compiler calls it so."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@contextmanager
+def without_cudnn_attention(device: torch.device) -> Iterator[None]:
+    """Within the block, attention on a GPU is computed by torch's own kernels; afterwards by those that it had before.
+
+    cuDNN makes a plan for each new length: 55 ms for every token of a text, on an H100 with torch 2.11. The setting is
+    of the whole process.
+    """
+    if device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 _chosen: Library | None = None

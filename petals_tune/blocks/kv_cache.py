@@ -36,7 +36,7 @@ class Session:
     states: States = field(default_factory=States)
 
     @classmethod
-    def probe(cls, span: BlockSpan, max_length: int) -> Session:
+    def probe(cls, span: BlockSpan, max_length: int = 1) -> Session:
         """A session of one row, to measure with."""
         return cls(client="", span=span, rows=1, max_length=max_length, adapter=None, adapter_version=None)
 

@@ -10,12 +10,16 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from petals_tune.blocks.devices.hardware import has_bfloat16, is_accelerator
+from petals_tune.blocks.experts.forward import use_expert_forward
+from petals_tune.blocks.experts.reading import ExpertReader, Readable, StoredExperts
+from petals_tune.blocks.experts.stack import ExpertStack, expert_stacks, replace_by_stacks
 from petals_tune.blocks.memory import give_back_freed_memory
 from petals_tune.blocks.quantization import Quantization, find_scheme
 from petals_tune.blocks.quantized_cache import QuantizedBlockCache
 from petals_tune.errors import ConfigError, UnsupportedModel
 from petals_tune.model.block_lists import kinds_of_blocks, set_blocks
-from petals_tune.model.checkpoint import Checkpoint, StoredTensor
+from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.disk import DiskCache
 from petals_tune.model.families import (
     Family,
@@ -50,50 +54,60 @@ def load_blocks(
     *,
     quantization: str,
     dtype: torch.dtype,
-    device: str = "cpu",
+    device: str | Sequence[str] = "cpu",
     disk: DiskCache | None = None,
     on_block: Callable[[int], None] = lambda block: None,
 ) -> LoadedBlocks:
     """Read blocks `span` one by one, quantize each by the scheme of that name, and build the model around them.
 
-    At most one tensor is in memory in full, or those of one block's experts. Quantized blocks are kept in `disk`, and
-    read from there the next time. `on_block` is called after each block, with its number. Raises UnsupportedModel for
-    files that cannot be used, ConfigError for a span that the model does not have or a scheme that cannot be used.
+    At most one tensor is in memory in full, or one expert's matrix. Quantized blocks are kept in `disk`, and read from
+    there the next time. `on_block` is called after each block, with its number.
+
+    device: of all blocks, or a list with that of each; the rest of the model is on the first block's
+
+    Raises UnsupportedModel for files that cannot be used, ConfigError for a span that the model does not have or a
+    scheme that cannot be used.
     """
+    devices = [device] * len(span) if isinstance(device, str) else list(device)
     scheme = find_scheme(quantization)
-    scheme.check_available(device)
+    for each in {*devices}:
+        scheme.check_available(each)
     layout = BlockLayout.of(checkpoint)
     if span.stop > layout.family.total_blocks:
         raise ConfigError(
             f"blocks={span}: {checkpoint.source} has blocks 0:{layout.family.total_blocks}", key="blocks", seen=span
         )
-    loader = _Loader(layout, scheme, dtype, device)
+    loader = _Loader(layout, scheme, dtype)
     cache = None
     if disk is not None and scheme.stored_config(dtype) is not None:
-        cache = QuantizedBlockCache(disk=disk, checkpoint=checkpoint, quantization=scheme.name, dtype=dtype)
+        cache = QuantizedBlockCache(
+            disk=disk, checkpoint=checkpoint, quantization=scheme.stored_as or scheme.name, dtype=dtype
+        )
     blocks = []
-    for block in range(span.start, span.stop):
-        blocks.append(loader.load(block, cache))
+    for block, its_device in zip(range(span.start, span.stop), devices, strict=True):
+        blocks.append(loader.load(block, cache, its_device))
         give_back_freed_memory()
         on_block(block)
-    return loader.build_around(blocks, span)
+    return loader.build_around(blocks, span, devices[0])
 
 
 def dummy_block(checkpoint: Checkpoint, *, quantization: str, dtype: torch.dtype, device: str) -> LoadedBlocks:
     """Block 0 with constants for weights: it has the shapes of the real one, and computes as fast."""
     layout = BlockLayout.of(checkpoint)
-    loader = _Loader(layout, find_scheme(quantization), dtype, device)
+    loader = _Loader(layout, find_scheme(quantization), dtype)
     constants = {
         name: _Constant(shape=parameter.shape, dtype=dtype)
         for name, parameter in layout.meta_block(0).named_parameters()
     }
-    block, _ = loader.build(0, constants)
-    return loader.build_around([block], BlockSpan(0, 1))
+    block, _ = loader.build(0, constants, device)
+    for stack in expert_stacks(block).values():
+        stack.fill(_Constant(shape=torch.Size(stack.shape[1:]), dtype=dtype).__getitem__, device)
+    return loader.build_around([block], BlockSpan(0, 1), device)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Constant:
-    """A tensor in the place of a `StoredTensor`: it takes memory once it is indexed."""
+    """A tensor in the place of a stored tensor: it takes memory once it is indexed."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -126,22 +140,25 @@ class BlockLayout:
         return self.family.blocks_of(self.meta_model)[block]
 
 
-_State = Mapping[str, torch.Tensor | StoredTensor | _Constant]  # of one block: name inside the block -> tensor
+_State = Mapping[str, torch.Tensor | Readable]  # of one block: name inside the block -> tensor
 
 
-@dataclass(frozen=True)
 class _Loader:
-    """Builds blocks of one checkpoint, each by transformers in a base model of that block alone."""
+    """Builds blocks of one checkpoint, each by transformers in a base model of that block alone.
 
-    layout: BlockLayout
-    scheme: Quantization
-    dtype: torch.dtype
-    device: str
+    Experts are read and quantized here, one by one: transformers makes one tensor of all of a block's.
+    """
 
-    def load(self, block: int, cache: QuantizedBlockCache | None) -> nn.Module:
+    def __init__(self, layout: BlockLayout, scheme: Quantization, dtype: torch.dtype):
+        self.layout, self.scheme, self.dtype = layout, scheme, dtype
+        for block in layout.family.blocks_of(layout.meta_model):
+            replace_by_stacks(block, scheme)
+        self._reader = ExpertReader(layout.meta_model)
+
+    def load(self, block: int, cache: QuantizedBlockCache | None, device: str) -> nn.Module:
         renamed, checkpoint = self.layout.names[block], self.layout.checkpoint
         if cache is not None and (quantized := cache.get(block, list(renamed))) is not None:
-            return self.build(block, quantized, is_quantized=True)[0]
+            return self.build(block, quantized, device, is_quantized=True)[0]
         tensors = checkpoint.stored(renamed, self.dtype)
         shapes = {name: tuple(parameter.shape) for name, parameter in self.layout.meta_block(block).named_parameters()}
         for name, tensor in tensors.items():
@@ -153,7 +170,14 @@ class _Loader:
                     key="model.source",
                     seen=name,
                 )
-        made, missing = self.build(block, {renamed[name]: tensor for name, tensor in tensors.items()})
+        experts = self._find_experts(block)
+        of_experts = {name for stored in experts.values() for names in stored.names.values() for name in names}
+        others = {renamed[name]: tensor for name, tensor in tensors.items() if name not in of_experts}
+        made, missing = self.build(block, others, device)
+        stacks = expert_stacks(made)
+        missing += [
+            path for path, stack in stacks.items() if path not in experts or experts[path].lacks(stack.shape[0])
+        ]
         if missing:
             raise UnsupportedModel(
                 f"{checkpoint.source} lacks tensors of block {block}: {', '.join(sorted(missing)[:3])}"
@@ -161,6 +185,8 @@ class _Loader:
                 key="model.source",
                 seen=sorted(missing),
             )
+        for path, stack in stacks.items():
+            self._fill(stack, experts[path], tensors, device)
         if self.scheme.stored_config(self.dtype) is not None:
             for parameter in made.parameters():
                 if parameter.is_floating_point():  # a view that would keep the whole file in memory
@@ -169,31 +195,72 @@ class _Loader:
             cache.put(block, list(renamed), made.state_dict())
         return made
 
-    def build(self, block: int, state: _State, *, is_quantized: bool = False) -> tuple[nn.Module, list[str]]:
-        """(block number `block` with the tensors of `state`, the names of tensors that `state` lacks)."""
+    def _find_experts(self, block: int) -> dict[str, StoredExperts]:
+        """Where the experts of a block are in the checkpoint, by the paths of their stacks."""
+        place = f"{self.layout.family.blocks}.{block}."
+        paths = expert_stacks(self.layout.meta_block(block))
+        names = {place + inside: name for name, inside in self.layout.names[block].items()}
+        found = self._reader.find(names, [place + path for path in paths])
+        return {parameter.removeprefix(place): stored.renamed(names) for parameter, stored in found.items()}
+
+    def _fill(self, stack: ExpertStack, stored: StoredExperts, tensors: Mapping[str, Readable], device: str) -> None:
+        """Read and quantize the experts of a stack. Raises UnsupportedModel for those of another shape."""
+        checkpoint = self.layout.checkpoint
+        whole = stored.whole(tensors) if self.scheme.stored_config(self.dtype) is None else None
+        if whole is not None and whole.shape == stack.shape:  # of the mapped file, which servers on one machine share
+            whole = whole.to(device)
+            stack.put(whole.transpose(1, 2) if stack.transposed else whole, whole.new_empty(len(whole), 0))
+            return
+
+        def matrix_of(expert: int) -> torch.Tensor:
+            matrix = stored.read(expert, tensors, stack.shape, checkpoint.config)
+            if matrix.shape != stack.shape[1:]:
+                raise UnsupportedModel(
+                    f"{checkpoint.source} does not fit config.json: expert {expert} of {stored.parameter} is "
+                    f"{tuple(matrix.shape)} there, and should be {tuple(stack.shape[1:])}",
+                    key="model.source",
+                    seen=stored.parameter,
+                )
+            return matrix
+
+        stack.fill(matrix_of, device)
+
+    def build(
+        self, block: int, state: _State, device: str, *, is_quantized: bool = False
+    ) -> tuple[nn.Module, list[str]]:
+        """(block number `block` on `device` with the tensors of `state`, the names of tensors that `state` lacks)."""
         family, meta_model = self.layout.family, self.layout.meta_model
         config, quantize = trimmed_config(meta_model), self.scheme.loading_config(self.dtype)
         if is_quantized and (stored := self.scheme.stored_config(self.dtype)) is not None:
             config.quantization_config, quantize = stored.to_dict(), None  # as in a checkpoint that was saved quantized
         place = f"{family.blocks}.0."
+        filled = {
+            path: [state[f"{path}.{tensor}"] for tensor in ("numbers", "scales")]
+            for path in expert_stacks(meta_model.get_submodule(f"{family.blocks}.{block}"))
+            if f"{path}.numbers" in state
+        }
         model, loading = load_part(
             trimmed_class(meta_model, family, BlockSpan(block, block + 1)),
             config,
-            {place + name: tensor for name, tensor in state.items()},
+            {place + name: t for name, t in state.items() if name.rpartition(".")[0] not in filled},
             dtype=self.dtype,
-            device_map=self.device,
+            device_map=device,
             quantization_config=quantize,
         )
         missing = [name.removeprefix(place) for name in loading["missing_keys"] if name.startswith(place)]
-        return family.blocks_of(model)[0], missing
+        made = family.blocks_of(model)[0]
+        for path, stack in expert_stacks(made).items():
+            if path in filled:
+                stack.put(*(tensor[...].to(device) for tensor in filled[path]))
+        return made, missing
 
-    def build_around(self, blocks: Sequence[nn.Module], span: BlockSpan) -> LoadedBlocks:
-        """The base model with `blocks`; they keep their own numbers, which some families compute with."""
+    def build_around(self, blocks: Sequence[nn.Module], span: BlockSpan, device: str) -> LoadedBlocks:
+        """The base model on `device` with `blocks`; they keep their own numbers, which some families compute with."""
         family, meta_model = self.layout.family, self.layout.meta_model
         config = trimmed_config(meta_model)
         kinds = kinds_of_blocks(config)
         set_blocks(config, 0)  # made without blocks: masks, rotary tables of each layer type, the loop
-        model, _ = load_part(type(meta_model), config, {}, dtype=self.dtype, device_map=self.device)
+        model, _ = load_part(type(meta_model), config, {}, dtype=self.dtype, device_map=device)
         set_blocks(model.config, len(span), None if kinds is None else kinds[span.start : span.stop])
         for block in blocks:
             module: Any
@@ -203,6 +270,7 @@ class _Loader:
                         model.config._is_quantized = True
                     module.config = model.config
         family.put_blocks(model, nn.ModuleList(blocks))
+        use_expert_forward(model)
         empty_the_rest(model, family)
         model.requires_grad_(False)
         self.scheme.set_mode(model, training=False)
@@ -217,14 +285,17 @@ class _Loader:
         )
 
 
-def torch_dtype(name: str, config: PretrainedConfig, device: str) -> torch.dtype:
-    """The dtype to compute in, by its name. `auto` is the checkpoint's on a GPU and float32 on a CPU.
+def torch_dtype(name: str, config: PretrainedConfig, *devices: str) -> torch.dtype:
+    """The dtype to compute in on `devices`, by its name.
 
-    On a CPU without native support, bfloat16 was 8 to 80 times slower than float32. Raises ConfigError.
+    `auto` is float32 on a CPU, where bfloat16 without native support was 8 to 80 times slower, and the checkpoint's
+    dtype on a GPU; but float16 where that is bfloat16 and a GPU does not have it. Raises ConfigError.
     """
     if name == "auto":
         stored = getattr(config, "dtype", None)
-        return stored if device != "cpu" and isinstance(stored, torch.dtype) else torch.float32
+        if not all(map(is_accelerator, devices)) or not isinstance(stored, torch.dtype):
+            return torch.float32
+        return torch.float16 if stored is torch.bfloat16 and not all(map(has_bfloat16, devices)) else stored
     if name not in ("float32", "float16", "bfloat16"):
         raise ConfigError(f"dtype={name!r} is not one of auto, float32, float16, bfloat16", key="dtype", seen=name)
     return getattr(torch, name)

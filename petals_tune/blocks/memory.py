@@ -1,22 +1,22 @@
-"""How many blocks fit into this machine's free memory."""
+"""Memory of devices: how much is free, how many blocks fit, and errors that say that it was not enough."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import platform
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import torch
 from torch import nn
 
-from petals_tune.adapters.base import linear_features
+from petals_tune.adapters.base import expert_parameters, linear_features
 from petals_tune.blocks.quantization import Quantization
 from petals_tune.errors import ConfigError
 
 _GB = 2**30
-SPARE = 0.1  # of the free memory, for the rest of the machine
+SPARE = 0.1  # of the free memory: for the rest of the machine; on a GPU, for what its allocator cuts into pieces
 COMPUTE_SHARE = 1 / 8  # of the memory, to compute one request, where no limit is set
 # A control group's limit and use, of version 2 and of version 1, as a container sees its own.
 _CGROUPS = (
@@ -25,63 +25,13 @@ _CGROUPS = (
 )
 
 
-def find_device(device: str) -> str:
-    """`device`; for `auto`, the CUDA GPU with the most free memory where torch can use one, and the CPU elsewhere.
-
-    Raises ConfigError where torch cannot compute on `device` here.
-    """
-    if device == "auto":
-        gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-        device = max(gpus, key=free_bytes, default="cpu")
-    check_device(device)
-    return device
-
-
-def device_name(device: str) -> str:
-    """The device with its hardware, as in "cuda:0, NVIDIA H100"."""
-    hardware = torch.cuda.get_device_name(device) if device.startswith("cuda") else _processor()
-    return f"{device}, {hardware}"
-
-
-@functools.cache
-def _processor() -> str:
-    """Return the processor's name and its widest vectors; a container's host name would change at every start."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
-    return f"{' '.join(sorted(names)) or platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def check_device(device: str) -> None:
-    """Raises ConfigError where torch cannot compute on `device` here."""
-    try:
-        torch.device(device)
-    except RuntimeError:  # its text lists two dozen devices, most of them never built
-        raise ConfigError(
-            f"device={device} is no device that torch knows: write auto, cpu, cuda or, of several GPUs, cuda:1",
-            key="device",
-            seen=device,
-        ) from None
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch's build without CUDA asserts that it has it
-        reason = str(error).strip().split("\n", 1)[0]
-        raise ConfigError(
-            f"device={device}: torch {torch.__version__} cannot use it here: {reason}\n"
-            "  device=cpu works everywhere; a GPU needs its driver (does nvidia-smi list it?) and torch's build for it "
-            "(https://pytorch.org/get-started/locally)",
-            key="device",
-            seen=device,
-        ) from None
-
-
 def free_bytes(device: str) -> int:
     """Memory that is free on `device` now; inside a container, of what the container may use."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
+    if device == "mps":  # shares the machine's
+        return max(min(free, total_bytes(device) - torch.mps.driver_allocated_memory()), 0)
     for limit, used in _CGROUPS:
         if limit.is_file() and (limit_bytes := limit.read_text().strip()) != "max":
             free = min(free, int(limit_bytes) - int(used.read_text()))
@@ -92,6 +42,8 @@ def total_bytes(device: str) -> int:
     """Memory of `device`; inside a container, what the container may use."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[1]
+    if device == "mps":
+        return torch.mps.recommended_max_memory()
     total = psutil.virtual_memory().total
     for limit, _ in _CGROUPS:
         if limit.is_file() and (limit_bytes := limit.read_text().strip()) != "max":
@@ -99,23 +51,43 @@ def total_bytes(device: str) -> int:
     return total
 
 
-def compute_bytes(device: str, max_gb: float | None) -> int:
-    """Memory on `device` to compute one request: `max_gb`; None: a share of all."""
-    return int(total_bytes(device) * COMPUTE_SHARE if max_gb is None else max_gb * _GB)
+def usable_bytes(free: int) -> int:
+    """What of `free` memory is used for blocks and budgets."""
+    return int(free * (1 - SPARE))
+
+
+def compute_bytes(devices: Sequence[str], max_gb: float | None) -> int:
+    """Memory on any of `devices` to compute one request: `max_gb`; None: a share of all that the smallest has."""
+    return int(min(map(total_bytes, devices)) * COMPUTE_SHARE if max_gb is None else max_gb * _GB)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a request did not fit; cuBLAS and torch's allocator of host memory have no class."""
+    """Whether an error says that memory was not enough; not all that say so have a class of their own."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    texts = ("CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+    texts = (
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "DefaultCPUAllocator: can't allocate memory",
+        *("CUDA error: out of memory", "HIP error: out of memory", "MPS backend out of memory"),
+    )
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def describe_out_of_memory(error: BaseException, devices: Sequence[str]) -> str:
+    """How much was asked for, where the error tells, and how much is free: "out of memory: asked for 2.00 GiB, ..."."""
+    text = str(error)
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
+    free = re.search(r"of which ([\d.]+ \w+) is free", text)  # when it was asked for; later, more may be
+    left = [free[1]] if free else [f"{free_bytes(device) / _GB:.2f} GiB on {device}" for device in devices]
+    return f"out of memory: asked for {asked[1] if asked else 'some'}, free {', '.join(left)}"
 
 
 def give_back_freed_memory() -> None:
     """Return freed memory to the system: glibc and torch's CUDA allocator keep it, and a block in full is worth it."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
     trim_heap()
 
 
@@ -133,23 +105,44 @@ def block_bytes(block: nn.Module, *, quantization: Quantization, dtype: torch.dt
         if (features := linear_features(module)) is not None:
             weights.add(id(module.get_parameter("weight")))
             quantized += quantization.weight_bytes(*features, dtype)
+        for parameter in expert_parameters(module):
+            weights.add(id(module.get_parameter(parameter.name)))
+            experts, first, second = parameter.shape
+            inputs, outputs = (first, second) if parameter.transposed else (second, first)
+            quantized += experts * quantization.weight_bytes(inputs, outputs, dtype)
     others = [tensor for tensor in (*block.parameters(), *block.buffers()) if id(tensor) not in weights]
     return int(quantized) + sum(tensor.numel() for tensor in others) * dtype.itemsize
 
 
-def blocks_that_fit(free: int, budgets: int, one_block: int, working: int, total_blocks: int) -> int:
-    """How many blocks of `one_block` bytes fit into `free` beside `budgets` for leases and caches.
+def blocks_that_fit(free: Sequence[int], budgets: int, one_block: int, working: int, total_blocks: int) -> int:
+    """How many blocks of `one_block` bytes fit into the `free` memory of each device.
 
+    Every device has room for all `budgets` for leases and caches, since clients may use its blocks alone.
     `working`: what one request takes while it is computed, or one block in full while it is loaded. Raises ConfigError
     where not even one block fits.
     """
-    room = int(free * (1 - SPARE)) - budgets - working
-    if room < one_block:
+    rooms = [usable_bytes(each) - budgets - working for each in free]
+    if max(rooms) < one_block:
         raise ConfigError(
-            f"{free / _GB:.1f} GB of memory are free, and a server of one block needs "
+            f"{max(free) / _GB:.1f} GB of memory are free, and a server of one block needs "
             f"{(one_block + working + budgets) / (1 - SPARE) / _GB:.1f} GB: {budgets / _GB:.1f} GB for leases and "
             f"caches, {one_block / _GB:.2f} GB for the block and {working / _GB:.2f} GB to load and compute it\n"
             "  lower limits.max_lease_gb, limits.max_cache_gb or limits.max_compute_gb, or say num_blocks=1 to try it",
             key="num_blocks",
         )
-    return min(room // one_block, total_blocks)
+    return min(sum(max(room, 0) // one_block for room in rooms), total_blocks)
+
+
+def spread(blocks: int, devices: Sequence[str], one_block: int) -> list[str]:
+    """The device of each of `blocks` blocks in a row: a run on each device, sized by its free memory.
+
+    Each block goes where most is left, so that the fullest device, whose memory bounds the budgets, has the most left
+    that it can have.
+    """
+    left = [usable_bytes(free_bytes(device)) for device in devices]
+    counts = [0] * len(devices)
+    for _ in range(blocks):
+        emptiest = left.index(max(left))
+        counts[emptiest] += 1
+        left[emptiest] -= one_block
+    return [device for device, count in zip(devices, counts, strict=True) for _ in range(count)]

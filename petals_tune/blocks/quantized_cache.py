@@ -22,6 +22,8 @@ from petals_tune.model.disk import DiskCache
 
 logger = logging.getLogger(__name__)
 
+_FORMAT = 2  # of the state dicts: what quantizes or names their tensors otherwise gets another number
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedBlockCache:
@@ -65,7 +67,7 @@ class QuantizedBlockCache:
 
     def _path(self, block: int, names: Sequence[str]) -> Path:
         libraries = [version("bitsandbytes"), version("transformers")]
-        what = [self.checkpoint.state_of(names), sorted(names), self.quantization, str(self.dtype), libraries]
+        what = [_FORMAT, self.checkpoint.state_of(names), sorted(names), self.quantization, str(self.dtype), libraries]
         key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
         return self.disk.quantized / key / f"{block}.safetensors"
 

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from petals_tune.blocks.experts.stack import ExpertStack
+
 # Rope types whose frequencies are the same for every call. Those of any other type are computed apart.
 _FIXED_ROPE_TYPES = {"default", "linear", "yarn", "llama3", "proportional"}
 
@@ -114,6 +116,7 @@ def _has_experts(module: nn.Module) -> bool:
         return False
     return any(
         name.rpartition(".")[2] == "experts"
+        or isinstance(inner, ExpertStack)
         or any(parameter.dim() == 3 for parameter in inner.parameters(recurse=False))
         for name, inner in module.named_modules()
     )

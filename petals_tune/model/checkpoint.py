@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
@@ -17,35 +17,16 @@ from httpx2 import HTTPError, TransportError
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from petals_tune.errors import HubUnreachable, PetalsTuneError, UnsupportedModel
 from petals_tune.model.disk import DiskCache
 from petals_tune.model.download import Blob, check
+from petals_tune.model.packed import PackedFormat, PackedTensor, check_unpacked, find_format, take_quantization
+from petals_tune.model.stored import FLOATS, StoredTensor, opened, tensors_in
 
 _INDEX, _SINGLE, _GENERATION = "model.safetensors.index.json", "model.safetensors", "generation_config.json"
-
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredTensor:
-    """A tensor in a file. Indexing reads it, with `...` all of it; a floating one as `dtype`.
-
-    transformers accepts a state dict of these and reads each one when it needs it.
-    """
-
-    path: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        with _opened(self.path) as opened:  # not kept open: pages read from a mapped file count as memory
-            tensor = opened.get_tensor(self.name)[index]
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
 
 @dataclass(frozen=True)
@@ -62,14 +43,30 @@ class Checkpoint:
     revision: str | None = None
     token: str | bool | None = field(default=None, repr=False)
 
-    @cached_property
+    @property
     def config(self) -> PretrainedConfig:
-        """The parsed config.json. Raises UnsupportedModel where there is none, HubUnreachable where the hub is down."""
+        """The parsed config.json, without `quantization_config`: packed weights are unpacked as they are read.
+
+        Raises UnsupportedModel where there is none, or one with weights in a format that cannot be read, and
+        HubUnreachable where the hub is down.
+        """
+        return self._parsed[0]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether config.json says that weights are stored in fewer bits; they are read as if they were not."""
+        return self._parsed[2] is not None
+
+    @cached_property
+    def _parsed(self) -> tuple[PretrainedConfig, dict[str, Any] | None, PackedFormat | None]:
+        """config.json without its `quantization_config`; that; and what it says: how weights are packed."""
         if _is_path(self.source) and not Path(self.source).is_dir():
             raise UnsupportedModel(
                 f"model.source={self.source}: there is no such folder; give one with config.json and safetensors "
                 "files, or the name of a model on the hub",
                 source=self.source,
+                key="model.source",
+                seen=self.source,
             )
         if Path(self.source).is_dir() and not Path(self.source, "config.json").is_file():
             raise UnsupportedModel(
@@ -81,7 +78,9 @@ class Checkpoint:
             )
         what = f"model.source={self.source!r} is neither a folder with a config.json nor a model that the hub gave"
         with self._errors_explained(what, "config.json"):
-            return AutoConfig.from_pretrained(self._config_folder)
+            config = AutoConfig.from_pretrained(self._config_folder)
+        options = take_quantization(config)
+        return config, options, find_format(options, config, self.source)
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
@@ -103,10 +102,9 @@ class Checkpoint:
         if isinstance(stored, torch.dtype):
             return stored
         for name, file in self._files.items():
-            with _opened(self._path(file)) as opened:
-                kind = opened.get_slice(name).get_dtype()
-            if kind in _FLOATS:
-                return _FLOATS[kind]
+            kind = tensors_in(self._path(file), [name])[name].kind
+            if kind in FLOATS:
+                return FLOATS[kind]
         return torch.float32
 
     @cached_property
@@ -141,42 +139,85 @@ class Checkpoint:
         config = self.config.to_diff_dict()
         for local in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"):
             config.pop(local, None)
+        if self._parsed[1] is not None:
+            config["quantization_config"] = self._parsed[1]
         digest = _digest([config, sorted(self._files)])
         sums = self._sums_of_weights()
         return f"{digest}.{_digest(sums)}" if sums else digest
 
     @property
     def tensor_names(self) -> list[str]:
+        """The names of the tensors of the model, packed ones by the names that they have in the model unpacked."""
+        return list(self._parts)
+
+    @property
+    def stored_names(self) -> list[str]:
+        """The names of the tensors as they stand in the files."""
         return list(self._files)
 
     def file_of(self, name: str) -> str:
-        """Return the name of the file that holds the tensor `name`."""
-        return self._files[name]
+        """Return the name of the file that holds the tensor `name`, or of one with a part of it."""
+        return self._files[next(iter(self._parts[name].values()))]
 
     def state_of(self, names: Iterable[str]) -> list[Any]:
         """Return values that change when these tensors do: to name caches of them. Reads and downloads no tensor."""
         if self.commit:
             return [self.source, self.commit]
-        paths = [self._path(file).resolve() for file in sorted({self._files[name] for name in names})]
-        return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        files = {self._files[part] for name in names for part in self._parts[name].values()}
+        paths = [self._path(file).resolve() for file in sorted(files)]
+        files_state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        return files_state if self._parsed[1] is None else [*files_state, self._parsed[1]]
 
-    def stored(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, StoredTensor]:
-        """Return these tensors, to be read one by one. Opens only the files that hold them."""
-        by_file: dict[str, list[str]] = {}
+    def stored(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, StoredTensor | PackedTensor]:
+        """Return these tensors, to be read one by one as `dtype`. Opens only the files that hold them.
+
+        Raises UnsupportedModel for tensors that are not what config.json says.
+        """
+        names, how = list(names), self._parsed[2]
+        parts = self.parts(part for name in names for part in self._parts[name].values())
+        tensors: dict[str, StoredTensor | PackedTensor] = {}
         for name in names:
+            of_weight = {role: parts[part] for role, part in self._parts[name].items()}
+            if how is not None and name in self._packed:
+                shape = how.shape_of(of_weight)
+                tensors[name] = PackedTensor(name=name, shape=shape, dtype=dtype, parts=of_weight, format=how)
+            else:
+                tensors[name] = replace(_checked(parts[name], is_packed=how is not None), dtype=dtype)
+        return tensors
+
+    def parts(self, stored_names: Iterable[str]) -> dict[str, StoredTensor]:
+        """Return tensors by their names in the files, to be read one by one as they are stored."""
+        by_file: dict[str, list[str]] = {}
+        for name in stored_names:
             by_file.setdefault(self._files[name], []).append(name)
-        tensors = {}
+        tensors: dict[str, StoredTensor] = {}
         for file, wanted in by_file.items():
-            path = self._path(file)
-            with _opened(path) as opened:
-                for name in wanted:
-                    shape = tuple(opened.get_slice(name).get_shape())
-                    tensors[name] = StoredTensor(path=path, name=name, shape=shape, dtype=dtype)
+            tensors |= tensors_in(self._path(file), wanted)
         return tensors
 
     def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """Read these tensors; floating ones as `dtype`."""
         return {name: tensor[...] for name, tensor in self.stored(names, dtype).items()}
+
+    @cached_property
+    def _packed(self) -> dict[str, dict[str, str]]:
+        """Packed weight -> role of a part -> its name in the files."""
+        how = self._parsed[2]
+        if how is None:
+            check_unpacked(self._files, self.source)
+            return {}
+        return how.parts_of(self._files)
+
+    @cached_property
+    def _parts(self) -> dict[str, dict[str, str]]:
+        """Tensor -> role -> name in the files, without the parts that are not needed to read it."""
+        weights = {part: name for name, parts in self._packed.items() for part in parts.values()}
+        found: dict[str, dict[str, str]] = {}
+        for stored in self._files:
+            name = weights.get(stored, stored)
+            parts = self._packed.get(name, {"weight": stored})
+            found[name] = {role: part for role, part in parts.items() if role != "unused"}
+        return found
 
     @cached_property
     def _files(self) -> dict[str, str]:
@@ -198,10 +239,10 @@ class Checkpoint:
                 file=_SINGLE,
             )
         try:
-            with safe_open(single, framework="pt") as opened:
-                return dict.fromkeys(opened.keys(), _SINGLE)
-        except SafetensorError as error:
-            raise UnsupportedModel(f"{single} is damaged: {error}", source=self.source, file=_SINGLE) from None
+            with opened(single) as file:
+                return dict.fromkeys(file.keys(), _SINGLE)
+        except UnsupportedModel as error:
+            raise UnsupportedModel(str(error), source=self.source, file=_SINGLE) from None
 
     @property
     def _place(self) -> dict[str, str]:
@@ -285,13 +326,12 @@ class Checkpoint:
         return [sums[file] for file in files] if sums.keys() >= {*files} else []
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as opened:
-            yield opened
-    except (SafetensorError, OSError) as error:
-        raise UnsupportedModel(f"{path} is damaged or does not fit its index: {error}", file=path.name) from None
+def _checked(tensor: StoredTensor, *, is_packed: bool) -> StoredTensor:
+    """Raise UnsupportedModel for a weight that only looks as if it were stored in full."""
+    is_number = tensor.kind in FLOATS or not tensor.name.endswith("weight")
+    if not is_number and (is_packed or not tensor.kind.startswith("F8")):
+        raise tensor.unfit("is not a weight in full, and nothing beside it says how to read it")
+    return tensor
 
 
 def _is_path(source: str) -> bool:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from petals_tune.model.checkpoint import Checkpoint, StoredTensor
+from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.families import family_of, placeholder_model
+from petals_tune.model.stored import StoredTensor, opened
 
 SAMPLED_ROWS = 16  # of a tensor: 0.1 s for 135M parameters, while whole files would take minutes for 70B
 
@@ -21,8 +21,9 @@ SAMPLED_ROWS = 16  # of a tensor: 0.1 s for 135M parameters, while whole files w
 class Fingerprint:
     """SHA-256 digests of a model, each of a part that may be known or not.
 
-    Of every tensor the name, the shape and 16 evenly spaced rows count, as float32: the same values in other files or
-    in a wider dtype are the same model. Fine-tuned weights and merged adapters change every row.
+    Of every tensor the name, the shape and 16 evenly spaced rows count, floats as float32: the same values in other
+    files or in a wider dtype are the same model. Fine-tuned weights and merged adapters change every row. Packed
+    weights count as they are stored: the same model in another format is another one.
     """
 
     config: str  # architecture and the tensors' names, as servers announce it
@@ -38,8 +39,8 @@ class Fingerprint:
         """
         checkpoint = Checkpoint(source, revision=revision)
         family = family_of(placeholder_model(checkpoint.config))
-        inside = {name for name in checkpoint.tensor_names if family.block_index(name) is not None}
-        outside = set(checkpoint.tensor_names) - inside
+        inside = {name for name in checkpoint.stored_names if family.block_index(name) is not None}
+        outside = set(checkpoint.stored_names) - inside
         config, _, files = checkpoint.digest.partition(".")
         return cls(
             config=config,
@@ -64,15 +65,16 @@ class Fingerprint:
 
 def _digest(checkpoint: Checkpoint, names: Iterable[str]) -> str:
     by_path: dict[Path, list[StoredTensor]] = {}
-    for tensor in checkpoint.stored(names, torch.float32).values():
+    for tensor in checkpoint.parts(names).values():
         by_path.setdefault(tensor.path, []).append(tensor)
     sums = {}
     for path, tensors in by_path.items():
-        with safe_open(path, framework="pt") as opened:
+        with opened(path) as file:
             for tensor in tensors:
                 digest = hashlib.sha256(repr((tensor.name, tensor.shape)).encode())
-                for rows in _samples(opened.get_slice(tensor.name), tensor.shape):
-                    digest.update(rows.to(torch.float32).contiguous().numpy().data)
+                for rows in _samples(file.get_slice(tensor.name), tensor.shape):
+                    exact = rows.to(torch.float32) if rows.is_floating_point() else rows
+                    digest.update(exact.contiguous().numpy().data)
                 sums[tensor.name] = digest.hexdigest()
     return hashlib.sha256(repr(sorted(sums.items())).encode()).hexdigest()
 

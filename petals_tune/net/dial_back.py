@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import struct
 from collections.abc import Sequence
 from itertools import compress
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import msgspec
 
 from petals_tune.errors import AccessDenied, ConnectionLost, ProtocolError, ServerBusy
-from petals_tune.net.address_policy import CIRCUIT, AddressPolicy
-from petals_tune.net.hivemind_p2p import part_of, peer_of
+from petals_tune.net.address_policy import AddressPolicy
+from petals_tune.net.hivemind_p2p import host_of, part_of, peer_of
 from petals_tune.net.members import Members
-from petals_tune.net.transport import Connection, Transport
+from petals_tune.net.question import read_message, write_message
+from petals_tune.net.transport import Connection, StreamConnection, Transport
 from petals_tune.wire.tokens import TokenBytes
 
 logger = logging.getLogger(__name__)
@@ -29,10 +29,8 @@ logger = logging.getLogger(__name__)
 PROTOCOL = "/petals_tune/dial_back/1"
 DIAL_S = 3.0
 ANSWER_S = 2 * DIAL_S  # for a whole question and answer
-MAX_BYTES = 8192  # of a question or an answer
 AT_ONCE = 8  # questions that are answered at the same time
 _GREETING = b"\x13/multistream/1.0.0\n"  # the first bytes that a libp2p peer sends on a TCP connection
-_LENGTH = struct.Struct(">I")
 
 Address = Annotated[str, msgspec.Meta(max_length=256)]
 Addresses = Annotated[tuple[Address, ...], msgspec.Meta(max_length=16)]
@@ -52,9 +50,6 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     reached: Addresses
 
 
-M = TypeVar("M", Question, Answer)
-
-
 class DialBack:
     """Answers the questions of others. In a private swarm, those of its `members`."""
 
@@ -69,11 +64,11 @@ class DialBack:
             async with asyncio.timeout(ANSWER_S):
                 if self._under_way > AT_ONCE:
                     raise ServerBusy(f"more than {AT_ONCE} peers ask to be dialled")
-                question = await _read(connection, Question)
+                question = await read_message(connection, Question)
                 if self._members is not None:
                     self._members.admit(question.token, connection.peer)
                 allowed, _ = self._policy.dialled(connection.peer, question.addresses)
-                await _write(connection, await dial_all(allowed, host=_host(connection.remote_address)))
+                await write_message(connection, await dial_all(allowed, host=host_of(connection.remote_address)))
         except (AccessDenied, ConnectionLost, ProtocolError, ServerBusy, TimeoutError) as error:
             logger.info("peer %s asked to be dialled: %s", connection.peer, str(error) or "it was too slow")
         finally:
@@ -109,8 +104,8 @@ async def _ask(transport: Transport, address: str, question: Question) -> Answer
         async with asyncio.timeout(ANSWER_S):
             connection = await transport.dial(peer_of(address), [address], PROTOCOL)
             try:
-                await _write(connection, question)
-                return await _read(connection, Answer)
+                await write_message(connection, question)
+                return await read_message(connection, Answer)
             finally:
                 connection.close()
     except (ConnectionLost, ProtocolError, TimeoutError) as error:
@@ -120,7 +115,7 @@ async def _ask(transport: Transport, address: str, question: Question) -> Answer
 
 async def dial_all(addresses: Sequence[str], *, host: str | None) -> Answer:
     """Dial those of `addresses` that are of `host`."""
-    dialled = tuple(address for address in addresses if host is not None and _host(address) == host)
+    dialled = tuple(address for address in addresses if host is not None and host_of(address) == host)
     reached = await asyncio.gather(*(_is_libp2p(address) for address in dialled))
     return Answer(dialled=dialled, reached=tuple(compress(dialled, reached)))
 
@@ -129,30 +124,11 @@ async def _is_libp2p(address: str) -> bool:
     """Whether a libp2p peer listens there, by TCP."""
     try:
         async with asyncio.timeout(DIAL_S):
-            connection = Connection(address, *await asyncio.open_connection(_host(address), part_of(address, "tcp")))
+            streams = await asyncio.open_connection(host_of(address), part_of(address, "tcp"))
+            connection = StreamConnection(address, *streams)
             try:
                 return await connection.read_exactly(len(_GREETING)) == _GREETING
             finally:
                 connection.close()
     except (ConnectionLost, OSError):  # a time-out is one
         return False
-
-
-def _host(address: str) -> str | None:
-    """The IP address in a multiaddress; None where there is none, or where it is a relay's."""
-    return None if CIRCUIT in address else part_of(address, "ip4") or part_of(address, "ip6")
-
-
-async def _write(connection: Connection, message: Question | Answer) -> None:
-    body = msgspec.msgpack.encode(message)
-    await connection.write(_LENGTH.pack(len(body)), body)
-
-
-async def _read(connection: Connection, kind: type[M]) -> M:
-    (length,) = _LENGTH.unpack(await connection.read_exactly(_LENGTH.size))
-    if length > MAX_BYTES:
-        raise ProtocolError(f"{length} bytes; at most {MAX_BYTES} are allowed")
-    try:
-        return msgspec.msgpack.decode(await connection.read_exactly(length), type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"not a message of {PROTOCOL}: {str(error)[:200]}") from None

@@ -25,7 +25,7 @@ from hivemind.utils.multiaddr.exceptions import Error as MultiaddrError
 from petals_tune.errors import ClockSkew, ConfigError, ConnectionLost, PetalsTuneError, ServerUnreachable
 from petals_tune.files import write_bytes
 from petals_tune.net.address_policy import CIRCUIT, AddressPolicy
-from petals_tune.net.transport import Connection, Serve
+from petals_tune.net.transport import Connection, Serve, StreamConnection
 from petals_tune.wire.signing import SigningKey, identity_bytes
 
 logger = logging.getLogger(__name__)
@@ -163,19 +163,29 @@ class HivemindTransport:
             peers = await self.p2p.list_peers()
         return {str(peer.peer_id): str(peer.addrs[0]) for peer in peers if peer.addrs}
 
+    async def host(self, peer: str) -> str | None:
+        """The IP address at which `peer` is connected; None where it is not, or through a relay. Raises ConnectionLost.
+
+        libp2p has proved that the peer answers there, whatever addresses it or others announce.
+        """
+        with hivemind_errors(peer):
+            peers = await self.p2p.list_peers()
+        hosts = (host_of(str(address)) for each in peers if str(each.peer_id) == peer for address in each.addrs)
+        return next((host for host in hosts if host is not None), None)
+
     async def dial(self, peer: str, addresses: Sequence[str], protocol: str) -> Connection:
         """As `Transport.dial`."""
         if addresses:
             await self.reach(peer, addresses)
         with hivemind_errors(peer):
             _, reader, writer = await self.p2p.call_binary_stream_handler(PeerID.from_base58(peer), protocol)
-        return Connection(peer, reader, writer)
+        return StreamConnection(peer, reader, writer)
 
     async def accept(self, protocol: str, serve: Serve) -> None:
         """As `Transport.accept`."""
 
         async def handle(info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await serve(Connection(str(info.peer_id), reader, writer, remote_address=str(info.addr)))
+            await serve(StreamConnection(str(info.peer_id), reader, writer, remote_address=str(info.addr)))
 
         with hivemind_errors(self.id):
             await self.p2p.add_binary_stream_handler(protocol, handle)
@@ -284,6 +294,11 @@ def part_of(address: str, protocol: str) -> str | None:
             return str(Multiaddr(address)[protocol])
     except ConnectionLost:
         return None
+
+
+def host_of(address: str) -> str | None:
+    """The IP address in a multiaddress; None where there is none, or where it is a relay's."""
+    return None if CIRCUIT in address else part_of(address, "ip4") or part_of(address, "ip6")
 
 
 def encode_address(address: str) -> Multiaddr:

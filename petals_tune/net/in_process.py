@@ -15,7 +15,7 @@ from petals_tune.errors import ConnectionLost
 from petals_tune.net.directory import Snapshot
 from petals_tune.net.members import Members
 from petals_tune.net.peer import Peer
-from petals_tune.net.transport import Connection, Serve
+from petals_tune.net.transport import Connection, Serve, StreamConnection
 from petals_tune.wire.records import ServerRecord, same_model
 from petals_tune.wire.span import BlockSpan
 
@@ -51,7 +51,7 @@ class InProcessNetwork:
 
     def make_end(self, owner: str, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Connection:
         """The end of peer `owner` of a connection to `peer`."""
-        return Connection(peer, reader, writer)
+        return StreamConnection(peer, reader, writer)
 
     def find(self, peer_id: str) -> InProcessTransport:
         """The transport of a peer. Raises ConnectionLost where there is no such peer."""

@@ -15,8 +15,10 @@ from petals_tune.net.circuit_relay import Reservation, start_relay
 from petals_tune.net.dht.directory import DhtDirectory
 from petals_tune.net.dial_back import PROTOCOL as DIAL_BACK
 from petals_tune.net.dial_back import DialBack, is_dialable
+from petals_tune.net.direct.listener import Listener
+from petals_tune.net.direct.transport import DirectOptions, DirectTransport
 from petals_tune.net.directory import Directory
-from petals_tune.net.hivemind_p2p import HivemindTransport, handle_loop_exception, on_this_machine, peer_of
+from petals_tune.net.hivemind_p2p import HivemindTransport, handle_loop_exception, host_of, on_this_machine, peer_of
 from petals_tune.net.members import Members, credentials
 from petals_tune.net.stream import ServerStream
 from petals_tune.net.transport import Transport
@@ -89,13 +91,15 @@ async def joined(
     listens: bool = True,
     relays: bool = False,
     reach: Reach = "auto",
+    direct: DirectOptions | None = None,
     connect_s: float = 5.0,
 ) -> AsyncIterator[Peer]:
     """Join a swarm (or, without initial peers, begin one) and leave it with this block.
 
     In a private swarm, whoever `listens` stores records for others and needs the swarm's `key`, a file; a client or a
     monitor can do with a `token`, or brings `members` read from one. A peer that `relays` carries traffic for those who
-    cannot be dialled; `reach` says how others come to this one. `connect_s` limits the question below.
+    cannot be dialled; `reach` says how others come to this one. With `direct` it opens direct connections where it can,
+    and accepts them where it `listens`. `connect_s` limits the question below.
 
     Raises ConfigError, AccessDenied, ClockSkew, ServerUnreachable.
     """
@@ -144,9 +148,17 @@ async def joined(
         stack.push_async_callback(directory.leave)
         staying = directory.stay_known(transport, initial_peers)
         stack.callback(begin(staying, "the way by which this peer stays known in the DHT").cancel)
+        carrier: Transport = transport
+        if direct is not None:
+            listener = None
+            hosts = list(dict.fromkeys(filter(None, map(host_of, host_maddrs))))
+            if listens and hosts:
+                listener = await Listener.start(hosts, direct.port)
+                stack.callback(listener.close)
+            carrier = DirectTransport(transport, members, listener, announced_port=direct.announced_port)
         yield Peer(
             id=transport.id,
-            transport=transport,
+            transport=carrier,
             directory=directory,
             members=members,
             own_addresses=own_addresses,

@@ -15,10 +15,13 @@ class ServerTimes:
 
 @dataclass
 class SwarmStats:
-    """Bytes are those of messages with their frames, before the p2p daemon's encryption."""
+    """Bytes are those of messages with their frames, before encryption."""
 
     sent_bytes: int = 0
     received_bytes: int = 0
+    direct_bytes: int = 0  # of both directions: those that crossed direct connections, and no p2p daemon
+    streams: int = 0  # that were opened
+    direct_streams: int = 0  # of these, on direct connections
     wait_s: float = 0.0  # the caller's thread stood still for the swarm
     calls: int = 0  # requests that were answered, pings left out
     retries: int = 0  # requests that were sent again, elsewhere or to the same server

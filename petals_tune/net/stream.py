@@ -115,7 +115,10 @@ class ServerStream(MessageWriter):
             raise ServerTimeout(f"server {peer} did not open a stream within {timeout_s:g} s", peer=peer) from None
         except ConnectionLost as error:
             raise ServerUnreachable(f"server {peer} cannot be reached: {error}", peer=peer) from None
-        stream = cls(connection, stats or SwarmStats())
+        stats = stats or SwarmStats()
+        stats.streams += 1
+        stats.direct_streams += connection.direct
+        stream = cls(connection, stats)
         try:
             await stream._greet(model, members, timeout_s)
         except BaseException:
@@ -234,6 +237,7 @@ class ServerStream(MessageWriter):
             self._lost(f"the stream to server {self.peer} broke: {error}")
         else:
             self._stats.sent_bytes += sent_bytes
+            self._stats.direct_bytes += sent_bytes * self.connection.direct
         if self._failure is not None:
             raise self._failure
 
@@ -245,6 +249,7 @@ class ServerStream(MessageWriter):
                 payload = await self.connection.read_exactly(length)
                 self._heard_s, self._unanswered_pings = awake_s(), 0
                 self._stats.received_bytes += len(header) + length
+                self._stats.direct_bytes += (len(header) + length) * self.connection.direct
                 body = self._assembler.feed(self._arriving, payload, remaining)
                 if body is not None and not isinstance(body, frames.Dropped):
                     self._take(self._arriving, decode(body))

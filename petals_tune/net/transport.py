@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from petals_tune.errors import ConnectionLost
 
@@ -13,26 +14,58 @@ from petals_tune.errors import ConnectionLost
 _ENDED = (EOFError, OSError, RuntimeError, ValueError)
 
 
-class Connection:
+class Connection(ABC):
     """One duplex stream of bytes with one peer. A stream that ended raises ConnectionLost, whatever ended it."""
+
+    direct: ClassVar[bool] = False  # whether it goes from process to process, without p2p daemons between them
+
+    def __init__(self, peer: str, *, remote_address: str = ""):
+        """`peer` is the id of the other end, `remote_address` the multiaddress that it connected from, if known."""
+        self.peer, self.remote_address = peer, remote_address
+
+    @abstractmethod
+    async def read_exactly(self, count: int) -> bytes:
+        """Read `count` bytes."""
+
+    @abstractmethod
+    async def write(self, *parts: bytes | memoryview) -> None:
+        """Write `parts` with one system call; returns once the peer has taken enough of what was written before."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Send what was written, then the end of the stream. Reading goes on."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close both directions once the peer has taken what was written."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Close at once; what was written and not taken yet is dropped."""
+
+    @property
+    @abstractmethod
+    def closed(self) -> bool:
+        """Whether this end was closed or the other end was seen to be gone."""
+
+
+class StreamConnection(Connection):
+    """A connection over a pair of asyncio's streams."""
 
     def __init__(
         self, peer: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, remote_address: str = ""
     ):
-        """`peer` is the id of the other end, `remote_address` the multiaddress that it connected from, if known."""
-        self.peer, self.remote_address = peer, remote_address
+        super().__init__(peer, remote_address=remote_address)
         self._reader, self._writer = reader, writer
         self._finished = False
 
     async def read_exactly(self, count: int) -> bytes:
-        """Read `count` bytes."""
         try:
             return await self._reader.readexactly(count)
         except _ENDED as error:
             raise self._lost(error) from None
 
     async def write(self, *parts: bytes | memoryview) -> None:
-        """Write `parts` with one system call; returns once the peer has taken enough of what was written before."""
         if self._finished or self._writer.is_closing():
             raise ConnectionLost(f"the connection to {self.peer} is closed", peer=self.peer)
         try:
@@ -42,23 +75,19 @@ class Connection:
             raise self._lost(error) from None
 
     def finish(self) -> None:
-        """Send what was written, then the end of the stream. Reading goes on."""
         if not self._finished and not self._writer.is_closing():
             self._finished = True
             with suppress(OSError):  # the peer has closed its end meanwhile: the reader notices
                 self._writer.write_eof()
 
     def close(self) -> None:
-        """Close both directions once the peer has taken what was written."""
         self._writer.close()
 
     def abort(self) -> None:
-        """Close at once; what was written and not taken yet is dropped."""
         self._writer.transport.abort()
 
     @property
     def closed(self) -> bool:
-        """Whether this end was closed or the other end was seen to be gone."""
         return self._writer.is_closing()
 
     def _lost(self, error: Exception) -> Exception:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from petals_tune.copies import to_host
 from petals_tune.errors import ConfigError
 
 # What a module that loops over blocks may be given: what it uses itself, what `RemoteBlocks` handles, and arguments of
@@ -69,9 +70,9 @@ def padding(
 ) -> torch.Tensor | None:
     """(B, past + S) bool, True = attend, of the 2-D `mask` for a text of `shape` (B, S, ...); None: it hides nothing.
 
-    Without a mask, transformers takes positions that do not count up by one for several texts in a row, which do not
-    see each other, if the model `packs`: if it has no cache. So a mask that hides nothing is returned where that would
-    be wrong. Raises ConfigError for a mask of another shape.
+    It is in host memory, to be looked at and sent. Without a mask, transformers takes positions that do not count up by
+    one for several texts in a row, which do not see each other, if the model `packs`: if it has no cache. So a mask
+    that hides nothing is returned where that would be wrong. Raises ConfigError for a mask of another shape.
     """
     wanted = (shape[0], past + shape[1])
     if mask is None:
@@ -82,7 +83,7 @@ def padding(
         raise ConfigError(
             f"attention_mask: a 2-D mask of shape {wanted} is needed{what}, not {seen}", key="attention_mask", seen=seen
         )
-    real = mask.bool()
+    (real,) = to_host(mask.bool())
     return None if bool(real.all()) and not _jump(positions) else real
 
 

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING,
 )
 
-from petals_tune.blocks.quantization import find_scheme
+from petals_tune.blocks.quantization import find_scheme, usable_schemes
 from petals_tune.errors import ConfigError, UnsupportedModel
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.families import family_of, placeholder_model, without_blocks
@@ -30,13 +30,14 @@ from petals_tune.remote.skeleton import fill_with_placeholders
 from petals_tune.swarm import loop
 from petals_tune.swarm.call import Calls
 from petals_tune.swarm.chain import Chain
+from petals_tune.swarm.formats import Formats
 from petals_tune.swarm.joining import join_swarm
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.swarm.verify import SpotChecks
 from petals_tune.tuning.support import refuse_adapter_names
 from petals_tune.wire.span import BlockSpan, gaps
-from petals_tune.wire.tensors import WireFormat
+from petals_tune.wire.tensors import FormatOption
 
 _PREFIX = "Distributed"
 
@@ -59,10 +60,12 @@ class DistributedModel:
         dtype: torch.dtype | str = torch.float32,
         local_blocks: Sequence[str] = (),
         local_quantization: str = "int8",
+        quantization: str | None = None,
         micro_batch_rows: int | None = None,
-        wire_format: WireFormat = "float32",
-        grad_format: WireFormat = "float32",
+        wire_format: FormatOption = "auto",
+        grad_format: FormatOption = "auto",
         hand_over: HandOverRule = "auto",
+        direct: bool = True,
         verify: float = 0.0,
         swarm_token: str | None = None,
         identity_path: str | None = None,
@@ -74,14 +77,17 @@ class DistributedModel:
         `source` is a folder in Hugging Face format or a hub name: what the servers host. `revision`, `token` (the
         hub's) and `dtype` mean what they mean in transformers; `dtype` is that of the client's part, servers have their
         own, and "auto" is the checkpoint's. `local_blocks`, spans such as ["0:2", "28:30"], are blocks that this
-        process runs itself, in `dtype` and in `local_quantization` ("int8", "nf4" or "none"), as a server would. Hidden
-        states travel as `wire_format` and their gradients as `grad_format`, in micro-batches of `micro_batch_rows` rows
-        (None: as many as make 128 positions). `hand_over` says whether servers send their outputs straight to the next
-        one of a chain: "always", "never", or "auto", where both are far from here. The blocks are
-        `model.remote_blocks`; its `close()` leaves the swarm. `config_changes` are fields of the config that concern
-        the client's part, such as `num_labels=3`; one that concerns the blocks is refused. A share `verify` of the
-        micro-batches is computed by a second server too, to find wrong answers (swarm/verify.py); no seed tells which
-        ones. With it, nothing is handed on, and servers sum no gradients. `policy` says how long work is tried again.
+        process runs itself, in `dtype` and in `local_quantization` ("int8", "nf4" or "none"), as a server would. Of the
+        servers, those are used that hold their blocks in `quantization`; None: in any but "int8_activations", which has
+        to be named. Hidden states travel as `wire_format` and their gradients as `grad_format` ("auto": in the dtype in
+        which each server computes, which changes no number), in micro-batches of `micro_batch_rows` rows (None: as many
+        as make 128 positions). `hand_over` says whether servers send their outputs straight to the next one of a chain:
+        "always", "never", or "auto", where both are far from here. `direct` lets all of it travel over TCP connections
+        to servers that can be dialled, past the p2p daemons. The blocks are `model.remote_blocks`; its `close()` leaves
+        the swarm. `config_changes` are fields of the config that concern the client's part, such as
+        `num_labels=3`; one that concerns the blocks is refused. A share `verify` of the micro-batches is computed by a
+        second server too, to find wrong answers (swarm/verify.py); no seed tells which ones. With it, nothing is handed
+        on, and servers sum no gradients. `policy` says how long work is tried again.
 
         All that the checkpoint holds is frozen: wrap the model with PEFT, or let `tuning_mode="ptune"` (a soft prompt
         of `pre_seq_len` tokens) or `"deep_ptune"` (one at every block as well) do it: then the result is a PeftModel
@@ -115,7 +121,9 @@ class DistributedModel:
                 source=str(source),
                 blocks=gaps(local_spans, BlockSpan(0, family.total_blocks)),
                 policy=policy or RetryPolicy(),
+                quantizations=usable_schemes(quantization),
                 members=None if swarm_token is None else Members.of_client(swarm_token, identity_path),
+                direct=direct,
             )
         )
         try:
@@ -123,18 +131,11 @@ class DistributedModel:
             model: Any = without_blocks(cls.plain_class, config, checkpoint.read(outside, dtype), dtype)
             skeleton = family.blocks_of(placeholder)
             fill_with_placeholders(skeleton, dtype)
-            checks = None
+            checks, formats = None, Formats(hidden=wire_format, grad=grad_format)
             if verify:  # then all work is done as checks are
                 hand_over = "never"
-                checks = SpotChecks(client, share=verify, wire_format=wire_format, grad_format=grad_format)
-            calls = Calls(
-                client,
-                wire_format=wire_format,
-                grad_format=grad_format,
-                hand_over=hand_over,
-                sums=checks is None,
-                observer=checks,
-            )
+                checks = SpotChecks(client, share=verify, formats=formats)
+            calls = Calls(client, formats=formats, hand_over=hand_over, sums=checks is None, observer=checks)
             backbone = Backbone(
                 chain=Chain(calls),
                 tuple_length=tuple_length,

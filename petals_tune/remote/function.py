@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 import torch
 from torch.autograd.function import once_differentiable
 
+from petals_tune.copies import finite_flags, to_device, to_host
 from petals_tune.errors import RequestRefused, RequestTooLarge
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
+from petals_tune.swarm.replies import beyond_dtype
 from petals_tune.swarm.sender import fewer
 from petals_tune.swarm.sums import AdapterSums
 from petals_tune.swarm.trace import CallContext, ChainGradients, Trace
@@ -59,11 +61,7 @@ class RemoteCall:
                 rows = fewer(rows, error)
 
     def backward(self, traces: Sequence[Trace], grad: torch.Tensor) -> tuple[torch.Tensor | None, list[ChainGradients]]:
-        """(gradient at the input (B, S, H) or None, the adapter's gradients as terms of a sum, in a fixed order).
-
-        Raises RequestRefused for a gradient that is not finite.
-        """
-        check_gradient(self.span, grad)
+        """(gradient at the input (B, S, H) or None, the adapter's gradients as terms of a sum, in a fixed order)."""
         grads = grad.split([len(trace.hidden) for trace in traces])
         # A single micro-batch has nothing to be summed with: its gradients come back with the backward itself.
         summed = self.context.adapter is not None and len(traces) > 1 and self.chain.calls.sums
@@ -92,14 +90,23 @@ class RemoteCall:
             self.chain.client.stats.wait_s += time.perf_counter() - started_s
 
 
-def check_gradient(span: BlockSpan, grad: torch.Tensor) -> None:
-    """Raises RequestRefused for a gradient at the output of blocks `span` that is not finite."""
-    if not torch.isfinite(grad).all():
-        raise RequestRefused(
-            f"non-finite numbers in the gradient at the output of blocks {span}: the loss or what follows the "
-            "blocks made them, no server; lower the learning rate, or clip",
-            reason="gradient not finite",
-        )
+def loss_is_scaled(device: torch.device) -> bool:
+    """Is this forward part of mixed precision in float16, with a client on `device`?
+
+    Its loss is scaled up (torch.amp.GradScaler, Lightning's 16-mixed) until gradients overflow: then the scaler leaves
+    the step out and lowers the scale, so gradients that are not finite are no error.
+    """
+    kind = device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) is torch.float16
+
+
+def refused_gradient(span: BlockSpan) -> RequestRefused:
+    """The error for a gradient at the output of blocks `span` that is not finite."""
+    return RequestRefused(
+        f"non-finite numbers in the gradient at the output of blocks {span}: the loss or what follows the "
+        "blocks made them, no server; lower the learning rate, or clip",
+        reason="gradient not finite",
+    )
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
@@ -122,18 +129,23 @@ class KeptTraces:
 
 
 class RemoteBlocksFunction(torch.autograd.Function):
-    """hidden (B, S, H) -> hidden (B, S, H) through remote blocks; also differentiable in the adapter's tensors."""
+    """hidden (B, S, H) -> hidden (B, S, H) through remote blocks; also differentiable in the adapter's tensors.
+
+    What travels is in host memory, also where the model is on a GPU. A gradient that is not finite is sent to no
+    server: it is an error, or where the loss is scaled, all gradients from here on are NaN.
+    """
 
     @staticmethod
     def forward(ctx: Any, call: RemoteCall, hidden: torch.Tensor, *adapter: torch.Tensor) -> torch.Tensor:
-        keep = any(ctx.needs_input_grad)
-        # What travels is in host memory, also where the model is on a GPU.
-        traces = call.forward(hidden.detach().cpu(), keep=keep, input_grad=ctx.needs_input_grad[1])
-        output = torch.cat([trace.hidden for trace in traces]).to(hidden.device)
+        keep, scaled = any(ctx.needs_input_grad), loss_is_scaled(hidden.device)
+        (given,) = to_host(hidden)
+        # Replies are cast to the dtype of what was sent, and a scaled gradient may be beyond float16.
+        traces = call.forward(given.float() if scaled else given, keep=keep, input_grad=ctx.needs_input_grad[1])
+        output = _narrowed(call, torch.cat([trace.hidden for trace in traces]), hidden.dtype)
         if keep:
-            ctx.call, ctx.kept = call, KeptTraces(call.chain, traces)
+            ctx.call, ctx.kept, ctx.scaled, ctx.dtype = call, KeptTraces(call.chain, traces), scaled, hidden.dtype
             ctx.save_for_backward(*adapter)
-        return output
+        return to_device(output, hidden.device)
 
     @staticmethod
     @once_differentiable  # a second order would need the frozen weights
@@ -142,10 +154,24 @@ class RemoteBlocksFunction(torch.autograd.Function):
         # ctx stays as it is, so that retain_graph=True gives the same gradients twice. The leases are spent the first
         # time; the second time the blocks are computed again from the inputs that the traces hold.
         adapter = ctx.saved_tensors  # raises where the adapter was changed in place since the forward, as torch does
-        hidden, terms = call.backward(ctx.kept.traces, grad.cpu())
+        given, *finite = to_host(grad, *finite_flags([grad]))
+        if not all(finite):
+            if not ctx.scaled:
+                raise refused_gradient(call.span)
+            nothing = [torch.full_like(tensor, torch.nan) for tensor in adapter]
+            return None, torch.full_like(grad, torch.nan) if ctx.needs_input_grad[1] else None, *nothing
+        hidden, terms = call.backward(ctx.kept.traces, given)
         ctx.kept.leased = False  # where it failed, some are not spent
-        gradients = [total.to(tensor.device) for total, tensor in zip(_summed(call, terms), adapter, strict=True)]
-        return None, None if hidden is None else hidden.to(grad.device), *gradients
+        gradients = [to_device(total, own.device) for total, own in zip(_summed(call, terms), adapter, strict=True)]
+        return None, None if hidden is None else to_device(hidden, grad.device, ctx.dtype), *gradients
+
+
+def _narrowed(call: RemoteCall, output: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`output` in `dtype`. Raises ConfigError for numbers that it cannot hold."""
+    narrow = output.to(dtype)
+    if output.dtype is not dtype and not narrow.isfinite().all():
+        raise beyond_dtype(call.span, output, dtype)
+    return narrow
 
 
 def _summed(call: RemoteCall, terms: Sequence[ChainGradients]) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ from petals_tune.blocks.loading import load_blocks
 from petals_tune.blocks.memory import is_out_of_memory
 from petals_tune.errors import ConfigError, Diverged, NotFinite, PetalsTuneError
 from petals_tune.model.checkpoint import Checkpoint
-from petals_tune.remote.function import check_gradient
+from petals_tune.remote.function import loss_is_scaled, refused_gradient
 from petals_tune.swarm.trace import CallContext
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Forward
@@ -100,8 +100,8 @@ class LocalBlocks:
                 )
                 outputs.append(engine.run(request, adapter))
         output = torch.cat(outputs).to(hidden)
-        if output.requires_grad:
-            output.register_hook(partial(check_gradient, span))
+        if output.requires_grad and not loss_is_scaled(hidden.device):
+            output.register_hook(partial(_check_gradient, span))
             if hidden.requires_grad:
                 hidden.register_hook(partial(_check_gradient_at_input, span))
         return output
@@ -142,6 +142,12 @@ class LocalBlocks:
                     key=KEY,
                     seen=str(local),
                 ) from error
+
+
+def _check_gradient(span: BlockSpan, grad: torch.Tensor) -> None:
+    """Raises RequestRefused for a gradient at the output that is not finite, as remote blocks do."""
+    if not torch.isfinite(grad).all():
+        raise refused_gradient(span)
 
 
 def _check_gradient_at_input(span: BlockSpan, grad: torch.Tensor) -> None:

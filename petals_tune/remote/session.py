@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from transformers.cache_utils import Cache
 
+from petals_tune.copies import to_device, to_host
 from petals_tune.errors import ConfigError
 from petals_tune.remote.split_session import SplitSession
 from petals_tune.swarm import loop
@@ -201,7 +202,7 @@ class RemoteCache(Cache):
             self._adapter = _version(version)
             self._session = self._open_session(rows, self.max_length + self.virtual, version)
         inputs = Inputs(  # in host memory, also where the model is on a GPU
-            hidden=hidden.detach().cpu(),
+            hidden=to_host(hidden)[0],
             padding=None if padding is None or padding[:, -new:].all() else padding[:, -new:].cpu(),
             positions=None if positions is None else positions.cpu(),
             context_length=self.position + new if positions is None else int(positions.max()) + 1,
@@ -220,7 +221,7 @@ class RemoteCache(Cache):
             self._positions = torch.cat([before.expand(count, -1), now.expand(count, -1)], dim=1)
         self.position += new
         self._padding = padding
-        return output.to(hidden.device)
+        return to_device(output, hidden.device)
 
     def _check(self, rows: int, padding: torch.Tensor | None) -> None:
         """Raises ConfigError for another number of rows, or another mask, than what the caches were computed with."""

@@ -14,6 +14,7 @@ import torch
 
 from petals_tune.errors import BadReply
 from petals_tune.swarm.client import SwarmClient
+from petals_tune.swarm.formats import Formats
 from petals_tune.swarm.hand_over import Pass
 from petals_tune.swarm.replies import bad_reply, check_tensor, expect, gradients_by_block
 from petals_tune.swarm.routes.limits import Size
@@ -36,7 +37,7 @@ from petals_tune.wire.messages import (
     Step,
     Stepped,
 )
-from petals_tune.wire.tensors import WireFormat, format_bytes, in_format
+from petals_tune.wire.tensors import format_bytes
 
 EnteredPass = AbstractAsyncContextManager[Pass]
 
@@ -60,23 +61,23 @@ class Calls:
         self,
         client: SwarmClient,
         *,
-        wire_format: WireFormat = "float32",
-        grad_format: WireFormat = "float32",
+        formats: Formats,
         hand_over: HandOverRule = "auto",
         sums: bool = True,
         observer: Observer | None = None,
     ):
         """With `sums`, servers add up an adapter's gradients over the micro-batches of a backward."""
-        self.client = client
-        self.wire_format, self._grad_format = wire_format, grad_format
+        self.client, self.formats = client, formats
         self._sender = Sender(client, hand_over)
         self.hand_over, self.sums = hand_over, sums
         self.observer = observer
 
     def size(self, hidden: torch.Tensor, context: CallContext, *, keep: bool) -> Size:
-        """How much a forward of `hidden` (B, S, H) brings to each server; with `keep`, its backward counts too."""
+        """How much a forward of `hidden` (B, S, H) brings to a server at most; with `keep`, its backward counts too."""
         rows, positions, _ = hidden.shape
-        hidden_bytes = format_bytes(hidden.shape, self.wire_format)
+        option = self.formats.hidden
+        widths = self.client.dtypes if option == "auto" else {option}
+        hidden_bytes = max(format_bytes(hidden.shape, each) for each in widths)
         masks = [mask for mask in (context.padding, context.positions) if mask is not None]
         return Size(
             tokens=rows * positions,
@@ -105,7 +106,8 @@ class Calls:
         def build(tensor: torch.Tensor) -> Forward:
             return self._forward(stage, context, tensor)
 
-        answer = await self._sender.send(stage.hop, in_format(hidden, self.wire_format), build, context, along)
+        tensor = self.formats.hidden_for(stage.hop.server, hidden)
+        answer = await self._sender.send(stage.hop, tensor, build, context, along)
         with self._checking(stage.hop):
             reply = expect(stage.hop, answer, Forwarded)
             output = check_tensor(stage.hop, reply.hidden, hidden)
@@ -126,7 +128,7 @@ class Calls:
             input_grad=stage.input_grad,
             train=context.train,
             seed=context.seed,
-            reply_format=self.wire_format,
+            reply_format=self.formats.of_hidden(stage.hop.server),
         )
 
     def backwards(self, legs: Sequence[Leg], context: CallContext, sums: AdapterSums | None, term: int) -> EnteredPass:
@@ -162,7 +164,8 @@ class Calls:
         if leg.lease is None:
             self.client.stats.recomputations += 1
         found = ChainGradients()
-        answer = await self._sender.send(leg.hop, in_format(grad, self._grad_format), build, context, along)
+        tensor = self.formats.grad_for(leg.hop.server, grad)
+        answer = await self._sender.send(leg.hop, tensor, build, context, along)
         with self._checking(leg.hop):
             reply = expect(leg.hop, answer, Gradients)
             if leg.stage.input_grad:
@@ -182,14 +185,15 @@ class Calls:
     ) -> Backward:
         again = None
         if leg.lease is None:
-            again = self._forward(replace(leg.stage, keep=False), context, in_format(leg.hidden, self.wire_format))
+            hidden = self.formats.hidden_for(leg.hop.server, leg.hidden)
+            again = self._forward(replace(leg.stage, keep=False), context, hidden)
         return Backward(
             lease=leg.lease,
             again=again,
             grad=tensor,
             adapter_sum=None if partial is None else partial.number,
             term=0 if partial is None else term,
-            reply_format=self._grad_format,
+            reply_format=self.formats.of_grad(leg.hop.server),
         )
 
     async def collect(self, partial: PartialSum) -> ChainGradients | None:
@@ -230,7 +234,8 @@ class Calls:
         self, hop: Hop, hidden: torch.Tensor, build: Callable[[torch.Tensor], Step], along: Pass
     ) -> torch.Tensor:
         """The output (B, S, H) for the next positions of a session; `build` makes the request from its tensor."""
-        answer = await self._sender.send(hop, in_format(hidden, self.wire_format), build, CallContext(), along)
+        tensor = self.formats.hidden_for(hop.server, hidden)
+        answer = await self._sender.send(hop, tensor, build, CallContext(), along)
         with self._checking(hop):
             return check_tensor(hop, expect(hop, answer, Stepped).hidden, hidden)
 

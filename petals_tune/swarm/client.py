@@ -22,6 +22,7 @@ from petals_tune.errors import (
     SwarmError,
     UncoveredBlocks,
 )
+from petals_tune.net.direct.transport import DirectOptions
 from petals_tune.net.members import Members
 from petals_tune.net.own_lag import awake_s
 from petals_tune.net.peer import Peer, joined
@@ -37,7 +38,7 @@ from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.routes.routing import Routing, Wish
 from petals_tune.wire.messages import Forwarded, Message, Ping, Stepped
-from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.records import Dtype, ServerRecord
 from petals_tune.wire.span import BlockSpan
 
 logger = logging.getLogger(__name__)
@@ -50,11 +51,20 @@ class SwarmClient:
     """Knows the servers of one model. All methods run on the background loop."""
 
     def __init__(
-        self, peer: Peer, model: str, policy: RetryPolicy, blocks: BlockSpan, *, source: str = "MODEL", join: str = ""
+        self,
+        peer: Peer,
+        model: str,
+        policy: RetryPolicy,
+        blocks: BlockSpan,
+        *,
+        quantizations: Collection[str] | None = None,
+        source: str = "MODEL",
+        join: str = "",
     ):
         """`blocks`: those that are looked for in the directory.
 
-        `source` and `join`, an address, are this client's own: what servers say of theirs belongs into no command.
+        Servers that hold them in none of `quantizations` are passed over; None: all are used. `source` and `join`, an
+        address, are this client's own: what servers say of theirs belongs into no command.
         """
         self.stats = SwarmStats()
         self.policy = policy
@@ -65,6 +75,7 @@ class SwarmClient:
             blocks,
             is_open=lambda server: self.open_stream(server) is not None,
             has_failed=self.lost,
+            quantizations=quantizations,
         )
         self._routing = Routing(self._known, Dialler(self._reach), self._open_peers)
         self._bans = self._routing.bans
@@ -85,17 +96,28 @@ class SwarmClient:
         source: str,
         blocks: BlockSpan,
         policy: RetryPolicy,
+        quantizations: Collection[str] | None = None,
         members: Members | None = None,
+        direct: bool = True,
     ) -> SwarmClient:
         """Join the swarm, a private one as one of its `members`. `source` is how users name the `model`, a digest.
+
+        With `direct`, streams are opened on direct connections where the servers can be dialled.
 
         Raises ConfigError, ServerUnreachable, ClockSkew or AccessDenied.
         """
         async with AsyncExitStack() as stack:
             peer = await stack.enter_async_context(
-                joined(initial_peers, members=members, listens=False, connect_s=policy.connect_s)
+                joined(
+                    initial_peers,
+                    members=members,
+                    listens=False,
+                    direct=DirectOptions() if direct else None,
+                    connect_s=policy.connect_s,
+                )
             )
-            client = cls(peer, model, policy, blocks, source=source, join=next(iter(initial_peers), ""))
+            join = next(iter(initial_peers), "")
+            client = cls(peer, model, policy, blocks, quantizations=quantizations, source=source, join=join)
             client._owned = stack.pop_all()
         return client
 
@@ -105,6 +127,16 @@ class SwarmClient:
     def servers(self) -> tuple[ServerRecord, ...]:
         """The servers of our model that are known now."""
         return self._known.servers
+
+    @property
+    def passed_over(self) -> tuple[ServerRecord, ...]:
+        """Servers of our model that are not used, since they hold their blocks in another quantization."""
+        return self._known.passed_over
+
+    @property
+    def dtypes(self) -> frozenset[Dtype]:
+        """The dtypes in which they compute."""
+        return self._known.table.dtypes if self.servers else frozenset({"float32"})
 
     @property
     def load(self) -> Load:
@@ -163,12 +195,17 @@ class SwarmClient:
 
     @contextmanager
     def _telling_how_to_host(self) -> Iterator[None]:
-        """Add to UncoveredBlocks the commands that would host what is missing."""
+        """Add to UncoveredBlocks the commands that would host what is missing, and the servers that are passed over."""
         try:
             yield
         except UncoveredBlocks as error:
             commands = "".join(f"\n  start one:  {self.command_to_host(span)}" for span in error.missing)
-            raise UncoveredBlocks(f"{error}{commands}", missing=error.missing, seen=error.seen) from None
+            others = ""  # in no words of theirs
+            if count := len(self.passed_over):
+                others = (
+                    f"\n  {count} servers whose blocks are in another quantization are not used: swarm.quantization"
+                )
+            raise UncoveredBlocks(f"{error}{commands}{others}", missing=error.missing, seen=error.seen) from None
 
     # What is learned of servers
 
@@ -216,8 +253,12 @@ class SwarmClient:
             self.load.forget(server.peer)
         if isinstance(error, BadReply):
             logger.warning("server %s gave a wrong answer and is left alone: %s", server.peer, error)
-            note = self._bans.not_finite if isinstance(error, NotFinite) else self._bans.offended
-            note(server.peer, now_s)
+            if not isinstance(error, NotFinite):
+                self._bans.offended(server.peer, now_s)
+            for each in (server, *(self.servers if isinstance(error, NotFinite) else ())):
+                # What float16 cannot hold is too large for other servers in float16 too: wider ones come first.
+                if each.peer == server.peer or each.dtype == server.dtype == "float16":
+                    self._bans.not_finite(each.peer, now_s)
 
     def give_up(self, error: ServerError) -> None:
         """Leave the server that `error` names alone for a while."""

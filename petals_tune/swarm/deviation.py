@@ -9,12 +9,13 @@ Shapes: B rows, S positions, H hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 
 import torch
 
-from petals_tune.wire.records import ServerRecord
+from petals_tune.wire.records import Arithmetic, ServerRecord
 
 _TINY = 1e-30
 FEW_POSITIONS = 8  # the median of fewer says nothing that the furthest position does not
@@ -22,10 +23,21 @@ FEW_POSITIONS = 8  # the median of fewer says nothing that the furthest position
 # hundred times smaller than the rest, such as a gradient far from the loss, is what remains of larger numbers.
 LEAST_NORM = 0.01
 
-# By how much honest servers that compute in this dtype differ before any rounding, relative to the norm of a position.
-# Measured with two kernels of one CPU, over ten blocks, at the position where it was most: 0.000003 in float32, 0.035
-# in bfloat16. In float16 0.017 at the median position, and 0.66 where it was most, for the reason below.
-COMPUTED = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 6e-2}
+# By how much honest servers that compute in these two dtypes differ before any rounding of the wire, relative to the
+# norm of a position or to the largest value. Measured on one CPU with two kernels, over ten blocks, by
+# tests/benchmarks/deviations.py; docs/faults.md has what was seen, and which pairs were never seen on a GPU.
+COMPUTED: dict[frozenset[str], float] = {
+    frozenset({"float32"}): 1e-3,
+    frozenset({"float16"}): 2e-2,
+    frozenset({"float16", "float32"}): 2e-2,
+    frozenset({"bfloat16"}): 8e-2,
+    frozenset({"bfloat16", "float32"}): 0.12,
+    frozenset({"bfloat16", "float16"}): 0.12,
+}
+# More for two dtypes where blocks are in nf4: its weights are rounded to the dtype when they are multiplied.
+NF4_OF_TWO_DTYPES = 2
+# The same in all dtypes, where activations are quantized: what falls on another side of a rounding differs by a step.
+QUANTIZED_ACTIVATIONS = 0.4
 # Gradients of a mean over many tokens are near float16's smallest number, 2**-24, and products of them are below it.
 # A vector counts as if its values were as large as this, at the least.
 LEAST_VALUE = {"float32": 0.0, "float16": 2**-12, "bfloat16": 0.0}
@@ -67,9 +79,9 @@ class Deviation:
         )
 
 
-def deviation(left: Answer, right: Answer, dtype: str = "float32") -> Deviation:
-    """Compare the answers of two servers that compute in `dtype`, tensor by tensor."""
-    least = LEAST_VALUE[dtype]
+def deviation(left: Answer, right: Answer, dtypes: Collection[str] = ("float32",)) -> Deviation:
+    """Compare two answers, tensor by tensor, of servers that compute in `dtypes`."""
+    least = max(LEAST_VALUE[dtype] for dtype in dtypes)
     each = [_deviation(a.float(), b.float(), least) for a, b in zip(left.tensors, right.tensors, strict=True)]
     return Deviation(
         largest=max((one.largest for one in each), default=0.0),
@@ -95,18 +107,37 @@ def _deviation(a: torch.Tensor, b: torch.Tensor, least_value: float) -> Deviatio
     return Deviation(largest=largest, typical=max(medians, default=0.0), furthest=float(relative.max()))
 
 
-def tolerance(dtype: str, formats: Iterable[str], *, cuts: int = 0) -> Deviation:
-    """The most that honest servers which compute in `dtype` differ by, where both answers went through `formats`.
+def comparable(one: Arithmetic, other: Arithmetic) -> bool:
+    """Whether the numbers of one server are a measure for those of the other: their weights are the same numbers.
 
+    Blocks in int8 and in nf4 differ by far more than any lie that is worth finding. Two dtypes, devices or libraries
+    differ by rounding alone, for which `tolerance` knows a limit.
+    """
+    return one.quantization == other.quantization
+
+
+def tolerance(servers: Iterable[Arithmetic], formats: Iterable[str], *, cuts: int = 0) -> Deviation:
+    """The most that two answers of honest servers differ by, where both went through `formats`.
+
+    `servers`: what those of both answers compute with. Of `cuts`, those of both answers together, hidden states went
+    over the wire in these formats too. Formats in which a server computes itself round nothing and are left out.
     Numbers that differ by e fall on different sides of a rounding with gaps of q in e/q of the cases, and are then q
     apart: sqrt(e q) in the mean square, and q where the one value that outweighs the others of a position is among
-    them. `cuts`: those of both answers together, over which hidden states went in these formats too.
+    them.
     """
-    names = tuple(formats)
-    error, step = COMPUTED[dtype], max(STEP[each] for each in names)
-    cut = cuts * max(CUT[each] for each in names)
+    names, kinds = tuple(formats), set(servers)
+    error = max(_computed(one, other) for one, other in combinations_with_replacement(kinds, 2))
+    step, cut = max(STEP[each] for each in names), cuts * max(CUT[each] for each in names)
     one = error + step + cut
     return Deviation(largest=one, typical=error + math.sqrt(error * step) + cut / 2, furthest=one)
+
+
+def _computed(one: Arithmetic, other: Arithmetic) -> float:
+    """How far the answers of two honest servers may be apart before any rounding of the wire."""
+    error = COMPUTED[frozenset({one.dtype, other.dtype})]
+    if one.quantization == "nf4" and one.dtype != other.dtype:
+        return NF4_OF_TWO_DTYPES * error
+    return max(error, QUANTIZED_ACTIVATIONS) if one.quantization == "int8_activations" else error
 
 
 def choose_outvoted(first: Answer, second: Answer, third: Answer, agree: Sequence[bool]) -> Answer | None:

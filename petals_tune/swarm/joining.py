@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 
@@ -24,19 +24,29 @@ async def join_swarm(
     source: str,
     blocks: Sequence[BlockSpan],
     policy: RetryPolicy,
+    quantizations: Collection[str] | None = None,
     members: Members | None = None,
+    direct: bool = True,
 ) -> SwarmClient:
     """Join the swarm, a private one as one of its `members`, and wait until all of `blocks` have a server.
 
     `model` is a digest, `source` how users name it. `blocks` are spans in their order: those that the client does not
-    run itself.
+    run itself. Servers that hold them in none of `quantizations` are passed over; None: all are used. `direct`: over
+    direct connections where servers can be dialled.
 
     Raises ConfigError, ServerUnreachable, ClockSkew, AccessDenied, SwarmMismatch, or UncoveredBlocks after a few
     seconds of looking.
     """
     read = BlockSpan(blocks[0].start, blocks[-1].stop)
     client = await SwarmClient.join(
-        initial_peers, model=model, source=source, blocks=read, policy=policy, members=members
+        initial_peers,
+        model=model,
+        source=source,
+        blocks=read,
+        policy=policy,
+        quantizations=quantizations,
+        members=members,
+        direct=direct,
     )
     looking = Repair(client, RetryPolicy(timeout_s=JOIN_S, longest_pause_s=0.5))
     try:
@@ -46,7 +56,7 @@ async def join_swarm(
     except UncoveredBlocks:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(client.close)
-            if not client.servers and (others := await client.models()):
+            if not client.servers and not client.passed_over and (others := await client.models()):
                 raise SwarmMismatch(
                     f"{mismatch_text(others, model, whose='your model')}\n"
                     f"  load a model that the network has, or host yours:  {client.command_to_host(blocks)}",

@@ -13,6 +13,7 @@ from petals_tune.errors import BadReply, ConfigError, NotFinite
 from petals_tune.swarm.routes.route import Hop
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Message
+from petals_tune.wire.span import BlockSpan
 
 Reply = TypeVar("Reply", bound=Message)
 
@@ -35,13 +36,18 @@ def check_tensor(hop: Hop, tensor: torch.Tensor, like: torch.Tensor) -> torch.Te
     if not torch.isfinite(cast).all():
         if not torch.isfinite(tensor).all():
             raise bad_reply(hop, "non-finite numbers", NotFinite)
-        raise ConfigError(
-            f"blocks {hop.span} return {tensor.abs().max():.3g}, and {like.dtype} ends at "
-            f"{torch.finfo(like.dtype).max:.3g}: load the model with dtype=bfloat16 or float32",
-            key="dtype",
-            seen=str(like.dtype),
-        )
+        raise beyond_dtype(hop.span, tensor, like.dtype)
     return cast
+
+
+def beyond_dtype(span: BlockSpan, tensor: torch.Tensor, dtype: torch.dtype) -> ConfigError:
+    """The error for numbers from blocks `span` that the client's own `dtype` cannot hold."""
+    return ConfigError(
+        f"blocks {span} return {tensor.abs().max():.3g}, and {dtype} ends at {torch.finfo(dtype).max:.3g}: "
+        "load the model with dtype=bfloat16 or float32",
+        key="dtype",
+        seen=str(dtype),
+    )
 
 
 def gradients_by_block(

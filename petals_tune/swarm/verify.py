@@ -23,7 +23,8 @@ from petals_tune.errors import BadReply, PetalsTuneError, Refused, ServerError, 
 from petals_tune.swarm.call import Calls
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
-from petals_tune.swarm.deviation import Answer, Deviation, choose_outvoted, deviation, tolerance
+from petals_tune.swarm.deviation import Answer, Deviation, choose_outvoted, comparable, deviation, tolerance
+from petals_tune.swarm.formats import Formats
 from petals_tune.swarm.repair import Repair
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.routes.limits import LEAST, UNLIMITED, Size
@@ -32,7 +33,6 @@ from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.trace import CallContext, ChainGradients, Leg, Trace
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
-from petals_tune.wire.tensors import WireFormat
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +66,9 @@ class SpotChecks:
     be checked only by somebody who did all of them): that is so for all work, so that no request tells a check apart.
     """
 
-    def __init__(self, client: SwarmClient, *, share: float, wire_format: WireFormat, grad_format: WireFormat):
+    def __init__(self, client: SwarmClient, *, share: float, formats: Formats):
         self._client, self._share = client, share
-        self._formats = (wire_format, grad_format)
-        self._calls = Calls(client, wire_format=wire_format, grad_format=grad_format, hand_over="never", sums=False)
+        self._calls = Calls(client, formats=formats, hand_over="never", sums=False)
         self._chance = secrets.SystemRandom()  # has no seed that anybody could know
         self.running: set[asyncio.Task[Any]] = set()
 
@@ -130,9 +129,8 @@ class SpotChecks:
     async def _compare(self, work: Work, first: Answer, second: Answer) -> bool:
         """Whether two servers say the same; where not, a third one is asked, and who is outvoted is banned."""
         self._client.stats.checks += 1
-        dtype = work.leg.hop.server.dtype
-        apart = deviation(first, second, dtype)
-        if apart.within(self._limit(work.leg, first, second)):
+        apart, agrees = self._apart(work.leg, first, second)
+        if agrees:
             return True
         span, asked = work.leg.hop.span, {each.peer for each in (*first.servers, *second.servers)}
         text = f"servers {', '.join(sorted(asked))} differ on blocks {span} by {apart}"
@@ -144,7 +142,7 @@ class SpotChecks:
         except PetalsTuneError as error:
             logger.warning("%s, and the third one that was asked who is wrong failed: %s", text, error)
             return False
-        agree = [deviation(each, third, dtype).within(self._limit(work.leg, each, third)) for each in (first, second)]
+        agree = [self._apart(work.leg, each, third)[1] for each in (first, second)]
         liar = choose_outvoted(first, second, third, agree)
         if liar is None or len(liar.servers) > 1:
             logger.warning("%s, and a third answer does not tell who is wrong", text)
@@ -170,9 +168,14 @@ class SpotChecks:
     def _chain(self, others: _Others) -> Chain:
         return Chain(self._calls, Repair(others, RetryPolicy(timeout_s=0.0)))
 
-    def _limit(self, leg: Leg, left: Answer, right: Answer) -> Deviation:
-        dtype = str(leg.hidden.dtype).removeprefix("torch.")  # of the client's part
-        return tolerance(leg.hop.server.dtype, (dtype, *self._formats), cuts=left.cuts + right.cuts)
+    def _apart(self, leg: Leg, left: Answer, right: Answer) -> tuple[Deviation, bool]:
+        """How far two answers are apart, and whether honest servers may be."""
+        servers = (*left.servers, *right.servers)
+        formats = {str(leg.hidden.dtype).removeprefix("torch.")}  # of the client's part
+        formats.update(*(self._calls.formats.rounding(server) for server in servers))
+        limit = tolerance((server.arithmetic for server in servers), formats, cuts=left.cuts + right.cuts)
+        apart = deviation(left, right, {server.dtype for server in servers})
+        return apart, apart.within(limit)
 
     async def _wait_for_room(self) -> None:
         while len(self.running) >= MAX_RUNNING:
@@ -189,11 +192,10 @@ class _Others:
     """The servers that may check a server's work, for one piece of it: always the same ones for a span."""
 
     def __init__(self, client: SwarmClient, server: ServerRecord, *, without: set[str], chance: secrets.SystemRandom):
-        """Those whose numbers are a measure for those of `server`: of its quantization and dtype."""
+        """Those whose numbers are a measure for those of `server`."""
         self.policy, self.stats, self.load = client.policy, client.stats, client.load
-        kind = (server.quantization, server.dtype)
-        unlike = {each.peer for each in client.servers if (each.quantization, each.dtype) != kind}
-        self._client, self._chance = client, chance
+        unlike = {each.peer for each in client.servers if not comparable(each.arithmetic, server.arithmetic)}
+        self._client, self._chance, self._kind = client, chance, server.arithmetic
         self._banned = client.banned() | without | unlike
         self._routes: dict[BlockSpan, tuple[Hop, ...]] = {}
 
@@ -218,7 +220,9 @@ class _Others:
     def _choose(self, span: BlockSpan, work: int, size: Size) -> tuple[Hop, ...]:
         """A server that was reached and holds all of `span`, by chance: two that agreed to lie rarely check each other.
 
-        Where there are few, the best of those that were not reached yet, or of those that hold a part.
+        Half of the time one with the same arithmetic, which finds the smallest lies; otherwise any: those that agreed
+        to lie could announce one that nobody else has. Where there are few, the best of those that were not reached
+        yet, or of those that hold a part.
         """
         reached = [
             each
@@ -235,7 +239,9 @@ class _Others:
             except UncoveredBlocks:
                 if not reached:
                     raise
-        return (Hop(self._chance.choice(reached), span),)
+        alike = [each for each in reached if each.arithmetic == self._kind]
+        some = alike if alike and self._chance.random() < 0.5 else reached
+        return (Hop(self._chance.choice(some), span),)
 
     def refresh_soon(self) -> None:
         """A check does not wait for servers."""

@@ -82,6 +82,7 @@ class Speed(Callback):
         module.log("swarm/wait_share", self._waited_s / self._step_s)
         module.log("swarm/sent_mb", stats.sent_bytes / MB)
         module.log("swarm/received_mb", stats.received_bytes / MB)
+        module.log("swarm/direct_mb", stats.direct_bytes / MB)
         module.log("swarm/retries", float(stats.retries))
         for peer, times in list(stats.servers.items()):
             before = self._before.get(peer, ServerTimes())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from peft import PeftConfig
@@ -56,6 +57,18 @@ def check_trainer(trainer: Trainer) -> None:
         raise _refused("strategy", name, "with remote blocks auto and ddp work")
     if trainer.num_nodes > 1:
         raise _refused("num_nodes", trainer.num_nodes, "processes of one machine can train together, trainer.devices=N")
+
+
+def check_device(accelerator: str, precision: str | int | None) -> None:
+    """Raise ConfigError for a GPU that is not here, and for float16 on a CPU, where Lightning would take bfloat16."""
+    found = {"cuda": CUDAAccelerator.is_available(), "mps": MPSAccelerator.is_available()}
+    has_gpu = any(found.values())
+    if not {"gpu": has_gpu, **found}.get(accelerator, True):
+        raise _refused("accelerator", accelerator, f"torch {torch.__version__} finds no such device here; cpu works")
+    if str(precision) in ("16", "16-mixed") and (accelerator == "cpu" or (accelerator == "auto" and not has_gpu)):
+        raise _refused(
+            "precision", precision, "float16 is for a GPU, trainer.accelerator=gpu; a CPU takes bf16-mixed or 32-true"
+        )
 
 
 def check_end(trainer: Trainer, *, steps_done: int = 0) -> None:

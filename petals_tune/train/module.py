@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
+from petals_tune.copies import to_host
 from petals_tune.data.collate import Batch
 from petals_tune.data.module import TextData
 from petals_tune.errors import ConfigError, Diverged
@@ -35,6 +36,7 @@ ScheduleFactory = Callable[
 
 # The others change the dtype of the client's weights and hidden states, and then those of the servers do not match.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+LEAST_SCALE = 1.0  # of the loss in 16-mixed: a gradient that overflows without being scaled up is the training's fault
 
 
 class FineTuner(LightningModule):
@@ -104,14 +106,20 @@ class FineTuner(LightningModule):
         return scores.loss * (of_loss * batches)  # Lightning divides by `batches`, however many the window has
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        for name, parameter in self.trained_parameters():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                raise Diverged(
-                    f"the gradient of {name} is not finite at step {self.global_step}; it was not applied: training "
-                    "diverged, try a smaller optimizer.lr",
-                    step=self.global_step,
-                    parameter=name,
-                )
+        """Raise Diverged for a gradient that is not finite, unless a scaler will leave the step out for it."""
+        gradients = {name: p.grad for name, p in self.trained_parameters() if p.grad is not None}
+        finite = to_host(*(torch.isfinite(gradient).all() for gradient in gradients.values()))
+        bad = next((name for name, good in zip(gradients, finite, strict=True) if not good), None)
+        scaler: torch.amp.GradScaler | None = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            self.log("train/loss_scale", scaler.get_scale())
+        if bad is not None and (scaler is None or scaler.get_scale() <= LEAST_SCALE):
+            raise Diverged(
+                f"the gradient of {bad} is not finite at step {self.global_step}; it was not applied: training "
+                "diverged, try a smaller optimizer.lr",
+                step=self.global_step,
+                parameter=bad,
+            )
 
     def on_train_end(self) -> None:
         # After the callbacks, which have saved the newest checkpoint, and before replies and the last validation.

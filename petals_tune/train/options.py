@@ -20,7 +20,7 @@ from petals_tune.swarm.local import local_swarm
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.wire.span import BlockSpan, gaps
-from petals_tune.wire.tensors import WireFormat
+from petals_tune.wire.tensors import FormatOption
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -32,6 +32,7 @@ _MODEL_OPTIONS = (
     "wire_format",
     "grad_format",
     "hand_over",
+    "direct",
     "verify",
 )
 
@@ -64,9 +65,10 @@ class ClientOptions:
     local_blocks: Sequence[Any] = ()  # spans "start:stop" that the client runs itself
     local_quantization: SchemeName = "int8"  # of these
     micro_batch_rows: Count | None = None  # rows per request; None: rows of 128 positions in all
-    wire_format: WireFormat = "float32"  # of hidden states
-    grad_format: WireFormat = "float32"  # of their gradients
+    wire_format: FormatOption = "auto"  # of hidden states; auto: the dtype in which each server computes
+    grad_format: FormatOption = "auto"  # of their gradients
     hand_over: HandOverRule = "auto"  # whether servers send their outputs directly to the next server of the chain
+    direct: bool = True  # whether data travels over direct connections to the servers that can be dialled
     verify: Share = 0.0  # share of micro-batches that a second server computes too, to detect wrong results
     timeout_s: Seconds = RetryPolicy.timeout_s  # see RetryPolicy
     attempts: Count | None = RetryPolicy.attempts
@@ -92,7 +94,7 @@ class LocalSwarm(ClientOptions):
 
     servers: Count = 2  # with equal spans, unless `spans` is given
     spans: Sequence[Any] | None = None  # "start:stop" of each server; spans may overlap
-    quantization: SchemeName = "int8"
+    quantization: SchemeName = "int8"  # of their blocks
     threads_per_server: Count = 1
 
     def check(self, blocks: int) -> None:
@@ -128,6 +130,9 @@ class LocalSwarm(ClientOptions):
             )
         return spans
 
+    def client_options(self) -> dict[str, Any]:
+        return {**super().client_options(), "quantization": self.quantization}
+
     def describe_opening(self, blocks: int) -> str:
         spans = ", ".join(map(str, self.server_spans(blocks)))
         return f"starting local servers of blocks {spans} ({self.quantization})"
@@ -149,6 +154,7 @@ class JoinedSwarm(ClientOptions):
     """A running swarm."""
 
     initial_peers: Annotated[Sequence[str], Field(min_length=1)]
+    quantization: SchemeName | None = None  # of the servers that are used; None: any but int8_activations
     token: str | None = None  # file with the access token of a private swarm; rank 1 uses NAME.rank1.token
     identity_path: str | None = (
         None  # file of the identity that the token was issued for; None: NAME.identity beside it
@@ -158,7 +164,8 @@ class JoinedSwarm(ClientOptions):
         refuse_keys(self.token, key="swarm.token")  # before the run writes its configuration to a file
 
     def client_options(self) -> dict[str, Any]:
-        return {**super().client_options(), "swarm_token": self.token, "identity_path": self.identity_path}
+        more = {"quantization": self.quantization, "swarm_token": self.token, "identity_path": self.identity_path}
+        return {**super().client_options(), **more}
 
     def describe_opening(self, blocks: int) -> str:
         return f"connecting to {', '.join(self.initial_peers)}"

@@ -23,6 +23,7 @@ from petals_tune.model.families import learned_positions, placeholder_model
 from petals_tune.train.checks import (
     check_batches,
     check_callbacks,
+    check_device,
     check_end,
     check_optimizer,
     check_trainer,
@@ -196,6 +197,7 @@ def build_trainer(cfg: DictConfig) -> Trainer:
     """Build a stock Trainer with the callbacks and loggers of the configuration, and metrics.csv."""
     loggers = [build(section, where=f"logger.{name}") for name, section in cfg.logger.items()]
     callbacks = [build(section, where=f"callbacks.{name}") for name, section in cfg.callbacks.items() if section]
+    check_device(str(cfg.trainer.accelerator), cfg.trainer.get("precision"))
     metrics = MetricsFile(Path(cfg.output_dir))
     try:
         return build(cfg.trainer, where="trainer", logger=[metrics, *loggers], callbacks=callbacks)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from petals_tune.adapters import METHODS
+from petals_tune.copies import to_host
 from petals_tune.errors import UnsupportedAdapter
 from petals_tune.tuning.deep_prompt import DeepPromptConfig, with_deep_prompts
 from petals_tune.wire.adapter import AdapterPart, AdapterVersion
@@ -30,7 +31,6 @@ _AT_EMBEDDINGS = frozenset(
     }
 )
 
-_HOST = torch.device("cpu")
 _WORKS = (
     f"what works: {', '.join(method.usage for method in METHODS.values())}, tuning=prompt (peft.PromptTuningConfig)"
 )
@@ -64,15 +64,13 @@ def collect_adapter(blocks: Sequence[tuple[int, nn.Module]]) -> tuple[AdapterVer
     The tensors are the client's own parameters, in the order of the version's parts. Raises UnsupportedAdapter for
     anything on a block that a server would not run; nothing is left out silently.
     """
-    parts: list[AdapterPart] = []
-    tensors: list[torch.Tensor] = []
-    for number, block in blocks:
-        for part, parameters in _parts(number, block):
-            parts.append(part.to(_HOST))  # to be digested and sent, also where the model is on a GPU
-            tensors += parameters
-    if not parts:
+    found = [each for number, block in blocks for each in _parts(number, block)]
+    if not found:
         return None, []
-    return AdapterVersion(version=_digest(parts), parts=tuple(parts)), tensors
+    # To be digested and sent, also where the model is on a GPU.
+    copies = iter(to_host(*(tensor for part, _ in found for tensor in part.tensors)))
+    parts = [msgspec.structs.replace(part, tensors=[next(copies) for _ in part.tensors]) for part, _ in found]
+    return AdapterVersion(version=_digest(parts), parts=tuple(parts)), [own for _, each in found for own in each]
 
 
 def own_parts(blocks: Sequence[tuple[int, nn.Module]]) -> list[AdapterPart]:

@@ -21,9 +21,6 @@ class AdapterPart(msgspec.Struct, frozen=True, kw_only=True):
     dropout: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
     tensors: Annotated[list[torch.Tensor], msgspec.Meta(max_length=2)]
 
-    def to(self, device: torch.device) -> AdapterPart:
-        return msgspec.structs.replace(self, tensors=[tensor.to(device) for tensor in self.tensors])
-
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterVersion:

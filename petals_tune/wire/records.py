@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import msgspec
@@ -20,7 +21,7 @@ class Throughput(msgspec.Struct, frozen=True, kw_only=True):
 
     step: float = 1.0  # tokens/s through one block, one token at a time: generation
     batch: float = 1.0  # tokens/s through one block, many at once: training
-    network: float | None = None  # tokens/s whose hidden states its network carries; None: not measured
+    network: float | None = None  # tokens/s whose hidden states, in its dtype, its network carries; None: not measured
 
     def __post_init__(self) -> None:
         for rate in (self.step, self.batch, 1.0 if self.network is None else self.network):
@@ -48,6 +49,23 @@ LONGEST_ROUND_TRIP_S = 60.0  # a longer one is no round trip that anything could
 _Seconds = Annotated[float, msgspec.Meta(gt=0.0, le=LONGEST_ROUND_TRIP_S)]  # which NaN and inf are not
 
 
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arithmetic:
+    """What a server computes with. Two servers whose arithmetic differs round differently, and are both right."""
+
+    quantization: str  # a scheme of petals_tune/blocks/quantization: how weights are stored and multiplied
+    dtype: Dtype  # of hidden states, and of products with weights that are not quantized
+    device: str  # kind of device: cpu, cuda, rocm, mps, ...
+    matrix_library: str = ""  # of float32 products; "" where the device has one alone
+
+    def __str__(self) -> str:
+        library = f" ({self.matrix_library})" if self.matrix_library else ""
+        return f"{self.quantization} in {self.dtype} on {self.device}{library}"
+
+
 ServerState = Literal["joining", "online", "offline"]  # joining: loading its blocks
 
 
@@ -67,10 +85,11 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
     protocol: Name = PROTOCOL  # that the server speaks; those of another release are routed around
     blocks: BlockSpan
     total_blocks: Annotated[int, msgspec.Meta(ge=1, le=_MAX_BLOCKS)]
-    quantization: Name  # as petals_tune/blocks names them; shown alone
-    dtype: Name  # of the computation
+    quantization: Name  # these four are its `arithmetic`
+    dtype: Dtype
+    device: Name = "cpu"
+    matrix_library: Name = ""
     throughput: Throughput = Throughput()
-    matrix_library: Name = ""  # of float32 products: its rounding
     state: ServerState = "online"
     version: Name = ""  # of petals_tune on the server
     public_name: Name = ""
@@ -79,10 +98,19 @@ class ServerRecord(msgspec.Struct, frozen=True, kw_only=True):
     round_trips_s: Annotated[dict[Name, _Seconds], msgspec.Meta(max_length=MAX_ROUND_TRIPS)] = {}
 
     def __post_init__(self) -> None:
-        texts = (self.peer, self.model, self.model_name, self.revision, self.protocol, self.quantization, self.dtype)
+        texts = (self.peer, self.model, self.model_name, self.revision, self.protocol, self.quantization, self.device)
         for text in (*texts, self.matrix_library, self.version, self.public_name, *self.addresses):
             if not text.isprintable():  # they are shown in terminals
                 raise ValueError(f"unprintable characters in {text!r}")
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        return Arithmetic(
+            quantization=self.quantization,
+            dtype=self.dtype,
+            device=self.device,
+            matrix_library=self.matrix_library,
+        )
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -2,7 +2,7 @@
 
 Both scaled formats have one scale for each vector along the last dimension, so that a row does not depend on the others
 in its message. In float16 it is a power of two, which is exact: a cast alone would make infinity of what is above
-65,504, and zero of small gradients.
+65,504, and zero of small gradients. Vectors of float16 numbers arrive as they are, their smallest ones included.
 
 The 8-bit format is that of bitsandbytes, with its dynamic map as the codebook, which is not sent, and a vector as the
 block. hivemind's BLOCKWISE_8BIT has blocks of 4096 values, which cross rows.
@@ -22,13 +22,15 @@ from petals_tune.errors import ConfigError, ProtocolError
 
 WireFormat = Literal["float32", "float16", "bfloat16", "blockwise8"]
 WIRE_FORMATS: tuple[str, ...] = get_args(WireFormat)
+FormatOption = Literal["auto", "float32", "float16", "bfloat16", "blockwise8"]  # auto: the dtype of each server
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _BLOCKWISE8, _SCALED16 = 255, 254
 _MAX_DIMS = 4
 _MAX_NUMEL = 2**48  # an empty tensor has strides too, and torch fails where they overflow
-_SCALED_EXPONENT = 15  # scaled vectors stay below 2**15, and float16 ends at 65,504
+_SCALED_EXPONENT = 16  # scaled vectors stay below 2**16, and
+_ROUNDS_UP = 1 - 2**-12  # times 2**16 is 65,520, from where float16 rounds to infinity
 _MAX_SHIFT = 126  # of a scale's exponent: the scale and its inverse are normal float32 numbers
 
 
@@ -47,6 +49,18 @@ def in_format(tensor: torch.Tensor, wire_format: str) -> torch.Tensor:
     if wire_format == "float16":
         return tensor.detach().as_subclass(Scaled16)
     return tensor.detach().to(getattr(torch, wire_format))
+
+
+def in_dtype(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Prepare `tensor` for a receiver that computes in `dtype` and casts it to that: it gets the same numbers.
+
+    What float16 cannot hold is sent as it is, for the receiver to say so.
+    """
+    if dtype == "float16" and tensor.dtype is not torch.float16:
+        # A scale alone would round what is below 2**-14 twice: here, and to the receiver's coarser steps.
+        rounded = tensor.detach().to(torch.float16).to(tensor.dtype)
+        tensor = rounded.where(rounded.isfinite(), tensor)
+    return in_format(tensor, dtype)
 
 
 def encoded_bytes(tensor: torch.Tensor) -> int:
@@ -185,7 +199,8 @@ def _to_scaled16(tensor: torch.Tensor) -> bytes:
     """Encode as exponents of the scales (int8, one a vector), then float16 values times 2 to that exponent."""
     vectors = tensor.view(_vectors(tensor.shape), -1)
     largest = torch.maximum(vectors.amax(1, keepdim=True), -vectors.amin(1, keepdim=True))  # .abs() would be a copy
-    _, exponents = torch.frexp(largest.where(largest.isfinite(), 1.0))  # what is not finite stays so, unscaled
+    mantissas, exponents = torch.frexp(largest.where(largest.isfinite(), 1.0))  # what is not finite stays so
+    exponents = exponents + (mantissas >= _ROUNDS_UP)
     shifts = (_SCALED_EXPONENT - exponents).clamp(-_MAX_SHIFT, _MAX_SHIFT).to(torch.int8)
     values = (vectors * _power(shifts)).to(torch.float16)
     return b"".join((_memory_of(shifts), _memory_of(values)))

@@ -32,6 +32,8 @@ class ServerReport(msgspec.Struct, frozen=True, kw_only=True):
     throughput: Throughput
     quantization: str
     dtype: str
+    device: str
+    matrix_library: str
     version: str
     free_cache_bytes: int | None
     latency_s: float | None  # of a ping from here
@@ -109,6 +111,8 @@ def _of_server(record: ServerRecord, answer: Answer) -> ServerReport:
         throughput=record.throughput,
         quantization=record.quantization,
         dtype=record.dtype,
+        device=record.device,
+        matrix_library=record.matrix_library,
         version=record.version,
         free_cache_bytes=record.free_cache_bytes,
         latency_s=answer.latency_s,

@@ -9,7 +9,7 @@ from servers.health.report import ModelReport, Report, ServerReport
 _RED = "\x1b[31m{}\x1b[0m"
 WIDTH = 48  # most characters of a row's diagram of the blocks
 _MARKS = {"online": "#", "joining": "-", "silent": "?"}
-_HEAD = ("server", "blocks", "state", "tokens/s", "quantized", "dtype", "version", "free cache", "latency")
+_HEAD = ("server", "blocks", "state", "tokens/s", "quantized", "dtype", "device", "version", "free cache", "latency")
 
 
 def format_table(report: Report, *, coloured: bool = False) -> str:
@@ -46,6 +46,7 @@ def _cells(server: ServerReport) -> Sequence[str]:
         _rate(server.tokens_per_s),
         server.quantization,
         server.dtype,
+        server.device,
         server.version,
         "" if server.free_cache_bytes is None else f"{server.free_cache_bytes / 2**30:.2f} GB",
         "" if server.latency_s is None else f"{1000 * server.latency_s:.1f} ms",

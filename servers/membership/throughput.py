@@ -20,6 +20,7 @@ import torch
 
 from petals_tune import __version__
 from petals_tune.blocks import kernels, memory
+from petals_tune.blocks.devices.hardware import device_name
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.kv_cache import Session
 from petals_tune.blocks.loading import dummy_block
@@ -50,7 +51,7 @@ def keep_library(device: str, *, folder: Path) -> str:
     """
     if device != "cpu":
         return ""
-    depends_on = [memory.device_name(device), torch.get_num_threads(), version("torch")]
+    depends_on = [device_name(device), torch.get_num_threads(), version("torch")]
     path = folder / f"library-{_key(depends_on)}.json"
     try:
         library = msgspec.json.decode(path.read_bytes(), type=kernels.Library)
@@ -80,7 +81,7 @@ def measure_computing(
     kept in `folder` by all that it depends on, and read from there unless it is to be measured `again`.
     """
     depends_on = [
-        *(checkpoint.digest, quantization, str(dtype), memory.device_name(device), torch.get_num_threads()),
+        *(checkpoint.digest, quantization, str(dtype), device_name(device), torch.get_num_threads()),
         *(version("torch"), version("bitsandbytes"), __version__),
     ]
     path = folder / f"{_key(depends_on)}.json"
@@ -103,8 +104,8 @@ def measure_computing(
     return measured
 
 
-async def measure_sending(peer: Peer, servers: Sequence[ServerRecord], model: str, hidden_size: int) -> float | None:
-    """Tokens/s whose float32 hidden states this machine can send to other servers of the swarm.
+async def measure_sending(peer: Peer, servers: Sequence[ServerRecord], model: str, position_bytes: int) -> float | None:
+    """Tokens/s whose hidden states, of so many bytes a position, this machine can send to other servers of the swarm.
 
     The best of a few: a line is at least as fast as what went through it. None where there is nobody to send to.
     """
@@ -120,7 +121,7 @@ async def measure_sending(peer: Peer, servers: Sequence[ServerRecord], model: st
             rates.append(_SENT_BYTES / max(full_s - empty_s, 1e-6))
         finally:
             await pool.close()
-    return max(rates) / (4 * hidden_size) if rates else None
+    return max(rates) / position_bytes if rates else None
 
 
 async def _ping_s(stream: ServerStream, size_bytes: int) -> float:
@@ -131,7 +132,7 @@ async def _ping_s(stream: ServerStream, size_bytes: int) -> float:
 
 
 def _one_step(engine: Engine) -> Callable[[], None]:
-    session = Session.probe(BlockSpan(0, 1), 1)
+    session = Session.probe(BlockSpan(0, 1))
     step = Step(session=0, hidden=torch.randn(1, 1, engine.hidden_size), position=0)
 
     def run() -> None:

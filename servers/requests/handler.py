@@ -12,10 +12,16 @@ from functools import partial
 import torch
 
 from petals_tune.blocks.engine import TORCH_ERRORS, Engine
-from petals_tune.blocks.memory import give_back_freed_memory, is_out_of_memory, trim_heap
+from petals_tune.blocks.memory import (
+    describe_out_of_memory,
+    give_back_freed_memory,
+    is_out_of_memory,
+    trim_heap,
+)
 from petals_tune.errors import (
     AccessDenied,
     ConnectionLost,
+    DeviceFailed,
     NotHandedOn,
     PetalsTuneError,
     ProtocolError,
@@ -55,6 +61,7 @@ from servers.requests.execution import Executor
 from servers.requests.hand_over import Inbox, Neighbours
 from servers.requests.streams import ClientStream, OpenStreams
 from servers.scheduling.compute_thread import ComputeThread
+from servers.scheduling.fair_queue import Priority
 from servers.scheduling.turns import Turns
 from servers.stores.stores import Stores
 
@@ -91,6 +98,7 @@ class Handler:
         self._limits, self._members, self._on_reply, self._neighbours = limits, members, on_reply, neighbours
         self._admission = Admission(limits)
         self._turns = Turns()
+        self._engine, self._compute = engine, compute
         self._executor = Executor(engine, compute, stores, self._admission, self._turns)
         self._inbox = Inbox()
         self._streams = OpenStreams(self._admission, self._tidy)
@@ -98,6 +106,8 @@ class Handler:
         self._running: set[asyncio.Task[None]] = set()
         self._readers: set[asyncio.Task[None]] = set()  # one for each open stream
         self.draining = False
+        self.failed = asyncio.Event()  # set once a device has failed: nothing can be served any more
+        self.failure: DeviceFailed | None = None  # and how
 
     async def serve(self, connection: Connection) -> None:
         """Serve one stream of a client, from its first byte to its last."""
@@ -132,6 +142,11 @@ class Handler:
     @property
     def streams(self) -> int:
         return len(self._streams)
+
+    @property
+    def direct_streams(self) -> int:
+        """Those of `streams` on direct connections."""
+        return sum(connection.direct for connection in self._streams.connections)
 
     @property
     def message_bytes(self) -> int:
@@ -268,13 +283,15 @@ class Handler:
         except TORCH_ERRORS as error:
             if is_out_of_memory(error):
                 logger.warning("no memory for a request of %s: %s", stream.client, error)
-                reply = Refusal.of(ServerBusy(f"out of memory: {str(error).partition('. GPU')[0]}", limit="memory"))
+                text = describe_out_of_memory(error, list(self._engine.spans_by_device))
+                reply = Refusal.of(ServerBusy(text, limit="memory"))
                 # Soon: until then the error's frames hold the tensors that were made.
                 asyncio.get_running_loop().call_soon(give_back_freed_memory)
             else:
                 # torch's own error on input that passed our checks: the traceback is logged, the client goes elsewhere.
                 logger.exception("request of %s failed", stream.client)
                 reply = Refusal.of(ServerError(f"the computation failed: {error}"))
+                await self.check_devices()
         if self._on_reply is not None:
             asked = request.request if isinstance(request, Chained) else request
             self._on_reply(asked, reply, time.monotonic() - started_s)
@@ -290,6 +307,15 @@ class Handler:
             await stream.reply(message_id, parts)
         except ConnectionLost:
             self.stores.leases.release(stream.client, lease)
+
+    async def check_devices(self) -> None:
+        """Find out, after an error of torch's, whether a device computes at all; take no more requests if not."""
+        try:
+            await self._compute.run(Priority.STEP, self._engine.check_alive)
+        except DeviceFailed as failure:
+            self.draining = True
+            self.failure = failure
+            self.failed.set()
 
     async def _encode(self, client: str, reply: Message, room: Reservation) -> list[Part]:
         """Encode a reply, in a thread where it is large; `room` is then the reply's. Raises ServerBusy."""

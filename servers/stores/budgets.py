@@ -5,7 +5,7 @@ The stores are made from it and a server that chooses its number of blocks subtr
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,3 +20,7 @@ class Budgets:
     @property
     def total_bytes(self) -> int:
         return sum(astuple(self))
+
+    def times(self, share: float) -> Budgets:
+        """All of them, multiplied by `share`."""
+        return Budgets(**{name: int(size * share) for name, size in asdict(self).items()})

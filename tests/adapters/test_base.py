@@ -7,7 +7,8 @@ from petals_tune.adapters.base import linear_features
 
 
 def test_methods_are_registered_by_their_names_on_the_wire():
-    assert {name: method.name for name, method in METHODS.items()} == {name: name for name in ("lora", "ia3", "prompt")}
+    names = ("lora", "expert_lora", "ia3", "prompt")
+    assert {name: method.name for name, method in METHODS.items()} == {name: name for name in names}
 
 
 def test_features_of_linears_of_every_kind():

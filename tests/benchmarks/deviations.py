@@ -1,11 +1,12 @@
 """How far honest servers are apart, beside what spot checks allow, and the smallest lies that are beyond that.
 
-    python -m tests.benchmarks.deviations [--batches 4]
+    python -m tests.benchmarks.deviations [--parts formats pairs lies] [--batches 4]
 
 The last ten blocks of SmolLM2-135M-Instruct on real text, 8 rows of 128 positions a batch: forward, and back from the
 loss of the language model. One server computes the whole batch; the other one row by row, without oneDNN and fused
-attention, in one piece or with a cut in the middle, over which hidden states and gradients go in the format of the
-wire. The last line is JSON.
+attention. `formats`: two servers that compute alike, in one piece or with a cut in the middle, over which hidden states
+and gradients go in the format of the wire. `pairs`: two that compute differently (dtype, matrix library), everything in
+the dtype of each, two rows of each batch. Limits are those of petals_tune/swarm/deviation.py.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import argparse
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -25,17 +26,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.kernels import Library, choose_library
 from petals_tune.blocks.loading import load_blocks
+from petals_tune.blocks.quantization import SCHEMES
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.convert import embedded_model
 from petals_tune.swarm.deviation import Answer, Deviation, deviation, tolerance
 from petals_tune.wire.messages import Backward, Forward
+from petals_tune.wire.records import Arithmetic, Dtype
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WIRE_FORMATS, as_received
 
 ROWS, LENGTH = 8, 128
+PAIR_ROWS = 2  # CPUs are slow in 16 bits
 WHOLE, HALVES = ("20:30",), ("20:25", "25:30")
-SERVERS = (("none", "float32"), ("int8", "float32"), ("none", "float16"), ("none", "bfloat16"))
+SERVERS: tuple[tuple[str, Dtype], ...] = (
+    ("none", "float32"),
+    ("int8", "float32"),
+    ("none", "float16"),
+    ("none", "bfloat16"),
+)
+DTYPES: tuple[Dtype, ...] = ("float32", "float16", "bfloat16")
 TEXT = Path(__file__).parent.parent.parent / "docs"
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # an output and the gradient at the input
@@ -44,42 +55,82 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # an output and the gradient at the in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument(
+        "--parts", nargs="+", choices=["formats", "pairs", "lies"], default=["formats", "pairs", "lies"]
+    )
     options = parser.parse_args()
     folder = embedded_model()
     work = list(itertools.islice(batches(folder), options.batches))
+    figures: dict[str, Any] = {"positions": len(work) * ROWS * LENGTH}
+    if "formats" in options.parts:
+        figures["formats"] = of_formats(folder, work)
+    if "pairs" in options.parts:
+        figures["pairs"] = of_pairs(folder, [(hidden[:PAIR_ROWS], grad[:PAIR_ROWS]) for hidden, grad in work])
+    shares = [
+        share for part in ("formats", "pairs") for each in figures.get(part, {}).values() for share in each.values()
+    ]
+    figures["honest_pairs_beyond_the_limit"] = sum(share > 1 for share in shares)
+    if "lies" in options.parts:
+        exact = Servers(folder, "none", "float32")
+        figures["smallest_lie_found"] = smallest_lies([exact.go(work[0], WHOLE, "float32", one_by_one=False)])
+    print(json.dumps({**figures, "load_average": os.getloadavg()[0]}))
+
+
+def of_formats(folder: Path, work: Sequence[Pair]) -> dict[str, dict[str, float]]:
+    """Shares of the limit, of servers that compute alike, by their arithmetic, format and cuts."""
+    figures = {}
     print(f"\n| servers | wire | cuts | largest | limit | typical | limit | furthest | limit |\n|{'---|' * 9}")
-    figures: dict[str, Any] = {}
-    truth: list[Pair] = []
     for quantization, dtype in SERVERS:
-        engines = Servers(folder, quantization, dtype)
+        engines, kind = Servers(folder, quantization, dtype), arithmetic(quantization, dtype)
         alone = [engines.go(each, WHOLE, "float32", one_by_one=False) for each in work]
-        truth = truth or alone
         whole = [engines.go(each, WHOLE, "float32", one_by_one=True) for each in work]
         for wire, spans in itertools.product(WIRE_FORMATS, (WHOLE, HALVES)):
             others = whole if spans is WHOLE else [engines.go(each, spans, wire, one_by_one=True) for each in work]
             found = [
-                apart(rounded(one, wire), rounded(other, wire), dtype) for one, other in zip(alone, others, strict=True)
+                apart(rounded(one, wire), rounded(other, wire), [dtype])
+                for one, other in zip(alone, others, strict=True)
             ]
-            limit = tolerance(dtype, [wire], cuts=len(spans) - 1)
-            most = {name: max(getattr(each, name) for each in found) for name in vars(limit)}
-            cells = " | ".join(f"{most[name]:.2g} | {getattr(limit, name):.2g}" for name in most)
+            limit = tolerance([kind], [wire], cuts=len(spans) - 1)
+            cells, shares = compared(found, limit)
             print(f"| {quantization} {dtype} | {wire} | {len(spans) - 1} | {cells} |", flush=True)
-            figures[f"{quantization} {dtype}, {wire}, {len(spans) - 1}"] = {
-                name: round(most[name] / getattr(limit, name), 4) for name in most
-            }
-    lies = smallest_lies(truth)
-    beyond = sum(share > 1 for each in figures.values() for share in each.values())
-    print(
-        json.dumps(
-            {
-                "positions": len(work) * ROWS * LENGTH,
-                "honest_pairs_beyond_the_limit": beyond,
-                "share_of_the_limit": figures,
-                "smallest_lie_found": lies,
-                "load_average": os.getloadavg()[0],
-            }
-        )
-    )
+            figures[f"{quantization} {dtype}, {wire}, {len(spans) - 1}"] = shares
+    return figures
+
+
+def of_pairs(folder: Path, work: Sequence[Pair]) -> dict[str, dict[str, float]]:
+    """Shares of the limit, of each pair of servers that may check each other; all on this machine's CPU."""
+    figures = {}
+    print(f"\n| one server | the other | largest | limit | typical | limit | furthest | limit |\n|{'---|' * 8}")
+    for quantization in SCHEMES:
+        answers: dict[Arithmetic, list[list[Pair]]] = {}  # the batch at once, and row by row
+        for dtype, library in itertools.product(DTYPES, get_args(Library)):
+            if library == "oneDNN" or (quantization, dtype) == ("none", "float32"):  # else it is not used
+                choose_library(library)
+                engines = Servers(folder, quantization, dtype, WHOLE)
+                answers[arithmetic(quantization, dtype, library if dtype == "float32" else "")] = [
+                    [engines.go(each, WHOLE, "float32", one_by_one=one_by_one) for each in work]
+                    for one_by_one in (False, True)
+                ]
+        for one, other in itertools.combinations_with_replacement(answers, 2):
+            both = [*zip(answers[one][0], answers[other][1], strict=True)]
+            both += zip(answers[one][1], answers[other][0], strict=True)
+            found = [apart(left, right, {one.dtype, other.dtype}) for left, right in both]
+            cells, shares = compared(found, tolerance([one, other], ["float32"]))
+            print(f"| {one} | {other} | {cells} |", flush=True)
+            figures[f"{one}, {other}"] = shares
+    choose_library(None)
+    return figures
+
+
+def arithmetic(quantization: str, dtype: Dtype, library: str = "") -> Arithmetic:
+    return Arithmetic(quantization=quantization, dtype=dtype, device="cpu", matrix_library=library)
+
+
+def compared(found: Sequence[Deviation], limit: Deviation) -> tuple[str, dict[str, float]]:
+    """The most of each measure beside its limit, as cells of a table, and as shares of the limit."""
+    most = {name: max(getattr(each, name) for each in found) for name in vars(limit)}
+    cells = " | ".join(f"{most[name]:.2g} | {getattr(limit, name):.2g}" for name in most)
+    return cells, {name: round(most[name] / getattr(limit, name), 4) for name in most}
 
 
 def batches(folder: Path) -> Iterator[Pair]:
@@ -104,13 +155,13 @@ def batches(folder: Path) -> Iterator[Pair]:
 class Servers:
     """Engines of one kind for all spans."""
 
-    def __init__(self, folder: Path, quantization: str, dtype: str):
+    def __init__(self, folder: Path, quantization: str, dtype: str, spans: Sequence[str] = (*WHOLE, *HALVES)):
         checkpoint = Checkpoint(str(folder))
         self._engines = {
             span: Engine(
                 load_blocks(checkpoint, BlockSpan.parse(span), quantization=quantization, dtype=getattr(torch, dtype))
             )
-            for span in {*WHOLE, *HALVES}
+            for span in spans
         }
 
     def go(self, work: Pair, spans: Sequence[str], wire: str, *, one_by_one: bool) -> Pair:
@@ -141,8 +192,8 @@ def rounded(pair: Pair, wire: str) -> Pair:
     return output, grad
 
 
-def apart(one: Pair, other: Pair, dtype: str = "float32") -> Deviation:
-    return deviation(Answer(servers=(), tensors=one), Answer(servers=(), tensors=other), dtype)
+def apart(one: Pair, other: Pair, dtypes: Collection[str] = ("float32",)) -> Deviation:
+    return deviation(Answer(servers=(), tensors=one), Answer(servers=(), tensors=other), dtypes)
 
 
 PLACES: dict[str, Any] = {
@@ -158,7 +209,7 @@ def smallest_lies(truth: list[Pair]) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     print(f"\n| wire | {' | '.join(PLACES)} |\n|{'---|' * (1 + len(PLACES))}")
     for wire in WIRE_FORMATS:
-        honest, limit = rounded(truth[0], wire), tolerance("float32", [wire])
+        honest, limit = rounded(truth[0], wire), tolerance([arithmetic("none", "float32")], [wire])
         for name, place in PLACES.items():
             for thousandth in range(1, 200):
                 lie = truth[0][0].clone()

@@ -27,7 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import peft
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig, PretrainedConfig, Qwen3MoeConfig
 from transformers.utils import logging
 
 from petals_tune.model.checkpoint import Checkpoint
@@ -41,6 +41,29 @@ from petals_tune.tuning.support import collect_adapter, tune
 
 ROWS, PROMPT_TOKENS, TEXT_TOKENS = 8, 16, 128
 _MB = 2**20
+SKELETONS: dict[str, tuple[PretrainedConfig, peft.LoraConfig]] = {
+    "bloom-176b": (
+        BloomConfig(n_layer=70, hidden_size=14336, n_head=112, vocab_size=250880),
+        peft.LoraConfig(r=8, target_modules=["query_key_value"]),
+    ),
+    "qwen3-235b": (
+        Qwen3MoeConfig(
+            num_hidden_layers=94,
+            hidden_size=4096,
+            intermediate_size=12288,
+            moe_intermediate_size=1536,
+            num_experts=128,
+            num_experts_per_tok=8,
+            num_attention_heads=64,
+            num_key_value_heads=4,
+            head_dim=128,
+            vocab_size=151936,
+        ),
+        peft.LoraConfig(
+            r=8, target_modules=[], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        ),
+    ),
+}
 
 
 @dataclass
@@ -78,7 +101,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if options.skeleton:
-        print(json.dumps(skeleton_figures()))
+        print(json.dumps(skeleton_figures(options.skeleton)))
         return
     with ExitStack() as stack:
         source = model_source(options.model, stack)
@@ -105,7 +128,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-lease", action=argparse.BooleanOptionalAction, default=True, help="also without leases")
     parser.add_argument("--memory", action="store_true", help="only: peak memory of LoRA's step, client and in-process")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)  # in a process of its own: "in-process", or a swarm's peer
-    parser.add_argument("--skeleton", choices=("bloom-176b",), help="only: build the client's part of a large model")
+    parser.add_argument("--skeleton", choices=sorted(SKELETONS), help="only: build the client's part of a large model")
     return parser.parse_args()
 
 
@@ -249,28 +272,36 @@ def peak(source: str, options: argparse.Namespace, stack: ExitStack) -> dict[str
     return {"imports_mb": imports_mb, "peak_mb": int(status.partition("VmHWM:")[2].split()[0]) / 1024}
 
 
-def skeleton_figures() -> dict[str, Any]:
-    """What the client builds for BLOOM-176B beside the embeddings: 70 weightless blocks, LoRA r=8 on the attention."""
-    config = BloomConfig(n_layer=70, hidden_size=14336, n_head=112, vocab_size=250880)
+def skeleton_figures(model: str) -> dict[str, Any]:
+    """What the client builds for a large model beside the embeddings: weightless blocks, and LoRA r=8.
+
+    On the attention of BLOOM-176B, or on all experts of Qwen3-235B-A22B. A step's adapter goes up to the servers, its
+    gradients come down, both in float32.
+    """
+    config, lora = SKELETONS[model]
     before_mb, started_s = resident_mb(), time.perf_counter()
     placeholder = placeholder_model(config)
     family = family_of(placeholder)
     blocks = getattr(placeholder, family.blocks)
     fill_with_placeholders(blocks, torch.bfloat16)
-    placeholder.h = Skeleton(blocks.children())
-    for name in ("word_embeddings", "word_embeddings_layernorm", "ln_f"):
-        setattr(placeholder, name, nn.Identity())  # the client loads these; they are not what is measured
-    net = tune(placeholder, peft.LoraConfig(r=8, target_modules=["query_key_value"]))
+    setattr(placeholder, family.blocks, Skeleton(blocks.children()))
+    for name, _ in list(placeholder.named_children()):
+        if name != family.blocks:
+            setattr(placeholder, name, nn.Identity())  # the client loads these; they are not what is measured
+    net = tune(placeholder, lora)
     seconds = time.perf_counter() - started_s
     trainable, total = net.get_nb_trainable_parameters()
     started_s = time.perf_counter()
-    collect_adapter(list(enumerate(placeholder.h.children())))
+    collect_adapter(list(enumerate(getattr(placeholder, family.blocks).children())))
     return {
         "skeleton_s": round(seconds, 2),
         "skeleton_mb": round(resident_mb() - before_mb),
         "process_mb": round(resident_mb()),
         "trainable": trainable,
         "parameters": total,
+        "with_adamw_mb": round(4 * 4 * trainable / _MB),  # values, gradients and two moments
+        "step_up_mb": round(4 * trainable / _MB),
+        "step_down_mb": round(4 * trainable / _MB),
         "version_s": round(time.perf_counter() - started_s, 3),
     }
 

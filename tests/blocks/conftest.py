@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from petals_tune.model import checkpoint as checkpoint_module
+from petals_tune.model import stored
 from petals_tune.model.disk import DiskCache
 
 
@@ -13,7 +13,7 @@ from petals_tune.model.disk import DiskCache
 def read_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The names of tensors that are read from files meanwhile."""
     names: list[str] = []
-    opened: Callable = checkpoint_module.safe_open
+    opened: Callable = stored.safe_open
 
     class Counting:
         def __init__(self, path: Path, framework: str):
@@ -36,7 +36,7 @@ def read_names(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             names.append(name)
             return self.file.get_tensor(name)
 
-    monkeypatch.setattr(checkpoint_module, "safe_open", Counting)
+    monkeypatch.setattr(stored, "safe_open", Counting)
     return names
 
 

@@ -28,13 +28,14 @@ def noise(*shape: int, seed: int) -> torch.Tensor:
 
 
 def uploaded(engine: Engine, family: str) -> Adapter:
-    """LoRA with dropout, a prompt and (IA)3, as a server keeps them."""
+    """LoRA with dropout, prompts and (IA)3, as a server keeps them."""
     module, wide_in, wide_out = LINEARS[family]
     lora = [noise(4, wide_in, seed=4), noise(wide_out, 4, seed=5)]
     parts = [
         AdapterPart(block=1, method="prompt", tensors=[noise(PROMPT, 32, seed=3)]),
         AdapterPart(block=2, method="lora", module=module, dropout=0.3, tensors=lora),
         AdapterPart(block=3, method="ia3", module=module, tensors=[noise(wide_out, 1, seed=6)]),
+        AdapterPart(block=3, method="prompt", tensors=[noise(PROMPT, 32, seed=7)]),
     ]
     adapter = Adapter(tuple(engine.prepare_adapter(parts)))
     for tensor in adapter.tensors:

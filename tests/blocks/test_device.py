@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from petals_tune.blocks import memory
 from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.footprint import Pass
 from petals_tune.wire.messages import Backward
+from petals_tune.wire.span import BlockSpan
 from tests.blocks import device_requests as requests
 from tests.blocks.device_requests import LENGTH, LINEARS, ROWS, SPAN, noise
 from tests.models import masks, relative_error
@@ -25,6 +27,7 @@ class Pair(NamedTuple):
     cpu: Engine
 
 
+TWO_CARDS = ["cuda:0", "cuda:0", "cuda:1"]  # of blocks 1 to 3
 QUICK = "llama"  # a family for every run of the tests; the others are slow together
 FAMILIES = [family if family == QUICK else pytest.param(family, marks=pytest.mark.slow) for family in LINEARS]
 
@@ -68,15 +71,62 @@ def test_steps_with_an_adapter(pair):
 
 def test_the_bytes_of_a_position_and_the_speed_are_measured(pair):
     assert pair.gpu.cache_sizes == pair.cpu.cache_sizes
-    with pretended_gpus():
-        assert memory.device_name("cuda:1") == "cuda:1, pretended GPU"
+
+
+@pytest.fixture(params=LINEARS)
+def cards(request, model_folder) -> Pair:
+    """Blocks 1 and 2 on one card and block 3 on the other, beside a CPU."""
+    folder = model_folder(request.param)
+    engine = GpuEngine(load(folder, SPAN), TWO_CARDS)
+    return Pair(request.param, engine, Engine(load(folder, SPAN)))
+
+
+def test_blocks_on_two_cards_compute_what_they_compute_on_one(cards):
+    """Forward, lease, recomputation, adapters on both cards, dropout, padding, positions; steps, batches, beams."""
+    gpu, cpu = (requests.training(engine, cards.family, "left", train=True) for engine in (cards.gpu, cards.cpu))
+    copies = gpu.pop("bytes") - cpu.pop("bytes")
+    assert 0 <= copies <= 2 * ROWS * LENGTH * 32 * 4, "the rotary tables of the second card are counted, and not more"
+    assert_close(gpu.values(), cpu.values())
+    for run in (requests.batched_steps, lambda engine: [requests.placed(engine)]):
+        assert_close(run(cards.gpu), run(cards.cpu))
+    assert_close(*(requests.adapted_steps(engine, cards.family) for engine in (cards.gpu, cards.cpu)))
+
+
+def test_what_is_of_a_block_is_on_its_card(model_folder):
+    engine = GpuEngine(load(model_folder(QUICK), SPAN), ["cuda:0", "cuda:1", "cuda:1"])
+    assert engine.spans_by_device == {"cuda:0": BlockSpan(1, 2), "cuda:1": BlockSpan(2, 4)}
+    adapter, own = requests.uploaded(engine, QUICK), session(2)
+    assert {part.block: str(part.tensors[0].device) for part in adapter.parts} == {
+        1: "cuda:0",
+        2: "cuda:1",
+        3: "cuda:1",
+    }
+    outputs(engine, (own, step(noise(2, 4, 32, seed=1), 0)))
+    assert [str(caches[0].device) for _, caches in sorted(own.storage.items())] == ["cuda:0", "cuda:1", "cuda:1"]
+    graph = engine.forward(forward(SPAN, noise(ROWS, LENGTH, 32, seed=1), keep=True), adapter).graph
+    assert (str(graph.hidden.device), str(graph.output.device)) == ("cuda:0", "cuda:1")
+
+
+@pytest.mark.parametrize("span", ["1:2", "3:4", "2:4"])
+def test_blocks_of_one_of_two_cards_and_the_memory_that_they_take(model_folder, span):
+    gpu = GpuEngine(load(model_folder(QUICK), SPAN), TWO_CARDS)
+    cpu = Engine(load(model_folder(QUICK), SPAN))
+    mask = masks(ROWS, 20)["left"].bool()
+    request, grad = forward(span, noise(ROWS, 20, 32, seed=1), padding=mask, keep=True), noise(ROWS, 20, 32, seed=2)
+    results, gradients = [engine.forward(request, None) for engine in (gpu, cpu)], []
+    assert_close(*([result.output] for result in results))
+    kept = gpu.footprint.kept_bytes(Pass(span=request.span), ROWS, 20)
+    assert results[0].graph_bytes <= kept <= 2 * results[0].graph_bytes
+    for engine, result in zip((gpu, cpu), results, strict=True):
+        gradients.append(engine.backward(Backward(lease=1, grad=grad), result.graph, None)[0])
+    assert_close(gradients[:1], gradients[1:])
 
 
 @pytest.mark.parametrize("quantization", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", [QUICK, pytest.param("gpt2", marks=pytest.mark.slow)])
-def test_quantized_blocks(model_folder, family, quantization):
+def test_quantized_blocks_on_two_cards(model_folder, family, quantization):
     found = []
-    for kind in (GpuEngine, Engine):
+    for kind in (partial(GpuEngine, devices=TWO_CARDS), Engine):
         engine = kind(load(model_folder(family), SPAN, quantization))
         request, grad = forward(SPAN, noise(ROWS, LENGTH, 32, seed=1), keep=True), noise(ROWS, LENGTH, 32, seed=2)
         result = engine.forward(request, None)

@@ -5,11 +5,13 @@ import torch
 
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.kv_cache import Session
 from petals_tune.blocks.positions import PositionLimits
 from petals_tune.errors import BlocksNotHere, RequestRefused
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Backward
 from petals_tune.wire.span import BlockSpan
+from tests.models import FAMILIES as EVERY
 from tests.models import masks, relative_error
 from tests.raising import raises
 from tests.servers.parts import forward, load
@@ -167,7 +169,7 @@ def test_what_these_blocks_cannot_do_is_refused_forward_and_backward(model_folde
     with raises(kind, **fields):
         engine.forward(request_, None)
     with raises(kind, **fields):
-        engine.backward(Backward(again=request_, grad=out_gradient()), None, None)
+        engine.backward(Backward(again=request_, grad=torch.ones_like(request_.hidden)), None, None)
 
 
 def test_a_gradient_that_does_not_fit_is_refused(model_folder):
@@ -199,3 +201,17 @@ def test_where_torch_fails_on_a_batch_only_the_step_at_fault_fails(model_folder)
     assert isinstance(beside, torch.Tensor)
     assert (good.position, other.position, bad.position) == (3, 3, 2)
     assert torch.equal(outputs(engine, (bad, step(hidden(1, 1, 1), 2)))[0], found), "its session goes on"
+
+
+@pytest.mark.parametrize(
+    "family", [each if each == "llama" else pytest.param(each, marks=pytest.mark.slow) for each in EVERY]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_what_leaves_is_in_the_dtype_of_the_computation(model_folder, family, dtype):
+    """So nothing is lost where it travels in that dtype (swarm/formats.py): outputs, gradients and steps."""
+    engine = Engine(load(model_folder(family), "0:2", dtype=dtype))
+    result = engine.forward(forward("0:2", hidden_states(), keep=True), None)
+    at_input, _ = engine.backward(Backward(lease=1, grad=out_gradient()), result.graph, None)
+    own = Session.probe(BlockSpan(0, 2))
+    (stepped,) = engine.step([(own, step(hidden_states(rows=1, length=1), 0))])
+    assert [each.dtype for each in (result.output, at_input, stepped)] == [dtype] * 3

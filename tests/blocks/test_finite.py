@@ -77,6 +77,23 @@ def test_a_block_that_makes_bad_numbers_of_good_ones_is_named(model_folder):
     assert (type(refused), refused.block, other.position) == (NotFinite, 2, 0)
 
 
+def test_what_is_too_large_for_float16_is_named_with_it_and_not_for_others(model_folder):
+    large = hidden(2, 3, 0)
+    large[1, 2, 5] = 1e5
+    for dtype in (torch.float16, torch.bfloat16):
+        engine = Engine(load(model_folder("llama"), str(SPAN), dtype=dtype))
+        own = session()
+        if dtype is torch.float16:
+            with raises(NotFinite, block=SPAN.start, dtype="float16"):
+                engine.forward(forward(str(SPAN), large), None)
+            (refused,) = engine.step([(own, step(large[1:], 0))])
+            assert (type(refused), refused.dtype) == (NotFinite, "float16")
+        else:
+            output = engine.forward(forward(str(SPAN), large), None).output
+            assert output.isfinite().all()
+            assert float(output[1, 2, 5]) == pytest.approx(1e5, rel=0.01)
+
+
 def test_bad_gradients_of_a_good_one_are_the_servers_fault(model_folder):
     engine = Engine(load(model_folder("llama"), str(SPAN)))
     graph = engine.forward(forward(str(SPAN), hidden(2, 3, 0), keep=True), None).graph

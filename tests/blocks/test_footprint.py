@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from petals_tune.adapters.base import linear_features
 from petals_tune.blocks.adapters import MAX_PARTS_A_MODULE, Adapter
 from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.experts.stack import expert_stacks
 from petals_tune.blocks.footprint import Footprint, Pass
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Backward, Forward
@@ -52,7 +53,10 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def adapter_of(engine: Engine, kind: str, dropout: float = 0.1) -> Adapter | None:
-    """`lora` and `ia3` on every linear of the blocks; `many` has as many parts on one as are taken; or a prompt."""
+    """`lora` and `ia3` on every linear of the blocks, `expert_lora` on every matrix of experts, or a prompt.
+
+    `many` has as many parts on one linear as are taken.
+    """
     parts = []
     for block in range(1, 4):
         linears = {path: linear_features(module) for path, module in engine.block(block).named_modules()}
@@ -63,6 +67,10 @@ def adapter_of(engine: Engine, kind: str, dropout: float = 0.1) -> Adapter | Non
             tensors = [torch.zeros(outputs, 1)] if kind == "ia3" else [torch.zeros(4, inputs), torch.zeros(outputs, 4)]
             method = "ia3" if kind == "ia3" else "lora"
             parts.append(AdapterPart(block=block, method=method, module=path, dropout=dropout, tensors=tensors))
+        for path, stack in expert_stacks(engine.block(block)).items() if kind == "expert_lora" else ():
+            experts, inputs, outputs, _ = stack.for_adapters
+            tensors = [torch.zeros(4 * experts, inputs), torch.zeros(outputs, 4 * experts)]
+            parts.append(AdapterPart(block=block, method=kind, module=path, tensors=tensors))
         if kind == "prompt":
             parts.append(AdapterPart(block=block, method="prompt", tensors=[torch.zeros(3, engine.hidden_size)]))
     if not parts:
@@ -126,6 +134,12 @@ def test_estimates_are_bounds_and_no_wild_ones(engine_of, family):
 @pytest.mark.parametrize("kind", ["lora", "many", "ia3", "prompt"])
 def test_estimates_with_an_adapter(engine_of, kind):
     assert_bounds(engine_of("llama"), 2, 120, padded=False, train=True, kind=kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_estimates_with_an_adapter_on_experts(engine_of, family):
+    assert_bounds(engine_of(family, "int8"), 2, 120, padded=False, train=True, kind="expert_lora")
 
 
 @pytest.mark.slow

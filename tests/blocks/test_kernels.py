@@ -10,7 +10,7 @@ from torch import nn
 from transformers.activations import NewGELUActivation
 
 from petals_tune.blocks import kernels
-from petals_tune.blocks.kernels import FEW_ROWS, FloatLinear, use_fast_kernels
+from petals_tune.blocks.kernels import FEW_ROWS, FloatLinear, use_fast_kernels, without_cudnn_attention
 from petals_tune.blocks.quantization import find_scheme
 from petals_tune.blocks.quantization.int8_linear import Int8Linear
 from tests.models import relative_error
@@ -112,3 +112,19 @@ def test_activations_that_are_written_out_become_fused_ones():
 def test_the_faster_library_is_measured_once():
     assert kernels.onednn_is_faster() in (True, False)
     assert kernels.onednn_is_faster.cache_info().currsize == 1
+
+
+def test_cudnns_attention_is_off_for_the_blocks_alone():
+    seen = {}
+    for device in ("cuda", "cpu"):
+        with without_cudnn_attention(torch.device(device)):
+            seen[device] = torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert seen == {"cuda": False, "cpu": True}
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        with without_cudnn_attention(torch.device("cuda")):
+            pass
+        assert not torch.backends.cuda.cudnn_sdp_enabled(), "whose process it is may have turned it off"
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)

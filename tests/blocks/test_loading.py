@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
+from petals_tune.blocks import loading
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.loading import dummy_block, load_blocks, torch_dtype
 from petals_tune.errors import ConfigError, UnsupportedModel
@@ -14,6 +15,7 @@ from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.families import family_of
 from petals_tune.wire.span import BlockSpan
 from tests.models import masks, plain_model, relative_error
+from tests.packed_models import fp8_model, mxfp4_model
 from tests.raising import raises
 from tests.servers.parts import SMOLLM2, forward, load
 
@@ -119,19 +121,40 @@ def test_a_damaged_file_is_refused_by_name(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "stored", "device", "dtype"),
+    ("name", "stored", "devices", "dtype"),
     [
-        ("auto", torch.bfloat16, "cpu", torch.float32),
-        ("auto", torch.bfloat16, "cuda", torch.bfloat16),
-        ("auto", None, "cuda", torch.float32),
-        ("float16", torch.bfloat16, "cpu", torch.float16),
-        ("bfloat16", None, "cpu", torch.bfloat16),
+        ("auto", torch.bfloat16, ["cpu"], torch.float32),
+        ("auto", torch.bfloat16, ["cuda:1"], torch.bfloat16),
+        ("auto", torch.bfloat16, ["cuda:1", "cuda:0"], torch.float16),
+        ("auto", torch.float16, ["cuda:0"], torch.float16),
+        ("auto", torch.float32, ["cuda:0"], torch.float32),
+        ("auto", None, ["cuda:1"], torch.float32),
+        ("float16", torch.bfloat16, ["cpu"], torch.float16),
+        ("bfloat16", None, ["cuda:0"], torch.bfloat16),
     ],
 )
-def test_the_dtype_of_the_computation(model_folder, name, stored, device, dtype):
+def test_the_dtype_of_the_computation(model_folder, monkeypatch, name, stored, devices, dtype):
+    """cuda:0 is an old card, without bfloat16."""
+    monkeypatch.setattr(loading, "has_bfloat16", lambda device: device != "cuda:0")
     config = Checkpoint(str(model_folder("llama"))).config
     config.dtype = stored
-    assert torch_dtype(name, config, device) is dtype
+    assert torch_dtype(name, config, *devices) is dtype
+
+
+def test_blocks_are_loaded_to_the_devices_that_are_named(model_folder):
+    """To torch's device without numbers, which every machine has."""
+    checkpoint = Checkpoint(str(model_folder("llama")))
+    loaded = load_blocks(
+        checkpoint, BlockSpan(1, 4), quantization="none", dtype=torch.float32, device=["cpu", "cpu", "meta"]
+    )
+    assert [{tensor.device.type for tensor in block.parameters()} for block in loaded.blocks] == [
+        {"cpu"},
+        {"cpu"},
+        {"meta"},
+    ]
+    around = [*loaded.model.buffers()]
+    assert around, "rotary tables"
+    assert {tensor.device.type for tensor in around} == {"cpu"}
 
 
 def test_an_unknown_dtype_is_refused(model_folder):
@@ -159,6 +182,24 @@ def test_weights_that_do_not_fit_the_config_are_refused_with_the_file_and_the_sh
     assert len(load(folder, "0:1").blocks) == 1
     with raises(UnsupportedModel, key="model.source", seen=name):
         load(folder, "1:2")
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+@pytest.mark.parametrize(("family", "pack"), [("qwen3_moe", fp8_model), ("gpt_oss", mxfp4_model)])
+def test_packed_weights_are_quantized_as_those_in_full(mixture_folder, tmp_path, disk, family, pack, quantization):
+    """Experts too, one by one; and a second start takes them from the cache."""
+    packed = pack(mixture_folder(family), tmp_path / "packed")
+    unpacked = AutoModel.from_pretrained(packed, dtype=torch.float32)  # the library unpacks it on a CPU
+    full = AutoModel.from_config(unpacked.config)  # which saves what is loaded; `unpacked` would pack it again
+    full.load_state_dict(unpacked.state_dict())
+    full.save_pretrained(tmp_path / "full")
+    wanted = load(tmp_path / "full", "0:2", quantization).blocks.state_dict()
+    for _ in range(2):
+        source = Checkpoint(str(packed))
+        found = load_blocks(source, BlockSpan(0, 2), quantization=quantization, dtype=torch.float32, disk=disk)
+        state = found.blocks.state_dict()
+        assert state.keys() == wanted.keys()
+        assert all(torch.equal(state[name], wanted[name]) for name in wanted)
 
 
 def test_a_tensor_that_is_not_there_is_named_and_not_made_up(model_folder, tmp_path):

@@ -142,7 +142,7 @@ def test_nor_by_the_two_rotary_tables_of_gemma3(model_folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
-@pytest.mark.parametrize("family", ["bloom", "llama", "mixtral"])
+@pytest.mark.parametrize("family", ["bloom", "llama", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_nor_by_quantized_weights(model_folder, family, quantization):
     assert_nothing_depends_on_mates(Engine(load(model_folder(family), str(SPAN), quantization)))
 

@@ -21,27 +21,30 @@ from petals_tune.errors import ConnectionLost
 from petals_tune.net.directory import Snapshot
 from petals_tune.net.in_process import InProcessDirectory, InProcessNetwork
 from petals_tune.net.peer import Peer
-from petals_tune.net.transport import Connection
+from petals_tune.net.transport import Connection, StreamConnection
 from petals_tune.swarm import loop
 from petals_tune.swarm.call import Calls
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.client import SwarmClient
+from petals_tune.swarm.formats import Formats
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.swarm.verify import SpotChecks
 from petals_tune.wire.messages import Chained, HandOver, Message
-from petals_tune.wire.records import PROTOCOL, ServerRecord
+from petals_tune.wire.records import PROTOCOL, Arithmetic, ServerRecord
 from petals_tune.wire.span import BlockSpan
-from petals_tune.wire.tensors import WireFormat
+from petals_tune.wire.tensors import FormatOption
 from servers.requests.hand_over import Neighbours
 from servers.requests.handler import Handler
 from servers.scheduling.compute_thread import ComputeThread
+from tests.pretend_device import GpuEngine
 from tests.servers.parts import load
 from tests.servers.peers import LIMITS, stores
 
 MODEL = "m"
 GB = 2**30
 CLIENT = "client"
+EXACT = Arithmetic(quantization="none", dtype="float32", device="cpu")
 _LASTS_S = 1e6
 
 
@@ -94,7 +97,7 @@ class CountedNeighbours(Neighbours):
         return went
 
 
-class StoppableConnection(Connection):
+class StoppableConnection(StreamConnection):
     """A server's end of a connection; nothing is read or written while the server is stopped."""
 
     def __init__(self, running: asyncio.Event, peer: str, *streams: Any):
@@ -149,13 +152,14 @@ class Network(InProcessNetwork):
         """End all streams of clients, which may go on with new ones."""
         loop.background_loop().call_soon_threadsafe(self.find(CLIENT).disconnect)
 
-    def chain(self, *, verify: float = 0.0, wire_format: WireFormat = "float32", **policy: Any) -> Chain:
+    def chain(self, *, verify: float = 0.0, wire_format: FormatOption = "float32", **policy: Any) -> Chain:
         async def make() -> Chain:
             retries = RetryPolicy(**{"timeout_s": 30.0, "first_pause_s": 0.01, **policy})
             client = SwarmClient(self.peer(CLIENT), MODEL, retries, BlockSpan(0, 6))
-            formats = {"wire_format": wire_format, "grad_format": wire_format}
-            checks = SpotChecks(client, share=verify, **formats) if verify else None
-            return Chain(Calls(client, hand_over=self.hand_over, sums=not verify, observer=checks, **formats))
+            formats = Formats(hidden=wire_format, grad=wire_format)
+            checks = SpotChecks(client, share=verify, formats=formats) if verify else None
+            calls = Calls(client, formats=formats, hand_over=self.hand_over, sums=not verify, observer=checks)
+            return Chain(calls)
 
         return loop.run(make())
 
@@ -186,7 +190,7 @@ class Network(InProcessNetwork):
             **{"quantization": "none", "dtype": "float32", **changes},
         )
         handler = HeldHandler(
-            engine_of(self._folder, span),
+            engine_of(self._folder, span, record.arithmetic),
             self._compute,
             stores(leases=GB, sessions=GB, adapters=GB, sums=GB),
             record,
@@ -201,7 +205,7 @@ class Network(InProcessNetwork):
 
     def engine(self, span: str) -> Engine:
         """The engine of all servers of `span`."""
-        return engine_of(self._folder, span)
+        return engine_of(self._folder, span, EXACT)
 
     async def end(self, name: str) -> None:
         """As SIGKILL would end it."""
@@ -241,9 +245,14 @@ class SlowDirectory(InProcessDirectory):
 
 
 @cache
-def engine_of(folder: Path, span: str) -> Engine:
-    """One for all servers of a span, in all tests: to load it takes longer than a training step."""
-    return Engine(load(folder, span))
+def engine_of(folder: Path, span: str, arithmetic: Arithmetic) -> Engine:
+    """One for all servers of a span, in all tests: to load it takes longer than a training step.
+
+    A GPU is a pretended one.
+    """
+    dtype: torch.dtype = getattr(torch, arithmetic.dtype)
+    loaded = load(folder, span, arithmetic.quantization, dtype)
+    return GpuEngine(loaded) if arithmetic.device == "cuda" else Engine(loaded)
 
 
 def id_of(name: str) -> str:

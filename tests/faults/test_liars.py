@@ -12,7 +12,7 @@ from petals_tune.swarm.routes import trials
 from petals_tune.wire.messages import Forward, Forwarded, Gradients, Message
 from petals_tune.wire.records import Throughput
 from petals_tune.wire.span import BlockSpan
-from petals_tune.wire.tensors import WIRE_FORMATS
+from petals_tune.wire.tensors import WIRE_FORMATS, FormatOption
 from tests.faults.network import Network
 from tests.faults.step import TrainingStep, check
 from tests.processes import LONG_S
@@ -33,7 +33,7 @@ def network(folder: Path) -> Iterator[Network]:
 class Checked(TrainingStep):
     """A step, all of which is checked."""
 
-    def __init__(self, network: Network, wire_format: str = "float32"):
+    def __init__(self, network: Network, wire_format: FormatOption = "float32"):
         # An honest server of a busy machine may take longer than other tests wait for one that is lost.
         super().__init__(network, verify=1.0, wire_format=wire_format, reply_s=LONG_S)
 
@@ -58,12 +58,12 @@ def test_honest_servers_are_checked_and_left_alone_whatever_their_cut(network, e
     assert not [record for record in caplog.records if record.name.startswith("petals_tune")]
 
 
-def scaled(kind: type[Message], field: str):
+def scaled(kind: type[Message], field: str, by: float = 1.01):
     def lie(reply: Message) -> Message:
         if not isinstance(reply, kind):
             return reply
         value = getattr(reply, field)
-        wrong = [each * 1.01 for each in value] if isinstance(value, list) else value * 1.01
+        wrong = [each * by for each in value] if isinstance(value, list) else value * by
         return msgspec.structs.replace(reply, **{field: wrong})
 
     return lie

@@ -78,6 +78,7 @@ def test_the_first_server_dies_another_restarts_at_its_address_and_a_third_is_re
     remote = swarm.client(bootstrap)
     model, stats = tuned(remote), remote.remote_blocks.stats
     loss = model(**batch()).loss
+    assert stats.direct_streams == stats.streams > 0
 
     kill(first)
     kill(middle)

@@ -40,6 +40,7 @@ SECTIONS = [
     Section("machine", 75),
     Section("requests", 45),
     Section("pretended", 60),  # in a rehearsal alone
+    Section("cards", 45),
     Section("parity", 110),
     Section("memory", 40),
     Section("swarm", 90),

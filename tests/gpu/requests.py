@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from petals_tune.blocks.engine import Engine
@@ -21,16 +23,22 @@ def run(context: Context) -> None:
             check_family(context, family, Engine)
 
 
-def check_family(context: Context, family: str, engine_on_card: type[Engine]) -> None:
+def check_family(
+    context: Context,
+    family: str,
+    engine_on_card: Callable[[LoadedBlocks], Engine],
+    *,
+    device: str | Sequence[str] | None = None,
+) -> None:
     folder = context.work / "families" / family
     if not folder.is_dir():
         save_model(folder, family)
     span, checkpoint = BlockSpan.parse(requests.SPAN), Checkpoint(str(folder))
 
-    def load(device: str) -> LoadedBlocks:
+    def load(device: str | Sequence[str]) -> LoadedBlocks:
         return load_blocks(checkpoint, span, quantization="none", dtype=torch.float32, device=device)
 
-    card, cpu = engine_on_card(load(context.device)), Engine(load("cpu"))
+    card, cpu = engine_on_card(load(device or context.device)), Engine(load("cpu"))
     with context.trying(f"{family}: training"):
         errors: dict[str, float] = {}
         for padding in ("none", "left", "right"):

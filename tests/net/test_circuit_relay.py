@@ -11,7 +11,7 @@ from petals_tune.errors import ConnectionLost, ProtocolError, ServerError, Serve
 from petals_tune.net import circuit_relay, hivemind_p2p
 from petals_tune.net.circuit_relay import Reservation, reserve, start_relay
 from petals_tune.net.hivemind_p2p import HivemindTransport
-from petals_tune.net.transport import Connection
+from petals_tune.net.transport import Connection, StreamConnection
 from petals_tune.wire.signing import SigningKey
 from tests.raising import raises
 
@@ -158,7 +158,7 @@ async def test_a_reply_that_is_none_is_refused(reply):
     reader.feed_data(reply)
     reader.feed_eof()
     with pytest.raises((ProtocolError, ConnectionLost)):
-        await circuit_relay._read_reply(Connection("relay", reader, writer=None))  # type: ignore[arg-type]
+        await circuit_relay._read_reply(StreamConnection("relay", reader, writer=None))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from petals_tune.errors import ConnectionLost
 from petals_tune.net import dial_back
 from petals_tune.net.address_policy import AddressPolicy, Scope
 from petals_tune.net.dial_back import PROTOCOL, Answer, DialBack, dial_all, is_dialable
-from petals_tune.net.hivemind_p2p import HivemindTransport
+from petals_tune.net.hivemind_p2p import HivemindTransport, host_of
 from petals_tune.net.members import Members
 from petals_tune.wire.signing import SigningKey
 from petals_tune.wire.tokens import issue
@@ -119,8 +119,8 @@ async def test_in_a_public_swarm_no_local_service_is_dialled_for_one_who_asks_fr
 
 def test_who_asks_through_a_relay_has_no_host_of_its_own():
     relayed = "/ip4/127.0.0.1/tcp/4001/p2p/12D3KooWGRUaaqTyQ3mjBWbfu8yVaaWHXtmtzBqbLa9kGDGnkZBi/p2p-circuit"
-    assert dial_back._host("/ip4/127.0.0.1/tcp/4001") == "127.0.0.1"
-    assert dial_back._host(relayed) is None
+    assert host_of("/ip4/127.0.0.1/tcp/4001") == "127.0.0.1"
+    assert host_of(relayed) is None
 
 
 @pytest.mark.parametrize("greeting", [b"", b"HTTP/1.1 400 Bad Request\r\n", b"\x13/multistream"])

@@ -1,15 +1,16 @@
-"""A connection on real sockets, on both event loops that run it: whatever ends it is a ConnectionLost."""
+"""Connections of both kinds on real sockets and both event loops: whatever ends one is a ConnectionLost."""
 
 import asyncio
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import pytest
 import uvloop
 
 from petals_tune.errors import ConnectionLost
-from petals_tune.net.transport import Connection
+from petals_tune.net.transport import Connection, StreamConnection
+from tests.net.direct.pairs import direct_pair
 from tests.raising import raises
 
 LARGE = bytes(2**24)  # more than a socket takes at once
@@ -20,12 +21,17 @@ def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, None]],
     return request.param
 
 
-async def pair() -> tuple[Connection, Connection]:
+async def stream_pair() -> tuple[Connection, Connection]:
     left, right = [await asyncio.open_connection(sock=end) for end in socket.socketpair()]
-    return Connection("right", *left), Connection("left", *right)
+    return StreamConnection("right", *left), StreamConnection("left", *right)
 
 
-def test_what_one_end_writes_the_other_reads(run):
+@pytest.fixture(params=[stream_pair, direct_pair], ids=["streams", "direct"])
+def pair(request: pytest.FixtureRequest) -> Callable[[], Awaitable[tuple[Connection, Connection]]]:
+    return request.param
+
+
+def test_what_one_end_writes_the_other_reads(run, pair):
     async def check() -> None:
         left, right = await pair()
         await left.write(b"abc", memoryview(b"def"))
@@ -34,7 +40,7 @@ def test_what_one_end_writes_the_other_reads(run):
     run(check())
 
 
-def test_the_end_comes_after_all_that_was_written_and_reading_goes_on(run):
+def test_the_end_comes_after_all_that_was_written_and_reading_goes_on(run, pair):
     async def check() -> None:
         left, right = await pair()
         writing = asyncio.create_task(left.write(LARGE))
@@ -56,23 +62,23 @@ def test_the_end_comes_after_all_that_was_written_and_reading_goes_on(run):
     run(check())
 
 
-@pytest.mark.parametrize("end", [Connection.close, Connection.abort, Connection.finish], ids=lambda end: end.__name__)
-def test_half_of_what_was_due_is_a_lost_connection(run, end):
+@pytest.mark.parametrize("end", ["close", "abort", "finish"])
+def test_half_of_what_was_due_is_a_lost_connection(run, pair, end):
     async def check() -> None:
         left, right = await pair()
         await right.write(b"ab")
-        end(right)
+        getattr(right, end)()
         with raises(ConnectionLost, peer="right"):
             await left.read_exactly(3)
 
     run(check())
 
 
-@pytest.mark.parametrize("end", [Connection.close, Connection.abort], ids=lambda end: end.__name__)
-def test_who_writes_to_an_end_that_is_gone_is_told(run, end):
+@pytest.mark.parametrize("end", ["close", "abort"])
+def test_who_writes_to_an_end_that_is_gone_is_told(run, pair, end):
     async def check() -> None:
         left, right = await pair()
-        end(right)
+        getattr(right, end)()
         with raises(ConnectionLost, peer="right"):
             while True:
                 await left.write(b"x")
@@ -81,7 +87,7 @@ def test_who_writes_to_an_end_that_is_gone_is_told(run, end):
     run(check())
 
 
-def test_a_slow_reader_stops_the_writer_until_its_own_end_is_closed(run):
+def test_a_slow_reader_stops_the_writer_until_its_own_end_is_closed(run, pair):
     async def check() -> None:
         left, _right = await pair()
         writing = [asyncio.create_task(left.write(LARGE)) for _ in range(2)]
@@ -91,7 +97,7 @@ def test_a_slow_reader_stops_the_writer_until_its_own_end_is_closed(run):
         assert not left.closed
         left.abort()
         assert left.closed
-        await asyncio.wait(writing)  # asyncio raises nothing there, since it was not the other end that closed
+        await asyncio.gather(*writing, return_exceptions=True)  # asyncio's streams raise nothing there
         for work in (reading, left.read_exactly(1), left.write(b"x")):
             with raises(ConnectionLost, peer="right"):
                 await work
@@ -99,7 +105,7 @@ def test_a_slow_reader_stops_the_writer_until_its_own_end_is_closed(run):
     run(check())
 
 
-def test_a_bug_of_ours_is_not_taken_for_a_lost_connection(run):
+def test_a_bug_of_ours_is_not_taken_for_a_lost_connection(run, pair):
     async def check() -> None:
         left, _right = await pair()
         with pytest.raises(ValueError, match="less than zero"):

@@ -10,13 +10,14 @@ from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.model.checkpoint import Checkpoint
 from tests.inprocess import in_process_swarm
 from tests.models import VOCABULARY, config_of, plain_model, relative_error, save_model
+from tests.packed_models import fp8_model
 from tests.parity import remote
 
 IDS = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
 def same_logits(folder: Path) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # on a CPU it unpacks packed weights
     with (
         torch.no_grad(),
         in_process_swarm(folder, "0:2", "2:6"),
@@ -50,3 +51,9 @@ def test_a_checkpoint_of_the_base_model_alone(tmp_path):
     plain_model(tmp_path / "whole").base_model.save_pretrained(tmp_path / "base")
     assert not any(name.startswith("transformer.") for name in Checkpoint(str(tmp_path / "base")).tensor_names)
     same_logits(tmp_path / "base")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3"])
+def test_packed_weights(model_folder, tmp_path, family):
+    """In FP8, experts and the head included: the client reads that as servers read blocks."""
+    same_logits(fp8_model(model_folder(family), tmp_path / "fp8"))

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from petals_tune import AutoDistributedModelForCausalLM
+from petals_tune.remote.function import RemoteCall
 from tests.inprocess import in_process_swarm
 from tests.models import VOCABULARY, masks, plain_model, relative_error, save_model
 from tests.parity import remote
-from tests.pretend_device import GpuEngine, GpuTensor, pretended_gpus, put_on
+from tests.pretend_device import GpuEngine, GpuTensor, counted_waits, pretended_gpus, put_on
 
 ROWS, LENGTH = 3, 9
 CUT = ("0:2", "2:6")
@@ -66,3 +67,25 @@ def test_a_client_on_a_gpu_generates_the_same_tokens_with_padding_and_beams(fold
         for beams in (1, 2):
             found = model.generate(**inputs, **options, num_beams=beams)
             assert found.cpu().tolist() == plain.generate(**batch(), **options, num_beams=beams).tolist()
+
+
+def test_a_client_on_a_gpu_waits_for_it_once_a_direction(folder, monkeypatch):
+    found: dict[str, list[str]] = {}
+    with remote(AutoDistributedModelForCausalLM, folder) as model, pretended_gpus():
+        net = put_on(tuned(model))
+        inputs = {name: tensor.to("cuda") for name, tensor in batch().items()}
+        loss = net(**inputs, use_cache=False).logits.sum()
+        call: Any = RemoteCall._wait_for
+
+        def sent(self: RemoteCall, work: Any) -> Any:  # what servers wait for is not the client's
+            with counted_waits():
+                return call(self, work)
+
+        monkeypatch.setattr(RemoteCall, "_wait_for", sent)
+        with counted_waits() as found["forward"]:
+            net(**inputs, use_cache=False)
+        with counted_waits() as found["backward"]:
+            loss.backward()
+    ours = {what: [wait for wait in waits if "/transformers/" not in wait] for what, waits in found.items()}
+    # Forward: the mask, the adapter, the hidden states.
+    assert {what: len(waits) for what, waits in ours.items()} == {"forward": 3, "backward": 1}, ours

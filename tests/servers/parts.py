@@ -22,9 +22,11 @@ SMOLLM2 = {
 BLOOM = {"hidden_size": 512, "n_layer": 2, "n_head": 8, "initializer_range": 0.05}
 
 
-def load(folder: Path, span: str, quantization: str = "none") -> LoadedBlocks:
+def load(
+    folder: Path, span: str, quantization: str = "none", dtype: torch.dtype = torch.float32, **options: Any
+) -> LoadedBlocks:
     source = Checkpoint(str(folder))
-    return load_blocks(source, BlockSpan.parse(span), quantization=quantization, dtype=torch.float32)
+    return load_blocks(source, BlockSpan.parse(span), quantization=quantization, dtype=dtype, **options)
 
 
 def forward(span: str, hidden: torch.Tensor, **fields: Any) -> Forward:

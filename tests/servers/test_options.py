@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from petals_tune.config import composed
 from petals_tune.errors import ConfigError
+from petals_tune.net.direct.transport import DirectOptions
 from tests.raising import raises
 from tests.servers.hosting import options_of
 
@@ -41,3 +42,16 @@ def test_a_revision_is_an_option_beside_every_named_model():
     assert options_of().model.revision is None
     found = options_of("model=bloom-560m", "model.revision=c0ffee").model
     assert (found.source, found.revision) == ("bigscience/bloom-560m", "c0ffee")
+
+
+def test_direct_connections_can_be_forwarded_and_turned_off():
+    assert options_of().swarm.direct == DirectOptions()
+    forwarded = options_of("swarm.direct_port=31338", "swarm.announce_direct_port=443").swarm.direct
+    assert forwarded == DirectOptions(port=31338, announced_port=443)
+    assert options_of("swarm.direct_port=null").swarm.direct is None
+
+
+def test_several_devices_are_a_list():
+    assert options_of("device=[cuda:0,cuda:1]").device == ["cuda:0", "cuda:1"]
+    assert options_of("device=cuda:1").device == "cuda:1"
+    assert options_of().device == "auto"

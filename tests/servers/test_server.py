@@ -1,11 +1,15 @@
 """One server in this process, with its p2p daemon: it announces, serves, and withdraws when it is told to stop."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
-from petals_tune.errors import ConfigError
+from petals_tune.errors import ConfigError, DeviceFailed
 from petals_tune.wire.span import BlockSpan
+from servers import server
+from servers.membership.announcer import Announcer
+from servers.requests.handler import Handler
 from servers.server import serve
 from tests.raising import raises
 from tests.servers.hosting import options_of
@@ -37,6 +41,39 @@ async def test_a_server_announces_its_blocks_and_ends_when_it_is_told_to(model_f
     assert record.throughput.batch == 1000
     assert record.free_cache_bytes == 2**30, "limits.max_cache_gb"
     assert engine.loaded.span == record.blocks
+
+
+@pytest.mark.swarm
+async def test_a_device_that_fails_ends_the_server_which_is_announced_no_more(model_folder, tmp_path, monkeypatch):
+    """The exit status is 75, as of every error that is the server's: a supervisor starts it again."""
+    handlers, announced = [], []
+
+    class Observed(Handler):
+        def __init__(self, *args: Any, **kwargs: Any):
+            super().__init__(*args, **kwargs)
+            handlers.append(self)
+
+    class Announced(Announcer):
+        async def withdraw(self) -> None:
+            await super().withdraw()
+            announced.append(self.record)
+
+    def fail() -> None:
+        raise DeviceFailed("cuda:0 has failed", device="cuda:0")
+
+    def on_ready(record, engine) -> None:
+        monkeypatch.setattr(engine, "check_alive", fail)
+        checks.append(asyncio.create_task(handlers[0].check_devices()))
+
+    checks = []
+    monkeypatch.setattr(server, "Handler", Observed)
+    monkeypatch.setattr(server, "Announcer", Announced)
+    overrides = [f"disk.folder='{tmp_path}'", "blocks='0:1'", "quantization=none", "throughput=1000"]
+    with raises(DeviceFailed, device="cuda:0"):
+        async with asyncio.timeout(120):
+            await serve(options_of(f"model.source='{model_folder('llama')}'", *overrides), on_ready, asyncio.Event())
+    assert announced[-1] is None
+    assert DeviceFailed.fault == "the server's"
 
 
 @pytest.mark.swarm

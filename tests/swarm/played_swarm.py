@@ -80,16 +80,16 @@ class Lines(InProcessNetwork):
 class Swarm:
     """A client, a directory that shows `records`, and servers that greet and answer pings."""
 
-    def __init__(self, *records: ServerRecord):
+    def __init__(self, *records: ServerRecord, **options: Any):
         self.network = Lines()
         self.directory = self.network.directory = Shown(*records)
-        self.client = SwarmClient(self.network.peer("client"), MODEL, RetryPolicy(connect_s=LONG_S), WHOLE)
+        self.client = SwarmClient(self.network.peer("client"), MODEL, RetryPolicy(connect_s=LONG_S), WHOLE, **options)
         self._played: list[PlayedPeer] = []
 
     @classmethod
-    async def up(cls, *records: ServerRecord, without: Collection[str] = ()) -> Swarm:
+    async def up(cls, *records: ServerRecord, without: Collection[str] = (), **options: Any) -> Swarm:
         """A swarm whose servers can be reached, all but those `without`."""
-        swarm = cls(*records)
+        swarm = cls(*records, **options)
         for each in records:
             if each.peer not in without:
                 await answer_pings(swarm.network, each.peer)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -33,8 +34,10 @@ class Entrance:
         finally:
             self.inside -= 1
 
-    def join(self, model: str = MODEL, blocks: Sequence[BlockSpan] = (WHOLE,)) -> SwarmClient:
-        return loop.run(join_swarm(["peer"], model=model, source="the model", blocks=blocks, policy=RetryPolicy()))
+    def join(self, model: str = MODEL, blocks: Sequence[BlockSpan] = (WHOLE,), **options: Any) -> SwarmClient:
+        return loop.run(
+            join_swarm(["peer"], model=model, source="the model", blocks=blocks, policy=RetryPolicy(), **options)
+        )
 
 
 @pytest.fixture
@@ -111,4 +114,11 @@ def test_who_gives_up_waiting_leaves(entrance, network):
             await task
 
     loop.run(give_up())
+    assert entrance.inside == 0
+
+
+def test_who_finds_its_model_in_another_quantization_alone_is_not_told_of_another_model(entrance, monkeypatch):
+    monkeypatch.setattr(joining, "JOIN_S", 0.2)
+    with raises(UncoveredBlocks, missing=(WHOLE,)):
+        entrance.join(quantizations=["int8"])
     assert entrance.inside == 0

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from petals_tune.swarm import loop
+from petals_tune.swarm.formats import Formats
 from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.trace import CallContext, Leg, stages_of
 from petals_tune.swarm.verify import SpotChecks
@@ -26,7 +27,6 @@ from tests.faults.step import TrainingStep
 from tests.processes import LONG_S
 
 SPAN = BlockSpan(3, 6)
-FORMATS: Any = {"wire_format": "float32", "grad_format": "float32"}
 OTHERS = ("b2", "b3", "b4")
 
 
@@ -61,7 +61,7 @@ def chosen(network: Network, inputs: torch.Tensor, share: float) -> list[bool]:
     """Of a run with seed=0."""
     random.seed(0)
     torch.manual_seed(0)
-    checks = Chosen(network.chain().client, share=share, **FORMATS)
+    checks = Chosen(network.chain().client, share=share, formats=Formats())
     return checks.choices(inputs, Hop(network.servers["b"].record, SPAN))
 
 

@@ -1,6 +1,7 @@
 """What Lightning, torch or PEFT would refuse in the middle of a run is one ConfigError before a server starts."""
 
 import pytest
+import torch
 
 from petals_tune.errors import ConfigError
 from petals_tune.train.parts import prepare
@@ -23,6 +24,10 @@ MISTAKES = {
     "trainer.gradient_clip_val=-1": "trainer.gradient_clip_val",
     "trainer.log_every_n_steps=0": "trainer.log_every_n_steps",
     "trainer.strategy=ddp_spawn": "trainer.strategy",
+    "trainer.accelerator=gpu": "trainer.accelerator",
+    "trainer.precision=16-mixed": "trainer.precision",  # Lightning would take bf16-mixed
+    "trainer.precision=16 trainer.accelerator=auto": "trainer.precision",
+    "trainer.precision=bf16-true": "trainer.precision",
     "trainer.max_steps=0": "trainer.max_steps",
     "trainer.max_steps=-1": "trainer.max_steps",
     "trainer.max_steps=-1 trainer.max_time=00:00:01:00 schedule=cosine": "schedule",
@@ -37,7 +42,9 @@ MISTAKES = {
 }
 
 
-def test_a_mistake_ends_a_run_before_a_server_starts(tiny_run: Compose) -> None:
+def test_a_mistake_ends_a_run_before_a_server_starts(tiny_run: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for overrides, key in MISTAKES.items():
         with raises(ConfigError, key=key):
             prepare(tiny_run("personachat", *overrides.split()))

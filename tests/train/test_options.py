@@ -70,6 +70,13 @@ def test_local_blocks_are_quantized_as_those_of_local_servers() -> None:
     assert composed(["recipe=sst2", "swarm.quantization=nf4"]).swarm.local_quantization == "nf4"
 
 
+def test_servers_are_used_that_hold_what_was_asked_for() -> None:
+    """A client of local servers asks for what it starts; one that joins takes any but what has to be named."""
+    assert LocalSwarm(quantization="int8_activations").client_options()["quantization"] == "int8_activations"
+    assert JoinedSwarm(initial_peers=["x"]).client_options()["quantization"] is None
+    assert JoinedSwarm(initial_peers=["x"], quantization="nf4").client_options()["quantization"] == "nf4"
+
+
 def test_a_span_typed_on_the_command_line_needs_no_quotes() -> None:
     assert composed(["recipe=sst2", "swarm.spans=[0:12,12:24]"]).swarm.spans == ["0:12", "12:24"]
 

@@ -58,7 +58,8 @@ def refused(model: Model, key: str, seen: object = None) -> None:
         ({"bias": "all"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
         ({"layer_replication": [(0, 1)]}, "layer_replication"),
-        ({"target_parameters": ["experts.down"]}, "target_parameters"),
+        ({"target_parameters": ["experts.down"], "lora_dropout": 0.1}, "lora_dropout"),
+        ({"target_parameters": ["experts.down"], "fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"use_qalora": True}, "use_qalora"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         *(
@@ -98,6 +99,7 @@ def test_methods_that_servers_do_not_run_are_refused_with_what_works_instead(con
         lora(init_lora_weights="gaussian", use_rslora=True, lora_dropout=0.1, rank_pattern={"up": 4}),
         lora(alpha_pattern={"up": 3}, layers_to_transform=[1], exclude_modules=["down"], fan_in_fan_out=True),
         peft.LoraConfig(target_modules="all-linear"),
+        lora(target_parameters=["experts.down"]),
         peft.IA3Config(target_modules=["up"], feedforward_modules=[]),
     ],
 )

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals_tune.errors import ProtocolError
-from petals_tune.wire.records import ServerRecord, Throughput, decode_record, encode_record
+from petals_tune.wire.records import Arithmetic, ServerRecord, Throughput, decode_record, encode_record
 from petals_tune.wire.span import BlockSpan
 from tests.raising import raises
 
@@ -29,6 +29,15 @@ RECORD = ServerRecord(
 @pytest.mark.parametrize("record", [RECORD, msgspec.structs.replace(RECORD, state="offline", version="1.2")])
 def test_a_record_comes_out_as_it_went_in(record):
     assert decode_record(encode_record(record)) == record
+
+
+def test_the_arithmetic_of_a_server_is_told_in_one_line():
+    on_gpu = msgspec.structs.replace(RECORD, device="cuda").arithmetic
+    assert on_gpu == Arithmetic(quantization="nf4", dtype="bfloat16", device="cuda")
+    assert str(on_gpu) == "nf4 in bfloat16 on cuda"
+    on_cpu = msgspec.structs.replace(RECORD, matrix_library="oneDNN").arithmetic
+    assert str(on_cpu) == "nf4 in bfloat16 on cpu (oneDNN)"
+    assert len({RECORD.arithmetic, on_gpu, on_cpu}) == 3
 
 
 def test_a_record_of_a_newer_version_is_read_without_what_is_new():
@@ -53,6 +62,9 @@ def test_a_record_of_a_newer_version_is_read_without_what_is_new():
         {"public_name": "\x1b[2J"},
         {"model_name": "\x1b]0;owned\x07"},
         {"dtype": "float32\n"},
+        {"dtype": "float8"},
+        {"device": "cuda\x1b"},
+        {"device": "x" * 65},
         {"addresses": ["/ip4/127.0.0.1/tcp/1\r"]},
         {"addresses": ["/dns4/" + "x" * 300]},
         {"model_name": "x" * 257},

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petals_tune.errors import ProtocolError
-from petals_tune.wire.tensors import WIRE_FORMATS, encoded_bytes, from_bytes, in_format, to_bytes
+from petals_tune.wire.tensors import WIRE_FORMATS, encoded_bytes, from_bytes, in_dtype, in_format, to_bytes
 from tests.raising import raises
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
@@ -176,3 +176,38 @@ def test_scaled_formats_know_all_shapes_and_tell_their_size(wire_format, shape):
     tensor = in_format(torch.ones(shape), wire_format)
     assert torch.equal(sent(tensor), torch.ones(shape))
     assert len(to_bytes(tensor)) == 2 + 4 * len(shape) + encoded_bytes(tensor)
+
+
+def every_float16() -> torch.Tensor:
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+    numbers = bits.view(torch.float16)
+    return numbers[numbers.isfinite()]
+
+
+@pytest.mark.parametrize("below", [1e9, 60_000.0, 40_000.0, 1.0, 1e-6])
+def test_float16_numbers_arrive_as_they_are_whatever_is_beside_them(below):
+    """The largest and the smallest of them in one vector: what a server in float16 answers."""
+    numbers = every_float16()
+    vector = numbers[numbers.abs() < below]
+    assert torch.equal(sent(in_format(vector, "float16")), vector.float())
+
+
+def test_no_number_becomes_infinite_by_its_scale():
+    near = torch.linspace(65_000.0, 66_000.0, 2001)[:, None]  # float16 rounds to infinity from 65,520 on
+    back = sent(in_format(near, "float16"))
+    assert ((back - near).abs() <= near * 2.0**-11).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_what_is_sent_in_the_receivers_dtype_is_what_a_cast_there_makes(dtype):
+    values = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 3, 500)[:, None]
+    values[:, 5] *= 1e-4  # far below the others of its vector
+    values[::7, 3] = 1e5
+    wanted = values.to(getattr(torch, dtype))
+    found = sent(in_dtype(values, dtype)).to(wanted.dtype)
+    exact = wanted.isfinite().all(dim=1)
+    assert torch.equal(found[exact], wanted[exact])
+    assert torch.equal(found.isfinite().all(dim=1), exact), "what is too large is still too large there"
+    if dtype == "float16":
+        assert not torch.equal(sent(in_format(values, dtype)).to(wanted.dtype)[exact], wanted[exact]), "rounded twice"
+        assert sent(in_dtype(values, dtype)).isfinite().all(), "and it is not the wire that makes it so"

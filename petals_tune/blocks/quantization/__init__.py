@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Literal
 
 from petals_tune.blocks.quantization.base import Quantization
 from petals_tune.blocks.quantization.int8 import Int8
+from petals_tune.blocks.quantization.int8_activations import Int8Activations
 from petals_tune.blocks.quantization.nf4 import NF4
 from petals_tune.blocks.quantization.unquantized import Unquantized
 from petals_tune.errors import ConfigError
 
-SCHEMES: dict[str, Quantization] = {scheme.name: scheme for scheme in (Int8(), NF4(), Unquantized())}
+SCHEMES: dict[str, Quantization] = {scheme.name: scheme for scheme in (Int8(), Int8Activations(), NF4(), Unquantized())}
 
 if TYPE_CHECKING:
     SchemeName = str
@@ -31,4 +32,11 @@ def find_scheme(name: str) -> Quantization:
     return SCHEMES[name]
 
 
-__all__ = ["SCHEMES", "Quantization", "SchemeName", "find_scheme"]
+def usable_schemes(wanted: str | None) -> tuple[str, ...]:
+    """The schemes of servers that a client may use: the `wanted` one, or all but those that have to be named."""
+    if wanted is not None:
+        return (find_scheme(wanted).name,)
+    return tuple(name for name, scheme in SCHEMES.items() if not scheme.on_request)
+
+
+__all__ = ["SCHEMES", "Quantization", "SchemeName", "find_scheme", "usable_schemes"]

@@ -21,6 +21,8 @@ class Quantization(ABC):
     """
 
     name: ClassVar[str]  # in the configuration, and in a server's record
+    stored_as: ClassVar[str] = ""  # the scheme whose quantized blocks on the disk it uses; "": its own
+    on_request: ClassVar[bool] = False  # clients use servers in this scheme only where they name it
 
     @abstractmethod
     def loading_config(self, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -41,6 +43,19 @@ class Quantization(ABC):
     @abstractmethod
     def scales(self, weight: nn.Parameter) -> list[torch.Tensor]:
         """The tensors that are kept beside the quantized numbers of `weight`."""
+
+    @abstractmethod
+    def quantize_matrix(self, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantize one expert's `matrix` (out, in): (its numbers, their scales)."""
+
+    @abstractmethod
+    def multiply(
+        self, x: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int]
+    ) -> torch.Tensor:
+        """x (..., in) W^T (..., out) by a quantized matrix W of `shape` (out, in), with the arithmetic of a linear.
+
+        Differentiable in x alone; the backward unpacks W again.
+        """
 
     def keeps_hidden_input(self, module: nn.Module) -> bool:
         """Does `module` keep its input for the backward where autograd's saved-tensor hooks do not see it?"""

@@ -35,6 +35,18 @@ class Int8(Quantization):
         scale = getattr(weight, "SCB", None)
         return [] if scale is None else [scale]
 
+    def quantize_matrix(self, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        from petals_tune.blocks.quantization.int8_loading import quantize_by_rows
+
+        return quantize_by_rows(matrix)
+
+    def multiply(
+        self, x: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int]
+    ) -> torch.Tensor:
+        from petals_tune.blocks.quantization.int8_linear import int8_product
+
+        return int8_product(x, numbers, scales)
+
     def keeps_hidden_input(self, module: nn.Module) -> bool:
         from bitsandbytes.nn.modules import Linear8bitLt
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 _WEIGHTS_PER_SCALE = 64  # bitsandbytes' default
+_WEIGHTS_AT_ONCE = 2**20  # on a CPU, bitsandbytes has five copies of what it quantizes
 
 
 class NF4(Quantization):
@@ -32,3 +33,23 @@ class NF4(Quantization):
     def scales(self, weight: nn.Parameter) -> list[torch.Tensor]:
         state = getattr(weight, "quant_state", None)
         return [] if state is None else [state.absmax]
+
+    def quantize_matrix(self, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+        from bitsandbytes.functional import quantize_4bit
+
+        parts = [
+            quantize_4bit(part, blocksize=_WEIGHTS_PER_SCALE, quant_type="nf4")
+            for part in matrix.reshape(-1).split(_WEIGHTS_AT_ONCE)
+        ]
+        return torch.cat([packed.view(-1) for packed, _ in parts]), torch.cat([state.absmax for _, state in parts])
+
+    def multiply(
+        self, x: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int]
+    ) -> torch.Tensor:
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        from petals_tune.blocks.kernels import FrozenProduct
+
+        state = QuantState(absmax=scales, shape=shape, blocksize=_WEIGHTS_PER_SCALE, quant_type="nf4", dtype=x.dtype)
+        return FrozenProduct.apply(x, None, lambda: dequantize_4bit(numbers.view(-1, 1), state))

@@ -26,5 +26,15 @@ class Unquantized(Quantization):
     def scales(self, weight: nn.Parameter) -> list[torch.Tensor]:
         return []
 
+    def quantize_matrix(self, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return matrix, matrix.new_empty(0)
+
+    def multiply(
+        self, x: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int]
+    ) -> torch.Tensor:
+        from petals_tune.blocks.kernels import FrozenProduct
+
+        return FrozenProduct.apply(x, None, lambda: numbers)
+
     def is_available(self, device: str) -> bool:
         return True

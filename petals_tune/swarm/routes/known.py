@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import msgspec
 
@@ -29,9 +29,15 @@ class KnownServers:
         *,
         is_open: Callable[[ServerRecord], bool],
         has_failed: Callable[[ServerRecord], bool],
+        quantizations: Collection[str] | None = None,
     ):
-        """A server that a reading misses stays known while a stream to it `is_open`, or for a while if it works."""
+        """A server that a reading misses stays known while a stream to it `is_open`, or for a while if it works.
+
+        Servers whose blocks are in none of `quantizations` are passed over; None: all are wanted.
+        """
         self._directory, self._model, self._blocks = directory, model, blocks
+        self._quantizations = quantizations
+        self.passed_over: tuple[ServerRecord, ...] = ()  # of the last reading, for their quantization
         self._is_open, self._has_failed = is_open, has_failed
         self._snapshot: Snapshot | None = None
         self._table: ServerTable | None = None  # of the snapshot
@@ -81,7 +87,12 @@ class KnownServers:
 
     async def _refresh(self, thorough: bool) -> None:
         new = await self._directory.snapshot(self._model, self._blocks, thorough=thorough)
-        seen = {server.peer for server in (*new.servers, *new.joining)} | new.left
+        wanted = self._quantizations
+        if wanted is not None:
+            self.passed_over = tuple(server for server in new.servers if server.quantization not in wanted)
+            servers = tuple(server for server in new.servers if server.quantization in wanted)
+            new = msgspec.structs.replace(new, servers=servers)
+        seen = {server.peer for server in (*new.servers, *new.joining, *self.passed_over)} | new.left
         self._heard_s |= {server.peer: new.taken_at_s for server in new.servers}
         kept = [server for server in self.servers if server.peer not in seen and self._is_remembered(server)]
         self._snapshot, self._table = msgspec.structs.replace(new, servers=(*new.servers, *kept)), None

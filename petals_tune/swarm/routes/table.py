@@ -34,6 +34,7 @@ class ServerTable:
         self.servers: tuple[ServerRecord, ...] = tuple(
             sorted(latest.values(), key=lambda server: (server.blocks, server.peer))
         )
+        self.dtypes = frozenset(server.dtype for server in self.servers)
         self.places = {server.peer: place for place, server in enumerate(self.servers)}
         speeds = [server.throughput for server in self.servers]
         self.step_s: Floats = np.array([1 / speed.step for speed in speeds], dtype=np.float64)  # a token, a block

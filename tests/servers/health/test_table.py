@@ -17,7 +17,7 @@ def test_the_table():
     )
     lines = text.splitlines()
     assert lines[0] == "tiny: 8 blocks, 2 servers, slowest block 0 tokens/s"
-    expected = "####.... anna ..f-anna 0:4 online 30 int8 float32 0.1.0 0.50 GB 12.5 ms"
+    expected = "####.... anna ..f-anna 0:4 online 30 int8 float32 cpu 0.1.0 0.50 GB 12.5 ms"
     assert lines[2].split() == expected.split()
     assert lines[3].startswith("....???.  otto ..f-otto")
     assert lines[4] == "f-otto is silent: gone"

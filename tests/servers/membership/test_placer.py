@@ -32,6 +32,7 @@ def placer_in(directory: MemoryDirectory, *, length: int = 4) -> Placer:
             model=MODEL,
             total_blocks=12,
             length=length,
+            block_bytes=1,
             throughput=Throughput(step=60.0, batch=60.0),
             matrix_library="default",
         ),

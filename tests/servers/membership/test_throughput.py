@@ -138,10 +138,10 @@ async def test_the_line_is_measured_to_whoever_answers_and_streams_are_closed():
     await answer_pings(network)
     gone = msgspec.structs.replace(RECORD, peer="gone")
     me = network.peer("me")
-    rate = await measure_sending(me, [gone, RECORD], "m", hidden_size=64)
+    rate = await measure_sending(me, [gone, RECORD], "m", position_bytes=256)
     assert rate is not None
     assert rate > 0
     for serving in list(network.find(RECORD.peer).serving):
         await serving
-    assert await measure_sending(me, [gone], "m", hidden_size=64) is None
-    assert await measure_sending(me, [], "m", hidden_size=64) is None
+    assert await measure_sending(me, [gone], "m", position_bytes=256) is None
+    assert await measure_sending(me, [], "m", position_bytes=256) is None

@@ -23,3 +23,9 @@ def test_the_defaults_are_those_of_the_file():
     gigabytes = section.max_lease_gb + section.max_cache_gb + 2 * section.max_adapter_gb
     assert isinstance(options_of(), Serve)
     assert limits().budgets.total_bytes == gigabytes * 2**30
+
+
+def test_a_share_of_them_is_a_share_of_each():
+    assert Budgets(leases=100, sessions=50, adapters=7, sums=0).times(0.5) == Budgets(
+        leases=50, sessions=25, adapters=3, sums=0
+    )

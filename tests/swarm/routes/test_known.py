@@ -126,3 +126,25 @@ async def test_a_server_that_failed_is_not_remembered(clock):
     swarm.directory.records = (B,)
     await swarm.client.refresh()
     assert swarm.known() == ["b"]
+
+
+async def test_servers_in_another_quantization_than_is_wanted_are_passed_over():
+    """As are schemes that nobody here has heard of; the error says so in no word of theirs."""
+    others = record("c", quantization="int8_activations"), record("d", quantization="their own; rm")
+    swarm = await Swarm.up(A, *others, quantizations=["int8_activations"])
+    assert await swarm.peers() == ["c"]
+    assert swarm.known() == ["c"]
+    swarm = await Swarm.up(*others, quantizations=["int8", "none"])
+    with raises(UncoveredBlocks, missing=(BlockSpan(0, 6),), seen=()) as caught:
+        await swarm.peers()
+    assert "2 servers" in str(caught.value)
+    assert "their own" not in str(caught.value)
+    assert {server.peer for server in swarm.client.passed_over} == {"c", "d"}
+
+
+async def test_a_server_that_comes_back_in_another_quantization_is_not_remembered():
+    swarm = await Swarm.up(A, B, quantizations=["none"])
+    await swarm.peers()
+    swarm.directory.records = (A, record("b", quantization="int8"))
+    await swarm.client.refresh()
+    assert swarm.known() == ["a"]

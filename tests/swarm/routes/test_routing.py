@@ -52,6 +52,19 @@ async def test_a_server_that_only_failed_is_asked_before_one_that_returned_nan()
     assert await swarm.peers() == ["b"]
 
 
+async def test_what_float16_cannot_hold_goes_to_no_other_server_in_float16_where_there_is_a_wider_one():
+    narrow, narrow_too, wide = record("a", dtype="float16"), record("b", dtype="float16"), record("c", dtype="bfloat16")
+    swarm = await Swarm.up(narrow, narrow_too, wide)
+    assert await swarm.peers() == ["a"]
+    swarm.client.failed(narrow, ServerUnreachable("gone", peer="a"))
+    assert await swarm.peers() == ["b"]
+    swarm.client.failed(narrow_too, NotFinite("inf", peer="b"))
+    assert swarm.client.banned() == {"a", "b"}
+    assert await swarm.peers() == ["c"]
+    swarm.client.failed(wide, NotFinite("NaN", peer="c"))
+    assert await swarm.peers() == ["a"], "better than nobody"
+
+
 async def test_a_server_whose_ban_ended_is_reached_beside_the_work_and_only_then_used(clock):
     swarm = await Swarm.up(A, B)
     assert await swarm.peers() == ["a"]

@@ -1,0 +1,1 @@
+"""Devices that blocks are on: which there are, which still work, and how hidden states get from one to the next."""
