@@ -134,7 +134,7 @@ class CacheSizes:
         each, once, kept = self._of(span)
         left = available_bytes // rows - once
         length = left // (each + kept)
-        return max(length if length <= MOST_INPUTS else (left - kept * MOST_INPUTS) // each, 0)
+        return max(length if length < MOST_INPUTS else (left - kept * MOST_INPUTS) // each, 0)
 
     def _of(self, span: BlockSpan) -> tuple[int, int, int]:
         """Bytes of a row: (for each position, whatever the length, for each position whose input is kept)."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.models import FAMILIES
+from tests.models import FAMILIES, STATE_FAMILIES
 from tests.parity import parity
 
 TOLERANCE = 1e-5
@@ -11,7 +11,10 @@ TOLERANCE = 1e-5
 TOLERANCES = {"LoRA gradients": 3e-5}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [*FAMILIES, "jamba", *(pytest.param(name, marks=pytest.mark.slow) for name in STATE_FAMILIES if name != "jamba")],
+)
 def test_a_family_gives_the_numbers_of_the_plain_model(family, tmp_path):
     figures = parity(family, tmp_path)
     assert figures.pop("tokens") == 1, "greedy generation gives the same tokens"

@@ -121,10 +121,10 @@ def _of(base_class: Any, config: PretrainedConfig) -> Any:
     [
         (T5Config(num_layers=2), "encoder"),
         (MambaConfig(num_hidden_layers=2), "state"),
-        (CONFIG_MAPPING["lfm2"](layer_types=["conv", "full_attention"], num_hidden_layers=2), "state"),
+        (CONFIG_MAPPING["rwkv"](num_hidden_layers=2), "state"),
         (CONFIG_MAPPING["xlm"](n_layers=2), "blocks"),
     ],
-    ids=["t5", "mamba", "lfm2", "xlm"],
+    ids=["t5", "mamba", "rwkv", "xlm"],
 )
 def test_what_is_no_decoder_of_attention_blocks_is_refused_with_the_reason(config, reason):
     with raises(UnsupportedModel, model_type=config.model_type, reason=reason):
