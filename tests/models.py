@@ -4,8 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 BLOCKS = 6
 VOCABULARY = 96
@@ -104,6 +111,167 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 8,
         "v_head_dim": 8,
     },
+}
+
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+_ROUTED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_SPARSE = {"mlp_layer_types": ["dense", *["sparse"] * 5]}
+
+# Further families, of which a test compares the numbers. The others of the suite are tried with FAMILIES.
+MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "glm4_moe": {**_HEAD_DIM, **_ROUTED, "first_k_dense_replace": 1, "use_qk_norm": True},
+    "minimax_m2": {**_HEAD_DIM, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 8},
+    "mistral4": {**_GROUPED, **_LATENT, **_ROUTED, "first_k_dense_replace": 1},
+    "olmoe": {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {**_GROUPED, "num_local_experts": 4, "embedding_multiplier": 3.0, "logits_scaling": 4.0},
+    "flex_olmo": {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2},
+    "exaone_moe": {**_HEAD_DIM, **_MIXED, **_EXPERTS, **_SPARSE, "n_group": 1, "topk_group": 1},
+    "solar_open": {**_HEAD_DIM, **_ROUTED},
+    "afmoe": {**_HEAD_DIM, **_MIXED, **_EXPERTS, "num_dense_layers": 1},
+    "granitemoeshared": {**_GROUPED, "num_local_experts": 4, "shared_intermediate_size": 16},
+    "glm4_moe_lite": {**_GROUPED, **_LATENT, **_ROUTED, **_SPARSE},
+    "deepseek_v2": {**_GROUPED, **_LATENT, **_ROUTED, "topk_method": "greedy", "first_k_dense_replace": 1},
+    "dots1": {**_HEAD_DIM, **_ROUTED, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    "ernie4_5": _HEAD_DIM,
+    "ernie4_5_moe": {**_GROUPED, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16},
+    "phimoe": {**_GROUPED, "num_local_experts": 4, "attention_bias": True},
+    "hunyuan_v1_dense": _HEAD_DIM,
+    "hunyuan_v1_moe": {**_HEAD_DIM, "num_experts": 4, "moe_topk": 2},
+    "cohere": _GROUPED,
+    "cohere2_moe": {**_HEAD_DIM, **_MIXED, **_EXPERTS},
+    "olmo": _GROUPED,
+    "seed_oss": _HEAD_DIM,
+    "exaone4": {**_HEAD_DIM, **_MIXED},
+    "helium": _HEAD_DIM,
+    "glm": _HEAD_DIM,
+    "arcee": _GROUPED,
+    "apertus": _GROUPED,
+    "nemotron": {
+        **_HEAD_DIM,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
+    "persimmon": _GROUPED,
+    "minicpm3": {**_GROUPED, **_LATENT, "scale_emb": 3.0},
+    "nanochat": _GROUPED,
+    "biogpt": {
+        **_GROUPED,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layerdrop": 0.0,
+        "activation_dropout": 0.0,
+    },
+    "gpt_neo": {
+        "attention_types": [[["global", "local"], 3]],
+        "num_layers": BLOCKS,
+        "max_position_embeddings": 64,
+        "window_size": 4,
+        "resid_dropout": 0.0,
+        "embed_dropout": 0.0,
+        "attention_dropout": 0.0,
+    },
+    "ministral": {**_HEAD_DIM, **_MIXED},
+    "ministral3": _HEAD_DIM,
+    "vaultgemma": {**_HEAD_DIM, **_MIXED},
+    "bitnet": _GROUPED,
+    "cwm": {**_HEAD_DIM, **_MIXED},
+    "gemma4_text": {
+        **_HEAD_DIM,
+        **_MIXED,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "global_head_dim": 16,
+    },
+    "llama4_text": {
+        **_HEAD_DIM,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 4,
+    },
+}
+
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+_OF_QWEN_VL = {**_VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 32}
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+_OF_GLM_VL = {**_VISION, "depth": 1, "num_heads": 2, "out_hidden_size": 32}
+
+# Multimodal models, whose text decoder's config is inside: sizes of that, and of a vision tower that nothing runs.
+NESTED: dict[str, dict[str, Any]] = {
+    "qwen3_vl": {
+        "text_config": {**_HEAD_DIM, **_MROPE},
+        "vision_config": {**_OF_QWEN_VL, "num_position_embeddings": 4, "deepstack_visual_indexes": [0]},
+    },
+    "gemma3": {"text_config": {**_HEAD_DIM, **_MIXED}, "vision_config": _VISION},
+    "mistral3": {
+        "text_config": {"model_type": "mistral", **_HEAD_DIM},
+        "vision_config": {"model_type": "pixtral", **_VISION},
+        "image_token_index": VOCABULARY,
+    },
+    "llava": {
+        "text_config": {"model_type": "llama", **_GROUPED},
+        "vision_config": {"model_type": "clip_vision_model", **_VISION},
+    },
+    "qwen2_5_vl": {"text_config": {**_GROUPED, **_MROPE}, "vision_config": _OF_QWEN_VL},
+    "qwen2_vl": {
+        "text_config": {**_GROUPED, **_MROPE},
+        "vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32},
+    },
+    "qwen3_vl_moe": {
+        "text_config": {**_HEAD_DIM, **_EXPERTS, **_MROPE},
+        "vision_config": {**_OF_QWEN_VL, "num_position_embeddings": 4, "deepstack_visual_indexes": [0]},
+    },
+    "kimi_k25": {
+        "text_config": {"model_type": "deepseek_v3", **FAMILIES["deepseek_v3"]},
+        "vision_config": _VISION,
+    },
+    "llama4": {
+        "text_config": MORE_FAMILIES["llama4_text"],
+        "vision_config": {**_VISION, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+    },
+    "gemma4": {"text_config": MORE_FAMILIES["gemma4_text"], "vision_config": {**_VISION, "head_dim": 8}},
+    "minimax_m3_vl": {
+        "text_config": {
+            **_HEAD_DIM,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rotary_dim": 8,
+            "dense_intermediate_size": 48,
+        },
+        "vision_config": {**_VISION},
+    },
+    "glm4v": {"text_config": {**_GROUPED, "head_dim": 8, **_MROPE}, "vision_config": _OF_GLM_VL},
+    "step3p7": {
+        "text_config": {
+            **_HEAD_DIM,
+            **_MIXED,
+            **_SPARSE,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "share_expert_dim": 16,
+        },
+        "vision_config": _VISION,
+    },
+    "internvl": {
+        "text_config": {"model_type": "qwen2", **_GROUPED},
+        "vision_config": {**_VISION, "image_size": [8, 8], "patch_size": [4, 4]},
+    },
+    "cohere2_vision": {"text_config": {"model_type": "cohere2", **_GROUPED, **_MIXED}, "vision_config": _VISION},
 }
 
 
@@ -213,15 +381,20 @@ PHI3_LONGROPE = {**ROPE_TYPES["longrope"], "original_max_position_embeddings": 8
 
 
 def config_of(family: str, **changes: Any) -> PretrainedConfig:
-    """The config of a small model of a family, with other values where `changes` has some."""
-    own = {**FAMILIES, **STATE_FAMILIES}[family]
-    return CONFIG_MAPPING[family.split()[0]](**{**_SIZES, **own, **changes})
+    """The config of a small model of one of these families, with other values where `changes` has some."""
+    kind = CONFIG_MAPPING[family.split()[0]]
+    if family in NESTED:
+        fields = NESTED[family]
+        return kind(**{**fields, "text_config": {**_SIZES, **fields["text_config"], **changes}})
+    return kind(**{**_SIZES, **{**FAMILIES, **MORE_FAMILIES, **STATE_FAMILIES}[family], **changes})
 
 
 def save_model(folder: Path, family: str, *, max_shard_size: str = "1GB", **changes: Any) -> Path:
     """The same weights for the same arguments."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(family, **changes))
+    config = config_of(family, **changes)
+    whole = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    model = (AutoModelForImageTextToText if whole else AutoModelForCausalLM).from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -231,8 +404,10 @@ def save_model(folder: Path, family: str, *, max_shard_size: str = "1GB", **chan
 
 
 def plain_model(folder: Path) -> PreTrainedModel:
-    """The whole model in this process, frozen."""
-    return AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False).eval()
+    """The whole model in this process, frozen; of a multimodal checkpoint as its users load it."""
+    known = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
+    return auto.from_pretrained(folder).requires_grad_(False).eval()
 
 
 def relative_error(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -1,5 +1,6 @@
 """How far a family's model with remote blocks is from the plain one: what a test asserts and a benchmark prints."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from petals_tune import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
 from petals_tune.adapters.base import expert_parameters
 from petals_tune.model.families import family_of
+from petals_tune.model.nested import decoder_path, is_nested
 from tests.inprocess import in_process_swarm
 from tests.models import VOCABULARY, config_of, masks, plain_model, relative_error, save_model
 
@@ -71,14 +73,20 @@ def _batches() -> Iterator[dict[str, torch.Tensor]]:
 def _training(model: Any, plain: Any) -> dict[str, float]:
     """One step of LoRA on all linears, with the gradient at the embeddings, for each side of padding."""
     worst = dict.fromkeys(("logits", "loss", "input gradient", "LoRA gradients"), 0.0)
-    blocks = family_of(plain.base_model).blocks_of(plain.base_model)
+    path = decoder_path(plain)
+    decoder = plain.get_submodule(path)
+    family = family_of(decoder)
+    blocks = family.blocks_of(decoder)
     linears = {name for name, module in blocks.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
     experts = {each.name for module in blocks.modules() for each in expert_parameters(module)}
     if experts:
         # Shared experts have linears of the same names, and PEFT takes either.
-        linears = {name for name in linears if "attn" in name}
+        linears = {name for name in linears if "attn" in name and "gate_proj" not in name}
     # Beside Mamba, PEFT takes no adapter on these; and the library multiplies by the weight of `dt_proj` itself.
-    linears -= {name for name in linears if any(inside in name for inside in ("mamba.out_proj", "mamba.dt_proj"))}
+    linears -= {name for name in linears if re.search(r"(mamba|mixer)\.(out_proj|dt_proj)", name)}
+    targets: Any = sorted({name.rpartition(".")[2] for name in linears})
+    if is_nested(plain.config):  # in a vision tower too
+        targets = rf"{path}\.{family.blocks}\..*\.({'|'.join(targets)})"
     nets = []
     for each in (model, plain):
         torch.manual_seed(1)
@@ -86,7 +94,7 @@ def _training(model: Any, plain: Any) -> dict[str, float]:
             task_type="CAUSAL_LM",
             r=2,
             lora_alpha=2 if experts else 8,  # of much, gpt_oss's gate makes 1e-4 of float32's rounding, in PEFT as here
-            target_modules=sorted({name.rpartition(".")[2] for name in linears}),
+            target_modules=targets,
             target_parameters=sorted(f"experts.{name}" for name in experts) or None,
             init_lora_weights=False,
         )

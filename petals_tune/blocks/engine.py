@@ -29,7 +29,6 @@ from petals_tune.blocks.separate_rows import SeparateRows, SessionRows
 from petals_tune.blocks.states import positions_of
 from petals_tune.copies import finite_flags, to_device, to_host
 from petals_tune.errors import BlocksNotHere, NotFinite, PetalsTuneError, RequestRefused, SessionLost
-from petals_tune.model.block_lists import kinds_of_blocks, set_blocks
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
@@ -68,7 +67,7 @@ class Engine:
         self._model, self._quantization = loaded.model, loaded.quantization
         use_fast_kernels(self._model, self._quantization)
         self._blocks = list(loaded.blocks)
-        self._kinds = kinds_of_blocks(self._model.config)
+        self._per_block = loaded.per_block
         self._lists: dict[BlockSpan, nn.ModuleList] = {}
         self._training = False
         self.hooks = AdapterHooks(self._blocks, loaded.span.start)
@@ -391,7 +390,7 @@ class Engine:
     @property
     def description(self) -> str:
         """The model, and how it is computed: all that memory depends on but for the kinds of the blocks."""
-        lists = dict.fromkeys(("num_hidden_layers", "layer_types", "layers_block_type"))
+        lists = {"num_hidden_layers": None, "layers_block_type": None, **dict.fromkeys(self._per_block.values)}
         config = {**self._model.config.to_dict(), **lists}
         return f"{self._quantization.name} {self._dtype} {self._device} {sorted(config.items())}"
 
@@ -402,11 +401,13 @@ class Engine:
 
     def kind_of(self, block: int) -> str:
         """The structure of a block: those of equal structure take equal memory."""
-        return f"{self.layer_type_of(block)} {device_of(self.block(block))} {self.block(block)}"
+        values = [values[block] for values in self._per_block.values.values()]
+        return f"{values} {device_of(self.block(block))} {self.block(block)}"
 
     def layer_type_of(self, block: int) -> str:
         """The name that the config has for a block's kind; "" where all are of one kind."""
-        return "" if self._kinds is None else self._kinds[block - self.loaded.span.start]
+        kinds = self._per_block.kinds
+        return "" if kinds is None else kinds[block]
 
     @functools.cached_property
     def cache_sizes(self) -> CacheSizes:
@@ -440,7 +441,7 @@ class Engine:
         if span not in self._lists:
             self._lists[span] = nn.ModuleList(self._blocks[first:last])
         self.loaded.family.put_blocks(self._model, self._lists[span])
-        set_blocks(self._model.config, len(span), None if self._kinds is None else self._kinds[first:last])
+        self._per_block.write(self._model.config, span)
         if self._training != plan.train:
             self._quantization.set_mode(self._model, training=plan.train)
             self._training = plan.train

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,18 +19,21 @@ from petals_tune.blocks.memory import give_back_freed_memory
 from petals_tune.blocks.quantization import Quantization, find_scheme
 from petals_tune.blocks.quantized_cache import QuantizedBlockCache
 from petals_tune.errors import ConfigError, UnsupportedModel
-from petals_tune.model.block_lists import kinds_of_blocks, set_blocks
+from petals_tune.model.block_lists import set_blocks
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.disk import DiskCache
 from petals_tune.model.families import (
     Family,
+    PerBlock,
     empty_the_rest,
     family_of,
     load_part,
     placeholder_model,
+    restore_counts,
     trimmed_class,
     trimmed_config,
 )
+from petals_tune.model.nested import text_config
 from petals_tune.wire.span import BlockSpan
 
 
@@ -42,6 +46,7 @@ class LoadedBlocks:
     span: BlockSpan
     quantization: Quantization
     weight_bytes: int
+    per_block: PerBlock  # of the whole model
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -128,13 +133,17 @@ class BlockLayout:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> BlockLayout:
         meta_model = placeholder_model(checkpoint.config)
-        family = family_of(meta_model)
+        family = family_of(meta_model, checkpoint.config)
         names: dict[int, dict[str, str]] = {block: {} for block in range(family.total_blocks)}
         for name in checkpoint.tensor_names:
             block, inside = family.block_index(name), family.inside(name)
-            if block is not None and inside is not None:
+            if block in names and inside is not None:
                 names[block][name] = inside
         return cls(checkpoint=checkpoint, meta_model=meta_model, family=family, names=names)
+
+    @cached_property
+    def per_block(self) -> PerBlock:
+        return PerBlock.of(self.meta_model.config, self.family.total_blocks)
 
     def meta_block(self, block: int) -> nn.Module:
         return self.family.blocks_of(self.meta_model)[block]
@@ -153,7 +162,7 @@ class _Loader:
         self.layout, self.scheme, self.dtype = layout, scheme, dtype
         for block in layout.family.blocks_of(layout.meta_model):
             replace_by_stacks(block, scheme)
-        self._reader = ExpertReader(layout.meta_model)
+        self._reader = ExpertReader(layout.meta_model, layout.family.conversions)
 
     def load(self, block: int, cache: QuantizedBlockCache | None, device: str) -> nn.Module:
         renamed, checkpoint = self.layout.names[block], self.layout.checkpoint
@@ -233,6 +242,7 @@ class _Loader:
         config, quantize = trimmed_config(meta_model), self.scheme.loading_config(self.dtype)
         if is_quantized and (stored := self.scheme.stored_config(self.dtype)) is not None:
             config.quantization_config, quantize = stored.to_dict(), None  # as in a checkpoint that was saved quantized
+            family = replace(family, conversions=None)  # the names are those of the library's own modules
         place = f"{family.blocks}.0."
         filled = {
             path: [state[f"{path}.{tensor}"] for tensor in ("numbers", "scales")]
@@ -258,10 +268,10 @@ class _Loader:
         """The base model on `device` with `blocks`; they keep their own numbers, which some families compute with."""
         family, meta_model = self.layout.family, self.layout.meta_model
         config = trimmed_config(meta_model)
-        kinds = kinds_of_blocks(config)
         set_blocks(config, 0)  # made without blocks: masks, rotary tables of each layer type, the loop
         model, _ = load_part(type(meta_model), config, {}, dtype=self.dtype, device_map=device)
-        set_blocks(model.config, len(span), None if kinds is None else kinds[span.start : span.stop])
+        self.layout.per_block.write(model.config, span)
+        restore_counts(family.owner(model), family.owner(meta_model))
         for block in blocks:
             module: Any
             for module in block.modules():
@@ -281,6 +291,7 @@ class _Loader:
             family=family,
             span=span,
             quantization=self.scheme,
+            per_block=self.layout.per_block,
             weight_bytes=sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()),
         )
 
@@ -292,7 +303,7 @@ def torch_dtype(name: str, config: PretrainedConfig, *devices: str) -> torch.dty
     dtype on a GPU; but float16 where that is bfloat16 and a GPU does not have it. Raises ConfigError.
     """
     if name == "auto":
-        stored = getattr(config, "dtype", None)
+        stored = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
         if not all(map(is_accelerator, devices)) or not isinstance(stored, torch.dtype):
             return torch.float32
         return torch.float16 if stored is torch.bfloat16 and not all(map(has_bfloat16, devices)) else stored

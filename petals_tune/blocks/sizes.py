@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from petals_tune.adapters.base import linear_features
 from petals_tune.blocks.memory import block_bytes
 from petals_tune.blocks.quantization import find_scheme
+from petals_tune.errors import UnsupportedModel
 from petals_tune.model.families import family_of, placeholder_model
+from petals_tune.model.nested import causal_class, config_for, text_class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +38,15 @@ def model_sizes(config: PretrainedConfig, quantizations: tuple[str, ...], dtype:
     base = placeholder_model(config)
     family = family_of(base)
     blocks = family.blocks_of(base)
+    model_class = causal_class(config)
+    if model_class is None:
+        raise UnsupportedModel(
+            f"transformers has no causal language model of model_type={config.model_type!r}",
+            model_type=config.model_type,
+            reason="no class",
+        )
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(config)
+        whole = text_class(model_class, config)(copy.deepcopy(config_for(model_class, config)))
     parameters = _parameters(whole)
     return ModelSizes(
         hidden_size=base.config.hidden_size,

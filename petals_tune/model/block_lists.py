@@ -7,7 +7,6 @@ config gets a class of its own, in which they are plain fields.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -24,12 +23,10 @@ def kinds_of_blocks(config: PretrainedConfig) -> list[str] | None:
     return None if kinds is None else list(kinds)
 
 
-def set_blocks(config: PretrainedConfig, number: int, kinds: Sequence[str] | None = None) -> None:
-    """Set number and kinds of the blocks of `config`, in place; with None, its kinds stay as they are."""
+def set_blocks(config: PretrainedConfig, number: int) -> None:
+    """Set the number of blocks of `config`, in place. From then on their kinds can be set too, as `layer_types`."""
     _make_settable(config)
     config.num_hidden_layers = number
-    if kinds is not None:
-        config.layer_types = list(kinds)
 
 
 def restore_class(config: PretrainedConfig) -> None:

@@ -23,6 +23,7 @@ from transformers.utils.hub import cached_file
 from petals_tune.errors import HubUnreachable, PetalsTuneError, UnsupportedModel
 from petals_tune.model.disk import DiskCache
 from petals_tune.model.download import Blob, check
+from petals_tune.model.nested import text_config
 from petals_tune.model.packed import PackedFormat, PackedTensor, check_unpacked, find_format, take_quantization
 from petals_tune.model.stored import FLOATS, StoredTensor, opened, tensors_in
 
@@ -98,7 +99,7 @@ class Checkpoint:
     @cached_property
     def dtype(self) -> torch.dtype:
         """What `dtype="auto"` means in transformers: the config's dtype, else that of the first float tensor."""
-        stored = getattr(self.config, "dtype", None)
+        stored = getattr(self.config, "dtype", None) or getattr(text_config(self.config), "dtype", None)
         if isinstance(stored, torch.dtype):
             return stored
         for name, file in self._files.items():

@@ -38,7 +38,7 @@ class Fingerprint:
         Raises UnsupportedModel, HubUnreachable.
         """
         checkpoint = Checkpoint(source, revision=revision)
-        family = family_of(placeholder_model(checkpoint.config))
+        family = family_of(placeholder_model(checkpoint.config), checkpoint.config)
         inside = {name for name in checkpoint.stored_names if family.block_index(name) is not None}
         outside = set(checkpoint.stored_names) - inside
         config, _, files = checkpoint.digest.partition(".")

@@ -5,6 +5,7 @@ Shapes: B rows, S positions.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -18,9 +19,13 @@ _KNOWN = frozenset(
     {
         *("input_ids", "inputs_embeds", "token_type_ids", "attention_mask", "position_ids", "past_key_values"),
         *("use_cache", "cache_position", "output_hidden_states", "return_dict"),
-        *("num_items_in_batch", "shift_labels", "ignore_index"),
+        *("num_items_in_batch", "shift_labels", "ignore_index", "logits_to_keep", "labels"),
     }
 )
+# Of tokens in a multimodal model: 0 for text.
+_TOKEN_KINDS = frozenset({"token_type_ids", "mm_token_type_ids"})
+# Config keys of the token that stands where an image or sound goes.
+_PLACEHOLDER = re.compile(r"(image|video|audio|speech|media)_(soft_)?token_(id|index)|(image|video)_placeholder_id")
 # What servers could not give back, also where the config asks for it.
 _NOT_SENT = {"output_attentions": "attention weights", "output_router_logits": "router logits"}
 
@@ -40,6 +45,28 @@ def check_arguments(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             raise ConfigError(f"{name}: remote blocks do not know this argument", key=name, seen=value)
 
 
+def check_text_alone(config: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raises ConfigError for what a multimodal model of `config` is given beside text: images, sound, their tokens."""
+    for name, value in kwargs.items():
+        if name in _TOKEN_KINDS and value is not None and bool(value.any()):
+            raise _not_text(f"{name}: tokens of an image or of sound", name)
+        if isinstance(value, torch.Tensor) and name not in _KNOWN | _TOKEN_KINDS:
+            raise _not_text(name, name)
+    ids = args[0] if args else kwargs.get("input_ids")
+    if ids is None:
+        return
+    for name, value in vars(config).items():
+        if _PLACEHOLDER.fullmatch(name) and isinstance(value, int) and bool((ids == value).any()):
+            raise _not_text(f"the token {value}, which is the config's {name}", "input_ids")
+
+
+def _not_text(what: str, key: str) -> ConfigError:
+    return ConfigError(
+        f"{what}: of a multimodal model, remote blocks run the text alone; pass text without images, sound and video",
+        key=key,
+    )
+
+
 def shape_of_text(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size:
     """(B, S, ...) of the token ids or embeddings of a call. Raises ConfigError where there are none."""
     given = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
@@ -53,6 +80,18 @@ def option(config: Any, kwargs: dict[str, Any], name: str) -> Any:
     """Return an argument of a call, or where it is not given, the config's value."""
     value = kwargs.get(name)
     return getattr(config, name, False) if value is None else value
+
+
+def text_positions(given: torch.Tensor | None) -> torch.Tensor | None:
+    """(B or 1, S) int64, also of (3 or 4, B, S): of text, positions are the same in each of three dimensions.
+
+    Raises ConfigError for another shape, and for positions of an image.
+    """
+    if given is not None and given.dim() == 3:
+        if not bool((given == given[:1]).all()):
+            raise _not_text("position_ids: positions that differ by dimension", "position_ids")
+        given = given[0]
+    return position_ids(given)
 
 
 def position_ids(given: torch.Tensor | None) -> torch.Tensor | None:

@@ -19,6 +19,7 @@ from petals_tune.blocks.quantization import find_scheme, usable_schemes
 from petals_tune.errors import ConfigError, UnsupportedModel
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.families import family_of, placeholder_model, without_blocks
+from petals_tune.model.nested import causal_class, config_for
 from petals_tune.net.members import Members
 from petals_tune.remote.blocks import Backbone, put_remote_blocks
 from petals_tune.remote.config import with_changes
@@ -26,7 +27,6 @@ from petals_tune.remote.generation import RemoteGeneration, with_whole_input
 from petals_tune.remote.local import LocalBlocks, parse_local_blocks
 from petals_tune.remote.prompted import check_tuning_mode, with_prompts
 from petals_tune.remote.selftest import self_test
-from petals_tune.remote.skeleton import fill_with_placeholders
 from petals_tune.swarm import loop
 from petals_tune.swarm.call import Calls
 from petals_tune.swarm.chain import Chain
@@ -104,13 +104,13 @@ class DistributedModel:
         """
         check_tuning_mode(tuning_mode, pre_seq_len)
         checkpoint = Checkpoint(str(source), revision=revision, token=token)
-        config = with_changes(checkpoint.config, config_changes)
+        config = with_changes(config_for(cls.plain_class, checkpoint.config), config_changes)
         dtype = _dtype(dtype, checkpoint)
         if not isinstance(config, cls.plain_class.config_class):
             text = f"{cls.__name__} cannot load {source}: its model_type is {config.model_type!r}"
             raise UnsupportedModel(text, source=source, model_type=config.model_type)
         placeholder = placeholder_model(config)
-        family = family_of(placeholder)
+        family = family_of(placeholder, checkpoint.config)
         local_spans = parse_local_blocks(local_blocks, family.total_blocks)
         find_scheme(local_quantization).check_available("cpu")
         tuple_length = self_test(cls.plain_class, config)
@@ -127,10 +127,8 @@ class DistributedModel:
             )
         )
         try:
-            outside = [name for name in checkpoint.tensor_names if family.block_index(name) is None]
+            outside = [name for name in checkpoint.tensor_names if family.is_outside(name)]
             model: Any = without_blocks(cls.plain_class, config, checkpoint.read(outside, dtype), dtype)
-            skeleton = family.blocks_of(placeholder)
-            fill_with_placeholders(skeleton, dtype)
             checks, formats = None, Formats(hidden=wire_format, grad=grad_format)
             if verify:  # then all work is done as checks are
                 hand_over = "never"
@@ -144,7 +142,7 @@ class DistributedModel:
                 if local_spans
                 else None,
             )
-            put_remote_blocks(model, family, skeleton, backbone)
+            put_remote_blocks(model, family, placeholder, backbone)
             if model.can_generate():
                 model.generation_config = checkpoint.generation_config
             model.name_or_path = model.config.name_or_path = str(source)
@@ -188,13 +186,18 @@ class _AutoDistributed:
     def from_pretrained(cls, source: str, **options: Any) -> Any:
         """As `DistributedModel.from_pretrained`, of the class that transformers' auto class would choose."""
         config = Checkpoint(str(source), revision=options.get("revision"), token=options.get("token")).config
-        if type(config) not in cls._mapping:
+        plain = cls._plain_class(config)
+        if plain is None:
             needed = cls.__name__.replace(_PREFIX, "")
             text = f"transformers has no {needed} for model_type={config.model_type!r}"
             raise UnsupportedModel(text, source=source, model_type=config.model_type)
-        found = cls._mapping[type(config)]
-        plain = found[0] if isinstance(found, tuple) else found
         return distributed_class(plain).from_pretrained(source, **options)
+
+    @classmethod
+    def _plain_class(cls, config: Any) -> Any:
+        """The class of transformers for `config`; None where there is none."""
+        found = cls._mapping.get(type(config), None)
+        return found[0] if isinstance(found, tuple) else found
 
 
 class AutoDistributedModel(_AutoDistributed):
@@ -204,9 +207,17 @@ class AutoDistributedModel(_AutoDistributed):
 
 
 class AutoDistributedModelForCausalLM(_AutoDistributed):
-    """`transformers.AutoModelForCausalLM` with remote blocks."""
+    """`transformers.AutoModelForCausalLM` with remote blocks.
+
+    Of a multimodal model which that class does not know, the class of `AutoModelForImageTextToText` or
+    `AutoModelForMultimodalLM`.
+    """
 
     _mapping = MODEL_FOR_CAUSAL_LM_MAPPING
+
+    @classmethod
+    def _plain_class(cls, config: Any) -> Any:
+        return causal_class(config)
 
 
 class AutoDistributedModelForSequenceClassification(_AutoDistributed):

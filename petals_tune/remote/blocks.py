@@ -14,7 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from petals_tune.errors import ConfigError
-from petals_tune.model.families import Family
+from petals_tune.model.families import Family, restore_counts
+from petals_tune.model.nested import decoder_path, is_nested
 from petals_tune.net.stats import SwarmStats
 from petals_tune.remote import arguments
 from petals_tune.remote.config import BlocksConfig
@@ -22,7 +23,7 @@ from petals_tune.remote.function import RemoteBlocksFunction, RemoteCall
 from petals_tune.remote.local import LocalBlocks
 from petals_tune.remote.positions import positions_behind_gaps
 from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
-from petals_tune.remote.skeleton import Skeleton
+from petals_tune.remote.skeleton import Skeleton, fill_with_placeholders
 from petals_tune.remote.split_session import LocalSession, SplitSession
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
@@ -50,6 +51,7 @@ class ModelCall:
     positions: torch.Tensor | None  # (B or 1, S) int64
     session: RemoteCache | None
     hidden_states: list[torch.Tensor] | None  # what entered each block, where the caller wants to see it
+    inside: bool = False  # a multimodal model around the one that loops over the blocks ends it
 
     def begin(self) -> None:
         """Make this the call that runs in this thread."""
@@ -284,19 +286,42 @@ class RemoteBlocks(RemoteSpan):
         """Leave the swarm. A call afterwards fails, also of a copy of this model, which has the same connection."""
         loop.run(self.backbone.chain.client.close())
 
-    def register_hooks(self, owner: Any) -> None:
+    def register_hooks(self, owner: Any, entry: Any) -> None:
         """Catch the arguments of `owner`, the module whose forward loops over these blocks, and keep its config.
+
+        entry: the multimodal model around it, which is given what the user gives and makes 4-D masks and positions in
+               three dimensions of it; of a text model `owner` itself
 
         A call with `use_cache=True` alone gets a session of its own.
         """
         self._config = BlocksConfig(owner.config)
+        if entry is not owner:
+            entry.register_forward_pre_hook(partial(self._before_all, owner), with_kwargs=True)
+            entry.register_forward_hook(self._after_all, always_call=True)
         owner.register_forward_pre_hook(self._before, with_kwargs=True)
         owner.register_forward_hook(self._after, always_call=True)
 
     @torch.compiler.disable
+    def _before_all(self, owner: Any, entry: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        arguments.check_text_alone(entry.config, args, kwargs)
+        if (positions := arguments.text_positions(kwargs.get("position_ids"))) is not None:
+            kwargs = {**kwargs, "position_ids": positions}
+        return self._begin(owner, args, kwargs)
+
+    @torch.compiler.disable
     def _before(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        self._config.check(owner.config)
         arguments.check_arguments(owner.config, args, kwargs)
+        call = self.backbone.call
+        if call is None:
+            return self._begin(owner, args, kwargs)
+        call.inside = True
+        if (positions := arguments.text_positions(kwargs.get("position_ids"))) is not None:
+            call.positions = positions
+        return args, kwargs
+
+    def _begin(self, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Begin a call: the arguments of the model with what remote blocks need."""
+        self._config.check(owner.config)
         wants_states = arguments.option(owner.config, kwargs, "output_hidden_states")
         session = self._session_for(kwargs.get("past_key_values"), kwargs.get("use_cache"))
         if wants_states and session is not None:
@@ -348,12 +373,18 @@ class RemoteBlocks(RemoteSpan):
         call = self.backbone.call
         if call is None:  # it was refused
             return
-        call.end()
+        if not call.inside:
+            call.end()
         if call.session is not None and output is not None:
             output["past_key_values"] = call.session
         if call.hidden_states is not None and output is not None:
             # As in transformers: what enters each block, then the end with the final norm.
             output["hidden_states"] = (*call.hidden_states, output.last_hidden_state)
+
+    @torch.compiler.disable
+    def _after_all(self, entry: nn.Module, args: Any, output: Any) -> None:
+        if (call := self.backbone.call) is not None:
+            call.end()
 
     def _session_for(self, cache: Any, use_cache: bool | None) -> RemoteCache | None:
         if isinstance(cache, RemoteCache):
@@ -369,14 +400,24 @@ class RemoteBlocks(RemoteSpan):
 
 
 def put_remote_blocks(
-    model: PreTrainedModel, family: Family, skeleton: nn.ModuleList, backbone: Backbone
+    model: PreTrainedModel, family: Family, placeholder: PreTrainedModel, backbone: Backbone
 ) -> RemoteBlocks:
-    """Put remote blocks into `model`, which was loaded without any, in place. `skeleton` has placeholder weights."""
-    base: Any = model.base_model
+    """Put remote blocks into `model`, which was loaded without any, in place.
+
+    placeholder: the text decoder with all blocks, which get placeholder weights in the model's dtype and are taken out
+    """
+    path = decoder_path(model)
+    decoder = model.get_submodule(path)
+    skeleton = family.blocks_of(placeholder)
+    fill_with_placeholders(skeleton, model.dtype)
     blocks: Any = RemoteBlocks(skeleton.children(), backbone=backbone)
-    family.put_blocks(base, blocks)
-    model.config.num_hidden_layers = family.total_blocks
-    blocks.register_hooks(family.owner(base))
+    blocks.train(model.training)  # or blocks of a model that was just loaded would drop
+    family.put_blocks(decoder, blocks)
+    owner = family.owner(decoder)
+    owner.config.num_hidden_layers = family.total_blocks
+    restore_counts(owner, family.owner(placeholder))
+    entry = model.get_submodule(path.partition(".")[0]) if is_nested(model.config) else owner
+    blocks.register_hooks(owner, entry)
     model.remote_blocks = blocks
     return blocks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,16 +16,18 @@ from petals_tune.errors import UnsupportedModel
 from petals_tune.model.block_lists import kinds_of_blocks
 from petals_tune.model.families import (
     Family,
+    PerBlock,
     empty_the_rest,
     family_of,
     load_part,
     placeholder_model,
+    restore_counts,
     trimmed_class,
     trimmed_config,
     without_blocks,
 )
+from petals_tune.model.nested import decoder_of, decoder_path, is_nested, text_class, text_config
 from petals_tune.remote.blocks import Backbone, RemoteSpan, put_remote_blocks
-from petals_tune.remote.skeleton import fill_with_placeholders
 from petals_tune.wire.span import BlockSpan
 
 TOLERANCE = 1e-4  # of the largest value; float32, and what is wrong is wrong by much more
@@ -87,17 +90,33 @@ def _run(model_class: Any, config: PretrainedConfig) -> int:
             model_type=config.model_type,
             reason="size",
         )
-    plain = model_class(copy.deepcopy(small)).eval()
+    if is_nested(small):
+        plain = load_part(text_class(model_class, small), copy.deepcopy(small), {}, dtype=torch.float32)[0].eval()
+    else:
+        plain = model_class(copy.deepcopy(small)).eval()
     for parameter in plain.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.02)  # nothing is at zero, where nobody would miss it
-    family = family_of(plain.base_model)
+    embeddings: Any = plain.get_input_embeddings()
+    embeddings.weight.data[0] = 0  # as some families have it whenever they are loaded
+    decoder = decoder_of(plain)
+    placeholder = placeholder_model(small)
+    if type(decoder) is not type(placeholder):
+        raise UnsupportedModel(
+            f"model_type={config.model_type!r}: the text decoder of {model_class.__name__} is a "
+            f"{type(decoder).__name__}, and servers would run a {type(placeholder).__name__}",
+            model_type=config.model_type,
+            reason="differs",
+        )
+    family = family_of(decoder)
+    path = decoder_path(plain)
+    family = replace(family, prefixes=(path,) if path else ())
     tuple_length = 0
 
     def look(block: nn.Module, args: Any, output: Any) -> None:
         nonlocal tuple_length
         tuple_length = len(output) if isinstance(output, tuple) else 0
 
-    family.blocks_of(plain.base_model)[0].register_forward_hook(look)
+    family.blocks_of(decoder)[0].register_forward_hook(look)
     for side, mask in _masks().items():
         wanted = _values(plain, mask)
         if side == "no":  # the first: now it is known what layers return
@@ -166,6 +185,7 @@ def swapped_twin(plain: Any, config: PretrainedConfig, family: Family, *, tuple_
     outside = {name: tensor for name, tensor in tensors.items() if family.block_index(name) is None}
     twin = without_blocks(type(plain), config, outside, torch.float32)
     placeholder = placeholder_model(config)
+    per_block = PerBlock.of(placeholder.config, family.total_blocks)
     middle = family.total_blocks // 2
     parts = []
     for span in (BlockSpan(0, middle), BlockSpan(middle, family.total_blocks)):
@@ -177,13 +197,13 @@ def swapped_twin(plain: Any, config: PretrainedConfig, family: Family, *, tuple_
         part, _ = load_part(
             trimmed_class(placeholder, family, span), trimmed_config(placeholder), found, dtype=torch.float32
         )
+        per_block.write(part.config, span)
+        restore_counts(family.owner(part), family.owner(placeholder))
         empty_the_rest(part, family)
         parts.append((span, part))
     backbone = _LocalBackbone(chain=None, tuple_length=tuple_length)  # type: ignore[arg-type]  # it has no network
     backbone.parts = parts
-    skeleton = family.blocks_of(placeholder)
-    fill_with_placeholders(skeleton, torch.float32)
-    put_remote_blocks(twin, family, skeleton, backbone)
+    put_remote_blocks(twin, family, placeholder, backbone)
     return twin
 
 
@@ -193,35 +213,49 @@ def tiny(config: PretrainedConfig) -> PretrainedConfig:
     The width of a head stays as it is, since other sizes are derived from it.
     """
     small = copy.deepcopy(config)
+    text = text_config(small)
+    _shrink(text)
+    if text is not small:
+        for name, value in vars(small).items():
+            if isinstance(value, int) and name.endswith(("_token_id", "_token_index")):
+                setattr(small, name, _VOCABULARY - 1)  # of an image: none that the text of the test has
+    return small
+
+
+def _shrink(config: PretrainedConfig) -> None:
+    """Write smaller sizes into the config of a text model."""
+    own = dict(vars(config))
     total = config.num_hidden_layers
-    per_block = [name for name, value in vars(config).items() if isinstance(value, list) and len(value) == total]
-    differing = [kinds_of_blocks(config) or [""] * total, *(getattr(config, name) for name in per_block)]
+    per_block = [name for name, value in own.items() if isinstance(value, list) and len(value) == total]
+    differing = [kinds_of_blocks(config) or [""] * total, *(own[name] for name in per_block)]
     kinds = list(zip(*(map(str, values) for values in differing), strict=True))
     enough = (n for n in range(_BLOCKS, _MOST_BLOCKS) if set(kinds[:n]) == set(kinds))
-    small.num_hidden_layers = min(next(enough, _MOST_BLOCKS), total)
-    for name in per_block:
-        setattr(small, name, getattr(config, name)[: small.num_hidden_layers])
+    blocks = min(next(enough, _MOST_BLOCKS), total)
     heads = config.num_attention_heads
-    small.num_attention_heads = min(2, heads)
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    small.hidden_size = small.num_attention_heads * head_width
-    small.vocab_size = _VOCABULARY
-    small.pad_token_id = 0  # classifiers take no batches without one
-    for name, value in vars(config).items():
+    head_width = own.get("head_dim") or config.hidden_size // heads  # where blocks differ, that of most
+    config.num_hidden_layers = blocks
+    for name in per_block:
+        setattr(config, name, own[name][:blocks])
+    config.num_attention_heads = min(2, heads)
+    config.hidden_size = config.num_attention_heads * head_width
+    config.vocab_size = _VOCABULARY
+    config.pad_token_id = 0  # classifiers take no batches without one
+    for name, value in own.items():
         if isinstance(value, bool) or not isinstance(value, int):
             continue
         if "intermediate" in name or "ffn" in name or name == "n_inner":
-            setattr(small, name, 2 * head_width)
+            setattr(config, name, 2 * head_width)
         elif "kv_head" in name or "key_value_head" in name:
-            setattr(small, name, small.num_attention_heads if value == heads else 1)
+            setattr(config, name, config.num_attention_heads if value == heads else 1)
+        elif "vocab_size" in name:
+            setattr(config, name, _VOCABULARY)
         elif "experts" in name and "tok" not in name:
-            setattr(small, name, min(value, 16))
+            setattr(config, name, min(value, 16))
         elif name in _MAMBA_HEADS:
-            setattr(small, name, value * small.hidden_size // config.hidden_size)
+            setattr(config, name, value * config.hidden_size // own["hidden_size"])
         elif name in _MAMBA_GROUPS:
-            setattr(small, name, 1)
+            setattr(config, name, 1)
         elif name.endswith("_token_id"):
-            setattr(small, name, value % 3)
+            setattr(config, name, value % 3)
         elif name == "sliding_window":
-            setattr(small, name, 3)  # shorter than the text of the test
-    return small
+            setattr(config, name, 3)  # shorter than the text of the test

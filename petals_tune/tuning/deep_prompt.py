@@ -8,7 +8,6 @@ Source: Petals' `deep_ptune`; Li and Liang 2021, arXiv:2101.00190, for the idea 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
@@ -21,6 +20,7 @@ from petals_tune.adapters.prompt import BlockPrompt
 from petals_tune.errors import ConfigError
 from petals_tune.files import replacing
 from petals_tune.model.families import family_of
+from petals_tune.model.nested import decoder_of
 
 FILE = "deep_prompt.safetensors"
 _KEY = "prompts"
@@ -90,5 +90,5 @@ def _blocks(model: PreTrainedModel) -> list[nn.Module]:
     remote = getattr(model, "remote_blocks", None)
     if remote is not None:
         return list(remote.children())
-    base: Any = model.base_model
+    base = decoder_of(model)
     return list(family_of(base).blocks_of(base).children())

@@ -24,7 +24,9 @@ def config(request: pytest.FixtureRequest) -> PretrainedConfig:
 def test_kinds_are_read_and_a_part_of_them_is_set(config):
     kinds = kinds_of_blocks(config)
     assert kinds == KINDS[config.model_type]
-    set_blocks(config, 2, None if kinds is None else kinds[1:3])
+    set_blocks(config, 2)
+    if kinds is not None:
+        config.layer_types = kinds[1:3]
     assert config.num_hidden_layers == 2
     assert kinds_of_blocks(config) == (None if kinds is None else kinds[1:3])
     set_blocks(config, 0)
@@ -46,7 +48,8 @@ def test_a_config_computes_again_what_was_set(config):
 def test_a_number_that_follows_from_the_kinds_can_be_set():
     config = config_of("nemotron_h")
     kinds = kinds_of_blocks(config)
-    set_blocks(config, 2, kinds[2:4])
+    set_blocks(config, 2)
+    config.layer_types = kinds[2:4]
     assert (config.num_hidden_layers, kinds_of_blocks(config)) == (2, ["full_attention", "linear_attention"])
     set_blocks(config, 0)
     assert config.num_hidden_layers == 0

@@ -41,7 +41,7 @@ def config_of(model_type: str, **options: object) -> PretrainedConfig:
 def test_the_blocks_are_found_from_the_structure(config, blocks, prefix, windowed):
     base = placeholder_model(config)
     family = family_of(base)
-    assert (family.blocks, family.total_blocks, family.prefix, family.windowed) == (blocks, 4, prefix, windowed)
+    assert (family.blocks, family.total_blocks, family.prefixes, family.windowed) == (blocks, 4, (prefix,), windowed)
     assert len(family.blocks_of(base)) == 4
     for name in (f"{prefix}.{blocks}.3.mlp.weight", f"{blocks}.3.mlp.weight"):
         assert (family.block_index(name), family.inside(name)) == (3, "mlp.weight")

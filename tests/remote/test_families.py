@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.models import FAMILIES, STATE_FAMILIES
+from tests.models import FAMILIES, MORE_FAMILIES, NESTED, STATE_FAMILIES
 from tests.parity import parity
 
 TOLERANCE = 1e-5
@@ -11,10 +11,16 @@ TOLERANCE = 1e-5
 TOLERANCES = {"LoRA gradients": 3e-5}
 
 
-@pytest.mark.parametrize(
-    "family",
-    [*FAMILIES, "jamba", *(pytest.param(name, marks=pytest.mark.slow) for name in STATE_FAMILIES if name != "jamba")],
-)
+# Of the others, those that differ most from FAMILIES.
+QUICK = [*FAMILIES, "mistral4", "qwen3_vl", "gemma4", "jamba"]
+SLOW = [
+    pytest.param(family, marks=pytest.mark.slow)
+    for family in (*MORE_FAMILIES, *NESTED, *STATE_FAMILIES)
+    if family not in QUICK
+]
+
+
+@pytest.mark.parametrize("family", [*QUICK, *SLOW])
 def test_a_family_gives_the_numbers_of_the_plain_model(family, tmp_path):
     figures = parity(family, tmp_path)
     assert figures.pop("tokens") == 1, "greedy generation gives the same tokens"

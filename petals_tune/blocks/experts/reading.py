@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 
@@ -83,8 +83,10 @@ class _OneExpert:
 class ExpertReader:
     """transformers' conversion mapping for one model, for parameters of experts."""
 
-    def __init__(self, model: PreTrainedModel):
-        mapping = get_model_conversion_mapping(model)
+    def __init__(self, model: PreTrainedModel, conversions: str | None = None):
+        """Read the mapping of `model`, or that which was registered by the name `conversions`."""
+        named = None if conversions is None else get_checkpoint_conversion_mapping(conversions)
+        mapping = get_model_conversion_mapping(model) if named is None else named
         self._prefix = model.base_model_prefix
         self._renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
         self._converters = [each for each in mapping if isinstance(each, WeightConverter)]
