@@ -171,10 +171,18 @@ def family_of(base: PreTrainedModel, config: PretrainedConfig | None = None) -> 
     family = Family(
         blocks=lists[0],
         total_blocks=total,
-        prefixes=(base.base_model_prefix,),
+        prefixes=(base.base_model_prefix, *_published_prefixes(base)),
         windowed=any(getattr(own, name, None) for name in _WINDOWS) or hasattr(base, "build_mpt_alibi_tensor"),
     )
     return family if config is None or not is_nested(config) else _inside(config, base, family)
+
+
+def _published_prefixes(base: PreTrainedModel) -> list[str]:
+    """Return other names of the base model in published files, such as Nemotron-H's "backbone"."""
+    own = f"{base.base_model_prefix}."
+    renamings = [each for each in get_model_conversion_mapping(base, add_legacy=False) if type(each) is WeightRenaming]
+    pairs = [(*each.source_patterns, *each.target_patterns) for each in renamings]
+    return [pair[0].removesuffix(".") for pair in pairs if pair[1:] == (own,) and pair[0].endswith(".")]
 
 
 def _inside(config: PretrainedConfig, base: PreTrainedModel, family: Family) -> Family:
