@@ -172,13 +172,17 @@ def merge_adapter(
 def load_unpacked(auto_class: Any, checkpoint: Checkpoint, **labels: Any) -> Any:
     """Load a whole model of packed weights in float32, as servers read it: no kernel of its format is wanted.
 
-    Raises UnsupportedModel where the checkpoint lacks tensors.
+    Raises UnsupportedModel where the checkpoint lacks tensors, or transformers such a class.
     """
     import torch
 
     from petals_tune.model.families import load_part
 
-    found = auto_class._model_mapping[type(checkpoint.config)]
+    found = auto_class._model_mapping.get(type(checkpoint.config), None)
+    if found is None:
+        model_type = checkpoint.config.model_type
+        text = f"transformers has no {auto_class.__name__} for model_type={model_type!r}"
+        raise UnsupportedModel(text, source=checkpoint.source, key="model.source", model_type=model_type)
     config = copy.deepcopy(checkpoint.config)
     for name, value in labels.items():
         setattr(config, name, value)

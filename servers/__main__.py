@@ -7,11 +7,16 @@ import os
 import sys
 import threading
 import time
+from typing import TYPE_CHECKING
 
 from petals_tune.config import folder_of
 from petals_tune.model.convert import NEEDED, model_folder
 from servers.command import command, stop_on_signals
 from servers.options import Serve
+
+if TYPE_CHECKING:
+    from petals_tune.blocks.engine import Engine
+    from petals_tune.wire.records import ServerRecord
 
 CONFIG_NAME = "serve"
 
@@ -54,9 +59,6 @@ def run(options: Serve) -> None:
     import uvloop  # this and the imports below are slow; --help and a mistyped key should not wait for them
     from transformers.utils import logging as transformers_logging
 
-    from petals_tune.blocks.devices.hardware import device_name
-    from petals_tune.blocks.engine import Engine
-    from petals_tune.wire.records import ServerRecord
     from servers.server import serve
 
     transformers_logging.set_verbosity_error()  # or it reports that the embeddings, the client's, are missing
@@ -64,20 +66,25 @@ def run(options: Serve) -> None:
     started_s = time.monotonic()
 
     def ready(record: ServerRecord, engine: Engine) -> None:
-        spans = engine.spans_by_device
-        places = [f"{device_name(each)}{f' ({spans[each]})' if len(spans) > 1 else ''}" for each in spans]
-        print(
-            f"ready: blocks {record.blocks} of {record.model_name} in {record.quantization} and {record.dtype} on "
-            f"{' and '.join(places)}, "
-            f"{engine.loaded.weight_bytes / 2**20:.0f} MB of weights, {time.monotonic() - started_s:.1f} s; "
-            f"others join with swarm.initial_peers=[{','.join(record.addresses)}]",
-            flush=True,
-        )
+        print(format_ready(record, engine, time.monotonic() - started_s), flush=True)
 
     async def until_stopped() -> None:
         await serve(options, ready, stop_on_signals())
 
     uvloop.run(until_stopped())
+
+
+def format_ready(record: ServerRecord, engine: Engine, elapsed_s: float) -> str:
+    """The line of a server that is ready: its blocks and their devices, and how others join it."""
+    from petals_tune.blocks.devices.hardware import device_name
+
+    spans = engine.spans_by_device
+    devices = [device_name(device) + (f" ({span})" if len(spans) > 1 else "") for device, span in spans.items()]
+    return (
+        f"ready: blocks {record.blocks} of {record.model_name} in {record.quantization} and {record.dtype} on "
+        f"{' and '.join(devices)}, {engine.loaded.weight_bytes / 2**20:.0f} MB of weights, {elapsed_s:.1f} s; "
+        f"others join with swarm.initial_peers=[{','.join(record.addresses)}]"
+    )
 
 
 def _exit_with_stdin() -> None:

@@ -83,7 +83,7 @@ async def serve(options: Serve, on_ready: OnReady, stop: asyncio.Event) -> None:
         if metrics is not None:
             metrics.watch(server)
         try:
-            with _explaining(devices):
+            with explain_errors(devices):
                 await here.while_daemon_lives(server.run(on_ready, stop), stop)
         finally:
             if here.daemon_lives:  # the way to the DHT
@@ -91,7 +91,7 @@ async def serve(options: Serve, on_ready: OnReady, stop: asyncio.Event) -> None:
 
 
 @contextmanager
-def _explaining(devices: Sequence[str]) -> Iterator[None]:
+def explain_errors(devices: Sequence[str]) -> Iterator[None]:
     """Raise torch's errors while blocks are measured or loaded as ours, where they are the memory's or the device's."""
     try:
         yield
@@ -224,6 +224,7 @@ class _Server:
                 raise _Stopped
 
         gc.collect()  # frees the blocks hosted before
+        memory.give_back_freed_memory()
         with tqdm(total=len(span), desc=f"loading blocks {span}", unit="block", disable=None) as bar:
             load = partial(
                 load_blocks,

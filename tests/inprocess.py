@@ -1,7 +1,7 @@
 """A swarm in this process: the code of clients and servers as it is, on a network without p2p daemons."""
 
 import itertools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 from petals_tune.blocks.engine import Engine
-from petals_tune.blocks.loading import load_blocks
+from petals_tune.blocks.loading import LoadedBlocks, load_blocks
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.net.in_process import InProcessNetwork
 from petals_tune.net.peer import Peer
@@ -46,7 +46,7 @@ def in_process_swarm(
     quantization: str = "none",
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    engine_class: type[Engine] = Engine,
+    engine_class: Callable[[LoadedBlocks], Engine] = Engine,
     **limits: Any,
 ) -> Iterator[None]:
     """While this lasts, every client of this process joins servers of `spans` that hold the model of `folder`.

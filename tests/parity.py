@@ -52,12 +52,12 @@ def remote(auto: Any, folder: Path, **options: Any) -> Iterator[Any]:
         model.remote_blocks.close()
 
 
-def in_float32(model: Any) -> Any:
+def in_float32(model: Any, device: str = "cpu") -> Any:
     """The plain model with blocks that know no autocast, as those of servers."""
     for layer in model.model.layers:
 
         def forward(hidden: torch.Tensor, *args: Any, _forward: Any = layer.forward, **kwargs: Any) -> Any:
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(torch.device(device).type, enabled=False):
                 return _forward(hidden.float(), *args, **kwargs)
 
         layer.forward = forward

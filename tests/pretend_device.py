@@ -109,7 +109,9 @@ class GpuTensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), func._schema.name.partition("::")[2]
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        devices = {tensor.device for tensor in tensors if isinstance(tensor, GpuTensor) or tensor.dim() > 0}
+        # Autograd makes zeros for the unused parts of a split where the C++ tensor is: here those without rows.
+        mixing = [each for each in tensors if isinstance(each, GpuTensor) or (each.dim() > 0 and each.numel())]
+        devices = {tensor.device for tensor in mixing}
         if len(devices) > 1 and name not in _MAY_MIX:
             shapes = [(tuple(tensor.shape), str(tensor.device)) for tensor in tensors]
             raise RuntimeError(f"expected all tensors to be on the same device: {func} of {shapes}")
@@ -315,6 +317,11 @@ class GpuEngine(Engine):
                 put_on(block, device)
             put_on(loaded.model, devices[0])
             super().__init__(loaded)
+
+    @classmethod
+    def on_two_cards(cls, loaded: LoadedBlocks) -> GpuEngine:
+        """One half of the blocks on each."""
+        return cls(loaded, [f"cuda:{2 * number // len(loaded.span)}" for number in range(len(loaded.span))])
 
     def forward(self, *args: Any) -> Any:
         with pretended_gpus():

@@ -25,7 +25,6 @@ MISTAKES: dict[str, tuple[str, object]] = {
     "recipe=sst2 foo.bar=1": ("foo", None),
     "recipe=sst2 trainer.max_steps=abc": ("trainer.max_steps", "abc"),
     "recipe=sst2 trainer.max_step=5": ("trainer.max_step", None),
-    "recipe=sst2 trainer.precision=16-true": ("trainer.precision", None),
     "recipe=sst2 trainer.precision=17": ("trainer.precision", 17),
     "recipe=sst2 +trainer.max_stepz=3": ("trainer.max_stepz", None),
     "recipe=sst2 swarm.quantization=int7": ("swarm.quantization", "int7"),

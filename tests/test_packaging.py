@@ -21,6 +21,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.gpu import kit
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
@@ -190,3 +192,11 @@ def needs(requirement: Requirement) -> Iterator[Requirement]:
         asked_for = needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras)
         if asked_for and not needed.name.startswith(("cuda-", "nvidia-", "triton")):
             yield needed
+
+
+def test_the_kit_for_a_gpu_machine_has_every_dependency_that_such_a_machine_lacks() -> None:
+    declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    listed = [*kit.WHEELS, *kit.SOURCES, *kit.THERE, *kit.UNNEEDED]
+    assert len(listed) == len({*map(canonicalize_name, listed)})
+    assert declared - {*map(canonicalize_name, listed)} == set()
+    assert {*map(canonicalize_name, [*kit.THERE, *kit.UNNEEDED])} <= declared

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -34,6 +34,7 @@ from petals_tune.model.families import (
     trimmed_config,
 )
 from petals_tune.model.nested import text_config
+from petals_tune.wire.records import Dtype
 from petals_tune.wire.span import BlockSpan
 
 
@@ -300,13 +301,14 @@ def torch_dtype(name: str, config: PretrainedConfig, *devices: str) -> torch.dty
     """The dtype to compute in on `devices`, by its name.
 
     `auto` is float32 on a CPU, where bfloat16 without native support was 8 to 80 times slower, and the checkpoint's
-    dtype on a GPU; but float16 where that is bfloat16 and a GPU does not have it. Raises ConfigError.
+    dtype on a GPU, where it is one that servers compute in; but float16 where that is bfloat16 and a GPU does not have
+    it. Raises ConfigError.
     """
     if name == "auto":
-        stored = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
-        if not all(map(is_accelerator, devices)) or not isinstance(stored, torch.dtype):
+        stored: Any = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
+        if not all(map(is_accelerator, devices)) or stored not in [getattr(torch, each) for each in get_args(Dtype)]:
             return torch.float32
         return torch.float16 if stored is torch.bfloat16 and not all(map(has_bfloat16, devices)) else stored
-    if name not in ("float32", "float16", "bfloat16"):
+    if name not in get_args(Dtype):
         raise ConfigError(f"dtype={name!r} is not one of auto, float32, float16, bfloat16", key="dtype", seen=name)
     return getattr(torch, name)

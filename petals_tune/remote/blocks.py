@@ -101,7 +101,7 @@ class Backbone:
             train=span.training,
             seed=int(torch.randint(2**62, ())) if span.training else 0,
         )
-        rows = self.micro_batch_rows or -(-MICRO_BATCH_POSITIONS // hidden.shape[1])
+        rows = self.micro_batch(hidden.shape[1])
         for part in span.parts():
             if part.local is not None:
                 hidden = part.local.forward(part.span, hidden, context, parts=part.own_adapter(), rows=rows)
@@ -112,6 +112,10 @@ class Backbone:
                 )
                 hidden = RemoteBlocksFunction.apply(call, hidden, *tensors)
         return hidden
+
+    def micro_batch(self, positions: int) -> int:
+        """Return the rows of a micro-batch of texts of so many positions."""
+        return self.micro_batch_rows or -(-MICRO_BATCH_POSITIONS // positions)
 
     def open_session(
         self, span: RemoteSpan, rows: int, max_length: int, adapter: AdapterVersion | None

@@ -15,6 +15,7 @@ class Formats:
     """Formats in which tensors go to a server and come back. `auto`: the dtype in which that server computes.
 
     A server casts what it is given to its dtype, and answers in that dtype, so `auto` changes no number.
+    Gradients of one that computes in float16 are the exception: it scales them (blocks/graphs.py), as the format does.
     """
 
     hidden: FormatOption = "auto"
@@ -32,7 +33,7 @@ class Formats:
 
     def grad_for(self, server: ServerRecord, grad: torch.Tensor) -> torch.Tensor:
         """`grad` as it is sent to `server`."""
-        return in_dtype(grad, server.dtype) if self.grad == "auto" else in_format(grad, self.grad)
+        return in_format(grad, self.of_grad(server))
 
     def rounding(self, server: ServerRecord) -> frozenset[WireFormat]:
         """The formats that round what `server` gets or answers, beside what it rounds itself."""

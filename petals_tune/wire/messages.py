@@ -349,7 +349,7 @@ _REFUSALS: dict[str, type[PetalsTuneError]] = {
     for kind in (
         *(errors.ServerError, errors.ServerBusy, errors.BlocksNotHere, errors.NotFinite),
         *(errors.LeaseLost, errors.SessionLost, errors.AdapterMissing, errors.NotHandedOn),
-        *(errors.RequestRefused, errors.ProtocolError),
+        *(errors.RequestRefused, errors.ProtocolError, errors.DeviceFailed),
         *(errors.SwarmMismatch, errors.AccessDenied),
     )
 }

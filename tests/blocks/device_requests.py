@@ -28,7 +28,7 @@ def noise(*shape: int, seed: int) -> torch.Tensor:
 
 
 def uploaded(engine: Engine, family: str) -> Adapter:
-    """LoRA with dropout, prompts and (IA)3, as a server keeps them."""
+    """LoRA with dropout, on experts where there are some, prompts and (IA)3, as a server keeps them."""
     module, wide_in, wide_out = LINEARS[family]
     lora = [noise(4, wide_in, seed=4), noise(wide_out, 4, seed=5)]
     parts = [
@@ -37,6 +37,9 @@ def uploaded(engine: Engine, family: str) -> Adapter:
         AdapterPart(block=3, method="ia3", module=module, tensors=[noise(wide_out, 1, seed=6)]),
         AdapterPart(block=3, method="prompt", tensors=[noise(PROMPT, 32, seed=7)]),
     ]
+    if family == "mixtral":
+        tensors = [noise(2 * 4, 32, seed=8), noise(96, 2 * 4, seed=9)]  # r=2 on four experts
+        parts.append(AdapterPart(block=2, method="expert_lora", module="mlp.experts.gate_up_proj", tensors=tensors))
     adapter = Adapter(tuple(engine.prepare_adapter(parts)))
     for tensor in adapter.tensors:
         tensor.requires_grad_(True)

@@ -214,4 +214,6 @@ def test_what_leaves_is_in_the_dtype_of_the_computation(model_folder, family, dt
     at_input, _ = engine.backward(Backward(lease=1, grad=out_gradient()), result.graph, None)
     own = Session.probe(BlockSpan(0, 2))
     (stepped,) = engine.step([(own, step(hidden_states(rows=1, length=1), 0))])
-    assert [each.dtype for each in (result.output, at_input, stepped)] == [dtype] * 3
+    assert {each.dtype for each in (result.output, stepped)} == {dtype}
+    # In float16 a gradient is scaled while it is computed (tests/blocks/test_graphs.py).
+    assert at_input.dtype is (torch.float32 if dtype is torch.float16 else dtype)

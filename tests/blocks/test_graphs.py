@@ -5,7 +5,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.graphs import Graph, KeptMemory
+from petals_tune.wire.messages import Backward
+from tests.models import relative_error
 from tests.servers.parts import forward, load
+from tests.servers.steps import lora
 
 
 def test_gradients_are_those_at_the_input_and_the_adapter():
@@ -17,6 +20,32 @@ def test_gradients_are_those_at_the_input_and_the_adapter():
     assert hidden.grad is None, "returned, not gathered"
     alone = Graph(output=hidden.detach() * factor, hidden=None, adapter=[factor])
     assert alone.gradients(torch.ones(1, 2, 3)) == (None, [torch.tensor(6.0)])
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-7, 1.0, 1e5, 1e30])
+def test_gradients_of_blocks_in_float16_are_exact_whatever_their_size(model_folder, size):
+    drawn = torch.Generator().manual_seed(0)
+    hidden, grad = (torch.randn(2, 5, 32, generator=drawn) for _ in range(2))
+    found = {}
+    for dtype in (torch.float16, torch.float32):
+        engine = Engine(load(model_folder("llama"), "1:4", dtype=dtype))
+        adapter = lora("llama", 1)
+        for tensor in adapter.tensors:
+            tensor.requires_grad_(True)
+        request = forward("1:4", hidden, keep=True, input_grad=True, adapter="v")
+        result = engine.forward(request, adapter)
+        at_input, at_adapter = engine.backward(Backward(lease=1, grad=size * grad), result.graph, adapter)
+        assert at_input is not None
+        found[dtype] = [at_input, *at_adapter]
+    for ours, exact in zip(found[torch.float16], found[torch.float32], strict=True):
+        assert relative_error(ours, exact) < 0.01
+
+
+def test_a_gradient_of_zero_and_one_that_is_not_finite_stay_so_in_float16():
+    hidden = torch.ones(1, 1, 2, dtype=torch.float16, requires_grad=True)
+    for grad in (torch.zeros(1, 1, 2), torch.tensor([[[1.0, torch.inf]]])):
+        at_input, _ = Graph(output=hidden * 1, hidden=hidden, adapter=[]).gradients(grad)
+        assert torch.equal(at_input, grad)
 
 
 def counted(module: nn.Module, x: torch.Tensor, weights: frozenset[int] = frozenset()) -> int:

@@ -128,6 +128,7 @@ def test_a_damaged_file_is_refused_by_name(model_folder, tmp_path):
         ("auto", torch.bfloat16, ["cuda:1", "cuda:0"], torch.float16),
         ("auto", torch.float16, ["cuda:0"], torch.float16),
         ("auto", torch.float32, ["cuda:0"], torch.float32),
+        ("auto", torch.float64, ["cuda:1"], torch.float32),
         ("auto", None, ["cuda:1"], torch.float32),
         ("float16", torch.bfloat16, ["cpu"], torch.float16),
         ("bfloat16", None, ["cuda:0"], torch.bfloat16),

@@ -97,7 +97,7 @@ def test_a_table_once(swarm):
     done = once(swarm.join)
     assert done.returncode == 0, done.stderr
     assert re.search(
-        r"^####\.\.  <img.* 0:4 +online +250 +none +float32 +[\d.]+ +1\.00 GB +[\d.]+ ms$", done.stdout, re.M
+        r"^####\.\.  <img.* 0:4 +online +250 +none +float32 +cpu +[\d.]+ +1\.00 GB +[\d.]+ ms$", done.stdout, re.M
     )
     assert re.search(r"^\.\.####  \.\.\w{6} +2:6 +online +250 ", done.stdout, re.M)
     assert "UNCOVERED" not in done.stdout

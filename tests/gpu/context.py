@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
+import statistics
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -92,13 +94,19 @@ class Context:
             torch.cuda.synchronize()
 
     def allocated(self) -> int:
-        return torch.cuda.memory_allocated() if self.on_gpu else 0
+        """Bytes that tensors of this process asked for: the allocator gives 512 at a time, and keeps more."""
+        return torch.cuda.memory_stats()["requested_bytes.all.current"] if self.on_gpu else 0
 
     def peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.on_gpu else 0
+        """The most of `allocated` since `forget`."""
+        return torch.cuda.memory_stats()["requested_bytes.all.peak"] if self.on_gpu else 0
 
-    def reset_peak(self) -> None:
+    def forget(self) -> None:
+        """Free what nothing refers to, and begin to watch for a new peak."""
+        gc.collect()
         if self.on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
     def used_bytes(self) -> int:
@@ -108,15 +116,20 @@ class Context:
         free, total = torch.cuda.mem_get_info()
         return total - free
 
-    def seconds(self, work: Any, *, times: int = 3, warm_up: int = 1) -> float:
-        """The median of `times` runs, each to the end of what it started on the card."""
-        for _ in range(warm_up):
+    def seconds(self, work: Callable[[], Any], *, times: int = 5) -> float:
+        """The median of `times` runs after one that is not timed, each to the end of what it started on the card."""
+        return self.in_turns(work, times=times)[0]
+
+    def in_turns(self, *sides: Callable[[], Any], times: int = 5) -> list[float]:
+        """The median of each of `sides`, which run in turns: what else the machine does is the same for all."""
+        for work in sides:
             work()
-        found = []
+        found: list[list[float]] = [[] for _ in sides]
         for _ in range(times):
-            self.wait()
-            started_s = time.perf_counter()
-            work()
-            self.wait()
-            found.append(time.perf_counter() - started_s)
-        return sorted(found)[len(found) // 2]
+            for work, seconds in zip(sides, found, strict=True):
+                self.wait()
+                started_s = time.perf_counter()
+                work()
+                self.wait()
+                seconds.append(time.perf_counter() - started_s)
+        return [statistics.median(seconds) for seconds in found]

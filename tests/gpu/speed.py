@@ -1,12 +1,12 @@
 """Section: a model of Llama-3-8B's shape, seconds until servers are ready, and tokens/s against plain transformers.
 
 Two servers of half the blocks each and all clients are processes on this machine, with p2p daemons between. What runs
-in this process is the client of the training and of one stream, and plain transformers on the same card.
+in this process is the client of one stream, and plain transformers on the same card. Sides that are compared run in
+turns, and the clients of many sessions start when nothing else is timed.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
@@ -14,10 +14,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 
 from petals_tune import AutoDistributedModelForCausalLM
@@ -26,16 +26,15 @@ from petals_tune.net.stream import ServerStream
 from petals_tune.swarm import loop
 from petals_tune.swarm.local import server_process
 from petals_tune.wire.messages import Ping
-from tests.gpu import check
+from tests.gpu import check, training
 from tests.gpu.client import generate
 from tests.gpu.context import Context
-from tests.gpu.models import VOCABULARY, wait_for_large
+from tests.gpu.models import wait_for_large
 from tests.gpu.parity import plain_model
 from tests.gpu.swarm import ready_line
 
 READY_S = 90.0
 PROCESSES = 8
-ROWS, LENGTH = 8, 144
 PING_BYTES = 8 * 2**20
 
 
@@ -43,13 +42,12 @@ def run(context: Context) -> None:
     folder = wait_for_large(context)
     blocks = Checkpoint(str(folder)).config.num_hidden_layers
     context.row("blocks of the large model", blocks, note="Llama-3-8B's shape has 32")
-    with ExitStack() as stack:
-        common = [f"model.source='{folder}'", f"device={context.device}", "throughput=1000"]
-        common += [f"disk.folder={context.work}/disk", "limits.max_lease_gb=8"]
-        with context.trying("int8"):
-            time_to_ready(context, [*common, "quantization=int8", f"blocks='0:{blocks}'"])
-        with context.trying("two servers in bfloat16"):
-            compare(context, stack, folder, [*common, "quantization=none", "dtype=bfloat16"], blocks)
+    common = [f"model.source='{folder}'", f"device={context.device}", "throughput=1000"]
+    common += [f"disk.folder={context.work}/disk", "limits.max_lease_gb=8"]
+    with context.trying("two servers in bfloat16"), ExitStack() as stack:
+        compare(context, stack, folder, [*common, "quantization=none", "dtype=bfloat16"], blocks)
+    with context.trying("int8"):
+        time_to_ready(context, [*common, "quantization=int8", f"blocks='0:{blocks}'"])
 
 
 def time_to_ready(context: Context, options: list[str]) -> None:
@@ -61,7 +59,7 @@ def time_to_ready(context: Context, options: list[str]) -> None:
         context.row("whole model in int8, memory of the card", (context.used_bytes() - before) / 2**30, "GB")
         with remote(options[0].partition("=")[2].strip("'"), peers) as model:
             new = 16 if context.rehearse else 32
-            seconds = context.seconds(lambda: generate(model, 0, new), times=2)
+            seconds = context.seconds(lambda: generate(model, 0, new), times=3)
             context.row("whole model in int8, one stream", new / seconds, "tokens/s")
         context.row("whole model in int8, after it", (context.used_bytes() - before) / 2**30, "GB")
 
@@ -76,24 +74,22 @@ def compare(context: Context, stack: ExitStack, folder: Path, common: list[str],
     second.wait_until_ready(READY_S)
     context.row("two servers in bfloat16, start to ready", time.monotonic() - started_s, "s")
     context.row("two servers in bfloat16, memory of the card", (context.used_bytes() - before) / 2**30, "GB")
-    clients = stack.enter_context(client_processes(context, folder, peers))
     plain = plain_model(context, folder, "none", torch.bfloat16)
     model = stack.enter_context(remote(str(folder), peers))
-    new = 16 if context.rehearse else 64
-    one = streams(context, plain, model, new)
+    new = 16 if context.rehearse else 32
+    given = {"folder": str(folder), "peers": peers, "sessions": sessions_per_process(context)}
     with context.trying("training"):
         line = line_mb_s(model)
-        context.row("line to a server and back", line, "MB/s", note="of the p2p daemons, measured with 8 MB")
-        computing_s = training(context, plain, "plain transformers")
-        for wire in ("float32", "bfloat16"):
-            with (
-                context.trying(f"training, {wire}"),
-                remote(str(folder), peers, wire_format=wire, grad_format=wire) as other,
-            ):
-                remote_training(context, other, wire, computing_s, line)
+        context.row("line to a server and back", line, "MB/s", note="measured with 8 MB")
+        with processes(context, "training", given, count=1) as (client,):
+            training.measure(context, plain, client, line)
+    one = streams(context, plain, model, new)
     del plain
-    gc.collect()
-    with context.trying("many sessions"):
+    context.forget()
+    with (
+        context.trying("many sessions"),
+        processes(context, "client", given, count=2 if context.rehearse else PROCESSES) as clients,
+    ):
         many(context, clients, new, one)
 
 
@@ -102,44 +98,14 @@ def streams(context: Context, plain: Any, model: Any, new: int) -> float:
     one = 0.0
     for rows, goal in ((1, 0.8), (8, 0.9)):
         with context.trying(f"{rows} rows"):
-            local_s = context.seconds(lambda rows=rows: generate(plain, 0, new, rows=rows), times=2)
-            ours_s = context.seconds(lambda rows=rows: generate(model, 0, new, rows=rows), times=2)
+            sides = [partial(generate, each, 0, new, rows=rows) for each in (plain, model)]
+            local_s, ours_s = context.in_turns(*sides)
             what = "one stream" if rows == 1 else f"batch of {rows}"
             context.row(f"{what}, plain transformers", rows * new / local_s, "tokens/s")
             context.row(f"{what}, two servers", rows * new / ours_s, "tokens/s")
             context.row(f"{what}, share of plain", local_s / ours_s, at_least=goal)
             one = one or new / ours_s
     return one
-
-
-def training(context: Context, model: Any, what: str) -> float:
-    """Seconds of a step with LoRA: forward, backward, optimizer."""
-    net = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"]))
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4)
-    ids = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)).to(model.device)
-
-    def step() -> None:
-        net(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    seconds = context.seconds(step, times=3)
-    net.unload()
-    context.row(f"training, {what}", ROWS * LENGTH / seconds, "tokens/s", note=f"{seconds:.3f} s a step")
-    return seconds
-
-
-def remote_training(context: Context, model: Any, wire: str, computing_s: float, line: float) -> None:
-    stats = model.remote_blocks.stats
-    before = stats.sent_bytes + stats.received_bytes
-    seconds = training(context, model, f"two servers, {wire} on the wire")
-    moved_mb = (stats.sent_bytes + stats.received_bytes - before) / 4 / 1e6  # of four steps, the first one unmeasured
-    line_s = moved_mb / line
-    note = f"{moved_mb:.0f} MB a step; computing {computing_s:.3f} s, line {line_s:.3f} s, step {seconds:.3f} s"
-    context.row(
-        f"training, {wire}, share of the slower one", max(computing_s, line_s) / seconds, at_least=0.9, note=note
-    )
-    context.row(f"training, {wire}, backwards without lease", stats.recomputations, at_most=0)
 
 
 def line_mb_s(model: Any) -> float:
@@ -188,21 +154,23 @@ def sessions_per_process(context: Context) -> int:
 
 
 @contextmanager
-def client_processes(context: Context, folder: Path, peers: list[str]) -> Iterator[list[subprocess.Popen[str]]]:
-    given = json.dumps({"folder": str(folder), "peers": peers, "sessions": sessions_per_process(context)})
-    command = [sys.executable, "-u", check.__file__, "--child", "client", "--client", given]
-    command += ["--work", str(context.work)] + (["--rehearse"] if context.rehearse else ["--device", "cpu"])
-    count = 2 if context.rehearse else PROCESSES
-    clients = [
+def processes(
+    context: Context, role: str, given: dict[str, Any], *, count: int
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """This script as child processes of a role, which end with the block; a training one has the card."""
+    device = context.device if role == "training" else "cpu"
+    command = [sys.executable, "-u", check.__file__, "--child", role, "--client", json.dumps(given)]
+    command += ["--work", str(context.work)] + (["--rehearse"] if context.rehearse else ["--device", device])
+    started = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=check.environment())
         for _ in range(count)
     ]
     try:
-        yield clients
+        yield started
     finally:
-        for client in clients:
-            client.kill()
-            client.wait()
+        for each in started:
+            each.kill()
+            each.wait()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ CUT = ("0:2", "2:6")
 @pytest.fixture(scope="module", params=["bloom", pytest.param("llama", marks=pytest.mark.slow)])
 def folder(request, tmp_path_factory) -> Iterator[Path]:
     made = save_model(tmp_path_factory.mktemp("models") / request.param, request.param)
-    with in_process_swarm(made, *CUT, engine_class=GpuEngine):
+    with in_process_swarm(made, *CUT, engine_class=GpuEngine.on_two_cards):
         yield made
 
 

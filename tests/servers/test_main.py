@@ -5,11 +5,16 @@ import sys
 
 import pytest
 
+from petals_tune.blocks.devices.hardware import device_name
+from petals_tune.blocks.engine import Engine
 from petals_tune.config import folder_of
 from petals_tune.errors import ConfigError
 from servers import __main__ as command
+from tests.pretend_device import GpuEngine, pretended_gpus
 from tests.raising import raises
 from tests.servers.hosting import options_of
+from tests.servers.parts import load
+from tests.servers.peers import SPAN, record_of
 
 
 def test_the_help_names_every_model():
@@ -31,3 +36,13 @@ def test_the_help_loads_no_torch():
     code += "print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_the_line_of_a_server_that_is_ready_names_each_device_with_its_blocks(model_folder):
+    loaded = load(model_folder("llama"), str(SPAN))
+    with pretended_gpus():
+        line = command.format_ready(record_of(), GpuEngine(loaded, ["cuda:0", "cuda:0", "cuda:1"]), 1.5)
+    assert "blocks 1:4" in line
+    assert "in none and float32 on cuda:0, pretended GPU (1:3) and cuda:1, pretended GPU (3:4)," in line
+    line = command.format_ready(record_of(), Engine(load(model_folder("llama"), str(SPAN))), 1.5)
+    assert f"on {device_name('cpu')}, " in line

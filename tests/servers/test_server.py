@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
+import torch
 
 from petals_tune.errors import ConfigError, DeviceFailed
 from petals_tune.wire.span import BlockSpan
@@ -11,6 +12,7 @@ from servers import server
 from servers.membership.announcer import Announcer
 from servers.requests.handler import Handler
 from servers.server import serve
+from tests.pretend_device import failed_gpu, pretended_gpus
 from tests.raising import raises
 from tests.servers.hosting import options_of
 
@@ -41,6 +43,26 @@ async def test_a_server_announces_its_blocks_and_ends_when_it_is_told_to(model_f
     assert record.throughput.batch == 1000
     assert record.free_cache_bytes == 2**30, "limits.max_cache_gb"
     assert engine.loaded.span == record.blocks
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_blocks_that_do_not_fit_are_said_in_terms_of_the_options(error):
+    with raises(ConfigError, key="num_blocks"), server.explain_errors(["cpu"]):
+        raise error
+
+
+def test_other_errors_while_blocks_are_loaded_are_the_devices_or_stay_what_they_are():
+    def load() -> None:
+        with server.explain_errors(["cuda:0", "cuda:1"]):
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+
+    with pretended_gpus():
+        with pytest.raises(torch.AcceleratorError):
+            load()
+        with failed_gpu("cuda:1"), raises(DeviceFailed, device="cuda:1"):
+            load()
+    with raises(ConfigError, key="blocks"), server.explain_errors(["cpu"]):
+        raise ConfigError("", key="blocks")
 
 
 @pytest.mark.swarm

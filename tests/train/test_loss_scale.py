@@ -39,7 +39,7 @@ class Figures(Callback):
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if len(self.losses) < trainer.global_step:
             self.losses.append(trainer.callback_metrics["train/loss"].item())
-            self.scales.append(trainer.callback_metrics["train/loss_scale"].item())
+            self.scales.append(float(trainer.callback_metrics.get("train/loss_scale", 1.0)))
 
 
 def fitted(folder: Path, model: Any) -> tuple[FineTuner, Figures]:

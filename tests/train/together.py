@@ -43,13 +43,12 @@ def talk(batch_size: int, *, length_buckets: bool = True) -> TextData:
 
 def trainer(folder: Path, **options: Any) -> Trainer:
     return Trainer(
-        accelerator="cpu",
         default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        **{"max_steps": STEPS, "enable_checkpointing": False, **options},
+        **{"accelerator": "cpu", "max_steps": STEPS, "enable_checkpointing": False, **options},
     )
 
 

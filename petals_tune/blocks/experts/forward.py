@@ -53,8 +53,11 @@ def _products(experts: Any, name: str, x: torch.Tensor, chosen: torch.Tensor, co
     `chosen` (rows,) has the experts' numbers in order, `counts` the rows of each; the last are no expert's.
     """
     stack: ExpertStack = getattr(experts, name)
-    *of_experts, others = x.split(counts)
-    products = [stack(own, number) for number, own in enumerate(of_experts) if len(own)]
-    product = torch.cat([*products, others.new_zeros(len(others), stack.features[1])])
+    last, hit = len(counts) - 1, [number for number, count in enumerate(counts) if count]
+    products = [
+        stack(own, number) if number < last else own.new_zeros(len(own), stack.features[1])
+        for number, own in zip(hit, x.split([counts[number] for number in hit]), strict=True)
+    ]
+    product = torch.cat(products)
     has_bias = getattr(experts, "has_bias", False)
-    return product + getattr(experts, f"{name}_bias")[chosen.clamp(max=len(of_experts) - 1)] if has_bias else product
+    return product + getattr(experts, f"{name}_bias")[chosen.clamp(max=last - 1)] if has_bias else product

@@ -14,9 +14,11 @@ from typing import Any, ClassVar
 import torch
 
 from petals_tune.model.packed.base import (
+    REAL,
     PackedFormat,
     Part,
-    check_shape,
+    check,
+    group_size,
     require,
     row_slices,
     unknown,
@@ -40,7 +42,7 @@ class AWQ(PackedFormat):
         layout = str(options.get("version") or options.get("format") or "gemm").lower()
         unknown({"version": layout}, version=["gemm"])
         unknown(options, bits=[_BITS], w_bit=[_BITS], zero_point=[True])
-        self._group_size: int = options.get("group_size", options.get("q_group_size", 128))  # -1: all inputs
+        self._group_size = group_size(options, "q_group_size" if "q_group_size" in options else "group_size", 128)
 
     def shape_of(self, parts: Mapping[str, StoredTensor]) -> tuple[int, ...]:
         require(parts, "words", "zeros", "scales")
@@ -48,15 +50,15 @@ class AWQ(PackedFormat):
         if words.kind != "I32" or len(words.shape) != 2:
             raise words.unfit("should be I32 (in, out / 8)")
         inputs, outputs = words.shape[0], words.shape[1] * _PER_WORD
-        groups = -(-inputs // self._group_size) if self._group_size > 0 else 1
-        check_shape(parts["scales"], (groups, outputs))
-        check_shape(parts["zeros"], (groups, words.shape[1]))
+        groups = -(-inputs // (self._group_size or inputs))
+        check(parts["scales"], REAL, (groups, outputs))
+        check(parts["zeros"], "I32", (groups, words.shape[1]))
         return outputs, inputs
 
     def unpack(self, parts: Mapping[str, torch.Tensor], weight: torch.Tensor, name: str) -> None:
         by_input, scales = weight.T, parts["scales"]
         zeros = _numbers(parts["zeros"])
-        size = self._group_size if self._group_size > 0 else len(by_input)
+        size = self._group_size or len(by_input)
         for rows in row_slices(by_input):
             groups = torch.arange(rows.start, rows.stop) // size
             numbers = _numbers(parts["words"][rows])

@@ -12,6 +12,7 @@ import torch
 from petals_tune.model.stored import StoredTensor
 
 _VALUES_AT_ONCE = 2**20
+REAL = "F16 BF16 F32"  # kinds of scales
 
 # The values of E2M1, a float of 4 bits, for each byte of two: the low half first.
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
@@ -104,10 +105,10 @@ def require(parts: Mapping[str, StoredTensor], *roles: str) -> None:
         raise next(iter(parts.values())).unfit(f"lacks its {' and '.join(missing)}")
 
 
-def check_shape(part: StoredTensor, *wanted: tuple[int, ...]) -> None:
-    """Raise UnsupportedModel where a part has none of the `wanted` shapes."""
-    if part.shape not in wanted:
-        raise part.unfit(f"should be {' or '.join(map(str, wanted))}")
+def check(part: StoredTensor, kinds: str, *shapes: tuple[int, ...]) -> None:
+    """Raise UnsupportedModel where a part has none of the `shapes`, or none of the `kinds`, such as "F16 F32"."""
+    if part.shape not in shapes or part.kind not in kinds.split():
+        raise part.unfit(f"should be {' or '.join(kinds.split())} {' or '.join(map(str, shapes))}")
 
 
 def row_slices(weight: torch.Tensor, multiple: int = 1) -> Iterator[slice]:
@@ -139,6 +140,24 @@ def scale_values(scale: torch.Tensor) -> torch.Tensor:
     if scale.dtype is torch.uint8:
         return torch.exp2(scale.to(torch.float32) - 127)
     return scale.to(torch.float32)
+
+
+def group_size(options: Mapping[str, Any], key: str = "group_size", default: int | None = None) -> int | None:
+    """Return how many inputs share a scale; None: all. Raises ValueError for what is no size."""
+    size = options.get(key, default)
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size == 0 or size < -1):
+        raise ValueError(f"{key}={size!r}, where a number of inputs or -1 can be read")
+    return None if size == -1 else size
+
+
+def block_size(options: Mapping[str, Any], key: str) -> tuple[int, int] | None:
+    """Return the rows and columns of a block with one scale; None where there is none. Raises ValueError."""
+    size = options.get(key)
+    if size is None:
+        return None
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
+        raise ValueError(f"{key}={size!r}, where two numbers or null can be read")
+    return size[0], size[1]
 
 
 def unknown(options: Mapping[str, Any], **known: Iterable[Any]) -> None:

@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from petals_tune.model.packed.base import PackedFormat, Part, check_shape, require, row_slices, unknown
+from petals_tune.model.packed.base import REAL, PackedFormat, Part, check, require, row_slices, unknown
 from petals_tune.model.stored import StoredTensor
 
 _STATES = ("nf4", "fp4")
 _BYTES = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}  # of `bnb_4bit_quant_storage`, whose numbers mean nothing
-_NESTED_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
-_STATE_FIELDS = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
+_BLOCK_SIZES = {32, 64, 128, 256, 512, 1024, 2048, 4096}
+_DTYPES = {"float32", "float16", "bfloat16"}
 
 
 class BitsAndBytes(PackedFormat):
@@ -44,32 +44,24 @@ class BitsAndBytes(PackedFormat):
         if "SCB" in parts:
             if weight.kind != "I8" or len(weight.shape) != 2:
                 raise weight.unfit("should be I8 (out, in)")
-            check_shape(parts["SCB"], weight.shape[:1])
+            check(parts["SCB"], REAL, weight.shape[:1])
             return weight.shape
         require(parts, "absmax", "quant_map")
+        check(parts["quant_map"], "F32", (16,))
         state = next((parts[role] for role in parts if role.startswith("quant_state.")), None)
         if state is None:
             raise weight.unfit("lacks its quant_state")
-        try:
-            fields = json.loads(bytes(state[...].numpy()))
-            shape = tuple(fields["shape"])
-            if not all(isinstance(fields[name], kind) for name, kind in _STATE_FIELDS.items()) or len(shape) != 2:
-                raise ValueError
-        except (ValueError, KeyError, TypeError):
-            raise state.unfit("is no quant_state of a matrix") from None
-        if getattr(torch, fields["dtype"], None) not in (torch.float32, torch.float16, torch.bfloat16):
-            raise state.unfit(f"names the dtype {fields['dtype']!r}")
-        nested = [name for name in _NESTED_FIELDS if name in fields]
-        if nested and len(nested) < len(_NESTED_FIELDS):
-            raise state.unfit("says only a part of how its absmax is quantized")
-        if nested:
+        fields = _fields(state)
+        shape: tuple[int, ...] = tuple(fields["shape"])
+        scales = -(-math.prod(shape) // fields["blocksize"])
+        if "nested_blocksize" in fields:  # the library's kernels trust these sizes
             require(parts, "nested_absmax", "nested_quant_map")
-        if (parts["absmax"].kind == "U8") != bool(nested):
-            raise parts["absmax"].unfit("is not what its quant_state says")
+            check(parts["nested_absmax"], "F32", (-(-scales // fields["nested_blocksize"]),))
+            check(parts["nested_quant_map"], "F32", (256,))
+        check(parts["absmax"], "U8" if "nested_blocksize" in fields else REAL, (scales,))
         size_bytes = _BYTES.get(weight.kind, 0) * math.prod(weight.shape)
         if size_bytes != -(-math.prod(shape) // 2):
             raise weight.unfit(f"does not hold the {shape[0]} x {shape[1]} numbers of 4 bits of its quant_state")
-        check_shape(parts["absmax"], (-(-math.prod(shape) // fields["blocksize"]),))
         return shape
 
     def unpack(self, parts: Mapping[str, torch.Tensor], weight: torch.Tensor, name: str) -> None:
@@ -104,3 +96,27 @@ class BitsAndBytes(PackedFormat):
             weight[rows] = (
                 dequantize_4bit(pairs[:, None], of_blocks).flatten()[: stop - start].unflatten(0, (-1, columns))
             )
+
+
+def _fields(state: StoredTensor) -> dict[str, Any]:
+    """Read the JSON of a quant_state. Raises UnsupportedModel where it is not that of a matrix."""
+    try:
+        fields: dict[str, Any] = json.loads(bytes(state[...].numpy()))
+        shape = fields["shape"]
+        is_known = (
+            fields["quant_type"] in _STATES
+            and fields["blocksize"] in _BLOCK_SIZES
+            and fields["dtype"] in _DTYPES
+            and len(shape) == 2
+            and all(isinstance(size, int) and size > 0 for size in shape)
+        )
+        nested = {name for name in fields if name.startswith("nested_")}
+        if nested:
+            is_known &= fields["nested_blocksize"] in _BLOCK_SIZES and fields["nested_dtype"] == "float32"
+            is_known &= isinstance(fields["nested_offset"], float | int)
+        extra = fields.keys() - {"shape", "quant_type", "blocksize", "dtype"} - nested
+        if not is_known or extra or len(nested) not in (0, 3):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise state.unfit("is no quant_state of a matrix") from None
+    return fields

@@ -15,9 +15,12 @@ from typing import Any, ClassVar
 import torch
 
 from petals_tune.model.packed.base import (
+    REAL,
     PackedFormat,
     Part,
-    check_shape,
+    block_size,
+    check,
+    group_size,
     require,
     row_slices,
     unknown,
@@ -55,6 +58,7 @@ class CompressedTensors(PackedFormat):
             unknown(group, format=[*_FORMATS, None])
             if weights := group.get("weights"):
                 unknown(weights, strategy=[*_STRATEGIES, None], type=["int", "float"], num_bits=[2, 4, 8])
+                group_size(weights), block_size(weights, "block_structure")  # they raise
                 self._groups.append(weights)
 
     def shape_of(self, parts: Mapping[str, StoredTensor]) -> tuple[int, ...]:
@@ -69,11 +73,12 @@ class CompressedTensors(PackedFormat):
             *stacked, rows, columns = weight.shape
             self._check_scale(scale, rows, columns, stacked)
             if "zero" in parts:
-                check_shape(parts["zero"], scale.shape)
+                check(parts["zero"], "I8", scale.shape)
             return weight.shape
         require(parts, "shape")
+        check(parts["shape"], "I64 I32", (2,))
         words, stated = parts["words"], tuple(parts["shape"][...].tolist())
-        if words.kind != "I32" or len(words.shape) != 2 or len(stated) != 2:
+        if words.kind != "I32" or len(words.shape) != 2:
             raise words.unfit("should be I32 (out, in * bits / 32)")
         rows, columns = int(stated[0]), int(stated[1])
         bits = self._bits(words.shape[1], columns)
@@ -81,7 +86,7 @@ class CompressedTensors(PackedFormat):
             raise words.unfit(f"does not hold {rows} x {columns} numbers of any num_bits of config_groups")
         self._check_scale(parts["scale"], rows, columns, [])
         if "zero" in parts:
-            check_shape(parts["zero"], (-(-rows * bits // 32), *parts["scale"].shape[1:]))
+            check(parts["zero"], "I32", (-(-rows * bits // 32), *parts["scale"].shape[1:]))
         return rows, columns
 
     def unpack(self, parts: Mapping[str, torch.Tensor], weight: torch.Tensor, name: str) -> None:
@@ -113,10 +118,8 @@ class CompressedTensors(PackedFormat):
         return next((bits for bits in sorted(stated) if -(-columns * bits // 32) == words), None)
 
     def _check_scale(self, scale: StoredTensor, rows: int, columns: int, stacked: list[int]) -> None:
-        if scale.kind not in ("F32", "F16", "BF16"):
-            raise scale.unfit("should be F32, F16 or BF16")
         grids = {(-(-rows // height), -(-columns // width)) for height, width in self._blocks(rows, columns)}
-        check_shape(scale, *((*stacked, *grid) for grid in sorted(grids)), *(() if stacked else ((1,), ())))
+        check(scale, REAL, *((*stacked, *grid) for grid in sorted(grids)), *(() if stacked else ((1,), ())))
 
     def _block(self, scale: tuple[int, ...], rows: int, columns: int) -> tuple[int, int]:
         """Return the rows and columns of one scale, by the shape of all scales."""
@@ -127,10 +130,10 @@ class CompressedTensors(PackedFormat):
         """List the blocks that config_groups allow for a matrix of this shape."""
         found = [(rows, columns), (1, columns)]
         for weights in self._groups:
-            if size := weights.get("group_size"):
-                found += [(1, size)] if size > 0 and columns % size == 0 else []
-            if block := weights.get("block_structure"):
-                found.append((block[0], block[1]))
+            if (size := group_size(weights)) and columns % size == 0:
+                found.append((1, size))
+            if block := block_size(weights, "block_structure"):
+                found.append(block)
         return found
 
 

@@ -14,9 +14,11 @@ from typing import Any, ClassVar
 import torch
 
 from petals_tune.model.packed.base import (
+    REAL,
     PackedFormat,
     Part,
-    check_shape,
+    block_size,
+    check,
     fp4_values,
     fp8_values,
     require,
@@ -41,12 +43,8 @@ class FP8(PackedFormat):
     }
 
     def __init__(self, options: Mapping[str, Any]):
-        size = options.get("weight_block_size", (128, 128))
-        is_size = isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
-        if size is not None and not is_size:
-            raise ValueError(f"weight_block_size={size!r}, where two numbers or null can be read")
         unknown(options, fmt=["e4m3"], scale_fmt=["float", "ue8m0", None])
-        self._block: tuple[int, int] | None = None if size is None else (size[0], size[1])
+        self._block = block_size({"weight_block_size": [128, 128], **options}, "weight_block_size")
 
     def parts_of(self, names: Any) -> dict[str, dict[str, str]]:
         names = list(names)
@@ -70,8 +68,8 @@ class FP8(PackedFormat):
         else:
             raise weight.unfit("has a scale, and should be F8_E4M3, or I8 for pairs of FP4")
         grid = (*stacked, -(-rows // block[0]), -(-columns // block[1]))
-        whole = tuple(stacked) if self._block is None else grid  # one scale for all, in a tensor without dimensions
-        check_shape(scale, grid, *({whole, (1,)} - {grid} if self._block is None and not stacked else ()))
+        is_one = self._block is None and weight.kind != "I8" and not stacked
+        check(scale, f"{REAL} F8_E8M0 U8", grid, *([(), (1,)] if is_one else []))
         return (*stacked, rows, columns)
 
     def unpack(self, parts: Mapping[str, torch.Tensor], weight: torch.Tensor, name: str) -> None:

@@ -14,9 +14,11 @@ from typing import Any, ClassVar
 import torch
 
 from petals_tune.model.packed.base import (
+    REAL,
     PackedFormat,
     Part,
-    check_shape,
+    check,
+    group_size,
     require,
     row_slices,
     unknown,
@@ -39,7 +41,7 @@ class GPTQ(PackedFormat):
         unknown({"checkpoint_format": stored_as}, checkpoint_format=["gptq", "gptq_v2"])
         unknown(options, bits=[2, 4, 8], dynamic=[None, {}])
         self._bits: int = options.get("bits", 4)
-        self._group_size: int = options.get("group_size", 128)  # -1: all inputs
+        self._group_size = group_size(options, default=128)
         self._zeros_are_less = stored_as == "gptq"
 
     def shape_of(self, parts: Mapping[str, StoredTensor]) -> tuple[int, ...]:
@@ -48,11 +50,11 @@ class GPTQ(PackedFormat):
         if words.kind != "I32" or len(words.shape) != 2:
             raise words.unfit("should be I32 (in * bits / 32, out)")
         inputs, outputs = words.shape[0] * per_word, words.shape[1]
-        groups = -(-inputs // self._group_size) if self._group_size > 0 else 1
-        check_shape(parts["scales"], (groups, outputs))
-        check_shape(parts["zeros"], (groups, -(-outputs // per_word)))
+        groups = -(-inputs // (self._group_size or inputs))
+        check(parts["scales"], REAL, (groups, outputs))
+        check(parts["zeros"], "I32", (groups, -(-outputs // per_word)))
         if "groups" in parts:
-            check_shape(parts["groups"], (inputs,))
+            check(parts["groups"], "I32 I64", (inputs,))
         return outputs, inputs
 
     def unpack(self, parts: Mapping[str, torch.Tensor], weight: torch.Tensor, name: str) -> None:
@@ -63,7 +65,7 @@ class GPTQ(PackedFormat):
         if "groups" in parts:
             groups = parts["groups"].long()
         else:
-            groups = torch.arange(len(by_input)) // (self._group_size if self._group_size > 0 else len(by_input))
+            groups = torch.arange(len(by_input)) // (self._group_size or len(by_input))
         if not ((groups >= 0) & (groups < len(scales))).all():
             raise ValueError(f"names groups of inputs that are not among its {len(scales)}")
         for rows in row_slices(by_input, multiple=per_word):

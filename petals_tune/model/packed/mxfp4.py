@@ -14,7 +14,7 @@ import torch
 from petals_tune.model.packed.base import (
     PackedFormat,
     Part,
-    check_shape,
+    check,
     fp4_values,
     require,
     row_slices,
@@ -37,9 +37,7 @@ class MXFP4(PackedFormat):
         blocks, scales = parts["blocks"], parts["scales"]
         if blocks.kind != "U8" or len(blocks.shape) != 4 or blocks.shape[3] != _BYTES:
             raise blocks.unfit(f"should be U8 (experts, out, in / 32, {_BYTES})")
-        check_shape(scales, blocks.shape[:3])
-        if scales.kind != "U8":
-            raise scales.unfit("should be U8")
+        check(scales, "U8", blocks.shape[:3])
         experts, outputs, groups, _ = blocks.shape
         return experts, groups * 2 * _BYTES, outputs
 

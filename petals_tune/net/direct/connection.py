@@ -16,9 +16,9 @@ from petals_tune.wire.frames import HEADER, MAX_FRAME_BYTES
 
 _LENGTH = struct.Struct(">I")  # before each record: its bytes, with the tag
 MAX_RECORD_BYTES = MAX_FRAME_BYTES + TAG_BYTES
-# A frame's header and its payload are two records, which then arrive with one read and need no copy.
-_BUFFER_BYTES = 2 * _LENGTH.size + HEADER.size + TAG_BYTES + MAX_RECORD_BYTES
-_UNREAD_BYTES = MAX_FRAME_BYTES  # decrypted and not read: nothing more is taken from the socket
+# Two frames; the header and the payload of one are two records.
+_BUFFER_BYTES = 2 * (2 * _LENGTH.size + HEADER.size + TAG_BYTES + MAX_RECORD_BYTES)
+_UNREAD_BYTES = MAX_FRAME_BYTES  # decrypted and not read: no more is decrypted, or taken from the socket
 _OBJECT_BYTES = 64  # of a record in memory, beside its bytes
 _UNSENT_BYTES = 2 * MAX_FRAME_BYTES  # a writer waits while more than this is not taken by the socket
 # A peer whose machine or line is gone sends nothing, and would keep its stream and what it has on a server.
@@ -44,8 +44,8 @@ class DirectConnection(Connection, asyncio.BufferedProtocol):
         self.on_cut: Callable[[], None] = lambda: None  # called where the connection broke, and was not closed
         self._sealing, self._opening = RecordCipher(sends), RecordCipher(receives)
         self._transport: asyncio.Transport
-        self._buffer = memoryview(bytearray(_BUFFER_BYTES))  # what came and is no whole record yet
-        self._filled = 0
+        self._buffer = memoryview(bytearray(_BUFFER_BYTES))  # what came, and is to be decrypted
+        self._start = self._filled = 0  # the part of it that is in use
         self._records: deque[bytes] = deque()  # decrypted, and not read yet
         self._offset = 0  # bytes of the first of them that were read
         self._unread = 0
@@ -109,22 +109,17 @@ class DirectConnection(Connection, asyncio.BufferedProtocol):
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        if self._start:
+            self._buffer[: self._filled - self._start] = self._buffer[self._start : self._filled]
+            self._start, self._filled = 0, self._filled - self._start
         return self._buffer[self._filled :]
 
     def buffer_updated(self, nbytes: int) -> None:
         self._filled += nbytes
-        try:
-            start = self._open_records()
-        except ProtocolError as error:
-            self._break(str(error))
-            return
-        if start:
-            self._buffer[: self._filled - start] = self._buffer[start : self._filled]
-            self._filled -= start
-            self._balance()
+        self._advance()
 
     def eof_received(self) -> bool:
-        if self._filled:
+        if self._filled > self._start:
             self._break("it ended in the middle of a record")
         else:
             self._end("the other end closed it")
@@ -142,21 +137,39 @@ class DirectConnection(Connection, asyncio.BufferedProtocol):
         self._end("this end closed it" if exc is None else f"{exc!r}")
         self._writable.set()
 
-    def _open_records(self) -> int:
-        """Decrypt the whole records of the buffer; returns where the first other one begins. Raises ProtocolError."""
-        start = 0
-        while self._filled - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._buffer, start)
+    @property
+    def _full(self) -> bool:
+        held_bytes = self._unread + _OBJECT_BYTES * len(self._records)
+        return held_bytes >= _UNREAD_BYTES and self._unread >= self._wanted
+
+    def _advance(self) -> None:
+        """Decrypt what came while there is room, wake the reader, and take more from the socket while there is room."""
+        if self._aborted:
+            return
+        try:
+            self._open_records()
+        except ProtocolError as error:
+            self._break(str(error))
+            return
+        if self._arrived is not None and self._unread >= self._wanted and not self._arrived.done():
+            self._arrived.set_result(None)
+        if self._full != self._paused and not self.closed:
+            self._paused = not self._paused
+            (self._transport.pause_reading if self._paused else self._transport.resume_reading)()
+
+    def _open_records(self) -> None:
+        """Decrypt whole records of the buffer while there is room. Raises ProtocolError."""
+        while not self._full and self._filled - self._start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer, self._start)
             if not TAG_BYTES < length <= MAX_RECORD_BYTES:
                 raise ProtocolError(f"a record of {length} bytes", what="record")
-            end = start + _LENGTH.size + length
+            end = self._start + _LENGTH.size + length
             if end > self._filled:
                 break
-            record = self._opening.open(self._buffer[start + _LENGTH.size : end])
+            record = self._opening.open(self._buffer[self._start + _LENGTH.size : end])
             self._records.append(record)
             self._unread += len(record)
-            start = end
-        return start
+            self._start = end
 
     def _take(self, count: int) -> bytes:
         """Return the next `count` bytes, of those that are here."""
@@ -174,7 +187,7 @@ class DirectConnection(Connection, asyncio.BufferedProtocol):
                     self._records.popleft()
                     self._offset = 0
             taken = b"".join(pieces)
-        self._balance()
+        self._advance()
         return taken
 
     async def _wait_for(self, count: int) -> None:
@@ -182,20 +195,11 @@ class DirectConnection(Connection, asyncio.BufferedProtocol):
         if self._arrived is not None:
             raise RuntimeError("another coroutine is reading from this connection")
         self._wanted, self._arrived = count, asyncio.get_running_loop().create_future()
-        self._balance()
+        self._advance()
         try:
             await self._arrived
         finally:
             self._wanted, self._arrived = 0, None
-
-    def _balance(self) -> None:
-        """Wake the reader where it has what it wants; take more from the socket while there is room."""
-        if self._arrived is not None and self._unread >= self._wanted and not self._arrived.done():
-            self._arrived.set_result(None)
-        full = self._unread + _OBJECT_BYTES * len(self._records) >= _UNREAD_BYTES and self._unread >= self._wanted
-        if full != self._paused and not self.closed:
-            self._paused = full
-            (self._transport.pause_reading if full else self._transport.resume_reading)()
 
     def _break(self, why: str) -> None:
         self._end(why)

@@ -1,6 +1,5 @@
 """Copies between devices, to torch's device without numbers; tests/blocks/test_device.py has a model with numbers."""
 
-import gc
 import weakref
 
 import torch
@@ -29,6 +28,7 @@ def blocks_on(*devices: torch.device) -> list[Block]:
     return blocks
 
 
+@torch.inference_mode()
 def test_what_all_blocks_get_is_copied_once_for_each_device_and_forgotten_with_it():
     blocks = blocks_on(CPU, OTHER, OTHER)
     hidden, mask, tables, cache = torch.ones(2), torch.ones(2), {"full": (torch.ones(1), torch.ones(1))}, object()
@@ -46,7 +46,6 @@ def test_what_all_blocks_get_is_copied_once_for_each_device_and_forgotten_with_i
     del first, second, third, mask, tables
     for block in blocks:
         block.seen.clear()
-    gc.collect()
     assert copied() is None, "the memory of a call's copies is free after it"
 
 

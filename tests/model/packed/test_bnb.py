@@ -68,6 +68,7 @@ def _set(name: str, value: torch.Tensor) -> Any:
     return lambda tensors: tensors.__setitem__(name, value)
 
 
+FIELDS = {"shape": [64, 128], "blocksize": 64, "dtype": "float32", "quant_type": "nf4"}
 STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
 
 
@@ -86,6 +87,14 @@ def _text(text: str) -> torch.Tensor:
         ("nf4", _set(STATE, _text('{"shape": [32, 48]}')), STATE),
         ("nf4", _set(NAME, torch.ones(10, 1, dtype=torch.uint8)), NAME),
         ("nf4 twice", lambda tensors: tensors.pop(f"{NAME}.nested_absmax"), NAME),
+        ("nf4 twice", _set(f"{NAME}.nested_absmax", torch.ones(0)), f"{NAME}.nested_absmax"),
+        ("nf4 twice", _set(f"{NAME}.nested_quant_map", torch.ones(10)), f"{NAME}.nested_quant_map"),
+        (
+            "nf4",
+            _set(STATE, _text(json.dumps({**FIELDS, "blocksize": 0}))),
+            STATE,
+        ),
+        ("nf4", _set(STATE, _text("[]")), STATE),
         ("int8", lambda tensors: tensors.pop(NAME.replace("weight", "SCB")), NAME),
         ("int8", _set(NAME.replace("weight", "SCB"), torch.ones(48)), NAME.replace("weight", "SCB")),
         ("int8", _set(NAME.replace("weight", "weight_format"), torch.tensor(2, dtype=torch.uint8)), NAME),

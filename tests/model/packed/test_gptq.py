@@ -89,6 +89,7 @@ def _set(name: str, value: torch.Tensor) -> Any:
         (_set(f"{NAME}.g_idx", torch.ones(4, dtype=torch.int32)), f"{NAME}.g_idx"),
         (_set(f"{NAME}.g_idx", torch.full((48,), 3, dtype=torch.int32)), f"{NAME}.qweight"),
         (_set(f"{NAME}.qweight", torch.ones(6, 32)), f"{NAME}.qweight"),
+        (_set(f"{NAME}.qzeros", torch.ones(3, 4)), f"{NAME}.qzeros"),
     ],
 )
 def test_parts_that_contradict_each_other_are_named(plain, tmp_path, edit, seen):

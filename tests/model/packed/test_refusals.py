@@ -64,6 +64,10 @@ def test_other_methods_are_refused_by_name(plain, tmp_path, method):
         {"quant_method": "gptq", "bits": 3},
         {"quant_method": "compressed-tensors", "format": "pack-quantized"},
         {"quant_method": "gptq", "bits": {}},
+        {"quant_method": "gptq", "group_size": "128"},
+        {"quant_method": "awq", "q_group_size": 0},
+        {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"block_structure": [128]}}}},
+        {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {"group_size": 1.5}}}},
     ],
 )
 def test_options_that_cannot_be_read_are_refused(plain, tmp_path, options):
