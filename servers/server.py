@@ -177,7 +177,7 @@ class _Server:
             budgets,
             max_lease_age_s=limits.max_lease_age_s,
             max_session_idle_s=limits.max_session_idle_s,
-            token_bytes=engine.footprint.token_bytes,
+            sizes=engine.cache_sizes,
         )
         record = msgspec.structs.replace(self._record(span, "online"), free_cache_bytes=stores.sessions.free_bytes)
         self.handler = handler = Handler(

@@ -76,7 +76,7 @@ def in_process_swarm(
                 dtype=str(dtype).removeprefix("torch."),
             )
             budgets = stores(
-                token_bytes=engine.measure_token_bytes(),
+                cache_sizes=engine.cache_sizes,
                 **dict.fromkeys(("leases", "sessions", "adapters", "sums"), _BUDGET_BYTES),
             )
             handler = Handler(engine, compute, budgets, record, replace(_LIMITS, **limits))

@@ -34,6 +34,15 @@ _OF_GPT2 = {"n_positions": 64, "initializer_range": 0.1, "resid_pdrop": 0.0, "em
 _OF_OPT = {"ffn_dim": 48, "max_position_embeddings": 64, "dropout": 0.0, "initializer_range": 0.1}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _MIXED = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2, "sliding_window": 4}
+_RECURRENT = {"layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2}
+_DELTA_NET = {
+    **_RECURRENT,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 8, "mamba_chunk_size": 4}
 
 # What a family, or a variant of one, has besides: a model type of transformers, then what tells it from its siblings.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -266,6 +275,82 @@ NESTED: dict[str, dict[str, Any]] = {
 }
 
 
+# Families whose blocks keep states.
+STATE_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_next": {
+        **_HEAD_DIM,
+        "initializer_range": 0.1,  # of more, routing makes 1e-4 of the rounding of experts
+        **_DELTA_NET,
+        **_EXPERTS,
+        "shared_expert_intermediate_size": 16,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_5_text": {**_HEAD_DIM, **_DELTA_NET},
+    "qwen3_5_moe_text": {**_HEAD_DIM, **_DELTA_NET, **_EXPERTS, "shared_expert_intermediate_size": 16},
+    "kimi_linear": {
+        **_GROUPED,
+        **_EXPERTS,
+        **_RECURRENT,
+        "num_key_value_heads": 4,
+        "linear_head_dim": 8,
+        "linear_num_heads": 2,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    # Not linear attention first: then the library's own cache counts no positions, and its masks of padding are wrong.
+    "minimax": {
+        **_HEAD_DIM,
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"] * 2,
+        "num_local_experts": 4,
+        "block_size": 4,
+    },
+    "nemotron_h": {
+        **_HEAD_DIM,
+        "num_hidden_layers": None,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention", "mlp", "full_attention"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "ssm_state_size": 8,
+        "chunk_size": 4,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+    },
+    "granitemoehybrid": {
+        **_GROUPED,
+        **_RECURRENT,
+        **_MAMBA2,
+        "num_local_experts": 4,
+        "shared_intermediate_size": 16,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 4.0,
+        "attention_multiplier": 0.2,
+    },
+    "jamba": {
+        **_GROUPED,
+        "num_experts": 4,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "bamba": {**_GROUPED, **_MAMBA2, "attn_layer_indices": [1, 4]},
+    "lfm2": {**_GROUPED, "layer_types": ["conv", "full_attention", "conv"] * 2, "block_auto_adjust_ff_dim": False},
+    "lfm3": {
+        **_HEAD_DIM,
+        "layer_types": ["conv", "sliding_attention", "conv", "full_attention", "conv", "sliding_attention"],
+        "sliding_window": 4,
+        "conv_L_cache": 3,
+    },
+    "falcon_h1": {**_HEAD_DIM, **_MAMBA2, "mamba_d_ssm": 64},
+    "olmo_hybrid": {**_GROUPED, **_DELTA_NET, "num_key_value_heads": 4},
+}
+
+
 _ROPE = {
     "default": {},
     "linear": {"factor": 4.0},
@@ -302,7 +387,7 @@ def config_of(family: str, **changes: Any) -> PretrainedConfig:
     if family in NESTED:
         fields = NESTED[family]
         return kind(**{**fields, "text_config": {**_SIZES, **fields["text_config"], **changes}})
-    return kind(**{**_SIZES, **{**FAMILIES, **MORE_FAMILIES}[family], **changes})
+    return kind(**{**_SIZES, **{**FAMILIES, **MORE_FAMILIES, **STATE_FAMILIES}[family], **changes})
 
 
 def save_model(folder: Path, family: str, *, max_shard_size: str = "1GB", **changes: Any) -> Path:

@@ -136,12 +136,13 @@ def random_parts(method: str, rows: int, columns: int) -> tuple[dict[str, Any], 
 def ours(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Read all of a model as clients and servers do: the parameters by their names in the whole model."""
     source = Checkpoint(str(folder))
-    family = family_of(placeholder_model(source.config))
+    decoder = placeholder_model(source.config)
+    family = family_of(decoder)
     loaded = load_blocks(source, BlockSpan(0, family.total_blocks), quantization="none", dtype=dtype)
     held = {name: value.data for name, value in loaded.blocks.named_parameters()}
     for name, stack in expert_stacks(loaded.blocks).items():
         held[name] = stack.numbers.mT if stack.transposed else stack.numbers
-    found = {f"{family.prefix}.{family.blocks}.{name}": value for name, value in held.items()}
+    found = {f"{decoder.base_model_prefix}.{family.blocks}.{name}": value for name, value in held.items()}
     outside = [name for name in source.tensor_names if family.block_index(name) is None]
     model = without_blocks(
         AutoModelForCausalLM._model_mapping[type(source.config)], source.config, source.read(outside, dtype), dtype

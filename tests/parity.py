@@ -1,5 +1,6 @@
 """How far a family's model with remote blocks is from the plain one: what a test asserts and a benchmark prints."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,7 +81,10 @@ def _training(model: Any, plain: Any) -> dict[str, float]:
     experts = {each.name for module in blocks.modules() for each in expert_parameters(module)}
     if experts:
         # Shared experts have linears of the same names, and PEFT takes either.
-        linears = {name for name in linears if "attn" in name and "gate_proj" not in name}
+        attention = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj")  # Nemotron-H calls all that blocks do "mixer"
+        linears = {name for name in linears if ("attn" in name and "gate_proj" not in name) or name.endswith(attention)}
+    # Beside Mamba, PEFT takes no adapter on these; and the library multiplies by the weight of `dt_proj` itself.
+    linears -= {name for name in linears if re.search(r"(mamba|mixer)\.(out_proj|dt_proj)", name)}
     targets: Any = sorted({name.rpartition(".")[2] for name in linears})
     if is_nested(plain.config):  # in a vision tower too
         targets = rf"{path}\.{family.blocks}\..*\.({'|'.join(targets)})"

@@ -337,6 +337,10 @@ class GpuEngine(Engine):
         with pretended_gpus(), torch.no_grad():
             return step.__wrapped__(self, *args)
 
+    def step_alone(self, *args: Any) -> Any:
+        with pretended_gpus():
+            return super().step_alone(*args)
+
     def prepare_adapter(self, *args: Any) -> Any:
         with pretended_gpus():
             return super().prepare_adapter(*args)

@@ -16,17 +16,19 @@ import torch
 from torch import nn
 
 from petals_tune.blocks.adapters import Adapter, AdapterHooks, CallPlan
+from petals_tune.blocks.cache_probe import StateBlocks, measure_caches
 from petals_tune.blocks.devices.hardware import check_alive
 from petals_tune.blocks.devices.transfers import device_of, move_arguments
 from petals_tune.blocks.footprint import Footprint, measure_footprint
 from petals_tune.blocks.graphs import Graph, KeptMemory
 from petals_tune.blocks.kernels import use_fast_kernels, without_cudnn_attention
-from petals_tune.blocks.kv_cache import Session, StepCache
+from petals_tune.blocks.kv_cache import CacheSizes, Session, StepCache
 from petals_tune.blocks.loading import LoadedBlocks
 from petals_tune.blocks.positions import PositionLimits
 from petals_tune.blocks.separate_rows import SeparateRows, SessionRows
+from petals_tune.blocks.states import positions_of
 from petals_tune.copies import finite_flags, to_device, to_host
-from petals_tune.errors import BlocksNotHere, NotFinite, PetalsTuneError, RequestRefused
+from petals_tune.errors import BlocksNotHere, NotFinite, PetalsTuneError, RequestRefused, SessionLost
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
@@ -75,6 +77,8 @@ class Engine:
             tensor.untyped_storage().data_ptr() for tensor in [*self._model.parameters(), *self._model.buffers()]
         )
         self._takes_positions = "position_ids" in inspect.signature(self._model.forward).parameters
+        # Bamba, one of the models that transformers calls stateful, counts the positions of each call from 0.
+        self._counts_from_zero = bool(getattr(self._model, "_is_stateful", False))
         self._keep_hidden_input = [
             module for module in self._model.modules() if self._quantization.keeps_hidden_input(module)
         ]
@@ -171,6 +175,15 @@ class Engine:
             placed.append(msgspec.structs.replace(part, tensors=[to_device(tensor, device) for tensor in part.tensors]))
         return placed
 
+    @torch.no_grad()
+    def step_alone(self, session: Session, step: Step) -> torch.Tensor:
+        """Run a step of a session at its position as it is, in one piece. Raises what failed."""
+        session.prepare(step)
+        (output,) = self._run_steps({0: (session, step)}).values()
+        if isinstance(output, Exception):
+            raise output
+        return output
+
     @torch.inference_mode()
     def step(self, steps: Sequence[tuple[Session, Step]]) -> list[torch.Tensor | Exception]:
         """Run the next positions of one or more sessions on the same blocks; where several, one position each.
@@ -186,6 +199,14 @@ class Engine:
                 self._check(session.span, step)
                 if session.adapter is not None and step.position == 0:
                     session.adapter.check_positions(step.hidden.shape[1])
+                session.check(step)
+                pieces = self._pieces(session.span, step)
+                for again in session.go_back(step.position):
+                    for piece in self._pieces(session.span, again):
+                        self._repeat(session, piece)
+                if len(pieces) > 1:
+                    results[number] = self._run_pieces(session, pieces)
+                    continue
                 session.prepare(step)
                 good[number] = session, step
             except PetalsTuneError as error:
@@ -193,6 +214,41 @@ class Engine:
         if good:
             results |= self._run_steps(good)
         return [results[number] for number in range(len(steps))]
+
+    def _pieces(self, span: BlockSpan, step: Step) -> list[Step]:
+        """Cut a step where its blocks cannot go on from a state with several positions at once.
+
+        Raises RequestRefused for padding in a step of one position, on blocks with a state: transformers does not mask
+        it there, and the state would take it in.
+        """
+        length = step.hidden.shape[1]
+        in_one = length == 1 or step.position == 0 or self.state_blocks.go_on(span)
+        pieces = [step] if in_one else positions_of(step)
+        if (
+            self.state_blocks.keep_some(span)
+            and (length == 1 or len(pieces) > 1)
+            and step.padding is not None
+            and not bool(step.padding.all())
+        ):
+            raise RequestRefused("padding in a step of one position, on blocks with a state", reason="padding")
+        return pieces
+
+    def _run_pieces(self, session: Session, pieces: Sequence[Step]) -> torch.Tensor | Exception:
+        """The output of a step in pieces, one after the other; the error of the first one that fails."""
+        outputs = []
+        for piece in pieces:
+            session.prepare(piece)
+            (output,) = self._run_steps({0: (session, piece)}).values()
+            if isinstance(output, Exception):
+                return output
+            outputs.append(output)
+        return torch.cat(outputs, dim=1)
+
+    def _repeat(self, session: Session, step: Step) -> None:
+        """Run a step that `session` has taken before. Raises SessionLost where it fails: its client has the inputs."""
+        (result,) = self._run_steps({0: (session, step)}).values()
+        if isinstance(result, Exception):
+            raise SessionLost(f"the states at position {step.position} could not be computed again") from result
 
     def _run_steps(self, steps: dict[int, tuple[Session, Step]]) -> dict[int, torch.Tensor | Exception]:
         """The outputs of steps that were prepared. Where several fail together, each is run alone."""
@@ -214,28 +270,27 @@ class Engine:
         if adapter is not None and sessions[0].position > 0:
             adapter = adapter.after_first_step
         with self._configured(sessions[0].span, CallPlan.of(adapter, train=False, seed=0)):
-            made = self._step(sessions, [step for _, step in steps.values()])
+            cache = StepCache(sessions, next(iter(steps.values()))[1].hidden.shape[1])
+            made = self._step(cache, sessions, [step for _, step in steps.values()])
             output, finite = to_host(made, made.isfinite().flatten(1).all(1))  # of each row
             rows = [session.rows for session in sessions]
             for (number, (session, step)), own, good in zip(
                 steps.items(), output.split(rows), finite.split(rows), strict=True
             ):
-                again = partial(self._step, [session], [step])
+                again = partial(self._step, StepCache([session], step.hidden.shape[1]), [session], [step])
                 results[number] = own if good.all() else self._not_finite(session.span, step.hidden, again)
-        for number, (session, step) in steps.items():  # once nothing can fail any more
+        for place, (number, (session, step)) in enumerate(steps.items()):  # once nothing can fail any more
             if isinstance(results[number], torch.Tensor):
-                session.position += step.hidden.shape[1]
+                session.advance(step, cache.states_of(place))
             else:
                 session.undo(step)
         return results
 
-    def _step(self, sessions: Sequence[Session], steps: Sequence[Step]) -> torch.Tensor:
-        new = steps[0].hidden.shape[1]
-        cache = StepCache(sessions, new)
+    def _step(self, cache: StepCache, sessions: Sequence[Session], steps: Sequence[Step]) -> torch.Tensor:
         hidden = to_device(torch.cat([step.hidden for step in steps]), self._device, self._dtype)
         mask = cache.mask()
         options = {}
-        if self._takes_positions and (len(sessions) > 1 or steps[0].positions is not None):
+        if self._takes_positions and (len(sessions) > 1 or steps[0].positions is not None or self._counts_from_zero):
             positions = torch.cat([_positions(*each) for each in zip(sessions, steps, strict=True)])
             options["position_ids"] = to_device(positions, self._device)
         rows = [
@@ -247,7 +302,7 @@ class Engine:
                 inputs_embeds=hidden,
                 attention_mask=None if mask is None else to_device(mask, self._device, torch.long),
                 past_key_values=cache,
-                use_cache=True,
+                use_cache=False,  # it is used all the same; with True, MiniMax wants a cache of its own class
                 **options,
             ).last_hidden_state
 
@@ -335,7 +390,8 @@ class Engine:
     @property
     def description(self) -> str:
         """The model, and how it is computed: all that memory depends on but for the kinds of the blocks."""
-        config = {**self._model.config.to_dict(), "num_hidden_layers": None, **dict.fromkeys(self._per_block.values)}
+        lists = {"num_hidden_layers": None, "layers_block_type": None, **dict.fromkeys(self._per_block.values)}
+        config = {**self._model.config.to_dict(), **lists}
         return f"{self._quantization.name} {self._dtype} {self._device} {sorted(config.items())}"
 
     @property
@@ -348,14 +404,23 @@ class Engine:
         values = [values[block] for values in self._per_block.values.values()]
         return f"{values} {device_of(self.block(block))} {self.block(block)}"
 
-    def measure_token_bytes(self) -> int:
-        """Bytes of one position of one row in the caches of one block, seen in a step of one position."""
-        probe = Session.probe(self.loaded.span)
-        step = Step(session=0, hidden=torch.zeros(1, 1, self.hidden_size), position=0)
-        (output,) = self.step([(probe, step)])
-        if isinstance(output, Exception):
-            raise output
-        return max(sum(t.numel() * t.element_size() for t in layer) for layer in probe.storage.values())
+    def layer_type_of(self, block: int) -> str:
+        """The name that the config has for a block's kind; "" where all are of one kind."""
+        kinds = self._per_block.kinds
+        return "" if kinds is None else kinds[block]
+
+    @functools.cached_property
+    def cache_sizes(self) -> CacheSizes:
+        """Bytes of a session's caches, seen in short steps through each kind of block."""
+        return self._measured[0]
+
+    @property
+    def state_blocks(self) -> StateBlocks:
+        return self._measured[1]
+
+    @functools.cached_property
+    def _measured(self) -> tuple[CacheSizes, StateBlocks]:
+        return measure_caches(self)
 
     def check_span(self, span: BlockSpan) -> None:
         """Raises BlocksNotHere for blocks that another server may have."""

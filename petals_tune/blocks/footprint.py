@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -25,14 +25,17 @@ from torch.utils._pytree import tree_leaves
 from petals_tune.adapters import METHODS
 from petals_tune.adapters.base import linear_features
 from petals_tune.blocks.adapters import Adapter
+from petals_tune.blocks.cache_probe import StateBlocks
 from petals_tune.blocks.experts.stack import ExpertStack
-from petals_tune.blocks.kv_cache import Session
+from petals_tune.blocks.kv_cache import CacheSizes, Session
 from petals_tune.blocks.loading import LoadedBlocks
 from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
 
 _PRIMES = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 137)
 _LEAST_LENGTH = 16  # shorter passes take other ways through kernels (FloatLinear's packed weights)
+_CHUNKS = ("chunk_size", "block_size")  # attributes of Mamba-2's and lightning attention's modules
+_DELTA_RULE_CHUNK = 64  # default of transformers' functions for the gated delta rule
 _GPU_ALIGNMENT = 8  # attention on a GPU pads masks to a multiple of this
 _HIDDEN_BY_KERNELS = 2**20  # bytes a computing thread: what attention and matrix products allocate inside one operation
 
@@ -44,12 +47,14 @@ class Growth(NamedTuple):
     new: float = 0.0  # for each row and new position
     total: float = 0.0  # for each row and position
     pair: float = 0.0  # for each row and pair of a new position and a position: attention's scores, masks
+    chunk: float = 0.0  # for each row and chunk of new positions: what linear attention fills up to a length of its own
 
     def plus(self, other: Growth, sign: int = 1) -> Growth:
         return Growth(*(mine + sign * its for mine, its in zip(self, other, strict=True)))
 
-    def bytes(self, rows: int, new: int, total: int) -> int:
-        return int(self.fixed + rows * (self.new * new + self.total * total + self.pair * new * total))
+    def bytes(self, rows: int, new: int, total: int, chunks: int) -> int:
+        of_a_row = self.new * new + self.total * total + self.pair * new * total + self.chunk * chunks
+        return int(self.fixed + rows * of_a_row)
 
     def covers(self, other: Growth) -> bool:
         return all(mine >= its for mine, its in zip(self, other, strict=True))
@@ -58,9 +63,10 @@ class Growth(NamedTuple):
 class _Watch(TorchDispatchMode):
     """Counts the storages that operations of this thread make, while they live."""
 
-    def __init__(self, new: int, total: int, rows: int = 1):
+    def __init__(self, new: int, total: int, rows: int = 1, *, weights: Collection[tuple[int, ...]] | None = None):
+        """`weights`: shapes of matrices, where blocks have states; what has others is of one chunk."""
         super().__init__()
-        self._new, self._total, self._rows = new, total, rows
+        self._new, self._total, self._rows, self._weights = new, total, rows, weights
         self.live = Growth()
         self.peaks: list[Growth] = []  # none covers another
         self._storages: set[int] = set()
@@ -72,11 +78,11 @@ class _Watch(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if storage._cdata not in known and storage._cdata not in self._storages:
                 shared = tensor.dim() > 1 and tensor.shape[0] == 1  # by all rows; counted for each
-                self._add(storage, 1 if shared else self._rows)
+                self._add(storage, 1 if shared else self._rows, tuple(tensor.shape))
         return output
 
-    def _add(self, storage: torch.UntypedStorage, rows: int) -> None:
-        key, growth = storage._cdata, self._growth(storage.nbytes(), rows)
+    def _add(self, storage: torch.UntypedStorage, rows: int, shape: tuple[int, ...]) -> None:
+        key, growth = storage._cdata, self._growth(storage.nbytes(), rows, shape)
         self._storages.add(key)
         self.live = self.live.plus(growth)
         weakref.finalize(storage, self._remove, key, growth)
@@ -87,13 +93,16 @@ class _Watch(TorchDispatchMode):
         self._storages.discard(key)
         self.live = self.live.plus(growth, sign=-1)
 
-    def _growth(self, size_bytes: int, rows: int) -> Growth:
+    def _growth(self, size_bytes: int, rows: int, shape: tuple[int, ...]) -> Growth:
         new, total, of_a_row = self._new, self._total, size_bytes / rows
         if size_bytes % (new * total) == 0 or size_bytes % (new * (total + 1)) == 0:
             return Growth(pair=of_a_row / (new * total))
         if size_bytes % total == 0 and total != new:
             return Growth(total=of_a_row / total)
-        return Growth(new=of_a_row / new) if size_bytes % new == 0 else Growth(fixed=size_bytes)
+        if size_bytes % new == 0:
+            return Growth(new=of_a_row / new)
+        is_of_a_chunk = self._weights is not None and shape not in self._weights
+        return Growth(chunk=of_a_row) if is_of_a_chunk else Growth(fixed=size_bytes)
 
 
 def _tensors(values: object) -> list[torch.Tensor]:
@@ -139,6 +148,7 @@ class Footprint:
     blocks: Sequence[_Block]
     token_bytes: int  # of the caches: one position of one row in one block
     hidden_by_kernels: int
+    chunk: int = 1  # positions that linear attention computes at once
 
     def forward_bytes(self, one: Pass, rows: int, positions: int) -> int:
         """Most memory during a forward without a graph."""
@@ -149,7 +159,7 @@ class Footprint:
         """Bytes of the graph that a forward keeps for its backward."""
         first, *others = self._of(one.span)
         growths = [first.kept, *(block.kept_more for block in others)]
-        of_blocks = sum(growth.bytes(rows, positions, positions) for growth in growths)
+        of_blocks = sum(growth.bytes(rows, positions, positions, self._chunks(positions)) for growth in growths)
         adapter_bytes = 0 if one.adapter is None else one.adapter.bytes
         return of_blocks + adapter_bytes + self._of_adapter(one)[0] * rows * positions
 
@@ -164,12 +174,17 @@ class Footprint:
 
     def step_bytes(self, one: Pass, rows: int, new: int, total: int) -> int:
         """Most memory during a step of `new` positions that reaches `total`, beside the caches of its sessions."""
+        # A step that goes back repeats earlier ones, each by itself: none of them takes more than when it came.
         peaks = [peak for block in self._of(one.span) for peak in block.seen.step]
         joined = self.token_bytes * rows * total  # caches of one block, in one tensor for several sessions
         return self._most(peaks, rows, new, total) + joined + self._of_adapter(one)[1] * rows * new
 
     def _most(self, peaks: Iterable[Growth], rows: int, new: int, total: int) -> int:
-        return max(peak.bytes(rows, new, total) for peak in set(peaks)) + self.hidden_by_kernels
+        chunks = self._chunks(new)
+        return max(peak.bytes(rows, new, total, chunks) for peak in set(peaks)) + self.hidden_by_kernels
+
+    def _chunks(self, positions: int) -> int:
+        return -(-positions // self.chunk)
 
     def _of(self, span: BlockSpan) -> Sequence[_Block]:
         return self.blocks[span.start - self.start : span.stop - self.start]
@@ -199,7 +214,10 @@ class Measurable(Protocol):
     def has_dropout(self) -> bool: ...
     def block(self, number: int) -> nn.Module: ...
     def kind_of(self, block: int) -> str: ...
-    def measure_token_bytes(self) -> int: ...
+    @property
+    def cache_sizes(self) -> CacheSizes: ...
+    @property
+    def state_blocks(self) -> StateBlocks: ...
     def forward(self, request: Forward, adapter: Adapter | None) -> Any: ...
     def backward(self, request: Backward, graph: Any, adapter: Adapter | None) -> object: ...
     def step(self, steps: Sequence[tuple[Session, Step]]) -> Sequence[object]: ...
@@ -208,7 +226,7 @@ class Measurable(Protocol):
 def measure_footprint(engine: Measurable) -> Footprint:
     """Watch short passes through each kind of block and each pair of kinds, which reads weights ten times."""
     start, stop, model = engine.loaded.span.start, engine.loaded.span.stop, engine.description
-    token_bytes = engine.measure_token_bytes()  # and what is made once is made now
+    token_bytes = engine.cache_sizes.of_position  # and what is made once is made now
 
     def kinds(span: BlockSpan) -> tuple[str, tuple[str, ...]]:
         return model, tuple(engine.kind_of(block) for block in range(span.start, span.stop))
@@ -239,6 +257,7 @@ def measure_footprint(engine: Measurable) -> Footprint:
         blocks=blocks,
         token_bytes=token_bytes,
         hidden_by_kernels=_HIDDEN_BY_KERNELS * torch.get_num_threads(),
+        chunk=_chunk(engine),
     )
 
 
@@ -262,7 +281,7 @@ def _padding(rows: int, length: int) -> torch.Tensor:
 
 def _measure_kept(engine: Measurable, span: BlockSpan) -> Growth:
     new, _ = _lengths(engine, span)
-    with _Watch(new, new) as watch:
+    with _Watch(new, new, weights=_weights(engine, span)) as watch:
         result = engine.forward(_request(engine, span, new, keep=True, train=True), None)
         kept = watch.live
     del result
@@ -272,11 +291,14 @@ def _measure_kept(engine: Measurable, span: BlockSpan) -> Growth:
 def _measure(engine: Measurable, span: BlockSpan) -> _Seen:
     new, total = _lengths(engine, span)
     without_graph: dict[bool, Sequence[Growth]] = {}
+    weights = _weights(engine, span)
     for train in (False, True) if engine.has_dropout else (False,):
-        with _Watch(new, new, rows=2) as watch:  # what is a view of one row is a copy of two in some families (BLOOM)
+        with _Watch(
+            new, new, rows=2, weights=weights
+        ) as watch:  # what is a view of one row is a copy of two in some families (BLOOM)
             engine.forward(_request(engine, span, new, rows=2, train=train), None)
         without_graph[train] = tuple(watch.peaks)
-    with _Watch(new, new) as training, _counting_rows(engine, span) as counted:
+    with _Watch(new, new, weights=weights) as training, _counting_rows(engine, span) as counted:
         result = engine.forward(_request(engine, span, new, keep=True, train=True), None)
         kept = training.live
         engine.backward(Backward(lease=1, grad=torch.zeros(1, new, engine.hidden_size)), result.graph, None)
@@ -312,12 +334,32 @@ def _measure_step(engine: Measurable, span: BlockSpan, new: int, total: int) -> 
     for start, stop in ((0, total - new), (total - new, total)):
         hidden = torch.zeros(1, stop - start, engine.hidden_size)
         step = Step(session=0, hidden=hidden, position=start, padding=_padding(1, total)[:, start:stop])
-        with _Watch(new, total) as watch:
+        with _Watch(new, total, weights=_weights(engine, span)) as watch:
             (output,) = engine.step([(session, step)])
         if isinstance(output, Exception):
             raise output
         peaks = tuple(watch.peaks)
     return peaks
+
+
+def _weights(engine: Measurable, span: BlockSpan) -> set[tuple[int, ...]] | None:
+    """Shapes of the matrices of blocks `span`, which may be unpacked; None for blocks without states."""
+    if not engine.state_blocks.keep_some(span):
+        return None
+    modules = [module for block in range(span.start, span.stop) for module in engine.block(block).modules()]
+    sizes = [features for module in modules if (features := linear_features(module)) is not None]
+    return {(out, into) for into, out in sizes} | set(sizes)
+
+
+def _chunk(engine: Measurable) -> int:
+    """Positions that a short pass stands for in blocks with states: no more than each of them fills it up to."""
+    chunks = []
+    for number in engine.state_blocks.all:
+        modules = list(engine.block(number).modules())
+        own = [getattr(module, name) for module in modules for name in _CHUNKS if hasattr(module, name)]
+        by_delta_rule = any("dt_bias" in dict(module.named_parameters(recurse=False)) for module in modules)
+        chunks.append(min(own, default=_DELTA_RULE_CHUNK if by_delta_rule else _LEAST_LENGTH))
+    return max(min(chunks, default=_LEAST_LENGTH), _LEAST_LENGTH)
 
 
 def _lengths(engine: Measurable, span: BlockSpan) -> tuple[int, int]:

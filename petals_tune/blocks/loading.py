@@ -19,6 +19,7 @@ from petals_tune.blocks.memory import give_back_freed_memory
 from petals_tune.blocks.quantization import Quantization, find_scheme
 from petals_tune.blocks.quantized_cache import QuantizedBlockCache
 from petals_tune.errors import ConfigError, UnsupportedModel
+from petals_tune.model.block_lists import set_blocks
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.disk import DiskCache
 from petals_tune.model.families import (
@@ -268,7 +269,7 @@ class _Loader:
         """The base model on `device` with `blocks`; they keep their own numbers, which some families compute with."""
         family, meta_model = self.layout.family, self.layout.meta_model
         config = trimmed_config(meta_model)
-        config.num_hidden_layers = 0  # made without blocks: masks, rotary tables of each layer type, the loop
+        set_blocks(config, 0)  # made without blocks: masks, rotary tables of each layer type, the loop
         model, _ = load_part(type(meta_model), config, {}, dtype=self.dtype, device_map=device)
         self.layout.per_block.write(model.config, span)
         restore_counts(family.owner(model), family.owner(meta_model))
@@ -276,6 +277,8 @@ class _Loader:
             module: Any
             for module in block.modules():
                 if isinstance(getattr(module, "config", None), PretrainedConfig):
+                    if hasattr(module.config, "_is_quantized"):  # Jamba multiplies by some weights in another way then
+                        model.config._is_quantized = True
                     module.config = model.config
         family.put_blocks(model, nn.ModuleList(blocks))
         use_expert_forward(model)

@@ -7,6 +7,7 @@ derived wrongly, the self-test (`remote/selftest.py`) fails before anything is t
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,11 +21,14 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from petals_tune.errors import UnsupportedModel
+from petals_tune.model.block_lists import STATES, kinds_of_blocks, restore_class, set_blocks
 from petals_tune.model.nested import decoder_of, decoder_path, is_nested, text_class, text_config, towers, whole_model
 from petals_tune.wire.span import BlockSpan
 
-# The values of `layer_types` whose cache is keys and values.
+# The values of `layer_types` of blocks whose caches servers keep: keys and values, a state beside them or in their
+# place, or nothing.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_NO_CACHE = {"moe", "mlp"}
 
 # Config keys of attention to a fixed number of positions back.
 _WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
@@ -143,11 +147,15 @@ def family_of(base: PreTrainedModel, config: PretrainedConfig | None = None) -> 
     if what_crosses := _crossings(own):
         reason, text = what_crosses
         raise UnsupportedModel(f"{what}: {text}", model_type=own.model_type, reason=reason)
-    kinds = set(getattr(own, "layer_types", None) or [])
-    if getattr(base, "_is_stateful", False) or not kinds <= _ATTENTION:
+    kinds = set(kinds_of_blocks(own) or [])
+    unknown = sorted(kinds - _ATTENTION - STATES - _NO_CACHE)
+    has_states = bool(kinds & STATES)
+    # Models of recurrent blocks alone (Mamba, xLSTM) take a cache of another kind; RWKV's says nothing of its blocks.
+    takes_cache = "past_key_values" in inspect.signature(base.forward).parameters
+    if unknown or (getattr(base, "_is_stateful", False) and not has_states) or (has_states and not takes_cache):
         raise UnsupportedModel(
-            f"{what} has blocks with a state of their own ({', '.join(sorted(kinds - _ATTENTION)) or 'recurrent'}); "
-            "servers keep the keys and values of attention alone",
+            f"{what} has blocks with a state of a kind ({', '.join(unknown) or 'recurrent'}) that servers cannot keep "
+            "for each client; those of linear attention, Mamba and short convolutions beside attention can be kept",
             model_type=own.model_type,
             reason="state",
         )
@@ -166,7 +174,7 @@ def family_of(base: PreTrainedModel, config: PretrainedConfig | None = None) -> 
     family = Family(
         blocks=lists[0],
         total_blocks=total,
-        prefixes=(base.base_model_prefix,),
+        prefixes=(base.base_model_prefix, *_published_prefixes(base)),
         windowed=any(getattr(own, name, None) for name in _WINDOWS) or hasattr(base, "build_mpt_alibi_tensor"),
     )
     return family if config is None or not is_nested(config) else _inside(config, base, family)
@@ -189,6 +197,14 @@ def _crossings(config: PretrainedConfig) -> tuple[str, str] | None:
             "server"
         )
     return None
+
+
+def _published_prefixes(base: PreTrainedModel) -> list[str]:
+    """Return other names of the base model in published files, such as Nemotron-H's "backbone"."""
+    own = f"{base.base_model_prefix}."
+    renamings = [each for each in get_model_conversion_mapping(base, add_legacy=False) if type(each) is WeightRenaming]
+    pairs = [(*each.source_patterns, *each.target_patterns) for each in renamings]
+    return [pair[0].removesuffix(".") for pair in pairs if pair[1:] == (own,) and pair[0].endswith(".")]
 
 
 def _inside(config: PretrainedConfig, base: PreTrainedModel, family: Family) -> Family:
@@ -248,12 +264,13 @@ def without_blocks(
     """
     zero = copy.deepcopy(config)
     text = text_config(zero)
-    text.num_hidden_layers = 0
+    set_blocks(text, 0)
     if hasattr(text, "layerdrop"):
         text.layerdrop = 0.0  # servers drop single blocks; the loop here would drop all of them at once
     model, loading = load_part(text_class(model_class, config), zero, tensors, dtype=dtype)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in loading["missing_keys"])
+    restore_class(text_config(model.config))
     return model.eval()
 
 
@@ -279,9 +296,9 @@ def trimmed_class(placeholder: PreTrainedModel, family: Family, span: BlockSpan)
 
     class Trimmed(model_class):
         def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any):
-            config.num_hidden_layers = 0
+            set_blocks(config, 0)
             super().__init__(config, *args, **kwargs)
-            config.num_hidden_layers = len(span)
+            set_blocks(config, len(span))
             blocks = list(family.blocks_of(placeholder))[span.start : span.stop]
             kept = copy.deepcopy(nn.ModuleList(blocks), {id(placeholder.config): config})
             for parameter in kept.parameters():
@@ -302,12 +319,19 @@ class PerBlock:
 
     @classmethod
     def of(cls, config: PretrainedConfig, total_blocks: int) -> PerBlock:
-        fields = vars(config).items()
-        return cls({name: value for name, value in fields if isinstance(value, list) and len(value) == total_blocks})
+        fields = {name: value for name, value in vars(config).items() if isinstance(value, list)}
+        if (kinds := kinds_of_blocks(config)) is not None:
+            fields["layer_types"] = kinds  # also where the config computes them, or has them under another name
+        return cls({name: value for name, value in fields.items() if len(value) == total_blocks})
+
+    @property
+    def kinds(self) -> list[str] | None:
+        """The kind of each block; None where all are of one kind."""
+        return self.values.get("layer_types")
 
     def write(self, config: PretrainedConfig, span: BlockSpan) -> None:
         """Make `config` that of a loop over the blocks `span` alone."""
-        config.num_hidden_layers = len(span)
+        set_blocks(config, len(span))
         for name, values in self.values.items():
             setattr(config, name, values[span.start : span.stop])
 

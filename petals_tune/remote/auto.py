@@ -113,7 +113,7 @@ class DistributedModel:
         family = family_of(placeholder, checkpoint.config)
         local_spans = parse_local_blocks(local_blocks, family.total_blocks)
         find_scheme(local_quantization).check_available("cpu")
-        returns_tuple = self_test(cls.plain_class, config)
+        tuple_length = self_test(cls.plain_class, config)
         client = loop.run(
             join_swarm(
                 initial_peers,
@@ -136,7 +136,7 @@ class DistributedModel:
             calls = Calls(client, formats=formats, hand_over=hand_over, sums=checks is None, observer=checks)
             backbone = Backbone(
                 chain=Chain(calls),
-                returns_tuple=returns_tuple,
+                tuple_length=tuple_length,
                 micro_batch_rows=micro_batch_rows,
                 local=LocalBlocks(checkpoint, local_spans, quantization=local_quantization, dtype=dtype)
                 if local_spans

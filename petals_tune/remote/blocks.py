@@ -70,7 +70,7 @@ class Backbone:
     """What all spans of one model share: who runs them, and the call of the model that they are part of."""
 
     chain: Chain
-    returns_tuple: bool  # a layer of this family returns (hidden, ...) instead of hidden
+    tuple_length: int  # a layer of this family returns (hidden, ...), a tuple of so many; 0: hidden itself
     micro_batch_rows: int | None = None
     local: LocalBlocks | None = None  # blocks that this process runs; None: servers run all of them
 
@@ -209,7 +209,8 @@ class RemoteSpan(Skeleton):
         except KeyboardInterrupt:  # after which torch calls no hook, not even those that are always called
             call.end()
             raise
-        return (output,) if self.backbone.returns_tuple else output
+        length = self.backbone.tuple_length
+        return (output, *[None] * (length - 1)) if length else output
 
     def _run_in(self, call: ModelCall, hidden: torch.Tensor) -> torch.Tensor:
         if call.session is not None:
@@ -361,7 +362,8 @@ class RemoteBlocks(RemoteSpan):
         )
         call.begin()
         # transformers' own capture would wait for hooks on layers that never run here.
-        cached: dict[str, Any] = {"past_key_values": session, "use_cache": session is not None}
+        # With use_cache=True, MiniMax would want a cache of its own class.
+        cached: dict[str, Any] = {"past_key_values": session, "use_cache": False}
         given = {**cached, "output_hidden_states": False}
         if positions is not None:
             given["position_ids"] = positions
@@ -384,6 +386,8 @@ class RemoteBlocks(RemoteSpan):
             return
         if not call.inside:
             call.end()
+        if call.session is not None and output is not None:
+            output["past_key_values"] = call.session
         if call.hidden_states is not None and output is not None:
             # As in transformers: what enters each block, then the end with the final norm.
             output["hidden_states"] = (*call.hidden_states, output.last_hidden_state)

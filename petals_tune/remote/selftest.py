@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from petals_tune.errors import UnsupportedModel
+from petals_tune.model.block_lists import kinds_of_blocks
 from petals_tune.model.families import (
     Family,
     PerBlock,
@@ -34,14 +35,19 @@ _BLOCKS, _MOST_BLOCKS = 4, 8
 _VOCABULARY = 64
 _MOST_PARAMETERS = 300_000_000
 _ROWS, _POSITIONS = 2, 7
-_passed: dict[tuple[Any, str], bool] = {}  # what was tried in this process
+# Config keys of Mamba's heads; their number times their width is a multiple of the hidden size.
+_MAMBA_HEADS = ("mamba_n_heads", "mamba_num_heads", "mamba_d_ssm")
+_MAMBA_GROUPS = ("mamba_n_groups", "n_groups")
+_passed: dict[tuple[Any, str], int] = {}  # what was tried in this process
 _one_at_a_time = threading.Lock()
 # What a model's code raises on a config that it does not expect.
 _FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def self_test(model_class: Any, config: PretrainedConfig) -> bool:
-    """Does the loop of this family take `outputs[0]` of a layer? Found on a tiny model, whose swapped twin must agree.
+def self_test(model_class: Any, config: PretrainedConfig) -> int:
+    """Return the length of the tuple that a layer of this family returns; 0 where it returns a tensor.
+
+    Found on a tiny model, whose swapped twin must agree.
 
     The twin's blocks run in two parts, as servers build them; logits and the gradient at the embeddings are compared,
     with padding on either side. Raises UnsupportedModel with what differed or failed.
@@ -53,7 +59,7 @@ def self_test(model_class: Any, config: PretrainedConfig) -> bool:
         return _passed[key]
 
 
-def _run_guarded(model_class: Any, config: PretrainedConfig) -> bool:
+def _run_guarded(model_class: Any, config: PretrainedConfig) -> int:
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
@@ -74,7 +80,7 @@ def _run_guarded(model_class: Any, config: PretrainedConfig) -> bool:
             torch.set_num_threads(threads)
 
 
-def _run(model_class: Any, config: PretrainedConfig) -> bool:
+def _run(model_class: Any, config: PretrainedConfig) -> int:
     small = tiny(config)
     parameters = sum(parameter.numel() for parameter in placeholder_model(small).parameters())
     if parameters > _MOST_PARAMETERS:
@@ -104,11 +110,11 @@ def _run(model_class: Any, config: PretrainedConfig) -> bool:
     family = family_of(decoder)
     path = decoder_path(plain)
     family = replace(family, prefixes=(path,) if path else ())
-    returns_tuple = False
+    tuple_length = 0
 
     def look(block: nn.Module, args: Any, output: Any) -> None:
-        nonlocal returns_tuple
-        returns_tuple = isinstance(output, tuple)
+        nonlocal tuple_length
+        tuple_length = len(output) if isinstance(output, tuple) else 0
 
     family.blocks_of(decoder)[0].register_forward_hook(look)
     crossings = _Crossings(config.model_type)
@@ -118,7 +124,7 @@ def _run(model_class: Any, config: PretrainedConfig) -> bool:
     for side, mask in _masks().items():
         wanted = _plain_values(plain, mask, config)
         if side == "no":  # the first: now it is known what layers return
-            swapped = swapped_twin(plain, small, family, returns_tuple=returns_tuple)
+            swapped = swapped_twin(plain, small, family, tuple_length=tuple_length)
         given = _values(swapped, mask)
         for what, left, right in zip(("logits", "gradient at the embeddings"), given, wanted, strict=True):
             error = ((left - right).abs().max() / right.abs().max()).item()
@@ -129,7 +135,7 @@ def _run(model_class: Any, config: PretrainedConfig) -> bool:
                     model_type=config.model_type,
                     reason="differs",
                 )
-    return returns_tuple
+    return tuple_length
 
 
 def _plain_values(plain: Any, mask: torch.Tensor, config: PretrainedConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,7 +227,7 @@ class _LocalBackbone(Backbone):
         return hidden
 
 
-def swapped_twin(plain: Any, config: PretrainedConfig, family: Family, *, returns_tuple: bool) -> Any:
+def swapped_twin(plain: Any, config: PretrainedConfig, family: Family, *, tuple_length: int) -> Any:
     """The model of `plain`, taken apart as clients and servers do it, in two parts, and put together again."""
     tensors = plain.state_dict()
     outside = {name: tensor for name, tensor in tensors.items() if family.block_index(name) is None}
@@ -243,7 +249,7 @@ def swapped_twin(plain: Any, config: PretrainedConfig, family: Family, *, return
         restore_counts(family.owner(part), family.owner(placeholder))
         empty_the_rest(part, family)
         parts.append((span, part))
-    backbone = _LocalBackbone(chain=None, returns_tuple=returns_tuple)  # type: ignore[arg-type]  # it has no network
+    backbone = _LocalBackbone(chain=None, tuple_length=tuple_length)  # type: ignore[arg-type]  # it has no network
     backbone.parts = parts
     put_remote_blocks(twin, family, placeholder, backbone)
     return twin
@@ -269,7 +275,8 @@ def _shrink(config: PretrainedConfig) -> None:
     own = dict(vars(config))
     total = config.num_hidden_layers
     per_block = [name for name, value in own.items() if isinstance(value, list) and len(value) == total]
-    kinds = list(zip(*(map(str, own[name]) for name in per_block), strict=True))
+    differing = [kinds_of_blocks(config) or [""] * total, *(own[name] for name in per_block)]
+    kinds = list(zip(*(map(str, values) for values in differing), strict=True))
     enough = (n for n in range(_BLOCKS, _MOST_BLOCKS) if set(kinds[:n]) == set(kinds))
     blocks = min(next(enough, _MOST_BLOCKS), total)
     heads = config.num_attention_heads
@@ -292,6 +299,10 @@ def _shrink(config: PretrainedConfig) -> None:
             setattr(config, name, _VOCABULARY)
         elif "experts" in name and "tok" not in name:
             setattr(config, name, min(value, 16))
+        elif name in _MAMBA_HEADS:
+            setattr(config, name, value * config.hidden_size // own["hidden_size"])
+        elif name in _MAMBA_GROUPS:
+            setattr(config, name, 1)
         elif name.endswith("_token_id"):
             setattr(config, name, value % 3)
         elif name == "sliding_window":

@@ -11,9 +11,10 @@ import torch
 
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.kv_cache import Session
+from petals_tune.errors import SessionLost
 from petals_tune.remote.local import LocalBlocks
 from petals_tune.swarm import loop
-from petals_tune.swarm.session import MOST_POSITIONS, ChainSession, Inputs, check_length
+from petals_tune.swarm.session import MOST_POSITIONS, ChainSession, History, Inputs, check_length
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Step
 from petals_tune.wire.span import BlockSpan
@@ -31,12 +32,31 @@ class LocalSession:
             client="", span=span, rows=rows, max_length=max_length, adapter=None, adapter_version=None
         )
         self._order: torch.Tensor | None = None  # rows to reorder with the next step
+        self._keeps_states = False
+        self._history = History()  # kept where blocks have states, which cannot always go back
 
     def step(self, inputs: Inputs, *, position: int, order: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """As `ChainSession.step`, in this thread and on `device`. Raises Diverged in the place of NotFinite."""
         check_length(position + len(inputs), self._session.max_length)
+        self._history.cut(position)
         if order is not None:
             self._order = order if self._order is None else self._order[order]
+            self._history.reorder(order)
+        try:
+            output = self._run(inputs, position, device)
+        except SessionLost:
+            if self._history.length < position:
+                raise
+            self._order, at = None, 0
+            for before in self._history.replayed():
+                self._run(before, at, device)
+                at += len(before)
+            output = self._run(inputs, position, device)
+        if self._keeps_states:
+            self._history.add(inputs)
+        return output
+
+    def _run(self, inputs: Inputs, position: int, device: torch.device) -> torch.Tensor:
         outputs = []
         for start in range(0, len(inputs), MOST_POSITIONS):
             part = inputs.cut(start, start + MOST_POSITIONS)
@@ -52,6 +72,7 @@ class LocalSession:
             with self._blocks.running(self._session.span, part.hidden, device) as engine:
                 if self._parts and self._session.adapter is None:
                     self._session.adapter = Adapter(tuple(engine.prepare_adapter(self._parts)))
+                self._keeps_states = engine.state_blocks.keep_some(self._session.span)
                 (output,) = engine.step([(self._session, step)])
                 if isinstance(output, Exception):
                     raise output

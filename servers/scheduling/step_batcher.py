@@ -44,15 +44,17 @@ class _Waiting:
     step: Step
     outcome: Outcome[torch.Tensor]
     position: int | None  # which all steps of its batch must have; None: any
+    goes_back: bool  # the session was behind the step's position when it came
 
     @property
     def key(self) -> tuple[object, ...]:
         """Steps with equal keys can share a batch: one new position each, same blocks, same adapter.
 
-        Some parts of an adapter, such as a soft prompt, act in a session's first step alone.
+        Some parts of an adapter, such as a soft prompt, act in a session's first step alone, and blocks with a state
+        compute a first step in another way. A step that goes back may repeat others first.
         """
-        alone = id(self) if self.step.hidden.shape[1] > 1 else None
-        begins = self.session.adapter_version is not None and self.step.position == 0
+        alone = id(self) if self.step.hidden.shape[1] > 1 or self.goes_back else None
+        begins = self.step.position == 0
         return alone, *self.kind, begins, self.position
 
     @property
@@ -103,7 +105,8 @@ class StepBatcher:
         """Compute the output (B, S, H) of the blocks of `session` for `step`. Raises RequestRefused, SessionLost."""
         # Rows of a batch are filled from the left, and transformers counts a window from the end of the longest.
         position = step.position if self._engine.loaded.family.windowed else None
-        waiting = _Waiting(session=session, step=step, outcome=Outcome(), position=position)
+        goes_back = step.position < session.position
+        waiting = _Waiting(session=session, step=step, outcome=Outcome(), position=position, goes_back=goes_back)
         with self._lock:
             self._by_key.setdefault(waiting.key, {})[waiting] = None
             self._by_client.setdefault(session.client, {})[waiting] = None
@@ -171,12 +174,12 @@ class StepBatcher:
     def _is_short(self, batch: Sequence[_Waiting]) -> bool:
         """Whether `batch` is certain to take less than INLINE_S: its size against the last one of its kind.
 
-        Beams, which copy their caches, are not measured.
+        Beams, which copy their caches, and steps that go back, which may repeat others, are not measured.
         """
         if not batch:
             return True
         measured = self._measured.get(batch[0].kind)
-        plain = all(each.step.hidden.shape[1] == 1 and each.step.order is None for each in batch)
+        plain = all(each.step.hidden.shape[1] == 1 and each.step.order is None and not each.goes_back for each in batch)
         return plain and measured is not None and measured.longest_s(_Measured.of(batch)) < INLINE_S
 
     def _take_and_run(self, first: _Waiting) -> tuple[list[_Waiting], Sequence[torch.Tensor | BaseException]]:

@@ -1,11 +1,11 @@
-"""KV caches of clients that generate, each reserved in full when its session is opened."""
+"""Caches of clients that generate, each reserved in full when its session is opened."""
 
 from __future__ import annotations
 
 import itertools
 
 from petals_tune.blocks.adapters import Adapter
-from petals_tune.blocks.kv_cache import Session
+from petals_tune.blocks.kv_cache import CacheSizes, Session
 from petals_tune.errors import RequestRefused, ServerBusy, SessionLost
 from petals_tune.wire.messages import OpenSession
 from servers.stores.budgeted_store import BudgetedStore
@@ -14,10 +14,9 @@ from servers.stores.budgeted_store import BudgetedStore
 class SessionStore(BudgetedStore[int, Session]):
     """Sessions by id."""
 
-    def __init__(self, *, max_bytes: int, max_idle_s: float, token_bytes: int):
-        """`token_bytes`: KV cache of one position of one row in one block."""
+    def __init__(self, *, max_bytes: int, max_idle_s: float, sizes: CacheSizes):
         super().__init__(max_bytes=max_bytes, max_idle_s=max_idle_s)
-        self._token_bytes = token_bytes
+        self._sizes = sizes
         self._ids = itertools.count(1)
 
     def open(self, client: str, request: OpenSession, adapter: Adapter | None, now_s: float) -> int:
@@ -27,12 +26,11 @@ class SessionStore(BudgetedStore[int, Session]):
         that would.
         """
         self.drop_expired(now_s)
-        position_bytes = self._token_bytes * len(request.span) * request.rows
         adapter_bytes = 0 if adapter is None else adapter.bytes  # the session keeps it
-        size_bytes = position_bytes * request.max_length + adapter_bytes
+        size_bytes = self._sizes.bytes(request.span, request.rows, request.max_length) + adapter_bytes
 
         def longest(available_bytes: int) -> int:
-            return max(available_bytes - adapter_bytes, 0) // position_bytes
+            return self._sizes.longest(request.span, request.rows, available_bytes - adapter_bytes)
 
         if size_bytes > self.max_bytes:
             max_length = longest(self.max_bytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from petals_tune.blocks.kv_cache import CacheSizes
 from servers.stores.adapters import AdapterCache, GradientSums
 from servers.stores.budgets import Budgets
 from servers.stores.leases import LeaseStore
@@ -20,11 +21,13 @@ class Stores:
     sums: GradientSums
 
     @classmethod
-    def within(cls, budgets: Budgets, *, max_lease_age_s: float, max_session_idle_s: float, token_bytes: int) -> Stores:
-        """Make empty stores. `token_bytes`: KV cache of one position of one row in one block."""
+    def within(
+        cls, budgets: Budgets, *, max_lease_age_s: float, max_session_idle_s: float, sizes: CacheSizes
+    ) -> Stores:
+        """Make empty stores; `sizes` are those of the blocks' caches."""
         return cls(
             leases=LeaseStore(max_bytes=budgets.leases, max_age_s=max_lease_age_s),
-            sessions=SessionStore(max_bytes=budgets.sessions, max_idle_s=max_session_idle_s, token_bytes=token_bytes),
+            sessions=SessionStore(max_bytes=budgets.sessions, max_idle_s=max_session_idle_s, sizes=sizes),
             adapters=AdapterCache(max_bytes=budgets.adapters),
             sums=GradientSums(max_bytes=budgets.sums),
         )

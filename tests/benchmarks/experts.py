@@ -27,7 +27,6 @@ from transformers.utils import logging
 
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.loading import load_blocks
-from petals_tune.blocks.quantization import SCHEMES
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.wire.messages import Backward, Forward
 from petals_tune.wire.span import BlockSpan
@@ -35,6 +34,7 @@ from tests.mixtures import MIXTURES, save_mixture
 
 DENSE = ("llama", "qwen3", "gemma2")
 SPAN = BlockSpan(0, 2)
+COMPARED = ("int8", "nf4", "none")
 BATCHES = ((8, 128), (1, 128), (1, 16))  # rows, positions
 TIMED = {
     "hidden_size": 1024,
@@ -65,7 +65,7 @@ def main() -> None:
 
 def engines(folder: Path) -> dict[str, Engine]:
     source = Checkpoint(str(folder))
-    return {name: Engine(load_blocks(source, SPAN, quantization=name, dtype=torch.float32)) for name in sorted(SCHEMES)}
+    return {name: Engine(load_blocks(source, SPAN, quantization=name, dtype=torch.float32)) for name in COMPARED}
 
 
 def exactness(family: str) -> dict[str, float]:

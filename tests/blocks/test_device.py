@@ -70,7 +70,7 @@ def test_steps_with_an_adapter(pair):
 
 
 def test_the_bytes_of_a_position_and_the_speed_are_measured(pair):
-    assert pair.gpu.measure_token_bytes() == pair.cpu.measure_token_bytes()
+    assert pair.gpu.cache_sizes == pair.cpu.cache_sizes
 
 
 @pytest.fixture(params=LINEARS)

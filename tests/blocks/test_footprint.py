@@ -17,7 +17,7 @@ from petals_tune.blocks.experts.stack import expert_stacks
 from petals_tune.blocks.footprint import Footprint, Pass
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Backward, Forward
-from tests.models import FAMILIES
+from tests.models import FAMILIES, STATE_FAMILIES
 from tests.pretend_device import GpuEngine
 from tests.servers.parts import forward, load
 from tests.servers.steps import session, step
@@ -151,6 +151,28 @@ def test_estimates_of_every_family(engine_of, family, quantization):
         for padded in (False, True):
             for train in (False, True):
                 assert_bounds(engine, rows, length, padded=padded, train=train)
+
+
+@pytest.mark.parametrize(
+    "family", [name if name == "qwen3_next" else pytest.param(name, marks=pytest.mark.slow) for name in STATE_FAMILIES]
+)
+def test_estimates_of_blocks_with_a_state(model_folder, family):
+    """Chunks of linear attention are filled up, and their length is found by the family: bounds are wider."""
+    heads = {"mamba_n_heads": 16, "mamba_d_ssm": 256}
+    fitting = {name: value for name, value in heads.items() if name in STATE_FAMILIES[family]}
+    engine = Engine(load(model_folder(family, **WIDE, **fitting), SPAN))
+    for rows, length in ((1, 13), (3, 40), (2, 150)):
+        padding = torch.arange(length)[None] >= torch.arange(rows)[:, None]
+
+        def request(rows=rows, length=length, padding=padding, **fields: bool) -> Forward:
+            return forward(SPAN, torch.randn(rows, length, engine.hidden_size), padding=padding, **fields)
+
+        real = taken(engine, request, None)
+        guessed = estimated(engine.footprint, Pass(span=request().span), rows, length)
+        for name, most, estimate in zip(("forward", "kept", "training"), real, guessed, strict=True):
+            hidden_bytes = 0 if name == "kept" else engine.footprint.hidden_by_kernels
+            least = 0.95 * most if name == "kept" else most
+            assert least <= estimate <= 3 * most + hidden_bytes, (name, most, estimate)
 
 
 @pytest.mark.slow

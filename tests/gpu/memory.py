@@ -131,11 +131,11 @@ def caches(context: Context, what: str, engine: Engine) -> None:
         engine.step([(each, Step(session=0, hidden=hidden[:, :1], position=each.position)) for each in of])
 
     token(sessions())  # libraries take their workspaces
-    a_token = engine.measure_token_bytes()
+    a_token = engine.cache_sizes.of_position
     context.forget()
     before = context.allocated()
     kept = sessions()
-    counted = a_token * ROWS * CACHED * len(SPAN)
+    counted = engine.cache_sizes.bytes(SPAN, ROWS, CACHED)
     context.wait()
     ratio(context, f"{what}: caches of {ROWS} x {CACHED}", counted, context.allocated() - before)
     context.forget()

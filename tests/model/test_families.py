@@ -53,10 +53,11 @@ def test_the_blocks_are_found_from_the_structure(config, blocks, prefix, windowe
     [
         AutoConfig.for_model("t5", d_model=16, num_layers=2, num_heads=2, d_kv=8, d_ff=24, vocab_size=32),
         config_of("mamba"),
-        config_of("llama", **LLAMA, layer_types=["full_attention", "linear_attention"] * 2),
+        AutoConfig.for_model("rwkv", hidden_size=16, num_hidden_layers=4, vocab_size=32),
+        config_of("llama", **LLAMA, layer_types=["full_attention", "indexed_attention"] * 2),
         config_of("llama", **{**LLAMA, "num_hidden_layers": 0}),
     ],
-    ids=["encoder and decoder", "recurrent", "linear attention", "no blocks"],
+    ids=["encoder and decoder", "recurrent", "its own state", "indexed attention", "no blocks"],
 )
 def test_a_model_that_cannot_be_split_is_refused_by_its_type(config):
     with raises(UnsupportedModel, model_type=config.model_type):

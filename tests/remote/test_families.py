@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.models import FAMILIES, MORE_FAMILIES, NESTED
+from tests.models import FAMILIES, MORE_FAMILIES, NESTED, STATE_FAMILIES
 from tests.parity import parity
 
 TOLERANCE = 1e-5
@@ -12,8 +12,12 @@ TOLERANCES = {"LoRA gradients": 3e-5}
 
 
 # Of the others, those that differ most from FAMILIES.
-QUICK = [*FAMILIES, "mistral4", "qwen3_vl", "gemma4"]
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in (*MORE_FAMILIES, *NESTED) if family not in QUICK]
+QUICK = [*FAMILIES, "mistral4", "qwen3_vl", "gemma4", "jamba"]
+SLOW = [
+    pytest.param(family, marks=pytest.mark.slow)
+    for family in (*MORE_FAMILIES, *NESTED, *STATE_FAMILIES)
+    if family not in QUICK
+]
 
 
 @pytest.mark.parametrize("family", [*QUICK, *SLOW])

@@ -177,3 +177,15 @@ def test_without_a_scaled_loss_a_gradient_that_is_not_finite_is_refused(folder, 
             with raises(RequestRefused, reason="gradient not finite"):
                 output.backward(bad)
     assert not backwards
+
+
+def test_a_scaled_gradient_that_is_not_finite_passes_local_blocks_too(folder, backwards):
+    bad, options = torch.full((ROWS, LENGTH, 32), torch.inf), {"local_quantization": "none"}
+    with remote(AutoDistributedModelForCausalLM, folder, local_blocks=["0:1", "5:6"], **options) as model:
+        hidden = torch.randn(ROWS, LENGTH, 32, requires_grad=True)
+        with torch.autocast("cpu", torch.float16):
+            output = model.remote_blocks(hidden)
+        output.backward(bad)
+    assert hidden.grad is not None
+    assert not hidden.grad.isfinite().any()
+    assert not backwards

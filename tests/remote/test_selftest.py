@@ -160,12 +160,12 @@ def _of(base_class: Any, config: PretrainedConfig) -> Any:
     [
         (T5Config(num_layers=2), "encoder"),
         (MambaConfig(num_hidden_layers=2), "state"),
-        (CONFIG_MAPPING["lfm2"](layer_types=["conv", "full_attention"], num_hidden_layers=2), "state"),
+        (CONFIG_MAPPING["rwkv"](num_hidden_layers=2), "state"),
         (CONFIG_MAPPING["xlm"](n_layers=2), "blocks"),
         (CONFIG_MAPPING["gemma4_text"](), "token ids"),
         (CONFIG_MAPPING["gemma4_text"](hidden_size_per_layer_input=0, num_kv_shared_layers=6), "shared"),
     ],
-    ids=["t5", "mamba", "lfm2", "xlm", "gemma4 embeddings", "gemma4 keys"],
+    ids=["t5", "mamba", "rwkv", "xlm", "gemma4 embeddings", "gemma4 keys"],
 )
 def test_what_is_no_decoder_of_attention_blocks_is_refused_with_the_reason(config, reason):
     with raises(UnsupportedModel, model_type=config.model_type, reason=reason):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.kv_cache import CacheSizes
 from petals_tune.errors import PetalsTuneError
 from petals_tune.net.in_process import InProcessNetwork
 from petals_tune.net.members import Members
@@ -58,9 +59,19 @@ async def computed(engine: tuple[Engine, ComputeThread]) -> None:
             await asyncio.sleep(0.005)
 
 
-def stores(*, token_bytes: int = 256, **max_bytes: int) -> Stores:
+_MOST_BLOCKS = 64
+
+
+def even_sizes(token_bytes: int) -> CacheSizes:
+    """Caches of `token_bytes` for one position in each block."""
+    return CacheSizes(start=0, positions=[token_bytes] * _MOST_BLOCKS, states=[0] * _MOST_BLOCKS)
+
+
+def stores(*, cache_sizes: CacheSizes | None = None, **max_bytes: int) -> Stores:
     sizes = {"leases": 2**20, "sessions": 2**20, "adapters": 2**20, "sums": 2**20, **max_bytes}
-    return Stores.within(Budgets(**sizes), max_lease_age_s=600, max_session_idle_s=600, token_bytes=token_bytes)
+    return Stores.within(
+        Budgets(**sizes), max_lease_age_s=600, max_session_idle_s=600, sizes=cache_sizes or even_sizes(256)
+    )
 
 
 def record_of(peer: str = "server") -> ServerRecord:

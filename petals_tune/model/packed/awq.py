@@ -27,7 +27,7 @@ from petals_tune.model.packed.base import (
 from petals_tune.model.stored import StoredTensor
 
 _BITS, _PER_WORD = 4, 8
-_PLACES = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # where a word has its first, second, ... output
+_PLACES = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7], dtype=torch.int32)  # where a word has its first, second, ... output
 
 
 class AWQ(PackedFormat):
@@ -57,14 +57,9 @@ class AWQ(PackedFormat):
 
     def unpack(self, parts: Mapping[str, torch.Tensor], weight: torch.Tensor, name: str) -> None:
         by_input, scales = weight.T, parts["scales"]
-        zeros = _numbers(parts["zeros"])
+        zeros = words_to_numbers(parts["zeros"], _BITS, places=_PLACES)
         size = self._group_size or len(by_input)
         for rows in row_slices(by_input):
             groups = torch.arange(rows.start, rows.stop) // size
-            numbers = _numbers(parts["words"][rows])
+            numbers = words_to_numbers(parts["words"][rows], _BITS, places=_PLACES)
             by_input[rows] = (numbers - zeros[groups]).to(scales.dtype) * scales[groups]
-
-
-def _numbers(words: torch.Tensor) -> torch.Tensor:
-    """Unpack int32 words (rows, W) to the numbers of 8 W outputs."""
-    return words_to_numbers(words, _BITS).unflatten(-1, (-1, _PER_WORD))[..., _PLACES].flatten(-2)

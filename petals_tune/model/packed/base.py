@@ -118,10 +118,17 @@ def row_slices(weight: torch.Tensor, multiple: int = 1) -> Iterator[slice]:
         yield slice(start, min(start + step, weight.shape[0]))
 
 
-def words_to_numbers(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Unpack int32 words (rows, W) to numbers without a sign, the lowest bits first: (rows, W * 32 / bits) int32."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    return ((words[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
+def words_to_numbers(
+    words: torch.Tensor, bits: int, *, along: int = 1, places: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Unpack int32 words (rows, columns) to numbers without a sign, int32, 32 / bits for each word `along` a dimension.
+
+    `places` are those of the first, second, ... number in a word; None: from the lowest bits on.
+    """
+    shifts = bits * (torch.arange(32 // bits, dtype=torch.int32) if places is None else places)
+    if along == 0:
+        return ((words[:, None] >> shifts[:, None]) & (2**bits - 1)).flatten(0, 1)
+    return ((words[..., None] >> shifts) & (2**bits - 1)).flatten(1)
 
 
 def fp4_values(pairs: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,7 @@ class CompressedTensors(PackedFormat):
         else:
             bits = self._bits(stored.shape[1], weight.shape[1]) or 8
             if zero is not None:
-                zero = words_to_numbers(zero.T, bits).T[: weight.shape[0]] - 2 ** (bits - 1)
+                zero = words_to_numbers(zero, bits, along=0)[: weight.shape[0]] - 2 ** (bits - 1)
         height, width = self._block(tuple(scale.shape), *weight.shape)
         scale = scale.reshape(-(-weight.shape[0] // height), -(-weight.shape[1] // width))
         zero = None if zero is None else zero.to(scale.dtype).reshape(scale.shape)

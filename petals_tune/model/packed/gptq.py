@@ -70,6 +70,6 @@ class GPTQ(PackedFormat):
             raise ValueError(f"names groups of inputs that are not among its {len(scales)}")
         for rows in row_slices(by_input, multiple=per_word):
             words = parts["words"][rows.start // per_word : rows.stop // per_word]
-            numbers = words_to_numbers(words.T, self._bits).T
+            numbers = words_to_numbers(words, self._bits, along=0)
             of_rows = groups[rows]
             by_input[rows] = (numbers - zeros[of_rows]).to(scales.dtype) * scales[of_rows]

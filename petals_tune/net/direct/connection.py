@@ -23,10 +23,14 @@ _OBJECT_BYTES = 64  # of a record in memory, beside its bytes
 _UNSENT_BYTES = 2 * MAX_FRAME_BYTES  # a writer waits while more than this is not taken by the socket
 # A peer whose machine or line is gone sends nothing, and would keep its stream and what it has on a server.
 _KEEPALIVE = {
-    socket.TCP_KEEPIDLE: 30,  # seconds without a byte, before the kernel asks
-    socket.TCP_KEEPINTVL: 10,
-    socket.TCP_KEEPCNT: 3,
-    socket.TCP_USER_TIMEOUT: 120_000,  # ms for which what was written may stay without an answer
+    getattr(socket, name): value
+    for name, value in (
+        ("TCP_KEEPIDLE", 30),  # seconds without a byte, before the kernel asks
+        ("TCP_KEEPINTVL", 10),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", 120_000),  # ms for which what was written may stay without an answer
+    )
+    if hasattr(socket, name)  # Linux has all of them, other systems some
 }
 
 

@@ -43,6 +43,7 @@ from tests.servers.peers import (
     SPAN,
     House,
     computed,
+    even_sizes,
     forward,
     is_refusal_of,
     lora,
@@ -215,7 +216,7 @@ async def test_what_is_too_old_goes_while_nobody_asks_for_anything(engine, monke
         Budgets(leases=2**20, sessions=2**20, adapters=0, sums=0),
         max_lease_age_s=0.05,
         max_session_idle_s=0.05,
-        token_bytes=1,
+        sizes=even_sizes(1),
     )
     async with House(engine, kept=kept).client() as client:
         assert isinstance(await client.ask(forward(keep=True)), Forwarded)

@@ -9,6 +9,7 @@ from petals_tune.wire.messages import OpenSession
 from petals_tune.wire.span import BlockSpan
 from servers.stores.sessions import SessionStore
 from tests.raising import raises
+from tests.servers.peers import even_sizes
 
 
 def open_request(rows: int = 1, max_length: int = 10) -> OpenSession:
@@ -17,7 +18,7 @@ def open_request(rows: int = 1, max_length: int = 10) -> OpenSession:
 
 def store(max_bytes: int = 1000) -> SessionStore:
     """2 blocks of 10 bytes a position: 50 positions fit."""
-    return SessionStore(max_bytes=max_bytes, max_idle_s=60, token_bytes=10)
+    return SessionStore(max_bytes=max_bytes, max_idle_s=60, sizes=even_sizes(10))
 
 
 def test_what_never_fits_is_refused_with_the_length_that_would():

@@ -6,6 +6,7 @@ from petals_tune.wire.messages import OpenSession
 from petals_tune.wire.span import BlockSpan
 from servers.stores.budgets import Budgets
 from servers.stores.stores import Stores
+from tests.servers.peers import even_sizes
 
 SPAN = BlockSpan(0, 2)
 
@@ -27,7 +28,7 @@ def used(stores: Stores) -> list[int]:
 
 def made(**changes: int) -> Stores:
     sizes = {"leases": 100, "sessions": 200, "adapters": 300, "sums": 400, **changes}
-    return Stores.within(Budgets(**sizes), max_lease_age_s=60, max_session_idle_s=60, token_bytes=3)
+    return Stores.within(Budgets(**sizes), max_lease_age_s=60, max_session_idle_s=60, sizes=even_sizes(3))
 
 
 def test_each_store_has_the_budget_of_its_kind():
