@@ -45,6 +45,7 @@ class _Waiting:
     outcome: Outcome[torch.Tensor]
     position: int | None  # which all steps of its batch must have; None: any
     goes_back: bool  # the session was behind the step's position when it came
+    has_states: bool  # some of its blocks keep a state
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -54,7 +55,7 @@ class _Waiting:
         compute a first step in another way. A step that goes back may repeat others first.
         """
         alone = id(self) if self.step.hidden.shape[1] > 1 or self.goes_back else None
-        begins = self.step.position == 0
+        begins = self.step.position == 0 and (self.session.adapter_version is not None or self.has_states)
         return alone, *self.kind, begins, self.position
 
     @property
@@ -106,7 +107,14 @@ class StepBatcher:
         # Rows of a batch are filled from the left, and transformers counts a window from the end of the longest.
         position = step.position if self._engine.loaded.family.windowed else None
         goes_back = step.position < session.position
-        waiting = _Waiting(session=session, step=step, outcome=Outcome(), position=position, goes_back=goes_back)
+        waiting = _Waiting(
+            session=session,
+            step=step,
+            outcome=Outcome(),
+            position=position,
+            goes_back=goes_back,
+            has_states=self._engine.state_blocks.keep_some(session.span),
+        )
         with self._lock:
             self._by_key.setdefault(waiting.key, {})[waiting] = None
             self._by_client.setdefault(session.client, {})[waiting] = None

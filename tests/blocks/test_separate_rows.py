@@ -100,7 +100,7 @@ def assert_nothing_depends_on_mates(engine: Engine) -> None:
     hostile["a long context"] = changed(context_length=1000)
     for name, mate in hostile.items():
         found, replies = play(engine, mate)
-        was_refused = all(isinstance(reply, str) for reply in replies)  # padding, on blocks with a state
+        was_refused = name == "all padding" and all(isinstance(reply, str) for reply in replies)  # by states
         assert torch.equal(found, alone if was_refused else beside), name
         if name not in ("far positions", "a long context"):  # of which some families take no notice
             assert differ(replies, honest), f"{name}: the attack did not run"
