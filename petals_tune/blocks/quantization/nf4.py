@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from petals_tune.blocks.quantization.base import Quantization
 
+WEIGHTS_PER_SCALE = 64  # bitsandbytes' default
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import BitsAndBytesConfig
 
-_WEIGHTS_PER_SCALE = 64  # bitsandbytes' default
 _WEIGHTS_AT_ONCE = 2**20  # on a CPU, bitsandbytes has five copies of what it quantizes
 
 
@@ -28,7 +29,7 @@ class NF4(Quantization):
 
     def weight_bytes(self, inputs: int, outputs: int, dtype: torch.dtype) -> float:
         weights = inputs * outputs
-        return weights / 2 + 4 * weights / _WEIGHTS_PER_SCALE
+        return weights / 2 + 4 * weights / WEIGHTS_PER_SCALE
 
     def scales(self, weight: nn.Parameter) -> list[torch.Tensor]:
         state = getattr(weight, "quant_state", None)
@@ -39,7 +40,7 @@ class NF4(Quantization):
         from bitsandbytes.functional import quantize_4bit
 
         parts = [
-            quantize_4bit(part, blocksize=_WEIGHTS_PER_SCALE, quant_type="nf4")
+            quantize_4bit(part, blocksize=WEIGHTS_PER_SCALE, quant_type="nf4")
             for part in matrix.reshape(-1).split(_WEIGHTS_AT_ONCE)
         ]
         return torch.cat([packed.view(-1) for packed, _ in parts]), torch.cat([state.absmax for _, state in parts])
@@ -47,9 +48,16 @@ class NF4(Quantization):
     def multiply(
         self, x: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int]
     ) -> torch.Tensor:
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-
         from petals_tune.blocks.kernels import FrozenProduct
+        from petals_tune.blocks.quantization.nf4_linear import unpack_nf4
 
-        state = QuantState(absmax=scales, shape=shape, blocksize=_WEIGHTS_PER_SCALE, quant_type="nf4", dtype=x.dtype)
-        return FrozenProduct.apply(x, None, lambda: dequantize_4bit(numbers.view(-1, 1), state))
+        dtype = x.dtype  # a lambda that holds x itself would keep it for the backward
+        return FrozenProduct.apply(x, None, lambda: unpack_nf4(numbers, scales, shape, dtype))
+
+    def fast_class(self, linear: nn.Linear) -> type[nn.Linear] | None:
+        from bitsandbytes.nn.modules import Linear4bit
+
+        from petals_tune.blocks.quantization.nf4_linear import NF4Linear
+
+        # On a GPU, bitsandbytes' own linear is right, and has a kernel for one row.
+        return NF4Linear if isinstance(linear, Linear4bit) and linear.weight.device.type == "cpu" else None
