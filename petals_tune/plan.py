@@ -132,12 +132,12 @@ def report(
     )
     for quantization, blocks in sizes.blocks.items():
         label = quantization if quantization != "none" else f"none ({dtype})"
-        held = "".join(f"{blocks_held(blocks, sizes.blocks['none'], each.gb):<18}" for each in machines)
+        held = "".join(f"{blocks_held(blocks, sizes.loading_bytes, each.gb):<18}" for each in machines)
         yield f"{label:<18}{_describe(blocks):<26}{_gb(sum(blocks)):<12}{held}"
     if machines:
         yield ""
         for quantization, blocks in sizes.blocks.items():
-            yield f"{quantization:<18}{verdict(blocks, sizes.blocks['none'], machines)}"
+            yield f"{quantization:<18}{verdict(blocks, sizes.loading_bytes, machines)}"
     yield ""
     hidden = sizes.hidden_size
     yield "on a client's line, each way, through one server; through k servers k times, or (k + 1) / 2 with hand-over"
@@ -157,24 +157,24 @@ def report(
     )
 
 
-def blocks_held(blocks: Sequence[int], in_full: Sequence[int], gb: float) -> int:
+def blocks_held(blocks: Sequence[int], loading_bytes: int, gb: float) -> int:
     """How many of `blocks` (bytes of each) a server with `gb` free hosts; 0 where none fits beside its budgets."""
     from petals_tune.blocks.memory import COMPUTE_SHARE, blocks_that_fit
 
     limits = OmegaConf.load(folder_of("conf") / "serve.yaml").limits
     budgets_gb = limits.max_lease_gb + limits.max_cache_gb + 2 * limits.max_adapter_gb
-    working = max(max(in_full), int(gb * _GB * COMPUTE_SHARE))
+    working = max(loading_bytes, int(gb * _GB * COMPUTE_SHARE))
     try:
         return blocks_that_fit([int(gb * _GB)], int(budgets_gb * _GB), max(blocks), working, len(blocks))
     except ConfigError:
         return 0
 
 
-def verdict(blocks: Sequence[int], in_full: Sequence[int], machines: Sequence[Machines]) -> str:
+def verdict(blocks: Sequence[int], loading_bytes: int, machines: Sequence[Machines]) -> str:
     """Which machines hold all blocks once, the largest first; else how many blocks are left over."""
     missing, taken = len(blocks), []
     for each in sorted(machines, key=lambda each: -each.gb):
-        held = blocks_held(blocks, in_full, each.gb)
+        held = blocks_held(blocks, loading_bytes, each.gb)
         if missing == 0 or held == 0:
             continue
         needed = min(each.count, -(-missing // held))

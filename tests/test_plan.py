@@ -38,22 +38,22 @@ def test_values_are_written_as_hydra_reads_them() -> None:
 
 def test_blocks_are_counted_beside_the_budgets_of_a_server() -> None:
     blocks = [GB] * 40
-    held = blocks_held(blocks, blocks, 24)
+    held = blocks_held(blocks, GB // 4, 24)
     assert 10 <= held <= 21  # of 24 GB less a tenth, less the budgets, less what a request takes
-    assert blocks_held(blocks, blocks, 4) == 0
-    assert blocks_held(blocks, blocks, 1000) == 40
+    assert blocks_held(blocks, GB // 4, 4) == 0
+    assert blocks_held(blocks, GB // 4, 1000) == 40
 
 
 def test_the_largest_machines_are_taken_first() -> None:
     blocks = [GB] * 40
-    large, small = blocks_held(blocks, blocks, 40), blocks_held(blocks, blocks, 24)
+    large, small = blocks_held(blocks, GB // 4, 40), blocks_held(blocks, GB // 4, 24)
     assert large < 40
     needed = -(-(40 - large) // small)
 
-    text = verdict(blocks, blocks, [Machines(gb=24, count=5), Machines(gb=40, count=1)])
+    text = verdict(blocks, GB // 4, [Machines(gb=24, count=5), Machines(gb=40, count=1)])
 
     assert f"fits on 1 x 40 GB + {needed} x 24 GB; {5 - needed} more" in text
-    assert "does not fit: 40 of 40" in verdict(blocks, blocks, [Machines(gb=4, count=100)])
+    assert "does not fit: 40 of 40" in verdict(blocks, GB // 4, [Machines(gb=4, count=100)])
 
 
 def test_the_command_needs_a_config_alone(

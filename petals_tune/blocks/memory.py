@@ -114,11 +114,23 @@ def block_bytes(block: nn.Module, *, quantization: Quantization, dtype: torch.dt
     return int(quantized) + sum(tensor.numel() for tensor in others) * dtype.itemsize
 
 
+def loading_bytes(block: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes beside the blocks while one is read: its largest matrix, of a linear or of one expert, and a copy of it."""
+    largest = 0
+    for module in block.modules():
+        if (features := linear_features(module)) is not None:
+            largest = max(largest, features[0] * features[1])
+        for parameter in expert_parameters(module):
+            _, first, second = parameter.shape
+            largest = max(largest, first * second)
+    return 2 * largest * dtype.itemsize
+
+
 def blocks_that_fit(free: Sequence[int], budgets: int, one_block: int, working: int, total_blocks: int) -> int:
     """How many blocks of `one_block` bytes fit into the `free` memory of each device.
 
     Every device has room for all `budgets` for leases and caches, since clients may use its blocks alone.
-    `working`: what one request takes while it is computed, or one block in full while it is loaded. Raises ConfigError
+    `working`: what one request takes while it is computed, or what reading a block does. Raises ConfigError
     where not even one block fits.
     """
     rooms = [usable_bytes(each) - budgets - working for each in free]

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from petals_tune.adapters.base import linear_features
-from petals_tune.blocks.memory import block_bytes
+from petals_tune.blocks.memory import block_bytes, loading_bytes
 from petals_tune.blocks.quantization import find_scheme
 from petals_tune.errors import UnsupportedModel
 from petals_tune.model.families import family_of, placeholder_model
@@ -25,6 +25,7 @@ class ModelSizes:
     hidden_size: int
     parameters: int  # of the whole model, its head included
     blocks: Mapping[str, tuple[int, ...]]  # quantization -> bytes of each block
+    loading_bytes: int  # beside the blocks, while a server reads one
     client_parameters: int  # embeddings, final norm and head
     linear_sizes: int  # inputs + outputs, summed over the linears of all blocks: times r, the parameters of a LoRA
 
@@ -55,6 +56,7 @@ def model_sizes(config: PretrainedConfig, quantizations: tuple[str, ...], dtype:
             name: tuple(block_bytes(block, quantization=find_scheme(name), dtype=dtype) for block in blocks)
             for name in quantizations
         },
+        loading_bytes=max(loading_bytes(block, dtype) for block in blocks),
         client_parameters=parameters - _parameters(blocks),
         linear_sizes=sum(sum(features) for module in blocks.modules() if (features := linear_features(module))),
     )

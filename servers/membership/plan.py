@@ -16,7 +16,6 @@ from petals_tune.blocks import memory
 from petals_tune.blocks.devices.hardware import is_accelerator
 from petals_tune.blocks.loading import BlockLayout
 from petals_tune.blocks.quantization import find_scheme
-from petals_tune.blocks.quantization.unquantized import Unquantized
 from petals_tune.errors import ConfigError
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.net.peer import Peer
@@ -110,16 +109,13 @@ def number_of_blocks(options: Serve, devices: Sequence[str], layout: BlockLayout
                 seen=len(least),
             )
         return min(len(least), total_blocks)
-    in_full = max(
-        memory.block_bytes(block, quantization=Unquantized(), dtype=dtype)
-        for block in layout.family.blocks_of(layout.meta_model)
-    )
+    loading = max(memory.loading_bytes(block, dtype) for block in layout.family.blocks_of(layout.meta_model))
     return memory.blocks_that_fit(
         free,
         options.limits.budgets.total_bytes,
         max(sizes),
         # Nothing is computed yet while blocks are loaded.
-        max(in_full, memory.compute_bytes(devices, options.limits.max_compute_gb)),
+        max(loading, memory.compute_bytes(devices, options.limits.max_compute_gb)),
         total_blocks,
     )
 

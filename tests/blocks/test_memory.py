@@ -1,12 +1,21 @@
 import pytest
 import torch
+from transformers import MixtralConfig
 
 from petals_tune.blocks import memory
 from petals_tune.blocks.loading import BlockLayout
-from petals_tune.blocks.memory import block_bytes, blocks_that_fit, describe_out_of_memory, free_bytes, spread
+from petals_tune.blocks.memory import (
+    block_bytes,
+    blocks_that_fit,
+    describe_out_of_memory,
+    free_bytes,
+    loading_bytes,
+    spread,
+)
 from petals_tune.blocks.quantization import SCHEMES, find_scheme
 from petals_tune.errors import ConfigError
 from petals_tune.model.checkpoint import Checkpoint
+from petals_tune.model.families import placeholder_model
 from tests.raising import raises
 from tests.servers.parts import load
 
@@ -30,7 +39,16 @@ def test_what_a_block_will_take_is_known_before_it_is_loaded(model_folder, famil
     )
 
 
-def test_as_many_blocks_as_fit_beside_the_budgets_and_one_in_full():
+def test_one_expert_is_read_at_a_time():
+    """And a linear as a whole; either stands in memory twice."""
+    block = placeholder_model(
+        MixtralConfig(vocab_size=8, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
+    ).layers[0]
+    assert loading_bytes(block, torch.bfloat16) == 2 * 2 * (2 * 96) * 64  # gate and up together
+    assert loading_bytes(block.self_attn, torch.float32) == 2 * 4 * 64 * 64
+
+
+def test_as_many_blocks_as_fit_beside_the_budgets_and_what_loading_takes():
     assert blocks_that_fit([10 * GB], 3 * GB, GB // 2, 2 * GB, 100) == 8  # 9 - 3 - 2 GB
     assert blocks_that_fit([100 * GB], 3 * GB, GB // 2, 2 * GB, 24) == 24
     with raises(ConfigError) as caught:
