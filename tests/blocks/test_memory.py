@@ -45,7 +45,7 @@ def test_one_expert_is_read_at_a_time():
         MixtralConfig(vocab_size=8, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
     ).layers[0]
     assert loading_bytes(block, torch.bfloat16) == 2 * 2 * (2 * 96) * 64  # gate and up together
-    assert loading_bytes(block.self_attn, torch.float32) == 2 * 4 * 64 * 64
+    assert loading_bytes(block.self_attn, torch.float32) == 2 * 4 * 64 * 128  # keys: eight heads of 16
 
 
 def test_as_many_blocks_as_fit_beside_the_budgets_and_what_loading_takes():
