@@ -120,6 +120,7 @@ def test_a_forward_scans_once_where_all_is_well(model_folder, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "isfinite", lambda tensor: scanned.append(tensor.numel()) or isfinite(tensor))
     engine.forward(forward(str(SPAN), hidden(2, 3, 0)), None)
     assert scanned == [2 * 3 * 32]
-    scanned.clear()
-    engine.step([(session(), step(hidden(1, 1, 0), 0)), (session(), step(hidden(1, 1, 0), 0))])
+    for _ in range(2):  # at its first step, an engine tries what its blocks keep
+        scanned.clear()
+        engine.step([(session(), step(hidden(1, 1, 0), 0)), (session(), step(hidden(1, 1, 0), 0))])
     assert scanned == [2 * 32]
