@@ -13,8 +13,8 @@ from tests.benchmarks.simulation.simulate import simulate
 
 
 def small(**options) -> Figures:
-    sampled = {"sampled_clients": 3, "sampled_servers": 3, "newcomers": 3, "warm_s": 30.0, "watched_s": 45.0}
-    return figures_of(simulate(servers=60, models=1, clients=100, **sampled | options))
+    sampled = {"sampled_clients": 3, "sampled_servers": 3, "newcomers": 3, "warm_s": 20.0, "watched_s": 30.0}
+    return figures_of(simulate(servers=40, models=1, clients=40, **sampled | options))
 
 
 @pytest.mark.parametrize("found", [[(0, 8)], [(3, 8)], [(32, 8), (0, 5), (7, 0)]])

@@ -12,7 +12,7 @@ TOLERANCES = {"LoRA gradients": 3e-5}
 
 
 # Of the others, those that differ most from FAMILIES.
-QUICK = [*FAMILIES, "mistral4", "qwen3_vl", "gemma4", "jamba"]
+QUICK = [*FAMILIES, "mistral4", "qwen3_vl", "gemma4", "lfm2"]
 SLOW = [
     pytest.param(family, marks=pytest.mark.slow)
     for family in (*MORE_FAMILIES, *NESTED, *STATE_FAMILIES)

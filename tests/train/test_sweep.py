@@ -166,6 +166,7 @@ def test_a_sweep_starts_one_swarm_survives_a_bad_job_and_ends_with_a_table(tiny_
     assert (table.parent / "2" / "adapter" / "adapter_config.json").exists()
 
 
+@pytest.mark.slow  # it starts a swarm of its own, as the sweep above does
 @pytest.mark.swarm
 def test_optuna_chooses_the_jobs(tiny_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="an extra: pip install 'petals_tune[optuna]'")
