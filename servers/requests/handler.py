@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
+from operator import methodcaller
 
 import torch
 
@@ -164,7 +165,7 @@ class Handler:
         The last replies may still be in the p2p daemon, which ends soon: so EOF is sent first, and clients that have
         read it close their side. One that reads nothing would keep its stream, and this handler's blocks in memory.
         """
-        for end in (Connection.finish, Connection.close, Connection.abort):
+        for end in map(methodcaller, ("finish", "close", "abort")):
             for connection in self._streams.connections:
                 end(connection)
             if self._readers:

@@ -14,6 +14,7 @@ from petals_tune.blocks.engine import Engine
 from petals_tune.errors import (
     AdapterMissing,
     BlocksNotHere,
+    ConnectionLost,
     LeaseLost,
     PetalsTuneError,
     ProtocolError,
@@ -352,3 +353,19 @@ async def test_terms_of_a_sum_that_are_not_alike_are_refused(engine):
         collected = await peer.ask(CollectSum(adapter_sum=1))
         assert isinstance(collected, CollectedSum)
         assert collected.terms == 1
+
+
+async def test_a_handler_that_closes_sends_idle_clients_the_end_of_their_streams(engine):
+    """A server that leaves would else wait for each of them, in three times CLOSING_S."""
+    house = House(engine)
+    async with house.client() as polite, house.client("idle") as idle:
+        closing = asyncio.create_task(house.handler.close())
+        with pytest.raises(ConnectionLost):  # LONG_S would be a TimeoutError
+            await polite.read()
+        polite.connection.close()
+        assert house.handler.streams >= 1, "the other one has not closed its side"
+        with pytest.raises(ConnectionLost):
+            await idle.read()
+        idle.connection.close()
+        await closing
+    assert house.handler.streams == 0
