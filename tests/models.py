@@ -286,7 +286,13 @@ STATE_FAMILIES: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [1],
     },
     "qwen3_5_text": {**_HEAD_DIM, **_DELTA_NET},
-    "qwen3_5_moe_text": {**_HEAD_DIM, **_DELTA_NET, **_EXPERTS, "shared_expert_intermediate_size": 16},
+    "qwen3_5_moe_text": {
+        **_HEAD_DIM,
+        "initializer_range": 0.05,  # as of qwen3_next
+        **_DELTA_NET,
+        **_EXPERTS,
+        "shared_expert_intermediate_size": 16,
+    },
     "kimi_linear": {
         **_GROUPED,
         **_EXPERTS,

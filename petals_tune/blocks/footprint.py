@@ -226,7 +226,11 @@ class Measurable(Protocol):
 def measure_footprint(engine: Measurable) -> Footprint:
     """Watch short passes through each kind of block and each pair of kinds, which reads weights ten times."""
     start, stop, model = engine.loaded.span.start, engine.loaded.span.stop, engine.description
-    token_bytes = engine.cache_sizes.of_position  # and what is made once is made now
+    token_bytes = engine.cache_sizes.of_position
+    one_row = torch.zeros(1, 1, engine.hidden_size)
+    engine.forward(
+        Forward(span=engine.loaded.span, hidden=one_row), None
+    )  # each weight's copy for few rows is made now
 
     def kinds(span: BlockSpan) -> tuple[str, tuple[str, ...]]:
         return model, tuple(engine.kind_of(block) for block in range(span.start, span.stop))

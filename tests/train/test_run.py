@@ -195,7 +195,12 @@ def test_a_loss_too_large_for_float32s_exponential_is_in_the_result(tmp_path: Pa
         assert measured["perplexity"] == (pytest.approx(math.exp(measured["loss"])) if finite else None)
 
 
-LOCAL = ("swarm.local_blocks=[0:1]", "swarm.local_quantization=none", "swarm.servers=1")  # of two blocks
+LOCAL = (
+    "swarm.quantization=none",
+    "swarm.local_blocks=[0:1]",
+    "swarm.local_quantization=none",
+    "swarm.servers=1",
+)  # of two blocks
 
 
 @pytest.mark.slow
@@ -203,11 +208,11 @@ LOCAL = ("swarm.local_blocks=[0:1]", "swarm.local_quantization=none", "swarm.ser
 def test_a_recipe_with_local_blocks_gives_the_figures_of_servers_alone(
     recipe: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    short = "trainer.max_steps=3"
+    short = ("trainer.max_steps=3", "swarm.quantization=none")
     with in_process_swarm(tiny_folder, "0:2"):
         connect = partial(connected_model, peers=[])
-        remote = run(tiny_config(tiny_folder, tmp_path / "remote", recipe, short), connect)
-        split = run(tiny_config(tiny_folder, tmp_path / "split", recipe, short, *LOCAL), connect)
+        remote = run(tiny_config(tiny_folder, tmp_path / "remote", recipe, *short), connect)
+        split = run(tiny_config(tiny_folder, tmp_path / "split", recipe, *short, *LOCAL), connect)
     for when in ("before", "after"):
         assert split[when] == pytest.approx(remote[when], rel=1e-5), when
     assert "blocks 0:1 on this machine, as plain weights" in capsys.readouterr().out

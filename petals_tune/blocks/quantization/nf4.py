@@ -59,5 +59,8 @@ class NF4(Quantization):
 
         from petals_tune.blocks.quantization.nf4_linear import NF4Linear
 
-        # On a GPU, bitsandbytes' own linear is right, and has a kernel for one row.
-        return NF4Linear if isinstance(linear, Linear4bit) and linear.weight.device.type == "cpu" else None
+        if not isinstance(linear, Linear4bit):
+            return None
+        # On a GPU, bitsandbytes' own linear has a kernel for one row, whose rows are whole groups of weights.
+        on_gpu = linear.weight.device.type == "cuda" and linear.in_features % WEIGHTS_PER_SCALE == 0
+        return None if on_gpu else NF4Linear
