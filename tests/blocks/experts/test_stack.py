@@ -57,7 +57,9 @@ def there_and_back(matrix: torch.Tensor, quantization: str) -> torch.Tensor:
     if quantization == "int8":
         values, scales, _ = int8_vectorwise_quant(matrix.half().contiguous())
         return values.float() * (scales / 127)[:, None]
-    return dequantize_4bit(*quantize_4bit(matrix.contiguous(), blocksize=64, quant_type="nf4"))
+    # In rows of 64: on a CPU, bitsandbytes unpacks matrices wrong whose rows are no whole groups.
+    groups = matrix.contiguous().view(-1, 64)
+    return dequantize_4bit(*quantize_4bit(groups, blocksize=64, quant_type="nf4")).view(matrix.shape)
 
 
 def save_restored(folder: Path, into: Path, quantization: str) -> Path:
