@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from petals_tune.blocks.quantization.base import Quantization
 
-WEIGHTS_PER_SCALE = 64  # bitsandbytes' default
+_WEIGHTS_PER_SCALE = 64  # bitsandbytes' default
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ class NF4(Quantization):
 
     def weight_bytes(self, inputs: int, outputs: int, dtype: torch.dtype) -> float:
         weights = inputs * outputs
-        return weights / 2 + 4 * weights / WEIGHTS_PER_SCALE
+        return weights / 2 + 4 * weights / _WEIGHTS_PER_SCALE
 
     def scales(self, weight: nn.Parameter) -> list[torch.Tensor]:
         state = getattr(weight, "quant_state", None)
@@ -40,7 +40,7 @@ class NF4(Quantization):
         from bitsandbytes.functional import quantize_4bit
 
         parts = [
-            quantize_4bit(part, blocksize=WEIGHTS_PER_SCALE, quant_type="nf4")
+            quantize_4bit(part, blocksize=_WEIGHTS_PER_SCALE, quant_type="nf4")
             for part in matrix.reshape(-1).split(_WEIGHTS_AT_ONCE)
         ]
         return torch.cat([packed.view(-1) for packed, _ in parts]), torch.cat([state.absmax for _, state in parts])
@@ -52,7 +52,7 @@ class NF4(Quantization):
         from petals_tune.blocks.quantization.nf4_linear import unpack_nf4
 
         dtype = x.dtype  # a lambda that holds x itself would keep it for the backward
-        return FrozenProduct.apply(x, None, lambda: unpack_nf4(numbers, scales, shape, dtype))
+        return FrozenProduct.apply(x, None, lambda: unpack_nf4(numbers, scales, shape, dtype, group=_WEIGHTS_PER_SCALE))
 
     def fast_class(self, linear: nn.Linear) -> type[nn.Linear] | None:
         from bitsandbytes.nn.modules import Linear4bit
@@ -62,5 +62,5 @@ class NF4(Quantization):
         if not isinstance(linear, Linear4bit):
             return None
         # On a GPU, bitsandbytes' own linear has a kernel for one row, whose rows are whole groups of weights.
-        on_gpu = linear.weight.device.type == "cuda" and linear.in_features % WEIGHTS_PER_SCALE == 0
+        on_gpu = linear.weight.device.type == "cuda" and linear.in_features % _WEIGHTS_PER_SCALE == 0
         return None if on_gpu else NF4Linear

@@ -9,20 +9,19 @@ from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 
 from petals_tune.blocks.kernels import FrozenProduct
-from petals_tune.blocks.quantization.nf4 import WEIGHTS_PER_SCALE
 
 
-def unpack_nf4(numbers: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """The matrix (out, in) of `shape`, from two numbers in each byte and a scale for each 64 of them in a row.
+def unpack_nf4(
+    numbers: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, *, group: int
+) -> torch.Tensor:
+    """The matrix (out, in) of `shape`, from two numbers in each byte and a scale for each `group` of them in a row.
 
-    It is unpacked with 64 weights in a row. With other rows, bitsandbytes 0.50 takes a scale too many for each of them
-    on CPUs with AVX-512 where a row of the matrix has 16, 32 or 48 weights more than a multiple of 64.
+    It is unpacked with a group in a row. With other rows, bitsandbytes 0.50 takes a scale too many for each of them
+    on CPUs with AVX-512 where a row of the matrix has 16, 32 or 48 weights more than groups of 64.
     """
     weights = shape[0] * shape[1]
-    rows = torch.Size(
-        [1, weights] if weights % WEIGHTS_PER_SCALE else [-(-weights // WEIGHTS_PER_SCALE), WEIGHTS_PER_SCALE]
-    )
-    state = QuantState(absmax=scales, shape=rows, blocksize=WEIGHTS_PER_SCALE, quant_type="nf4", dtype=dtype)
+    rows = torch.Size([1, weights] if weights % group else [weights // group, group])
+    state = QuantState(absmax=scales, shape=rows, blocksize=group, quant_type="nf4", dtype=dtype)
     return dequantize_4bit(numbers.view(-1, 1), state).view(shape)
 
 
@@ -33,6 +32,8 @@ class NF4Linear(Linear4bit):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, dtype = self.weight, x.dtype  # a lambda that holds x itself would keep it for the backward
-        scales, shape = weight.quant_state.absmax, (self.out_features, self.in_features)
+        state, shape = weight.quant_state, (self.out_features, self.in_features)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return FrozenProduct.apply(x, bias, lambda: unpack_nf4(weight.data, scales, shape, dtype))
+        return FrozenProduct.apply(
+            x, bias, lambda: unpack_nf4(weight.data, state.absmax, shape, dtype, group=state.blocksize)
+        )

@@ -26,7 +26,7 @@ def test_a_matrix_of_any_shape_is_unpacked(outputs: int, inputs: int) -> None:
     matrix = torch.randn(outputs, inputs) * torch.logspace(-3, 3, outputs)[:, None]
     numbers, state = quantize_4bit(matrix, blocksize=64, quant_type="nf4")
 
-    unpacked = unpack_nf4(numbers, state.absmax, (outputs, inputs), torch.float32)
+    unpacked = unpack_nf4(numbers, state.absmax, (outputs, inputs), torch.float32, group=64)
 
     assert torch.equal(unpacked, unpacked_by_hand(numbers, state.absmax, (outputs, inputs)))
 
