@@ -47,23 +47,27 @@ def is_worth_it(x: torch.Tensor, matrix: torch.Tensor) -> bool:
         and x.numel() <= _MOST_ROWS * matrix.shape[1]
         and matrix.numel() >= _FEWEST_WEIGHTS
         and matrix.shape[1] <= _MOST_INPUTS
-        and _has_exact_fast_integers()
+        and _sums_exactly()
+        and _is_faster()
     )
 
 
 @functools.cache
-def _has_exact_fast_integers() -> bool:
-    """Does this processor sum 8-bit products without saturation, and clearly faster than unpacking? Some 50 ms, once.
+def _sums_exactly() -> bool:
+    """Does this processor sum 8-bit products without saturation?
 
     Processors without such an instruction (AVX-512 VNNI, AVX-VNNI) add pairs of products in 16 bits.
     """
     digits = torch.full((2, 1024), 127, dtype=torch.int8)
     digits[1] = -127
-    matrix = torch.full((1024, 1024), 127, dtype=torch.int8)
-    matrix[::2] = -127
-    if not torch.equal(torch._int_mm(digits, matrix.t()).long(), digits.long() @ matrix.long().t()):
-        return False
-    x = torch.rand(1, 1024)
+    matrix = _matrix()
+    return torch.equal(torch._int_mm(digits, matrix.t()).long(), digits.long() @ matrix.long().t())
+
+
+@functools.cache
+def _is_faster() -> bool:
+    """Is it clearly faster than unpacking here? Takes some 20 ms, once."""
+    x, matrix = torch.rand(1, 1024), _matrix()
 
     def best_s(product: Callable[[], torch.Tensor]) -> float:
         seconds = []
@@ -76,3 +80,10 @@ def _has_exact_fast_integers() -> bool:
     with torch.no_grad():
         unpacking_s = best_s(lambda: torch.nn.functional.linear(x, matrix.to(torch.float32)))
         return best_s(lambda: product_by_digits(x, matrix)) < _WORTH_IT * unpacking_s
+
+
+def _matrix() -> torch.Tensor:
+    """The largest products of both signs."""
+    matrix = torch.full((1024, 1024), 127, dtype=torch.int8)
+    matrix[::2] = -127
+    return matrix

@@ -9,7 +9,7 @@ from petals_tune.blocks.quantization import int8_digits
 from petals_tune.blocks.quantization.int8_digits import is_worth_it, product_by_digits
 
 # Without it the processor saturates, and the product is never used: nothing is to be tested.
-exact = pytest.mark.skipif(not int8_digits._has_exact_fast_integers(), reason="this processor has no exact 8-bit sums")
+exact = pytest.mark.skipif(not int8_digits._sums_exactly(), reason="this processor has no exact 8-bit sums")
 
 
 def matrix_of(outputs: int, inputs: int) -> torch.Tensor:
@@ -86,7 +86,8 @@ def test_the_largest_remainders_fit_into_a_digit() -> None:
 
 
 def test_it_is_for_few_float32_rows_of_a_large_matrix_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8_digits, "_has_exact_fast_integers", lambda: True)
+    for name in ("_sums_exactly", "_is_faster"):
+        monkeypatch.setattr(int8_digits, name, lambda: True)
     large = torch.zeros(1024, 1024, dtype=torch.int8)
 
     assert is_worth_it(torch.zeros(2, 8, 1024), large)
@@ -104,4 +105,4 @@ def test_a_processor_that_saturates_unpacks(monkeypatch: pytest.MonkeyPatch) -> 
         return exact_sums(a, b).clamp(-(2**15), 2**15 - 1)
 
     monkeypatch.setattr(torch, "_int_mm", saturating)
-    assert not int8_digits._has_exact_fast_integers.__wrapped__()
+    assert not int8_digits._sums_exactly.__wrapped__()
