@@ -92,6 +92,7 @@ def test_the_first_server_dies_another_restarts_at_its_address_and_a_third_is_re
     assert relative_error(prompt_gradient(model), gradient_of_plain(swarm.folder)) <= TOLERANCE
 
 
+@pytest.mark.slow  # tests/faults/test_liars.py finds such a server without daemons
 def test_a_server_that_scales_its_output_is_found_among_three(swarm, caplog):
     caplog.set_level(logging.WARNING)
     honest = swarm.begin("0:6", [])

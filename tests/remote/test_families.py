@@ -11,11 +11,25 @@ TOLERANCE = 1e-5
 TOLERANCES = {"LoRA gradients": 3e-5}
 
 
+# Their blocks differ from another's of FAMILIES by a name or a norm; tests/blocks tries all of them each time.
+ALIKE = {
+    "llama tied",
+    "mistral",
+    "qwen2",
+    "qwen2_moe",
+    "gemma",
+    "smollm3",
+    "glm4",
+    "olmo2",
+    "stablelm",
+    "phi",
+    "granite",
+}
 # Of the others, those that differ most from FAMILIES.
-QUICK = [*FAMILIES, "mistral4", "qwen3_vl", "gemma4", "lfm2"]
+QUICK = [*(name for name in FAMILIES if name not in ALIKE), "mistral4", "qwen3_vl", "gemma4", "lfm2"]
 SLOW = [
     pytest.param(family, marks=pytest.mark.slow)
-    for family in (*MORE_FAMILIES, *NESTED, *STATE_FAMILIES)
+    for family in (*FAMILIES, *MORE_FAMILIES, *NESTED, *STATE_FAMILIES)
     if family not in QUICK
 ]
 
