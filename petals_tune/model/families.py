@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -102,12 +103,19 @@ class Family:
 def placeholder_model(config: PretrainedConfig) -> PreTrainedModel:
     """Build the text decoder of `config` on the meta device: all its modules with placeholder weights, no memory."""
     config = copy.deepcopy(config)  # transformers writes into it
-    try:
+    with _explained(config):
         text = text_config(config)
         if is_nested(config) and MODEL_MAPPING.get(type(text), None) is None:
             return decoder_of(whole_model(config))
         with torch.device("meta"):
             return AutoModel.from_config(text)
+
+
+@contextmanager
+def _explained(config: PretrainedConfig) -> Iterator[None]:
+    """Raise UnsupportedModel for what transformers raises on a config that it makes no model of."""
+    try:
+        yield
     except CONFIG_ERRORS as error:
         if isinstance(error, UnsupportedModel):
             raise
@@ -209,17 +217,8 @@ def _published_prefixes(base: PreTrainedModel) -> list[str]:
 
 def _inside(config: PretrainedConfig, base: PreTrainedModel, family: Family) -> Family:
     """Return `family` with the names of tensors in a multimodal checkpoint."""
-    try:
+    with _explained(config):
         whole = whole_model(copy.deepcopy(config))
-    except CONFIG_ERRORS as error:
-        if isinstance(error, UnsupportedModel):
-            raise
-        what = " ".join(str(error).split())[:300]
-        raise UnsupportedModel(
-            f"transformers makes no model of model_type={config.model_type!r}: {type(error).__name__}: {what}",
-            model_type=config.model_type,
-            reason="config",
-        ) from None
     mapping = get_model_conversion_mapping(whole, add_legacy=False)
     converters = [each for each in mapping if isinstance(each, WeightConverter)]
     for each in converters:  # for names inside the decoder alone
