@@ -30,6 +30,7 @@ MAY_IMPORT = {
     # floor 3
     "net": "errors files wire",
     "model": "errors files checksums wire.span",
+    "losses": "errors",
     "adapters": "errors wire.adapter",  # methods that `tuning` collects and `blocks` applies
     # floor 4
     "blocks": "errors copies files wire model adapters",  # a client may run some blocks itself: no network, no server
