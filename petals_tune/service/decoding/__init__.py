@@ -1,0 +1,1 @@
+"""Answers, token by token: how tokens are chosen, and how they become text."""
