@@ -1,0 +1,1 @@
+"""OpenAI's interface: its paths, its bodies and its errors."""

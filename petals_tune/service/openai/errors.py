@@ -1,0 +1,60 @@
+"""Errors in OpenAI's form, so that its clients raise the exceptions that their users know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from petals_tune.errors import ConfigError, DataError, PetalsTuneError, RequestRefused, Retriable, ServerBusy
+
+
+class ServiceError(Exception):
+    """An answer of the service that is no result: `status` of HTTP, and what OpenAI's errors say."""
+
+    def __init__(
+        self, status: int, message: str, *, kind: str, code: str | None = None, param: str | None = None,
+        retry_after_s: float | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.kind, self.code, self.param, self.retry_after_s = status, kind, code, param, retry_after_s
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after_s is None else {"Retry-After": str(max(1, round(self.retry_after_s)))}
+
+
+def not_found(model: str, known: list[str]) -> ServiceError:
+    return ServiceError(
+        404,
+        f"there is no model {model!r} here: {', '.join(known)}",
+        kind="invalid_request_error",
+        code="model_not_found",
+        param="model",
+    )
+
+
+def bad_key() -> ServiceError:
+    return ServiceError(
+        401, "no API key, or one that is not known here", kind="invalid_request_error", code="invalid_api_key"
+    )
+
+
+def too_many(message: str, *, retry_after_s: float) -> ServiceError:
+    return ServiceError(
+        429, message, kind="rate_limit_error", code="rate_limit_exceeded", retry_after_s=retry_after_s
+    )
+
+
+def translated(error: PetalsTuneError) -> ServiceError:
+    """An error of our own tree as the service tells it: whose fault it is decides the status."""
+    if isinstance(error, ServerBusy):
+        return too_many(str(error), retry_after_s=5)
+    if isinstance(error, ConfigError | DataError | RequestRefused):
+        param = getattr(error, "key", None)
+        return ServiceError(400, str(error), kind="invalid_request_error", param=param)
+    if isinstance(error, Retriable):
+        return ServiceError(503, str(error), kind="server_error", code="swarm_unavailable", retry_after_s=10)
+    return ServiceError(500, str(error), kind="server_error")
