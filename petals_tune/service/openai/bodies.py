@@ -126,7 +126,5 @@ def text_of(message: dict[str, Any]) -> str:
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise ConfigError(
-                f"messages: parts of text alone are understood, not {kind!r}", key="messages", seen=kind
-            )
+            raise ConfigError(f"messages: parts of text alone are understood, not {kind!r}", key="messages", seen=kind)
     return "".join(part["text"] for part in content)

@@ -11,7 +11,13 @@ class ServiceError(Exception):
     """An answer of the service that is no result: `status` of HTTP, and what OpenAI's errors say."""
 
     def __init__(
-        self, status: int, message: str, *, kind: str, code: str | None = None, param: str | None = None,
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str,
+        code: str | None = None,
+        param: str | None = None,
         retry_after_s: float | None = None,
     ):
         super().__init__(message)
@@ -43,9 +49,7 @@ def bad_key() -> ServiceError:
 
 
 def too_many(message: str, *, retry_after_s: float) -> ServiceError:
-    return ServiceError(
-        429, message, kind="rate_limit_error", code="rate_limit_exceeded", retry_after_s=retry_after_s
-    )
+    return ServiceError(429, message, kind="rate_limit_error", code="rate_limit_exceeded", retry_after_s=retry_after_s)
 
 
 def translated(error: PetalsTuneError) -> ServiceError:
