@@ -37,7 +37,7 @@ def test_elsewhere_one_is(host):
 
 
 @pytest.mark.parametrize(
-    "text, line", [("anna short", 1), ("\nanna", 2), (f"a {ANNA}\nb {ANNA}", 2), (f"a {ANNA} more", 1)]
+    ("text", "line"), [("anna short", 1), ("\nanna", 2), (f"a {ANNA}\nb {ANNA}", 2), (f"a {ANNA} more", 1)]
 )
 def test_lines_that_are_none_are_named(tmp_path, text, line):
     path = tmp_path / "keys"

@@ -8,7 +8,7 @@ from tests.raising import raises
 
 
 @pytest.mark.parametrize(
-    "name, value",
+    ("name", "value"),
     [
         ("max_tokens", 0),
         ("temperature", -0.1),

@@ -1,0 +1,56 @@
+"""What the service offers: models by their names in requests, and how each is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from petals_tune.data.chat_format import ChatFormat
+from petals_tune.service.decoding.decoder import Decoder
+from petals_tune.service.openai.errors import not_found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """A name that requests may give as `model`."""
+
+    name: str
+    adapter: str | None  # that the model knows by this name; None: the model as it is
+    created: int  # seconds since 1970
+    owner: str | None = None  # of whom alone it can be used; None: of everybody
+
+
+class Offers(Protocol):
+    """The names that are offered now; adapters come and go while the service runs."""
+
+    def of(self, owner: str) -> Sequence[Offer]: ...
+
+
+class Reader(Protocol):
+    """Last hidden states of texts."""
+
+    def hidden(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
+        """(S, H) behind the last norm."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """One model with its adapters."""
+
+    offers: Offers
+    decoder: Decoder
+    reader: Reader
+    tokenizer: Any
+    format: ChatFormat
+    most_positions: int
+
+    def find(self, name: str, owner: str) -> Offer:
+        """Raises ServiceError (404) for a name that this owner is not offered."""
+        offers: Mapping[str, Offer] = {offer.name: offer for offer in self.offers.of(owner)}
+        if name not in offers:
+            raise not_found(name, list(offers))
+        return offers[name]
