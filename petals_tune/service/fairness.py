@@ -1,4 +1,4 @@
-"""Fairness between keys: how many requests each has in flight, and how many tokens a minute. The clock is an argument."""
+"""Fairness between keys: requests in flight, and tokens a minute. The clock is an argument."""
 
 from __future__ import annotations
 

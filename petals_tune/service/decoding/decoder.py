@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -55,7 +55,7 @@ class Decoder:
 
     async def answer(
         self, ids: Sequence[int], options: DecodingOptions, *, adapter: str | None
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         """Yield the answer to the prompt `ids`, piece by piece.
 
         Who stops reading (`aclose`, or a cancelled task) ends it: the session on the servers is free after the step

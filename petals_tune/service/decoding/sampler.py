@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -59,7 +60,8 @@ class Sampler:
         if self._options.temperature == 0:
             token = int(scores.argmax())
         else:
-            warped = self._warpers(torch.empty(1, 0, dtype=torch.int64), scores[None])
+            no_ids: Any = torch.empty(1, 0, dtype=torch.int64)
+            warped = self._warpers(no_ids, scores[None])
             token = int(torch.multinomial(warped.softmax(-1), 1, generator=self._generator))
         self._chosen[token] += 1
         if self._constraint is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -175,8 +175,8 @@ class OpenAI:
         room = self._served.most_positions - len(ids)
         if room < 1 or (limit is not None and limit > room):
             raise ConfigError(
-                f"{len(ids)} tokens and an answer of up to {limit or 1} are more than the {self._served.most_positions} "
-                "positions of this model: shorten the one or the other",
+                f"{len(ids)} tokens and an answer of up to {limit or 1} are more than the "
+                f"{self._served.most_positions} positions of this model: shorten the one or the other",
                 key="max_completion_tokens" if isinstance(body, ChatBody) else "max_tokens",
                 seen=limit,
             )
@@ -233,7 +233,7 @@ class OpenAI:
 
         return StreamingResponse(server_sent(all_of_them()), media_type="text/event-stream")
 
-    async def _events(self, asked: Asked, chunks: _Chunks) -> AsyncIterator[dict[str, Any]]:
+    async def _events(self, asked: Asked, chunks: _Chunks) -> AsyncGenerator[dict[str, Any], None]:
         """Chunks of all answers as they come."""
         answers = [Answer() for _ in range(asked.n)]
         queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(maxsize=64)  # who reads slowly is waited for
