@@ -49,12 +49,16 @@ class Keys:
                     key="api_keys",
                     seen=number,
                 )
-            if (digest := _digest(words[1])) in owners:
+            if (digest := cls.digest(words[1])) in owners:
                 raise ConfigError(f"api_keys={file}, line {number}: this key stands twice", key="api_keys", seen=number)
             owners[digest] = words[0]
         if not owners:
             raise ConfigError(f"api_keys={file} has no key: nobody could use the service", key="api_keys")
         return cls(owners=owners)
+
+    @staticmethod
+    def digest(key: str) -> str:
+        return hashlib.sha256(key.encode()).hexdigest()
 
     def owner(self, headers: Mapping[str, str]) -> str | None:
         """Whose request has these `headers` (`Authorization: Bearer KEY` or `X-API-Key: KEY`); None: nobody's."""
@@ -62,12 +66,8 @@ class Keys:
             return EVERYBODY
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         key = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        digest = _digest(key)
+        digest = self.digest(key)
         return next((owner for known, owner in self.owners.items() if hmac.compare_digest(known, digest)), None)
-
-
-def _digest(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def _is_loopback(host: str) -> bool:

@@ -80,7 +80,7 @@ class ChatBody(_Sampled, frozen=True, kw_only=True):
 class CompletionBody(_Sampled, frozen=True, kw_only=True):
     """Of POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[str | int | list[int]]
     logprobs: int | None = None
     echo: bool | None = None
 
@@ -89,7 +89,7 @@ class EmbeddingBody(msgspec.Struct, frozen=True, kw_only=True):
     """Of POST /v1/embeddings."""
 
     model: str
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | list[str | int | list[int]]
     encoding_format: Literal["float", "base64"] | None = None
 
 

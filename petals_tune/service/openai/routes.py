@@ -149,7 +149,7 @@ class OpenAI:
         ids: list[int] = self._served.tokenizer(text, add_special_tokens=special).input_ids
         return ids
 
-    def _prompts(self, given: str | list[str] | list[int] | list[list[int]], key: str) -> list[list[int]]:
+    def _prompts(self, given: str | list[str | int | list[int]], key: str) -> list[list[int]]:
         """Token ids of one or several texts. Raises ConfigError for none, and for a text without a token."""
         texts: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
         found = [self._encoded(text, special=True) if isinstance(text, str) else text for text in texts]

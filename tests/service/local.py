@@ -1,0 +1,134 @@
+"""A service on 127.0.0.1 over a plain model in this process: what is tested is the service, not the swarm."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import uvicorn
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from petals_tune.data.chat_format import ChatFormat
+from petals_tune.model.convert import embedded_model
+from petals_tune.service.app import application
+from petals_tune.service.decoding.decoder import Decoder
+from petals_tune.service.fairness import Fairness
+from petals_tune.service.keys import Keys
+from petals_tune.service.openai.routes import OpenAI
+from petals_tune.service.served import Offer, Served
+
+
+class PlainSession(DynamicCache):
+    def __init__(self, steps: PlainSteps):
+        super().__init__()
+        self._steps = steps
+        steps.open_sessions += 1
+
+    def close(self) -> None:
+        self._steps.open_sessions -= 1
+
+
+class PlainSteps:
+    """The embedded model, in one thread at a time. `adapter="loud"` adds to the logit of one token."""
+
+    def __init__(self) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32)
+        self.open_sessions, self.steps = 0, 0
+        self._lock = threading.Lock()
+
+    def open(self, max_length: int) -> PlainSession:
+        return PlainSession(self)
+
+    def logits(self, session: PlainSession, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
+        with self._lock:
+            self.steps += 1
+            logits = self.model(torch.tensor([list(ids)]), past_key_values=session, use_cache=True).logits[0, -1]
+        if adapter == "loud":
+            logits[LOUD] += 100
+        return logits
+
+    def hidden(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
+        with torch.inference_mode():
+            return self.model.model(torch.tensor([list(ids)])).last_hidden_state[0]
+
+
+LOUD = 17  # a token
+
+
+@dataclass
+class PlainOffers:
+    found: list[Offer] = field(
+        default_factory=lambda: [
+            Offer(name="base", adapter=None, created=1),
+            Offer(name="loud", adapter="loud", created=2),
+            Offer(name="bens", adapter="loud", created=3, owner="ben"),
+        ]
+    )
+
+    def of(self, owner: str) -> list[Offer]:
+        return [offer for offer in self.found if offer.owner in (None, owner)]
+
+
+@dataclass(kw_only=True)
+class Running:
+    url: str
+    steps: PlainSteps
+    tokenizer: Any
+    offers: PlainOffers
+
+
+@contextmanager
+def running_service(
+    steps: PlainSteps, *, keys: Keys | None = None, most_in_flight: int = 64, tokens_a_minute: int | None = None
+) -> Iterator[Running]:
+    """A service on a free port, until the end of the block."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model())
+    offers, started = PlainOffers(), threading.Event()
+    vocabulary = steps.model.config.vocab_size
+
+    async def serve() -> None:
+        decoder = Decoder(steps, tokenizer, vocabulary=vocabulary, ends=frozenset({tokenizer.eos_token_id}))
+        served = Served(
+            offers=offers,
+            decoder=decoder,
+            reader=steps,
+            tokenizer=tokenizer,
+            format=ChatFormat(tokenizer),
+            most_positions=steps.model.config.max_position_embeddings,
+        )
+        fairness = Fairness(most_in_flight=most_in_flight, tokens_a_minute=tokens_a_minute)
+        app = application(OpenAI(served, fairness).routes, keys or Keys(owners=None))
+        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
+        server = uvicorn.Server(config)
+        found["server"] = server
+        task = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        found["port"] = server.servers[0].sockets[0].getsockname()[1]
+        started.set()
+        await task
+        decoder.close()
+
+    found: dict[str, Any] = {}
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    assert started.wait(30)
+    try:
+        yield Running(url=f"http://127.0.0.1:{found['port']}", steps=steps, tokenizer=tokenizer, offers=offers)
+    finally:
+        found["server"].should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def wait_until(condition: Any, timeout_s: float = 10.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
