@@ -104,7 +104,7 @@ class Decoder:
     ) -> None:
         constraint = None if options.grammar is None else self._grammars.constraint(options.grammar)
         sampler, text = Sampler(options, self._vocabulary, constraint), TextStream(self._tokenizer, options.stop)
-        ends = self._ends | options.stop_ids
+        ends = options.stop_ids | (self._ends if options.ends_stop else frozenset())
         session = self._steps.open(len(ids) + options.max_tokens)
         try:
             for number in range(1, options.max_tokens + 1):

@@ -21,6 +21,7 @@ class DecodingOptions:
     seed: int | None = None  # None: another answer each time
     stop: Sequence[str] = ()  # texts that end an answer and are no part of it
     stop_ids: frozenset[int] = frozenset()  # tokens that end an answer
+    ends_stop: bool = True  # so do those of the model and its chat template
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     frequency_penalty: float = 0.0  # taken from a token's logit for each time that it stands in the answer
     presence_penalty: float = 0.0  # taken once

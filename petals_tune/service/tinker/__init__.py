@@ -1,0 +1,1 @@
+"""Tinker's interface: training and sampling by the steps of its SDK."""
