@@ -7,6 +7,7 @@ while longer, since an answer may be lost too.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from typing import Any
 
 from petals_tune.errors import PetalsTuneError
 from petals_tune.service.openai.errors import ServiceError, translated
+
+logger = logging.getLogger(__name__)
 
 Result = dict[str, Any] | bytes  # JSON, or a message of protobuf
 
@@ -66,6 +69,9 @@ class Promises:
             return _failed(error)
         except PetalsTuneError as error:
             return _failed(translated(error))
+        except Exception:
+            logger.exception("request %s", id)
+            return {"error": "the service has a fault: see its log", "category": "server"}
 
     def cancel(self, owner: str, id: str) -> None:
         """End the work of a promise, if it is this owner's."""

@@ -316,7 +316,7 @@ class Tinker:
 
 
 def _id(session: str, number: int) -> str:
-    return f"{session}-{number}"
+    return f"{session}:train:{number}"  # as the SDK counts on
 
 
 async def _json(request: Request) -> dict[str, Any]:

@@ -41,13 +41,10 @@ class _Session:
 class Sampling:
     """Sampling sessions: each one set of weights."""
 
-    def __init__(
-        self, decoder: Decoder, model: SampledModel, tokenizer: Any, fairness: Fairness, *, most_positions: int
-    ):
-        self._decoder, self._model, self._tokenizer, self._fairness = decoder, model, tokenizer, fairness
+    def __init__(self, decoder: Decoder, model: SampledModel, fairness: Fairness, *, most_positions: int):
+        self._decoder, self._model, self._fairness = decoder, model, fairness
         self._most_positions = most_positions
         self._sessions: dict[str, _Session] = {}
-        self._loaded: dict[Path, str] = {}
 
     async def open(self, owner: str, folder: Path | None) -> str:
         """A session over the adapter in `folder`; None: over the base model."""
