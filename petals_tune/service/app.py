@@ -22,8 +22,9 @@ from petals_tune.service.openai.errors import ServiceError, bad_key, translated
 
 logger = logging.getLogger(__name__)
 
-# Without a key: the pages, which hold nothing of anybody's and ask for one, and the answer that the service is there.
-_OPEN = ("/static/", "/healthz")
+# Without a key: the pages, which hold nothing of anybody's and ask for one, word that the service is there, and
+# links to download, which are signed.
+_OPEN = ("/static/", "/healthz", "/api/v1/downloads/")
 _PAGES = {"/": "index.html", "/runs": "runs.html"}
 # Nothing from elsewhere is loaded, and no other site's page may show these in a frame.
 _HEADERS = {

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from petals_tune.errors import ConfigError
 from petals_tune.service.fairness import Fairness
 from petals_tune.service.openai.errors import ServiceError
+from petals_tune.service.tinker.listing import Listing
 from petals_tune.service.tinker.promises import Promises, Result
 from petals_tune.service.tinker.runs import AdamOptions, Run, TrainedModel, Turns, in_thread
 from petals_tune.service.tinker.sampling import Sampling
@@ -24,7 +25,6 @@ from petals_tune.service.tinker.wire import MEDIA_TYPE, read_training_request, t
 
 Work = Coroutine[Any, Any, Result]
 LEAST_TTL_S = 3600
-KINDS = ("weights", "sampler_weights")
 
 
 class Tinker:
@@ -63,6 +63,7 @@ class Tinker:
             "optim_step": self._optim_step,
             "save_weights": self._save_weights,
             "save_weights_for_sampler": self._save_weights_for_sampler,
+            "save_weights_external": self._save_weights_external,
             "create_sampling_session": self._create_sampling_session,
             "asample": self._sample,
             "retrieve_future": self._retrieve_future,
@@ -73,6 +74,7 @@ class Tinker:
             Route("/api/v1/healthz", self._constant({"status": "ok"})),
             Route("/api/v1/get_server_capabilities", self._capabilities),
             *(Route(f"/api/v1/{path}", endpoint, methods=["POST"]) for path, endpoint in posts.items()),
+            *Listing(self._store, self._folder).routes,
         ]
 
     async def close(self) -> None:
@@ -214,6 +216,20 @@ class Tinker:
             if session is not None:
                 answer["sampling_session_id"] = await self._sampling.open(owner, self._folder_of(saved))
             return answer
+
+        return self._promised(owner, work(), "save", run.record.id, str(body["seq_id"]))
+
+    async def _save_weights_external(self, request: Request) -> Response:
+        """A checkpoint to download: an adapter in PEFT's format, as all of them are."""
+        body, owner = await _json(request), request.state.owner
+        if body.get("age_encryption_recipients"):
+            raise ConfigError("checkpoints are not encrypted here", key="age_encryption_recipients")
+        run = self._run(body["model_id"], owner)
+
+        async def work() -> Result:
+            async with run.turns.turn(body["seq_id"]):
+                saved = await self._save(run, "external_weights", body["path"], body)
+            return {"type": "save_weights_external", "path": saved.path}
 
         return self._promised(owner, work(), "save", run.record.id, str(body["seq_id"]))
 

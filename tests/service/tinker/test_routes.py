@@ -1,11 +1,13 @@
 """Tinker's interface by its real SDK, against plain PEFT."""
 
+import httpx
 import peft
 import pytest
 import tinker
 import torch
 from tinker import types
 
+from petals_tune.service.keys import Keys
 from tests.service.tinker.plain import NAME, PlainTrained, lora_config, running_tinker, tiny_model
 
 KEY = "tml-0123456789abcdef"
@@ -147,3 +149,39 @@ def test_a_run_goes_on_from_its_state_behind_a_restart(tmp_path):
         torch.testing.assert_close(
             found["logprobs"].to_torch(), reference.logprobs(text).detach(), atol=1e-5, rtol=1e-5
         )
+
+
+def test_checkpoints_are_listed_downloaded_as_peft_adapters_and_deleted(service, tmp_path, model):
+    training = service.create_lora_training_client(base_model=NAME, rank=4, seed=5).result()
+    training.forward_backward(DATA, "cross_entropy").result()
+    training.optim_step(ADAM).result()
+    path = training.save_state("one").result().path
+    exported = training.save_weights_external("two").result().path
+    rest = service.create_rest_client()
+    found = rest.list_checkpoints(training.model_id).result().checkpoints
+    assert {each.tinker_path for each in found} == {path, exported}
+    assert rest.get_training_run(training.model_id).result().last_checkpoint.tinker_path == path
+    assert [run.training_run_id for run in rest.list_training_runs().result().training_runs] == [training.model_id]
+    urls = rest.get_external_weights_urls(exported).result().urls
+    for name, url in urls.items():
+        (tmp_path / "downloaded").mkdir(exist_ok=True)
+        (tmp_path / "downloaded" / name).write_bytes(httpx.get(url).raise_for_status().content)
+        assert httpx.get(url.replace("by=", "by=0")).status_code == 403
+    plain = peft.PeftModel.from_pretrained(tiny_model(), str(tmp_path / "downloaded"))
+    with torch.no_grad():
+        found = plain(torch.tensor([TEXTS[0]])).logits[0]
+    torch.testing.assert_close(found, model.all_logits(TEXTS[0], training.model_id).detach())
+    rest.delete_checkpoint_from_tinker_path(exported).result()
+    assert [each.tinker_path for each in rest.list_checkpoints(training.model_id).result().checkpoints] == [path]
+
+
+def test_a_key_sees_its_own_runs(tmp_path):
+    keys = Keys(owners={Keys.digest(KEY): "anna", Keys.digest("tml-another-0123456"): "ben"})
+    with running_tinker(tmp_path, PlainTrained(), keys=keys) as url:
+        with tinker.ServiceClient(base_url=url, api_key=KEY) as service:
+            training = service.create_lora_training_client(base_model=NAME, rank=2).result()
+            path = training.save_state("mine").result().path
+        with tinker.ServiceClient(base_url=url, api_key="tml-another-0123456") as service:
+            assert service.create_rest_client().list_training_runs().result().training_runs == []
+            with pytest.raises(tinker.NotFoundError):
+                service.create_training_client_from_state(path).result()
