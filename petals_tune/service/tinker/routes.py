@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -337,6 +337,6 @@ def _id(session: str, number: int) -> str:
 
 async def _json(request: Request) -> dict[str, Any]:
     try:
-        return cast("dict[str, Any]", msgspec.json.decode(await request.body(), type=dict[str, Any]))
+        return msgspec.json.decode(await request.body(), type=dict[str, Any])
     except msgspec.DecodeError as error:
         raise ConfigError(f"the body of the request is not a JSON object: {error}", key="body") from None

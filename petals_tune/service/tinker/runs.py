@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,6 +178,6 @@ class Run:
                 self._optimizer.state[parameter] = {part: tensors[f"{name}:{part}"] for part in _STATE}
 
 
-async def in_thread(work: Callable[..., Any], *args: Any, **options: Mapping[str, Any]) -> Any:
+async def in_thread(work: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Run `work` in a thread, to its end also where who waits is cancelled: a run stays whole."""
     return await asyncio.shield(asyncio.to_thread(work, *args, **options))
