@@ -37,7 +37,7 @@ class Passes:
         self._lists: dict[BlockSpan, nn.ModuleList] = {}
         self._training = False
         self.hooks = AdapterHooks(self.blocks, loaded.span.start)
-        self._separate = SeparateRows(self.model, self.blocks)
+        self._separate = SeparateRows(self.model, self.blocks, self.hooks.alone)
         self.positions = PositionLimits.of(self.model, loaded.blocks)
         self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         # Bamba, one of the models that transformers calls stateful, counts the positions of each call from 0.

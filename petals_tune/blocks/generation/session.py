@@ -37,6 +37,11 @@ class Session:
         """A session of one row, to measure with."""
         return cls(client="", span=span, rows=1, max_length=max_length, adapter=None, adapter_version=None)
 
+    @property
+    def adapter_now(self) -> Adapter | None:
+        """What its adapter has for the next step: some parts act in the first one alone."""
+        return self.adapter if self.adapter is None or self.position == 0 else self.adapter.after_first_step
+
     def check(self, step: Step) -> None:
         """Raises RequestRefused or SessionLost for a step that cannot be."""
         rows, length = step.hidden.shape[:2]

@@ -117,19 +117,18 @@ class Stepper:
         """The outputs of steps in one pass through the blocks. Raises torch's own errors."""
         results: dict[int, torch.Tensor | Exception] = {}
         sessions = [session for session, _ in steps.values()]
-        adapter = sessions[0].adapter
-        if adapter is not None and sessions[0].position > 0:
-            adapter = adapter.after_first_step
-        with self._passes.configured(sessions[0].span, CallPlan.of(adapter, train=False, seed=0)):
+        plan = CallPlan.of_sessions([(session.adapter_now, session.rows) for session in sessions])
+        with self._passes.configured(sessions[0].span, plan):
             cache = StepCache(sessions, next(iter(steps.values()))[1].hidden.shape[1])
             made = self._step(cache, sessions, [step for _, step in steps.values()])
             output, finite = to_host(made, made.isfinite().flatten(1).all(1))  # of each row
             rows = [session.rows for session in sessions]
-            for (number, (session, step)), own, good in zip(
-                steps.items(), output.split(rows), finite.split(rows), strict=True
+            for place, ((number, (session, step)), own, good) in enumerate(
+                zip(steps.items(), output.split(rows), finite.split(rows), strict=True)
             ):
                 again = partial(self._step, StepCache([session], step.hidden.shape[1]), [session], [step])
-                results[number] = own if good.all() else self._passes.not_finite(session.span, step.hidden, again)
+                with self._passes.hooks.alone(place):
+                    results[number] = own if good.all() else self._passes.not_finite(session.span, step.hidden, again)
         for place, (number, (session, step)) in enumerate(steps.items()):  # once nothing can fail any more
             if isinstance(results[number], torch.Tensor):
                 session.advance(step, cache.states_of(place))
