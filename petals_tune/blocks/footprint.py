@@ -24,9 +24,10 @@ from torch.utils._pytree import tree_leaves
 
 from petals_tune.adapters.base import linear_features
 from petals_tune.blocks.adapters import Adapter
-from petals_tune.blocks.cache_probe import StateBlocks
 from petals_tune.blocks.experts.stack import ExpertStack
-from petals_tune.blocks.kv_cache import CacheSizes, Session
+from petals_tune.blocks.generation.probe import StateBlocks
+from petals_tune.blocks.generation.session import Session
+from petals_tune.blocks.generation.sizes import CacheSizes
 from petals_tune.blocks.loading import LoadedBlocks
 from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
@@ -165,7 +166,7 @@ class Footprint:
 
     def training_bytes(self, one: Pass, rows: int, positions: int) -> int:
         """Most memory during a forward with a graph and its backward, graph and gradients included."""
-        # `Engine._not_finite` runs the blocks once more, beside the graph.
+        # `Passes.not_finite` runs the blocks once more, beside the graph.
         seen = [block.seen for block in self._of(one.span)]
         peaks = [peak for each in seen for peak in (*each.training, *each.forward[one.train])]
         working = self._most(peaks, rows, positions, positions) + self._of_adapter(one)[1] * rows * positions

@@ -21,7 +21,7 @@ import torch
 
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.footprint import Pass
-from petals_tune.blocks.kv_cache import Session
+from petals_tune.blocks.generation.session import Session
 from petals_tune.wire.messages import Step
 from servers.scheduling.compute_thread import ComputeThread, Outcome
 from servers.scheduling.fair_queue import FairScheduler, Priority
