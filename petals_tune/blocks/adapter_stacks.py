@@ -27,7 +27,7 @@ Parts = Mapping[Place, Sequence[tuple[AdapterMethod, AdapterPart]]]
 MAX_STACKED_BYTES = 2**28
 _MOST_LAYOUTS = 64  # of batches, that are remembered
 _IDLE_STEPS = 64  # an adapter that was in none of the last shared steps gives its slots to others
-_MOST_SLOTS = 2  # computed for a row: the others are of sessions that are not in the batch
+SLOTS_A_ROW = 2  # computed at the most: the others are of sessions that are not in the batch
 
 
 class RowPlan(Protocol):
@@ -151,12 +151,12 @@ class Layout:
             stack: _Stack | None = None
             for number, at_row in members if len(members) > 1 else ():
                 ((method, part),) = _parts(groups[number], place, at_input=at_input)
-                found = self._stacks.slot((place, kind), groups[number].number, method, part, self.numbers)
-                if found is not None:
-                    stack, slot = found  # which is another one where it had to be enlarged
+                at = self._stacks.slot((place, kind), groups[number].number, method, part, self.numbers)
+                if at is not None:
+                    stack, slot = at  # which is another one where it had to be enlarged
                     used.append((number, at_row, slot))
             count = max((slot for *_, slot in used), default=0) + 1
-            if stack is None or len(used) < 2 or count > _MOST_SLOTS * len(used):
+            if stack is None or len(used) < 2 or count > SLOTS_A_ROW * len(used):
                 used = []
             else:
                 products.append(self._product(method, stack, count, used, device))
