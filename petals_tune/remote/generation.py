@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 
 from petals_tune.errors import ConfigError
+from petals_tune.remote.adapters.calls import generate_with
+from petals_tune.remote.adapters.choice import NOT_GIVEN
 from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
 from petals_tune.tuning.support import refuse_adapter_names
 
@@ -45,8 +47,21 @@ class RemoteGeneration:
             finally:
                 self._active_session = outer
 
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. Raises ConfigError without an input in a session that holds a text already."""
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args: Any,
+        adapter: Any = NOT_GIVEN,
+        adapters: Sequence[str | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers; `adapter` and `adapters` as of a call of the model (remote/adapters/calls.py).
+
+        Raises ConfigError without an input in a session that holds a text already.
+        """
+        if adapter is not NOT_GIVEN or adapters is not None:
+            named = dict(zip(("generation_config", "logits_processor", "stopping_criteria"), args, strict=False))
+            return generate_with(self, adapter, adapters, inputs, {**named, **kwargs})
         given = kwargs.get("past_key_values")
         session = self._active_session if given is None else given
         nothing = inputs is None and kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None
@@ -82,7 +97,7 @@ class RemoteGeneration:
             # Of a local cache; some checkpoints name one. And sessions cut long prompts themselves.
             generation_config.cache_implementation = generation_config.prefill_chunk_size = None
             refuse_adapter_names(self, self.remote_blocks)  # type: ignore[arg-type]  # a model
-            cache.begin_turn(self.remote_blocks.adapter()[0])
+            cache.begin_turn(self.remote_blocks.adapter()[0], self.remote_blocks.choice)
         super()._prepare_cache_for_generation(  # type: ignore[misc]  # of the user's class
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
