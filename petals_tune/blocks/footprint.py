@@ -23,12 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
-from petals_tune.adapters import METHODS
 from petals_tune.adapters.base import linear_features
 from petals_tune.blocks.adapters import Adapter
-from petals_tune.blocks.cache_probe import StateBlocks
 from petals_tune.blocks.experts.stack import ExpertStack
-from petals_tune.blocks.kv_cache import CacheSizes, Session
+from petals_tune.blocks.generation.probe import StateBlocks
+from petals_tune.blocks.generation.session import Session
+from petals_tune.blocks.generation.sizes import CacheSizes
 from petals_tune.blocks.loading import LoadedBlocks
 from petals_tune.errors import RequestRefused
 from petals_tune.wire.messages import Backward, Forward, Step
@@ -120,16 +120,10 @@ class Pass:
 
     span: BlockSpan
     adapter: Adapter | None = None
+    mates: Sequence[Adapter] = ()  # of other sessions that share the pass, a generation step
     train: bool = False  # dropout is on
     padded: bool = True  # positions are hidden, which takes a mask
     per_block: bool = False  # of a graph, the inputs of blocks are kept, and each block is computed again
-
-
-class _OfAdapter(NamedTuple):
-    """Bytes for each row and position."""
-
-    kept: Counter[int]  # by the parts on each block
-    working: int  # most beside that, while a part is applied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +172,7 @@ class Footprint:
     def forward_bytes(self, one: Pass, rows: int, positions: int) -> int:
         """Most memory during a forward without a graph."""
         peaks = [(block.seen, peak) for block in self._of(one.span) for peak in block.seen.forward[one.train]]
-        return self._most(one, peaks, rows, positions) + self._of_adapter(one).working * rows * positions
+        return self._most(one, peaks, rows, positions) + self._of_adapter(one)[1] * rows * positions
 
     def kept_bytes(self, one: Pass, rows: int, positions: int) -> int:
         """Bytes of the graph that a forward keeps for its backward."""
@@ -188,19 +182,18 @@ class Footprint:
             self._bytes(one, seen, kept[one.per_block], rows, positions, positions) for seen, kept in growths
         )
         adapter_bytes = 0 if one.adapter is None else one.adapter.bytes
-        of_adapter = 0 if one.per_block else self._of_adapter(one).kept.total() * rows * positions
+        of_adapter = 0 if one.per_block else self._of_adapter(one)[0] * rows * positions
         return of_blocks + adapter_bytes + of_adapter
 
     def training_bytes(self, one: Pass, rows: int, positions: int) -> int:
         """Most memory during a forward with a graph and its backward, graph and gradients included."""
-        # `Engine._not_finite` runs the blocks once more, beside the graph.
+        # `Passes.not_finite` runs the blocks once more, beside the graph.
         seen = [block.seen for block in self._of(one.span)]
         peaks = [
             (each, peak) for each in seen for peak in (*each.training[one.per_block].peaks, *each.forward[one.train])
         ]
-        of_adapter = self._of_adapter(one)
-        of_block = max(of_adapter.kept.values(), default=0) if one.per_block else 0
-        working = self._most(one, peaks, rows, positions) + (of_adapter.working + of_block) * rows * positions
+        of_block = self._of_adapter_block(one) if one.per_block else 0
+        working = self._most(one, peaks, rows, positions) + (self._of_adapter(one)[1] + of_block) * rows * positions
         gradients = 0 if one.adapter is None else 2 * one.adapter.bytes  # the second time in float32
         return self.kept_bytes(one, rows, positions) + working + gradients
 
@@ -210,7 +203,7 @@ class Footprint:
         peaks = {peak for block in self._of(one.span) for peak in block.seen.step}
         joined = self.token_bytes * rows * total  # caches of one block, in one tensor for several sessions
         most = max(peak.bytes(rows, new, total, self._chunks(new)) for peak in peaks) + self.hidden_by_kernels
-        return most + joined + self._of_adapter(one).working * rows * new
+        return most + joined + self._of_adapter(one)[1] * rows * new
 
     def _most(self, one: Pass, peaks: Iterable[tuple[_Seen, Growth]], rows: int, positions: int) -> int:
         sizes = (self._bytes(one, seen, peak, rows, positions, positions) for seen, peak in peaks)
@@ -228,16 +221,22 @@ class Footprint:
     def _of(self, span: BlockSpan) -> Sequence[_Block]:
         return self.blocks[span.start - self.start : span.stop - self.start]
 
-    def _of_adapter(self, one: Pass) -> _OfAdapter:
-        kept: Counter[int] = Counter()  # by block
-        working = 0
-        expert_rows = math.ceil(max(block.seen.expert_rows for block in self._of(one.span)))
-        for part in () if one.adapter is None else one.adapter.parts:
-            method = METHODS[part.method]
-            each, rows = method.position_bytes(part, training=one.train), expert_rows if method.on_experts else 1
-            kept[part.block] += rows * each.kept
-            working = max(working, rows * each.working)
-        return _OfAdapter(kept, working)
+    def _of_adapter(self, one: Pass) -> tuple[int, int]:
+        """(kept by its parts, most beside that while a part is applied): bytes for each row and position."""
+        adapters = one.mates if one.adapter is None else (one.adapter, *one.mates)
+        each = [adapter.position_bytes(self._expert_rows(one), training=one.train) for adapter in adapters]
+        kept, working = (max(sizes) for sizes in zip(*each, strict=True)) if each else (0, 0)
+        return kept, working
+
+    def _of_adapter_block(self, one: Pass) -> int:
+        """Bytes for each row and position that an adapter's parts keep on the block where they keep most."""
+        if one.adapter is None:
+            return 0
+        blocks = [one.adapter.on(BlockSpan(number, number + 1)) for number in range(one.span.start, one.span.stop)]
+        return max(block.position_bytes(self._expert_rows(one), training=one.train)[0] for block in blocks)
+
+    def _expert_rows(self, one: Pass) -> int:
+        return math.ceil(max(block.seen.expert_rows for block in self._of(one.span)))
 
 
 def attention_window(config: PretrainedConfig) -> int | None:

@@ -12,8 +12,8 @@ Shapes: B rows, S positions, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.graphs import Graph, KeptMemory, scale_gradient, unscale_gradients
@@ -53,26 +54,25 @@ class BlockRecorder:
     it, and leaves no state behind.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: Mapping[int, nn.Module]) -> None:
+        """Record the calls of `blocks`, a run of them by their numbers, in the context that this is."""
+        self._blocks = blocks
+        self._hooks: list[RemovableHandle] = []
         self._calls: list[_Call] = []
         self._entry: torch.Tensor | None = None  # what the first block was given
         self._last: torch.Tensor | None = None  # output of the block before
         self._is_chain = True
 
-    @contextmanager
-    def recording(self, blocks: Mapping[int, nn.Module]) -> Iterator[None]:
-        """Record the calls of `blocks`, which are given by their numbers, in the meantime."""
-        hooks = []
-        for number, block in blocks.items():
+    def __enter__(self) -> None:
+        for number, block in self._blocks.items():
             # Before all other hooks, which change what they are given when the block is computed again, too.
             record = partial(self._record, number)
-            hooks.append(block.register_forward_pre_hook(record, prepend=True, with_kwargs=True))
-            hooks.append(block.register_forward_hook(self._cut))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+            self._hooks.append(block.register_forward_pre_hook(record, prepend=True, with_kwargs=True))
+            self._hooks.append(block.register_forward_hook(self._cut))
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def _record(self, number: int, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         given, *rest = args
@@ -95,28 +95,24 @@ class BlockRecorder:
         self._last = cut[0] if isinstance(cut, tuple) else cut
         return cut
 
-    def graph(
+    def inputs(
         self,
-        span: BlockSpan,
         output: torch.Tensor,
         hidden: torch.Tensor | None,
         adapter: Adapter | None,
-        prepared: Callable[[], AbstractContextManager[None]],
+        configured: Callable[[], AbstractContextManager[None]],
     ) -> BlockInputs:
-        """What was recorded of blocks `span`, `prepared` giving the context to compute them in once more.
+        """What was recorded of a forward from `hidden` (None: no gradient there) to `output`.
 
-        Raises RequestRefused where they cannot be computed one by one.
+        `configured` gives the context to compute the blocks in once more. Raises RequestRefused where they cannot be
+        computed one by one.
         """
         numbers, entry = [call.number for call in self._calls], self._entry
         unchanged = all(call.hidden._version == call.version for call in self._calls)
-        if not (
-            self._is_chain
-            and _is_same(output, self._last)
-            and unchanged
-            and numbers == list(range(span.start, span.stop))
-        ):
+        if not (self._is_chain and _is_same(output, self._last) and unchanged and numbers == list(self._blocks)):
             raise RequestRefused(
-                f"blocks {span} pass more to each other than hidden states: they are not computed one by one",
+                f"blocks {min(self._blocks)}:{max(self._blocks) + 1} pass more to each other than hidden states: they "
+                "are not computed one by one",
                 reason="no single blocks",
             )
         assert entry is not None
@@ -128,7 +124,7 @@ class BlockRecorder:
             device=output.device,
             hidden=hidden,
             adapter_parts=adapter,
-            prepared=prepared,
+            configured=configured,
         )
 
 
@@ -157,7 +153,7 @@ class BlockInputs:
     device: torch.device  # of the output
     hidden: torch.Tensor | None  # the input (B, S, H), where its gradient is wanted
     adapter_parts: Adapter | None
-    prepared: Callable[[], AbstractContextManager[None]]
+    configured: Callable[[], AbstractContextManager[None]]
 
     @property
     def adapter(self) -> list[torch.Tensor]:
@@ -177,7 +173,7 @@ class BlockInputs:
         flow, scale = scale_gradient(grad, self.output_dtype)
         del grad
         found: dict[int, torch.Tensor] = {}  # by the tensor's id
-        with self.prepared(), torch.enable_grad():
+        with self.configured(), torch.enable_grad():
             while self.calls and flow is not None:
                 flow = self._through(self.calls.pop(), flow, found)
             self.calls.clear()
