@@ -1,0 +1,60 @@
+"""Open a swarm to clients of other interfaces: python -m petals_tune.serve [key=value ...]"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+import hydra
+from omegaconf import DictConfig
+from pydantic import Field
+
+from petals_tune.cli import quiet_libraries, report_errors
+from petals_tune.config import Section, TunedModel, build, check_arguments, folder_of
+
+CONFIG_NAME = "service"
+
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """All options of the service; conf/service.yaml documents them."""
+
+    model: TunedModel
+    swarm: Section
+    name: str | None
+    adapters: str | None
+    data: str
+    host: str
+    port: Annotated[int, Field(ge=0, le=65535)]
+    api_keys: str | None
+    most_at_once: Count
+    requests_a_key: Count
+    tokens_a_minute: Count | None
+    max_length: Count
+
+
+def main() -> None:
+    """python -m petals_tune.serve [key=value ...]"""
+    quiet_libraries()
+    with report_errors():
+        check_arguments(sys.argv[1:], config_name=CONFIG_NAME, schema=Service)
+        serve()
+
+
+@hydra.main(version_base="1.3", config_path=str(folder_of("conf")), config_name=CONFIG_NAME)
+def serve(cfg: DictConfig) -> None:
+    """Serve until interrupted."""
+    with report_errors():
+        from petals_tune.service.run import run_service  # slow; a mistyped key should not wait for it
+
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+        asyncio.run(run_service(cfg, build(cfg.swarm, where="swarm")))
+
+
+if __name__ == "__main__":
+    main()
