@@ -30,7 +30,7 @@ class Steps(Protocol):
 
     def open(self, max_length: int) -> Session: ...
 
-    def logits(self, session: Session, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
+    def logits(self, session: Any, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
         """(V,) logits behind the last of `ids`, which go on where the session stands."""
         ...
 
