@@ -16,7 +16,7 @@ import hydra
 from omegaconf import DictConfig
 from pydantic import Field
 
-from petals_tune.chat_adapters import ChatAdapters, choose_first
+from petals_tune.chat_adapters import ChatAdapters, parse_adapters
 from petals_tune.cli import quiet_libraries, report_errors
 from petals_tune.config import Section, TunedModel, build, check_arguments, folder_of
 from petals_tune.errors import ConfigError
@@ -33,7 +33,7 @@ class Chat:
     """All options of a chat; conf/chat.yaml documents them."""
 
     adapter: str | None
-    adapters: dict[str, str]
+    adapters: list[str]
     model: TunedModel
     swarm: Section
     persona: list[str]
@@ -60,7 +60,7 @@ def main() -> None:
 def chat(cfg: DictConfig) -> None:
     """Answer the prompt, or each line of the terminal, or all of a pipe."""
     with report_errors():
-        first = choose_first(cfg.adapters, cfg.adapter)
+        several, first = parse_adapters(cfg.adapters, cfg.adapter)
         if cfg.adapter is None and first is None and cfg.model.source is None:
             raise ConfigError(
                 "say whom to talk to: adapter=outputs/.../adapter, or model=default for the bare model", key="adapter"
@@ -69,7 +69,7 @@ def chat(cfg: DictConfig) -> None:
         from petals_tune.tuning.saved import adapter_folder, choose_base  # slow; a mistyped key should not wait for it
 
         check_draft_name(cfg.draft)
-        folders = {str(name): adapter_folder(folder) for name, folder in cfg.adapters.items()}
+        folders = {name: adapter_folder(folder) for name, folder in several.items()}
         adapter = folders[first] if first else None if cfg.adapter is None else adapter_folder(cfg.adapter)
         base, revision = cfg.model.source, cfg.model.revision
         if adapter is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,18 +41,27 @@ class ChatAdapters:
         return True
 
 
-def choose_first(adapters: Mapping[str, str], adapter: str | None) -> str | None:
-    """Return the name of the adapter that answers first, `adapter` or the first one; None where there are none.
+def parse_adapters(given: Sequence[str], adapter: str | None) -> tuple[dict[str, str], str | None]:
+    """Return folders by name, of texts NAME:FOLDER, and the name that answers first: `adapter`, or the first one.
 
-    Raises ConfigError for an `adapter` that is not among them.
+    No folders and None where none are given. Raises ConfigError for another text, a name that is given twice, and an
+    `adapter` that is not among them.
     """
-    if not adapters:
-        return None
-    if adapter is not None and adapter not in adapters:
+    folders: dict[str, str] = {}
+    for text in given:
+        name, colon, folder = text.partition(":")
+        if not (name and colon and folder) or name in folders:
+            raise ConfigError(
+                f"adapters has {text!r}, and it takes texts such as alice:FOLDER, each with a name of its own",
+                key="adapters",
+                seen=text,
+            )
+        folders[name] = folder
+    if folders and adapter is not None and adapter not in folders:
         raise ConfigError(
-            f"adapter={adapter} is not a name in adapters={{{', '.join(adapters)}}}: give one of these, or leave "
+            f"adapter={adapter} is none of the names in adapters ({', '.join(folders)}): give one of these, or leave "
             "adapters out to talk to one folder",
             key="adapter",
             seen=adapter,
         )
-    return adapter or next(iter(adapters))
+    return folders, (adapter or next(iter(folders))) if folders else None

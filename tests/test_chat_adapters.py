@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from petals_tune.chat import CONFIG_NAME, Chat, talk
-from petals_tune.chat_adapters import ChatAdapters, choose_first
+from petals_tune.chat_adapters import ChatAdapters, parse_adapters
 from petals_tune.config import check, composed
 from petals_tune.data.rows import context_ids
 from petals_tune.data.tokens import encode
@@ -73,10 +73,16 @@ def test_a_chat_with_one_adapter_takes_the_words_as_a_turn():
 
 @pytest.mark.parametrize(("adapter", "first"), [(None, "alice"), ("bob", "bob")])
 def test_the_first_one_or_the_one_that_is_named_answers_first(adapter, first):
-    assert choose_first({"alice": "x", "bob": "y"}, adapter) == first
-    assert choose_first({}, adapter) is None
+    assert parse_adapters(["alice:x", "bob:y/z:1"], adapter) == ({"alice": "x", "bob": "y/z:1"}, first)
+    assert parse_adapters([], adapter) == ({}, None)
+
+
+@pytest.mark.parametrize("text", ["alice", ":x", "bob:", "bob:y"])
+def test_a_text_that_names_no_adapter_of_its_own_is_refused(text):
+    with raises(ConfigError, key="adapters", seen=text):
+        parse_adapters(["bob:x", text], None)
 
 
 def test_a_name_that_is_not_there_is_refused():
     with raises(ConfigError, key="adapter", seen="carol"):
-        choose_first({"alice": "x"}, "carol")
+        parse_adapters(["alice:x"], "carol")
