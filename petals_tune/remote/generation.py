@@ -96,13 +96,14 @@ class RemoteGeneration:
                 "text: pass the whole text so far to go on with it",
                 key="input_ids",
             )
-        token = _draft.set(source)
-        try:
-            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]  # of the user's class
-        finally:
-            _draft.reset(token)
-            if isinstance(session, RemoteCache):
-                session.end_turn()
+        with _alone_in(session):
+            token = _draft.set(source)
+            try:
+                return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]  # of the user's class
+            finally:
+                _draft.reset(token)
+                if isinstance(session, RemoteCache):
+                    session.end_turn()
 
     def _prepare_cache_for_generation(
         self,
@@ -194,6 +195,25 @@ class RemoteGeneration:
         own = super().prepare_inputs_for_generation.__func__  # type: ignore[misc]  # of the user's class
         is_own = own is not GenerationMixin.prepare_inputs_for_generation
         return is_own and original is not None and 0 < cached <= original < length
+
+
+@contextmanager
+def _alone_in(session: Any) -> Iterator[None]:
+    """Raise ConfigError where another thread is generating in `session`, whose caches hold one text."""
+    if not isinstance(session, RemoteCache):
+        yield
+        return
+    if not session.generating.acquire(blocking=False):
+        raise ConfigError(
+            "generate(): another thread generates in this session now, or in the open inference_session() of this "
+            "model; give each thread a session of its own: "
+            "generate(..., past_key_values=model.remote_blocks.new_session(max_length))",
+            key="past_key_values",
+        )
+    try:
+        yield
+    finally:
+        session.generating.release()
 
 
 def with_whole_input(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

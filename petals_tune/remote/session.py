@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -58,6 +59,7 @@ class RemoteCache(Cache):
         self._order: torch.Tensor | None = None
         self._next_ids: torch.Tensor | None = None
         self._by_hand = True  # the next step is not one of generate(), which has compared the adapter
+        self.generating = threading.Lock()  # held by the call of generate() that it is used by
 
     def rollback(self, position: int) -> None:
         """Forget what lies behind the first `position` positions."""
