@@ -2,98 +2,57 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
-from petals_tune.copies import to_device, to_host
 from petals_tune.errors import ConfigError
-from petals_tune.remote.split_session import SplitSession
-from petals_tune.swarm import loop
-from petals_tune.swarm.chain import Chain
-from petals_tune.swarm.session import Inputs
+from petals_tune.remote.span_session import SpanSession, counted, real, version_name
 from petals_tune.wire.adapter import AdapterVersion
-from petals_tune.wire.span import BlockSpan
-
-DEFAULT_MAX_LENGTH = 2048
-
-OpenSession = Callable[[int, int, AdapterVersion | None], SplitSession]  # of rows, positions, and an adapter
 
 
-class RemoteCache(Cache):
-    """A generation session: pass it as `past_key_values`, to `generate()` or to the model.
+class RemoteCache(SpanSession, Cache):
+    """A generation session on all blocks of a model: pass it as `past_key_values`, to `generate()` or to the model.
 
     `position` counts what the caches hold: `virtual` positions of a soft prompt, then those of `ids` (B, T), the text
     tokens; so a longer text can go on where the session stands, and another text from where the two part. `ids` is None
     where the caches hold positions whose tokens are not known, such as `inputs_embeds`.
     """
 
-    def __init__(
-        self,
-        chain: Chain,
-        span: BlockSpan,
-        max_length: int = DEFAULT_MAX_LENGTH,
-        *,
-        open_session: OpenSession,
-    ):
-        super().__init__(layers=[])
-        self.position = 0
+    def __init__(self, *args: Any, **kwargs: Any):
+        """As `SpanSession`; `max_length` counts text positions."""
+        Cache.__init__(self, layers=[])
+        SpanSession.__init__(self, *args, **kwargs)
         self.virtual = 0
-        self.max_length = max_length  # text positions
         self.ids: torch.Tensor | None = None
-        self.span = span
-        self.chain = chain
-        self._open_session = open_session
-        self._session: SplitSession | None = None
-        self._adapter: str | None = None  # version of the adapter that the caches were computed with
-        self._padding: torch.Tensor | None = None  # (B, position) bool; None: every position is real
-        self._positions: torch.Tensor | None = None  # (B or 1, position) int64; None: they count from 0
-        self._order: torch.Tensor | None = None
+        self.turn = Turn()
         self._next_ids: torch.Tensor | None = None
         self._by_hand = True  # the next step is not one of generate(), which has compared the adapter
 
     def rollback(self, position: int) -> None:
-        """Forget what lies behind the first `position` positions."""
-        if not 0 <= position <= self.position:
-            where = f"the session is at position {self.position}"
-            raise ConfigError(f"rollback({position}): {where}", key="rollback", seen=position)
+        super().rollback(position)
         if self.ids is not None:
             text = position - self.virtual
             self.ids = self.ids[:, :text] if text > 0 else None
-        if self._padding is not None:
-            self._padding = self._padding[:, :position]
-        if self._positions is not None:
-            self._positions = self._positions[:, :position]
-        self.position, self.virtual = position, min(self.virtual, position)
+        self.virtual = min(self.virtual, position)
+
+    def reorder(self, order: torch.Tensor) -> None:
+        super().reorder(order)
+        if self.ids is not None:
+            self.ids = self.ids[order.to(self.ids.device)]
 
     def close(self) -> None:
-        """Give the caches on the servers back; a later call starts at position 0."""
-        session, self._session = self._session, None
-        self.position, self.virtual, self.ids = 0, 0, None
-        self._padding, self._positions, self._order = None, None, None
-        if session is not None:
-            loop.run(session.close())
+        super().close()
+        self.virtual, self.ids = 0, None
 
-    def __enter__(self) -> RemoteCache:
-        return self
+    def _like_this(self, max_length: int) -> RemoteCache:
+        other = super()._like_this(max_length)
+        other.virtual, other.ids = self.virtual, self.ids
+        return other
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        session = getattr(self, "_session", None)
-        if session is not None:
-            loop.start_task(session.close)
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise ConfigError(
-            "a generation session cannot be copied or saved: its caches are on servers; open another one, "
-            "model.remote_blocks.new_session(max_length)",
-            key="past_key_values",
-        )
+    def _room(self) -> int:
+        return self.max_length + self.virtual
 
     # What generate() and the models' mask functions ask.
 
