@@ -18,6 +18,8 @@ TESTED_ELSEWHERE = {
     "petals_tune/data/examples.py": "tests/data/test_encoding.py",
     "petals_tune/hydra_errors.py": "tests/test_config.py",
     "petals_tune/model/stored.py": "tests/model/test_checkpoint.py",
+    "petals_tune/remote/backbone.py": "tests/remote/test_blocks.py",
+    "petals_tune/remote/model_call.py": "tests/remote/test_threads.py",
     "petals_tune/train/measure.py": "tests/test_evaluate.py",
     "servers/__main__.py": "tests/servers/test_main.py",
     "servers/health/__main__.py": "tests/e2e/test_health.py",
