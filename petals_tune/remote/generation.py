@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from petals_tune.errors import ConfigError
-from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
+from petals_tune.remote.continuation import going_on, standing_after, standing_text
+from petals_tune.remote.session import RemoteCache
+from petals_tune.remote.span_session import DEFAULT_MAX_LENGTH
 from petals_tune.tuning.support import refuse_adapter_names
 
 
@@ -46,21 +49,29 @@ class RemoteGeneration:
                 self._active_session = outer
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. Raises ConfigError without an input in a session that holds a text already."""
+        """As in transformers. In a session, a call without an input goes on with the text where the session stands.
+
+        Raises ConfigError without an input in a session that holds no text.
+        """
         given = kwargs.get("past_key_values")
         session = self._active_session if given is None else given
-        nothing = inputs is None and kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None
-        if nothing and isinstance(session, RemoteCache) and session.position:
-            raise ConfigError(
-                f"generate() without an input, in a session that holds {session.position} positions, would begin a new "
-                "text: pass the whole text so far to go on with it",
-                key="input_ids",
-            )
-        try:
+        if not isinstance(session, RemoteCache):
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]  # of the user's class
+        before, made = None, None
+        text = kwargs.get("input_ids") if inputs is None else inputs
+        if text is None and kwargs.get("inputs_embeds") is None:
+            before = standing_text(session)
+            inputs = text = before.text
+            if bool(before.ended.all()):
+                whole: Any = text
+                return GenerateDecoderOnlyOutput(sequences=whole) if kwargs.get("return_dict_in_generate") else whole
+            kwargs = going_on(session, before, {**kwargs, "input_ids": None})
+        try:
+            output = super().generate(inputs, *args, **kwargs)  # type: ignore[misc]  # the same
+            made = None if text is None else standing_after(session, output, text.shape[1], before)
+            return output
         finally:
-            if isinstance(session, RemoteCache):
-                session.end_turn()
+            session.end_turn(made)
 
     def _prepare_cache_for_generation(
         self,
@@ -82,7 +93,8 @@ class RemoteGeneration:
             # Of a local cache; some checkpoints name one. And sessions cut long prompts themselves.
             generation_config.cache_implementation = generation_config.prefill_chunk_size = None
             refuse_adapter_names(self, self.remote_blocks)  # type: ignore[arg-type]  # a model
-            cache.begin_turn(self.remote_blocks.adapter()[0])
+            ends: Any = generation_config  # with the tensors that generate() made of its tokens
+            cache.begin_turn(self.remote_blocks.adapter()[0], ends=ends._eos_token_tensor, pad=ends._pad_token_tensor)
         super()._prepare_cache_for_generation(  # type: ignore[misc]  # of the user's class
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from transformers.cache_utils import Cache
 
-from petals_tune.errors import ConfigError
 from petals_tune.remote.span_session import SpanSession, counted, real, version_name
+from petals_tune.swarm.history import is_identity
 from petals_tune.wire.adapter import AdapterVersion
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """A text to go on with."""
+
+    text: torch.Tensor  # (B, T), with tokens that the caches do not hold yet
+    ended: torch.Tensor  # (B,) bool: rows that go on with padding alone
+    pad: int | None = None  # that padding
 
 
 class RemoteCache(SpanSession, Cache):
@@ -26,9 +38,14 @@ class RemoteCache(SpanSession, Cache):
         SpanSession.__init__(self, *args, **kwargs)
         self.virtual = 0
         self.ids: torch.Tensor | None = None
-        self.turn = Turn()
+        self._standing: Standing | None = None  # where generate() left the text; None: the caches changed since
+        # Of the last call of generate(): tokens that end a row, and the one behind them.
+        self.ends: torch.Tensor | None = None
+        self.pad: int | None = None
         self._next_ids: torch.Tensor | None = None
         self._by_hand = True  # the next step is not one of generate(), which has compared the adapter
+
+    # The rows and positions that the caches hold.
 
     def rollback(self, position: int) -> None:
         super().rollback(position)
@@ -36,23 +53,49 @@ class RemoteCache(SpanSession, Cache):
             text = position - self.virtual
             self.ids = self.ids[:, :text] if text > 0 else None
         self.virtual = min(self.virtual, position)
+        self._standing = None
 
     def reorder(self, order: torch.Tensor) -> None:
         super().reorder(order)
         if self.ids is not None:
             self.ids = self.ids[order.to(self.ids.device)]
+        self._standing = None
 
     def close(self) -> None:
         super().close()
-        self.virtual, self.ids = 0, None
+        self.virtual, self.ids, self._standing = 0, None, None
 
-    def _like_this(self, max_length: int) -> RemoteCache:
+    def _like_this(self, max_length: int) -> Self:
         other = super()._like_this(max_length)
         other.virtual, other.ids = self.virtual, self.ids
         return other
 
     def _room(self) -> int:
         return self.max_length + self.virtual
+
+    def advance(
+        self,
+        hidden: torch.Tensor,
+        *,
+        padding: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        adapter: Callable[[], AdapterVersion | None],
+        same_adapter: bool = False,
+    ) -> torch.Tensor:
+        ids, self._next_ids = self._next_ids, None
+        by_hand, self._by_hand = self._by_hand, True
+        before = self.position
+        if before == 0:
+            self.virtual = 0 if ids is None else hidden.shape[1] - ids.shape[1]
+        output = super().advance(
+            hidden, padding=padding, positions=positions, adapter=adapter, same_adapter=same_adapter or not by_hand
+        )
+        if ids is None or (self.ids is None and before > self.virtual):
+            self.ids = None
+        else:
+            self.ids = ids if self.ids is None else torch.cat([self.ids, ids.to(self.ids.device)], dim=1)
+        self._standing = None
+        return output
 
     # What generate() and the models' mask functions ask.
 
@@ -66,12 +109,7 @@ class RemoteCache(SpanSession, Cache):
         return self.max_length
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        order = beam_idx.cpu().long()
-        self._order = order if self._order is None else self._order[order]
-        self.ids = None if self.ids is None else self.ids[order.to(self.ids.device)]
-        self._padding = None if self._padding is None else self._padding[order]
-        if self._positions is not None and len(self._positions) > 1:
-            self._positions = self._positions[order]
+        self.reorder(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
         self.rollback(self.position - abs(tokens_to_remove))  # transformers passes -n to remove n
@@ -80,47 +118,85 @@ class RemoteCache(SpanSession, Cache):
         self.close()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        raise ConfigError("repeating the rows of a running session is not supported; repeat the inputs instead")
+        self.reorder(torch.arange(self._rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        raise ConfigError("dropping rows of a running session is not supported; open another session")
+        self.reorder(torch.arange(self._rows)[indices.cpu()])
 
     # What the model with remote blocks does with it.
 
-    def begin_turn(self, adapter: AdapterVersion | None) -> None:
-        """Begin a call of generate(); anew where the caches were computed with another adapter than the active one."""
-        if self._session is not None and self._adapter != _version(adapter):
+    def begin_turn(
+        self, adapter: AdapterVersion | None, *, ends: torch.Tensor | None = None, pad: torch.Tensor | None = None
+    ) -> None:
+        """Begin a call of generate(); anew where the caches were computed with another adapter than the active one.
+
+        `ends` are the tokens that end a row, and `pad` is the one behind them.
+        """
+        if self._session is not None and self._adapter != version_name(adapter):
             self.close()
         self._next_ids, self._by_hand = None, False
+        self.ends, self.pad = ends, None if pad is None else int(pad)
 
     def expect(
         self, ids: torch.Tensor, mask: torch.Tensor | None = None, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The part of the whole text `ids` (B, T) that the caches do not hold yet: at least its last token.
 
-        Where `ids`, their `mask` or their `positions` part from what the session has seen, it is rolled back to there;
-        to the beginning where the number of rows is another one, or what it has seen is not known as tokens.
+        Each row goes on from the row that it shares most with, and all of them from where the first one parts from
+        that, in a token, in its `mask` or in its `positions`. What the session has seen is forgotten where it is not
+        known as tokens.
         """
         if self.ids is None and self.position > self.virtual:
             self.close()
-        if self._session is not None and self._session.rows != len(ids):
-            self.close()
-        known = 0
+        known, order = 0, torch.zeros(len(ids), dtype=torch.long)
         if self.ids is not None:
-            length = min(self.ids.shape[1], ids.shape[1] - 1)
-            differing = (self.ids[:, :length] != ids[:, :length].to(self.ids.device)).any(dim=0)
-            differing |= self._is_masked_otherwise(mask, length).to(differing.device)
-            if positions is not None and positions.shape[1] == ids.shape[1] and not self.virtual:
-                seen = _counted(self._positions, self.position)[:, :length]
-                differing |= (seen.to(differing.device) != positions[:, :length].to(differing.device)).any(dim=0)
-            known = int(differing.nonzero()[0]) if differing.any() else length
+            known, order = common_beginning(*self._seen_and(ids, mask, positions))
         self.rollback(self.virtual + known)
+        if self.position and not is_identity(order, self._rows):
+            self.reorder(order)
         self._next_ids, self._by_hand = ids[:, known:], False
         return self._next_ids
 
-    def end_turn(self) -> None:
-        """Forget what a call of generate() expected, where it failed."""
+    def _seen_and(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What the caches were computed with, and what of the text would be there, in the same order.
+
+        Each (rows or 1, T): tokens, which of them are real, and their positions.
+        """
+        assert self.ids is not None
+        length = min(self.ids.shape[1], ids.shape[1] - 1)
+        seen = [self.ids[:, :length], real(self._padding, self.virtual, length)]
+        now = [ids[:, :length], real(mask, 0, length)]
+        if positions is not None and positions.shape[1] == ids.shape[1] and not self.virtual:
+            seen.append(counted(self._positions, self.position)[:, :length])
+            now.append(positions[:, :length])
+        return seen, [each.to(self.ids.device) for each in now]
+
+    def end_turn(self, made: Standing | None = None) -> None:
+        """End a call of generate(), after which the text stands as it `made` it; None: it failed."""
         self._next_ids, self._by_hand = None, True
+        if made is not None and self.ids is not None:
+            self._standing = made
+
+    @property
+    def standing(self) -> Standing | None:
+        """The text where the session stands; None where it holds nothing, or what is not known as tokens."""
+        if self._standing is None and self.ids is not None and self.position == self.virtual + self.ids.shape[1]:
+            return Standing(text=self.ids, ended=torch.zeros(len(self.ids), dtype=torch.bool))
+        return self._standing
+
+    def mask_of(self, text: torch.Tensor) -> torch.Tensor:
+        """(B, T) int64: which tokens of a text that goes on from this session's are no padding.
+
+        Rows of `text` may be some of those that beams had.
+        """
+        mask = torch.ones(text.shape, dtype=torch.long, device=text.device)
+        if self._padding is not None:
+            rows = torch.arange(len(text)) * self._rows // len(text)
+            seen = self._padding[rows, self.virtual :][:, : text.shape[1]]
+            mask[:, : seen.shape[1]] = seen.to(mask)
+        return mask
 
     def expect_embeddings(self) -> None:
         """Start anew for a text that is given as embeddings: whether the caches hold its beginning is not known."""
@@ -134,88 +210,29 @@ class RemoteCache(SpanSession, Cache):
             expected = self._next_ids = ids
         return expected
 
-    def step(
-        self,
-        hidden: torch.Tensor,
-        *,
-        padding: torch.Tensor | None,
-        positions: torch.Tensor | None,
-        adapter: Callable[[], AdapterVersion | None],
-    ) -> torch.Tensor:
-        """The output (B, S, H) of all blocks for the next positions; `padding` (B, position + S) is of all of them."""
-        ids, self._next_ids = self._next_ids, None
-        by_hand, self._by_hand = self._by_hand, True
-        if hidden.requires_grad and torch.is_grad_enabled():
-            text = "a generation session has no gradients: call the model with use_cache=False to train"
-            raise ConfigError(text, key="use_cache")
-        rows, new = hidden.shape[:2]
-        self._check(rows, padding)
-        if by_hand and self._session is not None and self._adapter != _version(adapter()):
-            text = "the adapter was changed since this generation session began: open another session"
-            raise ConfigError(text, key="past_key_values")
-        started_s = time.perf_counter()
-        if self.position == 0:
-            self.virtual = 0 if ids is None else new - ids.shape[1]
-        if self._session is None:
-            version = adapter()
-            self._adapter = _version(version)
-            self._session = self._open_session(rows, self.max_length + self.virtual, version)
-        inputs = Inputs(  # in host memory, also where the model is on a GPU
-            hidden=to_host(hidden)[0],
-            padding=None if padding is None or padding[:, -new:].all() else padding[:, -new:].cpu(),
-            positions=None if positions is None else positions.cpu(),
-            context_length=self.position + new if positions is None else int(positions.max()) + 1,
-        )
-        order, self._order = self._order, None
-        output = self._session.step(inputs, position=self.position, order=order, device=hidden.device)
-        self.chain.client.stats.wait_s += time.perf_counter() - started_s
-        if ids is None or (self.ids is None and self.position > self.virtual):
-            self.ids = None
-        else:
-            self.ids = ids if self.ids is None else torch.cat([self.ids, ids.to(self.ids.device)], dim=1)
-        positions = inputs.positions
-        if positions is not None or self._positions is not None:
-            before, now = _counted(self._positions, self.position), _counted(positions, new, start=self.position)
-            count = max(len(before), len(now))
-            self._positions = torch.cat([before.expand(count, -1), now.expand(count, -1)], dim=1)
-        self.position += new
-        self._padding = padding
-        return to_device(output, hidden.device)
 
-    def _check(self, rows: int, padding: torch.Tensor | None) -> None:
-        """Raises ConfigError for another number of rows, or another mask, than what the caches were computed with."""
-        if self._session is not None and self._session.rows != rows:
-            raise ConfigError(
-                f"{rows} rows in a generation session of {self._session.rows}: open another session",
-                key="past_key_values",
-                seen=rows,
-            )
-        if self.position and self._is_masked_otherwise(padding, self.position, start=0).any():
-            raise ConfigError(
-                "attention_mask hides other positions than it did when the generation session computed them: give the "
-                "same mask for these, or open another session",
-                key="attention_mask",
-            )
+def common_beginning(seen: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> tuple[int, torch.Tensor]:
+    """(columns that all rows of `now` have in common with a row of `seen`, (B,) which row that is).
 
-    def _is_masked_otherwise(self, mask: torch.Tensor | None, length: int, start: int | None = None) -> torch.Tensor:
-        """(length,) bool: columns of `mask` (None: all real) that differ from the cached ones.
-
-        The first column of `mask` is position `start`; None: that of the first text token.
-        """
-        start = self.virtual if start is None else start
-        if mask is None and self._padding is None:
-            return torch.zeros(length, dtype=torch.bool)
-        seen = (
-            torch.ones(1, length, dtype=torch.bool) if self._padding is None else self._padding[:, start:][:, :length]
-        )
-        now = torch.ones(1, length, dtype=torch.bool) if mask is None else mask[:, :length].bool()
-        return (seen.to(now.device) != now).any(dim=0)
+    Tensors (R or 1, T) and (B or 1, T), compared in pairs; where every row has as much in common with the row of its
+    own number, it is that one.
+    """
+    rows, wanted = (max(len(each) for each in tensors) for tensors in (seen, now))
+    own = 0
+    if rows == wanted:
+        own = int(_first([before != after for before, after in zip(seen, now, strict=True)]).min())
+    if rows == wanted and (own == seen[0].shape[1] or rows == 1):
+        return own, torch.arange(rows)
+    pairs = [before[None] != after[:, None] for before, after in zip(seen, now, strict=True)]
+    most, order = _first(pairs).expand(wanted, rows).max(dim=1)
+    known = int(most.min())
+    return (own, torch.arange(rows)) if rows == wanted and own >= known else (known, order.cpu())
 
 
-def _version(adapter: AdapterVersion | None) -> str | None:
-    return None if adapter is None else adapter.version
-
-
-def _counted(positions: torch.Tensor | None, length: int, *, start: int = 0) -> torch.Tensor:
-    """(B or 1, length) int64: `positions`, or where there are none, `start`, `start` + 1, ..."""
-    return torch.arange(start, start + length)[None] if positions is None else positions
+def _first(differing: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(..., T) -> (...): the first column where one of the tensors is true; T where there is none."""
+    either = functools.reduce(torch.logical_or, (each.cpu() for each in differing))
+    length = either.shape[-1]
+    if not length:
+        return torch.zeros(either.shape[:-1], dtype=torch.long)
+    return torch.where(either.any(dim=-1), either.to(torch.uint8).argmax(dim=-1), length)

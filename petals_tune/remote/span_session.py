@@ -11,9 +11,11 @@ from typing import Any, NoReturn, Self
 
 import torch
 
+from petals_tune.adapters import METHODS
 from petals_tune.copies import to_device, to_host
 from petals_tune.errors import ConfigError
 from petals_tune.remote import arguments
+from petals_tune.remote.call_prompts import check_prompts
 from petals_tune.remote.split_session import SplitSession
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
@@ -51,6 +53,7 @@ class SpanSession:
         self._session: SplitSession | None = None
         self._adapter: str | None = None  # version of the adapter that the caches were computed with
         self._prompts: torch.Tensor | None = None  # of the first step
+        self._prompted = 0  # positions to which that step added prompts, deep ones of an adapter too
         self._padding: torch.Tensor | None = None  # (B, position) bool; None: every position is real
         self._positions: torch.Tensor | None = None  # (B or 1, position) int64; None: they count from 0
         self._order: torch.Tensor | None = None  # of rows, for the next step
@@ -90,7 +93,10 @@ class SpanSession:
         padding = arguments.padding(attention_mask, hidden.shape, past=self.position, packs=False)
         positions = arguments.position_ids(position_ids)
         if not self.position:
-            self._prompts = prompts
+            self._prompts = None if prompts is None else check_prompts(prompts.detach(), self.span, hidden)
+            if self._prompts is not None and self._prompts.dim() == 4:
+                text = "prompts: all rows of a session have the same ones; open a session for each"
+                raise ConfigError(text, key="prompts", seen=tuple(self._prompts.shape))
         return self.advance(
             hidden, padding=padding, positions=positions, adapter=lambda: self._find_adapter(self._prompts)
         )
@@ -100,6 +106,13 @@ class SpanSession:
         if not 0 <= position <= self.position:
             where = f"the session is at position {self.position}"
             raise ConfigError(f"rollback({position}): {where}", key="rollback", seen=position)
+        if 0 < position < self._prompted:
+            raise ConfigError(
+                f"rollback({position}): prompts were added to the first {self._prompted} positions in the first step, and "
+                "would not be added again; go back to 0, or not as far",
+                key="rollback",
+                seen=position,
+            )
         if self._padding is not None:
             self._padding = self._padding[:, :position]
         if self._positions is not None:
@@ -140,6 +153,7 @@ class SpanSession:
             self.chain, self.span, max_length, open_session=self._open_session, find_adapter=self._find_adapter
         )
         other._position, other._rows, other._adapter = self._position, self._rows, self._adapter
+        other._prompted = self._prompted
         other._padding, other._positions, other._prompts = self._padding, self._positions, self._prompts
         return other
 
@@ -211,9 +225,7 @@ class SpanSession:
         self._rows, self._padding = rows, padding
         return to_device(output, hidden.device)
 
-    def _opened(
-        self, rows: int, adapter: Callable[[], AdapterVersion | None], *, same_adapter: bool
-    ) -> SplitSession:
+    def _opened(self, rows: int, adapter: Callable[[], AdapterVersion | None], *, same_adapter: bool) -> SplitSession:
         """The session on the servers, with room for so many rows."""
         session = self._session
         if session is not None and not same_adapter and self._adapter != version_name(adapter()):
@@ -229,6 +241,8 @@ class SpanSession:
         if session is None:
             version = adapter()
             session, self._adapter = self._open_session(rows, self._room(), version), version_name(version)
+            parts = () if version is None else version.parts
+            self._prompted = max((METHODS[part.method].least_positions(part) for part in parts), default=0)
         self._session = session
         return session
 

@@ -24,7 +24,7 @@ from petals_tune.wire.span import BlockSpan
 
 
 class LocalSession:
-    """KV caches for `rows` rows of at most `max_length` positions on the local blocks `span`."""
+    """KV caches for at most `rows` rows of `max_length` positions on the local blocks `span`."""
 
     def __init__(
         self, blocks: LocalBlocks, span: BlockSpan, *, rows: int, max_length: int, parts: Sequence[AdapterPart]
@@ -58,6 +58,18 @@ class LocalSession:
         if self._keeps_states:
             self._history.add(inputs)
         return output
+
+    def fork(self, position: int, *, rows: int, max_length: int, order: torch.Tensor | None) -> LocalSession:
+        """As `ChainSession.fork`."""
+        forked = LocalSession(self._blocks, self._session.span, rows=rows, max_length=max_length, parts=self._parts)
+        order = compose(self._order, order)
+        forked._history, forked._keeps_states = self._history.fork(position, order), self._keeps_states
+        try:
+            forked._session = self._session.fork(position, rows, max_length, order)
+        except SessionLost:  # of states, which are computed again from the history
+            if forked._history.length < position:
+                raise
+        return forked
 
     def _run(self, inputs: Inputs, position: int, device: torch.device) -> torch.Tensor:
         outputs = []
