@@ -13,6 +13,10 @@ ROOT = Path(__file__).parent.parent
 
 TESTED_ELSEWHERE = {
     "petals_tune/__main__.py": "tests/train/test_sweep.py",
+    "petals_tune/blocks/generation/session.py": "tests/blocks/generation/test_steps.py",
+    "petals_tune/blocks/generation/sizes.py": "tests/blocks/generation/test_probe.py",
+    "petals_tune/blocks/generation/step_cache.py": "tests/blocks/generation/test_states.py",
+    "petals_tune/blocks/passes.py": "tests/blocks/test_finite.py",
     "petals_tune/blocks/quantization/int8_linear.py": "tests/blocks/test_kernels.py",
     "petals_tune/data/chat_format.py": "tests/data/test_chat_rows.py",
     "petals_tune/data/examples.py": "tests/data/test_encoding.py",

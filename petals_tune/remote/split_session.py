@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from petals_tune.blocks.adapters import Adapter
-from petals_tune.blocks.kv_cache import Session
+from petals_tune.blocks.generation.session import Session
 from petals_tune.errors import SessionLost
 from petals_tune.remote.local import LocalBlocks
 from petals_tune.remote.shared_rows import share_rows
