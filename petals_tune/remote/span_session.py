@@ -108,8 +108,8 @@ class SpanSession:
             raise ConfigError(f"rollback({position}): {where}", key="rollback", seen=position)
         if 0 < position < self._prompted:
             raise ConfigError(
-                f"rollback({position}): prompts were added to the first {self._prompted} positions in the first step, and "
-                "would not be added again; go back to 0, or not as far",
+                f"rollback({position}): the first step added prompts to the first {self._prompted} positions, and the next "
+                "one would not: go back to 0, or not as far",
                 key="rollback",
                 seen=position,
             )

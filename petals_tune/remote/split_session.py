@@ -6,6 +6,7 @@ Shapes: B rows, S new positions, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -35,8 +36,7 @@ class LocalSession:
             client="", span=span, rows=rows, max_length=max_length, adapter=None, adapter_version=None
         )
         self._order: torch.Tensor | None = None  # rows to reorder with the next step
-        self._keeps_states = False
-        self._history = History()  # kept where blocks have states, which cannot always go back
+        self._history = History()  # states, and the keys and values of a window, cannot always go back
 
     def step(self, inputs: Inputs, *, position: int, order: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """As `ChainSession.step`, in this thread and on `device`. Raises Diverged in the place of NotFinite."""
@@ -47,28 +47,22 @@ class LocalSession:
         try:
             output = self._run(inputs, position, device)
         except SessionLost:
-            if self._history.length < position:
-                raise
             replay, at = self._history.replayed(), 0
             for before, self._order in replay.steps:
                 self._run(before, at, device)
                 at += len(before)
             self._order = replay.order
             output = self._run(inputs, position, device)
-        if self._keeps_states:
-            self._history.add(inputs)
+        self._history.add(inputs)
         return output
 
     def fork(self, position: int, *, rows: int, max_length: int, order: torch.Tensor | None) -> LocalSession:
         """As `ChainSession.fork`."""
         forked = LocalSession(self._blocks, self._session.span, rows=rows, max_length=max_length, parts=self._parts)
         order = compose(self._order, order)
-        forked._history, forked._keeps_states = self._history.fork(position, order), self._keeps_states
-        try:
-            forked._session = self._session.fork(position, rows, max_length, order)
-        except SessionLost:  # of states, which are computed again from the history
-            if forked._history.length < position:
-                raise
+        forked._history = self._history.fork(position, order)
+        with suppress(SessionLost):  # then the next step replays the history
+            forked._session = self._session.fork(position, order, rows=rows, max_length=max_length)
         return forked
 
     def _run(self, inputs: Inputs, position: int, device: torch.device) -> torch.Tensor:
@@ -87,7 +81,6 @@ class LocalSession:
             with self._blocks.running(self._session.span, part.hidden, device) as engine:
                 if self._parts and self._session.adapter is None:
                     self._session.adapter = Adapter(tuple(engine.prepare_adapter(self._parts)))
-                self._keeps_states = engine.state_blocks.keep_some(self._session.span)
                 (output,) = engine.step([(self._session, step)])
                 if isinstance(output, Exception):
                     raise output
