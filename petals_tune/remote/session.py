@@ -11,7 +11,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from petals_tune.remote.span_session import SpanSession, counted, real, version_name
-from petals_tune.swarm.history import is_identity
+from petals_tune.remote.speculative.speculation import Speculation
+from petals_tune.swarm.history import Inputs, is_identity
 from petals_tune.wire.adapter import AdapterVersion
 
 
@@ -38,6 +39,7 @@ class RemoteCache(SpanSession, Cache):
         SpanSession.__init__(self, *args, **kwargs)
         self.virtual = 0
         self.ids: torch.Tensor | None = None
+        self.speculation: Speculation | None = None  # drafts, where generate() was asked for them
         self._standing: Standing | None = None  # where generate() left the text; None: the caches changed since
         # Of the last call of generate(): tokens that end a row, and the one behind them.
         self.ends: torch.Tensor | None = None
@@ -95,7 +97,11 @@ class RemoteCache(SpanSession, Cache):
         else:
             self.ids = ids if self.ids is None else torch.cat([self.ids, ids.to(self.ids.device)], dim=1)
         self._standing = None
-        return output
+        # With drafts in `hidden`, its length all the same, for models that go by it: the last position is what counts.
+        return output.expand(-1, hidden.shape[1], -1)
+
+    def _run(self, run: Callable[[Inputs], torch.Tensor], inputs: Inputs) -> torch.Tensor:
+        return run(inputs) if self.speculation is None else self.speculation.step(run, inputs)
 
     # What generate() and the models' mask functions ask.
 

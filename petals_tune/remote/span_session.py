@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn, Self
 
 import torch
@@ -108,8 +109,8 @@ class SpanSession:
             raise ConfigError(f"rollback({position}): {where}", key="rollback", seen=position)
         if 0 < position < self._prompted:
             raise ConfigError(
-                f"rollback({position}): the first step added prompts to the first {self._prompted} positions, and the next "
-                "one would not: go back to 0, or not as far",
+                f"rollback({position}): the first step added prompts to {self._prompted} positions, and the next one "
+                "would not: go back to 0, or not as far",
                 key="rollback",
                 seen=position,
             )
@@ -214,7 +215,10 @@ class SpanSession:
             context_length=self.position + new if positions is None else int(positions.max()) + 1,
         )
         order, self._order = self._order, None
-        output = session.step(inputs, position=self.position, order=order, device=hidden.device)
+        run = partial(session.step, position=self.position, order=order, device=hidden.device)
+        output = self._run(run, inputs)
+        new = output.shape[1]
+        inputs, padding = inputs.cut(0, new), None if padding is None else padding[:, : self.position + new]
         self.chain.client.stats.wait_s += time.perf_counter() - started_s
         positions = inputs.positions
         if positions is not None or self._positions is not None:
@@ -224,6 +228,10 @@ class SpanSession:
         self._position += new
         self._rows, self._padding = rows, padding
         return to_device(output, hidden.device)
+
+    def _run(self, run: Callable[[Inputs], torch.Tensor], inputs: Inputs) -> torch.Tensor:
+        """The output for as many of the positions of `inputs` as the session takes in; `run` sends a step."""
+        return run(inputs)
 
     def _opened(self, rows: int, adapter: Callable[[], AdapterVersion | None], *, same_adapter: bool) -> SplitSession:
         """The session on the servers, with room for so many rows."""
