@@ -113,6 +113,7 @@ class Session:
         self.states.advance(step, states)
         self.position = step.position + step.hidden.shape[1]
 
+    @torch.inference_mode()
     def fork(self, position: int, order: torch.Tensor | None, *, rows: int, max_length: int) -> Session:
         """A session of at most `rows` rows that begins with the first `position` positions of this one's.
 
