@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from petals_tune.adapters.base import linear_features
+from petals_tune.blocks.adapter_stacks import SLOTS_A_ROW
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.experts.stack import ExpertStack
 from petals_tune.blocks.generation.probe import StateBlocks
@@ -193,9 +194,9 @@ class Footprint:
     def _of_adapter(self, one: Pass) -> tuple[int, int]:
         """(kept by its parts, most beside that while a part is applied): bytes for each row and position."""
         expert_rows = math.ceil(max(block.seen.expert_rows for block in self._of(one.span)))
-        adapters = one.mates if one.adapter is None else (one.adapter, *one.mates)
-        each = [adapter.position_bytes(expert_rows, training=one.train) for adapter in adapters]
-        kept, working = (max(sizes) for sizes in zip(*each, strict=True)) if each else (0, 0)
+        kept, working = (0, 0) if one.adapter is None else one.adapter.position_bytes(expert_rows, training=one.train)
+        for mate in one.mates:
+            working = max(working, SLOTS_A_ROW * mate.position_bytes(expert_rows, training=False).working)
         return kept, working
 
 
