@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -14,6 +14,8 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from petals_tune.errors import ConfigError
+from petals_tune.remote.adapters.calls import generate_with
+from petals_tune.remote.adapters.choice import NOT_GIVEN
 from petals_tune.remote.continuation import going_on, standing_after, standing_text
 from petals_tune.remote.session import RemoteCache
 from petals_tune.remote.span_session import DEFAULT_MAX_LENGTH
@@ -60,7 +62,15 @@ class RemoteGeneration:
             finally:
                 self._active_session = outer
 
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, draft: Draft = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args: Any,
+        draft: Draft = None,
+        adapter: Any = NOT_GIVEN,
+        adapters: Sequence[str | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As in transformers; over slow lines faster with a `draft`: guesses of several tokens, checked in one step.
 
         In a session, a call without an input goes on with the text where the session stands.
@@ -71,8 +81,15 @@ class RemoteGeneration:
         guessed follows the measured times. Guesses are made where one row is generated from token ids, greedily or by
         sampling; otherwise a warning says that there are none.
 
+        `adapter` and `adapters` are as of a call of the model (remote/adapters/calls.py).
+
         Raises ConfigError without an input in a session that holds no text, and for a draft of another vocabulary.
         """
+        if adapter is not NOT_GIVEN or adapters is not None:
+            named = dict(zip(("generation_config", "logits_processor", "stopping_criteria"), args, strict=False))
+            if draft is not None:
+                kwargs["draft"] = draft
+            return generate_with(self, adapter, adapters, inputs, {**named, **kwargs})
         source = choose_draft(self, draft)
         given = kwargs.get("past_key_values")
         session = self._active_session if given is None else given
@@ -116,8 +133,13 @@ class RemoteGeneration:
             # Of a local cache; some checkpoints name one. And sessions cut long prompts themselves.
             generation_config.cache_implementation = generation_config.prefill_chunk_size = None
             refuse_adapter_names(self, self.remote_blocks)  # type: ignore[arg-type]  # a model
-            ends: Any = generation_config  # with the tensors that generate() made of its tokens
-            cache.begin_turn(self.remote_blocks.adapter()[0], ends=ends._eos_token_tensor, pad=ends._pad_token_tensor)
+            made: Any = generation_config  # with the tensors that generate() made of its tokens
+            cache.begin_turn(
+                self.remote_blocks.adapter()[0],
+                self.remote_blocks.choice,
+                ends=made._eos_token_tensor,
+                pad=made._pad_token_tensor,
+            )
         if _draft.get() is not None:
             has_ids = model_kwargs.get("inputs_embeds") is None
             has_session = isinstance(cache, RemoteCache)

@@ -82,6 +82,7 @@ class RemoteCache(SpanSession, Cache):
         padding: torch.Tensor | None,
         positions: torch.Tensor | None,
         adapter: Callable[[], AdapterVersion | None],
+        choice: object = None,
         same_adapter: bool = False,
     ) -> torch.Tensor:
         ids, self._next_ids = self._next_ids, None
@@ -90,7 +91,12 @@ class RemoteCache(SpanSession, Cache):
         if before == 0:
             self.virtual = 0 if ids is None else hidden.shape[1] - ids.shape[1]
         output = super().advance(
-            hidden, padding=padding, positions=positions, adapter=adapter, same_adapter=same_adapter or not by_hand
+            hidden,
+            padding=padding,
+            positions=positions,
+            adapter=adapter,
+            choice=choice,
+            same_adapter=same_adapter or not by_hand,
         )
         if ids is None or (self.ids is None and before > self.virtual):
             self.ids = None
@@ -132,13 +138,19 @@ class RemoteCache(SpanSession, Cache):
     # What the model with remote blocks does with it.
 
     def begin_turn(
-        self, adapter: AdapterVersion | None, *, ends: torch.Tensor | None = None, pad: torch.Tensor | None = None
+        self,
+        adapter: AdapterVersion | None,
+        choice: object = None,
+        *,
+        ends: torch.Tensor | None = None,
+        pad: torch.Tensor | None = None,
     ) -> None:
-        """Begin a call of generate(); anew where the caches were computed with another adapter than the active one.
+        """Begin a call of generate(); anew where the caches were computed with another adapter than this one.
 
-        `ends` are the tokens that end a row, and `pad` is the one behind them.
+        choice:    what the call named, whose soft prompt is no part of `adapter`; None: nothing
+        ends, pad: the tokens that end a row, and the one behind them
         """
-        if self._session is not None and self._adapter != version_name(adapter):
+        if self._session is not None and (self._adapter, self._choice) != (version_name(adapter), choice):
             self.close()
         self._next_ids, self._by_hand = None, False
         self.ends, self.pad = ends, None if pad is None else int(pad)

@@ -53,6 +53,7 @@ class SpanSession:
         self._rows = 0  # of the step before, in the order that was asked for since
         self._session: SplitSession | None = None
         self._adapter: str | None = None  # version of the adapter that the caches were computed with
+        self._choice: object = None  # how a call named it
         self._prompts: torch.Tensor | None = None  # of the first step
         self._prompted = 0  # positions to which that step added prompts, deep ones of an adapter too
         self._padding: torch.Tensor | None = None  # (B, position) bool; None: every position is real
@@ -154,7 +155,7 @@ class SpanSession:
             self.chain, self.span, max_length, open_session=self._open_session, find_adapter=self._find_adapter
         )
         other._position, other._rows, other._adapter = self._position, self._rows, self._adapter
-        other._prompted = self._prompted
+        other._prompted, other._choice = self._prompted, self._choice
         other._padding, other._positions, other._prompts = self._padding, self._positions, self._prompts
         return other
 
@@ -194,12 +195,14 @@ class SpanSession:
         padding: torch.Tensor | None,
         positions: torch.Tensor | None,
         adapter: Callable[[], AdapterVersion | None],
+        choice: object = None,
         same_adapter: bool = False,
     ) -> torch.Tensor:
         """The output (B, S, H) of all blocks for the next positions; `padding` (B, position + S) is of all of them.
 
-        adapter:      finds the active one
-        same_adapter: it is known to be the one that the caches were computed with
+        adapter:      finds the one to run with
+        choice:       what the call named, whose soft prompt is no part of `adapter`; None: nothing
+        same_adapter: they are known to be those that the caches were computed with
         """
         if hidden.requires_grad and torch.is_grad_enabled():
             text = "a generation session has no gradients: call the model with use_cache=False to train"
@@ -207,7 +210,7 @@ class SpanSession:
         rows, new = hidden.shape[:2]
         self._check(rows, padding)
         started_s = time.perf_counter()
-        session = self._opened(rows, adapter, same_adapter=same_adapter)
+        session = self._opened(rows, adapter, choice, same_adapter=same_adapter)
         inputs = Inputs(  # in host memory, also where the model is on a GPU
             hidden=to_host(hidden)[0],
             padding=None if padding is None or padding[:, -new:].all() else padding[:, -new:].cpu(),
@@ -233,10 +236,16 @@ class SpanSession:
         """The output for as many of the positions of `inputs` as the session takes in; `run` sends a step."""
         return run(inputs)
 
-    def _opened(self, rows: int, adapter: Callable[[], AdapterVersion | None], *, same_adapter: bool) -> SplitSession:
+    def _opened(
+        self, rows: int, adapter: Callable[[], AdapterVersion | None], choice: object, *, same_adapter: bool
+    ) -> SplitSession:
         """The session on the servers, with room for so many rows."""
         session = self._session
-        if session is not None and not same_adapter and self._adapter != version_name(adapter()):
+        if (
+            session is not None
+            and not same_adapter
+            and (self._adapter, self._choice) != (version_name(adapter()), choice)
+        ):
             if self.position:
                 text = "the adapter was changed since this generation session began: open another session"
                 raise ConfigError(text, key="past_key_values")
@@ -248,7 +257,8 @@ class SpanSession:
             session, self._order = grown, None
         if session is None:
             version = adapter()
-            session, self._adapter = self._open_session(rows, self._room(), version), version_name(version)
+            session = self._open_session(rows, self._room(), version)
+            self._adapter, self._choice = version_name(version), choice
             parts = () if version is None else version.parts
             self._prompted = max((METHODS[part.method].least_positions(part) for part in parts), default=0)
         self._session = session
