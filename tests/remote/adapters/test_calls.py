@@ -23,7 +23,7 @@ def logits(net, ids: torch.Tensor, **options) -> torch.Tensor:
 def test_a_call_with_an_adapter_gives_the_numbers_of_peft(saved, shared, name):
     plain = saved.plain(name)
     assert relative_error(logits(shared, IDS, adapter=name), logits(plain, IDS)) <= 1e-5
-    # With a cache, deep prompts of local blocks would be added to every token.
+    # With a cache, local blocks have no deep prompts.
     expected = generated(plain, IDS[:2], use_cache=name != "deep")
     assert torch.equal(generated(shared, IDS[:2], adapter=name), expected)
 

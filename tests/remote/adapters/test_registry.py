@@ -10,6 +10,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from petals_tune.errors import ConfigError, UnsupportedAdapter
+from petals_tune.tuning.deep_prompt import load_deep_prompts
 from tests.models import relative_error
 from tests.raising import raises
 from tests.remote.adapters.conftest import IDS, METHODS, TASK, generated
@@ -152,6 +153,22 @@ def test_a_model_with_pefts_layers_takes_no_others_beside_them(saved, model):
 def test_only_a_peft_model_around_this_model_is_adopted(saved, model):
     with raises(ConfigError, key="adapters"):
         model.adapters.adopt(saved.plain("prompt"))
+
+
+def test_deep_prompts_are_adopted_with_the_soft_prompt_that_they_belong_to(saved, model):
+    config = peft.PromptTuningConfig(task_type=TASK, num_virtual_tokens=2)
+    net = peft.get_peft_model(model, config, adapter_name="other")
+    net.load_adapter(str(saved.folders["deep"]), adapter_name="mine")
+    load_deep_prompts(model, saved.folders["deep"])
+    with raises(ConfigError, key="adapters", seen=["default"]):
+        model.adapters.adopt(net)
+    load_deep_prompts(model, saved.folders["deep"], adapter="mine")
+    model.adapters.adopt(net)
+    with torch.no_grad():
+        found = model(input_ids=IDS, adapter="mine").logits
+        assert relative_error(found, saved.plain("deep")(input_ids=IDS).logits) <= 1e-5
+        found = model(input_ids=IDS, adapter=None).logits
+        assert relative_error(found, saved.plain(None)(input_ids=IDS).logits) <= 1e-5
 
 
 def test_many_adapters_in_turn_are_uploaded_once(saved, model):

@@ -122,7 +122,7 @@ def test_a_call_refuses_what_is_for_one_adapter(shared, name):
         shared(input_ids=IDS, adapters=ROWS, **{name: True})
 
 
-@pytest.mark.parametrize("name", ["past_key_values", "streamer", "return_dict_in_generate", "inputs_embeds"])
+@pytest.mark.parametrize("name", ["past_key_values", "streamer", "return_dict_in_generate", "inputs_embeds", "draft"])
 def test_generation_refuses_what_is_for_one_adapter(shared, name):
     with raises(ConfigError, key=name):
         shared.generate(IDS, adapters=ROWS, **{name: IDS})
