@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -11,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from petals_tune.copies import to_device, to_host
 from petals_tune.errors import ConfigError
+from petals_tune.remote.speculative.speculation import Speculation
 from petals_tune.remote.split_session import SplitSession
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
@@ -44,11 +46,13 @@ class RemoteCache(Cache):
         self.virtual = 0
         self.max_length = max_length  # text positions
         self.ids: torch.Tensor | None = None
+        self.speculation: Speculation | None = None  # drafts, where generate() was asked for them
         self.span = span
         self.chain = chain
         self._open_session = open_session
         self._session: SplitSession | None = None
         self._adapter: str | None = None  # version of the adapter that the caches were computed with
+        self._choice: object = None  # how the call named it
         self._padding: torch.Tensor | None = None  # (B, position) bool; None: every position is real
         self._positions: torch.Tensor | None = None  # (B or 1, position) int64; None: they count from 0
         self._order: torch.Tensor | None = None
@@ -128,9 +132,12 @@ class RemoteCache(Cache):
 
     # What the model with remote blocks does with it.
 
-    def begin_turn(self, adapter: AdapterVersion | None) -> None:
-        """Begin a call of generate(); anew where the caches were computed with another adapter than the active one."""
-        if self._session is not None and self._adapter != _version(adapter):
+    def begin_turn(self, adapter: AdapterVersion | None, choice: object = None) -> None:
+        """Begin a call of generate(); anew where the caches were computed with another adapter than this one.
+
+        choice: what the call named, whose soft prompt is no part of `adapter`; None: nothing
+        """
+        if self._session is not None and (self._adapter, self._choice) != (_version(adapter), choice):
             self.close()
         self._next_ids, self._by_hand = None, False
 
@@ -182,6 +189,7 @@ class RemoteCache(Cache):
         padding: torch.Tensor | None,
         positions: torch.Tensor | None,
         adapter: Callable[[], AdapterVersion | None],
+        choice: object = None,
     ) -> torch.Tensor:
         """The output (B, S, H) of all blocks for the next positions; `padding` (B, position + S) is of all of them."""
         ids, self._next_ids = self._next_ids, None
@@ -191,7 +199,7 @@ class RemoteCache(Cache):
             raise ConfigError(text, key="use_cache")
         rows, new = hidden.shape[:2]
         self._check(rows, padding)
-        if by_hand and self._session is not None and self._adapter != _version(adapter()):
+        if by_hand and self._session is not None and (self._adapter, self._choice) != (_version(adapter()), choice):
             text = "the adapter was changed since this generation session began: open another session"
             raise ConfigError(text, key="past_key_values")
         started_s = time.perf_counter()
@@ -199,7 +207,7 @@ class RemoteCache(Cache):
             self.virtual = 0 if ids is None else new - ids.shape[1]
         if self._session is None:
             version = adapter()
-            self._adapter = _version(version)
+            self._adapter, self._choice = _version(version), choice
             self._session = self._open_session(rows, self.max_length + self.virtual, version)
         inputs = Inputs(  # in host memory, also where the model is on a GPU
             hidden=to_host(hidden)[0],
@@ -208,7 +216,10 @@ class RemoteCache(Cache):
             context_length=self.position + new if positions is None else int(positions.max()) + 1,
         )
         order, self._order = self._order, None
-        output = self._session.step(inputs, position=self.position, order=order, device=hidden.device)
+        run = partial(self._session.step, position=self.position, order=order, device=hidden.device)
+        output = run(inputs) if self.speculation is None else self.speculation.step(run, inputs)
+        new = output.shape[1]  # without drafts, of which `output` has nothing
+        inputs, padding = inputs.cut(0, new), None if padding is None else padding[:, : self.position + new]
         self.chain.client.stats.wait_s += time.perf_counter() - started_s
         if ids is None or (self.ids is None and self.position > self.virtual):
             self.ids = None
@@ -221,7 +232,8 @@ class RemoteCache(Cache):
             self._positions = torch.cat([before.expand(count, -1), now.expand(count, -1)], dim=1)
         self.position += new
         self._padding = padding
-        return to_device(output, hidden.device)
+        # With drafts in `hidden`, its length all the same, for models that go by it: the last position is what counts.
+        return to_device(output, hidden.device).expand(-1, hidden.shape[1], -1)
 
     def _check(self, rows: int, padding: torch.Tensor | None) -> None:
         """Raises ConfigError for another number of rows, or another mask, than what the caches were computed with."""
