@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from petals_tune.adapters import METHODS, AdapterMethod
-from petals_tune.adapters.base import linear_features, refusal
+from petals_tune.adapters.base import PositionBytes, linear_features, refusal
 from petals_tune.blocks.experts.stack import ExpertStack
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.span import BlockSpan
@@ -34,6 +35,7 @@ class Adapter:
     """What a client sent for some blocks, as leaves that gradients are taken at."""
 
     parts: tuple[AdapterPart, ...]
+    _position_bytes: dict[tuple[int, bool], PositionBytes] = field(default_factory=dict, compare=False, repr=False)
 
     def on(self, span: BlockSpan) -> Adapter:
         return Adapter(tuple(part for part in self.parts if part.block in span))
@@ -53,6 +55,21 @@ class Adapter:
                     f"to hold the whole {part.method}",
                 )
 
+    def position_bytes(self, expert_rows: int, *, training: bool) -> PositionBytes:
+        """What all its parts keep for each position of a row, and the most beside that while one of them is applied.
+
+        `expert_rows`: how many rows experts multiply for a position. Found once: batches ask at each step.
+        """
+        key = expert_rows, training
+        if key not in self._position_bytes:
+            kept, working = 0, 0
+            for part in self.parts:
+                method = METHODS[part.method]
+                each, rows = method.position_bytes(part, training=training), expert_rows if method.on_experts else 1
+                kept, working = kept + rows * each.kept, max(working, rows * each.working)
+            self._position_bytes[key] = PositionBytes(kept, working)
+        return self._position_bytes[key]
+
     @cached_property
     def by_place(self) -> tuple[Parts, Parts]:
         """The parts at inputs and the parts at outputs, by their places; made once for all steps of a session."""
@@ -64,29 +81,96 @@ class Adapter:
             parts.setdefault((part.block, part.module), []).append((method, part))
         return at_input, at_output
 
+    @cached_property
+    def identity(self) -> tuple[int, ...]:
+        """Which parts it has, whatever they hold: equal for what several sessions were given of one upload."""
+        return tuple(map(id, self.parts))
+
     @property
     def tensors(self) -> list[torch.Tensor]:
         return [tensor for part in self.parts for tensor in part.tensors]
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CallPlan:
-    """What the hooks do during one call. A place has several parts where several adapters are active."""
+    """What the hooks do during one call. A place has several parts where several adapters are active.
+
+    Where sessions with different adapters share the call, `sessions` has the plan of each and how many rows it has;
+    `at_input` and `at_output` then have the places alone.
+    """
 
     at_input: Parts
     at_output: Parts
     train: bool
     seed: int
     of_experts: dict[int, Sequence[Any]] = field(default_factory=dict)  # by part: what it has for each expert
+    sessions: Sequence[tuple[CallPlan, int]] = ()
 
     @classmethod
     def of(cls, adapter: Adapter | None, *, train: bool, seed: int) -> CallPlan:
         at_input, at_output = ({}, {}) if adapter is None else adapter.by_place
         return cls(at_input=at_input, at_output=at_output, train=train, seed=seed)
+
+    @classmethod
+    def of_sessions(cls, sessions: Sequence[tuple[Adapter | None, int]]) -> CallPlan:
+        """The plan of a generation step that several sessions share: the adapter of each, and how many rows it has."""
+        plans = [(cls.of(adapter, train=False, seed=0), rows) for adapter, rows in sessions]
+        if len({() if adapter is None else adapter.identity for adapter, _ in sessions}) == 1:
+            return plans[0][0]
+        return cls(
+            at_input=dict.fromkeys((place for plan, _ in plans for place in plan.at_input), ()),
+            at_output=dict.fromkeys((place for plan, _ in plans for place in plan.at_output), ()),
+            train=False,
+            seed=0,
+            sessions=plans,
+        )
+
+    def change_input(self, place: Place, x: torch.Tensor) -> torch.Tensor:
+        """The input to use instead of `x` (B, ..., in)."""
+        if self.sessions:
+            return torch.cat([plan.change_input(place, own) for plan, own in self._by_session(x)])
+        for method, part in self.at_input.get(place, ()):
+            x = method.change_input(part, x, training=self.train)
+        return x
+
+    def change_output(self, place: Place, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The output to use instead of `output` (B, ..., out), which the module computed from `x` (B, ..., in)."""
+        if self.sessions:
+            return torch.cat([plan.change_output(place, *own) for plan, *own in self._by_session(x, output)])
+        for method, part in self.at_output.get(place, ()):
+            output = method.change_output(part, x, output, training=self.train)
+        return output
+
+    def change_product(
+        self, place: Place, stack: ExpertStack, expert: int, x: torch.Tensor, product: torch.Tensor
+    ) -> torch.Tensor:
+        """The product to use instead of that of rows `x` with one expert's matrix. Raises RuntimeError where rows of
+        several sessions are routed together: whose each is, nobody knows."""
+        if self.sessions:
+            raise RuntimeError(f"experts at {place} compute rows of several sessions at once")
+        for method, part in self.at_output.get(place, ()):
+            if id(part) not in self.of_experts:
+                self.of_experts[id(part)] = method.split(part, stack.for_adapters)
+            product = method.change_product(part, self.of_experts[id(part)][expert], x, product)
+        return product
+
+    def _by_session(self, *tensors: torch.Tensor) -> Iterator[tuple[Any, ...]]:
+        """The plan of each session with its rows of `tensors`, whose first dimension may be rows times positions.
+
+        Raises RuntimeError for tensors of other rows.
+        """
+        total = sum(rows for _, rows in self.sessions)
+        split = []
+        for tensor in tensors:
+            each, rest = divmod(len(tensor), total)
+            if rest or not each:
+                raise RuntimeError(f"{len(tensor)} rows in a module, and {total} in the call")
+            split.append(tensor.split([each * rows for _, rows in self.sessions]))
+        return zip((plan for plan, _ in self.sessions), *split, strict=True)
 
 
 class AdapterHooks:
@@ -113,6 +197,17 @@ class AdapterHooks:
         self._plan = plan
         if plan is not None:
             self._add_hooks(plan)
+
+    @contextmanager
+    def alone(self, session: int) -> Iterator[None]:
+        """Within the block, modules compute rows of this one of the plan's sessions and of no other."""
+        plan = self._plan
+        if plan is not None and plan.sessions:
+            self._plan, _ = plan.sessions[session]
+        try:
+            yield
+        finally:
+            self._plan = plan
 
     def _add_hooks(self, plan: CallPlan) -> None:
         """Add the hooks that `plan` is the first to need: one that has nothing to do costs a token 1 % of its time."""
@@ -164,12 +259,7 @@ class AdapterHooks:
                 return None
             if plan.train and path == "":
                 _seed(args[0].device, (plan.seed + SEED_STEP * block) % 2**63)
-            if place not in plan.at_input:
-                return None
-            x = args[0]
-            for method, part in plan.at_input[place]:
-                x = method.change_input(part, x, training=plan.train)
-            return (x, *args[1:])
+            return (plan.change_input(place, args[0]), *args[1:]) if place in plan.at_input else None
 
         return hook
 
@@ -178,9 +268,7 @@ class AdapterHooks:
             plan = self.plan
             if plan is None or place not in plan.at_output:
                 return None
-            for method, part in plan.at_output[place]:
-                output = method.change_output(part, args[0], output, training=plan.train)
-            return output
+            return plan.change_output(place, args[0], output)
 
         return hook
 
@@ -190,11 +278,7 @@ class AdapterHooks:
             if plan is None or place not in plan.at_output:
                 return None
             x, expert = args
-            for method, part in plan.at_output[place]:
-                if id(part) not in plan.of_experts:
-                    plan.of_experts[id(part)] = method.split(part, stack.for_adapters)
-                output = method.change_product(part, plan.of_experts[id(part)][expert], x, output)
-            return output
+            return plan.change_product(place, stack, expert, x, output)
 
         return hook
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from petals_tune.blocks.engine import Engine
-from petals_tune.blocks.kv_cache import CacheSizes
+from petals_tune.blocks.generation.sizes import CacheSizes
 from petals_tune.errors import PetalsTuneError
 from petals_tune.net.in_process import InProcessNetwork
 from petals_tune.net.members import Members
