@@ -13,6 +13,7 @@ import torch
 
 from petals_tune.errors import ConfigError
 from petals_tune.remote.function import RemoteBlocksFunction, RemoteCall
+from petals_tune.remote.interleaved import Interleaved
 from petals_tune.remote.local import LocalBlocks
 from petals_tune.remote.model_call import ModelCall, running_call
 from petals_tune.remote.split_session import LocalSession, SplitSession
@@ -71,24 +72,40 @@ class Backbone:
         self, span: Span, hidden: torch.Tensor, padding: torch.Tensor | None, positions: torch.Tensor | None
     ) -> torch.Tensor:
         """(B, S, H) -> (B, S, H), differentiable in `hidden` and in the adapter on the blocks of `span`."""
-        context = CallContext(
+        context = self._context(span, padding, positions)
+        rows = self.micro_batch(hidden.shape[1])
+        for part in span.parts():
+            if part.local is not None:
+                hidden = part.local.forward(part.span, hidden, context, parts=part.own_adapter(), rows=rows)
+            else:
+                call, tensors = self._remote_call(part, context, rows)
+                hidden = RemoteBlocksFunction.apply(call, hidden, *tensors)
+        return hidden
+
+    def run_in_step(self, step: Interleaved, span: Span, hidden: torch.Tensor, call: ModelCall) -> torch.Tensor:
+        """As `run`, with the loss of each micro-batch and its way back; no block is local."""
+
+        def remote_call() -> tuple[RemoteCall, list[torch.Tensor]]:
+            context = self._context(span, call.padding, call.positions)
+            return self._remote_call(span, context, self.micro_batch(hidden.shape[1]))
+
+        return step.through_blocks(remote_call, hidden, train=span.training)
+
+    def _context(self, span: Span, padding: torch.Tensor | None, positions: torch.Tensor | None) -> CallContext:
+        return CallContext(
             padding=None if padding is None else padding.cpu(),
             positions=None if positions is None else positions.cpu(),
             context_length=None if positions is None else int(positions.max()) + 1,
             train=span.training,
             seed=int(torch.randint(2**62, ())) if span.training else 0,
         )
-        rows = self.micro_batch(hidden.shape[1])
-        for part in span.parts():
-            if part.local is not None:
-                hidden = part.local.forward(part.span, hidden, context, parts=part.own_adapter(), rows=rows)
-            else:
-                adapter, tensors = part.adapter()
-                call = RemoteCall(
-                    chain=self.chain, span=part.span, context=replace(context, adapter=adapter), rows=rows
-                )
-                hidden = RemoteBlocksFunction.apply(call, hidden, *tensors)
-        return hidden
+
+    def _remote_call(self, part: Span, context: CallContext, rows: int) -> tuple[RemoteCall, list[torch.Tensor]]:
+        """The call of blocks that are on servers, and the adapter's tensors on them."""
+        adapter, tensors = part.adapter()
+        return RemoteCall(
+            chain=self.chain, span=part.span, context=replace(context, adapter=adapter), rows=rows
+        ), tensors
 
     def micro_batch(self, positions: int) -> int:
         """Return the rows of a micro-batch of texts of so many positions."""

@@ -42,7 +42,11 @@ class Scores:
 
 
 class Objective(Protocol):
-    """Scores a batch. `headline` is a run's main metric, `task_type` determines the head that the model needs."""
+    """Scores a batch. `headline` is a run's main metric, `task_type` determines the head that the model needs.
+
+    With an attribute `by_rows` that is true, what each token adds to the means depends on its own row alone: rows may
+    be scored in parts.
+    """
 
     headline: str
     task_type: TaskType
@@ -56,6 +60,7 @@ class Objective(Protocol):
 class CausalLM:
     """Mean cross entropy of the supervised tokens, in nats."""
 
+    by_rows = True
     headline = "perplexity"
     task_type = TaskType.CAUSAL_LM
 
@@ -70,6 +75,7 @@ class CausalLM:
 class LabelWords:
     """Classification by label words: cross entropy of a row's label word among the label words alone."""
 
+    by_rows = True
     headline = "accuracy"
     task_type = TaskType.CAUSAL_LM
 

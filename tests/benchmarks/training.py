@@ -39,6 +39,7 @@ from petals_tune.remote.auto import AutoDistributedModelForCausalLM
 from petals_tune.remote.skeleton import Skeleton, fill_with_placeholders
 from petals_tune.swarm.local import local_swarm
 from petals_tune.train.objective import CausalLM
+from petals_tune.train.scoring import score
 from petals_tune.tuning.support import collect_adapter, tune
 from tests.benchmarks.in_process import THREADS, in_process, model_source
 
@@ -88,7 +89,7 @@ class Side:
     def step(self, batch: dict[str, torch.Tensor]) -> None:
         torch.set_num_threads(self.threads)
         started_s = time.perf_counter()
-        scores = CausalLM()(self.net, batch)
+        scores = score(CausalLM(), self.net, batch)
         scores.loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
