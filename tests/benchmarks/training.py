@@ -44,6 +44,7 @@ from petals_tune.tuning.support import collect_adapter, tune
 from tests.benchmarks.in_process import THREADS, in_process, model_source
 
 ROWS, PROMPT_TOKENS, TEXT_TOKENS = 8, 16, 128
+WHOLE = "swarm, all forward before the first goes back"
 _MB = 2**20
 SKELETONS: dict[str, tuple[PretrainedConfig, peft.LoraConfig]] = {
     "bloom-176b": (
@@ -80,16 +81,17 @@ class Side:
     seconds: list[float]
     losses: list[float]
 
-    def __init__(self, name: str, model: nn.Module, config: peft.PeftConfig, *, threads: int):
+    def __init__(self, name: str, model: nn.Module, config: peft.PeftConfig, *, threads: int, whole: bool = False):
         torch.manual_seed(0)
         self.name, self.threads, self.seconds, self.losses = name, threads, [], []
+        self._whole = whole
         self.net = tune(model, config).train()
         self._optimizer = torch.optim.AdamW([p for p in self.net.parameters() if p.requires_grad], lr=1e-3)
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
         torch.set_num_threads(self.threads)
         started_s = time.perf_counter()
-        scores = score(CausalLM(), self.net, batch)
+        scores = CausalLM()(self.net, batch) if self._whole else score(CausalLM(), self.net, batch)
         scores.loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -131,6 +133,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", default=THREADS, help="of the in-process sides")
     parser.add_argument("--methods", default="prompt,lora")
     parser.add_argument("--no-lease", action=argparse.BooleanOptionalAction, default=True, help="also without leases")
+    parser.add_argument("--whole", action="store_true", help="also a step whose micro-batches wait for each other")
     parser.add_argument("--memory", action="store_true", help="only: peak memory of LoRA's step, client and in-process")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)  # in a process of its own: "in-process", or a swarm's peer
     parser.add_argument("--skeleton", choices=sorted(SKELETONS), help="only: build the client's part of a large model")
@@ -162,6 +165,8 @@ def compared(source: str, options: argparse.Namespace, stack: ExitStack) -> dict
     swarms = {"swarm": swarm()}
     if options.no_lease:
         swarms["swarm, no leases"] = swarm("limits.max_lease_gb=0")
+    if options.whole:
+        swarms[WHOLE] = swarms["swarm"]
     vocabulary = Checkpoint(source).config.vocab_size
     torch.manual_seed(1)
     ids = torch.randint(vocabulary, (ROWS, TEXT_TOKENS))
@@ -175,7 +180,10 @@ def compared(source: str, options: argparse.Namespace, stack: ExitStack) -> dict
     }
     for method in options.methods.split(","):
         config = method_config(method)
-        sides = [Side(name, remote(peers), config, threads=options.client_threads) for name, peers in swarms.items()]
+        sides = [
+            Side(name, remote(peers), config, threads=options.client_threads, whole=name == WHOLE)
+            for name, peers in swarms.items()
+        ]
         for same in (False, True):
             name = f"in-process{', same kernels' * same}"
             for threads in options.threads:
@@ -202,6 +210,8 @@ def compared(source: str, options: argparse.Namespace, stack: ExitStack) -> dict
         figures[f"{method}_in_process_s"] = local_s
         figures[f"{method}_in_process_same_s"] = same_s
         figures[f"{method}_swarm_s"] = seconds["swarm"]
+        if options.whole:
+            figures[f"{method}_whole_s"] = seconds[WHOLE]
         figures[f"{method}_ratio_same"] = same_s / seconds["swarm"]
         figures[f"{method}_ratio"] = local_s / seconds["swarm"]
         if options.no_lease:
