@@ -12,6 +12,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from petals_tune.errors import ConfigError
+from petals_tune.remote.call_prompts import with_own_prompts, with_prompts
 from petals_tune.remote.function import RemoteBlocksFunction, RemoteCall
 from petals_tune.remote.interleaved import Interleaved
 from petals_tune.remote.local import LocalBlocks
@@ -69,16 +70,28 @@ class Backbone:
         return call if call is not None and call.backbone is self else None
 
     def run(
-        self, span: Span, hidden: torch.Tensor, padding: torch.Tensor | None, positions: torch.Tensor | None
+        self,
+        span: Span,
+        hidden: torch.Tensor,
+        padding: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        prompts: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(B, S, H) -> (B, S, H), differentiable in `hidden` and in the adapter on the blocks of `span`."""
+        """(B, S, H) -> (B, S, H), differentiable in `hidden`, in the adapter on the blocks of `span`, and in `prompts`.
+
+        prompts: (L, P, H), added to the first P positions at the input of each block
+        """
         context = self._context(span, padding, positions)
         rows = self.micro_batch(hidden.shape[1])
         for part in span.parts():
+            first = part.span.start - span.span.start
+            own = None if prompts is None else prompts[first : first + part.span.stop - part.span.start]
             if part.local is not None:
-                hidden = part.local.forward(part.span, hidden, context, parts=part.own_adapter(), rows=rows)
+                parts = part.own_adapter()
+                parts = parts if own is None else with_own_prompts(parts, own, part.span)
+                hidden = part.local.forward(part.span, hidden, context, parts=parts, rows=rows)
             else:
-                call, tensors = self._remote_call(part, context, rows)
+                call, tensors = self._remote_call(part, context, rows, prompts=own)
                 hidden = RemoteBlocksFunction.apply(call, hidden, *tensors)
         return hidden
 
@@ -100,12 +113,15 @@ class Backbone:
             seed=int(torch.randint(2**62, ())) if span.training else 0,
         )
 
-    def _remote_call(self, part: Span, context: CallContext, rows: int) -> tuple[RemoteCall, list[torch.Tensor]]:
-        """The call of blocks that are on servers, and the adapter's tensors on them."""
+    def _remote_call(
+        self, part: Span, context: CallContext, rows: int, *, prompts: torch.Tensor | None = None
+    ) -> tuple[RemoteCall, list[torch.Tensor]]:
+        """The call of blocks that are on servers, and the tensors of the adapter on them."""
         adapter, tensors = part.adapter()
-        return RemoteCall(
-            chain=self.chain, span=part.span, context=replace(context, adapter=adapter), rows=rows
-        ), tensors
+        if prompts is not None:
+            adapter, tensors = with_prompts(adapter, tensors, prompts, part.span)
+        own = replace(context, adapter=adapter)
+        return RemoteCall(chain=self.chain, span=part.span, context=own, rows=rows), tensors
 
     def micro_batch(self, positions: int) -> int:
         """Return the rows of a micro-batch of texts of so many positions."""
@@ -122,4 +138,4 @@ class Backbone:
                 own = None if adapter is None or not parts else replace(adapter, parts=parts)
                 calls, repair = self.chain.calls, self.chain.repair
                 sessions.append(ChainSession(calls, repair, part.span, rows=rows, max_length=max_length, adapter=own))
-        return SplitSession(sessions, rows=rows)
+        return SplitSession(sessions, rows=rows, max_length=max_length)
