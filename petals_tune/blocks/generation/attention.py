@@ -79,7 +79,7 @@ def _mask(
     batch_size: int,
     q_length: int,
     mask_function: Callable[..., torch.Tensor],
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
