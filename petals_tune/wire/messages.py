@@ -56,8 +56,8 @@ class Welcome(Message, frozen=True, tag="welcome"):
     record: ServerRecord
     max_in_flight: Annotated[int, msgspec.Meta(ge=1)]
     max_message_bytes: Annotated[int, msgspec.Meta(ge=1)]
-    max_positions: Annotated[int, msgspec.Meta(ge=1)]  # of a row in one request
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)]  # rows x positions of one request
+    max_positions: Annotated[int, msgspec.Meta(ge=1)] | None = None  # of a row in one request; None: by memory
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None  # rows x positions of one request; None: by memory
     token: TokenBytes | None = None  # shows that the server may host blocks of a private swarm
 
 
@@ -145,11 +145,15 @@ class Release(Message, frozen=True, tag="release"):
 
 
 class PutAdapter(Message, frozen=True, tag="put_adapter"):
-    """Upload adapter `version` for blocks `span`. A version names its content; servers keep a client's latest ones."""
+    """Upload adapter `version` for blocks `span`. A version names its content; servers keep those used last.
+
+    replaces: a version for the same blocks that the client will not name again; None: all others stay
+    """
 
     version: Name
     span: BlockSpan
     parts: Annotated[list[AdapterPart], msgspec.Meta(max_length=MAX_PARTS)]
+    replaces: Name | None = None
 
     def __post_init__(self) -> None:
         if outside := [part.block for part in self.parts if part.block not in self.span]:

@@ -44,17 +44,16 @@ class ApartBloomAttention(BloomAttention):
         query, key, value = self._reshape(self.query_key_value(hidden_states))
         assert self.layer_idx is not None
         layer_past.update(key, value, self.layer_idx)
-        # Without padding the model makes a bias of one position alone, since it is told of no more.
-        padded = alibi.unflatten(0, (len(hidden_states), -1)) if alibi.shape[-1] > 1 else None
+        padded = alibi.unflatten(0, (len(hidden_states), -1))  # of one position alone where no session has padding
 
-        def bias(rows: slice, position: int, start: int, stop: int) -> torch.Tensor:
-            if padded is not None:
+        def bias(rows: slice | None, position: int, start: int, stop: int) -> torch.Tensor:
+            if rows is not None:
                 return padded[rows, :, :, start:stop]
             biases = self._biases_of(position + 1, query)
             end = biases.shape[-1] - position - 1
             return biases[..., end + start : end + stop]
 
-        context = attend(query, key, attention_mask, self.inv_norm_factor, bias, of_all_rows=padded is None)
+        context = attend(query, key, attention_mask, self.inv_norm_factor, bias)
         output: torch.Tensor = self.dense(context.flatten(2))
         return dropout_add(output, residual, self.hidden_dropout, self.training), None
 

@@ -37,6 +37,7 @@ class Attending(Protocol):
 
     rows: list[int]  # of each session
     positions: list[int]  # of each session's new token
+    padded: list[bool]  # whether a session has padding
     mask_window: int | None  # of the layers that the next mask is for
 
     def take(self, keys: torch.Tensor) -> list[list[Part]]:
@@ -160,26 +161,33 @@ def attend(
     key: torch.Tensor,
     visible: Sequence[Visible],
     scaling: float | None,
-    bias: Callable[[slice, int, int, int], torch.Tensor] | None = None,
-    *,
-    of_all_rows: bool = True,
+    bias: Callable[[slice | None, int, int, int], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """(B, 1, H, D): as `_attend`, by scaled dot products.
 
-    `bias` gives what is added to the scores, (1 or R, H, 1, T), for some rows, their new position, and the positions
-    from a start to a stop; `of_all_rows`: it is the same for all rows.
+    `bias` gives what is added to the scores, (1 or R, H, 1, T), for the rows of a padded session or for any others
+    (None), their new position, and the positions from a start to a stop.
     """
     here = _current.get()
     assert here is not None
     batch, heads, _, size = query.shape
     grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], size)  # heads of a group are its queries
     outputs, first = [], 0
-    kept, positions, rows = here.cache.take(key), here.cache.positions, here.cache.rows
-    each = [grouped] if len(rows) == 1 else grouped.split(rows)
-    for own, parts, seen, position in zip(each, kept, visible, positions, strict=True):
-        mine = None if bias is None else partial(bias, slice(first, first + len(own)), position)
+    cache, kept = here.cache, here.cache.take(key)
+    each = [grouped] if len(kept) == 1 else grouped.split(cache.rows)
+    for own, parts, seen, position, padded in zip(each, kept, visible, cache.positions, cache.padded, strict=True):
+        mine = None
+        if bias is not None:
+            mine = partial(bias, slice(first, first + len(own)) if padded else None, position)
         outputs.append(
-            _attention(own, _since(parts, seen.first), seen.mask_on(own.device), scaling, mine, of_all_rows=of_all_rows)
+            _attention(
+                own,
+                _since(parts, seen.first),
+                seen.mask_on(own.device),
+                scaling,
+                mine,
+                of_all_rows=mine is None or not padded,
+            )
         )
         first += len(own)
     return _together(outputs).reshape(batch, 1, heads, -1)

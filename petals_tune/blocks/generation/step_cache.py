@@ -43,6 +43,7 @@ class StepCache(Cache):
         self.apart = attention.apart and new_positions == 1
         self.rows = [session.rows for session in sessions]
         self.positions = [session.position for session in sessions]
+        self.padded = [session.padding is not None for session in sessions]
         self.total = max(self.positions) + new_positions
         self.mask_window: int | None = None
         self.layers_seen: set[int] = set()
@@ -190,11 +191,10 @@ class StepCache(Cache):
 
     def mask(self) -> torch.Tensor | None:
         """(B, total) bool, True = attend; None where no session has padding and none is filled up."""
-        padded = any(session.padding is not None for session in self._sessions)
         filled = len(self._sessions) > 1 and (
             not self.apart or any(session.states.current for session in self._sessions)
         )
-        if not padded and not filled:
+        if not any(self.padded) and not filled:
             return None
         mask = torch.zeros(sum(session.rows for session in self._sessions), self.total, dtype=torch.bool)
         first = 0

@@ -28,6 +28,7 @@ TOTAL = max(POSITIONS) + 1
 class Pass:
     rows: list[int] = field(default_factory=lambda: list(ROWS))
     positions: list[int] = field(default_factory=lambda: list(POSITIONS))
+    padded: list[bool] = field(default_factory=lambda: [True] * len(ROWS))
     mask_window: int | None = None
 
 
