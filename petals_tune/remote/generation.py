@@ -93,6 +93,12 @@ class RemoteGeneration:
         source = choose_draft(self, draft)
         given = kwargs.get("past_key_values")
         session = self._active_session if given is None else given
+        with _alone_in(session):
+            return self._generate_in(session, source, inputs, args, kwargs)
+
+    def _generate_in(
+        self, session: Any, source: Any, inputs: torch.Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         text = kwargs.get("input_ids") if inputs is None else inputs
         before = made = None
         if isinstance(session, RemoteCache) and text is None and kwargs.get("inputs_embeds") is None:
@@ -209,6 +215,25 @@ class RemoteGeneration:
         own = super().prepare_inputs_for_generation.__func__  # type: ignore[misc]  # of the user's class
         is_own = own is not GenerationMixin.prepare_inputs_for_generation
         return is_own and original is not None and 0 < cached <= original < length
+
+
+@contextmanager
+def _alone_in(session: Any) -> Iterator[None]:
+    """Raise ConfigError where another thread is generating in `session`, whose caches hold one text."""
+    if not isinstance(session, RemoteCache):
+        yield
+        return
+    if not session.generating.acquire(blocking=False):
+        raise ConfigError(
+            "generate(): another thread generates in this session now, or in the open inference_session() of this "
+            "model; give each thread a session of its own: "
+            "generate(..., past_key_values=model.remote_blocks.new_session(max_length))",
+            key="past_key_values",
+        )
+    try:
+        yield
+    finally:
+        session.generating.release()
 
 
 def with_whole_input(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -46,6 +47,7 @@ class RemoteCache(SpanSession, Cache):
         self.pad: int | None = None
         self._next_ids: torch.Tensor | None = None
         self._by_hand = True  # the next step is not one of generate(), which has compared the adapter
+        self.generating = threading.Lock()  # held by the call of generate() that it is used by
 
     # The rows and positions that the caches hold.
 

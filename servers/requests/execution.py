@@ -236,7 +236,7 @@ class Executor:
         with adapters.room(client, request.version, request.span, size_bytes):
             prepare = partial(self._engine.prepare_adapter, request.parts)
             parts = await self._compute.run(Priority.FORWARD, prepare, client=client)
-            adapters.put(client, request.version, request.span, parts)
+            adapters.put(client, request.version, request.span, parts, replaces=request.replaces)
         return Done()
 
     def _adapter(self, client: str, request: Forward | OpenSession) -> Adapter | None:
