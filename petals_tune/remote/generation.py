@@ -22,6 +22,7 @@ from petals_tune.remote.speculative.choice import (
     turn_of,
     warn_without_drafts,
 )
+from petals_tune.remote.speculative.length import DraftLength
 from petals_tune.tuning.support import refuse_adapter_names
 
 # Of the call of generate() that runs in this thread: transformers refuses arguments that it does not know.
@@ -33,6 +34,7 @@ class RemoteGeneration:
 
     remote_blocks: Any
     _active_session: RemoteCache | None = None
+    _draft_length: tuple[Any, DraftLength] | None = None  # of the latest draft: what was measured serves later calls
     _session_thread: int | None = None  # the one that opened it; others may generate in it
 
     @contextmanager
@@ -129,7 +131,11 @@ class RemoteGeneration:
         cache, source = kwargs.get("past_key_values"), _draft.get()
         steps: AbstractContextManager[None] = nullcontext()
         if source is not None and isinstance(cache, RemoteCache) and len(input_ids) == 1:
-            steps = drafting(cache, source, turn_of(self, cache, generation_config, logits_processor))
+            given, length = self._draft_length or (None, DraftLength())
+            if given != source.given:
+                length = DraftLength()
+            self._draft_length = source.given, length
+            steps = drafting(cache, source, length, turn_of(self, cache, generation_config, logits_processor))
         with steps:
             return super()._sample(  # type: ignore[misc]  # of the user's class
                 input_ids, logits_processor, stopping_criteria, generation_config, **kwargs

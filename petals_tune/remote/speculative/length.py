@@ -108,9 +108,14 @@ class DraftLength:
         tokens = sum(rate**number for number in range(count + 1))
         return tokens / (self.step.predict(count + 1) + count * (self.draft_s or 0.0))
 
-    def observe_drafting(self, count: int, seconds: float) -> None:
-        """Take in that `count` tokens were drafted in `seconds`."""
+    def observe_drafting(self, count: int, seconds: float, *, catches_up: bool = False) -> None:
+        """Take in that `count` tokens were drafted in `seconds`.
+
+        catches_up: the draft model read more of the text first than the last few tokens; that counts as a bound alone
+        """
         each_s = seconds / count
+        if catches_up and (self.draft_s is None or each_s > self.draft_s):
+            return
         self.draft_s = each_s if self.draft_s is None else self.draft_s + 0.2 * (each_s - self.draft_s)
 
     def observe_drafts(self, kind: Hashable, accepted: int, *, rejected: bool) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ class Speculation:
 
     source: Any  # the `draft` that was asked for
     drafter: Drafter
-    length: DraftLength = field(default_factory=DraftLength)
+    length: DraftLength
     steps: int = 0
     drafted: int = 0
     tried: int = 0
@@ -83,6 +83,7 @@ class Speculation:
     _turn: Turn | None = None
     _ahead: Ahead | None = None
     _serves: bool = False  # the step that comes has its output already
+    _drafted_last: bool = False  # the latest step had drafts
 
     @property
     def acceptance(self) -> float:
@@ -98,7 +99,7 @@ class Speculation:
         )
 
     def begin(self, turn: Turn) -> None:
-        self._turn, self._ahead, self._serves = turn, None, False
+        self._turn, self._ahead, self._serves, self._drafted_last = turn, None, False, False
 
     def end(self) -> None:
         self._conclude(rejected=False)
@@ -161,12 +162,14 @@ class Speculation:
         room = min([turn.max_length - length - 1, turn.session_length - length, *before])
         kind = self.drafter.look(text) if room > 0 else None
         count = 0 if kind is None else self.length.choose(kind, room)
+        catches_up, self._drafted_last = not self._drafted_last, count > 0
         if not count:
             return None, kind
         started_s = time.perf_counter()
         drafts = self.drafter.draft(text, count, turn.sampling)
         if drafts.shape[1]:
-            self.length.observe_drafting(drafts.shape[1], time.perf_counter() - started_s)
+            elapsed_s = time.perf_counter() - started_s
+            self.length.observe_drafting(drafts.shape[1], elapsed_s, catches_up=catches_up)
         # Nothing follows an end, and its own output is not needed.
         until = next((at for at, token in enumerate(drafts[0].tolist()) if token in turn.ends), drafts.shape[1])
         return (drafts[:, :until], kind) if until else (None, kind)

@@ -108,5 +108,17 @@ def test_each_kind_of_drafts_has_its_own_acceptance():
     assert length.choose("good", 0) == 0
 
 
+def test_a_draft_model_that_reads_the_text_first_is_not_taken_for_slow():
+    length = DraftLength()
+    length.observe_drafting(4, 2.0, catches_up=True)
+    assert length.draft_s is None
+    length.observe_drafting(4, 0.04)
+    length.observe_drafting(4, 2.0, catches_up=True)
+    assert length.draft_s == pytest.approx(0.01)
+    for _ in range(50):
+        length.observe_drafting(1, 0.005, catches_up=True)  # it got faster meanwhile
+    assert length.draft_s == pytest.approx(0.005, rel=0.01)
+
+
 def test_the_first_step_has_no_drafts():
     assert DraftLength().choose("made", 100) == 0
