@@ -248,6 +248,8 @@ class StepBatcher:
                 batch.append(each)
                 rows, held, longest = now_rows, now_held, now_longest
                 sessions.add(id(each.session))
+        # Those of one adapter side by side, and equal batches in equal order: so adapters share products.
+        batch.sort(key=lambda each: (each.session.client, each.session.adapter_version or "", id(each.session)))
         return [each for each in batch if self._remove(each)]
 
     def _remove(self, waiting: _Waiting) -> bool:
