@@ -24,7 +24,6 @@ from petals_tune.remote.speculative.choice import (
     turn_of,
     warn_without_drafts,
 )
-from petals_tune.remote.speculative.length import DraftLength
 from petals_tune.tuning.support import refuse_adapter_names
 
 # Of the call of generate() that runs in this thread: transformers refuses arguments that it does not know.
@@ -36,7 +35,6 @@ class RemoteGeneration:
 
     remote_blocks: Any
     _active_session: RemoteCache | None = None
-    _draft_length: tuple[Any, DraftLength] | None = None  # of the latest draft: what was measured serves later calls
     _session_thread: int | None = None  # the one that opened it; others may generate in it
 
     @contextmanager
@@ -60,6 +58,14 @@ class RemoteGeneration:
                 yield session
             finally:
                 self._active_session = outer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own call; in a generation with drafts the logits may be here already."""
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, RemoteCache) or cache.speculation is None:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]  # of the user's class
+        ahead = cache.speculation.take(cache, kwargs)
+        return cache.speculation.split(super().__call__(*args, **kwargs)) if ahead is None else ahead  # type: ignore[misc]
 
     def generate(
         self,
@@ -148,10 +154,7 @@ class RemoteGeneration:
         cache, source = kwargs.get("past_key_values"), _draft.get()
         steps: AbstractContextManager[None] = nullcontext()
         if source is not None and isinstance(cache, RemoteCache) and len(input_ids) == 1:
-            given, length = self._draft_length or (None, DraftLength())
-            if given != source.given:
-                length = DraftLength()
-            self._draft_length = source.given, length
+            length = self.remote_blocks.backbone.latest_draft.length_for(source.given)
             steps = drafting(cache, source, length, turn_of(self, cache, generation_config, logits_processor))
         with steps:
             return super()._sample(  # type: ignore[misc]  # of the user's class

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -57,6 +56,7 @@ class RemoteCache(Cache):
         self._positions: torch.Tensor | None = None  # (B or 1, position) int64; None: they count from 0
         self._order: torch.Tensor | None = None
         self._next_ids: torch.Tensor | None = None
+        self._drafted: Inputs | None = None  # behind `position`: servers hold it, and the text may get to it
         self._by_hand = True  # the next step is not one of generate(), which has compared the adapter
 
     def rollback(self, position: int) -> None:
@@ -195,13 +195,13 @@ class RemoteCache(Cache):
         ids, self._next_ids = self._next_ids, None
         by_hand, self._by_hand = self._by_hand, True
         if hidden.requires_grad and torch.is_grad_enabled():
-            text = "a generation session has no gradients: call the model with use_cache=False to train"
-            raise ConfigError(text, key="use_cache")
+            why = "a generation session has no gradients: call the model with use_cache=False to train"
+            raise ConfigError(why, key="use_cache")
         rows, new = hidden.shape[:2]
         self._check(rows, padding)
         if by_hand and self._session is not None and (self._adapter, self._choice) != (_version(adapter()), choice):
-            text = "the adapter was changed since this generation session began: open another session"
-            raise ConfigError(text, key="past_key_values")
+            why = "the adapter was changed since this generation session began: open another session"
+            raise ConfigError(why, key="past_key_values")
         started_s = time.perf_counter()
         if self.position == 0:
             self.virtual = 0 if ids is None else new - ids.shape[1]
@@ -216,11 +216,30 @@ class RemoteCache(Cache):
             context_length=self.position + new if positions is None else int(positions.max()) + 1,
         )
         order, self._order = self._order, None
-        run = partial(self._session.step, position=self.position, order=order, device=hidden.device)
-        output = run(inputs) if self.speculation is None else self.speculation.step(run, inputs)
-        new = output.shape[1]  # without drafts, of which `output` has nothing
-        inputs, padding = inputs.cut(0, new), None if padding is None else padding[:, : self.position + new]
-        self.chain.client.stats.wait_s += time.perf_counter() - started_s
+        output = self._session.step(inputs, position=self.position, order=order, device=hidden.device)
+        elapsed_s = time.perf_counter() - started_s
+        self.chain.client.stats.wait_s += elapsed_s
+        drafted = 0 if self.speculation is None else self.speculation.stepped(new, elapsed_s)
+        text = inputs.cut(0, new - drafted)
+        self._drafted = inputs.cut(new - drafted, new)
+        self._take_in(
+            text,
+            None if ids is None else ids[:, : len(text)],
+            None if padding is None else padding[:, : self.position + len(text)],
+        )
+        return to_device(output, hidden.device)
+
+    def accept(self, ids: torch.Tensor) -> None:
+        """Count the next drafted position, which servers hold already, as one of the text; `ids` (1, 1): its token."""
+        assert self._drafted is not None
+        padding = None if self._padding is None else torch.nn.functional.pad(self._padding, (0, 1), value=True)
+        self._take_in(self._drafted.cut(0, 1), ids, padding)
+        self._drafted = self._drafted.cut(1, len(self._drafted))
+        self._next_ids, self._by_hand = None, True
+
+    def _take_in(self, inputs: Inputs, ids: torch.Tensor | None, padding: torch.Tensor | None) -> None:
+        """Count `inputs`, of the tokens `ids`, as positions of the text; `padding` is of all positions so far."""
+        new = len(inputs)
         if ids is None or (self.ids is None and self.position > self.virtual):
             self.ids = None
         else:
@@ -232,8 +251,6 @@ class RemoteCache(Cache):
             self._positions = torch.cat([before.expand(count, -1), now.expand(count, -1)], dim=1)
         self.position += new
         self._padding = padding
-        # With drafts in `hidden`, its length all the same, for models that go by it: the last position is what counts.
-        return to_device(output, hidden.device).expand(-1, hidden.shape[1], -1)
 
     def _check(self, rows: int, padding: torch.Tensor | None) -> None:
         """Raises ConfigError for another number of rows, or another mask, than what the caches were computed with."""

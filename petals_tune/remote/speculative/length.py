@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 MOST_DRAFTS = 16
 FIRST_GAP, LONGEST_GAP = 4, 128  # steps between two trials of a kind of drafts that does not pay
@@ -121,3 +122,17 @@ class DraftLength:
     def observe_drafts(self, kind: Hashable, accepted: int, *, rejected: bool) -> None:
         """Take in what became of the drafts of one step."""
         self.acceptance.setdefault(kind, Acceptance()).observe(accepted, rejected=rejected)
+
+
+@dataclass
+class LatestDraft:
+    """What was measured with a model's latest draft, which serves the next calls of generate() with the same one."""
+
+    given: Any = None
+    length: DraftLength = field(default_factory=DraftLength)
+
+    def length_for(self, given: Any) -> DraftLength:
+        """Return what is known of the draft `given`; nothing, where the latest was another one."""
+        if self.given != given:
+            self.given, self.length = given, DraftLength()
+        return self.length

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from petals_tune.remote.speculative.length import LONGEST_GAP, MOST_DRAFTS, DraftLength
+from petals_tune.remote.speculative.length import LONGEST_GAP, MOST_DRAFTS, DraftLength, LatestDraft
 
 
 def simulated(*, rate: float, base_s: float, slope_s: float, draft_s: float, steps: int, noise: float = 0.0):
@@ -118,6 +118,14 @@ def test_a_draft_model_that_reads_the_text_first_is_not_taken_for_slow():
     for _ in range(50):
         length.observe_drafting(1, 0.005, catches_up=True)  # it got faster meanwhile
     assert length.draft_s == pytest.approx(0.005, rel=0.01)
+
+
+def test_what_was_measured_serves_later_calls_with_the_same_draft():
+    latest = LatestDraft()
+    first = latest.length_for("lookup")
+    assert latest.length_for("lookup") is first
+    assert latest.length_for("another") is not first
+    assert latest.length_for("lookup") is not first
 
 
 def test_the_first_step_has_no_drafts():
