@@ -174,6 +174,7 @@ class _Server:
         limits = self._options.limits
         least_bytes = engine.footprint.training_bytes(Pass(span=span), 1, BATCH_TOKENS)
         budgets, compute_bytes = fit_budgets(limits, list(engine.spans_by_device), least_bytes)
+        engine.passes.hooks.stacks.max_bytes = budgets.stacks
         stores = Stores.within(
             budgets,
             max_lease_age_s=limits.max_lease_age_s,

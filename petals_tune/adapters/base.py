@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -72,10 +72,13 @@ class AdapterMethod(ABC):
         """Is `layer` one that this method put on a block?"""
 
     @abstractmethod
-    def collect(self, layer: Any, *, block: int, path: str) -> Iterator[tuple[AdapterPart, list[torch.Tensor]]]:
-        """The active adapters of a layer, each with the client's own parameters in the order of the part's tensors.
+    def collect(
+        self, layer: Any, *, block: int, path: str, names: Sequence[str] | None
+    ) -> Iterator[tuple[AdapterPart, list[torch.Tensor]]]:
+        """The adapters `names` of a layer, each with the client's own parameters in the order of the part's tensors.
 
-        `path` is the layer's inside its block. Raises UnsupportedAdapter for what a server would not run.
+        `path` is the layer's inside its block; without `names`, PEFT's active adapters count. Raises UnsupportedAdapter
+        for what a server would not run.
         """
 
     # The server's half.
@@ -96,6 +99,25 @@ class AdapterMethod(ABC):
         self, part: AdapterPart, x: torch.Tensor, output: torch.Tensor, *, training: bool
     ) -> torch.Tensor:
         """The output to use instead of `output`, which the module computed from `x`."""
+        raise NotImplementedError
+
+    def stack_kind(self, part: AdapterPart) -> Hashable | None:
+        """What parts have in common that can be in one stack at a module; None: this one cannot be in any."""
+        return None
+
+    def empty_stack(self, part: AdapterPart, slots: int) -> list[torch.Tensor]:
+        """The tensors (G, ...) of a stack with `slots` slots, for parts of the kind of `part`."""
+        raise NotImplementedError
+
+    def put(self, stack: Sequence[torch.Tensor], slot: int, part: AdapterPart) -> bool:
+        """Copy `part` into a slot; False where its numbers would not be the same there."""
+        raise NotImplementedError
+
+    def change_rows(self, stack: Sequence[torch.Tensor], x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """What to use instead of `output` (G, P, out), which the module computed from `x` (G, P, in).
+
+        Row g is changed by the part in slot g alone. Of a part at the input, `output` is the input.
+        """
         raise NotImplementedError
 
     def split(self, part: AdapterPart, shape: ExpertShape) -> Sequence[Any]:
@@ -152,9 +174,11 @@ class LinearMethod(AdapterMethod):
     def owns(self, layer: nn.Module) -> bool:
         return isinstance(layer, self.peft_layers[0])
 
-    def collect(self, layer: Any, *, block: int, path: str) -> Iterator[tuple[AdapterPart, list[torch.Tensor]]]:
+    def collect(
+        self, layer: Any, *, block: int, path: str, names: Sequence[str] | None
+    ) -> Iterator[tuple[AdapterPart, list[torch.Tensor]]]:
         self.check_layer(f"block {block}, {path}", layer)
-        for adapter in () if layer.disable_adapters else layer.active_adapters:
+        for adapter in chosen_adapters(layer, names):
             if (tensors := self.tensors(layer, adapter)) is not None:
                 part = AdapterPart(
                     block=block,
@@ -174,6 +198,14 @@ class LinearMethod(AdapterMethod):
     @abstractmethod
     def check_shapes(self, part: AdapterPart, inputs: int, outputs: int) -> None:
         """Raises RequestRefused for tensors that do not fit a linear of these features."""
+
+
+def chosen_adapters(layer: Any, names: Sequence[str] | None) -> Sequence[str]:
+    """Return `names`, or where they are None, the adapters that are active in a layer of PEFT's."""
+    if names is not None:
+        return names
+    active: Sequence[str] = () if layer.disable_adapters else layer.active_adapters
+    return active
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:

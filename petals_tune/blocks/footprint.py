@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
 from petals_tune.adapters.base import linear_features
+from petals_tune.blocks.adapter_stacks import SLOTS_A_ROW
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.experts.stack import ExpertStack
 from petals_tune.blocks.generation.probe import StateBlocks
@@ -223,9 +224,10 @@ class Footprint:
 
     def _of_adapter(self, one: Pass) -> tuple[int, int]:
         """(kept by its parts, most beside that while a part is applied): bytes for each row and position."""
-        adapters = one.mates if one.adapter is None else (one.adapter, *one.mates)
-        each = [adapter.position_bytes(self._expert_rows(one), training=one.train) for adapter in adapters]
-        kept, working = (max(sizes) for sizes in zip(*each, strict=True)) if each else (0, 0)
+        expert_rows = self._expert_rows(one)
+        kept, working = (0, 0) if one.adapter is None else one.adapter.position_bytes(expert_rows, training=one.train)
+        for mate in one.mates:
+            working = max(working, SLOTS_A_ROW * mate.position_bytes(expert_rows, training=False).working)
         return kept, working
 
     def _of_adapter_block(self, one: Pass) -> int:

@@ -56,7 +56,7 @@ from petals_tune.wire.tensors import encoded_bytes
 
 MOST_VALUE_BYTES = 8  # of a value in a reply, with its share of the scales of 8-bit vectors, however short these are
 TENSOR_BYTES = 64  # of a tensor beside its values
-KEPT_UPLOADS = 8  # versions of adapters that a stream remembers to have carried; servers keep fewer
+KEPT_UPLOADS = 1024  # versions of adapters that a stream remembers to have carried; servers may have dropped some
 
 UploadName = tuple[str, BlockSpan]
 Request = Forward | Backward | Step
@@ -266,7 +266,10 @@ class Sender:
         name = (context.adapter.version, hop.span)
         task = stream.adapters.get(name)
         if task is None or (task.done() and (task.cancelled() or task.exception())):
-            put = PutAdapter(version=context.adapter.version, span=hop.span, parts=parts)
+            replaced = context.adapter.replaces
+            put = PutAdapter(version=context.adapter.version, span=hop.span, parts=parts, replaces=replaced)
+            if replaced is not None:
+                stream.adapters.pop((replaced, hop.span), None)
             task = stream.adapters[name] = asyncio.create_task(self._put(hop, put))
             if len(stream.adapters) > KEPT_UPLOADS:
                 del stream.adapters[next(iter(stream.adapters))]

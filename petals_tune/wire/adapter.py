@@ -28,6 +28,7 @@ class AdapterVersion:
 
     version: str
     parts: tuple[AdapterPart, ...]  # in the order of the blocks
+    replaces: str | None = None  # version of the same tensors before they were trained further, which nobody needs now
 
     def on(self, span: BlockSpan) -> list[AdapterPart]:
         return [part for part in self.parts if part.block in span]

@@ -145,11 +145,15 @@ class Release(Message, frozen=True, tag="release"):
 
 
 class PutAdapter(Message, frozen=True, tag="put_adapter"):
-    """Upload adapter `version` for blocks `span`. A version names its content; servers keep a client's latest ones."""
+    """Upload adapter `version` for blocks `span`. A version names its content; servers keep those used last.
+
+    replaces: a version for the same blocks that the client will not name again; None: all others stay
+    """
 
     version: Name
     span: BlockSpan
     parts: Annotated[list[AdapterPart], msgspec.Meta(max_length=MAX_PARTS)]
+    replaces: Name | None = None
 
     def __post_init__(self) -> None:
         if outside := [part.block for part in self.parts if part.block not in self.span]:
