@@ -145,7 +145,8 @@ class RequestRefused(PetalsTuneError, ValueError):
     """A request that no server would accept."""
 
     reason: str = ""  # "hidden size", "hidden not finite", "gradient shape", "gradient not finite", "no gradient",
-    # "rows", "order", "fork", "positions", "too long", "adapter", "sum", "ticket", "kind"; empty where a limit is exceeded
+    # "rows", "order", "fork", "positions", "too long", "adapter", "sum", "ticket", "kind"; empty where a limit is
+    # exceeded
     limit: str = ""  # the limit that it exceeds, as its option is called: "max_positions"
     fits: int | None = None  # rows x positions that would be within that limit, where they are known
     block: int | None = None  # where one block of the request is at fault
