@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from petals_tune.blocks.graphs import Graph
 from petals_tune.blocks.recompute import BlockInputs
 from petals_tune.errors import AdapterMissing, BlocksNotHere, LeaseLost, RequestRefused, SessionLost
 from petals_tune.wire.adapter import AdapterPart
-from petals_tune.wire.messages import Backward, CollectSum, Done, Forward, Message, OpenSession, Step
+from petals_tune.wire.messages import Backward, CollectSum, Done, Fork, Forward, Message, OpenSession, Step
 from petals_tune.wire.span import BlockSpan
 from servers.requests.admission import Admission
 from servers.requests.execution import Executor
@@ -231,6 +232,58 @@ async def test_other_blocks_are_refused_before_anything_is_kept(executor, reques
     with raises(BlocksNotHere):
         await executor.run(ME, request_)
     assert len(executor._stores.sessions) == len(executor._stores.adapters) == 0
+
+
+async def begun(executor: Executor, adapter: str | None = None) -> int:
+    """A session of one row at position 3."""
+    session = (await executor.run(ME, OpenSession(span=SPAN, rows=1, max_length=8, adapter=adapter))).session
+    await executor.run(ME, Step(session=session, hidden=torch.ones(1, 3, HIDDEN), position=0))
+    return session
+
+
+async def test_a_session_forks_for_its_own_client_with_its_own_blocks_and_adapter(executor):
+    await executor.run(ME, put(prompt()))
+    session = await begun(executor, "v")
+
+    def asked(**changes: Any) -> OpenSession:
+        place = {name: changes.pop(name) for name in ("position", "order") if name in changes}
+        fork = Fork(**{"session": session, "position": 3, **place})
+        return OpenSession(**{"span": SPAN, "rows": 2, "max_length": 8, "adapter": "v", **changes, "fork": fork})
+
+    with raises(SessionLost):
+        await executor.run(ANOTHER, asked())
+    for changes, error, fields in (
+        ({"adapter": None}, RequestRefused, {"reason": "fork"}),
+        ({"span": BlockSpan(1, 3)}, RequestRefused, {"reason": "fork"}),
+        ({"position": 4}, SessionLost, {}),
+        ({"order": torch.tensor([0, 1])}, RequestRefused, {"reason": "order"}),
+        ({"max_length": 3}, RequestRefused, {"reason": "too long", "max_length": 4}),
+    ):
+        with raises(error, **fields):
+            await executor.run(ME, asked(**changes))
+    assert len(executor._stores.sessions) == 1
+    forked = (await executor.run(ME, asked(order=torch.tensor([0, 0])))).session
+    hidden = torch.ones(2, 1, HIDDEN)
+    found = await executor.run(ME, Step(session=forked, hidden=hidden, position=3))
+    alone = await executor.run(ME, Step(session=session, hidden=hidden[:1], position=3))
+    torch.testing.assert_close(found.hidden, alone.hidden.expand(2, -1, -1), rtol=1e-5, atol=1e-5)
+
+
+async def test_a_fork_of_a_client_that_left_meanwhile_is_not_kept(executor, monkeypatch):
+    session = await begun(executor)
+    run = executor._compute.run
+
+    async def leave(*args: Any, **kwargs: Any) -> Any:
+        result = await run(*args, **kwargs)
+        executor._admission.close_stream(ME)
+        executor._stores.drop_client(ME)
+        return result
+
+    monkeypatch.setattr(executor._compute, "run", leave)
+    request = OpenSession(span=SPAN, rows=1, max_length=8, fork=Fork(session=session, position=3))
+    with raises(SessionLost):
+        await executor.run(ME, request)
+    assert len(executor._stores.sessions) == 0
 
 
 async def test_a_message_that_asks_nothing_is_refused(executor):
