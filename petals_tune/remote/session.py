@@ -86,6 +86,7 @@ class RemoteCache(SpanSession, Cache):
         adapter: Callable[[], AdapterVersion | None],
         choice: object = None,
         same_adapter: bool = False,
+        order: torch.Tensor | None = None,
     ) -> torch.Tensor:
         ids, self._next_ids = self._next_ids, None
         by_hand, self._by_hand = self._by_hand, True
@@ -99,6 +100,7 @@ class RemoteCache(SpanSession, Cache):
             adapter=adapter,
             choice=choice,
             same_adapter=same_adapter or not by_hand,
+            order=order,
         )
         if ids is None or (self.ids is None and before > self.virtual):
             self.ids = None

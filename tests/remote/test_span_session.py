@@ -154,12 +154,18 @@ def test_adapters_on_these_blocks_count(llama):
 def test_arguments_that_do_not_fit_are_refused_and_the_session_goes_on(llama):
     blocks = llama.remote_blocks[1:5]
     with blocks.inference_session(max_length=16) as session:
+        with raises(ConfigError, key="order"):
+            session.step(HIDDEN[:, :4], hypo_ids=torch.tensor([0, 1]))
         session.step(HIDDEN[:, :4])
         with raises(ConfigError, key="past_key_values", seen=1):
             session.step(HIDDEN[:1, 4:])
         for order in ([2, 0], [-1], [], [[0, 1]]):
             with raises(ConfigError, key="order"):
                 session.step(HIDDEN[:, 4:], hypo_ids=torch.tensor(order))
+        with raises(ConfigError, key="past_key_values", seen=2):
+            session.step(HIDDEN[:, 4:], hypo_ids=torch.tensor([1, 0, 0]))
+        with raises(ConfigError, key="attention_mask"):
+            session.step(HIDDEN[:, 4:], hypo_ids=torch.tensor([1, 0]), attention_mask=MASK)
         with raises(ConfigError, key="use_cache"):
             session.step(HIDDEN[:, 4:].clone().requires_grad_())
         with raises(ConfigError, key="position_ids"):
