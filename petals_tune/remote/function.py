@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -51,7 +52,7 @@ class RemoteCall:
 
         while True:
             try:
-                self._wait_for(_all([go(start, start + rows) for start in range(0, len(hidden), rows)]))
+                self._wait_for(all_results([go(start, start + rows) for start in range(0, len(hidden), rows)]))
                 return [traces[start] for start in sorted(traces)]
             except BaseException as error:
                 KeptTraces(self.chain, list(traces.values()))  # which dies, and gives the leases of the others back
@@ -68,7 +69,7 @@ class RemoteCall:
         sums = AdapterSums() if summed else None
 
         async def back() -> tuple[torch.Tensor | None, list[ChainGradients]]:
-            parts = await _all(
+            parts = await all_results(
                 [
                     self.chain.backward(trace, part, sums=sums, term=number)
                     for number, (trace, part) in enumerate(zip(traces, grads, strict=True))
@@ -81,11 +82,17 @@ class RemoteCall:
         return self._wait_for(back())
 
     def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
+        with self.waiting():
+            return loop.run(work)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the block's time as waiting for the swarm. Raises the error of the first micro-batch that failed."""
         started_s = time.perf_counter()
         try:
-            return loop.run(work)
+            yield
         except BaseExceptionGroup as failed:
-            raise failed.exceptions[0] from None  # the first micro-batch that failed; the others were cancelled
+            raise failed.exceptions[0] from None  # the others were cancelled
         finally:
             self.chain.client.stats.wait_s += time.perf_counter() - started_s
 
@@ -109,7 +116,7 @@ def refused_gradient(span: BlockSpan) -> RequestRefused:
     )
 
 
-async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+async def all_results(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """The results, in order. Where one fails, the others are cancelled."""
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(each) for each in work]
@@ -162,7 +169,7 @@ class RemoteBlocksFunction(torch.autograd.Function):
             return None, torch.full_like(grad, torch.nan) if ctx.needs_input_grad[1] else None, *nothing
         hidden, terms = call.backward(ctx.kept.traces, given)
         ctx.kept.leased = False  # where it failed, some are not spent
-        gradients = [to_device(total, own.device) for total, own in zip(_summed(call, terms), adapter, strict=True)]
+        gradients = [to_device(total, own.device) for total, own in zip(summed(call, terms), adapter, strict=True)]
         return None, None if hidden is None else to_device(hidden, grad.device, ctx.dtype), *gradients
 
 
@@ -174,7 +181,7 @@ def _narrowed(call: RemoteCall, output: torch.Tensor, dtype: torch.dtype) -> tor
     return narrow
 
 
-def _summed(call: RemoteCall, terms: Sequence[ChainGradients]) -> list[torch.Tensor]:
+def summed(call: RemoteCall, terms: Sequence[ChainGradients]) -> list[torch.Tensor]:
     """The adapter's gradients in the order of its tensors, summed in the order of `terms`."""
     adapter = call.context.adapter
     if adapter is None:

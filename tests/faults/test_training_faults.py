@@ -17,7 +17,7 @@ from petals_tune.swarm import loop, retry
 from petals_tune.wire.messages import Backward, CollectSum, Forward, Forwarded, Gradients, PutAdapter, Stepped
 from petals_tune.wire.span import BlockSpan
 from tests.faults.network import Network, id_of
-from tests.faults.step import WIDTH, TrainingStep, check
+from tests.faults.step import WIDTH, InterleavedStep, TrainingStep, check
 from tests.raising import raises
 from tests.servers.parts import forward, load
 
@@ -75,6 +75,16 @@ def test_a_fault_inside_a_request_does_not_change_a_number(network, expected, ki
     step.run()
     assert fault.fired.is_set()
     assert network.calls.total() > expected.calls, "the fault was felt: something was asked again"
+    check(step, expected)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("kind", ["killed", "recut"])
+def test_nor_where_micro_batches_go_back_while_others_go_forward(network, expected, kind, moment):
+    fault = network.fault("b", MOMENTS[moment], getattr(Harm(network), kind))
+    step = InterleavedStep(network)
+    step.run()
+    assert fault.fired.is_set()
     check(step, expected)
 
 

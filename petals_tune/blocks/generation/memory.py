@@ -68,7 +68,7 @@ class Shared:
         return [(row, None if len(found) == 1 else (self.order == row).nonzero().flatten()) for row in found]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Part:
     """Keys and values of some positions in one layer. Where `shared` says so, of other rows than the session's."""
 

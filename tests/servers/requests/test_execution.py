@@ -1,5 +1,6 @@
 """Requests without a stream: each reply equals what the engine computes, and belongs to its client."""
 
+import asyncio
 import dataclasses
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from petals_tune.blocks.footprint import Pass
 from petals_tune.blocks.graphs import Graph
 from petals_tune.blocks.recompute import BlockInputs
 from petals_tune.errors import AdapterMissing, BlocksNotHere, LeaseLost, RequestRefused, SessionLost
+from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Backward, CollectSum, Done, Fork, Forward, Message, OpenSession, Step
 from petals_tune.wire.span import BlockSpan
 from servers.requests.admission import Admission
@@ -37,6 +39,12 @@ def executor_of(engine, *clients: str, kept: Stores | None = None, **changes: in
     for client in clients:
         admission.open_stream(client)
     return Executor(*engine, kept or stores(), admission, Turns())
+
+
+def linear(rank: int, generator: torch.Generator) -> AdapterPart:
+    """LoRA on one linear of the small Llama."""
+    tensors = [torch.randn(shape, generator=generator) for shape in ((rank, HIDDEN), (48, rank))]
+    return AdapterPart(block=2, method="lora", module="mlp.gate_proj", scaling=0.1, tensors=tensors)
 
 
 async def test_a_forward_is_what_the_engine_computes(executor, engine):
@@ -75,6 +83,43 @@ async def test_steps_of_a_session_equal_one_forward(executor):
     torch.testing.assert_close(torch.cat(outputs, dim=1), whole.hidden)
     with raises(SessionLost):
         await executor.run(ANOTHER, Step(session=session, hidden=hidden[:, :1], position=0))
+
+
+async def test_eight_sessions_with_eight_adapters_share_their_passes(engine, monkeypatch):
+    """One of the adapters is dropped by the store while its session runs."""
+    names = [f"client {number}" for number in range(8)]
+    executor = executor_of(engine, *names)
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randn(1, 5, HIDDEN, generator=generator) for _ in names]
+    expected, sessions = [], []
+    for number, (name, text) in enumerate(zip(names, texts, strict=True)):
+        part = linear(2 * number + 1, generator)
+        await executor.run(name, put(part))
+        whole = await executor.run(name, Forward(span=SPAN, hidden=text.clone(), adapter="v"))
+        expected.append(whole.hidden)
+        opened = await executor.run(name, OpenSession(span=SPAN, rows=1, max_length=5, adapter="v"))
+        sessions.append(opened.session)
+        await executor.run(name, Step(session=opened.session, hidden=text[:, :2].clone(), position=0))
+    plain = await executor.run(names[0], Forward(span=SPAN, hidden=texts[0].clone()))
+    assert not torch.allclose(plain.hidden, expected[0], rtol=1e-2, atol=1e-2)
+    monkeypatch.setattr("servers.scheduling.step_batcher.MAX_WAIT_STEPS", 1e9)
+    monkeypatch.setattr("servers.scheduling.step_batcher.ENOUGH_SESSIONS", 1.0)
+    passes: list[int] = []
+    step = engine[0].step
+    monkeypatch.setattr(engine[0], "step", lambda steps: passes.append(len(steps)) or step(steps))
+
+    async def next_of(number: int, position: int) -> None:
+        hidden = texts[number][:, position : position + 1].clone()
+        reply = await executor.run(names[number], Step(session=sessions[number], hidden=hidden, position=position))
+        torch.testing.assert_close(reply.hidden, expected[number][:, position : position + 1])
+
+    for position in (2, 3):
+        await asyncio.gather(*(next_of(number, position) for number in range(8)))
+    executor._stores.adapters.drop_client(names[3])
+    with raises(AdapterMissing):
+        await executor.run(names[3], forward(adapter="v"))
+    await asyncio.gather(*(next_of(number, 4) for number in range(8)))
+    assert passes == [8, 8, 8]
 
 
 async def test_terms_of_a_sum_are_summed_when_they_are_collected(executor):
