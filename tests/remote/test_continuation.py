@@ -1,5 +1,6 @@
 """generate() without an input: one text in several calls equals the text of one call."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,10 @@ import peft
 import pytest
 import torch
 
+from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.errors import ConfigError
 from tests.models import VOCABULARY, plain_model
+from tests.parity import remote
 from tests.raising import raises
 
 ROWS, LENGTH, NEW = 2, 9, 12
@@ -20,6 +23,12 @@ LATER = 5  # tokens of each call
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Any:
     return plain_model(folder)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Iterator[Any]:
+    with remote(AutoDistributedModelForCausalLM, folder) as loaded:
+        yield loaded
 
 
 def whole(plain: Any, ids: torch.Tensor = IDS, mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
