@@ -37,7 +37,7 @@ import torch
 _MB = 2**20
 SIDES = ("plain", "swarm")
 THREADS = 2  # of each process that computes: one text is in one of them at a time
-VOCABULARY = 32_000
+VOCABULARY = 16_000
 WARM_UP = 256  # positions
 SAMPLE_S = 0.005
 
