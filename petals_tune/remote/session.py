@@ -88,6 +88,7 @@ class RemoteCache(SpanSession, Cache):
         adapter: Callable[[], AdapterVersion | None],
         choice: object = None,
         same_adapter: bool = False,
+        order: torch.Tensor | None = None,
     ) -> torch.Tensor:
         ids, self._next_ids = self._next_ids, None
         by_hand, self._by_hand = self._by_hand, True
@@ -102,6 +103,7 @@ class RemoteCache(SpanSession, Cache):
             adapter=adapter,
             choice=choice,
             same_adapter=same_adapter or not by_hand,
+            order=order,
         )
         if self.speculation is not None:
             drafted = self.speculation.stepped(hidden.shape[1], time.perf_counter() - started_s)
