@@ -33,6 +33,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import psutil
 import torch
+from transformers.utils import logging
 
 _MB = 2**20
 SIDES = ("plain", "swarm")
@@ -87,6 +88,8 @@ class Memory:
 
 def main() -> None:
     options = arguments()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     if options.side:
         step_of_side(options)
         return
