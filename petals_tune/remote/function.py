@@ -9,7 +9,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -42,11 +42,13 @@ class RemoteCall:
 
         Raises RequestTooLarge where a single row is too large.
         """
-        rows = min(self.rows, len(hidden))
+        rows, call = min(self.rows, len(hidden)), self.context
+        if keep and call.adapter is not None:
+            call = replace(call, adapter=self.chain.calls.adapter_for(call.adapter))
         traces: dict[int, Trace] = {}  # by first row
 
         async def go(start: int, stop: int) -> None:
-            part, context = hidden[start:stop], self.context.rows(start, stop)
+            part, context = hidden[start:stop], call.rows(start, stop)
             traces[start] = await self.chain.forward(part, context, self.span, keep=keep, input_grad=input_grad)
 
         while True:
@@ -65,7 +67,7 @@ class RemoteCall:
         grads = grad.split([len(trace.hidden) for trace in traces])
         # A single micro-batch has nothing to be summed with: its gradients come back with the backward itself.
         summed = self.context.adapter is not None and len(traces) > 1 and self.chain.calls.sums
-        sums = AdapterSums() if summed else None
+        sums = AdapterSums(traces) if summed else None
 
         async def back() -> tuple[torch.Tensor | None, list[ChainGradients]]:
             parts = await _all(

@@ -26,7 +26,7 @@ from petals_tune.errors import (
     ServerTimeout,
 )
 from petals_tune.net.own_lag import awake_s, patience
-from petals_tune.net.stream import SMALL_REPLY_BYTES
+from petals_tune.net.stream import SMALL_REPLY_BYTES, ServerStream, Upload
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.hand_over import HandOverRules, Pass, SentAhead
 from petals_tune.swarm.replies import bad_reply
@@ -34,7 +34,7 @@ from petals_tune.swarm.routes.limits import Size
 from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.trace import CallContext
-from petals_tune.wire.adapter import AdapterPart
+from petals_tune.wire.adapter import AdapterPart, AdapterVersion
 from petals_tune.wire.messages import (
     Backward,
     Chained,
@@ -169,6 +169,7 @@ class Sender:
         tokens: int = 0,
         width: int = 0,
         parts: Sequence[AdapterPart] = (),
+        written: asyncio.Event | None = None,
     ) -> Message:
         """Send `request` and wait for the reply. A server that fails is left alone for a while.
 
@@ -177,6 +178,7 @@ class Sender:
         `context`'s on these blocks.
 
         A request that waits for another server's output has no deadline here: it begins when that output is there.
+        `written` is set once all of the request was written.
         """
         server = hop.server
         waits = isinstance(request, Chained) and request.comes is not None
@@ -190,11 +192,11 @@ class Sender:
             stream = await self._client.stream(server)
             self._check_size(hop, request)
             timeout_s = None if waits else self._client.policy.reply_s if not tokens else self._client.reply_s(server)
-            answer = stream.call(request, timeout_s=timeout_s, most_bytes=most_bytes)
+            answer = stream.call(request, timeout_s=timeout_s, most_bytes=most_bytes, written=written)
             reply = await (self._timed(hop, tokens, answer) if tokens else answer)
         except NotKept as error:  # it works, and lacks only what we can send
             if isinstance(error, AdapterMissing) and upload is not None:
-                self._forget(hop, *upload)
+                await self._forget(hop, *upload)
             raise
         except OverLimit as error:  # no failure: it is asked for less
             error.span = hop.span
@@ -258,33 +260,67 @@ class Sender:
             task.add_done_callback(self._uploading.discard)
             task.add_done_callback(_retrieve_error)  # `ask` meets the error itself
 
-    async def _upload(self, hop: Hop, context: CallContext) -> tuple[UploadName, asyncio.Task[Message]] | None:
-        """Give the server the adapter: once, however many micro-batches need it at the same time."""
+    async def _upload(self, hop: Hop, context: CallContext) -> tuple[UploadName, Upload] | None:
+        """Give the server the adapter: once, however many micro-batches need it at the same time.
+
+        Returns as soon as it was written: the server lets requests that name it wait for it.
+        """
         if context.adapter is None or not (parts := context.adapter_on(hop.span)):
             return None
         stream = await self._client.stream(hop.server)
         name = (context.adapter.version, hop.span)
-        task = stream.adapters.get(name)
-        if task is None or (task.done() and (task.cancelled() or task.exception())):
+        upload = stream.adapters.get(name)
+        if upload is None or upload.failed:
+            written = asyncio.Event()
             put = PutAdapter(version=context.adapter.version, span=hop.span, parts=parts)
-            task = stream.adapters[name] = asyncio.create_task(self._put(hop, put))
+            difference = self._difference(stream, hop, context.adapter)
+            done = asyncio.create_task(self._put(hop, put, difference, written))
+            done.add_done_callback(_retrieve_error)  # where requests wait for it, they meet the error
+            upload = stream.adapters[name] = Upload(done=done, written=written)
             if len(stream.adapters) > KEPT_UPLOADS:
                 del stream.adapters[next(iter(stream.adapters))]
-        await asyncio.shield(task)
-        return name, task
+        await upload.wait_until_written()
+        return name, upload
 
-    async def _put(self, hop: Hop, put: PutAdapter) -> Message:
-        reply = await self.ask(hop, put)
+    def _difference(self, stream: ServerStream, hop: Hop, adapter: AdapterVersion) -> PutAdapter | None:
+        """The upload of `adapter` as the difference from a version that this stream carried; None where there is none.
+
+        One that the server lacked is sent whole.
+        """
+        if (difference := adapter.difference) is None or (adapter.version, hop.span) in stream.adapters:
+            return None
+        before = stream.adapters.get((difference.base, hop.span))
+        if before is None or before.failed:
+            return None
+        parts = [part for part in difference.parts if part.block in hop.span]
+        return PutAdapter(version=adapter.version, span=hop.span, base=difference.base, parts=parts)
+
+    async def _put(self, hop: Hop, put: PutAdapter, difference: PutAdapter | None, written: asyncio.Event) -> Message:
+        if difference is not None:
+            try:
+                return self._done(hop, await self.ask(hop, difference, written=written))
+            except AdapterMissing:
+                pass  # the server dropped the base meanwhile
+        return self._done(hop, await self.ask(hop, put, written=written))
+
+    def _done(self, hop: Hop, reply: Message) -> Message:
         if not isinstance(reply, Done):
             error = bad_reply(hop, f"a {type(reply).__name__} where a Done was due")
             self._client.failed(hop.server, error)
             raise error
         return reply
 
-    def _forget(self, hop: Hop, name: UploadName, task: asyncio.Task[Message]) -> None:
-        """An upload that the server does not keep any more is made again by the next request, and once for all."""
+    async def _forget(self, hop: Hop, name: UploadName, upload: Upload) -> None:
+        """An upload that the server does not keep any more is made again by the next request, and once for all.
+
+        Raises what the upload itself raised.
+        """
+        if not upload.done.done():  # the difference was refused, and it is on its way in whole
+            await asyncio.shield(upload.done)
+            return
+        upload.done.result()
         stream = self._client.open_stream(hop.server)
-        if stream is not None and stream.adapters.get(name) is task:
+        if stream is not None and stream.adapters.get(name) is upload:
             del stream.adapters[name]
 
 
@@ -318,7 +354,9 @@ def largest_reply(request: Message, width: int, parts: Sequence[AdapterPart]) ->
     if isinstance(asked, Forward | Backward | Step):
         rows, positions, _ = carried(asked).shape
         most_bytes += MOST_VALUE_BYTES * rows * positions * width
-    if isinstance(asked, CollectSum) or (isinstance(asked, Backward) and asked.adapter_sum is None):
+    if isinstance(asked, CollectSum) or (
+        isinstance(asked, Backward) and (asked.adapter_sum is None or asked.terms is not None)
+    ):
         tensors = [tensor for part in parts for tensor in part.tensors]
         most_bytes += sum(MOST_VALUE_BYTES * tensor.numel() + TENSOR_BYTES for tensor in tensors)
     return most_bytes
