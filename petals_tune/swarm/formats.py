@@ -9,8 +9,10 @@ import torch
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.tensors import FormatOption, WireFormat, in_dtype, in_format
 
-# Its effect on the loss is measured, and bounded by 1e-3 over 30 steps: tests/benchmarks/wire_formats.py.
-SLOW_FORMAT: WireFormat = "blockwise8"
+# On a slow line. The effect of each on the loss is measured, and below 1e-3 over 30 steps:
+# tests/benchmarks/wire_formats.py. Hidden states in 8 bits are not: a few positions and channels outweigh all others.
+SLOW_HIDDEN: WireFormat = "float16"
+SLOW_GRAD: WireFormat = "blockwise8"
 
 
 @dataclass(kw_only=True)
@@ -19,8 +21,9 @@ class Formats:
 
     `auto` is the dtype in which that server computes. A server casts what it is given to its dtype, and answers in that
     dtype, so no number changes. Gradients of one that computes in float16 are the exception: it scales them
-    (blocks/graphs.py), as the format does. On a line that was measured to be slow (swarm/line.py), `auto` is 8 bits
-    for training, of an adapter's tensors and gradients too; steps of generation, which are small, stay as they are.
+    (blocks/graphs.py), as the format does. On a line that was measured to be slow (swarm/line.py), `auto` is two bytes
+    a value for hidden states of training, and one for gradients, the adapter's and its changes from step to step too;
+    steps of generation, which are small, stay as they are.
     """
 
     hidden: FormatOption = "auto"
@@ -33,10 +36,14 @@ class Formats:
         return "auto" in (self.hidden, self.grad)
 
     def of_hidden(self, server: ServerRecord) -> WireFormat:
-        return self._of(self.hidden, server)
+        if self.hidden != "auto":
+            return self.hidden
+        return SLOW_HIDDEN if self.slow and server.dtype == "float32" else server.dtype
 
     def of_grad(self, server: ServerRecord) -> WireFormat:
-        return self._of(self.grad, server)
+        if self.grad != "auto":
+            return self.grad
+        return SLOW_GRAD if self.slow else server.dtype
 
     def of_step(self, server: ServerRecord) -> WireFormat:
         """The format of a step of generation."""
@@ -45,13 +52,12 @@ class Formats:
     @property
     def of_adapter(self) -> WireFormat:
         """The format of an adapter's gradients."""
-        return SLOW_FORMAT if self.slow else "float32"
+        return SLOW_GRAD if self.slow else "float32"
 
     def hidden_for(self, server: ServerRecord, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden` as it is sent to `server`."""
-        if self.hidden == "auto" and self.slow:
-            return in_format(hidden, SLOW_FORMAT)
-        return self.step_for(server, hidden)
+        wire_format = self.of_hidden(server)
+        return in_format(hidden, wire_format) if wire_format != server.dtype else self.step_for(server, hidden)
 
     def step_for(self, server: ServerRecord, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden` as it is sent to `server` in a step of generation."""
@@ -64,8 +70,3 @@ class Formats:
     def rounding(self, server: ServerRecord) -> frozenset[WireFormat]:
         """The formats that round what `server` gets or answers, beside what it rounds itself."""
         return frozenset({self.of_hidden(server), self.of_grad(server)} - {server.dtype})
-
-    def _of(self, option: FormatOption, server: ServerRecord) -> WireFormat:
-        if option != "auto":
-            return option
-        return SLOW_FORMAT if self.slow else server.dtype

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from petals_tune.net.own_lag import awake_s
 from petals_tune.net.stream import ServerStream
 from petals_tune.swarm.client import SwarmClient
-from petals_tune.swarm.formats import SLOW_FORMAT, Formats
+from petals_tune.swarm.formats import SLOW_GRAD, SLOW_HIDDEN, Formats
 from petals_tune.swarm.routes.round_trips import FAR_S
 from petals_tune.swarm.routes.route import Hop
 from petals_tune.wire.messages import Ping
@@ -96,6 +96,9 @@ class FormatChoice:
         lines = [await measure_line(stream, timeout_s=self._client.policy.connect_s) for stream in streams]
         slowest = min(lines, key=lambda line: (not line.slow, line.bytes_per_s, -line.round_trip_s))
         self._formats.slow = slowest.slow
-        taken = SLOW_FORMAT if slowest.slow else "the dtype of each server"
-        self._client.stats.formats = text = f"{taken} ({slowest}: a {'slow' if slowest.slow else 'fast'} line)"
-        logger.info("swarm: hidden states, gradients and adapters in %s", text)
+        if slowest.slow:
+            taken = f"hidden states in {SLOW_HIDDEN} or narrower, gradients and changes of adapters in {SLOW_GRAD}"
+        else:
+            taken = "the dtype of each server"
+        self._client.stats.formats = f"{taken} ({slowest}: a {'slow' if slowest.slow else 'fast'} line)"
+        logger.info("swarm: formats of training: %s", self._client.stats.formats)

@@ -51,14 +51,12 @@ from petals_tune.wire.messages import (
     carried,
 )
 from petals_tune.wire.records import ServerRecord
-from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import encoded_bytes
 
 MOST_VALUE_BYTES = 8  # of a value in a reply, with its share of the scales of 8-bit vectors, however short these are
 TENSOR_BYTES = 64  # of a tensor beside its values
 KEPT_UPLOADS = 8  # versions of adapters that a stream remembers to have carried; servers keep fewer
 
-UploadName = tuple[str, BlockSpan]
 Request = Forward | Backward | Step
 Build = Callable[[torch.Tensor], Request]  # a request from its tensor in the format of the wire
 
@@ -183,7 +181,8 @@ class Sender:
         server = hop.server
         waits = isinstance(request, Chained) and request.comes is not None
         try:
-            upload = None if context is None else await self._upload(hop, context)
+            if context is not None:
+                await self._upload(hop, context)
         except Refused as error:  # of a greeting, too
             error.span = hop.span
             raise
@@ -195,8 +194,8 @@ class Sender:
             answer = stream.call(request, timeout_s=timeout_s, most_bytes=most_bytes, written=written)
             reply = await (self._timed(hop, tokens, answer) if tokens else answer)
         except NotKept as error:  # it works, and lacks only what we can send
-            if isinstance(error, AdapterMissing) and upload is not None:
-                await self._forget(hop, *upload)
+            if isinstance(error, AdapterMissing) and context is not None and context.adapter is not None:
+                await self._forget(hop, context.adapter)
             raise
         except OverLimit as error:  # no failure: it is asked for less
             error.span = hop.span
@@ -260,13 +259,13 @@ class Sender:
             task.add_done_callback(self._uploading.discard)
             task.add_done_callback(_retrieve_error)  # `ask` meets the error itself
 
-    async def _upload(self, hop: Hop, context: CallContext) -> tuple[UploadName, Upload] | None:
+    async def _upload(self, hop: Hop, context: CallContext) -> None:
         """Give the server the adapter: once, however many micro-batches need it at the same time.
 
         Returns as soon as it was written: the server lets requests that name it wait for it.
         """
         if context.adapter is None or not (parts := context.adapter_on(hop.span)):
-            return None
+            return
         stream = await self._client.stream(hop.server)
         name = (context.adapter.version, hop.span)
         upload = stream.adapters.get(name)
@@ -280,14 +279,10 @@ class Sender:
             if len(stream.adapters) > KEPT_UPLOADS:
                 del stream.adapters[next(iter(stream.adapters))]
         await upload.wait_until_written()
-        return name, upload
 
     def _difference(self, stream: ServerStream, hop: Hop, adapter: AdapterVersion) -> PutAdapter | None:
-        """The upload of `adapter` as the difference from a version that this stream carried; None where there is none.
-
-        One that the server lacked is sent whole.
-        """
-        if (difference := adapter.difference) is None or (adapter.version, hop.span) in stream.adapters:
+        """The upload of `adapter` as the difference from a version that this stream carried; None without one."""
+        if (difference := adapter.difference) is None:
             return None
         before = stream.adapters.get((difference.base, hop.span))
         if before is None or before.failed:
@@ -310,18 +305,22 @@ class Sender:
             raise error
         return reply
 
-    async def _forget(self, hop: Hop, name: UploadName, upload: Upload) -> None:
-        """An upload that the server does not keep any more is made again by the next request, and once for all.
+    async def _forget(self, hop: Hop, adapter: AdapterVersion) -> None:
+        """An upload that the server does not keep any more is made again, whole, and once for all that need it.
 
         Raises what the upload itself raised.
         """
-        if not upload.done.done():  # the difference was refused, and it is on its way in whole
+        stream, name = self._client.open_stream(hop.server), (adapter.version, hop.span)
+        upload = None if stream is None else stream.adapters.get(name)
+        if stream is None or upload is None:
+            return
+        if not upload.done.done():  # the difference was refused, and all of it is on its way
             await asyncio.shield(upload.done)
             return
         upload.done.result()
-        stream = self._client.open_stream(hop.server)
-        if stream is not None and stream.adapters.get(name) is upload:
-            del stream.adapters[name]
+        del stream.adapters[name]
+        if adapter.difference is not None:
+            stream.adapters.pop((adapter.difference.base, hop.span), None)
 
 
 def _retrieve_error(done: asyncio.Task[Any]) -> None:
