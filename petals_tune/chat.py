@@ -41,6 +41,7 @@ class Chat:
     temperature: Annotated[float, Field(ge=0)] | None
     top_p: Annotated[float, Field(gt=0, le=1)] | None
     seed: Annotated[int, Field(ge=0)]
+    draft: str
 
 
 def main() -> None:
@@ -60,8 +61,10 @@ def chat(cfg: DictConfig) -> None:
             raise ConfigError(
                 "say whom to talk to: adapter=outputs/.../adapter, or model=default for the bare model", key="adapter"
             )
+        from petals_tune.remote.speculative.choice import check_draft_name
         from petals_tune.tuning.saved import adapter_folder, choose_base  # slow; a mistyped key should not wait for it
 
+        check_draft_name(cfg.draft)
         adapter = None if cfg.adapter is None else adapter_folder(cfg.adapter)
         base, revision = cfg.model.source, cfg.model.revision
         if adapter is not None:
@@ -199,7 +202,7 @@ def talk(model: Any, tokenizer: Any, cfg: DictConfig, turns: Iterator[str], trai
         temperature=cfg.temperature,
         top_p=cfg.top_p,
     )
-    with base.inference_session(max_length=cfg.max_length):
+    with base.inference_session(max_length=cfg.max_length) as session:
         for turn in turns:
             if trained.form != "chat":
                 messages.clear()  # a text or a label's text stands alone
@@ -217,10 +220,16 @@ def talk(model: Any, tokenizer: Any, cfg: DictConfig, turns: Iterator[str], trai
                 )
             with stop_on_interrupt() if reads_terminal(cfg.prompt) else nullcontext() as stop:
                 output = model.generate(
-                    input_ids=ids, generation_config=generation, streamer=streamer, stopping_criteria=stop
+                    input_ids=ids,
+                    generation_config=generation,
+                    streamer=streamer,
+                    stopping_criteria=stop,
+                    draft=cfg.draft,
                 )
             answer = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
             messages.append({"role": "assistant", "content": answer.strip()})
+        if (drafts := getattr(session, "speculation", None)) is not None:
+            print(drafts.describe(), file=sys.stderr)
 
 
 def first_messages(cfg: DictConfig, trained: Prompting) -> list[Message]:

@@ -162,7 +162,7 @@ def blocks_held(blocks: Sequence[int], loading_bytes: int, gb: float) -> int:
     from petals_tune.blocks.memory import COMPUTE_SHARE, blocks_that_fit
 
     limits = OmegaConf.load(folder_of("conf") / "serve.yaml").limits
-    budgets_gb = limits.max_lease_gb + limits.max_cache_gb + 2 * limits.max_adapter_gb
+    budgets_gb = limits.max_lease_gb + limits.max_cache_gb + 2.25 * limits.max_adapter_gb
     working = max(loading_bytes, int(gb * _GB * COMPUTE_SHARE))
     try:
         return blocks_that_fit([int(gb * _GB)], int(budgets_gb * _GB), max(blocks), working, len(blocks))

@@ -71,6 +71,7 @@ class Limits:
             sessions=int(self.max_cache_gb * _GB),
             adapters=adapters,
             sums=adapters,  # an adapter's gradients are as large as the adapter
+            stacks=adapters // 4,
         )
 
     def of_requests(self, *, max_compute_bytes: int) -> RequestLimits:

@@ -18,9 +18,10 @@ from tqdm import tqdm
 from petals_tune import __version__
 from petals_tune.blocks import memory
 from petals_tune.blocks.devices.hardware import check_alive, device_kind, find_devices
-from petals_tune.blocks.engine import TORCH_ERRORS, Engine
+from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.footprint import Pass
 from petals_tune.blocks.loading import load_blocks, torch_dtype
+from petals_tune.blocks.passes import TORCH_ERRORS
 from petals_tune.blocks.quantization import find_scheme
 from petals_tune.errors import ConfigError, PetalsTuneError
 from petals_tune.model.checkpoint import Checkpoint
@@ -173,6 +174,7 @@ class _Server:
         limits = self._options.limits
         least_bytes = engine.footprint.training_bytes(Pass(span=span), 1, BATCH_TOKENS)
         budgets, compute_bytes = fit_budgets(limits, list(engine.spans_by_device), least_bytes)
+        engine.passes.hooks.stacks.max_bytes = budgets.stacks
         stores = Stores.within(
             budgets,
             max_lease_age_s=limits.max_lease_age_s,

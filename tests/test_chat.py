@@ -109,7 +109,8 @@ class Local:
     def inference_session(self, max_length: int) -> Any:
         return nullcontext()
 
-    def generate(self, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    def generate(self, input_ids: torch.Tensor, draft: str, **options: Any) -> torch.Tensor:
+        assert draft == "none"
         self.seen.append(input_ids)
         return self._model.generate(input_ids=input_ids, **options)
 

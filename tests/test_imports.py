@@ -83,7 +83,7 @@ HANDLES_STRANGERS = (
             *("in_process", "own_lag", "peer", "pool", "question", "stream", "transport", "verdict"),
         )
     ),
-    *(f"petals_tune.blocks.{name}" for name in ("adapters", "engine", "graphs", "kernels", "kv_cache")),
+    *(f"petals_tune.blocks.{name}" for name in ("adapters", "engine", "generation", "graphs", "kernels", "passes")),
     *("servers.requests", "servers.stores", "servers.scheduling"),
     *("servers.health.report", "servers.health.table"),
 )

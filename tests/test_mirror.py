@@ -13,11 +13,17 @@ ROOT = Path(__file__).parent.parent
 
 TESTED_ELSEWHERE = {
     "petals_tune/__main__.py": "tests/train/test_sweep.py",
+    "petals_tune/blocks/generation/session.py": "tests/blocks/generation/test_steps.py",
+    "petals_tune/blocks/generation/sizes.py": "tests/blocks/generation/test_probe.py",
+    "petals_tune/blocks/generation/step_cache.py": "tests/blocks/generation/test_states.py",
+    "petals_tune/blocks/passes.py": "tests/blocks/test_finite.py",
     "petals_tune/blocks/quantization/int8_linear.py": "tests/blocks/test_kernels.py",
     "petals_tune/data/chat_format.py": "tests/data/test_chat_rows.py",
     "petals_tune/data/examples.py": "tests/data/test_encoding.py",
     "petals_tune/hydra_errors.py": "tests/test_config.py",
     "petals_tune/model/stored.py": "tests/model/test_checkpoint.py",
+    "petals_tune/remote/backbone.py": "tests/remote/test_blocks.py",
+    "petals_tune/remote/model_call.py": "tests/remote/test_threads.py",
     "petals_tune/train/measure.py": "tests/test_evaluate.py",
     "servers/__main__.py": "tests/servers/test_main.py",
     "servers/health/__main__.py": "tests/e2e/test_health.py",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -96,6 +96,25 @@ class AdapterMethod(ABC):
         self, part: AdapterPart, x: torch.Tensor, output: torch.Tensor, *, training: bool
     ) -> torch.Tensor:
         """The output to use instead of `output`, which the module computed from `x`."""
+        raise NotImplementedError
+
+    def stack_kind(self, part: AdapterPart) -> Hashable | None:
+        """What parts have in common that can be in one stack at a module; None: this one cannot be in any."""
+        return None
+
+    def empty_stack(self, part: AdapterPart, slots: int) -> list[torch.Tensor]:
+        """The tensors (G, ...) of a stack with `slots` slots, for parts of the kind of `part`."""
+        raise NotImplementedError
+
+    def put(self, stack: Sequence[torch.Tensor], slot: int, part: AdapterPart) -> bool:
+        """Copy `part` into a slot; False where its numbers would not be the same there."""
+        raise NotImplementedError
+
+    def change_rows(self, stack: Sequence[torch.Tensor], x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """What to use instead of `output` (G, P, out), which the module computed from `x` (G, P, in).
+
+        Row g is changed by the part in slot g alone. Of a part at the input, `output` is the input.
+        """
         raise NotImplementedError
 
     def split(self, part: AdapterPart, shape: ExpertShape) -> Sequence[Any]:

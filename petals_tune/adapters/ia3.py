@@ -6,6 +6,7 @@ Source: Liu et al. 2022, arXiv:2205.05638. A part's tensor is PEFT's: (out, 1) f
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -47,6 +48,19 @@ class IA3(LinearMethod):
         self, part: AdapterPart, x: torch.Tensor, output: torch.Tensor, *, training: bool
     ) -> torch.Tensor:
         return (output * part.tensors[0].flatten()).to(output.dtype)
+
+    def stack_kind(self, part: AdapterPart) -> Hashable | None:
+        return "float32" if part.tensors[0].dtype is torch.float32 else None
+
+    def empty_stack(self, part: AdapterPart, slots: int) -> list[torch.Tensor]:
+        return [part.tensors[0].new_ones(slots, 1, part.tensors[0].numel())]
+
+    def put(self, stack: Sequence[torch.Tensor], slot: int, part: AdapterPart) -> bool:
+        stack[0][slot] = part.tensors[0].flatten()
+        return True
+
+    def change_rows(self, stack: Sequence[torch.Tensor], x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return (output * stack[0]).to(output.dtype)
 
     def position_bytes(self, part: AdapterPart, *, training: bool) -> PositionBytes:
         features = part.tensors[0].numel()

@@ -6,7 +6,7 @@ Source: Hu et al. 2021, arXiv:2106.09685. A part's tensors are A (r, in) and B (
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -125,7 +125,39 @@ class LoRA(LinearMethod):
         inside = F.dropout(x.to(a.dtype), part.dropout, training=training)
         return output + (F.linear(F.linear(inside, a), b) * part.scaling).to(output.dtype)
 
+    def stack_kind(self, part: AdapterPart) -> Hashable | None:
+        """The rank, rounded up to a power of two: a stack takes no more than twice what its parts do.
+
+        Products of fewer bits round differently in another order, so parts in other types go alone.
+        """
+        a, _ = part.tensors
+        is_float = all(tensor.dtype is torch.float32 for tensor in part.tensors)
+        return _stacked_rank(len(a)) if is_float else None
+
+    def empty_stack(self, part: AdapterPart, slots: int) -> list[torch.Tensor]:
+        """(G, in, r) and (G, r, out), scaled."""
+        (rank, inputs), outputs = part.tensors[0].shape, part.tensors[1].shape[0]
+        shapes = (slots, inputs, _stacked_rank(rank)), (slots, _stacked_rank(rank), outputs)
+        return [part.tensors[0].new_zeros(shape) for shape in shapes]
+
+    def put(self, stack: Sequence[torch.Tensor], slot: int, part: AdapterPart) -> bool:
+        (a, b), rank = (each[slot] for each in stack), len(part.tensors[0])
+        a[:, :rank], a[:, rank:] = part.tensors[0].t(), 0.0
+        b[:rank], b[rank:] = part.tensors[1].t() * part.scaling, 0.0
+        return bool(b.isfinite().all())
+
+    def change_rows(self, stack: Sequence[torch.Tensor], x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        a, b = stack
+        inside = torch.bmm(x.to(a.dtype), a)
+        if output.dtype is b.dtype:
+            return torch.baddbmm(output, inside, b)
+        return output + torch.bmm(inside, b).to(output.dtype)
+
     def position_bytes(self, part: AdapterPart, *, training: bool) -> PositionBytes:
         (rank, inputs), outputs = part.tensors[0].shape, part.tensors[1].shape[0]
         copies = 2 if training and part.dropout else 1  # the mask, and what it leaves of the input
         return PositionBytes(kept=4 * (copies * inputs + rank), working=4 * (2 * inputs + rank + 3 * outputs))
+
+
+def _stacked_rank(rank: int) -> int:
+    return 1 << (rank - 1).bit_length()

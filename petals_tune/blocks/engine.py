@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import msgspec
 import torch
 from torch import nn
 
-from petals_tune.blocks.adapters import Adapter, AdapterHooks, CallPlan
-from petals_tune.blocks.cache_probe import StateBlocks, measure_caches
+from petals_tune.blocks.adapters import Adapter, CallPlan
 from petals_tune.blocks.devices.hardware import check_alive
-from petals_tune.blocks.devices.transfers import device_of, move_arguments
+from petals_tune.blocks.devices.transfers import device_of
 from petals_tune.blocks.footprint import Footprint, measure_footprint
+from petals_tune.blocks.generation.probe import StateBlocks, measure_caches
+from petals_tune.blocks.generation.session import Session
+from petals_tune.blocks.generation.sizes import CacheSizes
+from petals_tune.blocks.generation.steps import Stepper
 from petals_tune.blocks.graphs import Graph, KeptMemory
-from petals_tune.blocks.kernels import use_fast_kernels, without_cudnn_attention
-from petals_tune.blocks.kv_cache import CacheSizes, Session, StepCache
 from petals_tune.blocks.loading import LoadedBlocks
-from petals_tune.blocks.positions import PositionLimits
-from petals_tune.blocks.separate_rows import SeparateRows, SessionRows
-from petals_tune.blocks.states import positions_of
+from petals_tune.blocks.passes import Passes, context_length
+from petals_tune.blocks.separate_rows import SessionRows
 from petals_tune.copies import finite_flags, to_device, to_host
-from petals_tune.errors import BlocksNotHere, NotFinite, PetalsTuneError, RequestRefused, SessionLost
+from petals_tune.errors import NotFinite, RequestRefused
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
-
-# What torch, or transformers' code, raises on input that passed our checks.
-TORCH_ERRORS = (RuntimeError, LookupError, ValueError, TypeError, MemoryError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,28 +58,17 @@ class Engine:
 
     def __init__(self, loaded: LoadedBlocks):
         self.loaded = loaded
-        self._model, self._quantization = loaded.model, loaded.quantization
-        use_fast_kernels(self._model, self._quantization)
-        self._blocks = list(loaded.blocks)
-        self._per_block = loaded.per_block
-        self._lists: dict[BlockSpan, nn.ModuleList] = {}
-        self._training = False
-        self.hooks = AdapterHooks(self._blocks, loaded.span.start)
-        self._separate = SeparateRows(self._model, self._blocks)
-        self._positions = PositionLimits.of(self._model, loaded.blocks)
+        self.passes = Passes(loaded)
+        self.hooks, self.hidden_size = self.passes.hooks, self.passes.hidden_size
+        self._stepper = Stepper(self.passes, lambda: self.state_blocks)
+        self._model, self._per_block = loaded.model, loaded.per_block
+        self._device, self._dtype = self.passes.device, self.passes.dtype
         self._weights = frozenset(
             tensor.untyped_storage().data_ptr() for tensor in [*self._model.parameters(), *self._model.buffers()]
         )
-        self._takes_positions = "position_ids" in inspect.signature(self._model.forward).parameters
-        # Bamba, one of the models that transformers calls stateful, counts the positions of each call from 0.
-        self._counts_from_zero = bool(getattr(self._model, "_is_stateful", False))
         self._keep_hidden_input = [
-            module for module in self._model.modules() if self._quantization.keeps_hidden_input(module)
+            module for module in self._model.modules() if loaded.quantization.keeps_hidden_input(module)
         ]
-        parameter = next(p for p in self._model.parameters() if p.is_floating_point())
-        self._device, self._dtype = parameter.device, self._model.dtype
-        move_arguments(self._blocks, self._device)
-        self.hidden_size: int = self._model.config.hidden_size
 
     @property
     def device(self) -> str:
@@ -96,7 +79,7 @@ class Engine:
     def spans_by_device(self) -> dict[str, BlockSpan]:
         """The blocks on each device that has some, a run on each."""
         spans: dict[str, BlockSpan] = {}
-        for number, block in enumerate(self._blocks, self.loaded.span.start):
+        for number, block in enumerate(self.passes.blocks, self.loaded.span.start):
             device = str(device_of(block))
             spans[device] = BlockSpan(spans[device].start if device in spans else number, number + 1)
         return spans
@@ -163,7 +146,7 @@ class Engine:
             if not request.grad.isfinite().all():
                 raise RequestRefused("non-finite numbers in the gradient", reason="gradient not finite")
             text = f"non-finite gradients come out of blocks {self.loaded.span}, from finite ones"
-            raise NotFinite(f"{text}, {self._in_dtype}", dtype=self._dtype_name)
+            raise NotFinite(f"{text}, {self.passes.in_dtype}", dtype=self.passes.dtype_name)
         return None if at_input is None else found.pop(0), found[: len(at_adapter)]
 
     def prepare_adapter(self, parts: Sequence[AdapterPart]) -> list[AdapterPart]:
@@ -175,136 +158,17 @@ class Engine:
             placed.append(msgspec.structs.replace(part, tensors=[to_device(tensor, device) for tensor in part.tensors]))
         return placed
 
-    @torch.no_grad()
     def step_alone(self, session: Session, step: Step) -> torch.Tensor:
         """Run a step of a session at its position as it is, in one piece. Raises what failed."""
-        session.prepare(step)
-        (output,) = self._run_steps({0: (session, step)}).values()
-        if isinstance(output, Exception):
-            raise output
-        return output
+        return self._stepper.alone(session, step)
 
     @torch.inference_mode()
     def step(self, steps: Sequence[tuple[Session, Step]]) -> list[torch.Tensor | Exception]:
         """Run the next positions of one or more sessions on the same blocks; where several, one position each.
 
         The result of a step that cannot be done is the error for its client; that session stays at its position.
-        What the other sessions hold changes no bit of a session's output; how many rows and positions they have may
-        change how it is rounded.
         """
-        results: dict[int, torch.Tensor | Exception] = {}
-        good: dict[int, tuple[Session, Step]] = {}
-        for number, (session, step) in enumerate(steps):
-            try:
-                self._check(session.span, step)
-                if session.adapter is not None and step.position == 0:
-                    session.adapter.check_positions(step.hidden.shape[1])
-                session.check(step)
-                pieces = self._pieces(session.span, step)
-                for again in session.go_back(step.position):
-                    for piece in self._pieces(session.span, again):
-                        self._repeat(session, piece)
-                if len(pieces) > 1:
-                    results[number] = self._run_pieces(session, pieces)
-                    continue
-                session.prepare(step)
-                good[number] = session, step
-            except PetalsTuneError as error:
-                results[number] = error
-        if good:
-            results |= self._run_steps(good)
-        return [results[number] for number in range(len(steps))]
-
-    def _pieces(self, span: BlockSpan, step: Step) -> list[Step]:
-        """Cut a step where its blocks cannot go on from a state with several positions at once.
-
-        Raises RequestRefused for padding in a step of one position, on blocks with a state: transformers does not mask
-        it there, and the state would take it in.
-        """
-        length = step.hidden.shape[1]
-        in_one = length == 1 or step.position == 0 or self.state_blocks.go_on(span)
-        pieces = [step] if in_one else positions_of(step)
-        if (
-            self.state_blocks.keep_some(span)
-            and (length == 1 or len(pieces) > 1)
-            and step.padding is not None
-            and not bool(step.padding.all())
-        ):
-            raise RequestRefused("padding in a step of one position, on blocks with a state", reason="padding")
-        return pieces
-
-    def _run_pieces(self, session: Session, pieces: Sequence[Step]) -> torch.Tensor | Exception:
-        """The output of a step in pieces, one after the other; the error of the first one that fails."""
-        outputs = []
-        for piece in pieces:
-            session.prepare(piece)
-            (output,) = self._run_steps({0: (session, piece)}).values()
-            if isinstance(output, Exception):
-                return output
-            outputs.append(output)
-        return torch.cat(outputs, dim=1)
-
-    def _repeat(self, session: Session, step: Step) -> None:
-        """Run a step that `session` has taken before. Raises SessionLost where it fails: its client has the inputs."""
-        (result,) = self._run_steps({0: (session, step)}).values()
-        if isinstance(result, Exception):
-            raise SessionLost(f"the states at position {step.position} could not be computed again") from result
-
-    def _run_steps(self, steps: dict[int, tuple[Session, Step]]) -> dict[int, torch.Tensor | Exception]:
-        """The outputs of steps that were prepared. Where several fail together, each is run alone."""
-        try:
-            return self._run_together(steps)
-        except TORCH_ERRORS as error:
-            if len(steps) == 1:
-                ((number, (session, step)),) = steps.items()
-                session.undo(step)
-                return {number: error}
-        # Behind the except clause: the error's frames hold the tensors that were made.
-        return {number: self._run_steps({number: each})[number] for number, each in steps.items()}
-
-    def _run_together(self, steps: dict[int, tuple[Session, Step]]) -> dict[int, torch.Tensor | Exception]:
-        """The outputs of steps in one pass through the blocks. Raises torch's own errors."""
-        results: dict[int, torch.Tensor | Exception] = {}
-        sessions = [session for session, _ in steps.values()]
-        adapter = sessions[0].adapter
-        if adapter is not None and sessions[0].position > 0:
-            adapter = adapter.after_first_step
-        with self._configured(sessions[0].span, CallPlan.of(adapter, train=False, seed=0)):
-            cache = StepCache(sessions, next(iter(steps.values()))[1].hidden.shape[1])
-            made = self._step(cache, sessions, [step for _, step in steps.values()])
-            output, finite = to_host(made, made.isfinite().flatten(1).all(1))  # of each row
-            rows = [session.rows for session in sessions]
-            for (number, (session, step)), own, good in zip(
-                steps.items(), output.split(rows), finite.split(rows), strict=True
-            ):
-                again = partial(self._step, StepCache([session], step.hidden.shape[1]), [session], [step])
-                results[number] = own if good.all() else self._not_finite(session.span, step.hidden, again)
-        for place, (number, (session, step)) in enumerate(steps.items()):  # once nothing can fail any more
-            if isinstance(results[number], torch.Tensor):
-                session.advance(step, cache.states_of(place))
-            else:
-                session.undo(step)
-        return results
-
-    def _step(self, cache: StepCache, sessions: Sequence[Session], steps: Sequence[Step]) -> torch.Tensor:
-        hidden = to_device(torch.cat([step.hidden for step in steps]), self._device, self._dtype)
-        mask = cache.mask()
-        options = {}
-        if self._takes_positions and (len(sessions) > 1 or steps[0].positions is not None or self._counts_from_zero):
-            positions = torch.cat([_positions(*each) for each in zip(sessions, steps, strict=True)])
-            options["position_ids"] = to_device(positions, self._device)
-        rows = [
-            SessionRows(rows=session.rows, context_length=_context_length(step))
-            for session, step in zip(sessions, steps, strict=True)
-        ]
-        with self._separate.call_of(rows):
-            return self._model(
-                inputs_embeds=hidden,
-                attention_mask=None if mask is None else to_device(mask, self._device, torch.long),
-                past_key_values=cache,
-                use_cache=False,  # it is used all the same; with True, MiniMax wants a cache of its own class
-                **options,
-            ).last_hidden_state
+        return self._stepper.together(steps)
 
     def _graph(self, request: Forward, adapter: Adapter | None) -> Graph:
         """The output of a forward with its autograd graph."""
@@ -319,65 +183,22 @@ class Engine:
 
     def _output(self, request: Forward, adapter: Adapter | None, hidden: torch.Tensor) -> torch.Tensor:
         """The output (B, S, H) of a request's blocks for `hidden`, its own input on the engine's device."""
-        self._check(request.span, request)
+        self.passes.check(request.span, request)
         if adapter is not None:
             adapter.check_positions(hidden.shape[1])
-        with self._configured(request.span, CallPlan.of(adapter, train=request.train, seed=request.seed)):
+        with self.passes.configured(request.span, CallPlan.of(adapter, train=request.train, seed=request.seed)):
             return self._run(request, hidden)
 
     def _check_output(self, finite: Iterable[torch.Tensor], request: Forward, adapter: Adapter | None) -> None:
         """Raises the error for an output of `request` that is not finite, as `finite` says."""
         if not all(finite):
-            with self._configured(request.span, CallPlan.of(adapter, train=request.train, seed=request.seed)):
+            with self.passes.configured(request.span, CallPlan.of(adapter, train=request.train, seed=request.seed)):
                 hidden = to_device(request.hidden.detach(), self._device, self._dtype)
-                raise self._not_finite(request.span, request.hidden, partial(self._run, request, hidden))
+                raise self.passes.not_finite(request.span, request.hidden, partial(self._run, request, hidden))
 
     def _run(self, request: Forward, hidden: torch.Tensor) -> torch.Tensor:
-        options = {} if request.positions is None else {"position_ids": to_device(request.positions, self._device)}
-        padding = None if request.padding is None else to_device(request.padding, self._device, torch.long)
-        rows = [SessionRows(rows=len(hidden), context_length=_context_length(request))]
-        with self._separate.call_of(rows):
-            return self._model(
-                inputs_embeds=hidden, attention_mask=padding, use_cache=False, **options
-            ).last_hidden_state
-
-    @torch.no_grad()
-    def _not_finite(self, span: BlockSpan, hidden: torch.Tensor, run: Callable[[], object]) -> PetalsTuneError:
-        """The error for an output that is not finite: of the input `hidden`, or of the first block in another `run`."""
-        if not hidden.isfinite().all():
-            text = f"non-finite numbers in the hidden states at block {span.start}"
-            return RequestRefused(text, block=span.start, reason="hidden not finite")
-        bad: list[int] = []
-
-        def hook(number: int, block: nn.Module, args: object, output: Any) -> None:
-            if not (output[0] if isinstance(output, tuple) else output).isfinite().all():
-                bad.append(number)
-
-        hooks = [
-            self._blocks[number - self.loaded.span.start].register_forward_hook(partial(hook, number))
-            for number in range(span.start, span.stop)
-        ]
-        try:
-            run()
-        finally:
-            for each in hooks:
-                each.remove()
-        first = min(bad, default=span.stop)
-        text = f"non-finite numbers come out of block {first}, from finite ones, {self._in_dtype}"
-        return NotFinite(text, block=first, dtype=self._dtype_name)
-
-    @property
-    def _dtype_name(self) -> str:
-        return str(self._dtype).removeprefix("torch.")
-
-    @property
-    def _in_dtype(self) -> str:
-        beyond = (
-            ", which ends at 65,504: a server with dtype=bfloat16 or float32 holds more"
-            if self._dtype is torch.float16
-            else ""
-        )
-        return f"in {self._dtype_name}{beyond}"
+        rows = [SessionRows(rows=len(hidden), context_length=context_length(request))]
+        return self.passes.run(hidden, rows, mask=request.padding, positions=request.positions)
 
     @functools.cached_property
     def footprint(self) -> Footprint:
@@ -385,14 +206,14 @@ class Engine:
         return measure_footprint(self)
 
     def block(self, number: int) -> nn.Module:
-        return self._blocks[number - self.loaded.span.start]
+        return self.passes.block(number)
 
     @property
     def description(self) -> str:
         """The model, and how it is computed: all that memory depends on but for the kinds of the blocks."""
         lists = {"num_hidden_layers": None, "layers_block_type": None, **dict.fromkeys(self._per_block.values)}
         config = {**self._model.config.to_dict(), **lists}
-        return f"{self._quantization.name} {self._dtype} {self._device} {sorted(config.items())}"
+        return f"{self.loaded.quantization.name} {self._dtype} {self._device} {sorted(config.items())}"
 
     @property
     def has_dropout(self) -> bool:
@@ -424,45 +245,4 @@ class Engine:
 
     def check_span(self, span: BlockSpan) -> None:
         """Raises BlocksNotHere for blocks that another server may have."""
-        if not self.loaded.span.covers(span):
-            raise BlocksNotHere(f"blocks {span} are not here; this server holds {self.loaded.span}")
-
-    def _check(self, span: BlockSpan, request: Forward | Step) -> None:
-        self.check_span(span)
-        if (size := request.hidden.shape[2]) != self.hidden_size:
-            text = f"hidden size {size}, and the model's is {self.hidden_size}"
-            raise RequestRefused(text, reason="hidden size")
-        self._positions.check(request)
-
-    @contextmanager
-    def _configured(self, span: BlockSpan, plan: CallPlan) -> Iterator[None]:
-        """The model with the blocks `span` alone, in the mode of `plan`."""
-        first, last = span.start - self.loaded.span.start, span.stop - self.loaded.span.start
-        if span not in self._lists:
-            self._lists[span] = nn.ModuleList(self._blocks[first:last])
-        self.loaded.family.put_blocks(self._model, self._lists[span])
-        self._per_block.write(self._model.config, span)
-        if self._training != plan.train:
-            self._quantization.set_mode(self._model, training=plan.train)
-            self._training = plan.train
-        self.hooks.plan = plan
-        try:
-            with without_cudnn_attention(self._device):
-                yield
-        finally:
-            self.hooks.plan = None
-
-
-def _context_length(request: Forward | Step) -> int:
-    """How many positions the frequencies of a request's rotary tables are chosen for, where it gives no more."""
-    first = request.position if isinstance(request, Step) else 0
-    return request.context_length or (first + request.hidden.shape[1] if request.positions is None else 1)
-
-
-def _positions(session: Session, step: Step) -> torch.Tensor:
-    """(B, S) position ids of a step; counted from the session's position where the client gave none."""
-    length = step.hidden.shape[1]
-    given = step.positions
-    if given is None:
-        given = torch.arange(session.position, session.position + length)[None]
-    return given.expand(session.rows, length)
+        self.passes.check_span(span)

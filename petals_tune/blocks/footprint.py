@@ -22,12 +22,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from petals_tune.adapters import METHODS
 from petals_tune.adapters.base import linear_features
+from petals_tune.blocks.adapter_stacks import SLOTS_A_ROW
 from petals_tune.blocks.adapters import Adapter
-from petals_tune.blocks.cache_probe import StateBlocks
 from petals_tune.blocks.experts.stack import ExpertStack
-from petals_tune.blocks.kv_cache import CacheSizes, Session
+from petals_tune.blocks.generation.probe import StateBlocks
+from petals_tune.blocks.generation.session import Session
+from petals_tune.blocks.generation.sizes import CacheSizes
 from petals_tune.blocks.loading import LoadedBlocks
 from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
@@ -117,6 +118,7 @@ class Pass:
 
     span: BlockSpan
     adapter: Adapter | None = None
+    mates: Sequence[Adapter] = ()  # of other sessions that share the pass, a generation step
     train: bool = False  # dropout is on
 
 
@@ -165,7 +167,7 @@ class Footprint:
 
     def training_bytes(self, one: Pass, rows: int, positions: int) -> int:
         """Most memory during a forward with a graph and its backward, graph and gradients included."""
-        # `Engine._not_finite` runs the blocks once more, beside the graph.
+        # `Passes.not_finite` runs the blocks once more, beside the graph.
         seen = [block.seen for block in self._of(one.span)]
         peaks = [peak for each in seen for peak in (*each.training, *each.forward[one.train])]
         working = self._most(peaks, rows, positions, positions) + self._of_adapter(one)[1] * rows * positions
@@ -191,12 +193,10 @@ class Footprint:
 
     def _of_adapter(self, one: Pass) -> tuple[int, int]:
         """(kept by its parts, most beside that while a part is applied): bytes for each row and position."""
-        kept, working = 0, 0
         expert_rows = math.ceil(max(block.seen.expert_rows for block in self._of(one.span)))
-        for part in () if one.adapter is None else one.adapter.parts:
-            method = METHODS[part.method]
-            each, rows = method.position_bytes(part, training=one.train), expert_rows if method.on_experts else 1
-            kept, working = kept + rows * each.kept, max(working, rows * each.working)
+        kept, working = (0, 0) if one.adapter is None else one.adapter.position_bytes(expert_rows, training=one.train)
+        for mate in one.mates:
+            working = max(working, SLOTS_A_ROW * mate.position_bytes(expert_rows, training=False).working)
         return kept, working
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -38,9 +38,15 @@ class SessionRows:
 
 
 class SeparateRows:
-    """Replaces the forwards of such modules of a model, in place: names and hooks stay."""
+    """Replaces the forwards of such modules of a model, in place: names and hooks stay.
 
-    def __init__(self, model: nn.Module, blocks: Iterable[nn.Module]):
+    `alone` is entered with a session's number while rows of that one alone are computed.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Iterable[nn.Module], alone: Callable[[int], AbstractContextManager[None]]
+    ):
+        self._alone = alone
         self._sessions: Sequence[SessionRows] = ()
         for module in list(model.modules()):
             if _has_changing_frequencies(module):
@@ -80,9 +86,10 @@ class SeparateRows:
         if len(self._sessions) <= 1:
             return forward(*args, **kwargs)
         rows, first, outputs = sum(session.rows for session in self._sessions), 0, []
-        for session in self._sessions:
+        for number, session in enumerate(self._sessions):
             own = partial(_rows, first, first + session.rows, rows)
-            outputs.append(forward(*map(own, args), **{name: own(value) for name, value in kwargs.items()}))
+            with self._alone(number):
+                outputs.append(forward(*map(own, args), **{name: own(value) for name, value in kwargs.items()}))
             first += session.rows
         if isinstance(outputs[0], tuple):  # with the router's logits
             return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))

@@ -21,7 +21,8 @@ from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.families import family_of, placeholder_model, without_blocks
 from petals_tune.model.nested import causal_class, config_for
 from petals_tune.net.members import Members
-from petals_tune.remote.blocks import Backbone, put_remote_blocks
+from petals_tune.remote.backbone import Backbone
+from petals_tune.remote.blocks import put_remote_blocks
 from petals_tune.remote.config import with_changes
 from petals_tune.remote.generation import RemoteGeneration, with_whole_input
 from petals_tune.remote.local import LocalBlocks, parse_local_blocks

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,119 +16,19 @@ from petals_tune.model.families import Family, restore_counts
 from petals_tune.model.nested import decoder_path, is_nested
 from petals_tune.net.stats import SwarmStats
 from petals_tune.remote import arguments
+from petals_tune.remote.backbone import Backbone
 from petals_tune.remote.config import BlocksConfig
-from petals_tune.remote.function import RemoteBlocksFunction, RemoteCall
 from petals_tune.remote.local import LocalBlocks
+from petals_tune.remote.model_call import ModelCall
 from petals_tune.remote.positions import positions_behind_gaps
 from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
 from petals_tune.remote.skeleton import Skeleton, Weightless, fill_with_placeholders
-from petals_tune.remote.split_session import LocalSession, SplitSession
 from petals_tune.swarm import loop
-from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.routes.route import Hop
-from petals_tune.swarm.session import ChainSession
-from petals_tune.swarm.trace import CallContext
 from petals_tune.tuning.support import collect_adapter, own_parts
 from petals_tune.wire.adapter import AdapterPart, AdapterVersion
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
-
-# Small micro-batches keep all servers of a chain busy; below this size a linear runs noticeably slower per position.
-MICRO_BATCH_POSITIONS = 128
-
-
-@dataclass(kw_only=True)
-class ModelCall:
-    """What the model was called with that runs now.
-
-    Layers are handed 4-D masks; servers build these themselves, so the 2-D ones are caught before the model runs.
-    """
-
-    backbone: Backbone
-    padding: torch.Tensor | None  # (B, S) bool, True = attend
-    positions: torch.Tensor | None  # (B or 1, S) int64
-    session: RemoteCache | None
-    hidden_states: list[torch.Tensor] | None  # what entered each block, where the caller wants to see it
-    inside: bool = False  # a multimodal model around the one that loops over the blocks ends it
-
-    def begin(self) -> None:
-        """Make this the call that runs in this thread."""
-        self._outer = _running_call.set(self)
-
-    def end(self) -> None:
-        _running_call.reset(self._outer)
-
-
-# Of the thread: a model may be called from several at once, and its layers are given no argument of ours.
-_running_call: ContextVar[ModelCall | None] = ContextVar("petals_tune_model_call", default=None)
-
-
-@dataclass(kw_only=True)
-class Backbone:
-    """What all spans of one model share: who runs them, and the call of the model that they are part of."""
-
-    chain: Chain
-    tuple_length: int  # a layer of this family returns (hidden, ...), a tuple of so many; 0: hidden itself
-    micro_batch_rows: int | None = None
-    local: LocalBlocks | None = None  # blocks that this process runs; None: servers run all of them
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Backbone:
-        return replace(self)  # of a copied model: on the same connection to the swarm
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise ConfigError(
-            "a model with remote blocks cannot be pickled: its blocks are a connection to servers; save what is "
-            "trained, with save_pretrained() or state_dict(), and load the model again with from_pretrained()",
-            key="remote_blocks",
-        )
-
-    @property
-    def call(self) -> ModelCall | None:
-        """The call of this model that runs in this thread; None: the blocks are called by hand."""
-        call = _running_call.get()
-        return call if call is not None and call.backbone is self else None
-
-    def run(
-        self, span: RemoteSpan, hidden: torch.Tensor, padding: torch.Tensor | None, positions: torch.Tensor | None
-    ) -> torch.Tensor:
-        """(B, S, H) -> (B, S, H), differentiable in `hidden` and in the adapter on the blocks of `span`."""
-        context = CallContext(
-            padding=None if padding is None else padding.cpu(),
-            positions=None if positions is None else positions.cpu(),
-            context_length=None if positions is None else int(positions.max()) + 1,
-            train=span.training,
-            seed=int(torch.randint(2**62, ())) if span.training else 0,
-        )
-        rows = self.micro_batch(hidden.shape[1])
-        for part in span.parts():
-            if part.local is not None:
-                hidden = part.local.forward(part.span, hidden, context, parts=part.own_adapter(), rows=rows)
-            else:
-                adapter, tensors = part.adapter()
-                call = RemoteCall(
-                    chain=self.chain, span=part.span, context=replace(context, adapter=adapter), rows=rows
-                )
-                hidden = RemoteBlocksFunction.apply(call, hidden, *tensors)
-        return hidden
-
-    def micro_batch(self, positions: int) -> int:
-        """Return the rows of a micro-batch of texts of so many positions."""
-        return self.micro_batch_rows or -(-MICRO_BATCH_POSITIONS // positions)
-
-    def open_session(
-        self, span: RemoteSpan, rows: int, max_length: int, adapter: AdapterVersion | None
-    ) -> SplitSession:
-        """A generation session on the blocks of `span`, which has taken in nothing yet."""
-        sessions: list[LocalSession | ChainSession] = []
-        for part in span.parts():
-            parts = () if adapter is None else tuple(adapter.on(part.span))
-            if part.local is not None:
-                sessions.append(LocalSession(part.local, part.span, rows=rows, max_length=max_length, parts=parts))
-            else:
-                own = None if adapter is None or not parts else replace(adapter, parts=parts)
-                calls, repair = self.chain.calls, self.chain.repair
-                sessions.append(ChainSession(calls, repair, part.span, rows=rows, max_length=max_length, adapter=own))
-        return SplitSession(sessions, rows=rows)
 
 
 class RemoteSpan(Skeleton):

@@ -27,7 +27,8 @@ from petals_tune.model.families import (
     without_blocks,
 )
 from petals_tune.model.nested import decoder_of, decoder_path, is_nested, text_class, text_config
-from petals_tune.remote.blocks import Backbone, RemoteSpan, put_remote_blocks
+from petals_tune.remote.backbone import Backbone, Span
+from petals_tune.remote.blocks import put_remote_blocks
 from petals_tune.wire.span import BlockSpan
 
 TOLERANCE = 1e-4  # of the largest value; float32, and what is wrong is wrong by much more
@@ -218,7 +219,7 @@ class _LocalBackbone(Backbone):
     parts: Sequence[tuple[BlockSpan, PreTrainedModel]]
 
     def run(
-        self, span: RemoteSpan, hidden: torch.Tensor, padding: torch.Tensor | None, positions: torch.Tensor | None
+        self, span: Span, hidden: torch.Tensor, padding: torch.Tensor | None, positions: torch.Tensor | None
     ) -> torch.Tensor:
         options = {} if positions is None else {"position_ids": positions}
         mask = None if padding is None else padding.long()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -11,6 +12,7 @@ from transformers.cache_utils import Cache
 
 from petals_tune.copies import to_device, to_host
 from petals_tune.errors import ConfigError
+from petals_tune.remote.speculative.speculation import Speculation
 from petals_tune.remote.split_session import SplitSession
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
@@ -44,6 +46,7 @@ class RemoteCache(Cache):
         self.virtual = 0
         self.max_length = max_length  # text positions
         self.ids: torch.Tensor | None = None
+        self.speculation: Speculation | None = None  # drafts, where generate() was asked for them
         self.span = span
         self.chain = chain
         self._open_session = open_session
@@ -208,7 +211,10 @@ class RemoteCache(Cache):
             context_length=self.position + new if positions is None else int(positions.max()) + 1,
         )
         order, self._order = self._order, None
-        output = self._session.step(inputs, position=self.position, order=order, device=hidden.device)
+        run = partial(self._session.step, position=self.position, order=order, device=hidden.device)
+        output = run(inputs) if self.speculation is None else self.speculation.step(run, inputs)
+        new = output.shape[1]  # without drafts, of which `output` has nothing
+        inputs, padding = inputs.cut(0, new), None if padding is None else padding[:, : self.position + new]
         self.chain.client.stats.wait_s += time.perf_counter() - started_s
         if ids is None or (self.ids is None and self.position > self.virtual):
             self.ids = None
@@ -221,7 +227,8 @@ class RemoteCache(Cache):
             self._positions = torch.cat([before.expand(count, -1), now.expand(count, -1)], dim=1)
         self.position += new
         self._padding = padding
-        return to_device(output, hidden.device)
+        # With drafts in `hidden`, its length all the same, for models that go by it: the last position is what counts.
+        return to_device(output, hidden.device).expand(-1, hidden.shape[1], -1)
 
     def _check(self, rows: int, padding: torch.Tensor | None) -> None:
         """Raises ConfigError for another number of rows, or another mask, than what the caches were computed with."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from petals_tune.blocks.adapters import Adapter
-from petals_tune.blocks.kv_cache import Session
+from petals_tune.blocks.generation.session import Session
 from petals_tune.errors import SessionLost
 from petals_tune.remote.local import LocalBlocks
 from petals_tune.swarm import loop

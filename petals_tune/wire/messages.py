@@ -15,6 +15,7 @@ import torch
 from petals_tune import errors
 from petals_tune.errors import PetalsTuneError
 from petals_tune.wire.adapter import AdapterPart
+from petals_tune.wire.checks import MAX_POSITION, check_hidden, check_order
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import WireFormat
@@ -23,7 +24,6 @@ from petals_tune.wire.tokens import TokenBytes
 MAX_PARTS = 10_000  # of an adapter: 100 blocks with 10 adapted linears each make 1000
 MAX_LEASES = 10_000  # in one Release
 MAX_TICKETS = 1_000  # in one Withdrawn
-MAX_POSITION = 2**24  # no model has as many
 MAX_FIELDS = 16  # of an error in a Refusal
 MAX_FIELD_TEXT = 1024  # characters of one
 MAX_REFUSAL_TEXT = 4096  # characters of a Refusal's text
@@ -71,23 +71,6 @@ class Pong(Message, frozen=True, tag="pong"):
     """Reply to Ping."""
 
 
-def _check_hidden(hidden: torch.Tensor, padding: torch.Tensor | None, positions: torch.Tensor | None) -> None:
-    if hidden.dim() != 3 or not hidden.is_floating_point() or 0 in hidden.shape[:2]:
-        raise ValueError(f"hidden states are (B, S, H) floats, not {tuple(hidden.shape)} {hidden.dtype}")
-    rows, length = hidden.shape[:2]
-    if padding is not None and (padding.dtype is not torch.bool or tuple(padding.shape) != (rows, length)):
-        raise ValueError(f"padding is a bool tensor of shape {(rows, length)}, not {tuple(padding.shape)}")
-    if positions is not None and (
-        positions.dtype is not torch.int64
-        or positions.dim() != 2
-        or positions.shape[0] not in (1, rows)
-        or positions.shape[1] != length
-    ):
-        raise ValueError(f"positions are int64 of shape (1 or {rows}, {length}), not {tuple(positions.shape)}")
-    if positions is not None and not (positions.min() >= 0 and positions.max() < MAX_POSITION):
-        raise ValueError(f"positions count from 0 and stay below {MAX_POSITION}")
-
-
 class Forward(Message, frozen=True, tag="forward"):
     """Run blocks `span` on `hidden`."""
 
@@ -106,7 +89,7 @@ class Forward(Message, frozen=True, tag="forward"):
     reply_format: WireFormat = "float32"
 
     def __post_init__(self) -> None:
-        _check_hidden(self.hidden, self.padding, self.positions)
+        check_hidden(self.hidden, self.padding, self.positions)
 
 
 class Forwarded(Message, frozen=True, tag="forwarded"):
@@ -183,13 +166,37 @@ class PutAdapter(Message, frozen=True, tag="put_adapter"):
             raise ValueError(f"an adapter for blocks {self.span} with a part on block {outside[0]}")
 
 
+class Fork(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The beginning of a session: the first `position` positions of another one's rows."""
+
+    session: int  # of the same client, on the same blocks, with the same adapter; it goes on by itself
+    position: Annotated[int, msgspec.Meta(ge=1)]
+    order: torch.Tensor | None = None  # (N,) int64: row i begins as row order[i] there; None: with the same rows
+
+    def __post_init__(self) -> None:
+        if self.order is not None:
+            check_order(self.order)
+
+
 class OpenSession(Message, frozen=True, tag="open_session"):
-    """Reserve KV caches on blocks `span` for `rows` rows of at most `max_length` positions."""
+    """Open KV caches on blocks `span` for at most `rows` rows of at most `max_length` positions.
+
+    A session without `fork` is empty; its first step decides how many rows it has.
+    """
 
     span: BlockSpan
     rows: Annotated[int, msgspec.Meta(ge=1)]
     max_length: Annotated[int, msgspec.Meta(ge=1)]
     adapter: Name | None = None  # version of an adapter that was uploaded before
+    fork: Fork | None = None
+
+    def __post_init__(self) -> None:
+        if self.fork is None:
+            return
+        if self.fork.position > self.max_length:
+            raise ValueError(f"a fork at {self.fork.position} in a session of at most {self.max_length} positions")
+        if self.fork.order is not None and len(self.fork.order) > self.rows:
+            raise ValueError(f"a fork of {len(self.fork.order)} rows in a session of at most {self.rows}")
 
 
 class SessionOpened(Message, frozen=True, tag="session_opened"):
@@ -199,7 +206,12 @@ class SessionOpened(Message, frozen=True, tag="session_opened"):
 
 
 class Step(Message, frozen=True, tag="step"):
-    """Run the blocks of a session on the next positions of its rows."""
+    """Run the blocks of a session on the next positions of its rows.
+
+    With `order`, the session has as many rows as `hidden` from this step on: row i goes on from what row order[i] has
+    been (beams), so rows are multiplied, dropped and exchanged. Without it, `hidden` has the session's rows. A step at
+    position 0 has no order: it begins with the rows of `hidden`, however many the session had before.
+    """
 
     session: int
     hidden: torch.Tensor  # (B, S, H)
@@ -207,15 +219,18 @@ class Step(Message, frozen=True, tag="step"):
     padding: torch.Tensor | None = None  # (B, S) bool of these positions, True = attend
     positions: torch.Tensor | None = None  # (B or 1, S) int64
     context_length: ContextLength | None = None  # as in Forward
-    order: torch.Tensor | None = None  # (B,) int64: caches of row i become those of order[i] before the step (beams)
+    order: torch.Tensor | None = None  # (B,) int64 rows of the session
     reply_format: WireFormat = "float32"
 
     def __post_init__(self) -> None:
-        _check_hidden(self.hidden, self.padding, self.positions)
-        if self.order is not None and (
-            self.order.dtype is not torch.int64 or tuple(self.order.shape) != (self.hidden.shape[0],)
-        ):
-            raise ValueError(f"order is int64 of shape ({self.hidden.shape[0]},), not {tuple(self.order.shape)}")
+        check_hidden(self.hidden, self.padding, self.positions)
+        if self.order is None:
+            return
+        check_order(self.order)
+        if len(self.order) != len(self.hidden):
+            raise ValueError(f"{len(self.order)} rows in order, and hidden states of {len(self.hidden)}")
+        if self.position == 0:
+            raise ValueError("an order at position 0, where there are no rows yet")
 
 
 class Stepped(Message, frozen=True, tag="stepped"):

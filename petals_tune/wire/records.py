@@ -13,7 +13,7 @@ import msgspec
 from petals_tune.errors import ProtocolError
 from petals_tune.wire.span import BlockSpan
 
-PROTOCOL = "/petals_tune/7"  # the libp2p protocol of our streams; a change of a message or a record changes the number
+PROTOCOL = "/petals_tune/8"  # the libp2p protocol of our streams; a change of a message or a record changes the number
 
 
 class Throughput(msgspec.Struct, frozen=True, kw_only=True):

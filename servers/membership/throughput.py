@@ -22,7 +22,7 @@ from petals_tune import __version__
 from petals_tune.blocks import kernels, memory
 from petals_tune.blocks.devices.hardware import device_name
 from petals_tune.blocks.engine import Engine
-from petals_tune.blocks.kv_cache import Session
+from petals_tune.blocks.generation.session import Session
 from petals_tune.blocks.loading import dummy_block
 from petals_tune.errors import ConfigError, ServerError
 from petals_tune.files import write_bytes, write_first

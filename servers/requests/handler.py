@@ -12,13 +12,14 @@ from operator import methodcaller
 
 import torch
 
-from petals_tune.blocks.engine import TORCH_ERRORS, Engine
+from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.memory import (
     describe_out_of_memory,
     give_back_freed_memory,
     is_out_of_memory,
     trim_heap,
 )
+from petals_tune.blocks.passes import TORCH_ERRORS
 from petals_tune.errors import (
     AccessDenied,
     ConnectionLost,

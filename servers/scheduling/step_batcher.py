@@ -21,7 +21,7 @@ import torch
 
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.footprint import Pass
-from petals_tune.blocks.kv_cache import Session
+from petals_tune.blocks.generation.session import Session
 from petals_tune.wire.messages import Step
 from servers.scheduling.compute_thread import ComputeThread, Outcome
 from servers.scheduling.fair_queue import FairScheduler, Priority
@@ -49,20 +49,19 @@ class _Waiting:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Steps with equal keys can share a batch: one new position each, same blocks, same adapter.
+        """Steps with equal keys can share a batch: one new position each, same blocks.
 
         Some parts of an adapter, such as a soft prompt, act in a session's first step alone, and blocks with a state
         compute a first step in another way. A step that goes back may repeat others first.
         """
         alone = id(self) if self.step.hidden.shape[1] > 1 or self.goes_back else None
         begins = self.step.position == 0 and (self.session.adapter_version is not None or self.has_states)
-        return alone, *self.kind, begins, self.position
+        return alone, self.session.span, begins, self.position
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What decides, beside rows and positions, how long a step takes."""
-        session = self.session
-        return session.span, session.adapter_version and (session.client, session.adapter_version)
+        """What decides, beside rows, positions and adapters, how long a step takes."""
+        return (self.session.span,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,16 +71,33 @@ class _Measured:
     elapsed_s: float
     rows: int
     cached: int  # positions in the caches, those of shorter rows filled up
+    adapter_parts: int  # of all sessions
+    adapter_bytes: int
 
     @classmethod
     def of(cls, batch: Sequence[_Waiting], elapsed_s: float = 0.0) -> _Measured:
         rows = sum(waiting.session.rows for waiting in batch)
         longest = max(waiting.step.position + 1 for waiting in batch)
-        return cls(elapsed_s=elapsed_s, rows=rows, cached=rows * longest)
+        adapters = [waiting.session.adapter for waiting in batch if waiting.session.adapter is not None]
+        return cls(
+            elapsed_s=elapsed_s,
+            rows=rows,
+            cached=rows * longest,
+            adapter_parts=sum(len(adapter.parts) for adapter in adapters),
+            adapter_bytes=sum(adapter.bytes for adapter in adapters),
+        )
 
     def longest_s(self, other: _Measured) -> float:
-        """How long a batch of the size of `other` takes at the most: no cost grows faster than rows and positions."""
-        return self.elapsed_s * max(1.0, other.rows / self.rows, other.cached / self.cached)
+        """How long a batch of the size of `other` takes at the most: no cost grows faster than all of these sizes."""
+        sizes = [
+            (self.rows, other.rows),
+            (self.cached, other.cached),
+            (self.adapter_parts, other.adapter_parts),
+            (self.adapter_bytes, other.adapter_bytes),
+        ]
+        if any(its and not mine for mine, its in sizes):
+            return math.inf
+        return self.elapsed_s * max(1.0, *(its / mine for mine, its in sizes if mine))
 
 
 class StepBatcher:
@@ -232,6 +248,8 @@ class StepBatcher:
                 batch.append(each)
                 rows, held, longest = now_rows, now_held, now_longest
                 sessions.add(id(each.session))
+        # Those of one adapter side by side, and equal batches in equal order: so adapters share products.
+        batch.sort(key=lambda each: (each.session.client, each.session.adapter_version or "", id(each.session)))
         return [each for each in batch if self._remove(each)]
 
     def _remove(self, waiting: _Waiting) -> bool:
@@ -247,8 +265,9 @@ class StepBatcher:
         """Whether a batch of one position a row has memory enough: each row takes what the longest one takes."""
         if self._max_compute_bytes is None:
             return True
-        session, rows = batch[0].session, sum(each.session.rows for each in batch)
-        one, longest = Pass(span=session.span, adapter=session.adapter), max(each.step.position for each in batch) + 1
+        span, rows = batch[0].session.span, sum(each.session.rows for each in batch)
+        adapters = [each.session.adapter for each in batch if each.session.adapter is not None]
+        one, longest = Pass(span=span, mates=adapters), max(each.step.position for each in batch) + 1
         return self._engine.footprint.step_bytes(one, rows, 1, longest) <= self._max_compute_bytes
 
 

@@ -16,6 +16,7 @@ class Budgets:
     sessions: int
     adapters: int
     sums: int
+    stacks: int  # copies of adapters in the tensors that sessions share (petals_tune/blocks/adapter_stacks.py)
 
     @property
     def total_bytes(self) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 
 from petals_tune.blocks.adapters import Adapter
-from petals_tune.blocks.kv_cache import CacheSizes, Session
+from petals_tune.blocks.generation.session import Session
+from petals_tune.blocks.generation.sizes import CacheSizes
 from petals_tune.errors import RequestRefused, ServerBusy, SessionLost
 from petals_tune.wire.messages import OpenSession
 from servers.stores.budgeted_store import BudgetedStore

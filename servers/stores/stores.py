@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from petals_tune.blocks.kv_cache import CacheSizes
+from petals_tune.blocks.generation.sizes import CacheSizes
 from servers.stores.adapters import AdapterCache, GradientSums
 from servers.stores.budgets import Budgets
 from servers.stores.leases import LeaseStore

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from petals_tune.blocks.engine import Engine
-from petals_tune.blocks.kv_cache import Session
+from petals_tune.blocks.generation.session import Session
 from petals_tune.blocks.loading import load_blocks
 from petals_tune.config import build, composed
 from petals_tune.data.rows import IGNORED, Row

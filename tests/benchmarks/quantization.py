@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 from petals_tune.blocks.engine import Engine
-from petals_tune.blocks.kv_cache import Session
+from petals_tune.blocks.generation.session import Session
 from petals_tune.blocks.loading import load_blocks
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.wire.messages import Backward, Forward, Step

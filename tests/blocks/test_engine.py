@@ -5,7 +5,7 @@ import torch
 
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.engine import Engine
-from petals_tune.blocks.kv_cache import Session
+from petals_tune.blocks.generation.session import Session
 from petals_tune.blocks.positions import PositionLimits
 from petals_tune.errors import BlocksNotHere, RequestRefused
 from petals_tune.wire.adapter import AdapterPart
@@ -182,7 +182,7 @@ def test_a_gradient_that_does_not_fit_is_refused(model_folder):
 def test_where_torch_fails_on_a_batch_only_the_step_at_fault_fails(model_folder):
     """A position beyond GPT-J's table, as if nobody had looked at it before."""
     engine = Engine(load(model_folder("gptj"), "1:4"))
-    engine._positions = PositionLimits(given=None, table=None, length=None)
+    engine.passes.positions = PositionLimits(given=None, table=None, length=None)
     good, other, bad = session(), session(2), session()
     for each in (good, other, bad):
         outputs(engine, (each, step(hidden(each.rows, 2, 0), 0)))

@@ -67,7 +67,7 @@ def test_a_block_that_makes_bad_numbers_of_good_ones_is_named(model_folder):
     engine = Engine(load(model_folder("llama"), str(SPAN)))
     kept, other = session(), session()
     engine.step([(kept, step(hidden(1, 3, 0), 0))])
-    engine._blocks[1].register_forward_hook(lambda module, args, output: output * torch.nan)
+    engine.passes.blocks[1].register_forward_hook(lambda module, args, output: output * torch.nan)
     for keep in (False, True):
         with raises(NotFinite, block=2):
             engine.forward(forward(str(SPAN), hidden(2, 3, 0), keep=keep), None)

@@ -81,7 +81,7 @@ def test_a_killed_server_is_replaced_and_the_text_goes_on(network, chain):
 @pytest.mark.parametrize("back", [9, 7, 3])
 def test_a_session_goes_back_to_what_servers_keep_and_to_what_they_do_not(network, chain, monkeypatch, back):
     """To 3, inside the prompt and before its second step, the client replays."""
-    monkeypatch.setattr("petals_tune.blocks.states.SPACING", 2)
+    monkeypatch.setattr("petals_tune.blocks.generation.states.SPACING", 2)
     network.calls.clear()
     with closing(Generation(chain)) as run:
         run.step(hidden(2, 4, 0), 0)

@@ -202,7 +202,7 @@ def test_numbers_that_two_servers_find_not_finite_are_the_requests_own(network):
 
 def test_a_server_names_the_block_that_makes_nan_from_finite_numbers(folder):
     engine = Engine(load(folder, "3:6"))
-    engine._blocks[1].register_forward_hook(lambda module, args, output: output * torch.nan)
+    engine.passes.blocks[1].register_forward_hook(lambda module, args, output: output * torch.nan)
     hidden = torch.ones(1, 2, WIDTH)
     for keep in (False, True):
         with raises(NotFinite, block=4):

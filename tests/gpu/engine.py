@@ -7,7 +7,7 @@ import gc
 import torch
 
 from petals_tune.blocks.engine import Engine
-from petals_tune.blocks.kv_cache import Session
+from petals_tune.blocks.generation.session import Session
 from petals_tune.blocks.loading import load_blocks
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.wire.messages import Backward, Forward, Step

@@ -7,7 +7,7 @@ import torch
 from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.blocks import memory
 from petals_tune.blocks.engine import Engine
-from petals_tune.blocks.kv_cache import Session
+from petals_tune.blocks.generation.session import Session
 from petals_tune.blocks.loading import BlockLayout, LoadedBlocks, load_blocks
 from petals_tune.blocks.quantization import find_scheme
 from petals_tune.errors import PetalsTuneError

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from petals_tune.blocks.engine import Engine
-from petals_tune.blocks.kv_cache import CacheSizes
+from petals_tune.blocks.generation.sizes import CacheSizes
 from petals_tune.errors import PetalsTuneError
 from petals_tune.net.in_process import InProcessNetwork
 from petals_tune.net.members import Members
@@ -68,7 +68,7 @@ def even_sizes(token_bytes: int) -> CacheSizes:
 
 
 def stores(*, cache_sizes: CacheSizes | None = None, **max_bytes: int) -> Stores:
-    sizes = {"leases": 2**20, "sessions": 2**20, "adapters": 2**20, "sums": 2**20, **max_bytes}
+    sizes = {"leases": 2**20, "sessions": 2**20, "adapters": 2**20, "sums": 2**20, "stacks": 2**20, **max_bytes}
     return Stores.within(
         Budgets(**sizes), max_lease_age_s=600, max_session_idle_s=600, sizes=cache_sizes or even_sizes(256)
     )

@@ -4,7 +4,7 @@ import torch
 
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.engine import Engine
-from petals_tune.blocks.kv_cache import Session
+from petals_tune.blocks.generation.session import Session
 from petals_tune.errors import PetalsTuneError
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Step

@@ -17,6 +17,7 @@ from petals_tune.wire.messages import (
     CollectSum,
     Delivery,
     Done,
+    Fork,
     Forward,
     Forwarded,
     Gradients,
@@ -37,7 +38,6 @@ from petals_tune.wire.messages import (
 )
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.span import BlockSpan
-from petals_tune.wire.tensors import to_bytes
 from tests.raising import raises
 
 SPAN = BlockSpan(3, 7)
@@ -91,6 +91,10 @@ EXAMPLES: list[Message] = [
         ],
     ),
     OpenSession(span=SPAN, rows=2, max_length=64),
+    OpenSession(
+        span=SPAN, rows=3, max_length=64, fork=Fork(session=9, position=5, order=torch.tensor([0, 0, 1])), adapter="v"
+    ),
+    OpenSession(span=SPAN, rows=3, max_length=64, fork=Fork(session=9, position=64)),
     SessionOpened(session=9),
     Step(session=9, hidden=HIDDEN, position=4, padding=FORWARD.padding, order=torch.tensor([1, 0])),
     Stepped(hidden=HIDDEN),
@@ -117,33 +121,6 @@ def same(left: object, right: object) -> bool:
         fields = left.__struct_fields__
         return type(left) is type(right) and all(same(getattr(left, name), getattr(right, name)) for name in fields)
     return left == right
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"hidden": torch.ones(3, 4)},
-        {"hidden": torch.ones(2, 3, 4, dtype=torch.int64)},
-        {"hidden": torch.ones(2, 0, 4)},
-        {"padding": torch.ones(2, 3)},
-        {"padding": torch.ones(2, 4, dtype=torch.bool)},
-        {"positions": torch.arange(3)},
-        {"positions": torch.zeros(3, 3, dtype=torch.int64)},
-        {"positions": torch.zeros(1, 4, dtype=torch.int64)},
-        {"positions": torch.zeros(1, 3)},
-        {"positions": torch.tensor([[0, 1, -1]])},
-        {"positions": torch.tensor([[0, 1, 2**40]])},
-    ],
-    ids=lambda fields: "-".join(f"{name}{tuple(tensor.shape)}" for name, tensor in fields.items()),
-)
-def test_a_forward_whose_tensors_do_not_fit_together_cannot_be_made_and_is_refused_from_the_wire(fields):
-    with pytest.raises(ValueError, match=r"not \(|count from 0"):
-        Forward(**{"span": SPAN, "hidden": HIDDEN, **fields})
-    # The same on the wire, past our own constructor.
-    legal = Forward(span=SPAN, hidden=HIDDEN, padding=FORWARD.padding, positions=FORWARD.positions)
-    raw = {"kind": "forward", **msgspec.structs.asdict(legal), **fields}
-    with raises(ProtocolError, what="message"):
-        decode(msgspec.msgpack.encode(raw, enc_hook=lambda tensor: msgspec.msgpack.Ext(1, to_bytes(tensor))))
 
 
 @pytest.mark.parametrize("fields", [{}, {"lease": 1, "again": FORWARD}], ids=["neither", "both"])

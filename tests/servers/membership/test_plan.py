@@ -53,31 +53,32 @@ def test_more_blocks_than_there_are_are_refused(layout):
     assert number(layout, "num_blocks=6") == 6
 
 
-def test_as_many_blocks_as_fit_beside_all_four_budgets(layout, monkeypatch):
-    """Leases 2 GB, caches 1 GB, adapters 0.5 GB, the sums of their gradients as much again: 4 GB in all."""
+def test_as_many_blocks_as_fit_beside_all_budgets(layout, monkeypatch):
+    """Leases 2 GB, caches 1 GB, adapters 0.5 GB, the sums of their gradients as much again, copies a quarter."""
     limits = [f"limits.max_{name}_gb={size}" for name, size in (("lease", 2), ("cache", 1), ("adapter", 0.5))]
+    budgets = 4.125 * GB
     limits.append("limits.max_compute_gb=1e-6")  # less than two matrices
     block = sum(parameter.numel() for parameter in layout.meta_block(0).parameters())
     assert block == LLAMA_BLOCK
     float_block = 4 * LLAMA_BLOCK
     # Unquantized weights on a CPU count twice; the largest matrix and a copy of it are there while blocks load.
     largest = max(parameter.numel() for parameter in layout.meta_block(0).parameters())
-    three = 4 * GB + 2 * 4 * largest + 3 * 2 * float_block
+    three = budgets + 2 * 4 * largest + 3 * 2 * float_block
     for free, fit in ((three + 100, 3), (three - 100, 2)):
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: int(free / 0.9) + 1)
         assert number(layout, "quantization=none", *limits) == fit
     # What a request takes is taken later, when nothing loads.
-    monkeypatch.setattr(memory, "free_bytes", lambda device: int((4 * GB + GB + 3 * 2 * float_block) / 0.9) + 1)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int((budgets + GB + 3 * 2 * float_block) / 0.9) + 1)
     assert number(layout, "quantization=none", *limits[:-1], "limits.max_compute_gb=1") == 3
-    monkeypatch.setattr(memory, "free_bytes", lambda device: int(4 * GB / 0.9))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(budgets / 0.9))
     with raises(ConfigError, key="num_blocks"):
         number(layout, "quantization=none", *limits)
 
 
 def test_blocks_of_two_cards_are_counted_beside_the_budgets_on_each(layout, cards):
-    """Budgets of 5 GB as by default, and 1 GB to compute, on each."""
+    """Budgets of 5.25 GB as by default, and 1 GB to compute, on each."""
     block = 4 * LLAMA_BLOCK  # once: only a CPU keeps weights twice
-    cards(card0=(6 * GB + 2 * block + 50) / 0.9, card1=(6 * GB + 3 * block + 50) / 0.9)
+    cards(card0=(6.25 * GB + 2 * block + 50) / 0.9, card1=(6.25 * GB + 3 * block + 50) / 0.9)
     arguments = ["quantization=none", "limits.max_compute_gb=1"]
     assert number(layout, *arguments, devices=["cuda:0"]) == 2
     assert number(layout, *arguments, devices=["cuda:0", "cuda:1"]) == 5
@@ -105,20 +106,20 @@ def test_the_largest_block_counts_where_blocks_differ(model_folder, cards):
         for block in layout.family.blocks_of(layout.meta_model)
     ]
     assert sizes[0] < max(sizes)
-    cards(card0=(6 * GB + 3 * max(sizes) + 50) / 0.9)
+    cards(card0=(6.25 * GB + 3 * max(sizes) + 50) / 0.9)
     assert number_of_blocks(options, ["cuda:0"], layout, torch.float32) == 3
 
 
 def test_budgets_that_fit_beside_the_blocks_are_as_given(cards, caplog):
-    cards(card0=(5 * GB + 10 * GB) / 0.9 + 10, card1=40 * GB)
+    cards(card0=(5.25 * GB + 10 * GB) / 0.9 + 10, card1=40 * GB)
     budgets, compute = fit_budgets(options_of().limits, ["cuda:0", "cuda:1"], 1)
-    assert budgets == Budgets(leases=2 * GB, sessions=GB, adapters=GB, sums=GB)
+    assert budgets == Budgets(leases=2 * GB, sessions=GB, adapters=GB, sums=GB, stacks=GB // 4)
     assert compute == 10 * GB, "an eighth of 80 GB"
     assert not caplog.records
 
 
 def test_budgets_are_those_of_the_fullest_card(cards, caplog):
-    cards(card0=(5 * GB + 10 * GB) / 2 / 0.9, card1=40 * GB)
+    cards(card0=(5.25 * GB + 10 * GB) / 2 / 0.9, card1=40 * GB)
     budgets, compute = fit_budgets(options_of().limits, ["cuda:0", "cuda:1"], 1)
     assert budgets.leases == pytest.approx(GB, rel=1e-6)
     assert budgets.sessions == budgets.adapters == budgets.sums == pytest.approx(GB / 2, rel=1e-6)

@@ -213,7 +213,7 @@ async def test_an_adapter_that_never_fits_is_refused_with_what_would(engine):
 async def test_what_is_too_old_goes_while_nobody_asks_for_anything(engine, monkeypatch):
     monkeypatch.setattr(streams, "_WATCH_S", 0.01)
     kept = Stores.within(
-        Budgets(leases=2**20, sessions=2**20, adapters=0, sums=0),
+        Budgets(leases=2**20, sessions=2**20, adapters=0, sums=0, stacks=0),
         max_lease_age_s=0.05,
         max_session_idle_s=0.05,
         sizes=even_sizes(1),

@@ -27,7 +27,7 @@ def used(stores: Stores) -> list[int]:
 
 
 def made(**changes: int) -> Stores:
-    sizes = {"leases": 100, "sessions": 200, "adapters": 300, "sums": 400, **changes}
+    sizes = {"leases": 100, "sessions": 200, "adapters": 300, "sums": 400, "stacks": 500, **changes}
     return Stores.within(Budgets(**sizes), max_lease_age_s=60, max_session_idle_s=60, sizes=even_sizes(3))
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from petals_tune.blocks.engine import Engine
-from petals_tune.blocks.kv_cache import CacheSizes
-from petals_tune.blocks.states import MOST_INPUTS, MOST_SNAPSHOTS
+from petals_tune.blocks.generation.sizes import CacheSizes
+from petals_tune.blocks.generation.states import MOST_INPUTS, MOST_SNAPSHOTS
 from petals_tune.errors import UnsupportedModel
 from petals_tune.wire.span import BlockSpan
 from tests.models import config_of

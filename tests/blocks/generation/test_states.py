@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from petals_tune.blocks import states
 from petals_tune.blocks.engine import Engine
+from petals_tune.blocks.generation import states
 from petals_tune.errors import NotFinite, RequestRefused, SessionLost
 from tests.models import STATE_FAMILIES, relative_error
 from tests.servers.parts import forward, load

@@ -7,9 +7,10 @@ from typing import Protocol
 
 import torch
 
-from petals_tune.blocks.kv_cache import CacheSizes, Session
+from petals_tune.blocks.generation.session import Session
+from petals_tune.blocks.generation.sizes import CacheSizes
+from petals_tune.blocks.generation.states import Key
 from petals_tune.blocks.loading import LoadedBlocks
-from petals_tune.blocks.states import Key
 from petals_tune.errors import NotFinite, UnsupportedModel
 from petals_tune.model.block_lists import STATES
 from petals_tune.wire.messages import Step

@@ -1,0 +1,1 @@
+"""Generation: sessions, what they keep, and their steps through the blocks."""
