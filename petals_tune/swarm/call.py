@@ -98,8 +98,7 @@ class Calls:
 
     def forwards(self, stages: Sequence[Stage], like: torch.Tensor, context: CallContext) -> EnteredPass:
         """A pass of `forward` along `stages`, for hidden states of the shape of `like`; adapters are on their way."""
-        for stage in stages:
-            self._sender.begin_upload(stage.hop, context)
+        self._sender.begin_uploads([stage.hop for stage in stages], context)
         empty = like[:, :, :0]
 
         def request(number: int) -> Forward:

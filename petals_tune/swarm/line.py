@@ -90,15 +90,27 @@ class FormatChoice:
             self._choosing.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.shield(self._choosing)
 
+    @property
+    def slow(self) -> bool | None:
+        """Whether the formats of a slow line are taken; None: nothing was measured yet."""
+        return self._formats.slow
+
+    def take(self, slow: bool | None) -> None:
+        """Take the choice of a run that this one goes on from; None: it made none."""
+        if self._formats.auto and slow is not None and slow != self._formats.slow:
+            self._set(slow, "as in the run that this one goes on from")
+
     async def _choose(self, route: Sequence[Hop]) -> None:
         streams = await asyncio.gather(*(self._client.stream(hop.server) for hop in route))
         # One after the other: together they would share the client's own line.
         lines = [await measure_line(stream, timeout_s=self._client.policy.connect_s) for stream in streams]
         slowest = min(lines, key=lambda line: (not line.slow, line.bytes_per_s, -line.round_trip_s))
-        self._formats.slow = slowest.slow
-        if slowest.slow:
+        if self._formats.slow is None:  # else it was taken meanwhile
+            self._set(slowest.slow, f"{slowest}: a {'slow' if slowest.slow else 'fast'} line")
+
+    def _set(self, slow: bool, why: str) -> None:
+        taken = "the dtype of each server"
+        if slow:
             taken = f"hidden states in {SLOW_HIDDEN} or narrower, gradients and changes of adapters in {SLOW_GRAD}"
-        else:
-            taken = "the dtype of each server"
-        self._client.stats.formats = f"{taken} ({slowest}: a {'slow' if slowest.slow else 'fast'} line)"
+        self._formats.slow, self._client.stats.formats = slow, f"{taken} ({why})"
         logger.info("swarm: formats of training: %s", self._client.stats.formats)

@@ -19,6 +19,7 @@ from petals_tune.errors import (
     NotHandedOn,
     NotKept,
     OverLimit,
+    PetalsTuneError,
     Refused,
     RequestRefused,
     RequestTooLarge,
@@ -86,7 +87,7 @@ class Sender:
             for number, hop in enumerate(hops):
                 if hop.span in comes:
                     chained = Chained(request=request(number), comes=comes[hop.span], goes=along.goes.get(hop.span))
-                    reply = asyncio.create_task(self.ask(hop, chained, context, width=width))
+                    reply = asyncio.create_task(self._ahead(hops[0], hop, chained, context, width))
                     reply.add_done_callback(_retrieve_error)  # it may never be awaited
                     along.waiting[hop.span] = SentAhead(
                         hop=hop, giver=givers[hop.span], ticket=comes[hop.span].ticket, reply=reply
@@ -97,6 +98,11 @@ class Sender:
                 waiting.reply.cancel()  # all of them before anything is awaited, which may be cancelled itself
             for waiting in along.waiting.values():
                 await self._withdraw(waiting)
+
+    async def _ahead(self, first: Hop, hop: Hop, chained: Chained, context: CallContext, width: int) -> Message:
+        """The reply to a request that is sent ahead of its tensor, once the `first` hop has its adapter."""
+        await self._uploaded(first, context)
+        return await self.ask(hop, chained, context, width=width)
 
     async def send(self, hop: Hop, tensor: torch.Tensor, build: Build, context: CallContext, along: Pass) -> Message:
         """The reply to the request that `build` makes of `tensor`, or to the one that waits ahead for it."""
@@ -251,21 +257,32 @@ class Sender:
 
     # Adapters travel by version: once to each server, before the first request that names it.
 
-    def begin_upload(self, hop: Hop, context: CallContext) -> None:
-        """Start to give the adapter to a server further down the route, while those before it compute."""
-        if context.adapter_on(hop.span):
-            task: asyncio.Task[object] = asyncio.create_task(self._upload(hop, context))
+    def begin_uploads(self, hops: Sequence[Hop], context: CallContext) -> None:
+        """Start to give all servers of a route the adapter, the first one before the others: it is waited for first."""
+        if context.adapter is not None:
+            task: asyncio.Task[object] = asyncio.create_task(self._upload_all(hops, context))
             self._uploading.add(task)
             task.add_done_callback(self._uploading.discard)
             task.add_done_callback(_retrieve_error)  # `ask` meets the error itself
 
-    async def _upload(self, hop: Hop, context: CallContext) -> None:
+    async def _upload_all(self, hops: Sequence[Hop], context: CallContext) -> None:
+        await self._uploaded(hops[0], context)
+        await asyncio.gather(*(self._upload(hop, context) for hop in hops[1:]), return_exceptions=True)
+
+    async def _uploaded(self, hop: Hop, context: CallContext) -> None:
+        """Return once the server has the adapter, or cannot be given it, which its own request meets."""
+        with suppress(PetalsTuneError):
+            upload = await self._upload(hop, context)
+            if upload is not None:
+                await asyncio.shield(upload.done)
+
+    async def _upload(self, hop: Hop, context: CallContext) -> Upload | None:
         """Give the server the adapter: once, however many micro-batches need it at the same time.
 
         Returns as soon as it was written: the server lets requests that name it wait for it.
         """
         if context.adapter is None or not (parts := context.adapter_on(hop.span)):
-            return
+            return None
         stream = await self._client.stream(hop.server)
         name = (context.adapter.version, hop.span)
         upload = stream.adapters.get(name)
@@ -279,6 +296,7 @@ class Sender:
             if len(stream.adapters) > KEPT_UPLOADS:
                 del stream.adapters[next(iter(stream.adapters))]
         await upload.wait_until_written()
+        return upload
 
     def _difference(self, stream: ServerStream, hop: Hop, adapter: AdapterVersion) -> PutAdapter | None:
         """The upload of `adapter` as the difference from a version that this stream carried; None without one."""

@@ -11,12 +11,14 @@ that were not seen before. The figure is the largest difference of the loss from
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from transformers.utils import logging
 
 from petals_tune.model.convert import embedded_model
 from petals_tune.swarm.versions import AdapterVersions
-from petals_tune.tuning.support import collect_adapter, own_parts
+from petals_tune.wire.adapter import AdapterPart, AdapterVersion
 from petals_tune.wire.tensors import as_received
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +117,7 @@ def losses(name: str, method: str, rounding: Rounding, options: argparse.Namespa
     net: Any = peft.get_peft_model(model, config_of(method)).train()
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
-    on_servers = as_servers_have_it(list(enumerate(blocks))) if rounding.differences and method == "lora" else None
+    on_servers = as_servers_have_it(trained) if rounding.differences and method == "lora" else None
     found = []
     for start in range(0, options.steps * options.rows * options.positions, options.rows * options.positions):
         batch = tokens[start : start + options.rows * options.positions].view(options.rows, -1)
@@ -133,26 +135,25 @@ def losses(name: str, method: str, rounding: Rounding, options: argparse.Namespa
     return found
 
 
-def as_servers_have_it(blocks: list[tuple[int, nn.Module]]) -> Iterator[Callable[[], None]]:
+def as_servers_have_it(trained: list[nn.Parameter]) -> Iterator[Callable[[], None]]:
     """Yield for each step, with the adapter's tensors set to those of the servers, what sets them back."""
     versions = AdapterVersions()
-    while True:
-        version, _ = collect_adapter(blocks)
-        assert version is not None
-        sent = versions.next(version)
-        pairs = [
-            (parameter, before.clone(), on_server)
-            for part, exact, near in zip(own_parts(blocks), version.parts, sent.parts, strict=True)
-            for parameter, before, on_server in zip(part.tensors, exact.tensors, near.tensors, strict=True)
+    for step in itertools.count():
+        exact = [parameter.detach().clone() for parameter in trained]
+        parts = [
+            AdapterPart(block=0, method="lora", module=str(number), tensors=[tensor])
+            for number, tensor in enumerate(exact)
         ]
-        for parameter, _, on_server in pairs:
-            parameter.data.copy_(on_server)
+        sent = versions.next(AdapterVersion(version=str(step), parts=tuple(parts)))
+        assert (sent.difference is None) == (step == 0), "else all of it would be sent"
+        set_to(trained, [part.tensors[0] for part in sent.parts])
+        yield partial(set_to, trained, exact)
 
-        def back(pairs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = pairs) -> None:
-            for parameter, before, _ in pairs:
-                parameter.data.copy_(before)
 
-        yield back
+@torch.no_grad()
+def set_to(trained: list[nn.Parameter], values: list[torch.Tensor]) -> None:
+    for parameter, value in zip(trained, values, strict=True):
+        parameter.copy_(value)
 
 
 def crossing_before(rounding: Rounding) -> Any:

@@ -167,15 +167,15 @@ def test_a_difference_whose_base_the_server_dropped_is_followed_by_the_whole(net
     assert all(map(torch.equal, kept.tensors, [t for part in near.on(SPANS["a"]) for t in part.tensors]))
 
 
-def test_an_upload_begins_before_its_request(network):
+def test_uploads_begin_before_their_requests_the_first_server_first(network):
     sent = Sent(network)
 
     async def begin() -> None:
-        sent.sender.begin_upload(sent.hops["b"], CONTEXT)
+        sent.sender.begin_uploads(list(sent.hops.values()), CONTEXT)
         await asyncio.gather(*sent.sender._uploading)
 
     loop.run(begin())
-    assert dict(network.calls) == {("b", "PutAdapter"): 1}
+    assert list(network.calls.items()) == [(("a", "PutAdapter"), 1), (("b", "PutAdapter"), 1)]
     loop.run(sent.forward("b"))
     assert network.calls["b", "PutAdapter"] == 1
 
