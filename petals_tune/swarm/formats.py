@@ -69,4 +69,5 @@ class Formats:
 
     def rounding(self, server: ServerRecord) -> frozenset[WireFormat]:
         """The formats that round what `server` gets or answers, beside what it rounds itself."""
-        return frozenset({self.of_hidden(server), self.of_grad(server)} - {server.dtype})
+        of_adapter = {SLOW_GRAD} if self.slow else set()
+        return frozenset({self.of_hidden(server), self.of_grad(server), *of_adapter} - {server.dtype})
