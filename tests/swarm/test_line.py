@@ -54,11 +54,11 @@ async def test_a_far_server_behind_a_slow_line_is_found(clock, round_trip_s, byt
     stream: Any = PlayedStream(clock, round_trip_s=round_trip_s, bytes_per_s=bytes_per_s)
     found = await measure_line(stream, timeout_s=1e3)
     assert found.slow
-    assert found.round_trip_s == round_trip_s
+    assert found.round_trip_s == pytest.approx(round_trip_s)
     assert found.bytes_per_s <= 1.01 * bytes_per_s, "no line carries more than it does"
     if bytes_per_s * round_trip_s < 2**20:
         assert found.bytes_per_s >= 0.5 * bytes_per_s
-    assert clock[0] < 8, "seconds"
+    assert clock[0] < 12, "seconds"
 
 
 async def test_a_near_server_is_asked_nothing_more(clock):
