@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from petals_tune.blocks import memory
 from petals_tune.blocks.quantization import SchemeName
 from petals_tune.config import Model
 from petals_tune.errors import ConfigError
@@ -51,10 +52,10 @@ class Limits:
     max_session_idle_s: Annotated[float, Field(gt=0)]
     max_adapter_gb: Annotated[float, Field(ge=0)]
     max_compute_gb: Annotated[float, Field(gt=0)] | None
-    max_receiving_gb: Annotated[float, Field(gt=0)]
-    max_message_mb: Annotated[float, Field(gt=0)]
-    max_positions: Annotated[int, Field(ge=1)]
-    max_tokens: Annotated[int, Field(ge=1)]
+    max_receiving_gb: Annotated[float, Field(gt=0)] | None
+    max_message_mb: Annotated[float, Field(gt=0)] | None
+    max_positions: Annotated[int, Field(ge=1)] | None
+    max_tokens: Annotated[int, Field(ge=1)] | None
     max_streams: Annotated[int, Field(ge=1)]
     max_streams_per_client: Annotated[int, Field(ge=1)]
     max_in_flight: Annotated[int, Field(ge=1)]
@@ -75,14 +76,17 @@ class Limits:
         )
 
     def of_requests(self, *, max_compute_bytes: int) -> RequestLimits:
+        receiving_bytes = memory.receiving_bytes(self.max_receiving_gb)
+        # What a client alone may have in flight (`ClientQuota.fits`), where no limit is set.
+        message_bytes = receiving_bytes // 2 if self.max_message_mb is None else int(self.max_message_mb * 2**20)
         return RequestLimits(
             max_streams=self.max_streams,
             max_streams_per_client=self.max_streams_per_client,
             max_in_flight=self.max_in_flight,
             max_requests_per_s=self.max_requests_per_s,
             max_request_s=self.max_request_s,
-            max_receiving_bytes=int(self.max_receiving_gb * _GB),
-            max_message_bytes=int(self.max_message_mb * 2**20),
+            max_receiving_bytes=receiving_bytes,
+            max_message_bytes=message_bytes,
             max_positions=self.max_positions,
             max_tokens=self.max_tokens,
             max_compute_bytes=max_compute_bytes,

@@ -323,13 +323,13 @@ class GpuEngine(Engine):
         """One half of the blocks on each."""
         return cls(loaded, [f"cuda:{2 * number // len(loaded.span)}" for number in range(len(loaded.span))])
 
-    def forward(self, *args: Any) -> Any:
+    def forward(self, *args: Any, **options: Any) -> Any:
         with pretended_gpus():
-            return super().forward(*args)
+            return super().forward(*args, **options)
 
-    def backward(self, *args: Any) -> Any:
+    def backward(self, *args: Any, **options: Any) -> Any:
         with pretended_gpus():
-            return super().backward(*args)
+            return super().backward(*args, **options)
 
     def step(self, *args: Any) -> Any:
         # Some operations on tensors that wrap others fail in inference mode, inside torch.

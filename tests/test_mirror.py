@@ -22,6 +22,7 @@ TESTED_ELSEWHERE = {
     "petals_tune/data/examples.py": "tests/data/test_encoding.py",
     "petals_tune/hydra_errors.py": "tests/test_config.py",
     "petals_tune/model/stored.py": "tests/model/test_checkpoint.py",
+    "petals_tune/remote/adapters/choice.py": "tests/remote/adapters/test_calls.py",
     "petals_tune/remote/backbone.py": "tests/remote/test_blocks.py",
     "petals_tune/remote/model_call.py": "tests/remote/test_threads.py",
     "petals_tune/train/measure.py": "tests/test_evaluate.py",

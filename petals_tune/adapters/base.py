@@ -72,10 +72,13 @@ class AdapterMethod(ABC):
         """Is `layer` one that this method put on a block?"""
 
     @abstractmethod
-    def collect(self, layer: Any, *, block: int, path: str) -> Iterator[tuple[AdapterPart, list[torch.Tensor]]]:
-        """The active adapters of a layer, each with the client's own parameters in the order of the part's tensors.
+    def collect(
+        self, layer: Any, *, block: int, path: str, names: Sequence[str] | None
+    ) -> Iterator[tuple[AdapterPart, list[torch.Tensor]]]:
+        """The adapters `names` of a layer, each with the client's own parameters in the order of the part's tensors.
 
-        `path` is the layer's inside its block. Raises UnsupportedAdapter for what a server would not run.
+        `path` is the layer's inside its block; without `names`, PEFT's active adapters count. Raises UnsupportedAdapter
+        for what a server would not run.
         """
 
     # The server's half.
@@ -171,9 +174,11 @@ class LinearMethod(AdapterMethod):
     def owns(self, layer: nn.Module) -> bool:
         return isinstance(layer, self.peft_layers[0])
 
-    def collect(self, layer: Any, *, block: int, path: str) -> Iterator[tuple[AdapterPart, list[torch.Tensor]]]:
+    def collect(
+        self, layer: Any, *, block: int, path: str, names: Sequence[str] | None
+    ) -> Iterator[tuple[AdapterPart, list[torch.Tensor]]]:
         self.check_layer(f"block {block}, {path}", layer)
-        for adapter in () if layer.disable_adapters else layer.active_adapters:
+        for adapter in chosen_adapters(layer, names):
             if (tensors := self.tensors(layer, adapter)) is not None:
                 part = AdapterPart(
                     block=block,
@@ -193,6 +198,14 @@ class LinearMethod(AdapterMethod):
     @abstractmethod
     def check_shapes(self, part: AdapterPart, inputs: int, outputs: int) -> None:
         """Raises RequestRefused for tensors that do not fit a linear of these features."""
+
+
+def chosen_adapters(layer: Any, names: Sequence[str] | None) -> Sequence[str]:
+    """Return `names`, or where they are None, the adapters that are active in a layer of PEFT's."""
+    if names is not None:
+        return names
+    active: Sequence[str] = () if layer.disable_adapters else layer.active_adapters
+    return active
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:

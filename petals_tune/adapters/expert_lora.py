@@ -18,6 +18,7 @@ from petals_tune.adapters.base import (
     AdapterMethod,
     ExpertShape,
     PositionBytes,
+    chosen_adapters,
     expert_parameters,
     refusal,
     shapes,
@@ -42,7 +43,9 @@ class ExpertLoRA(AdapterMethod):
     def owns(self, layer: nn.Module) -> bool:
         return isinstance(layer, self._peft_layer)
 
-    def collect(self, layer: Any, *, block: int, path: str) -> Iterator[tuple[AdapterPart, list[torch.Tensor]]]:
+    def collect(
+        self, layer: Any, *, block: int, path: str, names: Sequence[str] | None
+    ) -> Iterator[tuple[AdapterPart, list[torch.Tensor]]]:
         # Wrappers of several parameters of one module are nested.
         module, name = path.replace(".base_layer", ""), layer.parameter_name
         where = f"block {block}, {module}.{name}"
@@ -58,7 +61,7 @@ class ExpertLoRA(AdapterMethod):
                 key="tuning",
                 seen="merged",
             )
-        for adapter in () if layer.disable_adapters else layer.active_adapters:
+        for adapter in chosen_adapters(layer, names):
             if adapter in layer.lora_A:
                 tensors = [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
                 part = AdapterPart(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,11 +14,14 @@ from petals_tune.wire.adapter import AdapterPart
 
 
 class BlockPrompt(nn.Module):
-    """The prompt (P, H) of one block, as a child of the block. Where the block runs here, a hook adds it."""
+    """The prompt (P, H) of one block, as a child of the block. Where the block runs here, a hook adds it.
 
-    def __init__(self, prompt: torch.Tensor):
+    It belongs to the adapter `adapter`, the soft prompt of that name.
+    """
+
+    def __init__(self, prompt: torch.Tensor, adapter: str):
         super().__init__()
-        self.prompt = nn.Parameter(prompt)
+        self.prompt, self.adapter = nn.Parameter(prompt), adapter
 
     def add(self, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """As a forward pre-hook of a block, whose first argument is the hidden states (B, S, H)."""
@@ -34,8 +37,11 @@ class Prompt(AdapterMethod):
     def owns(self, layer: nn.Module) -> bool:
         return isinstance(layer, BlockPrompt)
 
-    def collect(self, layer: Any, *, block: int, path: str) -> Iterator[tuple[AdapterPart, list[torch.Tensor]]]:
-        yield AdapterPart(block=block, method=self.name, tensors=[layer.prompt.detach()]), [layer.prompt]
+    def collect(
+        self, layer: Any, *, block: int, path: str, names: Sequence[str] | None
+    ) -> Iterator[tuple[AdapterPart, list[torch.Tensor]]]:
+        if names is None or layer.adapter in names:
+            yield AdapterPart(block=block, method=self.name, tensors=[layer.prompt.detach()]), [layer.prompt]
 
     def check(self, part: AdapterPart, module: nn.Module, hidden_size: int) -> None:
         if part.module:

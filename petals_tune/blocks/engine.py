@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +16,7 @@ from torch import nn
 from petals_tune.blocks.adapters import Adapter, CallPlan
 from petals_tune.blocks.devices.hardware import check_alive
 from petals_tune.blocks.devices.transfers import device_of
-from petals_tune.blocks.footprint import Footprint, measure_footprint
+from petals_tune.blocks.footprint import Footprint, attention_window, measure_footprint
 from petals_tune.blocks.generation.probe import StateBlocks, measure_caches
 from petals_tune.blocks.generation.session import Session
 from petals_tune.blocks.generation.sizes import CacheSizes
@@ -23,6 +24,7 @@ from petals_tune.blocks.generation.steps import Stepper
 from petals_tune.blocks.graphs import Graph, KeptMemory
 from petals_tune.blocks.loading import LoadedBlocks
 from petals_tune.blocks.passes import Passes, context_length
+from petals_tune.blocks.recompute import BlockRecorder, KeptGraph
 from petals_tune.blocks.separate_rows import SessionRows
 from petals_tune.copies import finite_flags, to_device, to_host
 from petals_tune.errors import NotFinite, RequestRefused
@@ -36,7 +38,7 @@ class Result:
     """The output of a forward, and the graph with the bytes that it keeps, where one was asked for."""
 
     output: torch.Tensor  # (B, S, H), in host memory
-    graph: Graph | None
+    graph: KeptGraph | None
     graph_bytes: int
     compute_s: float
 
@@ -88,18 +90,23 @@ class Engine:
         """Raises DeviceFailed where a device computes nothing any more: by the computing thread, as all else."""
         check_alive(self.spans_by_device)
 
-    def forward(self, request: Forward, adapter: Adapter | None) -> Result:
-        """Run the blocks. Raises RequestRefused for what these blocks cannot do, NotFinite for NaN or Inf of theirs."""
+    def forward(self, request: Forward, adapter: Adapter | None, *, per_block: bool = False) -> Result:
+        """Run the blocks. Where the request keeps a graph, `per_block` keeps the inputs of the blocks in its place.
+
+        Raises RequestRefused for what these blocks cannot do, NotFinite for NaN or Inf of theirs.
+        """
         started_s = time.perf_counter()
-        graph, graph_bytes = None, 0
+        graph: KeptGraph | None = None
+        graph_bytes = 0
         if request.keep:
             memory = KeptMemory(weights=self._weights)
-            with memory.counting(self._keep_hidden_input):
-                graph = self._graph(request, adapter)
-            for tensor in (graph.output, graph.hidden):
-                if tensor is not None:
-                    memory.add(tensor)
-            output, graph_bytes = graph.output, memory.bytes
+            if per_block:
+                graph, output = self._block_inputs(request, adapter)
+            else:
+                with memory.counting(self._keep_hidden_input):
+                    graph, output = self._graph(request, adapter)
+            graph.add_to(memory)
+            graph_bytes = memory.bytes
         else:
             with torch.no_grad():
                 output = self._output(request, adapter, to_device(request.hidden, self._device, self._dtype))
@@ -118,23 +125,26 @@ class Engine:
         return output
 
     def backward(
-        self, request: Backward, graph: Graph | None, adapter: Adapter | None
+        self, request: Backward, graph: KeptGraph | None, adapter: Adapter | None, *, per_block: bool = False
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Gradients from a kept graph, or from the forward that the request carries, which is run again.
 
+        With `per_block`, that forward keeps the inputs of its blocks, and each block is run once more.
         Returns (gradient at the input (B, S, H) or None, gradients of the adapter's tensors). Raises as `forward`.
         """
         again = request.again if graph is None else None
+        outputs: list[torch.Tensor] = []
         if graph is None:
             assert again is not None
-            graph = self._graph(again, adapter)
-        if request.grad.shape != graph.output.shape:
-            text = f"a gradient {tuple(request.grad.shape)} for an output {tuple(graph.output.shape)}"
+            graph, output = self._block_inputs(again, adapter) if per_block else self._graph(again, adapter)
+            outputs = finite_flags([output])
+            del output  # its memory is the graph's, or is free
+        if request.grad.shape != graph.shape:
+            text = f"a gradient {tuple(request.grad.shape)} for an output {tuple(graph.shape)}"
             raise RequestRefused(text, reason="gradient shape")
         if graph.hidden is None and not graph.adapter:
             raise RequestRefused("nothing on these blocks needs a gradient", reason="no gradient")
-        outputs = [] if again is None else finite_flags([graph.output])
-        grad = to_device(request.grad, graph.output.device)
+        grad = to_device(request.grad, graph.device)
         at_input, at_adapter = graph.gradients(grad)
         # Where there is no gradient at the input, an adapter's may miss positions of the one that came.
         flags = [*outputs, *finite_flags([grad if at_input is None else at_input, *at_adapter])]
@@ -170,35 +180,51 @@ class Engine:
         """
         return self._stepper.together(steps)
 
-    def _graph(self, request: Forward, adapter: Adapter | None) -> Graph:
-        """The output of a forward with its autograd graph."""
+    def _graph(self, request: Forward, adapter: Adapter | None) -> tuple[KeptGraph, torch.Tensor]:
+        """A forward's autograd graph, and its output (B, S, H)."""
         hidden = to_device(request.hidden, self._device, self._dtype).requires_grad_(request.input_grad)
         with torch.enable_grad():
             output = self._output(request, adapter, hidden)
-        return Graph(
-            output=output,
-            hidden=hidden if request.input_grad else None,
-            adapter=[] if adapter is None else adapter.tensors,
+        leaf, tensors = hidden if request.input_grad else None, [] if adapter is None else adapter.tensors
+        return Graph(output=output, hidden=leaf, adapter=tensors), output
+
+    def _block_inputs(self, request: Forward, adapter: Adapter | None) -> tuple[KeptGraph, torch.Tensor]:
+        """The inputs of a forward's blocks, which a backward computes again, and its output (B, S, H)."""
+        self.check_span(request.span)
+        hidden = to_device(request.hidden, self._device, self._dtype).requires_grad_(request.input_grad)
+        recorder = BlockRecorder(
+            {number: self.block(number) for number in range(request.span.start, request.span.stop)}
         )
+        with torch.enable_grad(), recorder:
+            output = self._output(request, adapter, hidden)
+        leaf = hidden if request.input_grad else None
+        kept = recorder.inputs(output, leaf, adapter, partial(self._configured, request, adapter))
+        return kept, output.detach()
 
     def _output(self, request: Forward, adapter: Adapter | None, hidden: torch.Tensor) -> torch.Tensor:
         """The output (B, S, H) of a request's blocks for `hidden`, its own input on the engine's device."""
         self.passes.check(request.span, request)
         if adapter is not None:
             adapter.check_positions(hidden.shape[1])
-        with self.passes.configured(request.span, CallPlan.of(adapter, train=request.train, seed=request.seed)):
+        with self._configured(request, adapter):
             return self._run(request, hidden)
+
+    @contextmanager
+    def _configured(self, request: Forward, adapter: Adapter | None) -> Iterator[None]:
+        """The model with the blocks of a request alone, as it wants them computed."""
+        plan = CallPlan.of(adapter, train=request.train, seed=request.seed)
+        with self.passes.configured(request.span, plan), self.passes.separate.call_of(_rows(request)):
+            yield
 
     def _check_output(self, finite: Iterable[torch.Tensor], request: Forward, adapter: Adapter | None) -> None:
         """Raises the error for an output of `request` that is not finite, as `finite` says."""
         if not all(finite):
-            with self.passes.configured(request.span, CallPlan.of(adapter, train=request.train, seed=request.seed)):
+            with self._configured(request, adapter):
                 hidden = to_device(request.hidden.detach(), self._device, self._dtype)
                 raise self.passes.not_finite(request.span, request.hidden, partial(self._run, request, hidden))
 
     def _run(self, request: Forward, hidden: torch.Tensor) -> torch.Tensor:
-        rows = [SessionRows(rows=len(hidden), context_length=context_length(request))]
-        return self.passes.run(hidden, rows, mask=request.padding, positions=request.positions)
+        return self.passes.run(hidden, _rows(request), mask=request.padding, positions=request.positions)
 
     @functools.cached_property
     def footprint(self) -> Footprint:
@@ -219,6 +245,11 @@ class Engine:
     def has_dropout(self) -> bool:
         """Whether training takes other kernels than evaluation."""
         return any("drop" in name and value for name, value in self._model.config.to_dict().items())
+
+    @property
+    def window(self) -> int | None:
+        """Positions beyond which attention in some block needs a mask to see its window alone; None: none does."""
+        return attention_window(self._model.config)
 
     def kind_of(self, block: int) -> str:
         """The structure of a block: those of equal structure take equal memory."""
@@ -246,3 +277,7 @@ class Engine:
     def check_span(self, span: BlockSpan) -> None:
         """Raises BlocksNotHere for blocks that another server may have."""
         self.passes.check_span(span)
+
+
+def _rows(request: Forward) -> list[SessionRows]:
+    return [SessionRows(rows=len(request.hidden), context_length=context_length(request))]

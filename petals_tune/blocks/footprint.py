@@ -13,7 +13,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig
 
 from petals_tune.adapters.base import linear_features
 from petals_tune.blocks.adapter_stacks import SLOTS_A_ROW
@@ -30,6 +31,7 @@ from petals_tune.blocks.generation.probe import StateBlocks
 from petals_tune.blocks.generation.session import Session
 from petals_tune.blocks.generation.sizes import CacheSizes
 from petals_tune.blocks.loading import LoadedBlocks
+from petals_tune.errors import RequestRefused
 from petals_tune.wire.messages import Backward, Forward, Step
 from petals_tune.wire.span import BlockSpan
 
@@ -38,6 +40,7 @@ _LEAST_LENGTH = 16  # shorter passes take other ways through kernels (FloatLinea
 _CHUNKS = ("chunk_size", "block_size")  # attributes of Mamba-2's and lightning attention's modules
 _DELTA_RULE_CHUNK = 64  # default of transformers' functions for the gated delta rule
 _GPU_ALIGNMENT = 8  # attention on a GPU pads masks to a multiple of this
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size")  # in configs
 _HIDDEN_BY_KERNELS = 2**20  # bytes a computing thread: what attention and matrix products allocate inside one operation
 
 
@@ -120,6 +123,16 @@ class Pass:
     adapter: Adapter | None = None
     mates: Sequence[Adapter] = ()  # of other sessions that share the pass, a generation step
     train: bool = False  # dropout is on
+    padded: bool = True  # positions are hidden, which takes a mask
+    per_block: bool = False  # of a graph, the inputs of blocks are kept, and each block is computed again
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Training:
+    """What a forward that keeps a graph, or the inputs of blocks in its place, and its backward took."""
+
+    kept: Growth
+    peaks: Sequence[Growth]  # beside what is kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +140,10 @@ class _Seen:
     """What passes through two blocks in a row took. Peaks are the moments with the most of something."""
 
     forward: Mapping[bool, Sequence[Growth]]  # without a graph; by `Pass.train`: dropout takes other kernels
-    kept: Growth  # by the graph
-    training: Sequence[Growth]  # beside the graph, during the forward that makes it and the backward
+    training: Mapping[bool, _Training]  # by `Pass.per_block`, where blocks can be computed one by one
     step: Sequence[Growth]  # beside the caches
     expert_rows: float  # rows that experts multiply for each row and position
+    masks_alone: bool  # what grows with pairs of positions is a mask, and there is none where nothing is padded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +151,8 @@ class _Block:
     """One block, with the one before it, which leaves tensors behind; of the first block, with the one behind it."""
 
     seen: _Seen
-    kept: Growth  # by the graph of this block alone
-    kept_more: Growth  # by the graph of this block behind the one before: they share some
+    kept: Mapping[bool, Growth]  # by the graph of this block alone, or its input: by `Pass.per_block`
+    kept_more: Mapping[bool, Growth]  # by that of this block behind the one before: they share some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,39 +164,57 @@ class Footprint:
     token_bytes: int  # of the caches: one position of one row in one block
     hidden_by_kernels: int
     chunk: int = 1  # positions that linear attention computes at once
+    window: int | None = None  # positions from which attention needs a mask, padding or not
+
+    def computes_single_blocks(self, span: BlockSpan) -> bool:
+        """Whether the blocks of `span` can be computed one by one in a backward (`Pass.per_block`)."""
+        return all(True in block.seen.training for block in self._of(span))
 
     def forward_bytes(self, one: Pass, rows: int, positions: int) -> int:
         """Most memory during a forward without a graph."""
-        peaks = [peak for block in self._of(one.span) for peak in block.seen.forward[one.train]]
-        return self._most(peaks, rows, positions, positions) + self._of_adapter(one)[1] * rows * positions
+        peaks = [(block.seen, peak) for block in self._of(one.span) for peak in block.seen.forward[one.train]]
+        return self._most(one, peaks, rows, positions) + self._of_adapter(one)[1] * rows * positions
 
     def kept_bytes(self, one: Pass, rows: int, positions: int) -> int:
         """Bytes of the graph that a forward keeps for its backward."""
         first, *others = self._of(one.span)
-        growths = [first.kept, *(block.kept_more for block in others)]
-        of_blocks = sum(growth.bytes(rows, positions, positions, self._chunks(positions)) for growth in growths)
+        growths = [(first.seen, first.kept), *((block.seen, block.kept_more) for block in others)]
+        of_blocks = sum(
+            self._bytes(one, seen, kept[one.per_block], rows, positions, positions) for seen, kept in growths
+        )
         adapter_bytes = 0 if one.adapter is None else one.adapter.bytes
-        return of_blocks + adapter_bytes + self._of_adapter(one)[0] * rows * positions
+        of_adapter = 0 if one.per_block else self._of_adapter(one)[0] * rows * positions
+        return of_blocks + adapter_bytes + of_adapter
 
     def training_bytes(self, one: Pass, rows: int, positions: int) -> int:
         """Most memory during a forward with a graph and its backward, graph and gradients included."""
         # `Passes.not_finite` runs the blocks once more, beside the graph.
         seen = [block.seen for block in self._of(one.span)]
-        peaks = [peak for each in seen for peak in (*each.training, *each.forward[one.train])]
-        working = self._most(peaks, rows, positions, positions) + self._of_adapter(one)[1] * rows * positions
+        peaks = [
+            (each, peak) for each in seen for peak in (*each.training[one.per_block].peaks, *each.forward[one.train])
+        ]
+        of_block = self._of_adapter_block(one) if one.per_block else 0
+        working = self._most(one, peaks, rows, positions) + (self._of_adapter(one)[1] + of_block) * rows * positions
         gradients = 0 if one.adapter is None else 2 * one.adapter.bytes  # the second time in float32
         return self.kept_bytes(one, rows, positions) + working + gradients
 
     def step_bytes(self, one: Pass, rows: int, new: int, total: int) -> int:
         """Most memory during a step of `new` positions that reaches `total`, beside the caches of its sessions."""
         # A step that goes back repeats earlier ones, each by itself: none of them takes more than when it came.
-        peaks = [peak for block in self._of(one.span) for peak in block.seen.step]
+        peaks = {peak for block in self._of(one.span) for peak in block.seen.step}
         joined = self.token_bytes * rows * total  # caches of one block, in one tensor for several sessions
-        return self._most(peaks, rows, new, total) + joined + self._of_adapter(one)[1] * rows * new
+        most = max(peak.bytes(rows, new, total, self._chunks(new)) for peak in peaks) + self.hidden_by_kernels
+        return most + joined + self._of_adapter(one)[1] * rows * new
 
-    def _most(self, peaks: Iterable[Growth], rows: int, new: int, total: int) -> int:
-        chunks = self._chunks(new)
-        return max(peak.bytes(rows, new, total, chunks) for peak in set(peaks)) + self.hidden_by_kernels
+    def _most(self, one: Pass, peaks: Iterable[tuple[_Seen, Growth]], rows: int, positions: int) -> int:
+        sizes = (self._bytes(one, seen, peak, rows, positions, positions) for seen, peak in peaks)
+        return max(sizes) + self.hidden_by_kernels
+
+    def _bytes(self, one: Pass, seen: _Seen, growth: Growth, rows: int, new: int, total: int) -> int:
+        """Bytes of what was seen of blocks; without their masks where this pass needs none."""
+        if seen.masks_alone and not one.padded and (self.window is None or total <= self.window):
+            growth = growth._replace(pair=0.0)
+        return growth.bytes(rows, new, total, self._chunks(new))
 
     def _chunks(self, positions: int) -> int:
         return -(-positions // self.chunk)
@@ -193,11 +224,27 @@ class Footprint:
 
     def _of_adapter(self, one: Pass) -> tuple[int, int]:
         """(kept by its parts, most beside that while a part is applied): bytes for each row and position."""
-        expert_rows = math.ceil(max(block.seen.expert_rows for block in self._of(one.span)))
+        expert_rows = self._expert_rows(one)
         kept, working = (0, 0) if one.adapter is None else one.adapter.position_bytes(expert_rows, training=one.train)
         for mate in one.mates:
             working = max(working, SLOTS_A_ROW * mate.position_bytes(expert_rows, training=False).working)
         return kept, working
+
+    def _of_adapter_block(self, one: Pass) -> int:
+        """Bytes for each row and position that an adapter's parts keep on the block where they keep most."""
+        if one.adapter is None:
+            return 0
+        blocks = [one.adapter.on(BlockSpan(number, number + 1)) for number in range(one.span.start, one.span.stop)]
+        return max(block.position_bytes(self._expert_rows(one), training=one.train)[0] for block in blocks)
+
+    def _expert_rows(self, one: Pass) -> int:
+        return math.ceil(max(block.seen.expert_rows for block in self._of(one.span)))
+
+
+def attention_window(config: PretrainedConfig) -> int | None:
+    """Positions beyond which attention in some block of a model needs a mask to see its window alone; None: never."""
+    windows = [value for name in _WINDOWS if (value := getattr(config, name, None)) is not None]
+    return min((value if isinstance(value, int) else 0 for value in windows), default=None)
 
 
 class Measurable(Protocol):
@@ -212,13 +259,15 @@ class Measurable(Protocol):
     def description(self) -> str: ...
     @property
     def has_dropout(self) -> bool: ...
+    @property
+    def window(self) -> int | None: ...
     def block(self, number: int) -> nn.Module: ...
     def kind_of(self, block: int) -> str: ...
     @property
     def cache_sizes(self) -> CacheSizes: ...
     @property
     def state_blocks(self) -> StateBlocks: ...
-    def forward(self, request: Forward, adapter: Adapter | None) -> Any: ...
+    def forward(self, request: Forward, adapter: Adapter | None, *, per_block: bool = False) -> Any: ...
     def backward(self, request: Backward, graph: Any, adapter: Adapter | None) -> object: ...
     def step(self, steps: Sequence[tuple[Session, Step]]) -> Sequence[object]: ...
 
@@ -235,7 +284,7 @@ def measure_footprint(engine: Measurable) -> Footprint:
     def kinds(span: BlockSpan) -> tuple[str, tuple[str, ...]]:
         return model, tuple(engine.kind_of(block) for block in range(span.start, span.stop))
 
-    def kept(span: BlockSpan) -> Growth:
+    def kept(span: BlockSpan) -> Mapping[bool, Growth]:
         if (key := kinds(span)) not in _kept:
             _kept[key] = _measure_kept(engine, span)
         return _kept[key]
@@ -254,7 +303,12 @@ def measure_footprint(engine: Measurable) -> Footprint:
                 blocks.append(_Block(seen=both, kept=alone, kept_more=alone))
             else:
                 both = seen(BlockSpan(number - 1, number + 1))
-                kept_more = both.kept.plus(kept(BlockSpan(number - 1, number)), sign=-1)
+                before = kept(BlockSpan(number - 1, number))
+                kept_more = {
+                    per_block: training.kept.plus(before[per_block], sign=-1)
+                    for per_block, training in both.training.items()
+                    if per_block in before
+                }
                 blocks.append(_Block(seen=both, kept=alone, kept_more=kept_more))
     return Footprint(
         start=start,
@@ -262,19 +316,19 @@ def measure_footprint(engine: Measurable) -> Footprint:
         token_bytes=token_bytes,
         hidden_by_kernels=_HIDDEN_BY_KERNELS * torch.get_num_threads(),
         chunk=_chunk(engine),
+        window=engine.window,
     )
 
 
 # By model and kinds of blocks: a server that moves to other blocks of its model measures little anew.
-_kept: dict[tuple[str, tuple[str, ...]], Growth] = {}
+_kept: dict[tuple[str, tuple[str, ...]], Mapping[bool, Growth]] = {}
 _seen: dict[tuple[str, tuple[str, ...]], _Seen] = {}
 
 
 def _request(engine: Measurable, span: BlockSpan, length: int, *, rows: int = 1, **fields: Any) -> Forward:
     """A forward of zeros with padding: masks are counted for each request, since a window makes one too."""
-    return Forward(
-        span=span, hidden=torch.zeros(rows, length, engine.hidden_size), padding=_padding(rows, length), **fields
-    )
+    hidden = torch.zeros(rows, length, engine.hidden_size)
+    return Forward(**{"span": span, "hidden": hidden, "padding": _padding(rows, length), **fields})
 
 
 def _padding(rows: int, length: int) -> torch.Tensor:
@@ -283,12 +337,16 @@ def _padding(rows: int, length: int) -> torch.Tensor:
     return padding
 
 
-def _measure_kept(engine: Measurable, span: BlockSpan) -> Growth:
+def _measure_kept(engine: Measurable, span: BlockSpan) -> dict[bool, Growth]:
     new, _ = _lengths(engine, span)
-    with _Watch(new, new, weights=_weights(engine, span)) as watch:
-        result = engine.forward(_request(engine, span, new, keep=True, train=True), None)
-        kept = watch.live
-    del result
+    kept = {}
+    for per_block in (False, True):
+        with _Watch(new, new, weights=_weights(engine, span)) as watch, suppress(RequestRefused):
+            request = _request(engine, span, new, keep=True, train=True)
+            graph = engine.forward(request, None, per_block=per_block).graph  # without its output
+            del request
+            kept[per_block] = watch.live
+            del graph
     return kept
 
 
@@ -297,22 +355,35 @@ def _measure(engine: Measurable, span: BlockSpan) -> _Seen:
     without_graph: dict[bool, Sequence[Growth]] = {}
     weights = _weights(engine, span)
     for train in (False, True) if engine.has_dropout else (False,):
-        with _Watch(
-            new, new, rows=2, weights=weights
-        ) as watch:  # what is a view of one row is a copy of two in some families (BLOOM)
+        # What is a view of one row is a copy of two in some families (BLOOM).
+        with _Watch(new, new, rows=2, weights=weights) as watch:
             engine.forward(_request(engine, span, new, rows=2, train=train), None)
         without_graph[train] = tuple(watch.peaks)
-    with _Watch(new, new, weights=weights) as training, _counting_rows(engine, span) as counted:
-        result = engine.forward(_request(engine, span, new, keep=True, train=True), None)
-        kept = training.live
-        engine.backward(Backward(lease=1, grad=torch.zeros(1, new, engine.hidden_size)), result.graph, None)
+    with _Watch(new, new, weights=weights) as watch:
+        engine.forward(_request(engine, span, new, padding=None), None)
+    masks_alone = not any(peak.pair for peak in watch.peaks)
+    training = {}
+    with _counting_rows(engine, span) as counted:
+        training[False] = _measure_training(engine, span, new, per_block=False)
+    with suppress(RequestRefused):  # these blocks are not computed one by one
+        training[True] = _measure_training(engine, span, new, per_block=True)
     return _Seen(
         forward={False: without_graph[False], True: without_graph.get(True, without_graph[False])},
-        kept=kept,
-        training=tuple(peak.plus(kept, sign=-1) for peak in training.peaks),
+        training=training,
         step=_measure_step(engine, span, new, total),
         expert_rows=max(counted.values(), default=0) / new,
+        masks_alone=masks_alone,
     )
+
+
+def _measure_training(engine: Measurable, span: BlockSpan, new: int, *, per_block: bool) -> _Training:
+    with _Watch(new, new, weights=_weights(engine, span)) as watch:
+        request = _request(engine, span, new, keep=True, train=True)
+        graph = engine.forward(request, None, per_block=per_block).graph  # without its output
+        del request
+        kept = watch.live
+        engine.backward(Backward(lease=1, grad=torch.zeros(1, new, engine.hidden_size)), graph, None)
+    return _Training(kept=kept, peaks=tuple(peak.plus(kept, sign=-1) for peak in watch.peaks))
 
 
 @contextmanager

@@ -62,21 +62,44 @@ class Graph:
     hidden: torch.Tensor | None  # the input (B, S, H), where its gradient is wanted
     adapter: list[torch.Tensor]
 
-    def gradients(self, grad: torch.Tensor) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """(gradient at the input or None, gradients of the adapter's tensors); frees the graph.
+    @property
+    def shape(self) -> torch.Size:
+        return self.output.shape
 
-        Blocks in float16 are given the gradient times a power of 2, which is exact, and what comes out is divided by
-        it, in float32: a gradient of 1e-7, as a loss over a thousand tokens has them, has one bit left in float16.
-        """
+    @property
+    def device(self) -> torch.device:
+        return self.output.device
+
+    def add_to(self, memory: KeptMemory) -> None:
+        """Count what is kept beside what autograd saves."""
+        for tensor in (self.output, self.hidden):
+            if tensor is not None:
+                memory.add(tensor)
+
+    def gradients(self, grad: torch.Tensor) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """(gradient at the input or None, gradients of the adapter's tensors); frees the graph."""
         inputs = [*([] if self.hidden is None else [self.hidden]), *self.adapter]
-        dtype, scale = self.output.dtype, None
-        if dtype is torch.float16:
-            grad, scale = _scaled(grad.float())
+        grad, scale = scale_gradient(grad, self.output.dtype)
         # A linear that this forward did not pass has a gradient too: zero.
-        found = list(torch.autograd.grad(self.output, inputs, grad.to(dtype), materialize_grads=True))
-        if scale is not None:
-            found = [each.float() / scale for each in found]
+        found = unscale_gradients(torch.autograd.grad(self.output, inputs, grad, materialize_grads=True), scale)
         return (None if self.hidden is None else found.pop(0)), found
+
+
+def scale_gradient(grad: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`grad` in the `dtype` of the output of blocks, and the factor by which it is larger; None: it is not.
+
+    Blocks in float16 are given the gradient times a power of 2, which is exact, and what comes out is divided by
+    it, in float32: a gradient of 1e-7, as a loss over a thousand tokens has them, has one bit left in float16.
+    """
+    scale = None
+    if dtype is torch.float16:
+        grad, scale = _scaled(grad.float())
+    return grad.to(dtype), scale
+
+
+def unscale_gradients(found: Iterable[torch.Tensor], scale: torch.Tensor | None) -> list[torch.Tensor]:
+    """Gradients for a gradient that `scale_gradient` made larger, divided by that factor."""
+    return list(found) if scale is None else [each.float() / scale for each in found]
 
 
 def _scaled(grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

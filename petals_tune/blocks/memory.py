@@ -18,6 +18,7 @@ from petals_tune.errors import ConfigError
 _GB = 2**30
 SPARE = 0.1  # of the free memory: for the rest of the machine; on a GPU, for what its allocator cuts into pieces
 COMPUTE_SHARE = 1 / 8  # of the memory, to compute one request, where no limit is set
+RECEIVING_SHARE = 1 / 4  # of the host's memory, for requests and replies under way, where no limit is set
 # A control group's limit and use, of version 2 and of version 1, as a container sees its own.
 _CGROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
@@ -59,6 +60,11 @@ def usable_bytes(free: int) -> int:
 def compute_bytes(devices: Sequence[str], max_gb: float | None) -> int:
     """Memory on any of `devices` to compute one request: `max_gb`; None: a share of all that the smallest has."""
     return int(min(map(total_bytes, devices)) * COMPUTE_SHARE if max_gb is None else max_gb * _GB)
+
+
+def receiving_bytes(max_gb: float | None) -> int:
+    """Host memory for requests and replies under way: `max_gb`; None: a share of all that there is."""
+    return int(total_bytes("cpu") * RECEIVING_SHARE if max_gb is None else max_gb * _GB)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -37,7 +37,7 @@ class Passes:
         self._lists: dict[BlockSpan, nn.ModuleList] = {}
         self._training = False
         self.hooks = AdapterHooks(self.blocks, loaded.span.start)
-        self._separate = SeparateRows(self.model, self.blocks, self.hooks.alone)
+        self.separate = SeparateRows(self.model, self.blocks, self.hooks.alone)
         self.positions = PositionLimits.of(self.model, loaded.blocks)
         self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         # Bamba, one of the models that transformers calls stateful, counts the positions of each call from 0.
@@ -96,7 +96,7 @@ class Passes:
         options: dict[str, Any] = {} if positions is None else {"position_ids": to_device(positions, self.device)}
         if cache is not None:
             options["past_key_values"] = cache
-        with self._separate.call_of(rows):
+        with self.separate.call_of(rows):
             output: torch.Tensor = self.model(
                 inputs_embeds=hidden,
                 attention_mask=None if mask is None else to_device(mask, self.device, torch.long),

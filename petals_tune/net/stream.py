@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 SILENCE_S = 6.0  # a server whose event loop sends nothing for so long is stopped or gone
 ENOUGH_PINGS = 3  # that it has to leave unanswered meanwhile
-MAX_MESSAGE_BYTES = 2**31  # that we send in one message, whatever the server would take
+MAX_MESSAGE_BYTES = 2**33  # that we send in one message, whatever the server would take
 MAX_IN_FLIGHT = 64  # requests, whatever the server would take: each is kept, encoded, until it was sent
 SMALL_REPLY_BYTES = 2**16  # enough for every reply without tensors
 MAX_GIVEN_UP = 64  # requests without a waiter whose replies are still read, since they may name what the server keeps
@@ -105,7 +105,7 @@ class ServerStream(MessageWriter):
         self._pending: dict[int, Expected] = {}
         self._given_up: dict[int, int] = {}  # most bytes of replies that nobody waits for, by id, oldest first
         # Which sizes are allowed, `_admit` says.
-        self._assembler = frames.Assembler(max_message_bytes=2**32, max_open_bytes=2**63, admit=self._admit)
+        self._assembler = frames.Assembler(max_message_bytes=2**63, max_open_bytes=2**63, admit=self._admit)
         self._arriving = 0  # id of the frame that is read
         self._unasked = 0  # messages beyond those that were asked for
         self._heard_s = awake_s()
@@ -288,6 +288,7 @@ class ServerStream(MessageWriter):
                 body = self._assembler.feed(self._arriving, payload, remaining)
                 if body is not None and not isinstance(body, frames.Dropped):
                     self._take(self._arriving, decode(body))
+                del payload, body  # while the next frame is awaited, which may be long
         except ProtocolError as error:
             self._lost(f"server {self.peer} breaks the protocol: {error}")
         except ConnectionLost as error:

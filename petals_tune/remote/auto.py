@@ -21,6 +21,8 @@ from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.model.families import family_of, placeholder_model, without_blocks
 from petals_tune.model.nested import causal_class, config_for
 from petals_tune.net.members import Members
+from petals_tune.remote.adapters.calls import AdapterCalls
+from petals_tune.remote.adapters.registry import Adapters
 from petals_tune.remote.backbone import Backbone
 from petals_tune.remote.blocks import put_remote_blocks
 from petals_tune.remote.config import with_changes
@@ -43,7 +45,7 @@ from petals_tune.wire.tensors import FormatOption
 _PREFIX = "Distributed"
 
 
-class DistributedModel:
+class DistributedModel(AdapterCalls):
     """Mixed into one of transformers' model classes: the same model, with remote blocks."""
 
     plain_class: ClassVar[Any]
@@ -149,6 +151,7 @@ class DistributedModel:
                 model.generation_config = checkpoint.generation_config
             model.name_or_path = model.config.name_or_path = str(source)
             model.__class__ = cls
+            model.adapters = Adapters(model, str(source), revision)
             model.register_forward_pre_hook(_check_adapter_names)
             model.register_forward_pre_hook(
                 _check_pooling if _is_classifier(cls) else with_whole_input, with_kwargs=True

@@ -16,6 +16,7 @@ from petals_tune.model.families import Family, restore_counts
 from petals_tune.model.nested import decoder_path, is_nested
 from petals_tune.net.stats import SwarmStats
 from petals_tune.remote import arguments
+from petals_tune.remote.adapters.choice import Choice
 from petals_tune.remote.backbone import Backbone
 from petals_tune.remote.config import BlocksConfig
 from petals_tune.remote.local import LocalBlocks
@@ -40,6 +41,8 @@ class RemoteSpan(Skeleton):
     trip. An int gives a weightless block, as PEFT and transformers' helpers walk them.
     """
 
+    choice: Choice | None = None  # the adapter that a call named; None: PEFT's active ones
+
     def __init__(self, blocks: Any, *, span: BlockSpan, backbone: Backbone):
         super().__init__(blocks)
         self.span, self.backbone = span, backbone
@@ -63,6 +66,7 @@ class RemoteSpan(Skeleton):
             list(self.children())[index], span=BlockSpan(first + start, first + stop), backbone=self.backbone
         )
         cut.training = self.training  # not train(): the blocks stay as they are
+        cut.choice = self.choice
         return cut
 
     def __repr__(self) -> str:
@@ -137,11 +141,15 @@ class RemoteSpan(Skeleton):
 
     def adapter(self) -> tuple[AdapterVersion | None, list[torch.Tensor]]:
         """What is trained inside these blocks. Raises UnsupportedAdapter for what servers would not run."""
-        return collect_adapter(self._numbered())
+        return collect_adapter(self._numbered(), self._names)
 
     def own_adapter(self) -> list[AdapterPart]:
         """The same, with the trained parameters themselves."""
-        return own_parts(self._numbered())
+        return own_parts(self._numbered(), self._names)
+
+    @property
+    def _names(self) -> tuple[str, ...] | None:
+        return None if self.choice is None else self.choice.names
 
     def _numbered(self) -> list[tuple[int, nn.Module]]:
         return list(enumerate(self.children(), start=self.span.start))
@@ -153,7 +161,13 @@ class RemoteSpan(Skeleton):
                 f"blocks {self.span}{'' if session.chain is self.backbone.chain else ' of another model'}",
                 key="past_key_values",
             )
-        return session.step(hidden, padding=call.padding, positions=call.positions, adapter=lambda: self.adapter()[0])
+        return session.step(
+            hidden,
+            padding=call.padding,
+            positions=call.positions,
+            adapter=lambda: self.adapter()[0],
+            choice=self.choice,
+        )
 
 
 class RemoteBlocks(RemoteSpan):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -13,6 +13,8 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 
 from petals_tune.errors import ConfigError
+from petals_tune.remote.adapters.calls import generate_with
+from petals_tune.remote.adapters.choice import NOT_GIVEN
 from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
 from petals_tune.remote.speculative.choice import (
     Draft,
@@ -57,7 +59,15 @@ class RemoteGeneration:
             finally:
                 self._active_session = outer
 
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, draft: Draft = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args: Any,
+        draft: Draft = None,
+        adapter: Any = NOT_GIVEN,
+        adapters: Sequence[str | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As in transformers; over slow lines faster with a `draft`: guesses of several tokens, checked in one step.
 
         `draft` is "lookup" (what followed the last tokens where they stood in the text before), a small causal language
@@ -66,9 +76,16 @@ class RemoteGeneration:
         guessed follows the measured times. Guesses are made where one row is generated from token ids, greedily or by
         sampling; otherwise a warning says that there are none.
 
+        `adapter` and `adapters` are as of a call of the model (remote/adapters/calls.py).
+
         Raises ConfigError without an input in a session that holds a text already, and for a draft of another
         vocabulary.
         """
+        if adapter is not NOT_GIVEN or adapters is not None:
+            named = dict(zip(("generation_config", "logits_processor", "stopping_criteria"), args, strict=False))
+            if draft is not None:
+                kwargs["draft"] = draft
+            return generate_with(self, adapter, adapters, inputs, {**named, **kwargs})
         source = choose_draft(self, draft)
         given = kwargs.get("past_key_values")
         session = self._active_session if given is None else given
@@ -107,7 +124,7 @@ class RemoteGeneration:
             # Of a local cache; some checkpoints name one. And sessions cut long prompts themselves.
             generation_config.cache_implementation = generation_config.prefill_chunk_size = None
             refuse_adapter_names(self, self.remote_blocks)  # type: ignore[arg-type]  # a model
-            cache.begin_turn(self.remote_blocks.adapter()[0])
+            cache.begin_turn(self.remote_blocks.adapter()[0], self.remote_blocks.choice)
         if _draft.get() is not None:
             has_ids = model_kwargs.get("inputs_embeds") is None
             has_session = isinstance(cache, RemoteCache)

@@ -52,6 +52,7 @@ class RemoteCache(Cache):
         self._open_session = open_session
         self._session: SplitSession | None = None
         self._adapter: str | None = None  # version of the adapter that the caches were computed with
+        self._choice: object = None  # how the call named it
         self._padding: torch.Tensor | None = None  # (B, position) bool; None: every position is real
         self._positions: torch.Tensor | None = None  # (B or 1, position) int64; None: they count from 0
         self._order: torch.Tensor | None = None
@@ -131,9 +132,12 @@ class RemoteCache(Cache):
 
     # What the model with remote blocks does with it.
 
-    def begin_turn(self, adapter: AdapterVersion | None) -> None:
-        """Begin a call of generate(); anew where the caches were computed with another adapter than the active one."""
-        if self._session is not None and self._adapter != _version(adapter):
+    def begin_turn(self, adapter: AdapterVersion | None, choice: object = None) -> None:
+        """Begin a call of generate(); anew where the caches were computed with another adapter than this one.
+
+        choice: what the call named, whose soft prompt is no part of `adapter`; None: nothing
+        """
+        if self._session is not None and (self._adapter, self._choice) != (_version(adapter), choice):
             self.close()
         self._next_ids, self._by_hand = None, False
 
@@ -185,6 +189,7 @@ class RemoteCache(Cache):
         padding: torch.Tensor | None,
         positions: torch.Tensor | None,
         adapter: Callable[[], AdapterVersion | None],
+        choice: object = None,
     ) -> torch.Tensor:
         """The output (B, S, H) of all blocks for the next positions; `padding` (B, position + S) is of all of them."""
         ids, self._next_ids = self._next_ids, None
@@ -194,7 +199,7 @@ class RemoteCache(Cache):
             raise ConfigError(text, key="use_cache")
         rows, new = hidden.shape[:2]
         self._check(rows, padding)
-        if by_hand and self._session is not None and self._adapter != _version(adapter()):
+        if by_hand and self._session is not None and (self._adapter, self._choice) != (_version(adapter()), choice):
             text = "the adapter was changed since this generation session began: open another session"
             raise ConfigError(text, key="past_key_values")
         started_s = time.perf_counter()
@@ -202,7 +207,7 @@ class RemoteCache(Cache):
             self.virtual = 0 if ids is None else new - ids.shape[1]
         if self._session is None:
             version = adapter()
-            self._adapter = _version(version)
+            self._adapter, self._choice = _version(version), choice
             self._session = self._open_session(rows, self.max_length + self.virtual, version)
         inputs = Inputs(  # in host memory, also where the model is on a GPU
             hidden=to_host(hidden)[0],

@@ -32,7 +32,7 @@ from petals_tune.net.stream import ServerStream
 from petals_tune.swarm.retry import RetryPolicy
 from petals_tune.swarm.routes.dialler import Dialler
 from petals_tune.swarm.routes.known import KnownServers
-from petals_tune.swarm.routes.limits import LEAST, Limits, ServerLimits, Size
+from petals_tune.swarm.routes.limits import LEAST, UNLIMITED, Limits, ServerLimits, Size
 from petals_tune.swarm.routes.load import Load
 from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.swarm.routes.route import Hop
@@ -298,7 +298,9 @@ class SwarmClient:
         self.limits.said(
             server.peer,
             ServerLimits(
-                tokens=welcome.max_tokens, positions=welcome.max_positions, message_bytes=stream.max_tensor_bytes
+                tokens=welcome.max_tokens or UNLIMITED.tokens,
+                positions=welcome.max_positions or UNLIMITED.positions,
+                message_bytes=stream.max_tensor_bytes,
             ),
         )
         return stream

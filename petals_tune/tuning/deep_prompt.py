@@ -39,7 +39,7 @@ def with_deep_prompts(model: PreTrainedModel, config: DeepPromptConfig) -> PeftM
     net = get_peft_model(model, config)
     blocks = _blocks(model)
     hidden_size = model.config.get_text_config().hidden_size
-    _attach(blocks, torch.zeros(len(blocks), config.num_virtual_tokens, hidden_size))
+    _attach(blocks, torch.zeros(len(blocks), config.num_virtual_tokens, hidden_size), adapter=net.active_adapter)
     return net
 
 
@@ -75,12 +75,14 @@ def load_deep_prompts(model: PreTrainedModel, folder: Path, *, trainable: bool =
     _attach(blocks, prompts, trainable=trainable)
 
 
-def _attach(blocks: list[nn.Module], prompts: torch.Tensor, *, trainable: bool = True) -> None:
+def _attach(
+    blocks: list[nn.Module], prompts: torch.Tensor, *, trainable: bool = True, adapter: str = "default"
+) -> None:
     for block, prompt in zip(blocks, prompts, strict=True):
         if hasattr(block, _NAME):
             getattr(block, _NAME).prompt = nn.Parameter(prompt.clone(), requires_grad=trainable)
             continue
-        module = BlockPrompt(prompt.clone()).requires_grad_(trainable)
+        module = BlockPrompt(prompt.clone(), adapter).requires_grad_(trainable)
         block.add_module(_NAME, module)
         block.register_forward_pre_hook(module.add)
 

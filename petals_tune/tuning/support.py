@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from petals_tune.adapters import METHODS
+from petals_tune.adapters.prompt import BlockPrompt
 from petals_tune.copies import to_host
 from petals_tune.errors import UnsupportedAdapter
 from petals_tune.tuning.deep_prompt import DeepPromptConfig, with_deep_prompts
@@ -58,31 +59,47 @@ def tune(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     return with_deep_prompts(model, config) if isinstance(config, DeepPromptConfig) else get_peft_model(model, config)
 
 
-def collect_adapter(blocks: Sequence[tuple[int, nn.Module]]) -> tuple[AdapterVersion | None, list[torch.Tensor]]:
-    """The active adapters of `blocks` (pairs of number and module) as (a version of them, their tensors).
+def is_adapted(model: nn.Module) -> bool:
+    """Has `model` layers of PEFT's or deep prompts inside? A soft prompt is beside the model, not in it."""
+    inside = (BaseTunerLayer, AuxiliaryTrainingWrapper, BlockPrompt)
+    return any(isinstance(module, inside) for module in model.modules())
 
-    The tensors are the client's own parameters, in the order of the version's parts. Raises UnsupportedAdapter for
-    anything on a block that a server would not run; nothing is left out silently.
+
+def collect_adapter(
+    blocks: Sequence[tuple[int, nn.Module]], names: Sequence[str] | None = None
+) -> tuple[AdapterVersion | None, list[torch.Tensor]]:
+    """The adapters `names` on `blocks` (pairs of number and module) as (a version of them, their tensors).
+
+    Without `names`, PEFT's active adapters count. The tensors are the client's own parameters, in the order of the
+    version's parts. Raises UnsupportedAdapter for anything on a block that a server would not run; nothing is left out
+    silently.
     """
-    found = [each for number, block in blocks for each in _parts(number, block)]
+    found = [each for number, block in blocks for each in _parts(number, block, names)]
     if not found:
         return None, []
-    # To be digested and sent, also where the model is on a GPU.
-    copies = iter(to_host(*(tensor for part, _ in found for tensor in part.tensors)))
+    # Copied before they are digested: another thread may train them in place before they are sent, or sent again.
+    copies = iter(to_host(*(_copied(tensor) for part, _ in found for tensor in part.tensors)))
     parts = [msgspec.structs.replace(part, tensors=[next(copies) for _ in part.tensors]) for part, _ in found]
     return AdapterVersion(version=_digest(parts), parts=tuple(parts)), [own for _, each in found for own in each]
 
 
-def own_parts(blocks: Sequence[tuple[int, nn.Module]]) -> list[AdapterPart]:
-    """The active adapters of `blocks`, with the client's own parameters as tensors. Raises as `collect_adapter`."""
+def own_parts(blocks: Sequence[tuple[int, nn.Module]], names: Sequence[str] | None = None) -> list[AdapterPart]:
+    """The same adapters, with the client's own parameters as tensors. Raises as `collect_adapter`."""
     return [
         msgspec.structs.replace(part, tensors=parameters)
         for number, block in blocks
-        for part, parameters in _parts(number, block)
+        for part, parameters in _parts(number, block, names)
     ]
 
 
-def _parts(number: int, block: nn.Module) -> Iterator[tuple[AdapterPart, list[torch.Tensor]]]:
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory; of a tensor on a GPU, `to_host` makes one anyway."""
+    return tensor.clone() if tensor.device.type == "cpu" else tensor
+
+
+def _parts(
+    number: int, block: nn.Module, names: Sequence[str] | None
+) -> Iterator[tuple[AdapterPart, list[torch.Tensor]]]:
     ours: set[int] = set()  # modules whose parameters are an adapter's
     for path, layer in block.named_modules():
         where = f"block {number}, {path or 'itself'}"
@@ -98,7 +115,7 @@ def _parts(number: int, block: nn.Module) -> Iterator[tuple[AdapterPart, list[to
             )
         method = next((method for method in METHODS.values() if method.owns(layer)), None)
         if method is not None:
-            yield from method.collect(layer, block=number, path=path)
+            yield from method.collect(layer, block=number, path=path, names=names)
             # Its own children hold the adapter's tensors; the base layer is looked at like any other module.
             ours.update(
                 id(m) for name, child in layer.named_children() if name != "base_layer" for m in child.modules()
@@ -132,8 +149,7 @@ def refuse_adapter_names(model: nn.Module, blocks: nn.Module) -> None:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
     raise UnsupportedAdapter(
-        "adapter_names: remote blocks run one adapter for all rows of a batch; call the model once for each adapter, "
-        "after set_adapter(NAME)",
+        "adapter_names: give adapters=[one name, or None, for each row] instead, which also trains and generates",
         key="adapter_names",
     )
 

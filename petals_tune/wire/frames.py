@@ -1,6 +1,6 @@
 """Framing: messages are cut into frames, so that many share one stream. No I/O here.
 
-A frame is `length: u32, message id: u64, remaining: u32` and `length` bytes; `remaining` counts the bytes of the same
+A frame is `length: u32, message id: u64, remaining: u64` and `length` bytes; `remaining` counts the bytes of the same
 message that are still to come, so the first frame of an id gives the size of the whole message. Frames of different
 messages may alternate, so that a large message never delays a small one.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from petals_tune.errors import ProtocolError
 
-HEADER = struct.Struct(">IQI")
+HEADER = struct.Struct(">IQQ")
 MAX_FRAME_BYTES = 256 * 1024  # on loopback, larger frames are not faster
 MAX_OPEN_MESSAGES = 128  # unfinished ones on a stream; each takes memory, however small it is
 

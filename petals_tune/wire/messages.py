@@ -56,8 +56,8 @@ class Welcome(Message, frozen=True, tag="welcome"):
     record: ServerRecord
     max_in_flight: Annotated[int, msgspec.Meta(ge=1)]
     max_message_bytes: Annotated[int, msgspec.Meta(ge=1)]
-    max_positions: Annotated[int, msgspec.Meta(ge=1)]  # of a row in one request
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)]  # rows x positions of one request
+    max_positions: Annotated[int, msgspec.Meta(ge=1)] | None = None  # of a row in one request; None: by memory
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None  # rows x positions of one request; None: by memory
     token: TokenBytes | None = None  # shows that the server may host blocks of a private swarm
 
 

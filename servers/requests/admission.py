@@ -18,8 +18,8 @@ class RequestLimits:
     max_request_s: float
     max_receiving_bytes: int
     max_message_bytes: int
-    max_positions: int
-    max_tokens: int
+    max_positions: int | None
+    max_tokens: int | None
     max_compute_bytes: int
 
 

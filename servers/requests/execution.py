@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
+import msgspec
 import torch
 
 from petals_tune.blocks.adapters import Adapter
@@ -74,17 +76,18 @@ class Executor:
         raise RequestRefused(f"{type(request).__name__} is not a request", reason="kind")
 
     def check_size(self, hidden: torch.Tensor) -> None:
-        """Raises RequestRefused for more than one request may compute; attention's memory grows with S squared."""
+        """Raises RequestRefused for more than its owner lets one request compute, whatever memory it needs."""
         rows, positions, _ = hidden.shape
-        if positions > self._limits.max_positions:
+        most_positions, most_tokens = self._limits.max_positions, self._limits.max_tokens
+        if most_positions is not None and positions > most_positions:
             raise RequestRefused(
-                f"{positions} positions a row, and this server takes {self._limits.max_positions} at once "
+                f"{positions} positions a row, and this server takes {most_positions} at once "
                 "(its limits.max_positions)",
                 limit="max_positions",
             )
-        if rows * positions > self._limits.max_tokens:
+        if most_tokens is not None and rows * positions > most_tokens:
             raise RequestRefused(
-                f"{rows} rows of {positions} positions, and this server takes {self._limits.max_tokens} positions in "
+                f"{rows} rows of {positions} positions, and this server takes {most_tokens} positions in "
                 "all at once (its limits.max_tokens): send fewer rows, swarm.micro_batch_rows",
                 limit="max_tokens",
             )
@@ -107,31 +110,33 @@ class Executor:
         )
 
     async def _forward(self, client: str, request: Forward) -> Forwarded:
-        adapter, reply_format = self._checked(client, request, with_graph=request.keep), request.reply_format
-        forward = partial(self._engine.forward, request, adapter)
-        if not request.keep or client not in self._admission:
-            result = await self._compute.run(Priority.FORWARD, forward, client=client)
-            return Forwarded(
-                hidden=await self._in_format(client, result.output, reply_format), compute_s=result.compute_s
-            )
+        ways, reply_format, lease = self._ways(client, request, with_graph=request.keep), request.reply_format, None
         leases, (rows, positions, _) = self._stores.leases, request.hidden.shape
-        kept_bytes = self._engine.footprint.kept_bytes(
-            Pass(span=request.span, adapter=adapter, train=request.train), rows, positions
-        )
-        with leases.room(client, kept_bytes, time.monotonic()) as lease:
+        with ExitStack() as held:
+            way = ways[0]
+            if request.keep and client in self._admission:
+                for way in ways:
+                    kept_bytes = self._engine.footprint.kept_bytes(way, rows, positions)
+                    lease = held.enter_context(leases.room(client, kept_bytes, time.monotonic()))
+                    if lease is not None:
+                        break
+            if lease is None:
+                request = msgspec.structs.replace(request, keep=False)
+            forward = partial(self._engine.forward, request, way.adapter, per_block=way.per_block)
             result = await self._compute.run(Priority.FORWARD, forward, client=client)
             if lease is not None and result.graph is not None:
                 kept = leases.fill(client, lease, result.graph, result.graph_bytes, now_s=time.monotonic())
                 lease = lease if kept else None  # the client may have left meanwhile
-        return Forwarded(
-            hidden=await self._in_format(client, result.output, reply_format), lease=lease, compute_s=result.compute_s
-        )
+        output, compute_s = result.output, result.compute_s
+        del result, forward, request  # what no lease keeps is free while the reply is made
+        return Forwarded(hidden=await self._in_format(client, output, reply_format), lease=lease, compute_s=compute_s)
 
     async def _backward(self, client: str, request: Backward) -> Gradients:
-        graph = adapter = None
+        graph, adapter, per_block = None, None, False
         with ExitStack() as held:
             if request.again is not None:
-                adapter = self._checked(client, request.again, with_graph=True)
+                way = self._ways(client, request.again, with_graph=True)[0]
+                adapter, per_block = way.adapter, way.per_block
                 trained = [] if adapter is None else adapter.tensors
             else:
                 assert request.lease is not None
@@ -140,7 +145,7 @@ class Executor:
                 trained = graph.adapter
             if request.adapter_sum is not None and client in self._admission:
                 held.enter_context(self._stores.sums.room(client, request.adapter_sum, request.term, trained))
-            backward = partial(self._engine.backward, request, graph, adapter)
+            backward = partial(self._engine.backward, request, graph, adapter, per_block=per_block)
             del graph  # its memory is free as soon as the backward is done
             hidden, gradients = await self._compute.run(Priority.BACKWARD, backward, client=client)
             terms = 0
@@ -157,17 +162,32 @@ class Executor:
             terms=terms,
         )
 
-    def _checked(self, client: str, request: Forward, *, with_graph: bool) -> Adapter | None:
-        """The adapter of a forward, whose memory is checked; with that of its backward, which may have to repeat it."""
+    def _ways(self, client: str, request: Forward, *, with_graph: bool) -> list[Pass]:
+        """How a forward can be computed within the memory for one request, the fastest way first.
+
+        With its backward, which may have to repeat it: with a whole graph, or block by block. Raises RequestRefused
+        where both need too much.
+        """
         self._engine.check_span(request.span)
         self.check_size(request.hidden)
-        adapter, footprint = self._adapter(client, request), self._engine.footprint
+        footprint, (rows, positions, _) = self._engine.footprint, request.hidden.shape
+        ways = [
+            Pass(
+                span=request.span,
+                adapter=self._adapter(client, request),
+                train=request.train,
+                padded=request.padding is not None and not bool(request.padding.all()),
+            )
+        ]
+        if with_graph and footprint.computes_single_blocks(request.span):
+            ways.append(dataclasses.replace(ways[0], per_block=True))
         needed_bytes = footprint.training_bytes if with_graph else footprint.forward_bytes
-        rows, positions, _ = request.hidden.shape
-        self._check_memory(
-            partial(needed_bytes, Pass(span=request.span, adapter=adapter, train=request.train)), rows, positions
-        )
-        return adapter
+
+        def least_bytes(rows: int, positions: int) -> int:
+            return min(needed_bytes(way, rows, positions) for way in ways)
+
+        self._check_memory(least_bytes, rows, positions)
+        return [way for way in ways if needed_bytes(way, rows, positions) <= self._limits.max_compute_bytes]
 
     async def _step(self, client: str, request: Step) -> Stepped:
         self.check_size(request.hidden)

@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from petals_tune.blocks.graphs import Graph
+from petals_tune.blocks.recompute import KeptGraph
 from petals_tune.errors import LeaseLost
 from servers.stores.budgeted_store import BudgetedStore
 
 
-class LeaseStore(BudgetedStore[int, Graph]):
+class LeaseStore(BudgetedStore[int, KeptGraph]):
     """Graphs by lease id."""
 
     def __init__(self, *, max_bytes: int, max_age_s: float):
@@ -30,7 +30,7 @@ class LeaseStore(BudgetedStore[int, Graph]):
         with self.room_for(client, lease, size_bytes, now_s=now_s) as fits:
             yield lease if fits else None
 
-    def take(self, client: str, lease: int, now_s: float) -> Graph:
+    def take(self, client: str, lease: int, now_s: float) -> KeptGraph:
         """Return the graph of a lease, once; its bytes stay counted until `release`.
 
         Raises LeaseLost, for a lease of another client too.

@@ -17,6 +17,7 @@ from petals_tune.blocks.experts.stack import expert_stacks
 from petals_tune.blocks.footprint import Footprint, Pass
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Backward, Forward
+from petals_tune.wire.span import BlockSpan
 from tests.models import FAMILIES, STATE_FAMILIES
 from tests.pretend_device import GpuEngine
 from tests.servers.parts import forward, load
@@ -81,13 +82,15 @@ def adapter_of(engine: Engine, kind: str, dropout: float = 0.1) -> Adapter | Non
     return adapter
 
 
-def taken(engine: Engine, request: Callable[..., Forward], adapter: Adapter | None) -> tuple[int, int, int]:
+def taken(
+    engine: Engine, request: Callable[..., Forward], adapter: Adapter | None, *, per_block: bool = False
+) -> tuple[int, int, int]:
     """(most during a forward without a graph, bytes of the graph, most during a forward with it and its backward)."""
     kept = 0
 
     def train() -> None:
         nonlocal kept
-        result = engine.forward(request(keep=True), adapter)
+        result = engine.forward(request(keep=True), adapter, per_block=per_block)
         kept = result.graph_bytes
         grad = torch.zeros_like(result.output)
         engine.backward(Backward(lease=1, grad=grad), result.graph, adapter)
@@ -104,7 +107,16 @@ def estimated(footprint: Footprint, one: Pass, rows: int, length: int) -> tuple[
     )
 
 
-def assert_bounds(engine: Engine, rows: int, length: int, *, padded: bool, train: bool, kind: str = "none") -> None:
+def assert_bounds(
+    engine: Engine,
+    rows: int,
+    length: int,
+    *,
+    padded: bool,
+    train: bool,
+    kind: str = "none",
+    per_block: bool = False,
+) -> None:
     padding, adapter = None, adapter_of(engine, kind)
     if padded:
         padding = torch.ones(rows, length, dtype=torch.bool)
@@ -114,8 +126,9 @@ def assert_bounds(engine: Engine, rows: int, length: int, *, padded: bool, train
         hidden = torch.randn(rows, length, engine.hidden_size)
         return forward(SPAN, hidden, padding=padding, train=train, **fields)
 
-    real = taken(engine, request, adapter)
-    guessed = estimated(engine.footprint, Pass(span=request().span, adapter=adapter, train=train), rows, length)
+    real = taken(engine, request, adapter, per_block=per_block)
+    one = Pass(span=request().span, adapter=adapter, train=train, padded=padded, per_block=per_block)
+    guessed = estimated(engine.footprint, one, rows, length)
     for name, most, estimate in zip(("forward", "kept", "training"), real, guessed, strict=True):
         hidden_bytes = 0 if name == "kept" else engine.footprint.hidden_by_kernels
         least = (1 - LESS) * most if name == "kept" else most
@@ -129,11 +142,30 @@ def test_estimates_are_bounds_and_no_wild_ones(engine_of, family):
     engine = engine_of(family)
     assert_bounds(engine, 3, 60, padded=False, train=False)
     assert_bounds(engine, 1, 250, padded=True, train=True)
+    assert_bounds(engine, 1, 250, padded=True, train=True, per_block=True)
+
+
+def test_a_long_text_without_padding_takes_no_memory_for_pairs_of_positions(engine_of):
+    """Masks and scores of 1,000 positions would take as much as all the rest."""
+    for per_block in (False, True):
+        assert_bounds(engine_of("llama"), 1, 1000, padded=False, train=False, kind="lora", per_block=per_block)
+    one, footprint = Pass(span=forward(SPAN, torch.zeros(1, 1, 1)).span, padded=False), engine_of("llama").footprint
+    for estimate in (footprint.forward_bytes, footprint.kept_bytes, footprint.training_bytes):
+        short, long, longer = (estimate(one, 1, positions) for positions in (1000, 2000, 4000))
+        assert longer - long == 2 * (long - short)
+
+
+def test_attention_with_a_window_takes_a_mask_beyond_it(engine_of):
+    footprint = engine_of("mistral").footprint
+    padded, unpadded = (Pass(span=forward(SPAN, torch.zeros(1, 1, 1)).span, padded=each) for each in (True, False))
+    assert footprint.forward_bytes(unpadded, 1, 100) == footprint.forward_bytes(padded, 1, 100), "a window of 4"
+    assert_bounds(engine_of("mistral"), 1, 250, padded=False, train=False)
 
 
 @pytest.mark.parametrize("kind", ["lora", "many", "ia3", "prompt"])
 def test_estimates_with_an_adapter(engine_of, kind):
     assert_bounds(engine_of("llama"), 2, 120, padded=False, train=True, kind=kind)
+    assert_bounds(engine_of("llama"), 2, 120, padded=False, train=True, kind=kind, per_block=True)
 
 
 @pytest.mark.slow
@@ -150,7 +182,8 @@ def test_estimates_of_every_family(engine_of, family, quantization):
     for rows, length in ((1, 13), (3, 40), (2, 60)):
         for padded in (False, True):
             for train in (False, True):
-                assert_bounds(engine, rows, length, padded=padded, train=train)
+                for per_block in (False, engine.footprint.computes_single_blocks(BlockSpan.parse(SPAN))):
+                    assert_bounds(engine, rows, length, padded=padded, train=train, per_block=per_block)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +245,17 @@ def test_a_part_of_the_blocks_takes_its_part(engine_of):
     )
     assert three - two == two - one
     assert one < two < 2 * one
+
+
+def test_of_blocks_that_are_computed_again_their_inputs_are_kept(engine_of):
+    engine = engine_of("llama")
+    whole, single = (Pass(span=BlockSpan.parse(SPAN), padded=False, per_block=each) for each in (False, True))
+    head_dim = 128 // 4
+    hidden_states, rotary_tables = 3 * 4 * 2 * 50 * 128, 2 * 4 * 50 * head_dim
+    kept = engine.footprint.kept_bytes(single, 2, 50)
+    assert hidden_states + rotary_tables <= kept <= 1.2 * (hidden_states + rotary_tables)
+    assert 6 * kept < engine.footprint.kept_bytes(whole, 2, 50)
+    assert engine.footprint.training_bytes(single, 2, 50) < 0.75 * engine.footprint.training_bytes(whole, 2, 50)
 
 
 def test_memory_of_a_gpu_is_estimated_likewise(model_folder):

@@ -229,7 +229,7 @@ def test_shorter_formats_carry_large_states_and_small_gradients(large, wire_form
 
 def test_a_batch_is_cut_into_what_a_server_has_memory_to_compute(folder, requests):
     engine = Engine(load(folder, "2:6"))
-    limit = engine.footprint.training_bytes(Pass(span=BlockSpan(2, 6)), 2, LENGTH)
+    limit = engine.footprint.training_bytes(Pass(span=BlockSpan(2, 6), per_block=True), 2, LENGTH)
     with in_process_swarm(folder, "0:2", "2:6", max_compute_bytes=limit):
         model = remote(folder)
         found = gradients(model)

@@ -194,4 +194,4 @@ def test_any_frames_make_messages_or_a_protocol_error_in_bounded_memory(sequence
 
 
 def test_the_header_is_what_the_docstring_says():
-    assert HEADER.pack(1, 2, 3) == struct.pack(">I", 1) + struct.pack(">Q", 2) + struct.pack(">I", 3)
+    assert HEADER.pack(1, 2, 3) == struct.pack(">I", 1) + struct.pack(">Q", 2) + struct.pack(">Q", 3)

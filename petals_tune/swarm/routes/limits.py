@@ -30,6 +30,7 @@ class ServerLimits:
     tokens: int
     positions: int
     message_bytes: int
+    tokens_option: str = "max_tokens"  # the limit that `tokens` comes of
 
     def share(self, size: Size) -> float:
         """How much of a request fits, cut by tokens: 1 is all of it, 0 nothing, since a row has too many positions."""
@@ -42,7 +43,7 @@ class ServerLimits:
         if size.positions > self.positions:
             return "max_positions"
         by_tokens, by_bytes = size.tokens / max(self.tokens, 1), size.message_bytes / max(self.message_bytes, 1)
-        return "max_tokens" if by_tokens >= by_bytes else "max_message_mb"
+        return self.tokens_option if by_tokens >= by_bytes else "max_message_mb"
 
 
 LEAST = Size()
@@ -69,7 +70,8 @@ class Limits:
             new = replace(old, positions=min(old.positions, size.positions - 1))
         else:
             named = said.fits is not None and 0 < said.fits < size.tokens
-            new = replace(old, tokens=min(old.tokens, said.fits if named and said.fits else size.tokens // 2))
+            tokens = said.fits if named and said.fits else size.tokens // 2
+            new = old if tokens >= old.tokens else replace(old, tokens=tokens, tokens_option=said.limit or "max_tokens")
         self.said(peer, new)
         return new.tokens
 
@@ -91,7 +93,7 @@ class Limits:
             place = next(place for place, limits in known.items() if usable[place] and shares[place] == share)
             limit = known[place].exceeded(size)
             shorter = "fewer rows at once, swarm.micro_batch_rows, or shorter texts, data.max_tokens" + (
-                "" if limit == "max_tokens" else "; or swarm.wire_format=bfloat16 and swarm.grad_format=bfloat16"
+                "" if limit != "max_message_mb" else "; or swarm.wire_format=bfloat16 and swarm.grad_format=bfloat16"
             )
             what = f"{least} positions in all ({size.message_bytes / 2**20:.1f} MB)"
         else:

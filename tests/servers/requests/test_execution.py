@@ -2,12 +2,18 @@
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import msgspec
 import pytest
 import torch
 
+from petals_tune.blocks.footprint import Pass
+from petals_tune.blocks.graphs import Graph
+from petals_tune.blocks.recompute import BlockInputs
 from petals_tune.errors import AdapterMissing, BlocksNotHere, LeaseLost, RequestRefused, SessionLost
 from petals_tune.wire.messages import Backward, CollectSum, Done, Forward, Message, OpenSession, Step
 from petals_tune.wire.span import BlockSpan
@@ -15,6 +21,7 @@ from petals_tune.wire.tensors import Blockwise8
 from servers.requests.admission import Admission
 from servers.requests.execution import Executor
 from servers.scheduling.turns import Turns
+from servers.stores.stores import Stores
 from tests.raising import raises
 from tests.servers.peers import HIDDEN, LIMITS, SPAN, forward, prompt, put, stores
 
@@ -27,11 +34,11 @@ def executor(engine) -> Executor:
     return executor_of(engine, ME, ANOTHER)
 
 
-def executor_of(engine, *clients: str, **changes: int) -> Executor:
+def executor_of(engine, *clients: str, kept: Stores | None = None, **changes: int | None) -> Executor:
     admission = Admission(dataclasses.replace(LIMITS, **changes))
     for client in clients:
         admission.open_stream(client)
-    return Executor(*engine, stores(), admission, Turns())
+    return Executor(*engine, kept or stores(), admission, Turns())
 
 
 async def test_a_forward_is_what_the_engine_computes(executor, engine):
@@ -152,6 +159,77 @@ async def test_requests_have_at_most_max_positions_and_max_tokens(engine, rows, 
             limit = "max_positions" if positions > 8 else "max_tokens"
             with raises(RequestRefused, limit=limit):
                 await executor.run(ME, request())
+
+
+async def test_without_limits_of_its_owner_a_server_refuses_by_memory_alone(engine):
+    executor = executor_of(engine, ME, max_positions=None, max_tokens=None)
+    assert (await executor.run(ME, forward(1, 200))).hidden.shape == (1, 200, HIDDEN), "LIMITS have 64"
+    most = LIMITS.max_compute_bytes
+    small = executor_of(engine, ME, max_positions=None, max_tokens=None, max_compute_bytes=most // 100)
+    with raises(RequestRefused, limit="max_compute_gb") as caught:
+        await small.run(ME, forward(1, 20_000))
+    assert caught.value.fits is not None
+    assert 0 < caught.value.fits < 20_000
+    await small.run(ME, forward(1, caught.value.fits))
+
+
+async def test_block_inputs_are_kept_where_a_graph_does_not_fit_and_nothing_where_they_do_not(engine):
+    """The gradients are the same bits each time."""
+    footprint, request = engine[0].footprint, partial(forward, 2, 40, keep=True)
+    one = Pass(span=SPAN, padded=False)
+    whole, inputs = (footprint.kept_bytes(replace(one, per_block=each), 2, 40) for each in (False, True))
+    found = {}
+    for kind, lease_bytes in ((Graph, whole), (BlockInputs, whole - 1), (BlockInputs, inputs), (None, inputs - 1)):
+        executor = executor_of(engine, ME, kept=stores(leases=lease_bytes))
+        lease = (await executor.run(ME, request())).lease
+        if kind is None:
+            assert lease is None
+            asked = Backward(again=request(), grad=torch.ones(2, 40, HIDDEN))
+        else:
+            assert lease is not None
+            assert type(executor._stores.leases.lookup(ME, lease, now_s=time.monotonic())) is kind
+            asked = Backward(lease=lease, grad=torch.ones(2, 40, HIDDEN))
+        found[kind] = (await executor.run(ME, asked)).hidden
+        assert executor._stores.leases.used_bytes == 0
+    assert torch.equal(found[Graph], found[BlockInputs])
+    assert torch.equal(found[Graph], found[None])
+
+
+async def test_a_backward_that_is_too_large_with_a_whole_graph_is_computed_block_by_block(engine, monkeypatch):
+    footprint, request = engine[0].footprint, partial(forward, 8, 100)
+    one = Pass(span=SPAN, padded=False)
+    whole, single = (footprint.training_bytes(replace(one, per_block=each), 8, 100) for each in (False, True))
+    assert single < whole
+    ways: list[bool] = []
+    backward = engine[0].backward
+
+    def watched(*args: object, per_block: bool) -> object:
+        ways.append(per_block)
+        return backward(*args, per_block=per_block)
+
+    monkeypatch.setattr(engine[0], "backward", watched)
+    asked = Backward(again=request(), grad=torch.ones(8, 100, HIDDEN))
+    found = []
+    for most in (whole, whole - 1, single):
+        executor = executor_of(engine, ME, max_positions=None, max_tokens=None, max_compute_bytes=most)
+        found.append((await executor.run(ME, asked)).hidden)
+    assert ways == [False, True, True]
+    assert torch.equal(found[0], found[1])
+    executor = executor_of(engine, ME, max_positions=None, max_tokens=None, max_compute_bytes=single - 1)
+    for refused in (asked, request(keep=True)):
+        with raises(RequestRefused, limit="max_compute_gb"):
+            await executor.run(ME, refused)
+
+
+async def test_a_mask_counts_where_positions_are_hidden(engine):
+    """Of 1,000 positions, it is as large as the rest."""
+    padding = torch.ones(1, 1000, dtype=torch.bool)
+    needed = engine[0].footprint.forward_bytes(Pass(span=SPAN, padded=False), 1, 1000)
+    executor = executor_of(engine, ME, max_positions=None, max_tokens=None, max_compute_bytes=needed)
+    await executor.run(ME, forward(1, 1000, padding=padding.clone()))
+    padding[0, 0] = False
+    with raises(RequestRefused, limit="max_compute_gb"):
+        await executor.run(ME, forward(1, 1000, padding=padding))
 
 
 @pytest.mark.parametrize(

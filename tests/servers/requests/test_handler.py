@@ -53,7 +53,7 @@ from tests.servers.peers import HIDDEN, SPAN, House, forward, is_refusal_of, lor
 from tests.wire.test_messages import EXAMPLES
 
 Parts = tuple[Engine, ComputeThread]
-FRAME = struct.Struct(">IQI")
+FRAME = struct.Struct(">IQQ")
 
 
 NAN = torch.full((1, 2, HIDDEN), float("nan"))
@@ -227,7 +227,7 @@ async def test_frames_that_cannot_be_followed_end_the_stream_alone(engine, data,
     ids=["torch", "cuBLAS"],
 )
 async def test_a_request_without_memory_is_refused_as_busy_and_the_next_one_is_served(engine, monkeypatch, error):
-    def full(*_: object) -> None:
+    def full(*_: object, **how: object) -> None:
         raise error
 
     async with House(engine).client() as client:
@@ -241,7 +241,7 @@ async def test_a_request_without_memory_is_refused_as_busy_and_the_next_one_is_s
 
 @pytest.mark.parametrize("error", [IndexError("index out of range in self"), RuntimeError("sizes do not match")])
 async def test_what_fails_inside_torch_is_answered_and_the_next_one_is_served(engine, monkeypatch, error):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **how: object) -> None:
         raise error
 
     async with House(engine).client() as client:

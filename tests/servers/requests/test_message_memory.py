@@ -39,7 +39,7 @@ from tests.servers.peers import (
 )
 
 Parts = tuple[Engine, ComputeThread]
-FRAME = struct.Struct(">IQI")
+FRAME = struct.Struct(">IQQ")
 
 
 async def _served(house: House) -> Message:
@@ -156,10 +156,10 @@ async def test_tensors_that_no_request_waits_for_are_counted_and_go_with_their_s
 async def test_what_a_client_left_that_is_computed_still_is_counted_when_it_comes_again(engine, monkeypatch):
     begun, go_on = threading.Event(), threading.Event()
 
-    def held(*args, run=engine[0].forward):
+    def held(*args, run=engine[0].forward, **how):
         begun.set()
         assert go_on.wait(60)
-        return run(*args)
+        return run(*args, **how)
 
     house = House(engine, limits=dataclasses.replace(LIMITS, max_receiving_bytes=100_000))
     with monkeypatch.context() as patch:
@@ -217,9 +217,9 @@ async def test_a_reply_for_which_there_is_no_room_is_refused_and_its_lease_relea
     async with house.client() as client:
         with monkeypatch.context() as patch:
 
-            def full(*args, run=engine[0].forward):
+            def full(*args, run=engine[0].forward, **how):
                 patch.setattr(quota_of["mallory"], "fits", lambda size: False)
-                return run(*args)
+                return run(*args, **how)
 
             patch.setattr(engine[0], "forward", full)
             await client.send(Delivery(ticket=bytes(16), tensor=torch.ones(1, 64, HIDDEN)))

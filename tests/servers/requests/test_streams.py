@@ -53,7 +53,7 @@ from tests.servers.peers import (
 )
 
 Parts = tuple[Engine, ComputeThread]
-FRAME = struct.Struct(">IQI")
+FRAME = struct.Struct(">IQQ")
 
 
 # The greeting

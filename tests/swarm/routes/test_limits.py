@@ -10,8 +10,10 @@ from tests.swarm.played_swarm import WHOLE, record
 SIZE = Size(tokens=100, positions=20, message_bytes=1000)
 
 
-def limits(tokens: int = 1000, positions: int = 1000, message_bytes: int = 10_000) -> ServerLimits:
-    return ServerLimits(tokens=tokens, positions=positions, message_bytes=message_bytes)
+def limits(
+    tokens: int = 1000, positions: int = 1000, message_bytes: int = 10_000, option: str = "max_tokens"
+) -> ServerLimits:
+    return ServerLimits(tokens=tokens, positions=positions, message_bytes=message_bytes, tokens_option=option)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,8 @@ def test_what_a_server_refused_is_its_limit_from_then_on(said, takes):
     known = Limits()
     known.said("a", limits())
     assert known.refused("a", SIZE, said) == takes
-    assert known.of["a"] == limits(tokens=takes)
+    assert known.of["a"] == limits(tokens=takes, option=said.limit)
+    assert known.of["a"].exceeded(SIZE) == said.limit, "what the error names"
     assert known.refused("a", SIZE, RequestRefused("no", limit="max_tokens", fits=60)) == takes, (
         "it takes no more again"
     )
