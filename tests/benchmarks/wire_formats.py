@@ -11,6 +11,7 @@ that were not seen before. The figure is the largest difference of the loss from
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -18,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", default="smollm,bloom")
     parser.add_argument("--methods", default="prompt,lora")
-    parser.add_argument("--formats", default="float16,blockwise8,blockwise8 gradients,slow line")
+    parser.add_argument("--formats", default="float16,slow line")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--positions", type=int, default=32, help="of a row; the fewer, the more a rounding shows")
@@ -108,7 +108,7 @@ def main() -> None:
 
 def losses(name: str, method: str, rounding: Rounding, options: argparse.Namespace) -> list[float]:
     """The losses of a training whose tensors cross the wire as `rounding` says."""
-    model, tokens = loaded(name)
+    model, tokens = loaded(name), tokens_of(name)
     blocks = model.model.layers if name == "smollm" else model.transformer.h
     for number in (0, len(blocks) // 2):
         blocks[number].register_forward_pre_hook(crossing_before(rounding), with_kwargs=True)
@@ -147,7 +147,7 @@ def as_servers_have_it(trained: list[nn.Parameter]) -> Iterator[Callable[[], Non
         sent = versions.next(AdapterVersion(version=str(step), parts=tuple(parts)))
         assert (sent.difference is None) == (step == 0), "else all of it would be sent"
         set_to(trained, [part.tensors[0] for part in sent.parts])
-        yield partial(set_to, trained, exact)
+        yield functools.partial(set_to, trained, exact)
 
 
 @torch.no_grad()
@@ -174,18 +174,23 @@ def crossing_after(rounding: Rounding) -> Any:
     return hook
 
 
-def loaded(name: str) -> tuple[Any, torch.Tensor]:
-    """A frozen model, and tokens in an order."""
+def loaded(name: str) -> Any:
+    """A frozen model."""
     if name == "smollm":
-        source = str(embedded_model())
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        text = "\n".join(path.read_text() for path in sorted((ROOT / "petals_tune").rglob("*.py")))
-        tokens = torch.tensor(AutoTokenizer.from_pretrained(source)(text[:200_000])["input_ids"])
+        model = AutoModelForCausalLM.from_pretrained(str(embedded_model()), dtype=torch.float32)
     else:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(BloomConfig(n_layer=12, hidden_size=512, n_head=8, vocab_size=1024))
-        tokens = torch.randint(1024, (100_000,))
-    return model.requires_grad_(False), tokens
+    return model.requires_grad_(False)
+
+
+@functools.cache  # the same for all trainings of this process
+def tokens_of(name: str) -> torch.Tensor:
+    """Tokens in an order: of source code, or random ones."""
+    if name == "smollm":
+        text = "\n".join(path.read_text() for path in sorted((ROOT / "petals_tune").rglob("*.py")))
+        return torch.tensor(AutoTokenizer.from_pretrained(str(embedded_model()))(text[:200_000])["input_ids"])
+    return torch.randint(1024, (100_000,), generator=torch.Generator().manual_seed(0))
 
 
 def config_of(method: str) -> peft.PeftConfig:

@@ -148,6 +148,29 @@ async def test_a_server_that_cannot_be_asked_leaves_the_choice_open(clock):
     assert formats.slow is False
 
 
+@pytest.mark.parametrize("slow", [False, True])
+async def test_a_run_that_goes_on_takes_the_choice_of_the_one_before(clock, caplog, slow):
+    """Whatever its own line is now."""
+    caplog.set_level("INFO")
+    formats = Formats()
+    choice, hops, stats = chosen_for(formats, PlayedStream(clock, round_trip_s=0.05 * (not slow), bytes_per_s=1e6))
+    choice.take(None)
+    assert choice.slow is None
+    choice.take(slow)
+    await choice.made(hops)
+    assert choice.slow is slow
+    assert clock == [0.0], "nothing was measured"
+    assert "goes on from" in stats.formats
+    assert stats.formats in caplog.text
+
+
+async def test_a_choice_that_was_made_before_is_not_taken_where_all_formats_are_named():
+    formats = Formats(hidden="float32", grad="float32")
+    choice, _, _ = chosen_for(formats)
+    choice.take(True)
+    assert formats.of_adapter == "float32"
+
+
 def test_a_line_is_told_in_a_few_words():
     assert str(Line(round_trip_s=0.0504, bytes_per_s=12.23e6)) == "round trip 50.4 ms, 12.2 MB/s"
     assert str(Line(round_trip_s=0.0004, bytes_per_s=math.inf)) == "round trip 0.4 ms"
