@@ -103,6 +103,7 @@ def served(source: str, hosts: list[Host], stack: ExitStack, *, address: str | N
     """A server of equal spans on each host, at its own address or another one; returns the first one's addresses."""
     blocks = Checkpoint(source).config.num_hidden_layers
     peers: list[str] = []
+    started: list[ServerProcess] = []
     for number, host in enumerate(hosts):
         overrides = [
             f"model.source='{source}'",
@@ -121,8 +122,10 @@ def served(source: str, hosts: list[Host], stack: ExitStack, *, address: str | N
         )
         stack.callback(process.wait)
         stack.callback(process.terminate)
-        addresses = ServerProcess(process).wait_until_ready()
-        peers = peers or addresses
+        started.append(ServerProcess(process))
+        peers = peers or started[0].wait_until_ready()
+    for server in started:
+        server.wait_until_ready()
     return peers
 
 
