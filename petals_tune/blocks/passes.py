@@ -142,9 +142,3 @@ class Passes:
             else ""
         )
         return f"in {self.dtype_name}{beyond}"
-
-
-def context_length(request: Forward | Step) -> int:
-    """How many positions the frequencies of a request's rotary tables are chosen for, where it gives no more."""
-    first = request.position if isinstance(request, Step) else 0
-    return request.context_length or (first + request.hidden.shape[1] if request.positions is None else 1)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from petals_tune.errors import ConfigError
+from petals_tune.remote.call_prompts import with_own_prompts, with_prompts
 from petals_tune.remote.function import RemoteBlocksFunction, RemoteCall
 from petals_tune.remote.local import LocalBlocks
 from petals_tune.remote.model_call import ModelCall, running_call
@@ -68,9 +69,17 @@ class Backbone:
         return call if call is not None and call.backbone is self else None
 
     def run(
-        self, span: Span, hidden: torch.Tensor, padding: torch.Tensor | None, positions: torch.Tensor | None
+        self,
+        span: Span,
+        hidden: torch.Tensor,
+        padding: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        prompts: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(B, S, H) -> (B, S, H), differentiable in `hidden` and in the adapter on the blocks of `span`."""
+        """(B, S, H) -> (B, S, H), differentiable in `hidden`, in the adapter on the blocks of `span`, and in `prompts`.
+
+        prompts: (L, P, H), added to the first P positions at the input of each block
+        """
         context = CallContext(
             padding=None if padding is None else padding.cpu(),
             positions=None if positions is None else positions.cpu(),
@@ -80,10 +89,16 @@ class Backbone:
         )
         rows = self.micro_batch(hidden.shape[1])
         for part in span.parts():
+            first = part.span.start - span.span.start
+            own = None if prompts is None else prompts[first : first + part.span.stop - part.span.start]
             if part.local is not None:
-                hidden = part.local.forward(part.span, hidden, context, parts=part.own_adapter(), rows=rows)
+                parts = part.own_adapter()
+                parts = parts if own is None else with_own_prompts(parts, own, part.span)
+                hidden = part.local.forward(part.span, hidden, context, parts=parts, rows=rows)
             else:
                 adapter, tensors = part.adapter()
+                if own is not None:
+                    adapter, tensors = with_prompts(adapter, tensors, own, part.span)
                 call = RemoteCall(
                     chain=self.chain, span=part.span, context=replace(context, adapter=adapter), rows=rows
                 )
@@ -105,4 +120,4 @@ class Backbone:
                 own = None if adapter is None or not parts else replace(adapter, parts=parts)
                 calls, repair = self.chain.calls, self.chain.repair
                 sessions.append(ChainSession(calls, repair, part.span, rows=rows, max_length=max_length, adapter=own))
-        return SplitSession(sessions, rows=rows)
+        return SplitSession(sessions, rows=rows, max_length=max_length)

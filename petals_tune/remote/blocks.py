@@ -18,12 +18,14 @@ from petals_tune.net.stats import SwarmStats
 from petals_tune.remote import arguments
 from petals_tune.remote.adapters.choice import Choice
 from petals_tune.remote.backbone import Backbone
+from petals_tune.remote.call_prompts import check_prompts, with_prompts
 from petals_tune.remote.config import BlocksConfig
 from petals_tune.remote.local import LocalBlocks
 from petals_tune.remote.model_call import ModelCall
 from petals_tune.remote.positions import positions_behind_gaps
-from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
+from petals_tune.remote.session import RemoteCache
 from petals_tune.remote.skeleton import Skeleton, Weightless, fill_with_placeholders
+from petals_tune.remote.span_session import DEFAULT_MAX_LENGTH, SpanSession
 from petals_tune.swarm import loop
 from petals_tune.swarm.line import FormatChoice
 from petals_tune.swarm.routes.route import Hop
@@ -87,11 +89,13 @@ class RemoteSpan(Skeleton):
         *args: Any,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        prompts: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """(B, S, H) -> (B, S, H); inside the model's own loop as a tuple, where the family's layers return tuples.
 
-        By hand, `attention_mask` (B, S) hides padding and `position_ids` (B or 1, S) says where the text stands; all
+        By hand, `attention_mask` (B, S) hides padding, `position_ids` (B or 1, S) says where the text stands, and
+        `prompts` (L, P, H), for the L blocks of this span, are added to the first P positions at the input of each; all
         else is refused. What the model's loop hands to its layers instead (4-D masks, rotary tables, ALiBi) is made
         again on the servers.
         """
@@ -100,13 +104,29 @@ class RemoteSpan(Skeleton):
             if args or kwargs:
                 name = next(iter(kwargs), "a second positional argument")
                 raise ConfigError(
-                    f"remote_blocks(hidden, attention_mask=..., position_ids=...) does not take {name}",
+                    f"remote_blocks(hidden, attention_mask=..., position_ids=..., prompts=...) does not take {name}",
                     key="remote_blocks",
                     seen=name,
                 )
             positions = arguments.position_ids(position_ids)
             mask = arguments.padding(attention_mask, hidden.shape, positions)
-            return self.backbone.run(self, hidden, mask, positions)
+            if prompts is None:
+                return self.backbone.run(self, hidden, mask, positions)
+            prompts = check_prompts(prompts, self.span, hidden)
+            if prompts.dim() == 3:
+                return self.backbone.run(self, hidden, mask, positions, prompts)
+            return torch.cat(  # a server runs one set of prompts at once
+                [
+                    self.backbone.run(
+                        self,
+                        hidden[row : row + 1],
+                        None if mask is None else mask[row : row + 1],
+                        positions if positions is None or len(positions) == 1 else positions[row : row + 1],
+                        prompts[:, row],
+                    )
+                    for row in range(len(hidden))
+                ]
+            )
         try:
             output = self._run_in(call, hidden)
         except KeyboardInterrupt:  # after which torch calls no hook, not even those that are always called
@@ -151,6 +171,21 @@ class RemoteSpan(Skeleton):
     def _names(self) -> tuple[str, ...] | None:
         return None if self.choice is None else self.choice.names
 
+    def inference_session(self, max_length: int = DEFAULT_MAX_LENGTH) -> SpanSession:
+        """A generation session on these blocks, for `max_length` positions: `session.step(hidden)`.
+
+        Use it in a `with` block, whose end frees the caches on the servers.
+        """
+        return SpanSession(self.backbone.chain, self.span, max_length, **self._session_options())
+
+    def _session_options(self) -> dict[str, Any]:
+        return {"open_session": partial(self.backbone.open_session, self), "find_adapter": self._adapter_with}
+
+    def _adapter_with(self, prompts: torch.Tensor | None) -> AdapterVersion | None:
+        """What is trained inside these blocks, and the `prompts` (L, P, H) of a session's first step."""
+        adapter, tensors = self.adapter()
+        return adapter if prompts is None else with_prompts(adapter, tensors, prompts, self.span)[0]
+
     def _numbered(self) -> list[tuple[int, nn.Module]]:
         return list(enumerate(self.children(), start=self.span.start))
 
@@ -161,7 +196,7 @@ class RemoteSpan(Skeleton):
                 f"blocks {self.span}{'' if session.chain is self.backbone.chain else ' of another model'}",
                 key="past_key_values",
             )
-        return session.step(
+        return session.advance(
             hidden,
             padding=call.padding,
             positions=call.positions,
@@ -200,9 +235,12 @@ class RemoteBlocks(RemoteSpan):
         return tuple(hop for span in spans for hop in loop.run(client.route(span, work=1)))
 
     def new_session(self, max_length: int) -> RemoteCache:
-        """A generation session for `max_length` text positions; caches on the servers are reserved at its first use."""
-        opens = partial(self.backbone.open_session, self)
-        return RemoteCache(self.backbone.chain, self.span, max_length, open_session=opens)
+        """A generation session for `max_length` text positions; caches on the servers are opened at its first use."""
+        return RemoteCache(self.backbone.chain, self.span, max_length, **self._session_options())
+
+    def inference_session(self, max_length: int = DEFAULT_MAX_LENGTH) -> RemoteCache:
+        """As of a span; this one may also be passed to the model, as `past_key_values`."""
+        return self.new_session(max_length)
 
     def close(self) -> None:
         """Leave the swarm. A call afterwards fails, also of a copy of this model, which has the same connection."""

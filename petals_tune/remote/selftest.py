@@ -219,7 +219,12 @@ class _LocalBackbone(Backbone):
     parts: Sequence[tuple[BlockSpan, PreTrainedModel]]
 
     def run(
-        self, span: Span, hidden: torch.Tensor, padding: torch.Tensor | None, positions: torch.Tensor | None
+        self,
+        span: Span,
+        hidden: torch.Tensor,
+        padding: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        prompts: torch.Tensor | None = None,
     ) -> torch.Tensor:
         options = {} if positions is None else {"position_ids": positions}
         mask = None if padding is None else padding.long()

@@ -31,6 +31,7 @@ from petals_tune.wire.messages import (
     CloseSession,
     CollectedSum,
     CollectSum,
+    Fork,
     Forward,
     Forwarded,
     Gradients,
@@ -235,10 +236,12 @@ class Calls:
 
     # Generation
 
-    async def open_session(self, hop: Hop, context: CallContext, *, rows: int, max_length: int) -> int:
-        """Reserve KV caches for `rows` rows of `max_length` positions; the id of the session at its server."""
+    async def open_session(
+        self, hop: Hop, context: CallContext, *, rows: int, max_length: int, fork: Fork | None = None
+    ) -> int:
+        """Open KV caches for at most `rows` rows of `max_length` positions; the id of the session at its server."""
         adapter = context.adapter.version if context.adapter is not None and context.adapter_on(hop.span) else None
-        request = OpenSession(span=hop.span, rows=rows, max_length=max_length, adapter=adapter)
+        request = OpenSession(span=hop.span, rows=rows, max_length=max_length, adapter=adapter, fork=fork)
         answer = await self._sender.ask(hop, request, context)
         with self._checking(hop):
             return expect(hop, answer, SessionOpened).session

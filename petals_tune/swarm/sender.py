@@ -56,7 +56,7 @@ from petals_tune.wire.tensors import encoded_bytes
 
 MOST_VALUE_BYTES = 8  # of a value in a reply, with its share of the scales of 8-bit vectors, however short these are
 TENSOR_BYTES = 64  # of a tensor beside its values
-KEPT_UPLOADS = 8  # versions of adapters that a stream remembers to have carried; servers keep fewer
+KEPT_UPLOADS = 1024  # versions of adapters that a stream remembers to have carried; servers may have dropped some
 
 Request = Forward | Backward | Step
 Build = Callable[[torch.Tensor], Request]  # a request from its tensor in the format of the wire
@@ -287,9 +287,11 @@ class Sender:
         name = (context.adapter.version, hop.span)
         upload = stream.adapters.get(name)
         if upload is None or upload.failed:
-            written = asyncio.Event()
-            put = PutAdapter(version=context.adapter.version, span=hop.span, parts=parts)
-            difference = self._difference(stream, hop, context.adapter)
+            written, replaced = asyncio.Event(), context.adapter.replaces
+            put = PutAdapter(version=context.adapter.version, span=hop.span, parts=parts, replaces=replaced)
+            difference = self._difference(stream, put, context.adapter)
+            if replaced is not None:
+                stream.adapters.pop((replaced, hop.span), None)
             done = asyncio.create_task(self._put(hop, put, difference, written))
             done.add_done_callback(_retrieve_error)  # where requests wait for it, they meet the error
             upload = stream.adapters[name] = Upload(done=done, written=written)
@@ -298,15 +300,15 @@ class Sender:
         await upload.wait_until_written()
         return upload
 
-    def _difference(self, stream: ServerStream, hop: Hop, adapter: AdapterVersion) -> PutAdapter | None:
-        """The upload of `adapter` as the difference from a version that this stream carried; None without one."""
+    def _difference(self, stream: ServerStream, put: PutAdapter, adapter: AdapterVersion) -> PutAdapter | None:
+        """`put` as the difference from a version that this stream carried; None without one."""
         if (difference := adapter.difference) is None:
             return None
-        before = stream.adapters.get((difference.base, hop.span))
+        before = stream.adapters.get((difference.base, put.span))
         if before is None or before.failed:
             return None
-        parts = [part for part in difference.parts if part.block in hop.span]
-        return PutAdapter(version=adapter.version, span=hop.span, base=difference.base, parts=parts)
+        parts = [part for part in difference.parts if part.block in put.span]
+        return msgspec.structs.replace(put, base=difference.base, parts=parts)
 
     async def _put(self, hop: Hop, put: PutAdapter, difference: PutAdapter | None, written: asyncio.Event) -> Message:
         if difference is not None:

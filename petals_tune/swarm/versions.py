@@ -18,7 +18,7 @@ from petals_tune.wire.adapter import AdapterDifference, AdapterVersion, add_diff
 from petals_tune.wire.tensors import as_received, in_format
 
 _FORMAT = "blockwise8"
-KEPT = 4  # versions; servers keep as many of a client
+KEPT = 8  # versions, each with all of its tensors
 
 
 class AdapterVersions:
@@ -38,7 +38,11 @@ class AdapterVersions:
             for asked, sent in self._sent:
                 if asked == exact.version:
                     return sent
-            sent = next((near for _, base in reversed(self._sent) if (near := _near(exact, base)) is not None), exact)
+            # First the same tensors before the last optimizer step; an evaluation in between leaves them unnamed.
+            known = sorted(self._sent, key=lambda each: each[0] == exact.replaces)
+            replaced = known[-1][1].version if known and known[-1][0] == exact.replaces else None
+            near = next((near for _, base in reversed(known) if (near := _near(exact, base)) is not None), exact)
+            sent = near if near is exact and replaced is None else replace(near, replaces=replaced)
             self._sent.append((exact.version, sent))
             return sent
 

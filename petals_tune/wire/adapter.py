@@ -59,6 +59,7 @@ class AdapterVersion:
 
     version: str
     parts: tuple[AdapterPart, ...]  # in the order of the blocks
+    replaces: str | None = None  # version of the same tensors before they were trained further, which nobody needs now
     difference: AdapterDifference | None = None  # from a version that servers may have; none on a fast line
 
     def on(self, span: BlockSpan) -> list[AdapterPart]:

@@ -151,7 +151,10 @@ class Release(Message, frozen=True, tag="release"):
 
 
 class PutAdapter(Message, frozen=True, tag="put_adapter"):
-    """Upload adapter `version` for blocks `span`. A version names its content; servers keep a client's latest ones.
+    """Upload adapter `version` for blocks `span`. A version names its content; servers keep those used last.
+
+    base: an earlier version on these blocks, from which the tensors of `parts` are the differences; None: whole
+    replaces: a version for the same blocks that the client will not name again; None: all others stay
 
     Requests that name it may follow at once on the same stream: they wait for it.
     """
@@ -159,7 +162,8 @@ class PutAdapter(Message, frozen=True, tag="put_adapter"):
     version: Name
     span: BlockSpan
     parts: Annotated[list[AdapterPart], msgspec.Meta(max_length=MAX_PARTS)]
-    base: Name | None = None  # an earlier version on these blocks, from which `parts` are the differences; None: whole
+    base: Name | None = None
+    replaces: Name | None = None
 
     def __post_init__(self) -> None:
         if outside := [part.block for part in self.parts if part.block not in self.span]:

@@ -70,7 +70,7 @@ class Executor:
             case CollectSum():
                 return await self._collect_sum(client, request)
             case OpenSession():
-                return self._open_session(client, request)
+                return await self._open_session(client, request)
             case PutAdapter():
                 return await self._put_adapter(client, request)
         raise RequestRefused(f"{type(request).__name__} is not a request", reason="kind")
@@ -199,6 +199,7 @@ class Executor:
             return self._engine.footprint.step_bytes(one, rows, new, before + new)
 
         self._check_memory(needed_bytes, rows, positions)
+        self._stores.sessions.make_room(client, request.session, request)
         return Stepped(
             hidden=await self._in_format(client, await self._steps.run(session, request), request.reply_format)
         )
@@ -224,10 +225,25 @@ class Executor:
             total = await self._compute.run(Priority.BACKWARD, partial(sum_terms, terms), client=client)
         return total, len(terms)
 
-    def _open_session(self, client: str, request: OpenSession) -> SessionOpened:
+    async def _open_session(self, client: str, request: OpenSession) -> SessionOpened:
         self._engine.check_span(request.span)
-        adapter = self._adapter(client, request)
-        return SessionOpened(session=self._stores.sessions.open(client, request, adapter, time.monotonic()))
+        sessions, now_s = self._stores.sessions, time.monotonic()
+        if request.fork is None:
+            return SessionOpened(session=sessions.open(client, request, self._adapter(client, request), now_s))
+        parent = sessions.get(client, request.fork.session, now_s)
+        if (request.span, request.adapter) != (parent.span, parent.adapter_version):
+            raise RequestRefused("a fork has the blocks and the adapter of the session it comes from", reason="fork")
+        sessions.check(request, parent.adapter)
+        fork = partial(
+            parent.fork,
+            request.fork.position,
+            request.fork.order,
+            rows=request.rows,
+            max_length=request.max_length,
+        )
+        forked = await self._compute.run(Priority.STEP, fork, client=client)  # between two steps of the parent
+        sessions.recount(client, request.fork.session)
+        return SessionOpened(session=sessions.put(client, forked, time.monotonic()))
 
     async def _put_adapter(self, client: str, request: PutAdapter) -> Done:
         self._engine.check_span(request.span)
@@ -245,7 +261,7 @@ class Executor:
             base = None if request.base is None else adapters.get(client, request.base, request.span)
             with adapters.room(client, request.version, request.span, size_bytes):
                 parts = await self._compute.run(Priority.FORWARD, prepare, client=client)
-                adapters.put(client, request.version, request.span, parts)
+                adapters.put(client, request.version, request.span, parts, replaces=request.replaces)
         return Done()
 
     def _adapter(self, client: str, request: Forward | OpenSession) -> Adapter | None:

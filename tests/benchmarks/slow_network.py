@@ -67,7 +67,7 @@ def print_ratios(figures: dict[str, Any]) -> None:
     print(
         "| | loopback | slow network | ratio | loss apart | sent, received by the client |\n|---|---|---|---|---|---|"
     )
-    for method in METHODS:
+    for method in (method for method in METHODS if f"wan_{method}_ratio" in figures):
         near, far = (figures[f"{where}_{method}_tokens_s"] for where in ("near", "wan"))
         sent, received = figures[f"wan_{method}_sent_mb"], figures[f"wan_{method}_received_mb"]
         print(

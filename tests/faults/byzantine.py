@@ -19,8 +19,9 @@ import torch
 from petals_tune.errors import ConnectionLost
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
+from petals_tune.swarm.history import Inputs
 from petals_tune.swarm.routes.round_trips import HandOverRule
-from petals_tune.swarm.session import ChainSession, Inputs
+from petals_tune.swarm.session import ChainSession
 from petals_tune.swarm.trace import CallContext, stages_of
 from petals_tune.wire.codec import decode, encode
 from petals_tune.wire.frames import HEADER, Assembler, cut, read_header

@@ -11,7 +11,8 @@ import torch
 
 from petals_tune.errors import Diverged
 from petals_tune.swarm import loop
-from petals_tune.swarm.session import ChainSession, Inputs
+from petals_tune.swarm.history import Inputs
+from petals_tune.swarm.session import ChainSession
 from petals_tune.wire.messages import Backward, Forward, Forwarded
 from petals_tune.wire.tensors import FormatOption
 from tests.faults.network import Network

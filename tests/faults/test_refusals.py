@@ -19,8 +19,9 @@ from petals_tune.errors import (
     SwarmMismatch,
 )
 from petals_tune.swarm import loop
+from petals_tune.swarm.history import Inputs
 from petals_tune.swarm.routes.bans import LONGEST_BAN_S
-from petals_tune.swarm.session import ChainSession, Inputs
+from petals_tune.swarm.session import ChainSession
 from petals_tune.wire.messages import Backward, Forwarded, Gradients, Message, Refusal, SessionOpened, Step
 from tests.faults.network import Network, id_of
 from tests.faults.step import LENGTH, REPLY_S, TOLERANCE, WHOLE, WIDTH, TrainingStep, check

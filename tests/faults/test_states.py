@@ -9,7 +9,8 @@ import torch
 
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
-from petals_tune.swarm.session import ChainSession, Inputs
+from petals_tune.swarm.history import Inputs
+from petals_tune.swarm.session import ChainSession
 from petals_tune.wire.messages import Step
 from petals_tune.wire.span import BlockSpan
 from tests.faults.network import Network

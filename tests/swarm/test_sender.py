@@ -180,6 +180,19 @@ def test_uploads_begin_before_their_requests_the_first_server_first(network):
     assert network.calls["b", "PutAdapter"] == 1
 
 
+def test_an_upload_says_which_version_it_replaces(network):
+    sent, store = Sent(network), network.servers["a"].handler.stores.adapters
+    second = CallContext(adapter=AdapterVersion(version="v2", parts=adapter().parts, replaces="v1"))
+    loop.run(sent.forward())
+    loop.run(sent.forward("a", "v2", second))
+    assert [upload.version for upload in store.keys_of(CLIENT)] == ["v2"]
+    stream = sent.client.open_stream(network.servers["a"].record)
+    assert stream is not None
+    assert list(stream.adapters) == [("v2", SPANS["a"])]
+    loop.run(sent.forward())
+    assert network.calls["a", "PutAdapter"] == 3, "the first one, again"
+
+
 def test_a_stream_remembers_a_few_versions(network, monkeypatch):
     monkeypatch.setattr(sender, "KEPT_UPLOADS", 2)
     sent = Sent(network)

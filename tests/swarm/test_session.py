@@ -10,7 +10,8 @@ from petals_tune.blocks.adapters import Adapter
 from petals_tune.errors import Diverged, RequestRefused, SwarmTimeout
 from petals_tune.swarm import loop
 from petals_tune.swarm import session as module
-from petals_tune.swarm.session import ChainSession, History, Inputs
+from petals_tune.swarm.history import Inputs
+from petals_tune.swarm.session import ChainSession
 from petals_tune.wire.adapter import AdapterVersion
 from petals_tune.wire.messages import Message, OpenSession, Refusal, Step, Stepped
 from petals_tune.wire.span import BlockSpan
@@ -23,45 +24,6 @@ from tests.servers.parts import forward
 ROWS, LENGTH, TOLERANCE = 2, 7, 1e-5
 HIDDEN = torch.randn(ROWS, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
 PADDING = torch.tensor([[True] * LENGTH, [False] * 2 + [True] * (LENGTH - 2)])
-
-
-def inputs(*numbers: int) -> Inputs:
-    """Two rows with these numbers as their positions' hidden states, the second row's negative."""
-    row = torch.tensor(numbers, dtype=torch.float32)
-    return Inputs(hidden=torch.stack([row, -row])[:, :, None], padding=None, positions=None)
-
-
-def replayed(history: History) -> list[list[float]]:
-    return torch.cat([part.hidden for part in history.replayed()], dim=1)[:, :, 0].tolist()
-
-
-@pytest.mark.parametrize("length", range(1, 8))
-def test_a_history_is_cut_wherever_its_parts_begin(length):
-    history = History()
-    for part in (inputs(1, 2, 3), inputs(4), inputs(5, 6)):
-        history.add(part)
-    history.cut(length)
-    assert history.length == min(length, 6)
-    assert replayed(history)[0] == [1, 2, 3, 4, 5, 6][:length]
-    history.add(inputs(9))
-    assert replayed(history)[0] == [*[1, 2, 3, 4, 5, 6][:length], 9]
-
-
-def test_a_history_is_cut_to_nothing():
-    history = History()
-    history.add(inputs(1, 2))
-    history.cut(0)
-    assert (history.length, history.replayed()) == (0, [])
-
-
-def test_rows_keep_the_order_that_they_had_when_a_part_was_cut():
-    history = History()
-    history.add(inputs(1, 2, 3))
-    history.reorder(torch.tensor([1, 0]))
-    history.cut(2)
-    history.add(inputs(7))
-    history.reorder(torch.tensor([1, 1]))
-    assert replayed(history) == [[1, 2, -7], [1, 2, -7]]
 
 
 class Generation:

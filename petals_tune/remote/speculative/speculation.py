@@ -18,7 +18,7 @@ import torch
 
 from petals_tune.remote.speculative.drafters import Drafter, Sampling
 from petals_tune.remote.speculative.length import DraftLength
-from petals_tune.swarm.session import Inputs
+from petals_tune.swarm.history import Inputs
 
 _GROWING = ("attention_mask", "token_type_ids", "mm_token_type_ids")  # by one for each token, whose value is the last
 

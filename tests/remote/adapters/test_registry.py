@@ -150,3 +150,21 @@ def test_a_model_with_pefts_layers_takes_no_others_beside_them(saved, model):
 def test_only_a_peft_model_around_this_model_is_adopted(saved, model):
     with raises(ConfigError, key="adapters"):
         model.adapters.adopt(saved.plain("prompt"))
+
+
+def test_many_adapters_in_turn_are_uploaded_once(saved, model):
+    """More than a stream or a server once remembered."""
+    count, stats = 12, model.remote_blocks.stats
+    for number in range(count):
+        model.adapters.add(f"number {number}", METHODS["lora"]())
+    sent = []
+    with torch.no_grad():
+        for _ in range(2):
+            before = stats.sent_bytes
+            for number in range(count):
+                model(input_ids=IDS[:1], adapter=f"number {number}")
+            sent.append(stats.sent_bytes - before)
+        before = stats.sent_bytes
+        for _ in range(count):
+            model(input_ids=IDS[:1], adapter=None)
+    assert sent[1] < 1.2 * (stats.sent_bytes - before) < sent[0] / 2
