@@ -9,10 +9,11 @@ import torch
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.tensors import FormatOption, WireFormat, in_dtype, in_format
 
-# On a slow line. The effect of each on the loss is measured, and below 1e-3 over 30 steps:
-# tests/benchmarks/wire_formats.py. Hidden states in 8 bits are not: a few positions and channels outweigh all others.
-SLOW_HIDDEN: WireFormat = "float16"
-SLOW_GRAD: WireFormat = "blockwise8"
+# On a slow line, by what tests/benchmarks/wire_formats.py measured of the loss (docs/network.md). Hidden states in 8
+# bits change it by more than 1e-3 in 30 steps, since a few positions and channels outweigh all others, and so do the
+# gradients of a soft prompt; an adapter's gradients, and its changes from step to step, do not.
+SLOW_FORMAT: WireFormat = "float16"
+SLOW_ADAPTER: WireFormat = "blockwise8"
 
 
 @dataclass(kw_only=True)
@@ -22,8 +23,8 @@ class Formats:
     `auto` is the dtype in which that server computes. A server casts what it is given to its dtype, and answers in that
     dtype, so no number changes. Gradients of one that computes in float16 are the exception: it scales them
     (blocks/graphs.py), as the format does. On a line that was measured to be slow (swarm/line.py), `auto` is two bytes
-    a value for hidden states of training, and one for gradients, the adapter's and its changes from step to step too;
-    steps of generation, which are small, stay as they are.
+    a value for hidden states of training and their gradients, and one for an adapter's gradients and its changes from
+    step to step; steps of generation, which are small, stay as they are.
     """
 
     hidden: FormatOption = "auto"
@@ -36,14 +37,10 @@ class Formats:
         return "auto" in (self.hidden, self.grad)
 
     def of_hidden(self, server: ServerRecord) -> WireFormat:
-        if self.hidden != "auto":
-            return self.hidden
-        return SLOW_HIDDEN if self.slow and server.dtype == "float32" else server.dtype
+        return self._of(self.hidden, server)
 
     def of_grad(self, server: ServerRecord) -> WireFormat:
-        if self.grad != "auto":
-            return self.grad
-        return SLOW_GRAD if self.slow else server.dtype
+        return self._of(self.grad, server)
 
     def of_step(self, server: ServerRecord) -> WireFormat:
         """The format of a step of generation."""
@@ -52,7 +49,7 @@ class Formats:
     @property
     def of_adapter(self) -> WireFormat:
         """The format of an adapter's gradients."""
-        return SLOW_GRAD if self.slow else "float32"
+        return SLOW_ADAPTER if self.slow else "float32"
 
     def hidden_for(self, server: ServerRecord, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden` as it is sent to `server`."""
@@ -69,5 +66,10 @@ class Formats:
 
     def rounding(self, server: ServerRecord) -> frozenset[WireFormat]:
         """The formats that round what `server` gets or answers, beside what it rounds itself."""
-        of_adapter = {SLOW_GRAD} if self.slow else set()
+        of_adapter = {SLOW_ADAPTER} if self.slow else set()
         return frozenset({self.of_hidden(server), self.of_grad(server), *of_adapter} - {server.dtype})
+
+    def _of(self, option: FormatOption, server: ServerRecord) -> WireFormat:
+        if option != "auto":
+            return option
+        return SLOW_FORMAT if self.slow and server.dtype == "float32" else server.dtype

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from petals_tune.net.own_lag import awake_s
 from petals_tune.net.stream import ServerStream
 from petals_tune.swarm.client import SwarmClient
-from petals_tune.swarm.formats import SLOW_GRAD, SLOW_HIDDEN, Formats
+from petals_tune.swarm.formats import SLOW_ADAPTER, SLOW_FORMAT, Formats
 from petals_tune.swarm.routes.round_trips import FAR_S
 from petals_tune.swarm.routes.route import Hop
 from petals_tune.wire.messages import Ping
@@ -113,6 +113,6 @@ class FormatChoice:
     def _set(self, slow: bool, why: str) -> None:
         taken = "the dtype of each server"
         if slow:
-            taken = f"hidden states in {SLOW_HIDDEN} or narrower, gradients and changes of adapters in {SLOW_GRAD}"
+            taken = f"{SLOW_FORMAT} (bfloat16 of such servers), gradients and changes of adapters in {SLOW_ADAPTER}"
         self._formats.slow, self._client.stats.formats = slow, f"{taken} ({why})"
         logger.info("swarm: formats of training: %s", self._client.stats.formats)

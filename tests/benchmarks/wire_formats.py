@@ -58,7 +58,10 @@ ROUNDINGS = {
     "blockwise8 hidden states": Rounding(hidden="blockwise8"),
     "blockwise8 gradients": Rounding(grad="blockwise8"),
     "blockwise8 adapter": Rounding(adapter_grad="blockwise8", differences=True),
-    "slow line": Rounding(hidden="float16", grad="blockwise8", adapter_grad="blockwise8", differences=True),
+    "slow line": Rounding(hidden="float16", grad="float16", adapter_grad="blockwise8", differences=True),
+    "slow line, blockwise8 gradients": Rounding(
+        hidden="float16", grad="blockwise8", adapter_grad="blockwise8", differences=True
+    ),
 }
 
 

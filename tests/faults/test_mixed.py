@@ -97,7 +97,8 @@ def test_a_step_over_a_slow_line_differs_by_its_rounding_alone(network, expected
     slow.run(between=lambda: network.servers["b"].handler.stores.leases.drop_client("client"))
     errors = [relative_error(*pair) for pair in zip(tensors_of(slow), tensors_of(expected), strict=True)]
     assert 1e-5 < errors[0] < 1e-3, "hidden states in float16"
-    assert 1e-3 < max(errors) < 0.02, "gradients in 8 bits"
+    assert errors[1] < 2e-3, "their gradient too"
+    assert 1e-3 < max(errors) < 0.02, "the adapter's gradients in 8 bits"
     assert slow.chain.client.stats.recomputations == 2
     assert not calls["b", "CollectSum"]
     kinds = {type(request) for _, request in network.requests}

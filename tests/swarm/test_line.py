@@ -17,7 +17,7 @@ from petals_tune.swarm.line import FormatChoice, Line, measure_line
 from petals_tune.swarm.routes.route import Hop
 from petals_tune.wire.messages import Ping, Pong
 from petals_tune.wire.span import BlockSpan
-from petals_tune.wire.tensors import Blockwise8, Scaled16
+from petals_tune.wire.tensors import Scaled16
 from tests.raising import raises
 from tests.swarm.played_swarm import record
 
@@ -101,11 +101,12 @@ async def test_the_slowest_line_of_the_route_decides_once_and_says_why(clock, ca
     await choice.made(hops)
     server, tensor = record("a"), torch.ones(1, 2, 64)
     assert isinstance(formats.hidden_for(server, tensor), Scaled16)
-    assert isinstance(formats.grad_for(server, tensor), Blockwise8)
+    assert isinstance(formats.grad_for(server, tensor), Scaled16)
+    assert formats.of_grad(record("a", dtype="bfloat16")) == "bfloat16"
     assert formats.step_for(server, tensor).dtype is torch.float32
     assert type(formats.step_for(server, tensor)) is torch.Tensor
     assert (formats.of_hidden(server), formats.of_grad(server), formats.of_adapter, formats.of_step(server)) == (
-        *("float16", "blockwise8", "blockwise8", "float32"),
+        *("float16", "float16", "blockwise8", "float32"),
     )
     assert "50 ms" in stats.formats
     assert "MB/s" in stats.formats
