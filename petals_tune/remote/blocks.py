@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -20,6 +20,8 @@ from petals_tune.remote.adapters.choice import Choice
 from petals_tune.remote.backbone import Backbone
 from petals_tune.remote.call_prompts import check_prompts, with_prompts
 from petals_tune.remote.config import BlocksConfig
+from petals_tune.remote.function import loss_is_scaled
+from petals_tune.remote.interleaved import Interleaved, interleaved_step
 from petals_tune.remote.local import LocalBlocks
 from petals_tune.remote.model_call import ModelCall
 from petals_tune.remote.positions import positions_behind_gaps
@@ -139,6 +141,8 @@ class RemoteSpan(Skeleton):
         if call.session is not None:
             return self._step(hidden, call, call.session)
         if call.hidden_states is None:
+            if (step := interleaved_step(self.backbone)) is not None:
+                return self.backbone.run_in_step(step, self, hidden, call)
             return self.backbone.run(self, hidden, call.padding, call.positions)
         for number in range(len(self)):  # one call for each block: servers send what leaves a span, no more
             call.hidden_states.append(hidden)
@@ -233,6 +237,17 @@ class RemoteBlocks(RemoteSpan):
         client = self.backbone.chain.client
         spans = [part.span for part in self.parts() if part.local is None]
         return tuple(hop for span in spans for hop in loop.run(client.route(span, work=1)))
+
+    def interleaved(self, loss_of: Callable[[int, int], torch.Tensor], trained: Iterable[nn.Parameter]) -> Interleaved:
+        """A training step that goes back with a micro-batch while others go forward; see remote/interleaved.py."""
+        remote = set(self.parameters())
+        behind = [parameter for parameter in trained if parameter.requires_grad and parameter not in remote]
+        return Interleaved(backbone=self.backbone, loss_of=loss_of, trained=behind)
+
+    def can_interleave(self, rows: int, positions: int, device: torch.device) -> bool:
+        """Are there several micro-batches, all blocks on servers, and a loss that is not scaled?"""
+        alone = self.backbone.local is None and not loss_is_scaled(device)
+        return alone and torch.is_grad_enabled() and rows > self.backbone.micro_batch(positions)
 
     def new_session(self, max_length: int) -> RemoteCache:
         """A generation session for `max_length` text positions; caches on the servers are opened at its first use."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -52,17 +51,24 @@ class WholeSum:
 class AdapterSums:
     """The sums of one backward of a whole batch."""
 
-    def __init__(self, traces: Iterable[Trace] = ()) -> None:
-        """`traces`: those of the batch, whose backwards the servers that went forward are expected to do."""
+    def __init__(self, micro_batches: int | None = None) -> None:
+        """`micro_batches`: how many will go forward and back; None: nothing is expected of servers."""
         self._sums: dict[tuple[str, BlockSpan], PartialSum] = {}
-        legs = (leg for trace in traces for leg in trace.legs if leg.stage.adapter is not None)
-        self._expected = Counter((leg.hop.server.peer, leg.hop.span) for leg in legs)
+        self._left = micro_batches
+        self._legs: Counter[tuple[str, BlockSpan]] = Counter()
+
+    def forwarded(self, trace: Trace) -> None:
+        """Note who went forward with a micro-batch, and is expected to go back with it."""
+        self._left = None if self._left is None else self._left - 1
+        self._legs.update((leg.hop.server.peer, leg.hop.span) for leg in trace.legs if leg.stage.adapter is not None)
 
     def on(self, hop: Hop) -> PartialSum:
-        """The sum of the server of `hop` on its span."""
+        """The sum of the server of `hop` on its span; what is expected of it is known once all went forward."""
         key = (hop.server.peer, hop.span)
         if key not in self._sums:
-            self._sums[key] = PartialSum(number=next(_numbers), hop=hop, expected=self._expected.get(key))
+            self._sums[key] = PartialSum(number=next(_numbers), hop=hop)
+        if self._left == 0:
+            self._sums[key].expected = self._legs[key] or None
         return self._sums[key]
 
     def in_order(self) -> list[PartialSum]:

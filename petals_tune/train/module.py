@@ -27,6 +27,7 @@ from petals_tune.train.backbone import Net, remote_blocks
 from petals_tune.train.exported import Exported, best_checkpoint
 from petals_tune.train.objective import Objective, Scores
 from petals_tune.train.resume import LINE_KEY, SEED_KEY, TrainingPosition, continue_from, seed_step
+from petals_tune.train.scoring import score
 from petals_tune.train.window import Window
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -228,14 +229,15 @@ class FineTuner(LightningModule):
         return float(mean.item())
 
     def _score(self, batch: Batch) -> Scores:
-        scores = self.objective(self.net, batch)
+        return score(self.objective, self.net, batch, check=self._check_finite)
+
+    def _check_finite(self, scores: Scores) -> None:
         if not torch.isfinite(scores.loss):
             raise Diverged(
                 f"the loss is {scores.loss.item()} at step {self.global_step}: training diverged or a batch is broken;"
                 " try a smaller optimizer.lr",
                 step=self.global_step,
             )
-        return scores
 
 
 def build_schedule(factory: ScheduleFactory, optimizer: Optimizer, steps: int | None) -> LRScheduler:

@@ -34,7 +34,8 @@ from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM
 from petals_tune.swarm.local import ServerProcess
 from tests.benchmarks.generation import NEW_TOKENS, generate
-from tests.benchmarks.training import ROWS, TEXT_TOKENS, Side, method_config, model_source
+from tests.benchmarks.in_process import model_source
+from tests.benchmarks.training import ROWS, TEXT_TOKENS, Side, method_config
 from tests.links import Host, network
 
 RULES = ("never", "auto")

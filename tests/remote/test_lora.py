@@ -90,7 +90,7 @@ def test_sums_are_the_same_every_time(swarms):
 def test_a_sum_that_is_lost_or_not_ours_is_computed_again(swarms, fault, monkeypatch):
     model, ask, hit = swarms.remote(2), Sender.ask, []
     if "backward" not in fault:  # it comes with the last backward, and nobody asks for it, unless nobody expects it
-        monkeypatch.setattr(function, "AdapterSums", lambda traces: AdapterSums())
+        monkeypatch.setattr(function, "AdapterSums", lambda count: AdapterSums())
 
     async def failing(self, hop, request, context=None, **given):
         reply = await ask(self, hop, request, context, **given)

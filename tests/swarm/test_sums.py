@@ -27,7 +27,10 @@ def test_a_server_is_told_with_how_many_micro_batches_its_sum_is_whole():
         for stage in stages_of(ROUTE, context, keep=True, input_grad=False)
     )
     trace = Trace(hidden=torch.zeros(1, 1, 1), context=context, legs=legs)
-    sums = AdapterSums([trace, trace, replace(trace, legs=legs[:1])])
+    sums = AdapterSums(3)
+    for each in (trace, trace, replace(trace, legs=legs[:1])):
+        assert [sums.on(hop).expected for hop in ROUTE] == [None] * 3, "not all went forward"
+        sums.forwarded(each)
     assert [sums.on(hop).expected for hop in ROUTE] == [3, None, 2]
 
 
