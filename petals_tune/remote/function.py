@@ -73,9 +73,11 @@ class RemoteCall:
         grads = grad.split([len(trace.hidden) for trace in traces])
         # A single micro-batch has nothing to be summed with: its gradients come back with the backward itself.
         summed = self.context.adapter is not None and len(traces) > 1 and self.chain.calls.sums
-        sums = AdapterSums(len(traces)) if summed else None
-        for trace in traces if sums is not None else ():
-            sums.forwarded(trace)
+        sums: AdapterSums | None = None
+        if summed:
+            sums = AdapterSums(len(traces))
+            for trace in traces:
+                sums.forwarded(trace)
 
         async def back() -> tuple[torch.Tensor | None, list[ChainGradients]]:
             parts = await all_results(
