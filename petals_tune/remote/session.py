@@ -238,6 +238,10 @@ def common_beginning(seen: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) 
     own number, it is that one.
     """
     rows, wanted = (max(len(each) for each in tensors) for tensors in (seen, now))
+    if rows == wanted and all(before.equal(after) for before, after in zip(seen, now, strict=True)):
+        return seen[0].shape[1], torch.arange(
+            rows
+        )  # as at each token of generate(): this is the quickest way to see it
     own = 0
     if rows == wanted:
         own = int(_first([before != after for before, after in zip(seen, now, strict=True)]).min())
