@@ -65,10 +65,8 @@ def chat(cfg: DictConfig) -> None:
             raise ConfigError(
                 "say whom to talk to: adapter=outputs/.../adapter, or model=default for the bare model", key="adapter"
             )
-        from petals_tune.remote.speculative.choice import check_draft_name
         from petals_tune.tuning.saved import adapter_folder, choose_base  # slow; a mistyped key should not wait for it
 
-        check_draft_name(cfg.draft)
         folders = {name: adapter_folder(folder) for name, folder in several.items()}
         adapter = folders[first] if first else None if cfg.adapter is None else adapter_folder(cfg.adapter)
         base, revision = cfg.model.source, cfg.model.revision
@@ -130,12 +128,14 @@ def open_model(
     from petals_tune.model.convert import model_folder
     from petals_tune.model.families import family_of, placeholder_model
     from petals_tune.remote.auto import AutoDistributedModelForCausalLM
+    from petals_tune.remote.speculative.choice import check_draft_name
     from petals_tune.train.options import open_swarm
     from petals_tune.train.quiet import silence_known_warnings
     from petals_tune.tuning.saved import check_adapter, load_adapter, load_tokenizer, saved_config, saved_vocabulary
     from petals_tune.tuning.support import check_config
 
     silence_known_warnings()
+    check_draft_name(cfg.draft)
     if cfg.persona and cfg.system is not None:
         raise ConfigError("persona and system are both a system text: give one of them", key="system", seen=cfg.system)
     given = list(several.values()) or ([] if adapter is None else [adapter])

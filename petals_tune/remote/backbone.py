@@ -6,7 +6,7 @@ Shapes: B rows, S positions, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from petals_tune.remote.function import RemoteBlocksFunction, RemoteCall
 from petals_tune.remote.interleaved import Interleaved
 from petals_tune.remote.local import LocalBlocks
 from petals_tune.remote.model_call import ModelCall, running_call
+from petals_tune.remote.speculative.length import LatestDraft
 from petals_tune.remote.split_session import LocalSession, SplitSession
 from petals_tune.swarm.chain import Chain
 from petals_tune.swarm.session import ChainSession
@@ -52,6 +53,7 @@ class Backbone:
     tuple_length: int  # a layer of this family returns (hidden, ...), a tuple of so many; 0: hidden itself
     micro_batch_rows: int | None = None
     local: LocalBlocks | None = None  # blocks that this process runs; None: servers run all of them
+    latest_draft: LatestDraft = field(default_factory=LatestDraft)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Backbone:
         return replace(self)  # of a copied model: on the same connection to the swarm

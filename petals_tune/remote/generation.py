@@ -62,6 +62,14 @@ class RemoteGeneration:
             finally:
                 self._active_session = outer
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own call; in a generation with drafts the logits may be here already."""
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, RemoteCache) or cache.speculation is None:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]  # of the user's class
+        ahead = cache.speculation.take(cache, kwargs)
+        return cache.speculation.split(super().__call__(*args, **kwargs)) if ahead is None else ahead  # type: ignore[misc]
+
     def generate(
         self,
         inputs: torch.Tensor | None = None,
@@ -167,7 +175,8 @@ class RemoteGeneration:
         cache, source = kwargs.get("past_key_values"), _draft.get()
         steps: AbstractContextManager[None] = nullcontext()
         if source is not None and isinstance(cache, RemoteCache) and len(input_ids) == 1:
-            steps = drafting(cache, source, turn_of(self, cache, generation_config, logits_processor))
+            length = self.remote_blocks.backbone.latest_draft.length_for(source.given)
+            steps = drafting(cache, source, length, turn_of(self, cache, generation_config, logits_processor))
         with steps:
             return super()._sample(  # type: ignore[misc]  # of the user's class
                 input_ids, logits_processor, stopping_criteria, generation_config, **kwargs

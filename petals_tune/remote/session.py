@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -13,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from petals_tune.remote.span_session import SpanSession, counted, real, version_name
 from petals_tune.remote.speculative.speculation import Speculation
-from petals_tune.swarm.history import Inputs, is_identity
+from petals_tune.swarm.history import is_identity
 from petals_tune.wire.adapter import AdapterVersion
 
 
@@ -41,6 +42,7 @@ class RemoteCache(SpanSession, Cache):
         self.virtual = 0
         self.ids: torch.Tensor | None = None
         self.speculation: Speculation | None = None  # drafts, where generate() was asked for them
+        self._drafted: torch.Tensor | None = None  # position ids behind `position` that servers hold, if not counted
         self._standing: Standing | None = None  # where generate() left the text; None: the caches changed since
         # Of the last call of generate(): tokens that end a row, and the one behind them.
         self.ends: torch.Tensor | None = None
@@ -92,6 +94,7 @@ class RemoteCache(SpanSession, Cache):
         before = self.position
         if before == 0:
             self.virtual = 0 if ids is None else hidden.shape[1] - ids.shape[1]
+        started_s = time.perf_counter()
         output = super().advance(
             hidden,
             padding=padding,
@@ -100,16 +103,30 @@ class RemoteCache(SpanSession, Cache):
             choice=choice,
             same_adapter=same_adapter or not by_hand,
         )
+        if self.speculation is not None:
+            drafted = self.speculation.stepped(hidden.shape[1], time.perf_counter() - started_s)
+            self._drafted = None if self._positions is None else self._positions[:, self.position - drafted :]
+            super().rollback(self.position - drafted)
+        self._take_in_text(ids, before)
+        return output
+
+    def accept(self, ids: torch.Tensor) -> None:
+        """Count the next drafted position, which servers hold already, as one of the text; `ids` (1, 1): its token."""
+        before, positions = self.position, self._drafted
+        if positions is not None:
+            positions, self._drafted = positions[:, :1], positions[:, 1:]
+        padding = None if self._padding is None else torch.nn.functional.pad(self._padding, (0, 1), value=True)
+        self._take_in(1, positions, padding)
+        self._take_in_text(ids, before)
+        self._next_ids, self._by_hand = None, True
+
+    def _take_in_text(self, ids: torch.Tensor | None, before: int) -> None:
+        """Keep the tokens of what was taken in from position `before` on; None: they are not known."""
         if ids is None or (self.ids is None and before > self.virtual):
             self.ids = None
         else:
             self.ids = ids if self.ids is None else torch.cat([self.ids, ids.to(self.ids.device)], dim=1)
         self._standing = None
-        # With drafts in `hidden`, its length all the same, for models that go by it: the last position is what counts.
-        return output.expand(-1, hidden.shape[1], -1)
-
-    def _run(self, run: Callable[[Inputs], torch.Tensor], inputs: Inputs) -> torch.Tensor:
-        return run(inputs) if self.speculation is None else self.speculation.step(run, inputs)
 
     # What generate() and the models' mask functions ask.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NoReturn, Self
 
 import torch
@@ -218,23 +217,20 @@ class SpanSession:
             context_length=self.position + new if positions is None else int(positions.max()) + 1,
         )
         order, self._order = self._order, None
-        run = partial(session.step, position=self.position, order=order, device=hidden.device)
-        output = self._run(run, inputs)
-        new = output.shape[1]
-        inputs, padding = inputs.cut(0, new), None if padding is None else padding[:, : self.position + new]
+        output = session.step(inputs, position=self.position, order=order, device=hidden.device)
         self.chain.client.stats.wait_s += time.perf_counter() - started_s
-        positions = inputs.positions
+        self._rows = rows
+        self._take_in(new, inputs.positions, padding)
+        return to_device(output, hidden.device)
+
+    def _take_in(self, new: int, positions: torch.Tensor | None, padding: torch.Tensor | None) -> None:
+        """Count `new` positions as held; `positions` (B or 1, new) are theirs, `padding` (B, position + new) of all."""
         if positions is not None or self._positions is not None:
             before, now = counted(self._positions, self.position), counted(positions, new, start=self.position)
             count = max(len(before), len(now))
             self._positions = torch.cat([before.expand(count, -1), now.expand(count, -1)], dim=1)
         self._position += new
-        self._rows, self._padding = rows, padding
-        return to_device(output, hidden.device)
-
-    def _run(self, run: Callable[[Inputs], torch.Tensor], inputs: Inputs) -> torch.Tensor:
-        """The output for as many of the positions of `inputs` as the session takes in; `run` sends a step."""
-        return run(inputs)
+        self._padding = padding
 
     def _opened(
         self, rows: int, adapter: Callable[[], AdapterVersion | None], choice: object, *, same_adapter: bool

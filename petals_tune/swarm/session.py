@@ -9,6 +9,7 @@ Shapes: B rows, S new positions, H hidden size.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -129,18 +130,25 @@ class ChainSession:
         forked = ChainSession(calls, repair, self._span, rows=rows, max_length=max_length, adapter=adapter)
         if not position or not self._sessions:
             return forked
-        results = await asyncio.gather(
-            *(forked._forked(session, position, order) for session in self._sessions), return_exceptions=True
-        )
-        forked._sessions = [each for result in results if not isinstance(result, BaseException) for each in result]
-        for result in results:
-            if isinstance(result, BaseException):
+        opened: list[list[HopSession]] = [[] for _ in self._sessions]
+
+        async def take_over(number: int) -> None:
+            opened[number] = await forked._begin_with(self._sessions[number], position, order)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number in range(len(opened)):
+                    group.create_task(take_over(number))
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        finally:
+            forked._sessions = list(itertools.chain(*opened))
+            if not all(opened):
                 await forked.close()
-                raise result
         return forked
 
-    async def _forked(self, parent: HopSession, position: int, order: torch.Tensor | None) -> list[HopSession]:
-        """Sessions that begin with the first positions of `parent`, of another session."""
+    async def _begin_with(self, parent: HopSession, position: int, order: torch.Tensor | None) -> list[HopSession]:
+        """Sessions on the blocks of `parent`, of another chain, that begin with its first positions."""
         order, hop = compose(parent.order, order), parent.hop
         history = parent.history.fork(position, order)
         request = partial(

@@ -70,6 +70,11 @@ def is_adapted(model: nn.Module) -> bool:
     return any(isinstance(module, inside) for module in model.modules())
 
 
+def deep_prompt_owners(model: nn.Module) -> set[str]:
+    """Return PEFT's names of the adapters that the deep prompts in `model` belong to."""
+    return {module.adapter for module in model.modules() if isinstance(module, BlockPrompt)}
+
+
 def collect_adapter(
     blocks: Sequence[tuple[int, nn.Module]], names: Sequence[str] | None = None
 ) -> tuple[AdapterVersion | None, list[torch.Tensor]]:

@@ -15,7 +15,7 @@ import torch
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.footprint import Pass
-from petals_tune.errors import RequestRefused
+from petals_tune.errors import RequestRefused, SessionLost
 from petals_tune.wire.codec import INLINE_BYTES
 from petals_tune.wire.messages import (
     Backward,
@@ -224,6 +224,8 @@ class Executor:
             max_length=request.max_length,
         )
         forked = await self._compute.run(Priority.STEP, fork, client=client)  # between two steps of the parent
+        if client not in self._admission:
+            raise SessionLost(f"client {client} left while its session was forked")
         sessions.recount(client, request.fork.session)
         return SessionOpened(session=sessions.put(client, forked, time.monotonic()))
 

@@ -63,11 +63,6 @@ class _Waiting:
         begins = self.step.position == 0 and (self.session.adapter_version is not None or self.has_states)
         return alone, self.session.span, begins, self.position
 
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """What decides, beside rows, positions and adapters, how long a step takes."""
-        return (self.session.span,)
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Measured:
@@ -102,6 +97,11 @@ class _Measured:
         if any(its and not mine for mine, its in sizes):
             return math.inf
         return self.elapsed_s * max(1.0, *(its / mine for mine, its in sizes if mine))
+
+
+def _kind(batch: Sequence[_Waiting]) -> tuple[object, ...]:
+    """What decides, beside the sizes in `_Measured`, how long a batch takes."""
+    return batch[0].session.span, any(each.session.adapter is not None for each in batch)
 
 
 class StepBatcher:
@@ -229,7 +229,7 @@ class StepBatcher:
         """
         if not batch:
             return True
-        measured = self._measured.get(batch[0].kind)
+        measured = self._measured.get(_kind(batch))
         plain = all(each.step.hidden.shape[1] == 1 and each.step.order is None and not each.goes_back for each in batch)
         return plain and measured is not None and measured.longest_s(_Measured.of(batch)) < INLINE_S
 
@@ -248,7 +248,7 @@ class StepBatcher:
         computed = batch and all(isinstance(output, torch.Tensor) for output in outputs)  # refusals are always short
         if computed and batch[0].step.hidden.shape[1] == 1:
             self._single_s = elapsed_s
-            self._measured.pop(kind := batch[0].kind, None)
+            self._measured.pop(kind := _kind(batch), None)
             self._measured[kind] = _Measured.of(batch, elapsed_s)
             if len(self._measured) > MAX_MEASURED:
                 del self._measured[next(iter(self._measured))]

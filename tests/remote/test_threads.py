@@ -14,7 +14,7 @@ from tests.inprocess import in_process_swarm
 from tests.models import VOCABULARY, plain_model, relative_error, save_model
 from tests.raising import raises
 
-THREADS, CALLS, LENGTH = 4, 60, 8
+THREADS, CALLS, LENGTH = 4, 25, 8
 
 
 @pytest.fixture(scope="module")

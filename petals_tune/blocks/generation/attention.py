@@ -15,17 +15,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.masking_utils import causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from petals_tune.blocks.generation.memory import Part
 
 NAME = "petals_tune"
+
+Bias = Callable[[int, int], torch.Tensor]  # of the positions from a start to a stop
 
 
 class Attending(Protocol):
@@ -33,6 +37,7 @@ class Attending(Protocol):
 
     rows: list[int]  # of each session
     positions: list[int]  # of each session's new token
+    padded: list[bool]  # whether a session has padding
     mask_window: int | None  # of the layers that the next mask is for
 
     def take(self, keys: torch.Tensor) -> list[list[Part]]:
@@ -60,6 +65,10 @@ class Visible:
     first: int
     mask: torch.Tensor | None = None  # (R, T) bool, True = attend
 
+    def mask_on(self, device: torch.device) -> torch.Tensor | None:
+        """The mask (R, 1, 1, T) on the device of a block, which may be on another one than the model."""
+        return None if self.mask is None else self.mask[:, None, None].to(device)
+
 
 @contextmanager
 def each_session_apart(config: PretrainedConfig, cache: Attending) -> Iterator[None]:
@@ -78,8 +87,8 @@ def _mask(
     *,
     batch_size: int,
     q_length: int,
-    mask_function: Callable[..., torch.Tensor],
-    attention_mask: torch.Tensor | None,
+    mask_function: Callable[..., Any],
+    attention_mask: torch.Tensor | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
@@ -91,6 +100,8 @@ def _mask(
     cache, window = here.cache, here.cache.mask_window
     if batch_size != sum(cache.rows):
         raise NotApart(f"a mask for {batch_size} rows")
+    if mask_function is causal_mask_function and attention_mask is None:
+        return [Visible(0)] * len(cache.rows)
     firsts = [0 if window is None else max(position - window + 1, 0) for position in cache.positions]
     lengths = [position + 1 - first for position, first in zip(cache.positions, firsts, strict=True)]
     # All pairs of a row and a position that it might see, one after the other.
@@ -134,51 +145,92 @@ def _attend(
     here = _current.get()
     if here is None or not isinstance(attention_mask, list) or query.shape[2] != 1:
         raise NotApart("attention of several positions, or with a mask of its own")
-    rows, kept = here.cache.rows, here.cache.take(key)
-    special = any(kwargs.get(name) is not None for name in ("softcap", "position_bias"))
-    outputs = []
+    special = kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None
     if here.implementation == "sdpa" and not special:
-        batch, heads, _, size = query.shape
-        grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], size)  # heads of a group are its queries
-        for own, parts, seen in zip(grouped.split(rows), kept, attention_mask, strict=True):
-            outputs.append(_attention(own, _since(parts, seen.first), seen.mask, scaling))
-        return _together(outputs).reshape(batch, 1, heads, -1), None
-    attention = _own_attention(module, here.implementation)
-    for own, parts, seen in zip(query.split(rows), kept, attention_mask, strict=True):
+        return attend(query, key, attention_mask, scaling), None
+    attention, outputs = _own_attention(module, here.implementation), []
+    for own, parts, seen in zip(query.split(here.cache.rows), here.cache.take(key), attention_mask, strict=True):
         keys, values = joined(_since(parts, seen.first))
-        mask = None if seen.mask is None else _as_added(seen.mask[:, None, None], own, here.implementation)
+        mask = _as_added(seen.mask_on(own.device), own, here.implementation)
         outputs.append(attention(module, own, keys, values, mask, scaling=scaling, **kwargs)[0])
     return _together(outputs), None
 
 
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    visible: Sequence[Visible],
+    scaling: float | None,
+    bias: Callable[[slice | None, int, int, int], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """(B, 1, H, D): as `_attend`, by scaled dot products.
+
+    `bias` gives what is added to the scores, (1 or R, H, 1, T), for the rows of a padded session or for any others
+    (None), their new position, and the positions from a start to a stop.
+    """
+    here = _current.get()
+    assert here is not None
+    batch, heads, _, size = query.shape
+    grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], size)  # heads of a group are its queries
+    outputs, first = [], 0
+    cache, kept = here.cache, here.cache.take(key)
+    each = [grouped] if len(kept) == 1 else grouped.split(cache.rows)
+    for own, parts, seen, position, padded in zip(each, kept, visible, cache.positions, cache.padded, strict=True):
+        mine = None
+        if bias is not None:
+            mine = partial(bias, slice(first, first + len(own)) if padded else None, position)
+        outputs.append(
+            _attention(
+                own,
+                _since(parts, seen.first),
+                seen.mask_on(own.device),
+                scaling,
+                mine,
+                of_all_rows=mine is None or not padded,
+            )
+        )
+        first += len(own)
+    return _together(outputs).reshape(batch, 1, heads, -1)
+
+
 def _attention(
-    query: torch.Tensor, parts: Sequence[Part], mask: torch.Tensor | None, scaling: float | None
+    query: torch.Tensor,
+    parts: Sequence[Part],
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    bias: Bias | None,
+    *,
+    of_all_rows: bool,
 ) -> torch.Tensor:
     """(R, G, heads of a group, D): one session's attention, by scaled dot products."""
-    alone = len(parts) == 1 and parts[0].shared is None
-    if not alone and mask is None and query.device.type == "cpu" and query.shape[-1] == parts[0].values.shape[-1]:
-        return _over_parts(query, parts, scaling)
+    has_kernel = query.device.type == "cpu" and query.shape[-1] == parts[0].values.shape[-1]
+    if has_kernel and mask is None and of_all_rows and (len(parts) > 1 or parts[0].shared is not None):
+        return _over_parts(query, parts, scaling, bias)
     keys, values = joined(parts)
-    added = None if mask is None else mask[:, None, None]
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=added, scale=scaling)
+    if bias is not None:
+        biases = bias(parts[0].start, parts[-1].stop)
+        mask = biases if mask is None else biases.masked_fill(~mask, -torch.inf)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
 
 
-def _over_parts(query: torch.Tensor, parts: Sequence[Part], scaling: float | None) -> torch.Tensor:
+def _over_parts(query: torch.Tensor, parts: Sequence[Part], scaling: float | None, bias: Bias | None) -> torch.Tensor:
     """As over all parts in one, which are not joined: the softmax over each, weighted by its sum.
 
     Rows that share a row of a beginning are queries of one call, which reads it once.
     """
     outputs, sums = [], []
     for part in parts:
+        added = None if bias is None else bias(part.start, part.stop)
         output = query.new_empty(*query.shape[:3], part.values.shape[-1])
         log_sum = query.new_empty(query.shape[:3], dtype=torch.float32)
         for row, of in [(None, None)] if part.shared is None else part.shared.groups:
             own = query if of is None else query[of]
             if row is None:
-                found, sum_ = _with_sum(own, part.keys, part.values, scaling)
+                found, sum_ = _with_sum(own, part.keys, part.values, scaling, added)
             else:
                 as_queries = own.transpose(0, 1).flatten(1, 2)[None]
-                found, sum_ = _with_sum(as_queries, part.keys[row : row + 1], part.values[row : row + 1], scaling)
+                keys, values = part.keys[row : row + 1], part.values[row : row + 1]
+                found, sum_ = _with_sum(as_queries, keys, values, scaling, added)
                 found = found[0].unflatten(1, own.shape[:1] + own.shape[2:3]).transpose(0, 1)
                 sum_ = sum_[0].unflatten(1, own.shape[:1] + own.shape[2:3]).transpose(0, 1)
             if of is None:
@@ -192,11 +244,11 @@ def _over_parts(query: torch.Tensor, parts: Sequence[Part], scaling: float | Non
 
 
 def _with_sum(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None, added: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The attention, and the logarithms of its sums of exponentials (R, G, queries). The kernel has no public name."""
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    found, log_sum = attention(query, keys, values, 0.0, False, attn_mask=None, scale=scaling)
+    found, log_sum = attention(query, keys, values, 0.0, False, attn_mask=added, scale=scaling)
     return found, log_sum
 
 
@@ -208,12 +260,12 @@ def joined(parts: Sequence[Part]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
 
-def _since(parts: Sequence[Part], first: int) -> list[Part]:
+def _since(parts: Sequence[Part], first: int) -> Sequence[Part]:
     """The parts of the positions from `first` on."""
     if parts[0].start > first:
         raise NotApart(f"positions from {first} on are seen, and these blocks keep those from {parts[0].start} on")
     if parts[0].start == first:
-        return list(parts)
+        return parts
     return [part.since(first) for part in parts if part.stop > first]
 
 
@@ -221,9 +273,9 @@ def _together(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
     return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs))
 
 
-def _as_added(seen: torch.Tensor, like: torch.Tensor, implementation: str) -> torch.Tensor:
+def _as_added(seen: torch.Tensor | None, like: torch.Tensor, implementation: str) -> torch.Tensor | None:
     """A mask as the attention called `implementation` takes it: written out in Python it adds one to the scores."""
-    if implementation != "eager":
+    if seen is None or implementation != "eager":
         return seen
     return torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, torch.finfo(like.dtype).min)
 

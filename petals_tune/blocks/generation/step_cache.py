@@ -43,6 +43,7 @@ class StepCache(Cache):
         self.apart = attention.apart and new_positions == 1
         self.rows = [session.rows for session in sessions]
         self.positions = [session.position for session in sessions]
+        self.padded = [session.padding is not None for session in sessions]
         self.total = max(self.positions) + new_positions
         self.mask_window: int | None = None
         self.layers_seen: set[int] = set()
@@ -55,18 +56,22 @@ class StepCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self.layers_seen.add(layer_idx)
         window, rows = self._windows.get(layer_idx), self.rows
+        alone = len(rows) == 1
+        each = (
+            [(key_states, value_states)]
+            if alone
+            else zip(key_states.split(rows), value_states.split(rows), strict=True)
+        )
         kept = [
             session.memory.append(layer_idx, pair, session.position, window)
-            for session, pair in zip(
-                self._sessions, zip(key_states.split(rows), value_states.split(rows), strict=True), strict=True
-            )
+            for session, pair in zip(self._sessions, each, strict=True)
         ]
         if self.apart:
             if self._stored is not None:
                 raise NotApart("a layer that stores keys and does not attend to them")
             self._stored = key_states, kept
             return key_states, value_states
-        if len(kept) == 1:
+        if alone:
             return joined(kept[0])
         whole = [t.new_zeros(t.shape[0], t.shape[1], self.total, t.shape[3]) for t in (key_states, value_states)]
         first = 0
@@ -99,6 +104,8 @@ class StepCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         self.mask_window = next(iter(self._windows.values())) if self._windows and layer_idx == 1 else None
+        if self.apart:
+            return 1, 0  # the mask of blocks/generation/attention.py is of each session's own positions
         first = 0
         if self.mask_window is not None and len(self._sessions) == 1:
             first = max(self.positions[0] - self.mask_window + 1, 0)
@@ -184,11 +191,10 @@ class StepCache(Cache):
 
     def mask(self) -> torch.Tensor | None:
         """(B, total) bool, True = attend; None where no session has padding and none is filled up."""
-        padded = any(session.padding is not None for session in self._sessions)
         filled = len(self._sessions) > 1 and (
             not self.apart or any(session.states.current for session in self._sessions)
         )
-        if not padded and not filled:
+        if not any(self.padded) and not filled:
             return None
         mask = torch.zeros(sum(session.rows for session in self._sessions), self.total, dtype=torch.bool)
         first = 0

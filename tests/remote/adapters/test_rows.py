@@ -68,6 +68,7 @@ def test_each_adapter_gets_the_gradients_of_its_own_rows(saved, model):
                 assert relative_error(own[key], parameter.grad) <= 1e-5, (name, key)
 
 
+@pytest.mark.slow
 def test_training_mode_gives_each_row_what_it_gets_alone(saved, model):
     for name in METHODS:
         model.adapters.load(name, saved.folders[name], trainable=True)
@@ -77,7 +78,15 @@ def test_training_mode_gives_each_row_what_it_gets_alone(saved, model):
         assert relative_error(together[row : row + 1], one) <= 1e-5
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2, "num_return_sequences": 2}, {"eos_token_id": [40, 83]}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eos_token_id": [40, 83]},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"num_beams": 2, "num_return_sequences": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_texts_are_in_the_order_of_the_rows(saved, shared, options):
     found = generated(shared, IDS, adapters=ROWS, **options)
     copies = options.get("num_return_sequences", 1)
@@ -88,6 +97,7 @@ def test_texts_are_in_the_order_of_the_rows(saved, shared, options):
         assert not own[:, one.shape[1] :].any(), "padding"
 
 
+@pytest.mark.slow
 def test_sampling_is_reproducible(shared):
     options = {"max_new_tokens": 4, "do_sample": True, "pad_token_id": 0}
     found = []
@@ -112,7 +122,7 @@ def test_a_call_refuses_what_is_for_one_adapter(shared, name):
         shared(input_ids=IDS, adapters=ROWS, **{name: True})
 
 
-@pytest.mark.parametrize("name", ["past_key_values", "streamer", "return_dict_in_generate", "inputs_embeds"])
+@pytest.mark.parametrize("name", ["past_key_values", "streamer", "return_dict_in_generate", "inputs_embeds", "draft"])
 def test_generation_refuses_what_is_for_one_adapter(shared, name):
     with raises(ConfigError, key=name):
         shared.generate(IDS, adapters=ROWS, **{name: IDS})
@@ -123,6 +133,7 @@ def test_generation_refuses_an_open_session(shared):
         shared.generate(IDS, adapters=ROWS)
 
 
+@pytest.mark.slow
 def test_rows_through_local_blocks_and_servers(saved, swarm):
     local = AutoDistributedModelForCausalLM.from_pretrained(
         str(saved.model), initial_peers=["in process"], local_blocks=["0:1", "4:6"], local_quantization="none"

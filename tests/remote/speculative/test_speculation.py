@@ -288,6 +288,21 @@ def test_tuned_models(llama, method):
             tuned.unload()
 
 
+def test_an_adapter_and_a_draft_are_arguments_of_one_call(llama):
+    model, _ = llama
+    torch.manual_seed(5)
+    model.adapters.add("soft", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    try:
+        expected = generated(model, text(), adapter="soft")
+        drafter = made(expected)
+        assert torch.equal(generated(model, text(), adapter="soft", draft=drafter), expected)
+        latest = model.remote_blocks.backbone.latest_draft
+        assert latest.given is drafter
+        assert latest.length.acceptance["made"].tried > 3, "what was measured is not lost with the view of the model"
+    finally:
+        model.adapters.remove("soft")
+
+
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
