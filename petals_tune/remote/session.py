@@ -208,7 +208,8 @@ class RemoteCache(SpanSession, Cache):
         if positions is not None and positions.shape[1] == ids.shape[1] and not self.virtual:
             seen.append(counted(self._positions, self.position)[:, :length])
             now.append(positions[:, :length])
-        return seen, [each.to(self.ids.device) for each in now]
+        device = self.ids.device
+        return [each.to(device) for each in seen], [each.to(device) for each in now]
 
     def end_turn(self, made: Standing | None = None) -> None:
         """End a call of generate(), after which the text stands as it `made` it; None: it failed."""
