@@ -37,6 +37,9 @@ class RemoteCall:
     span: BlockSpan
     context: CallContext
     rows: int
+    has_backward: bool = (
+        True  # False under torch.no_grad(), where a Function's inputs may require a gradient all the same
+    )
 
     def for_training(self) -> RemoteCall:
         """The same call with the adapter as servers are given it for a training step."""
@@ -155,10 +158,11 @@ class RemoteBlocksFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: RemoteCall, hidden: torch.Tensor, *adapter: torch.Tensor) -> torch.Tensor:
-        keep, scaled = any(ctx.needs_input_grad), loss_is_scaled(hidden.device)
+        keep, scaled = call.has_backward and any(ctx.needs_input_grad), loss_is_scaled(hidden.device)
         (given,) = to_host(hidden)
         # Replies are cast to the dtype of what was sent, and a scaled gradient may be beyond float16.
-        traces = call.forward(given.float() if scaled else given, keep=keep, input_grad=ctx.needs_input_grad[1])
+        input_grad = keep and ctx.needs_input_grad[1]
+        traces = call.forward(given.float() if scaled else given, keep=keep, input_grad=input_grad)
         output = _narrowed(call, torch.cat([trace.hidden for trace in traces]), hidden.dtype)
         if keep:
             ctx.call, ctx.kept, ctx.scaled, ctx.dtype = call, KeptTraces(call.chain, traces), scaled, hidden.dtype
