@@ -122,8 +122,9 @@ class Backbone:
         adapter, tensors = part.adapter()
         if prompts is not None:
             adapter, tensors = with_prompts(adapter, tensors, prompts, part.span)
-        own = replace(context, adapter=adapter)
-        return RemoteCall(chain=self.chain, span=part.span, context=own, rows=rows), tensors
+        own, has_backward = replace(context, adapter=adapter), torch.is_grad_enabled()
+        call = RemoteCall(chain=self.chain, span=part.span, context=own, rows=rows, has_backward=has_backward)
+        return call, tensors
 
     def micro_batch(self, positions: int) -> int:
         """Return the rows of a micro-batch of texts of so many positions."""

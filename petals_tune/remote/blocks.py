@@ -29,6 +29,7 @@ from petals_tune.remote.session import RemoteCache
 from petals_tune.remote.skeleton import Skeleton, Weightless, fill_with_placeholders
 from petals_tune.remote.span_session import DEFAULT_MAX_LENGTH, SpanSession
 from petals_tune.swarm import loop
+from petals_tune.swarm.line import FormatChoice
 from petals_tune.swarm.routes.route import Hop
 from petals_tune.tuning.support import collect_adapter, own_parts
 from petals_tune.wire.adapter import AdapterPart, AdapterVersion
@@ -221,6 +222,11 @@ class RemoteBlocks(RemoteSpan):
     def stats(self) -> SwarmStats:
         """Bytes, calls, retries and waiting time so far."""
         return self.backbone.chain.client.stats
+
+    @property
+    def format_choice(self) -> FormatChoice:
+        """What `wire_format` and `grad_format` of `auto` mean for training, by the measured line."""
+        return self.backbone.chain.calls.choice
 
     def servers(self) -> tuple[ServerRecord, ...]:
         """The servers of this model that are known now."""

@@ -10,7 +10,7 @@ import functools
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -37,17 +37,27 @@ class RemoteCall:
     span: BlockSpan
     context: CallContext
     rows: int
+    has_backward: bool = (
+        True  # False under torch.no_grad(), where a Function's inputs may require a gradient all the same
+    )
+
+    def for_training(self) -> RemoteCall:
+        """The same call with the adapter as servers are given it for a training step."""
+        if self.context.adapter is None:
+            return self
+        adapter = self.chain.calls.adapter_for(self.context.adapter)
+        return replace(self, context=replace(self.context, adapter=adapter))
 
     def forward(self, hidden: torch.Tensor, *, keep: bool, input_grad: bool) -> list[Trace]:
         """Traces in the order of the rows. Where the servers take fewer rows at once, micro-batches are smaller.
 
         Raises RequestTooLarge where a single row is too large.
         """
-        rows = min(self.rows, len(hidden))
+        rows, call = min(self.rows, len(hidden)), self.for_training().context if keep else self.context
         traces: dict[int, Trace] = {}  # by first row
 
         async def go(start: int, stop: int) -> None:
-            part, context = hidden[start:stop], self.context.rows(start, stop)
+            part, context = hidden[start:stop], call.rows(start, stop)
             traces[start] = await self.chain.forward(part, context, self.span, keep=keep, input_grad=input_grad)
 
         while True:
@@ -66,7 +76,11 @@ class RemoteCall:
         grads = grad.split([len(trace.hidden) for trace in traces])
         # A single micro-batch has nothing to be summed with: its gradients come back with the backward itself.
         summed = self.context.adapter is not None and len(traces) > 1 and self.chain.calls.sums
-        sums = AdapterSums() if summed else None
+        sums: AdapterSums | None = None
+        if summed:
+            sums = AdapterSums(len(traces))
+            for trace in traces:
+                sums.forwarded(trace)
 
         async def back() -> tuple[torch.Tensor | None, list[ChainGradients]]:
             parts = await all_results(
@@ -144,10 +158,11 @@ class RemoteBlocksFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: RemoteCall, hidden: torch.Tensor, *adapter: torch.Tensor) -> torch.Tensor:
-        keep, scaled = any(ctx.needs_input_grad), loss_is_scaled(hidden.device)
+        keep, scaled = call.has_backward and any(ctx.needs_input_grad), loss_is_scaled(hidden.device)
         (given,) = to_host(hidden)
         # Replies are cast to the dtype of what was sent, and a scaled gradient may be beyond float16.
-        traces = call.forward(given.float() if scaled else given, keep=keep, input_grad=ctx.needs_input_grad[1])
+        input_grad = keep and ctx.needs_input_grad[1]
+        traces = call.forward(given.float() if scaled else given, keep=keep, input_grad=input_grad)
         output = _narrowed(call, torch.cat([trace.hidden for trace in traces]), hidden.dtype)
         if keep:
             ctx.call, ctx.kept, ctx.scaled, ctx.dtype = call, KeptTraces(call.chain, traces), scaled, hidden.dtype

@@ -167,13 +167,16 @@ def there_and_back(
     input_grad: bool,
 ) -> tuple[list[ChainGradients], list[ChainGradients]]:
     """Send micro-batches of `rows` there and back: their gradients, and the adapter's as terms in a fixed order."""
-    starts = range(0, len(hidden), rows)
+    call, starts = call.for_training(), range(0, len(hidden), rows)
     arrivals: queue.SimpleQueue[Arrived | None] = queue.SimpleQueue()
-    sums = AdapterSums() if call.context.adapter is not None and len(starts) > 1 and call.chain.calls.sums else None
+    has_sums = call.context.adapter is not None and len(starts) > 1 and call.chain.calls.sums
+    sums = AdapterSums(len(starts)) if has_sums else None
 
     async def go(number: int, start: int) -> ChainGradients:
         part, context = hidden[start : start + rows], call.context.rows(start, start + rows)
         trace = await call.chain.forward(part, context, call.span, keep=True, input_grad=input_grad)
+        if sums is not None:
+            sums.forwarded(trace)
         try:
             gradient: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
             arrivals.put((number, trace.hidden, gradient))

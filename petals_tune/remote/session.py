@@ -88,6 +88,7 @@ class RemoteCache(SpanSession, Cache):
         adapter: Callable[[], AdapterVersion | None],
         choice: object = None,
         same_adapter: bool = False,
+        order: torch.Tensor | None = None,
     ) -> torch.Tensor:
         ids, self._next_ids = self._next_ids, None
         by_hand, self._by_hand = self._by_hand, True
@@ -102,6 +103,7 @@ class RemoteCache(SpanSession, Cache):
             adapter=adapter,
             choice=choice,
             same_adapter=same_adapter or not by_hand,
+            order=order,
         )
         if self.speculation is not None:
             drafted = self.speculation.stepped(hidden.shape[1], time.perf_counter() - started_s)
@@ -208,7 +210,8 @@ class RemoteCache(SpanSession, Cache):
         if positions is not None and positions.shape[1] == ids.shape[1] and not self.virtual:
             seen.append(counted(self._positions, self.position)[:, :length])
             now.append(positions[:, :length])
-        return seen, [each.to(self.ids.device) for each in now]
+        device = self.ids.device
+        return [each.to(device) for each in seen], [each.to(device) for each in now]
 
     def end_turn(self, made: Standing | None = None) -> None:
         """End a call of generate(), after which the text stands as it `made` it; None: it failed."""
@@ -255,6 +258,10 @@ def common_beginning(seen: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) 
     own number, it is that one.
     """
     rows, wanted = (max(len(each) for each in tensors) for tensors in (seen, now))
+    if rows == wanted and all(before.equal(after) for before, after in zip(seen, now, strict=True)):
+        return seen[0].shape[1], torch.arange(
+            rows
+        )  # as at each token of generate(): this is the quickest way to see it
     own = 0
     if rows == wanted:
         own = int(_first([before != after for before, after in zip(seen, now, strict=True)]).min())

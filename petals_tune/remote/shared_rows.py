@@ -19,7 +19,7 @@ def share_rows(inputs: Inputs, came: torch.Tensor) -> tuple[Inputs, torch.Tensor
     Returns (inputs of U rows, (U,) the row that each of these was, (B,) which of the U each row is now; None: all are
     distinct).
     """
-    if len(came.unique()) == len(came):
+    if len(came) == 1 or len(came.unique()) == len(came):
         return inputs, came, None
     rows_of: dict[tuple[float, ...], list[int]] = {}  # distinct rows that may be equal
     kept: list[int] = []

@@ -84,13 +84,12 @@ class SpanSession:
         attention_mask: (B, position + S), 0 where a position is padding
         position_ids:   (B or 1, S); None: they count on from `position`
 
-        Raises ConfigError for arguments that do not fit the session, and as a forward through these blocks does.
+        Raises ConfigError for arguments that do not fit the session, which stays as it was, and as a forward through
+        these blocks does. Where the servers failed, rows are in the new order nevertheless: repeat the step without it.
         """
         if prompts is not None and self.position:
             text = f"prompts belong to the first step of a session, and this one is at position {self.position}"
             raise ConfigError(text, key="prompts", seen=self.position)
-        if hypo_ids is not None:
-            self.reorder(hypo_ids)
         padding = arguments.padding(attention_mask, hidden.shape, past=self.position, packs=False)
         positions = arguments.position_ids(position_ids)
         if not self.position:
@@ -99,7 +98,11 @@ class SpanSession:
                 text = "prompts: all rows of a session have the same ones; open a session for each"
                 raise ConfigError(text, key="prompts", seen=tuple(self._prompts.shape))
         return self.advance(
-            hidden, padding=padding, positions=positions, adapter=lambda: self._find_adapter(self._prompts)
+            hidden,
+            padding=padding,
+            positions=positions,
+            adapter=lambda: self._find_adapter(self._prompts),
+            order=None if hypo_ids is None else self._checked(hypo_ids),
         )
 
     def rollback(self, position: int) -> None:
@@ -122,17 +125,19 @@ class SpanSession:
 
     def reorder(self, order: torch.Tensor) -> None:
         """Make row i what row order[i] has been; rows may become more or fewer. Sent with the next step."""
-        order = order.cpu().long()
-        if not self.position:
-            return
-        if not (order.dim() == 1 and len(order) and order.min() >= 0 and order.max() < self._rows):
-            text = f"an order of rows names some of the session's {self._rows}, not {order.tolist()}"
-            raise ConfigError(text, key="order", seen=order.tolist())
+        order = self._checked(order)
         self._order, self._rows = compose(self._order, order), len(order)
         if self._padding is not None:
             self._padding = self._padding[order]
         if self._positions is not None and len(self._positions) > 1:
             self._positions = self._positions[order]
+
+    def _checked(self, order: torch.Tensor) -> torch.Tensor:
+        order = order.cpu().long()
+        if not (order.dim() == 1 and len(order) and order.min() >= 0 and order.max() < self._rows):
+            text = f"an order of rows names some of the session's {self._rows}, not {order.tolist()}"
+            raise ConfigError(text, key="order", seen=order.tolist())
+        return order
 
     def fork(self, position: int | None = None, *, max_length: int | None = None) -> Self:
         """Another session, which begins with the first `position` positions of this one; None: all of them.
@@ -196,20 +201,26 @@ class SpanSession:
         adapter: Callable[[], AdapterVersion | None],
         choice: object = None,
         same_adapter: bool = False,
+        order: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The output (B, S, H) of all blocks for the next positions; `padding` (B, position + S) is of all of them.
 
         adapter:      finds the one to run with
         choice:       what the call named, whose soft prompt is no part of `adapter`; None: nothing
         same_adapter: they are known to be those that the caches were computed with
+        order:        as of `reorder`, before the step
         """
         if hidden.requires_grad and torch.is_grad_enabled():
             text = "a generation session has no gradients: call the model with use_cache=False to train"
             raise ConfigError(text, key="use_cache")
         rows, new = hidden.shape[:2]
-        self._check(rows, padding)
+        self._check(rows, padding, order)
+        if not same_adapter:
+            self._check_adapter(adapter, choice)
+        if order is not None:
+            self.reorder(order)
         started_s = time.perf_counter()
-        session = self._opened(rows, adapter, choice, same_adapter=same_adapter)
+        session = self._opened(rows, adapter, choice)
         inputs = Inputs(  # in host memory, also where the model is on a GPU
             hidden=to_host(hidden)[0],
             padding=None if padding is None or padding[:, -new:].all() else padding[:, -new:].cpu(),
@@ -232,21 +243,21 @@ class SpanSession:
         self._position += new
         self._padding = padding
 
-    def _opened(
-        self, rows: int, adapter: Callable[[], AdapterVersion | None], choice: object, *, same_adapter: bool
-    ) -> SplitSession:
+    def _check_adapter(self, adapter: Callable[[], AdapterVersion | None], choice: object) -> None:
+        """Raises ConfigError for another adapter than the caches were computed with; where they are empty, drops them.
+
+        So the next step opens a session with that adapter.
+        """
+        if self._session is None or (self._adapter, self._choice) == (version_name(adapter()), choice):
+            return
+        if self.position:
+            text = "the adapter was changed since this generation session began: open another session"
+            raise ConfigError(text, key="past_key_values")
+        self._drop(self._session)
+
+    def _opened(self, rows: int, adapter: Callable[[], AdapterVersion | None], choice: object) -> SplitSession:
         """The session on the servers, with room for so many rows."""
         session = self._session
-        if (
-            session is not None
-            and not same_adapter
-            and (self._adapter, self._choice) != (version_name(adapter()), choice)
-        ):
-            if self.position:
-                text = "the adapter was changed since this generation session began: open another session"
-                raise ConfigError(text, key="past_key_values")
-            self._drop(session)
-            session = None
         if session is not None and (rows > session.rows or session.max_length < self._room()):
             grown = session.fork(self.position, rows=rows, max_length=self._room(), order=self._order)
             self._drop(session)
@@ -268,18 +279,22 @@ class SpanSession:
         """Positions that the caches have room for."""
         return self.max_length
 
-    def _check(self, rows: int, padding: torch.Tensor | None) -> None:
+    def _check(self, rows: int, padding: torch.Tensor | None, order: torch.Tensor | None) -> None:
         """Raises ConfigError for another number of rows, or another mask, than what the caches were computed with."""
         if not self.position:
             return
-        if self._rows != rows:
+        expected = self._rows if order is None else len(order)
+        if expected != rows:
             raise ConfigError(
-                f"{rows} rows in a generation session of {self._rows}: open another session, or choose rows with "
+                f"{rows} rows in a generation session of {expected}: open another session, or choose rows with "
                 "session.reorder(order)",
                 key="past_key_values",
                 seen=rows,
             )
+        if padding is None and self._padding is None:
+            return
         seen, now = real(self._padding, 0, self.position), real(padding, 0, self.position)
+        seen = seen if order is None or self._padding is None else seen[order]
         if (seen.to(now.device) != now).any():
             raise ConfigError(
                 "attention_mask hides other positions than it did when the generation session computed them: give the "

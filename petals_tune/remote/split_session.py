@@ -108,16 +108,15 @@ class SplitSession:
 
         After a step that failed, the next one may begin at the same position or an earlier one.
         """
-        if position:
-            came = compose(self._row_of, order)
-            came = torch.arange(self._count) if came is None else came
-        else:
+        came = compose(self._row_of, order)
+        if position == 0:
             came = torch.zeros(inputs.row_count, dtype=torch.long)
             self._orders = [None] * len(self._sessions)
-        inputs, came, self._row_of = share_rows(inputs, came)
-        if position and not is_identity(came, self._count):
-            self._orders = [compose(before, came) for before in self._orders]
-        self._count = len(came)
+        if came is not None:  # else row i goes on from row i: all of them are distinct
+            inputs, came, self._row_of = share_rows(inputs, came)
+            if position and not is_identity(came, self._count):
+                self._orders = [compose(before, came) for before in self._orders]
+            self._count = len(came)
         for number, session in enumerate(self._sessions):
             # From now on the span's session keeps it, also where the step fails.
             order, self._orders[number] = self._orders[number], None

@@ -221,7 +221,7 @@ class ChainSession:
             positions=inputs.positions,
             context_length=inputs.context_length,
             order=session.order,
-            reply_format=self._calls.formats.of_hidden(session.hop.server),
+            reply_format=self._calls.formats.of_step(session.hop.server),
         )
 
     async def _replace(self, number: int) -> None:

@@ -117,6 +117,10 @@ class GradientSums(BudgetedStore[_Term, list[torch.Tensor]]):
             if term.sum_id in sums[: -self._max_sums]:
                 self.remove(client, term)
 
+    def count(self, client: str, sum_id: int) -> int:
+        """Return how many terms of a sum were added."""
+        return sum(term.sum_id == sum_id and self.lookup(client, term) is not None for term in self.keys_of(client))
+
     @contextmanager
     def taken(self, client: str, sum_id: int) -> Iterator[list[list[torch.Tensor]]]:
         """The terms of a sum in order, which is deleted at the end of the block; none where the sum is not here."""

@@ -11,7 +11,7 @@ of the turns' own.
 - `server_ms_64_over_1`: a token of 64 sessions at mixed positions, of 17 to 520, over one in their middle. Blocks in
   the shape of Mistral, whose windows are of 256 positions.
 - `long_context_ratio`: a token at 8,192 positions by plain transformers with its DynamicCache, which copies all keys at
-  each, over the engine's. Blocks in the shape of Llama.
+  each, over the engine's; both multiply with torch's default library. Blocks in the shape of Llama.
 
 The last line is JSON.
 """
@@ -33,11 +33,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from transformers import AutoModel, DynamicCache, LlamaConfig, MistralConfig, PretrainedConfig
+from transformers import AutoModel, DynamicCache, LlamaConfig, MistralConfig
 
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.generation.session import Session
+from petals_tune.blocks.kernels import choose_library
 from petals_tune.blocks.loading import load_blocks
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.wire.adapter import AdapterPart
@@ -73,16 +74,18 @@ def main() -> None:
     print("| a turn | one session, ms | all, ms | sessions | a session of them over the one |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        engine = engine_of(LlamaConfig(**SHAPE), folder + "/llama")
+        AutoModel.from_config(LlamaConfig(**SHAPE)).save_pretrained(folder + "/llama")
+        AutoModel.from_config(MistralConfig(**SHAPE, sliding_window=256)).save_pretrained(folder + "/mistral")
+        engine = engine_of(folder + "/llama")
         one, all_, ratio = compare(lora_turns(engine, options.tokens), turns, LORAS)
         print(f"| with LoRAs of their own | {one:.1f} | {all_:.1f} | {LORAS} | {ratio:.3f} |")
         figures["server_ms_8_over_1"] = ratio
-        windowed = engine_of(MistralConfig(**SHAPE, sliding_window=256), folder + "/mistral")
+        windowed = engine_of(folder + "/mistral")
         one, all_, ratio = compare(mixed_turns(windowed, options.tokens), turns, MANY)
         print(f"| windows, mixed positions | {one:.1f} | {all_:.1f} | {MANY} | {ratio:.3f} |")
         figures["server_ms_64_over_1"] = ratio
-        del windowed
-        mine, plain, ratio = compare(long_turns(engine, folder + "/llama", options.tokens, long), turns, 1)
+        del engine, windowed
+        mine, plain, ratio = compare(long_turns(folder + "/llama", options.tokens, long), turns, 1)
         print()
         print("| a turn at | engine, ms | transformers, ms | ratio |")
         print("|---|---|---|---|")
@@ -91,8 +94,7 @@ def main() -> None:
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 
 
-def engine_of(config: PretrainedConfig, folder: str) -> Engine:
-    AutoModel.from_config(config).save_pretrained(folder)
+def engine_of(folder: str) -> Engine:
     return Engine(load_blocks(Checkpoint(folder), SPAN, quantization="none", dtype=torch.float32))
 
 
@@ -165,8 +167,10 @@ def mixed_turns(engine: Engine, count: int) -> tuple[Turn, Turn]:
     return one, tokens(engine, [started(engine, 17 + 8 * number - number % 3) for number in range(MANY)], count)
 
 
-def long_turns(engine: Engine, folder: str, count: int, length: int) -> tuple[Turn, Turn]:
+def long_turns(folder: str, count: int, length: int) -> tuple[Turn, Turn]:
     """The engine's tokens and those of plain transformers, whose cache is cut back after each turn."""
+    choose_library("default")
+    engine = engine_of(folder)
     model, cache = AutoModel.from_pretrained(folder).eval(), DynamicCache()
     with torch.inference_mode():
         for at in range(0, length, 512):

@@ -90,6 +90,8 @@ def test_an_adapter_tells_what_is_in_a_span_and_what_remains_after_a_first_step(
     adapter = Adapter((lora(3), ia3(3), prompt, lora(4)))
     assert [part.block for part in adapter.on(BlockSpan(4, 6)).parts] == [4, 4]
     assert [part.method for part in adapter.after_first_step.parts] == ["lora", "ia3", "lora"]
+    whole = Adapter((lora(3), ia3(3)))
+    assert whole.after_first_step is whole
     assert adapter.bytes == 4 * (2 * 4 * (WIDTH + INNER) + INNER + 5 * WIDTH)
     adapter.check_positions(5)
     with raises(RequestRefused, block=4):

@@ -42,9 +42,19 @@ def plain(folder: Path) -> Any:
     return plain_model(folder)
 
 
-@pytest.fixture
+def connected(folder: Path) -> Any:
+    return remote(AutoDistributedModelForCausalLM, folder, local_blocks=["2:3"], local_quantization="none")
+
+
+@pytest.fixture(scope="module")
 def model(folder: Path) -> Iterator[Any]:
-    with remote(AutoDistributedModelForCausalLM, folder, local_blocks=["2:3"], local_quantization="none") as loaded:
+    with connected(folder) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def tunable(folder: Path) -> Iterator[Any]:
+    with connected(folder) as loaded:
         yield loaded
 
 
@@ -61,8 +71,14 @@ def expected(plain: Any, hidden: torch.Tensor, prompts: torch.Tensor, start: int
     return hidden
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 6), (1, 4), (2, 3), (4, 5)])
-@pytest.mark.parametrize("shape", ["(L, P, H)", "(L, 1, P, H)", "(L, B, P, H)"])
+@pytest.mark.parametrize(
+    ("shape", "start", "stop"),
+    [
+        *(("(L, P, H)", *span) for span in ((0, 6), (1, 4), (2, 3), (4, 5))),
+        ("(L, 1, P, H)", 0, 6),
+        ("(L, B, P, H)", 1, 4),
+    ],
+)
 def test_numbers_and_gradients_are_those_of_the_plain_blocks(model, plain, start, stop, shape):
     grad, results = noise(ROWS, LENGTH, WIDTH, seed=3), []
     prompts = PROMPTS[start:stop]
@@ -111,11 +127,11 @@ def test_prompts_in_the_first_step_of_a_session(model, plain):
             assert relative_error(session.step(HIDDEN), expected(plain, HIDDEN, 0 * prompts, start, stop)) <= TOLERANCE
 
 
-def test_prompts_beside_a_trained_adapter(model, folder):
+def test_prompts_beside_a_trained_adapter(tunable, folder):
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)
     gradients = []
     for here in (True, False):
-        base = plain_model(folder) if here else model
+        base = plain_model(folder) if here else tunable
         torch.manual_seed(1)
         net = peft.get_peft_model(base, config).eval()
         own = PROMPTS.clone().requires_grad_()
@@ -146,9 +162,9 @@ def test_prompts_that_do_not_fit_are_refused(model, prompts):
         model.remote_blocks(HIDDEN, prompts=prompts)
 
 
-def test_prompts_of_two_kinds_are_refused(model):
-    with_deep_prompts(model, DeepPromptConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    for blocks in (model.remote_blocks[:2], model.remote_blocks[2:3]):
+def test_prompts_of_two_kinds_are_refused(tunable):
+    with_deep_prompts(tunable, DeepPromptConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    for blocks in (tunable.remote_blocks[:2], tunable.remote_blocks[2:3]):
         with raises(ConfigError, key="prompts", seen=blocks.span.start):
             blocks(HIDDEN, prompts=PROMPTS[: len(blocks)])
 

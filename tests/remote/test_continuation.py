@@ -1,5 +1,6 @@
 """generate() without an input: one text in several calls equals the text of one call."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,10 @@ import peft
 import pytest
 import torch
 
+from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.errors import ConfigError
 from tests.models import VOCABULARY, plain_model
+from tests.parity import remote
 from tests.raising import raises
 
 ROWS, LENGTH, NEW = 2, 9, 12
@@ -20,6 +23,12 @@ LATER = 5  # tokens of each call
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Any:
     return plain_model(folder)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Iterator[Any]:
+    with remote(AutoDistributedModelForCausalLM, folder) as loaded:
+        yield loaded
 
 
 def whole(plain: Any, ids: torch.Tensor = IDS, mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
@@ -108,6 +117,28 @@ def test_tuned_models_go_on_too(model, plain):
     with model.inference_session(max_length=64):
         nets[0].generate(input_ids=IDS[:1], max_new_tokens=5, **options)
         assert torch.equal(nets[0].generate(input_ids=None, max_new_tokens=3, **options), wanted)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+def test_a_named_adapter_goes_on_with_its_text(model, plain, folder, method):
+    config: peft.PeftConfig = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    if method == "lora":
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["query_key_value"])
+    nets = model.adapters.add("mine", config), peft.get_peft_model(plain_model(folder), config)
+    for net in nets:
+        for name, parameter in net.named_parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_(generator=torch.Generator().manual_seed(len(name)), std=0.5)
+    options = {"do_sample": False, "pad_token_id": 0}
+    wanted = nets[1].eval().generate(input_ids=IDS[:1], max_new_tokens=8, **options)
+    with model.inference_session(max_length=64):
+        nets[0].eval()
+        model.generate(input_ids=IDS[:1], max_new_tokens=5, adapter="mine", **options)
+        assert torch.equal(model.generate(max_new_tokens=3, adapter="mine", **options), wanted)
+        base = model.generate(max_new_tokens=3, adapter=None, **options)
+    assert torch.equal(
+        base, plain.generate(wanted, attention_mask=torch.ones_like(wanted), max_new_tokens=3, **options)
+    )
 
 
 def test_where_no_text_stands_an_input_is_asked_for(model):

@@ -23,8 +23,12 @@ LENGTH, WIDTH = 9, 32
 HIDDEN = torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
 MASK = torch.tensor([[1] * LENGTH, [0] * 3 + [1] * (LENGTH - 3)])
 SLICES = [slice(1, 5), slice(0, 6), slice(2, 3)]
-# Plain rotary positions, ALiBi, layers with a window and without, and layers with states beside attention.
-FAMILIES = ["llama", "bloom", "gemma3_text", "jamba"]
+# Layers with a window and without, layers with states beside attention, plain rotary positions, ALiBi.
+FAMILIES = [
+    "gemma3_text",
+    "lfm2",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "bloom", "jamba")),
+]
 
 
 def split(folder: Path, family: str) -> Iterator[Any]:
@@ -48,7 +52,7 @@ def check(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor = MASK
 
 
 def test_steps_of_any_length_on_any_slice(model):
-    for blocks in (model.remote_blocks[each] for each in SLICES[: 1 if model.config.model_type == "jamba" else None]):
+    for blocks in (model.remote_blocks[each] for each in SLICES):
         expected = blocks(HIDDEN)
         with blocks.inference_session(max_length=LENGTH) as session:
             found, reached = [], []
@@ -154,12 +158,18 @@ def test_adapters_on_these_blocks_count(llama):
 def test_arguments_that_do_not_fit_are_refused_and_the_session_goes_on(llama):
     blocks = llama.remote_blocks[1:5]
     with blocks.inference_session(max_length=16) as session:
+        with raises(ConfigError, key="order"):
+            session.step(HIDDEN[:, :4], hypo_ids=torch.tensor([0, 1]))
         session.step(HIDDEN[:, :4])
         with raises(ConfigError, key="past_key_values", seen=1):
             session.step(HIDDEN[:1, 4:])
         for order in ([2, 0], [-1], [], [[0, 1]]):
             with raises(ConfigError, key="order"):
                 session.step(HIDDEN[:, 4:], hypo_ids=torch.tensor(order))
+        with raises(ConfigError, key="past_key_values", seen=2):
+            session.step(HIDDEN[:, 4:], hypo_ids=torch.tensor([1, 0, 0]))
+        with raises(ConfigError, key="attention_mask"):
+            session.step(HIDDEN[:, 4:], hypo_ids=torch.tensor([1, 0]), attention_mask=MASK)
         with raises(ConfigError, key="use_cache"):
             session.step(HIDDEN[:, 4:].clone().requires_grad_())
         with raises(ConfigError, key="position_ids"):

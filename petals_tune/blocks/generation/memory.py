@@ -16,6 +16,7 @@ import torch
 
 LEAST = 16  # positions that a tail has room for
 MOST_MORE = 1024  # positions by which it grows at the most; it doubles up to there
+MOST_SHARED = 8  # beginnings of one session: attention goes through each by itself
 SLACK = 64  # positions before a window that are kept, for sessions that go back
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # keys, values: (B, G, T, D)
@@ -213,9 +214,13 @@ class Memory:
     def forget(self) -> None:
         self.shared, self.start, self.earliest, self.tails = [], 0, 0, {}
 
+    def shares(self, order: torch.Tensor | None, rows: int) -> bool:
+        """Whether what `rows` rows have becomes a beginning where they are reordered so."""
+        return order is not None and len(order) > rows and len(self.shared) < MOST_SHARED
+
     def reorder(self, order: torch.Tensor, rows: int, position: int) -> None:
         """Make row i what row order[i] of `rows` is. What rows have in common is kept once where they become more."""
-        if len(order) > rows:
+        if self.shares(order, rows):
             self.share(position)
         self.shared = [each.reordered(order) for each in self.shared]
         for tail in self.tails.values():
@@ -243,9 +248,12 @@ class Memory:
     def fork(self, at: int, position: int, order: torch.Tensor | None, max_length: int) -> Memory | None:
         """A memory that begins with the first `position` positions of this one, which is at position `at`.
 
-        Both share them from now on. None where they are not all here any more.
+        Both share them from now on. None where they are not all here any more, or in too many pieces.
         """
-        self.share(at)
+        if len(self.shared) >= MOST_SHARED and position > self.start:
+            return None
+        if position > self.start:
+            self.share(at)
         child = Memory(max_length=max_length, shared=list(self.shared), start=self.start, earliest=self.earliest)
         if not child.go_back(position):
             return None

@@ -155,6 +155,6 @@ class Session:
         """What the caches will take behind `step`, but for the beginnings that are shared already."""
         rows, length = step.hidden.shape[:2]
         start, kept = min(self.memory.start, step.position), 0
-        if step.order is not None and rows > self.rows:
+        if self.memory.shares(step.order, self.rows):
             start, kept = step.position, self.memory.tail_bytes
         return kept + sizes.bytes(self.span, rows, capacity(step.position + length - start, self.max_length - start))

@@ -21,8 +21,7 @@ def padding(kind: str) -> torch.Tensor | None:
     return None if kind == "none" else mask
 
 
-@pytest.mark.parametrize("heads", [4, 12])  # 12: slopes of two kinds
-@pytest.mark.parametrize("kind", ["none", "left", "hole"])
+@pytest.mark.parametrize(("kind", "heads"), [("none", 12), ("left", 4), ("hole", 4)])  # 12: slopes of two kinds
 def test_a_step_beside_another_has_the_numbers_of_a_forward(model_folder, kind, heads):
     folder = model_folder("bloom", num_attention_heads=heads, hidden_size=8 * heads)
     engine, width = Engine(load(folder, str(SPAN))), 8 * heads

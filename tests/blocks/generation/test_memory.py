@@ -48,6 +48,22 @@ def test_rows_of_one_prompt_share_it_and_are_multiplied_exchanged_and_dropped(en
     assert begun.layers, "some block keeps keys"
 
 
+def test_however_often_rows_are_multiplied_a_session_has_few_beginnings(model_folder, monkeypatch):
+    monkeypatch.setattr(memory, "MOST_SHARED", 2)
+    engine, kept, texts = Engine(load(model_folder("llama"), str(SPAN))), session(2), hidden(1, 3, 0)
+    outputs(engine, (kept, step(texts, 0)))
+    for turn in range(4):
+        for order in ([0, 0], [1]):
+            new = hidden(len(order), 1, 10 * turn + len(order))
+            texts, at = torch.cat([texts[order], new], dim=1), kept.position
+            (found,) = outputs(engine, (kept, step(new, at, order=torch.tensor(order))))
+            assert relative_error(found, whole(engine, texts)[:, at:]) < TOLERANCE
+        assert len(kept.memory.shared) == min(turn + 1, 2)
+    with pytest.raises(SessionLost):
+        kept.fork(kept.position, None, rows=1, max_length=32)
+    kept.fork(kept.memory.start, None, rows=1, max_length=32)
+
+
 def test_a_session_that_forks_and_its_fork_go_on_by_themselves(engine):
     text, kept = hidden(2, LENGTH, 0), session(2)
     outputs(engine, (kept, step(text, 0)))

@@ -80,6 +80,11 @@ def test_a_stock_peft_model_with_several_adapters(saved, model, config):
         assert torch.equal(generated(net, IDS[:1], adapter=name), generated(plain, IDS[:1]))
         with net.disable_adapter():
             assert relative_error(logits(net, IDS, adapter=name), logits(plain, IDS)) <= 1e-5
+    expected = [logits(net, IDS, adapter=name) for name in names]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda name: logits(net, IDS, adapter=name), 4 * names))
+    for number, found in enumerate(together):
+        assert relative_error(found, expected[number % len(names)]) <= 1e-6
     assert torch.equal(logits(net, IDS), before)
     assert net.active_adapter == "first"
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from petals_tune.errors import AdapterMissing, BlocksNotHere, LeaseLost, Request
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Backward, CollectSum, Done, Fork, Forward, Message, OpenSession, Step
 from petals_tune.wire.span import BlockSpan
+from petals_tune.wire.tensors import Blockwise8
 from servers.requests.admission import Admission
 from servers.requests.execution import Executor
 from servers.scheduling.turns import Turns
@@ -133,6 +135,56 @@ async def test_terms_of_a_sum_are_summed_when_they_are_collected(executor):
     torch.testing.assert_close(collected.adapter, [3 * gradient for gradient in alone.adapter])
     with raises(AdapterMissing):
         await executor.run(ANOTHER, forward(adapter="v"))
+
+
+async def test_the_backward_that_makes_a_sum_whole_brings_it(executor):
+    await executor.run(ME, put(prompt()))
+    alone = await executor.run(ME, Backward(again=forward(adapter="v"), grad=GRAD))
+    requests = [
+        Backward(again=forward(adapter="v"), grad=GRAD, adapter_sum=1, term=term, terms=3) for term in (2, 0, 1)
+    ]
+    *before, last = [await executor.run(ME, request) for request in requests]
+    assert all(reply.adapter == [] and reply.terms == 0 for reply in before)
+    assert last.terms == 3
+    torch.testing.assert_close(last.adapter, [3 * gradient for gradient in alone.adapter])
+    assert (await executor.run(ME, CollectSum(adapter_sum=1))).terms == 0, "it was deleted"
+
+
+async def test_gradients_of_an_adapter_come_in_the_format_that_is_asked_for(executor):
+    await executor.run(ME, put(prompt()))
+    asked = Backward(again=forward(adapter="v"), grad=GRAD, adapter_format="blockwise8")
+    summed = msgspec.structs.replace(asked, adapter_sum=1)
+    await executor.run(ME, summed)
+    collected = await executor.run(ME, CollectSum(adapter_sum=1, adapter_format="blockwise8"))
+    for reply in (await executor.run(ME, asked), collected):
+        assert all(isinstance(gradient, Blockwise8) for gradient in reply.adapter)
+        assert len(reply.adapter) > 0
+
+
+async def test_a_difference_is_added_to_a_version_that_is_here(executor):
+    part = prompt()
+    await executor.run(ME, put(part))
+    doubled = msgspec.structs.replace(put(part), version="w", base="v")
+    await executor.run(ME, doubled)
+    kept = executor._stores.adapters.get(ME, "w", SPAN)
+    assert all(torch.equal(kept, 2 * sent) for kept, sent in zip(kept.tensors, part.tensors, strict=True))
+    assert all(tensor.requires_grad and tensor.is_leaf for tensor in kept.tensors)
+    with raises(AdapterMissing):
+        await executor.run(ME, msgspec.structs.replace(doubled, base="unknown"))
+    other = msgspec.structs.replace(part, tensors=[torch.zeros(5, HIDDEN)])
+    with raises(RequestRefused, reason="adapter"):
+        await executor.run(ME, msgspec.structs.replace(put(other), version="x", base="v"))
+
+
+async def test_what_names_an_adapter_that_is_being_uploaded_waits_for_it(executor):
+    """Also where it is refused: then it is not here."""
+    for base in (None, "unknown"):
+        version = f"after {base}"
+        upload = msgspec.structs.replace(put(prompt()), version=version, base=base)
+        requests = [upload, forward(adapter=version), Backward(again=forward(adapter=version), grad=GRAD)]
+        requests.append(OpenSession(span=SPAN, rows=1, max_length=4, adapter=version))
+        replies = await asyncio.gather(*(executor.run(ME, each) for each in requests), return_exceptions=True)
+        assert [isinstance(reply, AdapterMissing) for reply in replies] == [base is not None] * 4
 
 
 @pytest.mark.parametrize(
