@@ -90,7 +90,9 @@ def test_a_resumed_run_takes_the_wire_formats_of_the_run_before(tmp_path: Path) 
     part, resumed, taken = tuner(), tuner(), []
     for module, slow in ((part, True), (resumed, None)):
         choice = SimpleNamespace(slow=slow, take=taken.append)
-        module.net.get_base_model().remote_blocks = SimpleNamespace(format_choice=choice, can_interleave=lambda *_: False)
+        module.net.get_base_model().remote_blocks = SimpleNamespace(
+            format_choice=choice, can_interleave=lambda *_: False
+        )
     keep = NewestCheckpoint(str(tmp_path / "first.ckpt"), 1)
     trainer(tmp_path, 1, callbacks=[keep]).fit(part, datamodule=talk())
     assert not taken
