@@ -232,6 +232,10 @@ class ServerStream(MessageWriter):
                 answer = await reply
         except TimeoutError:
             raise ServerTimeout(f"server {self.peer} did not answer within {timeout_s:g} s", peer=self.peer) from None
+        except asyncio.CancelledError:
+            if reply.done() and not reply.cancelled() and reply.exception() is None:
+                self._give_back(reply.result())  # it came in the very moment in which nobody waited for it any more
+            raise
         finally:
             self._pending.pop(message_id, None)
             if reply.done() and not reply.cancelled():
@@ -319,7 +323,12 @@ class ServerStream(MessageWriter):
         self._given_up.pop(message_id, None)
         if expected is not None and not expected.reply.done():
             expected.reply.set_result(reply)
-        elif (giving_back := freeing(reply)) is not None:
+        else:
+            self._give_back(reply)
+
+    def _give_back(self, reply: Message) -> None:
+        """Free what the server keeps for a reply that nobody wants."""
+        if (giving_back := freeing(reply)) is not None:
             self._keep(asyncio.create_task(self.notify(giving_back)))
 
     async def _watch(self) -> None:

@@ -122,7 +122,11 @@ class Calls:
             output = check_tensor(stage.hop, reply.hidden, hidden)
         leg = Leg(stage=stage, hidden=hidden, lease=reply.lease)
         if self.observer is not None:
-            leg = replace(leg, shadow=await self.observer.on_forward(leg, context, output))
+            try:
+                leg = replace(leg, shadow=await self.observer.on_forward(leg, context, output))
+            except BaseException:
+                await self.release([leg])
+                raise
         return leg, output
 
     def _forward(self, stage: Stage, context: CallContext, tensor: torch.Tensor) -> Forward:

@@ -50,6 +50,7 @@ from petals_tune.wire.messages import (
     Step,
     Withdrawn,
     carried,
+    freeing,
 )
 from petals_tune.wire.records import ServerRecord
 from petals_tune.wire.tensors import encoded_bytes
@@ -135,7 +136,7 @@ class Sender:
         What another server says that it handed on, and did not, is delivered after half of the time.
         """
         server = ahead.hop.server
-        parts_s = [self._client.reply_s(server) / 2] * 2
+        parts_s, used = [self._client.reply_s(server) / 2] * 2, False
         try:
             for delivers, part_s in zip((not handed_on, handed_on), parts_s, strict=True):
                 if delivers and not ahead.reply.done():
@@ -147,12 +148,13 @@ class Sender:
                 if ahead.reply.done():
                     if delivers and handed_on:
                         self._rules.failed(ahead.giver.peer, server.peer)
+                    used = True
                     return ahead.reply.result()
         except Refused as error:
             # What was handed on may be what is wrong: with ours, the server says so again.
             raise NotHandedOn(f"{error}", peer=server.peer) from error
         finally:
-            if not ahead.reply.done():
+            if not used:
                 await self._withdraw(ahead)
         late = ServerTimeout(
             f"server {server.peer} has its input and does not answer (swarm.reply_s)", peer=server.peer
@@ -161,8 +163,13 @@ class Sender:
         raise late
 
     async def _withdraw(self, ahead: SentAhead) -> None:
-        ahead.reply.cancel()
-        await self.notify(ahead.hop, Withdrawn(tickets=[ahead.ticket]))
+        """Cancel what was sent ahead, or free what the server keeps for its reply."""
+        message: Message | None = Withdrawn(tickets=[ahead.ticket])
+        if not ahead.reply.cancel():
+            came = not ahead.reply.cancelled() and ahead.reply.exception() is None
+            message = freeing(ahead.reply.result()) if came else None
+        if message is not None:
+            await self.notify(ahead.hop, message)
 
     async def ask(
         self,
