@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import hydra
 from omegaconf import DictConfig
 from pydantic import Field
 
+from petals_tune.chat_adapters import ChatAdapters, parse_adapters
 from petals_tune.cli import quiet_libraries, report_errors
 from petals_tune.config import Section, TunedModel, build, check_arguments, folder_of
 from petals_tune.errors import ConfigError
@@ -31,6 +33,7 @@ class Chat:
     """All options of a chat; conf/chat.yaml documents them."""
 
     adapter: str | None
+    adapters: list[str]
     model: TunedModel
     swarm: Section
     persona: list[str]
@@ -57,21 +60,22 @@ def main() -> None:
 def chat(cfg: DictConfig) -> None:
     """Answer the prompt, or each line of the terminal, or all of a pipe."""
     with report_errors():
-        if cfg.adapter is None and cfg.model.source is None:
+        several, first = parse_adapters(cfg.adapters, cfg.adapter)
+        if cfg.adapter is None and first is None and cfg.model.source is None:
             raise ConfigError(
                 "say whom to talk to: adapter=outputs/.../adapter, or model=default for the bare model", key="adapter"
             )
-        from petals_tune.remote.speculative.choice import check_draft_name
         from petals_tune.tuning.saved import adapter_folder, choose_base  # slow; a mistyped key should not wait for it
 
-        check_draft_name(cfg.draft)
-        adapter = None if cfg.adapter is None else adapter_folder(cfg.adapter)
+        folders = {name: adapter_folder(folder) for name, folder in several.items()}
+        adapter = folders[first] if first else None if cfg.adapter is None else adapter_folder(cfg.adapter)
         base, revision = cfg.model.source, cfg.model.revision
         if adapter is not None:
             base, revision = choose_base(adapter, source=base, revision=revision)
         trained = None if adapter is None else trained_prompting(adapter)
-        with open_model(cfg, adapter, base, trained, revision=revision) as (model, tokenizer):
-            talk(model, tokenizer, cfg, read_turns(cfg.prompt), trained)
+        adapters = ChatAdapters(folders, {name: trained_prompting(each) for name, each in folders.items()}, first)
+        with open_model(cfg, adapter, base, trained, revision=revision, several=folders) as (model, tokenizer):
+            talk(model, tokenizer, cfg, read_turns(cfg.prompt), trained, adapters)
 
 
 def trained_prompting(adapter: Path) -> Prompting | None:
@@ -112,8 +116,11 @@ def open_model(
     trained: Prompting | None = None,
     *,
     revision: str | None = None,
+    several: Mapping[str, Path] = MappingProxyType({}),
 ) -> Iterator[tuple[Any, Any]]:
     """Open the swarm of `cfg` and yield (model, tokenizer); the end of the block closes a local swarm.
+
+    several: adapters by name, `adapter` among them, which calls choose from; none: all calls have `adapter`
 
     Raises ConfigError for an adapter with a classification head, or of another model, and for two system texts.
     """
@@ -121,30 +128,37 @@ def open_model(
     from petals_tune.model.convert import model_folder
     from petals_tune.model.families import family_of, placeholder_model
     from petals_tune.remote.auto import AutoDistributedModelForCausalLM
+    from petals_tune.remote.speculative.choice import check_draft_name
     from petals_tune.train.options import open_swarm
     from petals_tune.train.quiet import silence_known_warnings
-    from petals_tune.tuning.saved import check_adapter, load_adapter, load_tokenizer, saved_config
+    from petals_tune.tuning.saved import check_adapter, load_adapter, load_tokenizer, saved_config, saved_vocabulary
     from petals_tune.tuning.support import check_config
 
     silence_known_warnings()
+    check_draft_name(cfg.draft)
     if cfg.persona and cfg.system is not None:
         raise ConfigError("persona and system are both a system text: give one of them", key="system", seen=cfg.system)
-    if adapter is not None and saved_config(adapter).task_type == "SEQ_CLS":
-        raise ConfigError(
-            f"{adapter} classifies and cannot talk; python -m petals_tune.evaluate adapter={adapter} recipe=NAME "
-            "measures it",
-            key="adapter",
-            seen=adapter,
-        )
+    given = list(several.values()) or ([] if adapter is None else [adapter])
+    for folder in given:
+        if saved_config(folder).task_type == "SEQ_CLS":
+            raise ConfigError(
+                f"{folder} classifies and cannot talk; python -m petals_tune.evaluate adapter={folder} recipe=NAME "
+                "measures it",
+                key="adapter",
+                seen=folder,
+            )
     source = model_folder(base, revision)
-    if adapter is not None:
-        check_config(saved_config(adapter))
-        check_adapter(adapter, task="CAUSAL_LM", source=source, revision=revision, named=base)
+    for folder in given:
+        check_config(saved_config(folder))
+        check_adapter(folder, task="CAUSAL_LM", source=source, revision=revision, named=base)
+        if several and saved_vocabulary(folder) is not None:
+            text = f"{folder} has a vocabulary of its own: talk to it alone, with adapter={folder}"
+            raise ConfigError(text, key="adapters", seen=folder)
     blocks = family_of(placeholder_model(Checkpoint(source, revision=revision).config)).total_blocks
     swarm = build(cfg.swarm, where="swarm")
     swarm.check(blocks)
     tokenizer: Any = load_tokenizer(source, adapter, revision)
-    if trained is not None and trained.form == "chat":
+    if trained is not None and trained.form == "chat" and not several:
         tokenizer.chat_template = trained.chat_template
     # On stderr: stdout has the answers alone, for a pipe.
     print(f"{swarm.describe_opening(blocks)} ...", file=sys.stderr, flush=True)
@@ -153,7 +167,9 @@ def open_model(
             source, revision=revision, initial_peers=peers, **swarm.client_options()
         )
         try:
-            yield model if adapter is None else load_adapter(model, adapter), tokenizer
+            for name, folder in several.items():
+                model.adapters.load(name, folder)
+            yield model if adapter is None or several else load_adapter(model, adapter), tokenizer
         finally:
             model.remote_blocks.close()
 
@@ -177,10 +193,18 @@ def read_turns(prompt: str | None) -> Iterator[str]:
             yield line
 
 
-def talk(model: Any, tokenizer: Any, cfg: DictConfig, turns: Iterator[str], trained: Prompting | None = None) -> None:
+def talk(
+    model: Any,
+    tokenizer: Any,
+    cfg: DictConfig,
+    turns: Iterator[str],
+    trained: Prompting | None = None,
+    adapters: ChatAdapters | None = None,
+) -> None:
     """Print an answer to each turn, token by token, in one session, whose KV caches save sending old tokens again.
 
-    The model is asked as its adapter was `trained` to be; None: as a bare model, in a chat without a system text.
+    The model is asked as its adapter was `trained` to be; None: as a bare model, in a chat without a system text. Of
+    several `adapters`, a turn may choose another, which sees the chat so far behind a system text of its own.
     Raises ConfigError where the chat has no room for another answer.
     """
     import torch
@@ -191,19 +215,26 @@ def talk(model: Any, tokenizer: Any, cfg: DictConfig, turns: Iterator[str], trai
     from petals_tune.tuning.identity import Prompting
 
     set_seed(cfg.seed)
-    trained = trained or Prompting()
-    base = base_model(model)
-    messages = first_messages(cfg, trained)
+    base, adapters, template = base_model(model), adapters or ChatAdapters(), tokenizer.chat_template
+    messages: list[Message] = []
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    generation = generation_options(
-        base,
-        tokenizer,
-        max_new_tokens=1 if trained.form == "label" else cfg.max_new_tokens,  # a label is one token
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-    )
+
+    def begin(trained: Prompting | None) -> tuple[Prompting, Any]:
+        """Ask as an adapter was `trained` to be asked from now on; return that, and the options of generation."""
+        if adapters.folders:
+            tokenizer.chat_template = trained.chat_template if trained and trained.form == "chat" else template
+        trained = trained or Prompting()
+        messages[:] = [*first_messages(cfg, trained), *(each for each in messages if each["role"] != "system")]
+        new = 1 if trained.form == "label" else cfg.max_new_tokens  # a label is one token
+        options = generation_options(base, tokenizer, max_new_tokens=new, temperature=cfg.temperature, top_p=cfg.top_p)
+        return trained, options
+
+    trained, generation = begin(trained)
     with base.inference_session(max_length=cfg.max_length) as session:
         for turn in turns:
+            if adapters.follow(turn):
+                trained, generation = begin(adapters.trained[str(adapters.name)])
+                continue
             if trained.form != "chat":
                 messages.clear()  # a text or a label's text stands alone
             messages.append({"role": "user", "content": turn})
@@ -225,6 +256,7 @@ def talk(model: Any, tokenizer: Any, cfg: DictConfig, turns: Iterator[str], trai
                     streamer=streamer,
                     stopping_criteria=stop,
                     draft=cfg.draft,
+                    **adapters.options,
                 )
             answer = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
             messages.append({"role": "assistant", "content": answer.strip()})

@@ -145,7 +145,8 @@ class RequestRefused(PetalsTuneError, ValueError):
     """A request that no server would accept."""
 
     reason: str = ""  # "hidden size", "hidden not finite", "gradient shape", "gradient not finite", "no gradient",
-    # "rows", "order", "positions", "too long", "adapter", "sum", "ticket", "kind"; empty where a limit is exceeded
+    # "rows", "order", "fork", "positions", "too long", "adapter", "sum", "ticket", "kind"; empty where a limit is
+    # exceeded
     limit: str = ""  # the limit that it exceeds, as its option is called: "max_positions"
     fits: int | None = None  # rows x positions that would be within that limit, where they are known
     block: int | None = None  # where one block of the request is at fault
@@ -226,7 +227,6 @@ class ServerBusy(ServerError):
 
     limit: str = ""  # the limit of the server that is reached, as its option is called: "max_streams"
     leaving: bool = False  # it answers what it has begun, and takes no more
-    max_length: int | None = None  # of a session that would fit, where one does not
     max_position: int | None = None  # the largest that fits, where one does not
 
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from petals_tune.blocks import memory
 from petals_tune.blocks.quantization import SchemeName
 from petals_tune.config import Model
 from petals_tune.errors import ConfigError
@@ -76,6 +75,8 @@ class Limits:
         )
 
     def of_requests(self, *, max_compute_bytes: int) -> RequestLimits:
+        from petals_tune.blocks import memory  # imports torch, for which --help should not wait
+
         receiving_bytes = memory.receiving_bytes(self.max_receiving_gb)
         # What a client alone may have in flight (`ClientQuota.fits`), where no limit is set.
         message_bytes = receiving_bytes // 2 if self.max_message_mb is None else int(self.max_message_mb * 2**20)

@@ -82,6 +82,14 @@ def test_a_terminal_is_read_until_the_person_leaves(monkeypatch, leaves):
     assert list(read_turns(None)) == ["hello", "bye"]
 
 
+def test_a_draft_that_cannot_be_loaded_is_refused_before_a_server_starts(tmp_path):
+    with (
+        raises(ConfigError, key="draft", seen=str(tmp_path)),
+        open_model(config(f"draft={tmp_path}"), None, "embedded"),
+    ):
+        pass
+
+
 def test_an_adapter_that_classifies_is_refused_before_a_server_starts(tmp_path):
     LoraConfig(task_type="SEQ_CLS").save_pretrained(tmp_path)
     with raises(ConfigError, key="adapter", seen=tmp_path), open_model(config(), tmp_path, "embedded"):
@@ -139,13 +147,15 @@ class Recorded:
     def __init__(self) -> None:
         self.config = LlamaConfig(vocab_size=1000)
         self.seen: list[list[int]] = []
+        self.drafts: list[str] = []
         self.options: Any = None
 
     def inference_session(self, max_length: int) -> Any:
         return nullcontext()
 
-    def generate(self, input_ids: torch.Tensor, generation_config: Any, **options: Any) -> torch.Tensor:
+    def generate(self, input_ids: torch.Tensor, generation_config: Any, draft: str, **options: Any) -> torch.Tensor:
         self.seen.append(input_ids[0].tolist())
+        self.drafts.append(draft)
         self.options = generation_config
         return input_ids
 
@@ -204,7 +214,8 @@ def test_a_token_beyond_the_embeddings_is_refused():
 def test_persona_and_system_go_before_the_adapters_own_text():
     tokenizer, model, own = tiny_tokenizer(), Recorded(), Prompting(system="Answer briefly.")
     talk(model, tokenizer, config("persona=[I sing.]"), iter(["Why?"]), own)
-    talk(model, tokenizer, config("system=Answer in verse."), iter(["Why?"]), own)
+    talk(model, tokenizer, config("system=Answer in verse.", "draft=lookup"), iter(["Why?"]), own)
+    assert model.drafts == ["none", "lookup"]
     question = {"role": "user", "content": "Why?"}
     verse = {"role": "system", "content": "Answer in verse."}
     assert model.seen == [context_ids([first, question], tokenizer) for first in (persona_message(["I sing."]), verse)]

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "data": "errors files checksums model",
     "swarm": "errors wire net",
     # floor 5
-    "remote": "errors copies wire net model blocks tuning swarm",
+    "remote": "errors copies wire net model adapters blocks tuning swarm",
     "servers": "__version__ errors files cli config wire net model blocks",
     # floor 6
     "train": "errors config copies hydra_errors wire files checksums model blocks.quantization tuning data net swarm "

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 TESTED_ELSEWHERE = {
     "petals_tune/__main__.py": "tests/train/test_sweep.py",
-    "petals_tune/blocks/generation/session.py": "tests/blocks/generation/test_steps.py",
+    "petals_tune/blocks/generation/session.py": "tests/blocks/generation/test_memory.py",
     "petals_tune/blocks/generation/sizes.py": "tests/blocks/generation/test_probe.py",
     "petals_tune/blocks/generation/step_cache.py": "tests/blocks/generation/test_states.py",
     "petals_tune/blocks/passes.py": "tests/blocks/test_finite.py",

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from petals_tune.adapters.base import AdapterMethod, PositionBytes, refusal, shapes
+from petals_tune.errors import UnsupportedAdapter
 from petals_tune.wire.adapter import AdapterPart
 
 
@@ -19,13 +20,23 @@ class BlockPrompt(nn.Module):
     It belongs to the adapter `adapter`, the soft prompt of that name.
     """
 
-    def __init__(self, prompt: torch.Tensor, adapter: str):
+    def __init__(self, prompt: torch.Tensor, adapter: str, *, is_first: bool):
         super().__init__()
-        self.prompt, self.adapter = nn.Parameter(prompt), adapter
+        self.prompt, self.adapter, self.is_first = nn.Parameter(prompt), adapter, is_first
 
-    def add(self, block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """As a forward pre-hook of a block, whose first argument is the hidden states (B, S, H)."""
-        return (_add_to_first(args[0], self.prompt), *args[1:])
+    def add(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """As a forward pre-hook of a block, whose first argument is the hidden states (B, S, H).
+
+        Raises UnsupportedAdapter at the first block where a cache holds the first positions already.
+        """
+        caches = [each for each in (*args, *kwargs.values()) if hasattr(each, "get_seq_length")]
+        if self.is_first and any(cache.get_seq_length() for cache in caches):
+            raise UnsupportedAdapter(
+                "deep prompts are added to the first positions, and these are in the cache already: where the blocks "
+                "run here, generate with use_cache=False",
+                key="use_cache",
+            )
+        return (_add_to_first(args[0], self.prompt), *args[1:]), kwargs
 
 
 class Prompt(AdapterMethod):

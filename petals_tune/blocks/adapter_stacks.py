@@ -203,7 +203,7 @@ class AdapterStacks:
         self.bytes = 0
         self._stacks: dict[tuple[Place, Hashable], _Stack] = {}
         self._layouts: dict[tuple[tuple[int, int], ...], Layout] = {}  # the latest last
-        self._step = 0
+        self._step = self._looked = 0
         self._last: dict[int, tuple[int, weakref.ref[object]]] = {}  # by number: last shared step, and the adapter
 
     def layout(self, groups: Sequence[Group]) -> Layout:
@@ -277,8 +277,11 @@ class AdapterStacks:
         return adapter is None or adapter() is None or step < self._step - _IDLE_STEPS
 
     def _drop_idle(self) -> None:
-        """Drop the stacks that no adapter uses any more."""
-        used = {number for number in self._last if not self._is_idle(number)}
+        """Drop the stacks that no adapter uses any more; looked for once a step."""
+        if self._looked == self._step:
+            return
+        self._looked = self._step
+        used = {number for number in self._last if not self._is_idle(number)} | {0}
         self._stacks = {key: each for key, each in self._stacks.items() if not used.isdisjoint(each.slots)}
+        self._layouts = {key: each for key, each in self._layouts.items() if each.numbers <= used}
         self.bytes = sum(stack.bytes for stack in self._stacks.values())
-        self._layouts.clear()

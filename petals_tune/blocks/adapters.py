@@ -41,10 +41,16 @@ class Adapter:
     def on(self, span: BlockSpan) -> Adapter:
         return Adapter(tuple(part for part in self.parts if part.block in span))
 
-    @cached_property
+    @property
     def after_first_step(self) -> Adapter:
         """What remains of it in a generation session once the first positions are in the caches."""
-        return Adapter(tuple(part for part in self.parts if not METHODS[part.method].first_step_only))
+        return self._rest or self
+
+    @cached_property
+    def _rest(self) -> Adapter | None:
+        """What remains after the first step, where that is not all: one that held itself would outlive its session."""
+        parts = tuple(part for part in self.parts if not METHODS[part.method].first_step_only)
+        return None if len(parts) == len(self.parts) else Adapter(parts)
 
     def check_positions(self, positions: int) -> None:
         """Raises RequestRefused for a sequence that is too short for a part."""

@@ -12,20 +12,22 @@ from functools import partial
 import msgspec
 import torch
 from torch import nn
+from transformers.cache_utils import get_layer_types_and_kwargs
 
 from petals_tune.blocks.adapters import Adapter, CallPlan
 from petals_tune.blocks.devices.hardware import check_alive
 from petals_tune.blocks.devices.transfers import device_of
 from petals_tune.blocks.footprint import Footprint, attention_window, measure_footprint
-from petals_tune.blocks.generation.probe import StateBlocks, measure_caches
+from petals_tune.blocks.generation.probe import Caches, StateBlocks, measure_caches
 from petals_tune.blocks.generation.session import Session
 from petals_tune.blocks.generation.sizes import CacheSizes
+from petals_tune.blocks.generation.step_cache import JOINT, Attention
 from petals_tune.blocks.generation.steps import Stepper
 from petals_tune.blocks.graphs import Graph, KeptMemory
 from petals_tune.blocks.loading import LoadedBlocks
-from petals_tune.blocks.passes import Passes, context_length
+from petals_tune.blocks.passes import Passes
 from petals_tune.blocks.recompute import BlockRecorder, KeptGraph
-from petals_tune.blocks.separate_rows import SessionRows
+from petals_tune.blocks.separate_rows import SessionRows, context_length
 from petals_tune.copies import finite_flags, to_device, to_host
 from petals_tune.errors import NotFinite, RequestRefused
 from petals_tune.wire.adapter import AdapterPart
@@ -62,7 +64,7 @@ class Engine:
         self.loaded = loaded
         self.passes = Passes(loaded)
         self.hooks, self.hidden_size = self.passes.hooks, self.passes.hidden_size
-        self._stepper = Stepper(self.passes, lambda: self.state_blocks)
+        self._stepper = Stepper(self.passes, lambda: self._measured)
         self._model, self._per_block = loaded.model, loaded.per_block
         self._device, self._dtype = self.passes.device, self.passes.dtype
         self._weights = frozenset(
@@ -168,9 +170,9 @@ class Engine:
             placed.append(msgspec.structs.replace(part, tensors=[to_device(tensor, device) for tensor in part.tensors]))
         return placed
 
-    def step_alone(self, session: Session, step: Step) -> torch.Tensor:
+    def step_alone(self, session: Session, step: Step, attention: Attention = JOINT) -> torch.Tensor:
         """Run a step of a session at its position as it is, in one piece. Raises what failed."""
-        return self._stepper.alone(session, step)
+        return self._stepper.alone(session, step, attention)
 
     @torch.inference_mode()
     def step(self, steps: Sequence[tuple[Session, Step]]) -> list[torch.Tensor | Exception]:
@@ -261,17 +263,28 @@ class Engine:
         kinds = self._per_block.kinds
         return "" if kinds is None else kinds[block]
 
+    def window_of(self, block: int) -> int | None:
+        """How many positions a block attends to, as transformers' own cache would have it; None: all."""
+        with self.passes.configured(BlockSpan(block, block + 1), CallPlan.of(None, train=False, seed=0)):
+            _, (options, *_) = get_layer_types_and_kwargs(self._model.config.get_text_config(decoder=True))
+        return options.get("sliding_window")
+
+    @property
+    def attention(self) -> Attention:
+        """How steps of one position attend."""
+        return self._measured.attention
+
     @functools.cached_property
     def cache_sizes(self) -> CacheSizes:
         """Bytes of a session's caches, seen in short steps through each kind of block."""
-        return self._measured[0]
+        return self._measured.sizes
 
     @property
     def state_blocks(self) -> StateBlocks:
-        return self._measured[1]
+        return self._measured.states
 
     @functools.cached_property
-    def _measured(self) -> tuple[CacheSizes, StateBlocks]:
+    def _measured(self) -> Caches:
         return measure_caches(self)
 
     def check_span(self, span: BlockSpan) -> None:

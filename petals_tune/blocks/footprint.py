@@ -30,6 +30,7 @@ from petals_tune.blocks.experts.stack import ExpertStack
 from petals_tune.blocks.generation.probe import StateBlocks
 from petals_tune.blocks.generation.session import Session
 from petals_tune.blocks.generation.sizes import CacheSizes
+from petals_tune.blocks.generation.step_cache import Attention
 from petals_tune.blocks.loading import LoadedBlocks
 from petals_tune.errors import RequestRefused
 from petals_tune.wire.messages import Backward, Forward, Step
@@ -163,6 +164,7 @@ class Footprint:
     blocks: Sequence[_Block]
     token_bytes: int  # of the caches: one position of one row in one block
     hidden_by_kernels: int
+    joins: bool = True  # steps of several sessions join the caches of a block
     chunk: int = 1  # positions that linear attention computes at once
     window: int | None = None  # positions from which attention needs a mask, padding or not
 
@@ -202,7 +204,7 @@ class Footprint:
         """Most memory during a step of `new` positions that reaches `total`, beside the caches of its sessions."""
         # A step that goes back repeats earlier ones, each by itself: none of them takes more than when it came.
         peaks = {peak for block in self._of(one.span) for peak in block.seen.step}
-        joined = self.token_bytes * rows * total  # caches of one block, in one tensor for several sessions
+        joined = self.token_bytes * rows * total if self.joins else 0  # of one block, in one tensor for all sessions
         most = max(peak.bytes(rows, new, total, self._chunks(new)) for peak in peaks) + self.hidden_by_kernels
         return most + joined + self._of_adapter(one)[1] * rows * new
 
@@ -267,6 +269,8 @@ class Measurable(Protocol):
     def cache_sizes(self) -> CacheSizes: ...
     @property
     def state_blocks(self) -> StateBlocks: ...
+    @property
+    def attention(self) -> Attention: ...
     def forward(self, request: Forward, adapter: Adapter | None, *, per_block: bool = False) -> Any: ...
     def backward(self, request: Backward, graph: Any, adapter: Adapter | None) -> object: ...
     def step(self, steps: Sequence[tuple[Session, Step]]) -> Sequence[object]: ...
@@ -315,6 +319,7 @@ def measure_footprint(engine: Measurable) -> Footprint:
         blocks=blocks,
         token_bytes=token_bytes,
         hidden_by_kernels=_HIDDEN_BY_KERNELS * torch.get_num_threads(),
+        joins=not engine.attention.apart,
         chunk=_chunk(engine),
         window=engine.window,
     )

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from petals_tune.blocks.adapters import AdapterHooks, CallPlan
 from petals_tune.blocks.devices.transfers import move_arguments
+from petals_tune.blocks.generation.alibi import use_apart_attention
 from petals_tune.blocks.kernels import use_fast_kernels, without_cudnn_attention
 from petals_tune.blocks.loading import LoadedBlocks
 from petals_tune.blocks.positions import PositionLimits
@@ -34,6 +35,7 @@ class Passes:
         self.loaded, self.model = loaded, loaded.model
         use_fast_kernels(self.model, loaded.quantization)
         self.blocks = list(loaded.blocks)
+        use_apart_attention(self.blocks)
         self._lists: dict[BlockSpan, nn.ModuleList] = {}
         self._training = False
         self.hooks = AdapterHooks(self.blocks, loaded.span.start)
@@ -142,9 +144,3 @@ class Passes:
             else ""
         )
         return f"in {self.dtype_name}{beyond}"
-
-
-def context_length(request: Forward | Step) -> int:
-    """How many positions the frequencies of a request's rotary tables are chosen for, where it gives no more."""
-    first = request.position if isinstance(request, Step) else 0
-    return request.context_length or (first + request.hidden.shape[1] if request.positions is None else 1)

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from petals_tune.blocks.experts.stack import ExpertStack
+from petals_tune.wire.messages import Forward, Step
 
 # Rope types whose frequencies are the same for every call. Those of any other type are computed apart.
 _FIXED_ROPE_TYPES = {"default", "linear", "yarn", "llama3", "proportional"}
@@ -35,6 +36,12 @@ class SessionRows:
 
     rows: int
     context_length: int
+
+
+def context_length(request: Forward | Step) -> int:
+    """How many positions the frequencies of a request's rotary tables are chosen for, where it gives no more."""
+    first = request.position if isinstance(request, Step) else 0
+    return request.context_length or (first + request.hidden.shape[1] if request.positions is None else 1)
 
 
 class SeparateRows:

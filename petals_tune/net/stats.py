@@ -24,6 +24,7 @@ class SwarmStats:
     direct_streams: int = 0  # of these, on direct connections
     wait_s: float = 0.0  # the caller's thread stood still for the swarm
     calls: int = 0  # requests that were answered, pings left out
+    formats: str = ""  # of training calls, where they were chosen by the measured line, and why
     retries: int = 0  # requests that were sent again, elsewhere or to the same server
     recomputations: int = 0  # backwards that had no lease
     checks: int = 0  # pieces of work that a second server did too (swarm.verify)

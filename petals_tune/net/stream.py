@@ -63,6 +63,28 @@ class Expected:
     most_bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Upload:
+    """An adapter on its way to the server. Requests that name it may follow once it was written."""
+
+    done: asyncio.Task[Message]
+    written: asyncio.Event
+
+    async def wait_until_written(self) -> None:
+        """Raises what the upload raised, where it failed before that."""
+        waiting = asyncio.ensure_future(self.written.wait())
+        try:
+            await asyncio.wait({waiting, self.done}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+        if not self.written.is_set():
+            await asyncio.shield(self.done)
+
+    @property
+    def failed(self) -> bool:
+        return self.done.done() and (self.done.cancelled() or self.done.exception() is not None)
+
+
 class ServerStream(MessageWriter):
     """The client's end of a connection to one server; replies are matched with their requests by id.
 
@@ -74,7 +96,7 @@ class ServerStream(MessageWriter):
     def __init__(self, connection: Connection, stats: SwarmStats):
         super().__init__(connection, clock=awake_s)
         self.peer = connection.peer
-        self.adapters: dict[tuple[str, BlockSpan], asyncio.Task[Message]] = {}  # uploads on this stream, by version
+        self.adapters: dict[tuple[str, BlockSpan], Upload] = {}  # uploads on this stream, by version
         self.welcome: Welcome
         self.round_trip_s: float  # of the greeting
         self._stats = stats
@@ -175,15 +197,26 @@ class ServerStream(MessageWriter):
     def alive(self) -> bool:
         return self._failure is None
 
-    async def call(self, request: Message, *, timeout_s: float | None, most_bytes: int = SMALL_REPLY_BYTES) -> Message:
+    async def call(
+        self,
+        request: Message,
+        *,
+        timeout_s: float | None,
+        most_bytes: int = SMALL_REPLY_BYTES,
+        written: asyncio.Event | None = None,
+    ) -> Message:
         """Send `request` and wait for its reply, which has `most_bytes`, for `timeout_s` at most.
+
+        `written` is set once all of the request was written: what is sent after that is read after it.
 
         Raises ServerError; what the server refuses is a `Refused` or another class of it.
         """
         async with self._window:
-            return await self._call(request, timeout_s, most_bytes)
+            return await self._call(request, timeout_s, most_bytes, written)
 
-    async def _call(self, request: Message, timeout_s: float | None, most_bytes: int) -> Message:
+    async def _call(
+        self, request: Message, timeout_s: float | None, most_bytes: int, written: asyncio.Event | None = None
+    ) -> Message:
         if self._failure is not None:
             raise self._failure
         message_id = next(self._ids)
@@ -194,9 +227,15 @@ class ServerStream(MessageWriter):
         try:
             async with patience(timeout_s):
                 await self._send(message_id, request)
+                if written is not None:
+                    written.set()
                 answer = await reply
         except TimeoutError:
             raise ServerTimeout(f"server {self.peer} did not answer within {timeout_s:g} s", peer=self.peer) from None
+        except asyncio.CancelledError:
+            if reply.done() and not reply.cancelled() and reply.exception() is None:
+                self._give_back(reply.result())  # it came in the very moment in which nobody waited for it any more
+            raise
         finally:
             self._pending.pop(message_id, None)
             if reply.done() and not reply.cancelled():
@@ -284,7 +323,12 @@ class ServerStream(MessageWriter):
         self._given_up.pop(message_id, None)
         if expected is not None and not expected.reply.done():
             expected.reply.set_result(reply)
-        elif (giving_back := freeing(reply)) is not None:
+        else:
+            self._give_back(reply)
+
+    def _give_back(self, reply: Message) -> None:
+        """Free what the server keeps for a reply that nobody wants."""
+        if (giving_back := freeing(reply)) is not None:
             self._keep(asyncio.create_task(self.notify(giving_back)))
 
     async def _watch(self) -> None:

@@ -83,7 +83,8 @@ class DistributedModel(AdapterCalls):
         process runs itself, in `dtype` and in `local_quantization` ("int8", "nf4" or "none"), as a server would. Of the
         servers, those are used that hold their blocks in `quantization`; None: in any but "int8_activations", which has
         to be named. Hidden states travel as `wire_format` and their gradients as `grad_format` ("auto": in the dtype in
-        which each server computes, which changes no number), in micro-batches of `micro_batch_rows` rows (None: as many
+        which each server computes, which changes no number; over a line that is measured to be slow, in the formats of
+        swarm/formats.py, which the log names), in micro-batches of `micro_batch_rows` rows (None: as many
         as make 128 positions). `hand_over` says whether servers send their outputs straight to the next one of a chain:
         "always", "never", or "auto", where both are far from here. `direct` lets all of it travel over TCP connections
         to servers that can be dialled, past the p2p daemons. The blocks are `model.remote_blocks`; its `close()` leaves

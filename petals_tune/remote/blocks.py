@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -18,13 +18,18 @@ from petals_tune.net.stats import SwarmStats
 from petals_tune.remote import arguments
 from petals_tune.remote.adapters.choice import Choice
 from petals_tune.remote.backbone import Backbone
+from petals_tune.remote.call_prompts import check_prompts, with_prompts
 from petals_tune.remote.config import BlocksConfig
+from petals_tune.remote.function import loss_is_scaled
+from petals_tune.remote.interleaved import Interleaved, interleaved_step
 from petals_tune.remote.local import LocalBlocks
 from petals_tune.remote.model_call import ModelCall
 from petals_tune.remote.positions import positions_behind_gaps
-from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
+from petals_tune.remote.session import RemoteCache
 from petals_tune.remote.skeleton import Skeleton, Weightless, fill_with_placeholders
+from petals_tune.remote.span_session import DEFAULT_MAX_LENGTH, SpanSession
 from petals_tune.swarm import loop
+from petals_tune.swarm.line import FormatChoice
 from petals_tune.swarm.routes.route import Hop
 from petals_tune.tuning.support import collect_adapter, own_parts
 from petals_tune.wire.adapter import AdapterPart, AdapterVersion
@@ -86,11 +91,13 @@ class RemoteSpan(Skeleton):
         *args: Any,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        prompts: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """(B, S, H) -> (B, S, H); inside the model's own loop as a tuple, where the family's layers return tuples.
 
-        By hand, `attention_mask` (B, S) hides padding and `position_ids` (B or 1, S) says where the text stands; all
+        By hand, `attention_mask` (B, S) hides padding, `position_ids` (B or 1, S) says where the text stands, and
+        `prompts` (L, P, H), for the L blocks of this span, are added to the first P positions at the input of each; all
         else is refused. What the model's loop hands to its layers instead (4-D masks, rotary tables, ALiBi) is made
         again on the servers.
         """
@@ -99,13 +106,29 @@ class RemoteSpan(Skeleton):
             if args or kwargs:
                 name = next(iter(kwargs), "a second positional argument")
                 raise ConfigError(
-                    f"remote_blocks(hidden, attention_mask=..., position_ids=...) does not take {name}",
+                    f"remote_blocks(hidden, attention_mask=..., position_ids=..., prompts=...) does not take {name}",
                     key="remote_blocks",
                     seen=name,
                 )
             positions = arguments.position_ids(position_ids)
             mask = arguments.padding(attention_mask, hidden.shape, positions)
-            return self.backbone.run(self, hidden, mask, positions)
+            if prompts is None:
+                return self.backbone.run(self, hidden, mask, positions)
+            prompts = check_prompts(prompts, self.span, hidden)
+            if prompts.dim() == 3:
+                return self.backbone.run(self, hidden, mask, positions, prompts)
+            return torch.cat(  # a server runs one set of prompts at once
+                [
+                    self.backbone.run(
+                        self,
+                        hidden[row : row + 1],
+                        None if mask is None else mask[row : row + 1],
+                        positions if positions is None or len(positions) == 1 else positions[row : row + 1],
+                        prompts[:, row],
+                    )
+                    for row in range(len(hidden))
+                ]
+            )
         try:
             output = self._run_in(call, hidden)
         except KeyboardInterrupt:  # after which torch calls no hook, not even those that are always called
@@ -118,6 +141,8 @@ class RemoteSpan(Skeleton):
         if call.session is not None:
             return self._step(hidden, call, call.session)
         if call.hidden_states is None:
+            if (step := interleaved_step(self.backbone)) is not None:
+                return self.backbone.run_in_step(step, self, hidden, call)
             return self.backbone.run(self, hidden, call.padding, call.positions)
         for number in range(len(self)):  # one call for each block: servers send what leaves a span, no more
             call.hidden_states.append(hidden)
@@ -150,6 +175,21 @@ class RemoteSpan(Skeleton):
     def _names(self) -> tuple[str, ...] | None:
         return None if self.choice is None else self.choice.names
 
+    def inference_session(self, max_length: int = DEFAULT_MAX_LENGTH) -> SpanSession:
+        """A generation session on these blocks, for `max_length` positions: `session.step(hidden)`.
+
+        Use it in a `with` block, whose end frees the caches on the servers.
+        """
+        return SpanSession(self.backbone.chain, self.span, max_length, **self._session_options())
+
+    def _session_options(self) -> dict[str, Any]:
+        return {"open_session": partial(self.backbone.open_session, self), "find_adapter": self._adapter_with}
+
+    def _adapter_with(self, prompts: torch.Tensor | None) -> AdapterVersion | None:
+        """What is trained inside these blocks, and the `prompts` (L, P, H) of a session's first step."""
+        adapter, tensors = self.adapter()
+        return adapter if prompts is None else with_prompts(adapter, tensors, prompts, self.span)[0]
+
     def _numbered(self) -> list[tuple[int, nn.Module]]:
         return list(enumerate(self.children(), start=self.span.start))
 
@@ -160,7 +200,7 @@ class RemoteSpan(Skeleton):
                 f"blocks {self.span}{'' if session.chain is self.backbone.chain else ' of another model'}",
                 key="past_key_values",
             )
-        return session.step(
+        return session.advance(
             hidden,
             padding=call.padding,
             positions=call.positions,
@@ -183,6 +223,11 @@ class RemoteBlocks(RemoteSpan):
         """Bytes, calls, retries and waiting time so far."""
         return self.backbone.chain.client.stats
 
+    @property
+    def format_choice(self) -> FormatChoice:
+        """What `wire_format` and `grad_format` of `auto` mean for training, by the measured line."""
+        return self.backbone.chain.calls.choice
+
     def servers(self) -> tuple[ServerRecord, ...]:
         """The servers of this model that are known now."""
         return self.backbone.chain.client.servers
@@ -193,10 +238,24 @@ class RemoteBlocks(RemoteSpan):
         spans = [part.span for part in self.parts() if part.local is None]
         return tuple(hop for span in spans for hop in loop.run(client.route(span, work=1)))
 
+    def interleaved(self, loss_of: Callable[[int, int], torch.Tensor], trained: Iterable[nn.Parameter]) -> Interleaved:
+        """A training step that goes back with a micro-batch while others go forward; see remote/interleaved.py."""
+        remote = set(self.parameters())
+        behind = [parameter for parameter in trained if parameter.requires_grad and parameter not in remote]
+        return Interleaved(backbone=self.backbone, loss_of=loss_of, trained=behind)
+
+    def can_interleave(self, rows: int, positions: int, device: torch.device) -> bool:
+        """Are there several micro-batches, all blocks on servers, and a loss that is not scaled?"""
+        alone = self.backbone.local is None and not loss_is_scaled(device)
+        return alone and torch.is_grad_enabled() and rows > self.backbone.micro_batch(positions)
+
     def new_session(self, max_length: int) -> RemoteCache:
-        """A generation session for `max_length` text positions; caches on the servers are reserved at its first use."""
-        opens = partial(self.backbone.open_session, self)
-        return RemoteCache(self.backbone.chain, self.span, max_length, open_session=opens)
+        """A generation session for `max_length` text positions; caches on the servers are opened at its first use."""
+        return RemoteCache(self.backbone.chain, self.span, max_length, **self._session_options())
+
+    def inference_session(self, max_length: int = DEFAULT_MAX_LENGTH) -> RemoteCache:
+        """As of a span; this one may also be passed to the model, as `past_key_values`."""
+        return self.new_session(max_length)
 
     def close(self) -> None:
         """Leave the swarm. A call afterwards fails, also of a copy of this model, which has the same connection."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -36,22 +37,32 @@ class RemoteCall:
     span: BlockSpan
     context: CallContext
     rows: int
+    has_backward: bool = (
+        True  # False under torch.no_grad(), where a Function's inputs may require a gradient all the same
+    )
+
+    def for_training(self) -> RemoteCall:
+        """The same call with the adapter as servers are given it for a training step."""
+        if self.context.adapter is None:
+            return self
+        adapter = self.chain.calls.adapter_for(self.context.adapter)
+        return replace(self, context=replace(self.context, adapter=adapter))
 
     def forward(self, hidden: torch.Tensor, *, keep: bool, input_grad: bool) -> list[Trace]:
         """Traces in the order of the rows. Where the servers take fewer rows at once, micro-batches are smaller.
 
         Raises RequestTooLarge where a single row is too large.
         """
-        rows = min(self.rows, len(hidden))
+        rows, call = min(self.rows, len(hidden)), self.for_training().context if keep else self.context
         traces: dict[int, Trace] = {}  # by first row
 
         async def go(start: int, stop: int) -> None:
-            part, context = hidden[start:stop], self.context.rows(start, stop)
+            part, context = hidden[start:stop], call.rows(start, stop)
             traces[start] = await self.chain.forward(part, context, self.span, keep=keep, input_grad=input_grad)
 
         while True:
             try:
-                self._wait_for(_all([go(start, start + rows) for start in range(0, len(hidden), rows)]))
+                self._wait_for(all_results([go(start, start + rows) for start in range(0, len(hidden), rows)]))
                 return [traces[start] for start in sorted(traces)]
             except BaseException as error:
                 KeptTraces(self.chain, list(traces.values()))  # which dies, and gives the leases of the others back
@@ -65,10 +76,14 @@ class RemoteCall:
         grads = grad.split([len(trace.hidden) for trace in traces])
         # A single micro-batch has nothing to be summed with: its gradients come back with the backward itself.
         summed = self.context.adapter is not None and len(traces) > 1 and self.chain.calls.sums
-        sums = AdapterSums() if summed else None
+        sums: AdapterSums | None = None
+        if summed:
+            sums = AdapterSums(len(traces))
+            for trace in traces:
+                sums.forwarded(trace)
 
         async def back() -> tuple[torch.Tensor | None, list[ChainGradients]]:
-            parts = await _all(
+            parts = await all_results(
                 [
                     self.chain.backward(trace, part, sums=sums, term=number)
                     for number, (trace, part) in enumerate(zip(traces, grads, strict=True))
@@ -81,11 +96,17 @@ class RemoteCall:
         return self._wait_for(back())
 
     def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
+        with self.waiting():
+            return loop.run(work)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the block's time as waiting for the swarm. Raises the error of the first micro-batch that failed."""
         started_s = time.perf_counter()
         try:
-            return loop.run(work)
+            yield
         except BaseExceptionGroup as failed:
-            raise failed.exceptions[0] from None  # the first micro-batch that failed; the others were cancelled
+            raise failed.exceptions[0] from None  # the others were cancelled
         finally:
             self.chain.client.stats.wait_s += time.perf_counter() - started_s
 
@@ -109,7 +130,7 @@ def refused_gradient(span: BlockSpan) -> RequestRefused:
     )
 
 
-async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+async def all_results(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """The results, in order. Where one fails, the others are cancelled."""
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(each) for each in work]
@@ -137,10 +158,11 @@ class RemoteBlocksFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: RemoteCall, hidden: torch.Tensor, *adapter: torch.Tensor) -> torch.Tensor:
-        keep, scaled = any(ctx.needs_input_grad), loss_is_scaled(hidden.device)
+        keep, scaled = call.has_backward and any(ctx.needs_input_grad), loss_is_scaled(hidden.device)
         (given,) = to_host(hidden)
         # Replies are cast to the dtype of what was sent, and a scaled gradient may be beyond float16.
-        traces = call.forward(given.float() if scaled else given, keep=keep, input_grad=ctx.needs_input_grad[1])
+        input_grad = keep and ctx.needs_input_grad[1]
+        traces = call.forward(given.float() if scaled else given, keep=keep, input_grad=input_grad)
         output = _narrowed(call, torch.cat([trace.hidden for trace in traces]), hidden.dtype)
         if keep:
             ctx.call, ctx.kept, ctx.scaled, ctx.dtype = call, KeptTraces(call.chain, traces), scaled, hidden.dtype
@@ -162,7 +184,7 @@ class RemoteBlocksFunction(torch.autograd.Function):
             return None, torch.full_like(grad, torch.nan) if ctx.needs_input_grad[1] else None, *nothing
         hidden, terms = call.backward(ctx.kept.traces, given)
         ctx.kept.leased = False  # where it failed, some are not spent
-        gradients = [to_device(total, own.device) for total, own in zip(_summed(call, terms), adapter, strict=True)]
+        gradients = [to_device(total, own.device) for total, own in zip(summed(call, terms), adapter, strict=True)]
         return None, None if hidden is None else to_device(hidden, grad.device, ctx.dtype), *gradients
 
 
@@ -174,7 +196,7 @@ def _narrowed(call: RemoteCall, output: torch.Tensor, dtype: torch.dtype) -> tor
     return narrow
 
 
-def _summed(call: RemoteCall, terms: Sequence[ChainGradients]) -> list[torch.Tensor]:
+def summed(call: RemoteCall, terms: Sequence[ChainGradients]) -> list[torch.Tensor]:
     """The adapter's gradients in the order of its tensors, summed in the order of `terms`."""
     adapter = call.context.adapter
     if adapter is None:

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from petals_tune.errors import ConfigError
 from petals_tune.remote.adapters.calls import generate_with
 from petals_tune.remote.adapters.choice import NOT_GIVEN
-from petals_tune.remote.session import DEFAULT_MAX_LENGTH, RemoteCache
+from petals_tune.remote.continuation import going_on, standing_after, standing_text
+from petals_tune.remote.session import RemoteCache
+from petals_tune.remote.span_session import DEFAULT_MAX_LENGTH
 from petals_tune.remote.speculative.choice import (
     Draft,
     DraftSource,
@@ -59,6 +62,14 @@ class RemoteGeneration:
             finally:
                 self._active_session = outer
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own call; in a generation with drafts the logits may be here already."""
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, RemoteCache) or cache.speculation is None:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]  # of the user's class
+        ahead = cache.speculation.take(cache, kwargs)
+        return cache.speculation.split(super().__call__(*args, **kwargs)) if ahead is None else ahead  # type: ignore[misc]
+
     def generate(
         self,
         inputs: torch.Tensor | None = None,
@@ -70,6 +81,8 @@ class RemoteGeneration:
     ) -> Any:
         """As in transformers; over slow lines faster with a `draft`: guesses of several tokens, checked in one step.
 
+        In a session, a call without an input goes on with the text where the session stands.
+
         `draft` is "lookup" (what followed the last tokens where they stood in the text before), a small causal language
         model of the same vocabulary, its folder or hub name, or a Drafter; None or "none": no guesses. The text is the
         same, to rounding, with the same seed too (see remote/speculative/speculation.py), and how many tokens are
@@ -78,8 +91,7 @@ class RemoteGeneration:
 
         `adapter` and `adapters` are as of a call of the model (remote/adapters/calls.py).
 
-        Raises ConfigError without an input in a session that holds a text already, and for a draft of another
-        vocabulary.
+        Raises ConfigError without an input in a session that holds no text, and for a draft of another vocabulary.
         """
         if adapter is not NOT_GIVEN or adapters is not None:
             named = dict(zip(("generation_config", "logits_processor", "stopping_criteria"), args, strict=False))
@@ -89,20 +101,31 @@ class RemoteGeneration:
         source = choose_draft(self, draft)
         given = kwargs.get("past_key_values")
         session = self._active_session if given is None else given
-        nothing = inputs is None and kwargs.get("input_ids") is None and kwargs.get("inputs_embeds") is None
-        if nothing and isinstance(session, RemoteCache) and session.position:
-            raise ConfigError(
-                f"generate() without an input, in a session that holds {session.position} positions, would begin a new "
-                "text: pass the whole text so far to go on with it",
-                key="input_ids",
-            )
+        with _alone_in(session):
+            return self._generate_in(session, source, inputs, args, kwargs)
+
+    def _generate_in(
+        self, session: Any, source: Any, inputs: torch.Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        text = kwargs.get("input_ids") if inputs is None else inputs
+        before = made = None
+        if isinstance(session, RemoteCache) and text is None and kwargs.get("inputs_embeds") is None:
+            before = standing_text(session)
+            inputs = text = before.text
+            if bool(before.ended.all()):
+                whole: Any = text
+                return GenerateDecoderOnlyOutput(sequences=whole) if kwargs.get("return_dict_in_generate") else whole
+            kwargs = going_on(session, before, {**kwargs, "input_ids": None})
         token = _draft.set(source)
         try:
-            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]  # of the user's class
+            output = super().generate(inputs, *args, **kwargs)  # type: ignore[misc]  # of the user's class
+            if isinstance(session, RemoteCache) and text is not None:
+                made = standing_after(session, output, text.shape[1], before)
+            return output
         finally:
             _draft.reset(token)
             if isinstance(session, RemoteCache):
-                session.end_turn()
+                session.end_turn(made)
 
     def _prepare_cache_for_generation(
         self,
@@ -124,7 +147,13 @@ class RemoteGeneration:
             # Of a local cache; some checkpoints name one. And sessions cut long prompts themselves.
             generation_config.cache_implementation = generation_config.prefill_chunk_size = None
             refuse_adapter_names(self, self.remote_blocks)  # type: ignore[arg-type]  # a model
-            cache.begin_turn(self.remote_blocks.adapter()[0], self.remote_blocks.choice)
+            made: Any = generation_config  # with the tensors that generate() made of its tokens
+            cache.begin_turn(
+                self.remote_blocks.adapter()[0],
+                self.remote_blocks.choice,
+                ends=made._eos_token_tensor,
+                pad=made._pad_token_tensor,
+            )
         if _draft.get() is not None:
             has_ids = model_kwargs.get("inputs_embeds") is None
             has_session = isinstance(cache, RemoteCache)
@@ -146,7 +175,8 @@ class RemoteGeneration:
         cache, source = kwargs.get("past_key_values"), _draft.get()
         steps: AbstractContextManager[None] = nullcontext()
         if source is not None and isinstance(cache, RemoteCache) and len(input_ids) == 1:
-            steps = drafting(cache, source, turn_of(self, cache, generation_config, logits_processor))
+            length = self.remote_blocks.backbone.latest_draft.length_for(source.given)
+            steps = drafting(cache, source, length, turn_of(self, cache, generation_config, logits_processor))
         with steps:
             return super()._sample(  # type: ignore[misc]  # of the user's class
                 input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
@@ -194,6 +224,25 @@ class RemoteGeneration:
         own = super().prepare_inputs_for_generation.__func__  # type: ignore[misc]  # of the user's class
         is_own = own is not GenerationMixin.prepare_inputs_for_generation
         return is_own and original is not None and 0 < cached <= original < length
+
+
+@contextmanager
+def _alone_in(session: Any) -> Iterator[None]:
+    """Raise ConfigError where another thread is generating in `session`, whose caches hold one text."""
+    if not isinstance(session, RemoteCache):
+        yield
+        return
+    if not session.generating.acquire(blocking=False):
+        raise ConfigError(
+            "generate(): another thread generates in this session now, or in the open inference_session() of this "
+            "model; give each thread a session of its own: "
+            "generate(..., past_key_values=model.remote_blocks.new_session(max_length))",
+            key="past_key_values",
+        )
+    try:
+        yield
+    finally:
+        session.generating.release()
 
 
 def with_whole_input(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -219,8 +219,14 @@ class _LocalBackbone(Backbone):
     parts: Sequence[tuple[BlockSpan, PreTrainedModel]]
 
     def run(
-        self, span: Span, hidden: torch.Tensor, padding: torch.Tensor | None, positions: torch.Tensor | None
+        self,
+        span: Span,
+        hidden: torch.Tensor,
+        padding: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        prompts: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        assert prompts is None, "the self-test gives none, and here nothing adds them"
         options = {} if positions is None else {"position_ids": positions}
         mask = None if padding is None else padding.long()
         for _, part in self.parts:

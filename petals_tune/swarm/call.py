@@ -16,18 +16,22 @@ from petals_tune.errors import BadReply
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.formats import Formats
 from petals_tune.swarm.hand_over import Pass
+from petals_tune.swarm.line import FormatChoice
 from petals_tune.swarm.replies import bad_reply, check_tensor, expect, gradients_by_block
 from petals_tune.swarm.routes.limits import Size
 from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.sender import Sender
-from petals_tune.swarm.sums import AdapterSums, PartialSum, Term
+from petals_tune.swarm.sums import AdapterSums, PartialSum, Term, WholeSum
 from petals_tune.swarm.trace import CallContext, ChainGradients, Leg, Stage
+from petals_tune.swarm.versions import AdapterVersions
+from petals_tune.wire.adapter import AdapterVersion
 from petals_tune.wire.messages import (
     Backward,
     CloseSession,
     CollectedSum,
     CollectSum,
+    Fork,
     Forward,
     Forwarded,
     Gradients,
@@ -68,6 +72,8 @@ class Calls:
     ):
         """With `sums`, servers add up an adapter's gradients over the micro-batches of a backward."""
         self.client, self.formats = client, formats
+        self.choice = FormatChoice(client, formats)
+        self.versions = AdapterVersions()
         self._sender = Sender(client, hand_over)
         self.hand_over, self.sums = hand_over, sums
         self.observer = observer
@@ -87,10 +93,13 @@ class Calls:
 
     # Training
 
+    def adapter_for(self, adapter: AdapterVersion) -> AdapterVersion:
+        """The version that servers are given for a training step: on a slow line, a difference from an earlier one."""
+        return self.versions.next(adapter) if self.formats.slow and self.formats.auto else adapter
+
     def forwards(self, stages: Sequence[Stage], like: torch.Tensor, context: CallContext) -> EnteredPass:
         """A pass of `forward` along `stages`, for hidden states of the shape of `like`; adapters are on their way."""
-        for stage in stages:
-            self._sender.begin_upload(stage.hop, context)
+        self._sender.begin_uploads([stage.hop for stage in stages], context)
         empty = like[:, :, :0]
 
         def request(number: int) -> Forward:
@@ -113,7 +122,11 @@ class Calls:
             output = check_tensor(stage.hop, reply.hidden, hidden)
         leg = Leg(stage=stage, hidden=hidden, lease=reply.lease)
         if self.observer is not None:
-            leg = replace(leg, shadow=await self.observer.on_forward(leg, context, output))
+            try:
+                leg = replace(leg, shadow=await self.observer.on_forward(leg, context, output))
+            except BaseException:
+                await self.release([leg])
+                raise
         return leg, output
 
     def _forward(self, stage: Stage, context: CallContext, tensor: torch.Tensor) -> Forward:
@@ -172,10 +185,14 @@ class Calls:
                 if reply.hidden is None:
                     raise bad_reply(leg.hop, "no gradient at the input")
                 found.hidden = check_tensor(leg.hop, reply.hidden, leg.hidden)
+            parts = context.adapter_on(leg.hop.span)
             if partial is None:
-                found.adapter = gradients_by_block(leg.hop, context.adapter_on(leg.hop.span), reply.adapter)
+                found.adapter = gradients_by_block(leg.hop, parts, reply.adapter)
             else:
                 partial.terms.append(Term(leg=leg, context=context, grad=grad, place=term))
+                if reply.terms:
+                    total = ChainGradients(adapter=gradients_by_block(leg.hop, parts, reply.adapter))
+                    partial.whole = WholeSum(terms=reply.terms, gradients=total)
         if self.observer is not None:
             await self.observer.on_backward(leg, context, grad, found)
         return found
@@ -193,17 +210,22 @@ class Calls:
             grad=tensor,
             adapter_sum=None if partial is None else partial.number,
             term=0 if partial is None else term,
+            terms=None if partial is None else partial.expected,
             reply_format=self.formats.of_grad(leg.hop.server),
+            adapter_format=self.formats.of_adapter,
         )
 
     async def collect(self, partial: PartialSum) -> ChainGradients | None:
         """The adapter's gradients that a server added up; None where its sum is not the one of our terms."""
         hop, context = partial.hop, partial.terms[0].context
+        # A backward that was given up here and repeated elsewhere may be in the sum all the same.
+        if (whole := partial.whole) is not None:
+            return whole.gradients if whole.terms == len(partial.terms) else None
         parts = context.adapter_on(hop.span)
-        answer = await self._sender.ask(hop, CollectSum(adapter_sum=partial.number), parts=parts)
+        request = CollectSum(adapter_sum=partial.number, adapter_format=self.formats.of_adapter)
+        answer = await self._sender.ask(hop, request, parts=parts)
         with self._checking(hop):
             reply = expect(hop, answer, CollectedSum)
-            # A backward that was given up here and repeated elsewhere may be in the sum all the same.
             if reply.terms != len(partial.terms):
                 return None
             return ChainGradients(adapter=gradients_by_block(hop, parts, reply.adapter))
@@ -218,10 +240,12 @@ class Calls:
 
     # Generation
 
-    async def open_session(self, hop: Hop, context: CallContext, *, rows: int, max_length: int) -> int:
-        """Reserve KV caches for `rows` rows of `max_length` positions; the id of the session at its server."""
+    async def open_session(
+        self, hop: Hop, context: CallContext, *, rows: int, max_length: int, fork: Fork | None = None
+    ) -> int:
+        """Open KV caches for at most `rows` rows of `max_length` positions; the id of the session at its server."""
         adapter = context.adapter.version if context.adapter is not None and context.adapter_on(hop.span) else None
-        request = OpenSession(span=hop.span, rows=rows, max_length=max_length, adapter=adapter)
+        request = OpenSession(span=hop.span, rows=rows, max_length=max_length, adapter=adapter, fork=fork)
         answer = await self._sender.ask(hop, request, context)
         with self._checking(hop):
             return expect(hop, answer, SessionOpened).session
@@ -234,7 +258,7 @@ class Calls:
         self, hop: Hop, hidden: torch.Tensor, build: Callable[[torch.Tensor], Step], along: Pass
     ) -> torch.Tensor:
         """The output (B, S, H) for the next positions of a session; `build` makes the request from its tensor."""
-        tensor = self.formats.hidden_for(hop.server, hidden)
+        tensor = self.formats.step_for(hop.server, hidden)
         answer = await self._sender.send(hop, tensor, build, CallContext(), along)
         with self._checking(hop):
             return check_tensor(hop, expect(hop, answer, Stepped).hidden, hidden)

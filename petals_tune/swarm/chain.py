@@ -44,6 +44,7 @@ class Chain:
         async def go(route: Sequence[Hop]) -> AsyncGenerator[int, None]:
             nonlocal current
             needed = legs[-1].stage.output_grad if legs else input_grad
+            await self.calls.choice.made(route)
             stages = stages_of(route, context, keep=keep, input_grad=needed)
             async with self.calls.forwards(stages, current, context) as along:
                 for stage in stages:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import uvloop
@@ -31,7 +32,16 @@ def background_loop() -> asyncio.AbstractEventLoop:
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Run `work` on the background loop and wait for it. Ctrl-C cancels it."""
-    future = asyncio.run_coroutine_threadsafe(work, background_loop())
+    return wait(start(work))
+
+
+def start(work: Coroutine[Any, Any, T]) -> Future[T]:
+    """Start `work` on the background loop; see `wait`."""
+    return asyncio.run_coroutine_threadsafe(work, background_loop())
+
+
+def wait(future: Future[T]) -> T:
+    """Wait for work that was started on the background loop. Ctrl-C cancels it."""
     try:
         # Not result() alone: a Ctrl-C that comes just before a thread blocks for good is seen only when it wakes.
         while True:

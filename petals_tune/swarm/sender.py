@@ -19,6 +19,7 @@ from petals_tune.errors import (
     NotHandedOn,
     NotKept,
     OverLimit,
+    PetalsTuneError,
     Refused,
     RequestRefused,
     RequestTooLarge,
@@ -26,7 +27,7 @@ from petals_tune.errors import (
     ServerTimeout,
 )
 from petals_tune.net.own_lag import awake_s, patience
-from petals_tune.net.stream import SMALL_REPLY_BYTES
+from petals_tune.net.stream import SMALL_REPLY_BYTES, ServerStream, Upload
 from petals_tune.swarm.client import SwarmClient
 from petals_tune.swarm.hand_over import HandOverRules, Pass, SentAhead
 from petals_tune.swarm.replies import bad_reply
@@ -34,7 +35,7 @@ from petals_tune.swarm.routes.limits import Size
 from petals_tune.swarm.routes.round_trips import HandOverRule
 from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.trace import CallContext
-from petals_tune.wire.adapter import AdapterPart
+from petals_tune.wire.adapter import AdapterPart, AdapterVersion
 from petals_tune.wire.messages import (
     Backward,
     Chained,
@@ -49,16 +50,15 @@ from petals_tune.wire.messages import (
     Step,
     Withdrawn,
     carried,
+    freeing,
 )
 from petals_tune.wire.records import ServerRecord
-from petals_tune.wire.span import BlockSpan
 from petals_tune.wire.tensors import encoded_bytes
 
 MOST_VALUE_BYTES = 8  # of a value in a reply, with its share of the scales of 8-bit vectors, however short these are
 TENSOR_BYTES = 64  # of a tensor beside its values
-KEPT_UPLOADS = 8  # versions of adapters that a stream remembers to have carried; servers keep fewer
+KEPT_UPLOADS = 1024  # versions of adapters that a stream remembers to have carried; servers may have dropped some
 
-UploadName = tuple[str, BlockSpan]
 Request = Forward | Backward | Step
 Build = Callable[[torch.Tensor], Request]  # a request from its tensor in the format of the wire
 
@@ -88,7 +88,7 @@ class Sender:
             for number, hop in enumerate(hops):
                 if hop.span in comes:
                     chained = Chained(request=request(number), comes=comes[hop.span], goes=along.goes.get(hop.span))
-                    reply = asyncio.create_task(self.ask(hop, chained, context, width=width))
+                    reply = asyncio.create_task(self._ahead(hops[0], hop, chained, context, width))
                     reply.add_done_callback(_retrieve_error)  # it may never be awaited
                     along.waiting[hop.span] = SentAhead(
                         hop=hop, giver=givers[hop.span], ticket=comes[hop.span].ticket, reply=reply
@@ -99,6 +99,11 @@ class Sender:
                 waiting.reply.cancel()  # all of them before anything is awaited, which may be cancelled itself
             for waiting in along.waiting.values():
                 await self._withdraw(waiting)
+
+    async def _ahead(self, first: Hop, hop: Hop, chained: Chained, context: CallContext, width: int) -> Message:
+        """The reply to a request that is sent ahead of its tensor, once the `first` hop has its adapter."""
+        await self._uploaded(first, context)
+        return await self.ask(hop, chained, context, width=width)
 
     async def send(self, hop: Hop, tensor: torch.Tensor, build: Build, context: CallContext, along: Pass) -> Message:
         """The reply to the request that `build` makes of `tensor`, or to the one that waits ahead for it."""
@@ -131,7 +136,7 @@ class Sender:
         What another server says that it handed on, and did not, is delivered after half of the time.
         """
         server = ahead.hop.server
-        parts_s = [self._client.reply_s(server) / 2] * 2
+        parts_s, used = [self._client.reply_s(server) / 2] * 2, False
         try:
             for delivers, part_s in zip((not handed_on, handed_on), parts_s, strict=True):
                 if delivers and not ahead.reply.done():
@@ -143,12 +148,13 @@ class Sender:
                 if ahead.reply.done():
                     if delivers and handed_on:
                         self._rules.failed(ahead.giver.peer, server.peer)
+                    used = True
                     return ahead.reply.result()
         except Refused as error:
             # What was handed on may be what is wrong: with ours, the server says so again.
             raise NotHandedOn(f"{error}", peer=server.peer) from error
         finally:
-            if not ahead.reply.done():
+            if not used:
                 await self._withdraw(ahead)
         late = ServerTimeout(
             f"server {server.peer} has its input and does not answer (swarm.reply_s)", peer=server.peer
@@ -157,8 +163,13 @@ class Sender:
         raise late
 
     async def _withdraw(self, ahead: SentAhead) -> None:
-        ahead.reply.cancel()
-        await self.notify(ahead.hop, Withdrawn(tickets=[ahead.ticket]))
+        """Cancel what was sent ahead, or free what the server keeps for its reply."""
+        message: Message | None = Withdrawn(tickets=[ahead.ticket])
+        if not ahead.reply.cancel():
+            came = not ahead.reply.cancelled() and ahead.reply.exception() is None
+            message = freeing(ahead.reply.result()) if came else None
+        if message is not None:
+            await self.notify(ahead.hop, message)
 
     async def ask(
         self,
@@ -169,6 +180,7 @@ class Sender:
         tokens: int = 0,
         width: int = 0,
         parts: Sequence[AdapterPart] = (),
+        written: asyncio.Event | None = None,
     ) -> Message:
         """Send `request` and wait for the reply. A server that fails is left alone for a while.
 
@@ -177,11 +189,13 @@ class Sender:
         `context`'s on these blocks.
 
         A request that waits for another server's output has no deadline here: it begins when that output is there.
+        `written` is set once all of the request was written.
         """
         server = hop.server
         waits = isinstance(request, Chained) and request.comes is not None
         try:
-            upload = None if context is None else await self._upload(hop, context)
+            if context is not None:
+                await self._upload(hop, context)
         except Refused as error:  # of a greeting, too
             error.span = hop.span
             raise
@@ -190,11 +204,11 @@ class Sender:
             stream = await self._client.stream(server)
             self._check_size(hop, request)
             timeout_s = None if waits else self._client.policy.reply_s if not tokens else self._client.reply_s(server)
-            answer = stream.call(request, timeout_s=timeout_s, most_bytes=most_bytes)
+            answer = stream.call(request, timeout_s=timeout_s, most_bytes=most_bytes, written=written)
             reply = await (self._timed(hop, tokens, answer) if tokens else answer)
         except NotKept as error:  # it works, and lacks only what we can send
-            if isinstance(error, AdapterMissing) and upload is not None:
-                self._forget(hop, *upload)
+            if isinstance(error, AdapterMissing) and context is not None and context.adapter is not None:
+                await self._forget(hop, context.adapter)
             raise
         except OverLimit as error:  # no failure: it is asked for less
             error.span = hop.span
@@ -250,42 +264,90 @@ class Sender:
 
     # Adapters travel by version: once to each server, before the first request that names it.
 
-    def begin_upload(self, hop: Hop, context: CallContext) -> None:
-        """Start to give the adapter to a server further down the route, while those before it compute."""
-        if context.adapter_on(hop.span):
-            task: asyncio.Task[object] = asyncio.create_task(self._upload(hop, context))
+    def begin_uploads(self, hops: Sequence[Hop], context: CallContext) -> None:
+        """Start to give all servers of a route the adapter, the first one before the others: it is waited for first."""
+        if context.adapter is not None:
+            task: asyncio.Task[object] = asyncio.create_task(self._upload_all(hops, context))
             self._uploading.add(task)
             task.add_done_callback(self._uploading.discard)
             task.add_done_callback(_retrieve_error)  # `ask` meets the error itself
 
-    async def _upload(self, hop: Hop, context: CallContext) -> tuple[UploadName, asyncio.Task[Message]] | None:
-        """Give the server the adapter: once, however many micro-batches need it at the same time."""
+    async def _upload_all(self, hops: Sequence[Hop], context: CallContext) -> None:
+        await self._uploaded(hops[0], context)
+        await asyncio.gather(*(self._upload(hop, context) for hop in hops[1:]), return_exceptions=True)
+
+    async def _uploaded(self, hop: Hop, context: CallContext) -> None:
+        """Return once the server has the adapter, or cannot be given it, which its own request meets."""
+        with suppress(PetalsTuneError):
+            upload = await self._upload(hop, context)
+            if upload is not None:
+                await asyncio.shield(upload.done)
+
+    async def _upload(self, hop: Hop, context: CallContext) -> Upload | None:
+        """Give the server the adapter: once, however many micro-batches need it at the same time.
+
+        Returns as soon as it was written: the server lets requests that name it wait for it.
+        """
         if context.adapter is None or not (parts := context.adapter_on(hop.span)):
             return None
         stream = await self._client.stream(hop.server)
         name = (context.adapter.version, hop.span)
-        task = stream.adapters.get(name)
-        if task is None or (task.done() and (task.cancelled() or task.exception())):
-            put = PutAdapter(version=context.adapter.version, span=hop.span, parts=parts)
-            task = stream.adapters[name] = asyncio.create_task(self._put(hop, put))
+        upload = stream.adapters.get(name)
+        if upload is None or upload.failed:
+            written, replaced = asyncio.Event(), context.adapter.replaces
+            put = PutAdapter(version=context.adapter.version, span=hop.span, parts=parts, replaces=replaced)
+            difference = self._difference(stream, put, context.adapter)
+            if replaced is not None:
+                stream.adapters.pop((replaced, hop.span), None)
+            done = asyncio.create_task(self._put(hop, put, difference, written))
+            done.add_done_callback(_retrieve_error)  # where requests wait for it, they meet the error
+            upload = stream.adapters[name] = Upload(done=done, written=written)
             if len(stream.adapters) > KEPT_UPLOADS:
                 del stream.adapters[next(iter(stream.adapters))]
-        await asyncio.shield(task)
-        return name, task
+        await upload.wait_until_written()
+        return upload
 
-    async def _put(self, hop: Hop, put: PutAdapter) -> Message:
-        reply = await self.ask(hop, put)
+    def _difference(self, stream: ServerStream, put: PutAdapter, adapter: AdapterVersion) -> PutAdapter | None:
+        """`put` as the difference from a version that this stream carried; None without one."""
+        if (difference := adapter.difference) is None:
+            return None
+        before = stream.adapters.get((difference.base, put.span))
+        if before is None or before.failed:
+            return None
+        parts = [part for part in difference.parts if part.block in put.span]
+        return msgspec.structs.replace(put, base=difference.base, parts=parts)
+
+    async def _put(self, hop: Hop, put: PutAdapter, difference: PutAdapter | None, written: asyncio.Event) -> Message:
+        if difference is not None:
+            try:
+                return self._done(hop, await self.ask(hop, difference, written=written))
+            except AdapterMissing:
+                pass  # the server dropped the base meanwhile
+        return self._done(hop, await self.ask(hop, put, written=written))
+
+    def _done(self, hop: Hop, reply: Message) -> Message:
         if not isinstance(reply, Done):
             error = bad_reply(hop, f"a {type(reply).__name__} where a Done was due")
             self._client.failed(hop.server, error)
             raise error
         return reply
 
-    def _forget(self, hop: Hop, name: UploadName, task: asyncio.Task[Message]) -> None:
-        """An upload that the server does not keep any more is made again by the next request, and once for all."""
-        stream = self._client.open_stream(hop.server)
-        if stream is not None and stream.adapters.get(name) is task:
-            del stream.adapters[name]
+    async def _forget(self, hop: Hop, adapter: AdapterVersion) -> None:
+        """An upload that the server does not keep any more is made again, whole, and once for all that need it.
+
+        Raises what the upload itself raised.
+        """
+        stream, name = self._client.open_stream(hop.server), (adapter.version, hop.span)
+        upload = None if stream is None else stream.adapters.get(name)
+        if stream is None or upload is None:
+            return
+        if not upload.done.done():  # the difference was refused, and all of it is on its way
+            await asyncio.shield(upload.done)
+            return
+        upload.done.result()
+        del stream.adapters[name]
+        if adapter.difference is not None:
+            stream.adapters.pop((adapter.difference.base, hop.span), None)
 
 
 def _retrieve_error(done: asyncio.Task[Any]) -> None:
@@ -318,7 +380,9 @@ def largest_reply(request: Message, width: int, parts: Sequence[AdapterPart]) ->
     if isinstance(asked, Forward | Backward | Step):
         rows, positions, _ = carried(asked).shape
         most_bytes += MOST_VALUE_BYTES * rows * positions * width
-    if isinstance(asked, CollectSum) or (isinstance(asked, Backward) and asked.adapter_sum is None):
+    if isinstance(asked, CollectSum) or (
+        isinstance(asked, Backward) and (asked.adapter_sum is None or asked.terms is not None)
+    ):
         tensors = [tensor for part in parts for tensor in part.tensors]
         most_bytes += sum(MOST_VALUE_BYTES * tensor.numel() + TENSOR_BYTES for tensor in tensors)
     return most_bytes

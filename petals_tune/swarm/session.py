@@ -1,10 +1,15 @@
 """Generation along a route: KV caches on the servers, and the inputs kept here, so that a lost span can be replayed.
 
+A session has as many rows as its last step. Rows that are equal so far are the caller's business
+(remote/shared_rows.py): they are one row here, and an order multiplies them.
+
 Shapes: B rows, S new positions, H hidden size.
 """
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,49 +19,17 @@ import torch
 from petals_tune.errors import OverLimit, RequestRefused, RequestTooLarge
 from petals_tune.swarm.call import Calls
 from petals_tune.swarm.hand_over import Pass
+from petals_tune.swarm.history import History, Inputs, Replay, compose
 from petals_tune.swarm.repair import Repair
 from petals_tune.swarm.retry import Attempts
 from petals_tune.swarm.routes.limits import Size
 from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.trace import CallContext
 from petals_tune.wire.adapter import AdapterVersion
-from petals_tune.wire.messages import Step
+from petals_tune.wire.messages import Fork, Step
 from petals_tune.wire.span import BlockSpan
 
 MOST_POSITIONS = 512  # positions that go through the blocks at once when a prompt is read or replayed, or fewer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """What a span was given for some positions."""
-
-    hidden: torch.Tensor  # (B, S, H)
-    padding: torch.Tensor | None  # (B, S) bool
-    positions: torch.Tensor | None  # (B or 1, S) int64
-    context_length: int | None = None  # of the step that they are a part of, as in a Step; kept for replays
-
-    def __len__(self) -> int:
-        return self.hidden.shape[1]
-
-    def cut(self, start: int, stop: int) -> Inputs:
-        return replace(
-            self,
-            hidden=self.hidden[:, start:stop],
-            padding=None if self.padding is None else self.padding[:, start:stop],
-            positions=None if self.positions is None else self.positions[:, start:stop],
-        )
-
-    def with_hidden(self, hidden: torch.Tensor) -> Inputs:
-        return replace(self, hidden=hidden)
-
-    def rows(self, order: torch.Tensor) -> Inputs:
-        positions = self.positions
-        return replace(
-            self,
-            hidden=self.hidden[order],
-            padding=None if self.padding is None else self.padding[order],
-            positions=positions[order] if positions is not None and positions.shape[0] > 1 else positions,
-        )
 
 
 def check_length(reached: int, max_length: int) -> None:
@@ -71,33 +44,6 @@ def check_length(reached: int, max_length: int) -> None:
 
 
 @dataclass
-class History:
-    """The inputs of a span so far. Reordering rows composes indices; tensors are gathered when they are replayed."""
-
-    parts: list[tuple[Inputs, torch.Tensor | None]] = field(default_factory=list)  # None: rows as they came
-    length: int = 0  # positions
-
-    def add(self, inputs: Inputs) -> None:
-        self.parts.append((inputs, None))
-        self.length += len(inputs)
-
-    def reorder(self, order: torch.Tensor) -> None:
-        self.parts = [(inputs, order if rows is None else rows[order]) for inputs, rows in self.parts]
-
-    def cut(self, length: int) -> None:
-        """Forget what lies behind the first `length` positions. From the end: a token forgets nothing, and is quick."""
-        while self.length > length:
-            inputs, rows = self.parts.pop()
-            self.length -= len(inputs)
-            if self.length < length:
-                self.parts.append((inputs.cut(0, length - self.length), rows))
-                self.length = length
-
-    def replayed(self) -> list[Inputs]:
-        return [inputs if rows is None else inputs.rows(rows) for inputs, rows in self.parts]
-
-
-@dataclass
 class HopSession:
     """One server of the route, with the session that it keeps for us."""
 
@@ -106,9 +52,20 @@ class HopSession:
     history: History = field(default_factory=History)
     order: torch.Tensor | None = None  # rows to reorder with the next step
 
+    def reorder(self, order: torch.Tensor | None) -> None:
+        """Make row i what row order[i] has been, with the next step."""
+        self.history.reorder(order)
+        self.order = compose(self.order, order)
+
+    def cut(self, position: int) -> None:
+        """Go back to `position` with the next step."""
+        self.history.cut(position)
+        if not position:
+            self.order = None
+
 
 class ChainSession:
-    """KV caches for `rows` rows of at most `max_length` positions on all blocks of `span`. On the background loop."""
+    """KV caches for at most `rows` rows of `max_length` positions on all blocks of `span`. On the background loop."""
 
     def __init__(
         self,
@@ -128,20 +85,19 @@ class ChainSession:
     async def step(self, inputs: Inputs, *, position: int, order: torch.Tensor | None) -> torch.Tensor:
         """The output (B, S, H) of the blocks for the positions from `position` on; what lay behind is forgotten.
 
-        With `order`, the caches of row i become those of row order[i] first. When a server is lost, another route is
-        found for its blocks alone, and their inputs so far are replayed there.
+        With `order`, the caches of row i become those of row order[i] first, of as many rows as `inputs` has; a step at
+        position 0 has none. When a server is lost, another route is found for its blocks alone, and their inputs so far
+        are replayed there.
         Raises RequestRefused where `max_length` is exceeded or nobody has room, and what `Chain.forward` raises. A text
         is cut where a server takes fewer positions at once.
         """
         check_length(position + len(inputs), self.max_length)
         for session in self._sessions:
-            session.history.cut(position)
-            if order is not None:
-                session.history.reorder(order)
-                session.order = order if session.order is None else session.order[order]
+            session.cut(position)
+            session.reorder(order)
         attempts = self._repair.attempts()
         if not self._sessions:
-            self._sessions = await self._open(self._span, [])
+            self._sessions = await self._open(self._span, Replay())
         outputs, start = [], 0
         while start < len(inputs):
             part = inputs.cut(start, start + self._most_positions(inputs, self._sessions))
@@ -165,6 +121,51 @@ class ChainSession:
                 most = min(most, limits.positions, int(share * len(inputs)))
         return max(most, 1)
 
+    async def fork(self, position: int, *, rows: int, max_length: int, order: torch.Tensor | None) -> ChainSession:
+        """Another session, whose rows begin with the first `position` positions of these, in this `order`.
+
+        Servers share what both hold. Where one cannot, its blocks are replayed there or elsewhere.
+        """
+        calls, repair, adapter = self._calls, self._repair, self._context.adapter
+        forked = ChainSession(calls, repair, self._span, rows=rows, max_length=max_length, adapter=adapter)
+        if not position or not self._sessions:
+            return forked
+        opened: list[list[HopSession]] = [[] for _ in self._sessions]
+
+        async def take_over(number: int) -> None:
+            opened[number] = await forked._begin_with(self._sessions[number], position, order)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number in range(len(opened)):
+                    group.create_task(take_over(number))
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        finally:
+            forked._sessions = list(itertools.chain(*opened))
+            if not all(opened):
+                await forked.close()
+        return forked
+
+    async def _begin_with(self, parent: HopSession, position: int, order: torch.Tensor | None) -> list[HopSession]:
+        """Sessions on the blocks of `parent`, of another chain, that begin with its first positions."""
+        order, hop = compose(parent.order, order), parent.hop
+        history = parent.history.fork(position, order)
+        request = partial(
+            self._calls.open_session,
+            hop,
+            self._context,
+            rows=self.rows,
+            max_length=self.max_length,
+            fork=Fork(session=parent.id, position=position, order=order),
+        )
+
+        async def here() -> list[HopSession]:
+            return [HopSession(hop=hop, id=await request(), history=history)]
+
+        otherwise = partial(self._open, hop.span, history.replayed())
+        return await self._repair.with_fallback(here, otherwise, self._repair.attempts(), hop.span)
+
     async def close(self) -> None:
         """Give the caches back."""
         for session in self._sessions:
@@ -174,7 +175,7 @@ class ChainSession:
     async def _step(self, inputs: Inputs, position: int, attempts: Attempts) -> torch.Tensor:
         """The output for some positions, from session to session."""
         for session in self._sessions:
-            session.history.cut(position)
+            session.cut(position)
         sessions = list(self._sessions)  # those that are lost give their places to others
         empty = inputs.with_hidden(inputs.hidden[:, :, :0])
 
@@ -204,7 +205,7 @@ class ChainSession:
             output = await self._calls.step(session.hop, inputs.hidden, build, along)
         except OverLimit as error:
             tokens = inputs.hidden.shape[0] * len(inputs)
-            if error.fits is None or len(inputs) == 1 or error.fits < self.rows:
+            if error.fits is None or len(inputs) == 1 or error.fits < inputs.row_count:
                 raise
             raise RequestTooLarge(str(error), limit="max_tokens", size=tokens, fits=error.fits) from error
         session.order = None
@@ -220,7 +221,7 @@ class ChainSession:
             positions=inputs.positions,
             context_length=inputs.context_length,
             order=session.order,
-            reply_format=self._calls.formats.of_hidden(session.hop.server),
+            reply_format=self._calls.formats.of_step(session.hop.server),
         )
 
     async def _replace(self, number: int) -> None:
@@ -230,7 +231,7 @@ class ChainSession:
         others = await self._open(lost.hop.span, lost.history.replayed())
         self._sessions[number : number + 1] = others
 
-    async def _open(self, span: BlockSpan, replay: list[Inputs]) -> list[HopSession]:
+    async def _open(self, span: BlockSpan, replay: Replay) -> list[HopSession]:
         """Sessions for `span` that have seen `replay`.
 
         With attempts of its own: servers that open sessions and fail each step would put the step's deadline off.
@@ -262,21 +263,24 @@ class ChainSession:
             raise
         return sessions
 
-    async def _replay(self, session: HopSession, replay: Sequence[Inputs]) -> list[Inputs]:
-        """Bring a new session to where another one was; returns the inputs of the next one."""
-        outputs, position, left = [], 0, list(replay)
-        while left:
-            whole = left.pop(0)
-            most = self._most_positions(whole, [session])
-            inputs = whole.cut(0, most)
-            try:
-                outputs.append(inputs.with_hidden(await self._through(session, inputs, position, Pass())))
-            except RequestTooLarge:
-                if self._most_positions(whole, [session]) >= len(inputs):
-                    raise
-                left.insert(0, whole)
-                continue
-            position += len(inputs)
-            if len(whole) > most:
-                left.insert(0, whole.cut(most, len(whole)))
-        return outputs
+    async def _replay(self, session: HopSession, replay: Replay) -> Replay:
+        """Bring a new session to where another one was; returns the replay of the next one."""
+        steps: list[tuple[Inputs, torch.Tensor | None]] = []
+        position = 0
+        for whole, order in replay.steps:
+            session.reorder(order)
+            start = 0
+            while start < len(whole):
+                most = self._most_positions(whole, [session])
+                inputs = whole.cut(start, start + most)
+                try:
+                    output = await self._through(session, inputs, position + start, Pass())
+                except RequestTooLarge:
+                    if self._most_positions(whole, [session]) >= len(inputs):
+                        raise
+                    continue
+                steps.append((inputs.with_hidden(output), None if start else order))
+                start += len(inputs)
+            position += len(whole)
+        session.reorder(replay.order)
+        return Replay(steps=steps, order=replay.order)

@@ -13,10 +13,14 @@ from petals_tune.net.stats import SwarmStats
 Net = PreTrainedModel | PeftModel  # the model that is trained, usually wrapped by PEFT
 
 
+def base_of(net: nn.Module) -> Any:
+    """Return the transformers model that PEFT wraps, or the model itself."""
+    return net.get_base_model() if isinstance(net, PeftModel) else net
+
+
 def remote_blocks(net: nn.Module) -> Any:
     """Return the `RemoteBlocks` of a model, wrapped by PEFT or not; None for a plain local model."""
-    base = net.get_base_model() if isinstance(net, PeftModel) else net
-    return getattr(base, "remote_blocks", None)
+    return getattr(base_of(net), "remote_blocks", None)
 
 
 def swarm_stats(net: nn.Module) -> SwarmStats:

@@ -23,10 +23,11 @@ from petals_tune.copies import to_host
 from petals_tune.data.collate import Batch
 from petals_tune.data.module import TextData
 from petals_tune.errors import ConfigError, Diverged
-from petals_tune.train.backbone import Net
+from petals_tune.train.backbone import Net, remote_blocks
 from petals_tune.train.exported import Exported, best_checkpoint
 from petals_tune.train.objective import Objective, Scores
-from petals_tune.train.resume import SEED_KEY, TrainingPosition, continue_from, seed_step
+from petals_tune.train.resume import LINE_KEY, SEED_KEY, TrainingPosition, continue_from, seed_step
+from petals_tune.train.scoring import score
 from petals_tune.train.window import Window
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -193,6 +194,8 @@ class FineTuner(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {name: parameter.detach() for name, parameter in self.trained_parameters()}
         checkpoint[SEED_KEY] = self._seed
+        if (blocks := remote_blocks(self.net)) is not None:
+            checkpoint[LINE_KEY] = blocks.format_choice.slow
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Loading is not strict: without this check a checkpoint of another adapter would change nothing, silently.
@@ -208,6 +211,8 @@ class FineTuner(LightningModule):
             # The options of this run count: its schedule is advanced to the checkpoint's step, not restored.
             self._resumed_steps, checkpoint["lr_schedulers"] = checkpoint["global_step"], []
             self._seed = checkpoint.get(SEED_KEY, self._seed)
+            if (blocks := remote_blocks(self.net)) is not None:
+                blocks.format_choice.take(checkpoint.get(LINE_KEY))
             self.resume_from(TrainingPosition.from_checkpoint(checkpoint))
 
     def resume_from(self, position: TrainingPosition) -> None:
@@ -224,14 +229,15 @@ class FineTuner(LightningModule):
         return float(mean.item())
 
     def _score(self, batch: Batch) -> Scores:
-        scores = self.objective(self.net, batch)
+        return score(self.objective, self.net, batch, check=self._check_finite)
+
+    def _check_finite(self, scores: Scores) -> None:
         if not torch.isfinite(scores.loss):
             raise Diverged(
                 f"the loss is {scores.loss.item()} at step {self.global_step}: training diverged or a batch is broken;"
                 " try a smaller optimizer.lr",
                 step=self.global_step,
             )
-        return scores
 
 
 def build_schedule(factory: ScheduleFactory, optimizer: Optimizer, steps: int | None) -> LRScheduler:

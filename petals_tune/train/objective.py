@@ -10,9 +10,10 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
-from peft import PeftModel, TaskType
+from peft import TaskType
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +23,11 @@ from petals_tune.data.rows import IGNORED
 from petals_tune.data.tokens import word_ids
 from petals_tune.errors import DataError
 from petals_tune.model.checkpoint import Checkpoint
-from petals_tune.train.backbone import Net
+from petals_tune.train.backbone import Net, base_of
+from petals_tune.train.chunked_loss import chunk_length, chunked_cross_entropy, functions_after_head
+
+PROBE_SCALE = 30.0  # of a hidden state, so that logits are large enough for a cap to show
+_UNKNOWN_AFTER_HEAD: WeakSet[nn.Module] = WeakSet()  # models whose forward does something else with logits
 
 _LARGEST_EXPONENT = math.log(sys.float_info.max)  # 709.8
 
@@ -37,7 +42,11 @@ class Scores:
 
 
 class Objective(Protocol):
-    """Scores a batch. `headline` is a run's main metric, `task_type` determines the head that the model needs."""
+    """Scores a batch. `headline` is a run's main metric, `task_type` determines the head that the model needs.
+
+    With an attribute `by_rows` that is true, what each token adds to the means depends on its own row alone: rows may
+    be scored in parts.
+    """
 
     headline: str
     task_type: TaskType
@@ -51,12 +60,13 @@ class Objective(Protocol):
 class CausalLM:
     """Mean cross entropy of the supervised tokens, in nats."""
 
+    by_rows = True
     headline = "perplexity"
     task_type = TaskType.CAUSAL_LM
 
     def __call__(self, net: Net, batch: Batch) -> Scores:
-        logits, targets = supervised_logits(net, batch)
-        return Scores(loss=F.cross_entropy(logits.float(), targets), count=len(targets), metrics={})
+        loss, count = supervised_loss(net, batch)
+        return Scores(loss=loss, count=count, metrics={})
 
     def summary(self, means: dict[str, float]) -> dict[str, float]:
         return means | {"perplexity": math.exp(means["loss"]) if means["loss"] < _LARGEST_EXPONENT else math.inf}
@@ -65,6 +75,7 @@ class CausalLM:
 class LabelWords:
     """Classification by label words: cross entropy of a row's label word among the label words alone."""
 
+    by_rows = True
     headline = "accuracy"
     task_type = TaskType.CAUSAL_LM
 
@@ -148,8 +159,7 @@ def head_rows(model: PreTrainedModel, checkpoint: Checkpoint, ids: Tensor) -> Te
 
 def classification_head(model: nn.Module) -> Any:
     """Return the head of a sequence classifier, wrapped by PEFT or not."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return base.score
+    return base_of(model).score
 
 
 def class_logits(net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -174,6 +184,39 @@ def class_logits(net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
     return logits_with_hook(net, classification_head(net), select, batch), targets
 
 
+def supervised_loss(net: Net, batch: Batch) -> tuple[Tensor, int]:
+    """Return the mean cross entropy () of the supervised tokens, and their number N; see `supervised_logits`.
+
+    The (N, V) logits never exist whole: the model's own forward gets one large position to its head, which shows what
+    the family does with logits, and the loss is computed in chunks. Where it is nothing known, all logits are computed
+    at once, by a second forward with the first one's random numbers.
+    """
+    head, model = net.get_output_embeddings(), base_of(net)
+    hidden = targets = raw = batch["labels"].new_empty(0)
+
+    def select(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
+        nonlocal hidden, targets
+        hidden, targets = supervised_inputs(inputs[0], batch)
+        return (PROBE_SCALE * hidden[:1].detach(),)
+
+    def keep(head: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        nonlocal raw
+        raw = output.detach().clone()  # some models change their logits in place
+
+    batch = pad_at_end(batch)
+    random_state = torch.get_rng_state()
+    if model not in _UNKNOWN_AFTER_HEAD:
+        logits = logits_with_hook(net, head, select, batch, keep=keep)
+        for after in functions_after_head(model.config.get_text_config()):
+            if torch.allclose(after(raw), logits, rtol=0, atol=0, equal_nan=True):
+                chunk = chunk_length(logits.shape[-1])
+                return chunked_cross_entropy(head, after, hidden, targets, chunk=chunk), len(targets)
+        _UNKNOWN_AFTER_HEAD.add(model)
+        torch.set_rng_state(random_state)
+    logits, targets = supervised_logits(net, batch)
+    return F.cross_entropy(logits.float(), targets), len(targets)
+
+
 def supervised_logits(net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the (N, V) logits of the positions that predict a supervised token, and the (N,) tokens to predict.
 
@@ -186,12 +229,21 @@ def supervised_logits(net: Net, batch: Batch) -> tuple[Tensor, Tensor]:
 
     def select(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
         nonlocal targets
-        predicts, targets = predicting_positions(inputs[0], batch["labels"])
-        if not len(targets):
-            raise DataError("a batch without a supervised token: nothing can be learned from it", column="labels")
-        return (inputs[0][predicts],)
+        hidden, targets = supervised_inputs(inputs[0], batch)
+        return (hidden,)
 
     return logits_with_hook(net, net.get_output_embeddings(), select, batch), targets
+
+
+def supervised_inputs(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the (N, H) of (B, S, H) hidden states that predict a supervised token, and the (N,) tokens.
+
+    Raises DataError without a supervised token.
+    """
+    predicts, targets = predicting_positions(hidden, batch["labels"])
+    if not len(targets):
+        raise DataError("a batch without a supervised token: nothing can be learned from it", column="labels")
+    return hidden[predicts], targets
 
 
 def predicting_positions(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,11 +254,21 @@ def predicting_positions(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     return labels != IGNORED, labels[labels != IGNORED]
 
 
-def logits_with_hook(net: Net, head: nn.Module, select: Callable[..., tuple[Tensor]], batch: Batch) -> Tensor:
-    """Compute the logits of a batch, with `select` applied to the head's input."""
-    hook = head.register_forward_pre_hook(select)
+def logits_with_hook(
+    net: Net,
+    head: nn.Module,
+    select: Callable[..., tuple[Tensor]],
+    batch: Batch,
+    *,
+    keep: Callable[..., None] | None = None,
+) -> Tensor:
+    """Compute the logits of a batch, with `select` applied to the head's input, and `keep` called with its output."""
+    hooks = [head.register_forward_pre_hook(select)]
+    if keep is not None:
+        hooks.append(head.register_forward_hook(keep))
     try:
         output = net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     return output.logits

@@ -65,7 +65,7 @@ class ClientOptions:
     local_blocks: Sequence[Any] = ()  # spans "start:stop" that the client runs itself
     local_quantization: SchemeName = "int8"  # of these
     micro_batch_rows: Count | None = None  # rows per request; None: rows of 128 positions in all
-    wire_format: FormatOption = "auto"  # of hidden states; auto: the dtype in which each server computes
+    wire_format: FormatOption = "auto"  # of hidden states; auto: by the measured line, see swarm/formats.py
     grad_format: FormatOption = "auto"  # of their gradients
     hand_over: HandOverRule = "auto"  # whether servers send their outputs directly to the next server of the chain
     direct: bool = True  # whether data travels over direct connections to the servers that can be dialled

@@ -38,6 +38,7 @@ class Result:
     sent_mb: float = 0.0
     received_mb: float = 0.0
     retries: int = 0
+    formats: str = ""  # wire formats of training, where they were chosen by the measured line, and why
     adapter_bytes: int = 0
 
     def save(self, folder: Path) -> None:

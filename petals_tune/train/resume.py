@@ -13,7 +13,7 @@ from lightning import Trainer
 
 from petals_tune.data.module import TextData
 
-RANDOM_KEY, SEED_KEY = "random_states", "seed_of_steps"  # in a checkpoint
+RANDOM_KEY, SEED_KEY, LINE_KEY = "random_states", "seed_of_steps", "slow_line"  # in a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)

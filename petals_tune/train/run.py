@@ -201,6 +201,7 @@ def add_figures(
     stats = swarm_stats(net)
     result.steps, result.minutes = trainer.global_step, (time.monotonic() - started_s) / 60
     result.sent_mb, result.received_mb, result.retries = stats.sent_bytes / MB, stats.received_bytes / MB, stats.retries
+    result.formats = stats.formats
     for name, spent in (saved.spent if saved else {}).items():
         setattr(result, name, getattr(result, name) + spent)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it

@@ -58,8 +58,13 @@ def save_deep_prompts(model: PreTrainedModel, folder: Path) -> None:
         save_file({_KEY: prompts.contiguous().cpu()}, partial)
 
 
-def load_deep_prompts(model: PreTrainedModel, folder: Path, *, trainable: bool = False) -> None:
-    """Put the deep prompts of `folder` on the blocks of `model`. Raises ConfigError where they are of another model."""
+def load_deep_prompts(
+    model: PreTrainedModel, folder: Path, *, trainable: bool = False, adapter: str = "default"
+) -> None:
+    """Put the deep prompts of `folder` on the blocks of `model`. Raises ConfigError where they are of another model.
+
+    adapter: PEFT's name of the soft prompt that they are trained with
+    """
     try:
         prompts = load_file(folder / FILE)[_KEY]
     except (OSError, SafetensorError, KeyError) as error:
@@ -72,7 +77,7 @@ def load_deep_prompts(model: PreTrainedModel, folder: Path, *, trainable: bool =
             f"{len(blocks)} blocks of width {hidden_size}",
             seen=tuple(prompts.shape),
         )
-    _attach(blocks, prompts, trainable=trainable)
+    _attach(blocks, prompts, trainable=trainable, adapter=adapter)
 
 
 def _attach(
@@ -80,11 +85,12 @@ def _attach(
 ) -> None:
     for block, prompt in zip(blocks, prompts, strict=True):
         if hasattr(block, _NAME):
-            getattr(block, _NAME).prompt = nn.Parameter(prompt.clone(), requires_grad=trainable)
+            module = getattr(block, _NAME)
+            module.prompt, module.adapter = nn.Parameter(prompt.clone(), requires_grad=trainable), adapter
             continue
-        module = BlockPrompt(prompt.clone(), adapter).requires_grad_(trainable)
+        module = BlockPrompt(prompt.clone(), adapter, is_first=block is blocks[0]).requires_grad_(trainable)
         block.add_module(_NAME, module)
-        block.register_forward_pre_hook(module.add)
+        block.register_forward_pre_hook(module.add, with_kwargs=True)
 
 
 def _blocks(model: PreTrainedModel) -> list[nn.Module]:

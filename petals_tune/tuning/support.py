@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import msgspec
 import torch
@@ -12,6 +13,7 @@ from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
 from petals_tune.adapters import METHODS
@@ -20,6 +22,9 @@ from petals_tune.copies import to_host
 from petals_tune.errors import UnsupportedAdapter
 from petals_tune.tuning.deep_prompt import DeepPromptConfig, with_deep_prompts
 from petals_tune.wire.adapter import AdapterPart, AdapterVersion
+
+# Of an adapter's first tensor: the last version of it and of so many tensors with it.
+_versions: Any = WeakTensorKeyDictionary()
 
 # Methods that change the embeddings, or what enters block 0: the client has these tensors.
 _AT_EMBEDDINGS = frozenset(
@@ -65,6 +70,11 @@ def is_adapted(model: nn.Module) -> bool:
     return any(isinstance(module, inside) for module in model.modules())
 
 
+def deep_prompt_owners(model: nn.Module) -> set[str]:
+    """Return PEFT's names of the adapters that the deep prompts in `model` belong to."""
+    return {module.adapter for module in model.modules() if isinstance(module, BlockPrompt)}
+
+
 def collect_adapter(
     blocks: Sequence[tuple[int, nn.Module]], names: Sequence[str] | None = None
 ) -> tuple[AdapterVersion | None, list[torch.Tensor]]:
@@ -80,7 +90,12 @@ def collect_adapter(
     # Copied before they are digested: another thread may train them in place before they are sent, or sent again.
     copies = iter(to_host(*(_copied(tensor) for part, _ in found for tensor in part.tensors)))
     parts = [msgspec.structs.replace(part, tensors=[next(copies) for _ in part.tensors]) for part, _ in found]
-    return AdapterVersion(version=_digest(parts), parts=tuple(parts)), [own for _, each in found for own in each]
+    own = [each for _, parameters in found for each in parameters]
+    version = _digest(parts)
+    known = _versions.setdefault(own[0], {})
+    before, known[len(own)] = known.get(len(own)), version
+    replaces = None if before == version else before
+    return AdapterVersion(version=version, parts=tuple(parts), replaces=replaces), own
 
 
 def own_parts(blocks: Sequence[tuple[int, nn.Module]], names: Sequence[str] | None = None) -> list[AdapterPart]:

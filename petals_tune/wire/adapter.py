@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -21,6 +22,36 @@ class AdapterPart(msgspec.Struct, frozen=True, kw_only=True):
     dropout: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
     tensors: Annotated[list[torch.Tensor], msgspec.Meta(max_length=2)]
 
+    @property
+    def frame(self) -> tuple[object, ...]:
+        """All of a part but the values of its tensors."""
+        shapes = [tuple(tensor.shape) for tensor in self.tensors]
+        return self.block, self.method, self.module, self.scaling, self.dropout, shapes
+
+
+@torch.no_grad()
+def add_difference(base: Sequence[AdapterPart], difference: Sequence[AdapterPart]) -> list[AdapterPart]:
+    """Return the parts that differ from `base` by `difference`: the same bits on a client and on its servers.
+
+    Raises ValueError where the difference is one of other parts.
+    """
+    if [part.frame for part in base] != [part.frame for part in difference]:
+        raise ValueError("the differences are not those of the tensors of their base")
+    return [
+        msgspec.structs.replace(
+            part, tensors=[a.float() + b for a, b in zip(before.tensors, part.tensors, strict=True)]
+        )
+        for before, part in zip(base, difference, strict=True)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterDifference:
+    """What was added to an earlier version to make another one."""
+
+    base: str  # the earlier version
+    parts: tuple[AdapterPart, ...]  # with tensors that are encoded in 8 bits on the wire, and decoded to themselves
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterVersion:
@@ -28,6 +59,8 @@ class AdapterVersion:
 
     version: str
     parts: tuple[AdapterPart, ...]  # in the order of the blocks
+    replaces: str | None = None  # version of the same tensors before they were trained further, which nobody needs now
+    difference: AdapterDifference | None = None  # from a version that servers may have; none on a fast line
 
     def on(self, span: BlockSpan) -> list[AdapterPart]:
         return [part for part in self.parts if part.block in span]

@@ -109,7 +109,11 @@ class Backward(Message, frozen=True, tag="backward"):
     again: Forward | None = None  # without a lease: the forward to run again
     adapter_sum: int | None = None  # add the adapter's gradients to this sum of the client's, and do not return them
     term: Annotated[int, msgspec.Meta(ge=0)] = 0  # place in that sum, which is computed in this order
+    # The sum is whole with so many terms: the reply to the backward that adds the last of them brings it, and it is
+    # deleted on the server. None: it is brought by CollectSum.
+    terms: Annotated[int, msgspec.Meta(ge=1)] | None = None
     reply_format: WireFormat = "float32"
+    adapter_format: WireFormat = "float32"  # of the adapter's gradients in the reply
 
     def __post_init__(self) -> None:
         if (self.lease is None) == (self.again is None):
@@ -123,12 +127,14 @@ class Gradients(Message, frozen=True, tag="gradients"):
 
     hidden: torch.Tensor | None = None  # (B, S, H) at the input of the first block; None where Forward wanted none
     adapter: Tensors = []  # in the order of the adapter's tensors on these blocks, summed over rows
+    terms: Annotated[int, msgspec.Meta(ge=0)] = 0  # backwards in `adapter`, where it is a sum that is whole now
 
 
 class CollectSum(Message, frozen=True, tag="collect_sum"):
     """Return a sum of adapter gradients, and delete it on the server."""
 
     adapter_sum: int
+    adapter_format: WireFormat = "float32"  # of the reply
 
 
 class CollectedSum(Message, frozen=True, tag="collected_sum"):
@@ -145,11 +151,19 @@ class Release(Message, frozen=True, tag="release"):
 
 
 class PutAdapter(Message, frozen=True, tag="put_adapter"):
-    """Upload adapter `version` for blocks `span`. A version names its content; servers keep a client's latest ones."""
+    """Upload adapter `version` for blocks `span`. A version names its content; servers keep those used last.
+
+    base: an earlier version on these blocks, from which the tensors of `parts` are the differences; None: whole
+    replaces: a version for the same blocks that the client will not name again; None: all others stay
+
+    Requests that name it may follow at once on the same stream: they wait for it.
+    """
 
     version: Name
     span: BlockSpan
     parts: Annotated[list[AdapterPart], msgspec.Meta(max_length=MAX_PARTS)]
+    base: Name | None = None
+    replaces: Name | None = None
 
     def __post_init__(self) -> None:
         if outside := [part.block for part in self.parts if part.block not in self.span]:

@@ -1,11 +1,14 @@
 """Tensors as bytes: in their own dtype, as scaled float16 or in scaled 8 bits. Sizes are checked before allocation.
 
-Both scaled formats have one scale for each vector along the last dimension, so that a row does not depend on the others
-in its message. In float16 it is a power of two, which is exact: a cast alone would make infinity of what is above
-65,504, and zero of small gradients. Vectors of float16 numbers arrive as they are, their smallest ones included.
+Both scaled formats scale inside one vector along the last dimension, so that a row does not depend on the others in its
+message. In float16 a vector has one scale, a power of two, which is exact: a cast alone would make infinity of
+what is above 65,504, and zero of small gradients. Vectors of float16 numbers arrive as they are, their smallest ones
+included.
 
-The 8-bit format is that of bitsandbytes, with its dynamic map as the codebook, which is not sent, and a vector as the
-block. hivemind's BLOCKWISE_8BIT has blocks of 4096 values, which cross rows.
+In 8 bits every 32 values of a vector have a scale, their largest magnitude over 127, as bfloat16, and the values are
+rounded to its multiples. Hidden states have a few channels that are a hundred times larger than the others (Dettmers et
+al. 2022, arXiv:2208.07339): with one scale a vector they would round the others away. What it does to a training's loss
+is measured by tests/benchmarks/wire_formats.py.
 """
 
 from __future__ import annotations
@@ -32,10 +35,12 @@ _MAX_NUMEL = 2**48  # an empty tensor has strides too, and torch fails where the
 _SCALED_EXPONENT = 16  # scaled vectors stay below 2**16, and
 _ROUNDS_UP = 1 - 2**-12  # times 2**16 is 65,520, from where float16 rounds to infinity
 _MAX_SHIFT = 126  # of a scale's exponent: the scale and its inverse are normal float32 numbers
+_BLOCK = 32  # values that share a scale in 8 bits
+_LARGEST_CODE = 127
 
 
 class Blockwise8(torch.Tensor):
-    """A float tensor that `to_bytes` encodes in 8 bits, with one scale per vector along the last dimension."""
+    """A float tensor that `to_bytes` encodes in 8 bits, with a scale for every 32 values along the last dimension."""
 
 
 class Scaled16(torch.Tensor):
@@ -66,7 +71,7 @@ def in_dtype(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
 def encoded_bytes(tensor: torch.Tensor) -> int:
     """How many bytes the values of `tensor` take on the wire."""
     if isinstance(tensor, Blockwise8):
-        return tensor.numel() + 4 * _vectors(tensor.shape)
+        return tensor.numel() + 2 * _blocks(tensor.shape)
     if isinstance(tensor, Scaled16):
         return 2 * tensor.numel() + _vectors(tensor.shape)
     return tensor.nbytes
@@ -75,7 +80,7 @@ def encoded_bytes(tensor: torch.Tensor) -> int:
 def format_bytes(shape: Sequence[int], wire_format: str) -> int:
     """How many bytes the values of a tensor of `shape` take on the wire in that format."""
     if wire_format == "blockwise8":
-        return math.prod(shape) + 4 * _vectors(shape)
+        return math.prod(shape) + 2 * _blocks(shape)
     if wire_format == "float16":
         return 2 * math.prod(shape) + _vectors(shape)
     return math.prod(shape) * int(getattr(torch, wire_format).itemsize)
@@ -164,30 +169,49 @@ def _copied(raw: memoryview, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _to_blockwise8(tensor: torch.Tensor) -> bytes:
-    """Encode as scales (float32, one a vector), then one byte per value."""
-    from bitsandbytes import functional as bnb  # takes a second to import, and few swarms use this format
-
-    vectors = tensor.view(_vectors(tensor.shape), -1)
-    values, state = bnb.quantize_blockwise(vectors, blocksize=vectors.shape[1], nested=False)
-    # A NaN becomes a finite code, and the receiver could not refuse it.
-    state.absmax.masked_fill_(~vectors.isfinite().all(dim=1), torch.nan)
-    return b"".join((_memory_of(state.absmax), _memory_of(values)))
+    """Encode as scales (bfloat16, one a block), then one byte per value."""
+    blocks = _in_blocks(tensor)
+    largest = torch.maximum(blocks.amax(2, keepdim=True), -blocks.amin(2, keepdim=True))
+    scales = (largest / _LARGEST_CODE).to(torch.bfloat16).float()
+    # The largest value becomes 127 scales: so what was decoded is encoded again to the same codes.
+    codes = (blocks / scales.where(scales > 0, 1.0)).round_().clamp_(-_LARGEST_CODE, _LARGEST_CODE)
+    finite = blocks.isfinite().all(2, keepdim=True)
+    if not finite.all():  # an integer is always finite, and the receiver has to refuse these
+        scales, codes = scales.where(finite, torch.nan), codes.where(finite, 0.0)
+    values = codes.to(torch.int8).flatten(1)[:, : _width(tensor.shape)].contiguous()
+    return b"".join((_memory_of(scales.to(torch.bfloat16)), _memory_of(values)))
 
 
 def _from_blockwise8(raw: memoryview, shape: tuple[int, ...], numel: int) -> torch.Tensor:
-    scale_bytes = 4 * _vectors(shape)
+    scale_bytes = 2 * _blocks(shape)
     if len(raw) != scale_bytes + numel:
         raise ProtocolError(
             f"an 8-bit tensor of shape {shape} has {scale_bytes + numel} bytes, not {len(raw)}", what="tensor"
         )
     if numel == 0:
         return torch.empty(shape)
-    from bitsandbytes import functional as bnb
+    vectors, width = _vectors(shape), _width(shape)
+    scales = _copied(raw[:scale_bytes], torch.bfloat16).view(vectors, -1, 1)
+    values = _in_blocks(_copied(raw[scale_bytes:], torch.int8).view(vectors, width).float())
+    return values.mul_(scales).flatten(1)[:, :width].reshape(shape)
 
-    scales = _copied(raw[:scale_bytes], torch.float32)
-    values = _copied(raw[scale_bytes:], torch.uint8).view(shape)
-    code = bnb.create_dynamic_map()
-    return bnb.dequantize_blockwise(values, absmax=scales, code=code, blocksize=numel // len(scales))
+
+def _in_blocks(tensor: torch.Tensor) -> torch.Tensor:
+    """View the vectors of `tensor` as (vectors, blocks, 32); zeros make the last block of each a whole one."""
+    vectors = tensor.view(_vectors(tensor.shape), -1)
+    if missing := -vectors.shape[1] % _BLOCK:
+        vectors = torch.nn.functional.pad(vectors, (0, missing))
+    return vectors.view(len(vectors), -1, _BLOCK)
+
+
+def _blocks(shape: Sequence[int]) -> int:
+    """Count the blocks of 32 values in all vectors; a vector's last one may be shorter."""
+    return _vectors(shape) * -(-_width(shape) // _BLOCK)
+
+
+def _width(shape: Sequence[int]) -> int:
+    """Return the length of the vectors along the last dimension."""
+    return shape[-1] if shape else 1
 
 
 def _vectors(shape: Sequence[int]) -> int:

@@ -15,7 +15,8 @@ import torch
 from petals_tune.blocks.adapters import Adapter
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.footprint import Pass
-from petals_tune.errors import RequestRefused
+from petals_tune.errors import RequestRefused, SessionLost
+from petals_tune.wire.adapter import AdapterPart, add_difference
 from petals_tune.wire.codec import INLINE_BYTES
 from petals_tune.wire.messages import (
     Backward,
@@ -34,6 +35,7 @@ from petals_tune.wire.messages import (
 )
 from petals_tune.wire.tensors import in_format
 from servers.requests.admission import Admission
+from servers.requests.arriving import ArrivingAdapters
 from servers.scheduling.compute_thread import ComputeThread
 from servers.scheduling.fair_queue import Priority
 from servers.scheduling.step_batcher import StepBatcher
@@ -52,10 +54,12 @@ class Executor:
     def __init__(self, engine: Engine, compute: ComputeThread, stores: Stores, admission: Admission, turns: Turns):
         self._engine, self._compute, self._stores, self._turns = engine, compute, stores, turns
         self._admission, self._limits = admission, admission.limits
+        self._arriving = ArrivingAdapters()
         self._steps = StepBatcher(engine, compute, max_compute_bytes=self._limits.max_compute_bytes)
 
     async def run(self, client: str, request: Message) -> Message:
         """Return the reply to `request`. Raises PetalsTuneError; RuntimeError is torch's, on input that we let pass."""
+        await self._arriving.wait(client, request)
         match request:
             case Forward():
                 return await self._forward(client, request)
@@ -66,7 +70,7 @@ class Executor:
             case CollectSum():
                 return await self._collect_sum(client, request)
             case OpenSession():
-                return self._open_session(client, request)
+                return await self._open_session(client, request)
             case PutAdapter():
                 return await self._put_adapter(client, request)
         raise RequestRefused(f"{type(request).__name__} is not a request", reason="kind")
@@ -144,14 +148,18 @@ class Executor:
             backward = partial(self._engine.backward, request, graph, adapter, per_block=per_block)
             del graph  # its memory is free as soon as the backward is done
             hidden, gradients = await self._compute.run(Priority.BACKWARD, backward, client=client)
+            terms = 0
             if request.adapter_sum is None:
                 gradients = [gradient.float() for gradient in gradients]
             elif client in self._admission:
                 self._stores.sums.add(client, request.adapter_sum, request.term, gradients)
                 gradients = []
+                if self._stores.sums.count(client, request.adapter_sum) == request.terms:
+                    gradients, terms = await self._sum(client, request.adapter_sum)
         return Gradients(
             hidden=None if hidden is None else await self._in_format(client, hidden, request.reply_format),
-            adapter=gradients,
+            adapter=await self._all_in_format(client, gradients, request.adapter_format),
+            terms=terms,
         )
 
     def _ways(self, client: str, request: Forward, *, with_graph: bool) -> list[Pass]:
@@ -191,6 +199,7 @@ class Executor:
             return self._engine.footprint.step_bytes(one, rows, new, before + new)
 
         self._check_memory(needed_bytes, rows, positions)
+        self._stores.sessions.make_room(client, request.session, request)
         return Stepped(
             hidden=await self._in_format(client, await self._steps.run(session, request), request.reply_format)
         )
@@ -201,24 +210,60 @@ class Executor:
             return in_format(tensor, wire_format)
         return await self._turns.run(client, partial(in_format, tensor, wire_format))
 
-    async def _collect_sum(self, client: str, request: CollectSum) -> CollectedSum:
-        with self._stores.sums.taken(client, request.adapter_sum) as terms:
-            total = await self._compute.run(Priority.BACKWARD, partial(sum_terms, terms), client=client)
-        return CollectedSum(adapter=total, terms=len(terms))
+    async def _all_in_format(self, client: str, tensors: list[torch.Tensor], wire_format: str) -> list[torch.Tensor]:
+        if wire_format == "float32":
+            return tensors
+        return [await self._in_format(client, tensor, wire_format) for tensor in tensors]
 
-    def _open_session(self, client: str, request: OpenSession) -> SessionOpened:
+    async def _collect_sum(self, client: str, request: CollectSum) -> CollectedSum:
+        total, terms = await self._sum(client, request.adapter_sum)
+        return CollectedSum(adapter=await self._all_in_format(client, total, request.adapter_format), terms=terms)
+
+    async def _sum(self, client: str, number: int) -> tuple[list[torch.Tensor], int]:
+        """Take a sum of adapter gradients out of the store: the sum, and of how many terms."""
+        with self._stores.sums.taken(client, number) as terms:
+            total = await self._compute.run(Priority.BACKWARD, partial(sum_terms, terms), client=client)
+        return total, len(terms)
+
+    async def _open_session(self, client: str, request: OpenSession) -> SessionOpened:
         self._engine.check_span(request.span)
-        adapter = self._adapter(client, request)
-        return SessionOpened(session=self._stores.sessions.open(client, request, adapter, time.monotonic()))
+        sessions, now_s = self._stores.sessions, time.monotonic()
+        if request.fork is None:
+            return SessionOpened(session=sessions.open(client, request, self._adapter(client, request), now_s))
+        parent = sessions.get(client, request.fork.session, now_s)
+        if (request.span, request.adapter) != (parent.span, parent.adapter_version):
+            raise RequestRefused("a fork has the blocks and the adapter of the session it comes from", reason="fork")
+        sessions.check(request, parent.adapter)
+        fork = partial(
+            parent.fork,
+            request.fork.position,
+            request.fork.order,
+            rows=request.rows,
+            max_length=request.max_length,
+        )
+        forked = await self._compute.run(Priority.STEP, fork, client=client)  # between two steps of the parent
+        if client not in self._admission:
+            raise SessionLost(f"client {client} left while its session was forked")
+        sessions.recount(client, request.fork.session)
+        return SessionOpened(session=sessions.put(client, forked, time.monotonic()))
 
     async def _put_adapter(self, client: str, request: PutAdapter) -> Done:
         self._engine.check_span(request.span)
         self._engine.hooks.check_places(request.parts)
         adapters, size_bytes = self._stores.adapters, Adapter(tuple(request.parts)).bytes
-        with adapters.room(client, request.version, request.span, size_bytes):
-            prepare = partial(self._engine.prepare_adapter, request.parts)
-            parts = await self._compute.run(Priority.FORWARD, prepare, client=client)
-            adapters.put(client, request.version, request.span, parts)
+
+        def prepare() -> list[AdapterPart]:
+            parts = self._engine.prepare_adapter(request.parts)
+            try:
+                return parts if base is None else add_difference(base.parts, parts)
+            except ValueError as error:
+                raise RequestRefused(str(error), reason="adapter") from None
+
+        with self._arriving.arrival(client, request):
+            base = None if request.base is None else adapters.get(client, request.base, request.span)
+            with adapters.room(client, request.version, request.span, size_bytes):
+                parts = await self._compute.run(Priority.FORWARD, prepare, client=client)
+                adapters.put(client, request.version, request.span, parts, replaces=request.replaces)
         return Done()
 
     def _adapter(self, client: str, request: Forward | OpenSession) -> Adapter | None:

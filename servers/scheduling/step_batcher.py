@@ -1,7 +1,8 @@
 """Continuous batching: generation steps of several sessions that wait for the blocks share one pass through them.
 
 A batch of steps costs little more than one step, since either reads all weights once. So where several sessions are
-active, a step waits a little for others (`StepBatcher._wait_for_batch`).
+active, a step waits a little for others (`StepBatcher._wait_for_batch`). A long step is computed in pieces then, and
+steps of others run between them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.footprint import Pass
 from petals_tune.blocks.generation.session import Session
+from petals_tune.blocks.generation.states import split_step
 from petals_tune.wire.messages import Step
 from servers.scheduling.compute_thread import ComputeThread, Outcome
 from servers.scheduling.fair_queue import FairScheduler, Priority
@@ -29,8 +31,10 @@ from servers.scheduling.fair_queue import FairScheduler, Priority
 K = TypeVar("K")
 
 MAX_BATCH_ROWS = 64
-MAX_PADDING = 2.0  # a batch's caches are filled up to its longest row: to so many times of what they hold, and no more
+# Where blocks do not attend to each session apart, a batch's caches are filled up to its longest row:
+MAX_PADDING = 2.0  # to so many times of what they hold, and no more
 FEW_POSITIONS = 64  # rows that are not longer share a batch whatever their lengths
+PIECE = 128  # positions of a long step that are computed at once while other sessions are active
 ENOUGH_SESSIONS = 0.5  # of the active ones start a batch: the others are at another server of their chain meanwhile
 MAX_WAIT_STEPS = 0.5  # how long a batch waits for more steps, in durations of a step
 ACTIVE_STEPS = 32  # a session whose last step is longer ago, in durations of a step, is not active
@@ -44,6 +48,7 @@ class _Waiting:
     step: Step
     outcome: Outcome[torch.Tensor]
     position: int | None  # which all steps of its batch must have; None: any
+    apart: bool  # its blocks attend to each session apart: caches are not filled up
     goes_back: bool  # the session was behind the step's position when it came
     has_states: bool  # some of its blocks keep a state
 
@@ -58,11 +63,6 @@ class _Waiting:
         begins = self.step.position == 0 and (self.session.adapter_version is not None or self.has_states)
         return alone, self.session.span, begins, self.position
 
-    @property
-    def kind(self) -> tuple[object, ...]:
-        """What decides, beside rows, positions and adapters, how long a step takes."""
-        return (self.session.span,)
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Measured:
@@ -70,19 +70,18 @@ class _Measured:
 
     elapsed_s: float
     rows: int
-    cached: int  # positions in the caches, those of shorter rows filled up
+    cached: int  # positions in the caches
     adapter_parts: int  # of all sessions
     adapter_bytes: int
 
     @classmethod
     def of(cls, batch: Sequence[_Waiting], elapsed_s: float = 0.0) -> _Measured:
-        rows = sum(waiting.session.rows for waiting in batch)
-        longest = max(waiting.step.position + 1 for waiting in batch)
+        rows = sum(len(waiting.step.hidden) for waiting in batch)
         adapters = [waiting.session.adapter for waiting in batch if waiting.session.adapter is not None]
         return cls(
             elapsed_s=elapsed_s,
             rows=rows,
-            cached=rows * longest,
+            cached=_cached(batch),
             adapter_parts=sum(len(adapter.parts) for adapter in adapters),
             adapter_bytes=sum(adapter.bytes for adapter in adapters),
         )
@@ -98,6 +97,11 @@ class _Measured:
         if any(its and not mine for mine, its in sizes):
             return math.inf
         return self.elapsed_s * max(1.0, *(its / mine for mine, its in sizes if mine))
+
+
+def _kind(batch: Sequence[_Waiting]) -> tuple[object, ...]:
+    """What decides, beside the sizes in `_Measured`, how long a batch takes."""
+    return batch[0].session.span, any(each.session.adapter is not None for each in batch)
 
 
 class StepBatcher:
@@ -120,14 +124,37 @@ class StepBatcher:
 
     async def run(self, session: Session, step: Step) -> torch.Tensor:
         """Compute the output (B, S, H) of the blocks of `session` for `step`. Raises RequestRefused, SessionLost."""
-        # Rows of a batch are filled from the left, and transformers counts a window from the end of the longest.
-        position = step.position if self._engine.loaded.family.windowed else None
+        outputs, left = [], step
+        while self._comes_in_pieces(session, left):
+            piece, left = split_step(left, PIECE)
+            outputs.append(await self._wait_for(session, piece))
+        outputs.append(await self._wait_for(session, left))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _comes_in_pieces(self, session: Session, step: Step) -> bool:
+        """Whether others' steps shall run before all of `step` is computed.
+
+        Parts of an adapter that act in the first step want it whole, and one that failed behind its reordering could
+        not be sent again.
+        """
+        first = step.position == 0 and session.adapter is not None
+        if step.hidden.shape[1] < 2 * PIECE or first or step.order is not None:
+            return False
+        self._forget_inactive(time.monotonic() - ACTIVE_STEPS * min(self._single_s, INLINE_S))
+        return any(other != id(session) for other in self._last)
+
+    async def _wait_for(self, session: Session, step: Step) -> torch.Tensor:
+        """Put a step into the queue and wait for its output."""
+        apart = self._engine.attention.apart
+        # Rows that are filled up are so from the left, and transformers counts a window from the end of the longest.
+        position = step.position if self._engine.loaded.family.windowed and not apart else None
         goes_back = step.position < session.position
         waiting = _Waiting(
             session=session,
             step=step,
             outcome=Outcome(),
             position=position,
+            apart=apart,
             goes_back=goes_back,
             has_states=self._engine.state_blocks.keep_some(session.span),
         )
@@ -202,7 +229,7 @@ class StepBatcher:
         """
         if not batch:
             return True
-        measured = self._measured.get(batch[0].kind)
+        measured = self._measured.get(_kind(batch))
         plain = all(each.step.hidden.shape[1] == 1 and each.step.order is None and not each.goes_back for each in batch)
         return plain and measured is not None and measured.longest_s(_Measured.of(batch)) < INLINE_S
 
@@ -221,7 +248,7 @@ class StepBatcher:
         computed = batch and all(isinstance(output, torch.Tensor) for output in outputs)  # refusals are always short
         if computed and batch[0].step.hidden.shape[1] == 1:
             self._single_s = elapsed_s
-            self._measured.pop(kind := batch[0].kind, None)
+            self._measured.pop(kind := _kind(batch), None)
             self._measured[kind] = _Measured.of(batch, elapsed_s)
             if len(self._measured) > MAX_MEASURED:
                 del self._measured[next(iter(self._measured))]
@@ -240,10 +267,10 @@ class StepBatcher:
         rows = held = longest = 0
         sessions: set[int] = set()
         for each in [first, *(each for each in alike if each is not first)]:
-            now_rows, length = rows + each.session.rows, each.step.position + 1
-            now_held, now_longest = held + each.session.rows * length, max(longest, length)
+            now_rows, length = rows + len(each.step.hidden), each.step.position + 1
+            now_held, now_longest = held + len(each.step.hidden) * length, max(longest, length)
             fits = now_rows <= MAX_BATCH_ROWS and id(each.session) not in sessions
-            fits &= now_longest <= FEW_POSITIONS or now_rows * now_longest <= MAX_PADDING * now_held
+            fits &= first.apart or now_longest <= FEW_POSITIONS or now_rows * now_longest <= MAX_PADDING * now_held
             if not batch or (fits and self._has_memory([*batch, each])):
                 batch.append(each)
                 rows, held, longest = now_rows, now_held, now_longest
@@ -262,13 +289,21 @@ class StepBatcher:
         return True
 
     def _has_memory(self, batch: Sequence[_Waiting]) -> bool:
-        """Whether a batch of one position a row has memory enough: each row takes what the longest one takes."""
+        """Whether a batch of one position a row has memory enough."""
         if self._max_compute_bytes is None:
             return True
-        span, rows = batch[0].session.span, sum(each.session.rows for each in batch)
+        span, rows = batch[0].session.span, sum(len(each.step.hidden) for each in batch)
         adapters = [each.session.adapter for each in batch if each.session.adapter is not None]
-        one, longest = Pass(span=span, mates=adapters), max(each.step.position for each in batch) + 1
-        return self._engine.footprint.step_bytes(one, rows, 1, longest) <= self._max_compute_bytes
+        one, positions = Pass(span=span, mates=adapters), -(-_cached(batch) // rows)
+        return self._engine.footprint.step_bytes(one, rows, 1, positions) <= self._max_compute_bytes
+
+
+def _cached(batch: Sequence[_Waiting]) -> int:
+    """Positions in the caches of all rows of a batch; those of shorter rows filled up where they are joined."""
+    sizes = [(len(each.step.hidden), each.step.position + 1) for each in batch]
+    if batch[0].apart:
+        return sum(rows * length for rows, length in sizes)
+    return sum(rows for rows, _ in sizes) * max(length for _, length in sizes)
 
 
 def _discard(queues: dict[K, dict[_Waiting, None]], name: K, waiting: _Waiting) -> None:

@@ -12,7 +12,7 @@ from petals_tune.blocks.adapters import Adapter
 from petals_tune.errors import AdapterMissing, RequestRefused, ServerBusy
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.span import BlockSpan
-from servers.stores.budgeted_store import BudgetedStore
+from servers.stores.budgeted_store import MAX_VALUES, BudgetedStore
 
 
 class _Upload(NamedTuple):
@@ -21,11 +21,7 @@ class _Upload(NamedTuple):
 
 
 class AdapterCache(BudgetedStore[_Upload, Adapter]):
-    """The last versions of each client's adapters."""
-
-    def __init__(self, *, max_bytes: int, versions_per_client: int = 4):
-        super().__init__(max_bytes=max_bytes)
-        self._versions = versions_per_client
+    """Each client's adapters: those that it used last, in its share of the budget."""
 
     @contextmanager
     def room(self, client: str, version: str, span: BlockSpan, size_bytes: int) -> Iterator[None]:
@@ -42,22 +38,28 @@ class AdapterCache(BudgetedStore[_Upload, Adapter]):
                 limit="max_adapter_gb",
             )
         self.remove(client, upload)
-        while (own := self.keys_of(client)) and self.available_bytes(client) < size_bytes:
-            self.remove(client, own[0])
+        own = self.keys_of(client)
+        while own and (self.available_bytes(client) < size_bytes or len(own) >= MAX_VALUES):
+            self.remove(client, own.pop(0))
         with self.room_for(client, upload, size_bytes) as fits:
             if not fits:
                 text = f"no room for an adapter of {size_bytes / 2**20:.0f} MB now"
                 raise ServerBusy(text, limit="max_adapter_gb")
             yield
 
-    def put(self, client: str, version: str, span: BlockSpan, parts: Sequence[AdapterPart]) -> None:
-        """Keep an adapter in the room that was reserved for it; nothing where its client has left."""
+    def put(
+        self, client: str, version: str, span: BlockSpan, parts: Sequence[AdapterPart], *, replaces: str | None = None
+    ) -> None:
+        """Keep an adapter in the room that was reserved for it; nothing where its client has left.
+
+        The version that it `replaces` is dropped: one that is trained would leave a version behind with every step.
+        """
         adapter = Adapter(tuple(parts))
         for tensor in adapter.tensors:
             tensor.requires_grad_(True)
         self.fill(client, _Upload(version, span), adapter, adapter.bytes)
-        for oldest in self.keys_of(client)[: -self._versions]:
-            self.remove(client, oldest)
+        if replaces is not None and replaces != version:
+            self.remove(client, _Upload(replaces, span))
 
     def get(self, client: str, version: str, span: BlockSpan) -> Adapter:
         """Return the part of an adapter on `span`. Raises AdapterMissing where the client has to upload it (again)."""
@@ -81,7 +83,7 @@ class GradientSums(BudgetedStore[_Term, list[torch.Tensor]]):
     Terms are summed in the order of their places, so that a sum does not depend on which was computed first.
     """
 
-    def __init__(self, *, max_bytes: int, sums_per_client: int = 8):
+    def __init__(self, *, max_bytes: int, sums_per_client: int = 64):
         super().__init__(max_bytes=max_bytes)
         self._max_sums = sums_per_client
 
@@ -114,6 +116,10 @@ class GradientSums(BudgetedStore[_Term, list[torch.Tensor]]):
         for term in earlier:
             if term.sum_id in sums[: -self._max_sums]:
                 self.remove(client, term)
+
+    def count(self, client: str, sum_id: int) -> int:
+        """Return how many terms of a sum were added."""
+        return sum(term.sum_id == sum_id and self.lookup(client, term) is not None for term in self.keys_of(client))
 
     @contextmanager
     def taken(self, client: str, sum_id: int) -> Iterator[list[list[torch.Tensor]]]:

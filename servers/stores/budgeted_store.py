@@ -55,7 +55,7 @@ class BudgetedStore(Generic[K, V]):
         """
         assert key not in self._held.get(client, ())
         evicted = self._choose_evictions(client, size_bytes)
-        if evicted is None:
+        if evicted is None or len(self._held.get(client, ())) >= MAX_VALUES:
             return False
         for other, other_key in evicted:
             self.remove(other, other_key)
@@ -92,6 +92,27 @@ class BudgetedStore(Generic[K, V]):
         self._client_bytes[client] += more
         self.used_bytes += more
         return True
+
+    def resize(self, client: str, key: K, size_bytes: int) -> bool:
+        """Count `size_bytes` for the value under `key`, which grows or shrinks, evicting as `insert` does.
+
+        Returns False, and changes nothing, where it does not fit.
+        """
+        entry = self._held[client][key]
+        more = size_bytes - entry.size_bytes
+        evicted = self._choose_evictions(client, more) if more > 0 else []
+        if evicted is None:
+            return False
+        for other, other_key in evicted:
+            self.remove(other, other_key)
+        entry.size_bytes = size_bytes
+        self._client_bytes[client] += more
+        self.used_bytes += more
+        return True
+
+    def size_of(self, client: str, key: K) -> int:
+        """How many bytes are counted for the value under `key`."""
+        return self._held[client][key].size_bytes
 
     def lend(self, client: str, key: K, *, now_s: float = 0.0) -> V | None:
         """Return the value under `key`, once: its bytes stay counted until it is removed. None where there is none."""
@@ -144,8 +165,6 @@ class BudgetedStore(Generic[K, V]):
 
     def _choose_evictions(self, client: str, size_bytes: int) -> list[tuple[str, K]] | None:
         """Return what others give up before `client` may hold `size_bytes` more; None where it does not fit."""
-        if len(self._held.get(client, ())) >= MAX_VALUES:
-            return None
         missing = size_bytes - self.free_bytes
         if missing > 0 and self._client_bytes[client] + size_bytes > self._share_bytes(client):
             return None

@@ -62,7 +62,7 @@ def collected(net: Any) -> Iterator[tuple[AdapterPart, list[torch.Tensor]]]:
     for number, block in enumerate(family_of(plain).blocks_of(plain)):
         for path, layer in block.named_modules():
             if ExpertLoRA().owns(layer):
-                yield from ExpertLoRA().collect(layer, block=number, path=path)
+                yield from ExpertLoRA().collect(layer, block=number, path=path, names=None)
 
 
 @pytest.mark.parametrize("family", LAYOUTS)

@@ -29,15 +29,15 @@ def test_they_are_added_to_the_first_positions_on_servers_and_clients_alike(leng
     expected = hidden.clone()
     expected[:, :3] += prompt.tensors[0]
     torch.testing.assert_close(Prompt().change_input(prompt, hidden, training=True), expected, rtol=0, atol=0)
-    local, kept = BlockPrompt(prompt.tensors[0]).add(BLOCK, (hidden, "more"))
+    (local, kept), _ = BlockPrompt(prompt.tensors[0], "default", is_first=True).add(BLOCK, (hidden, "more"), {})
     torch.testing.assert_close(local, expected, rtol=0, atol=0)
     assert kept == "more"
     assert Prompt().least_positions(prompt) == 3
 
 
 def test_a_client_sends_its_own_parameter():
-    layer = BlockPrompt(torch.randn(3, WIDTH))
-    ((sent, parameters),) = Prompt().collect(layer, block=2, path="deep_prompt")
+    layer = BlockPrompt(torch.randn(3, WIDTH), "default", is_first=True)
+    ((sent, parameters),) = Prompt().collect(layer, block=2, path="deep_prompt", names=None)
     assert (sent.block, sent.module) == (2, "")
     assert parameters[0] is layer.prompt
     assert torch.equal(sent.tensors[0], layer.prompt)

@@ -2,9 +2,11 @@
 
     python tests/benchmarks/training.py [--model default] [--quantization int8] [--memory] [--skeleton bloom-176b]
 
-In-process means plain transformers + PEFT, at the best of 1 and 2 threads. The swarm is two server processes of one
-thread each, with real p2p daemons. All sides run the same objective on the same batch and take turns, so that a busy
-machine disturbs them alike. The last line is JSON.
+In-process means plain transformers + PEFT, at the best of 1 and 2 threads, as it is (`ratio`) and with the matrix
+library and the activations of the servers' blocks (`ratio_same`). The swarm is two server processes of one thread
+each, with real p2p daemons. All sides run the same objective on the same batch and take turns, so that a busy machine
+disturbs them alike. A ratio is that of the medians. The last line is JSON. The embedded model takes less than 5
+minutes with `--threads 2 --steps 4 --no-no-lease`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,23 +24,27 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import peft
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers import BloomConfig, PretrainedConfig, Qwen3MoeConfig
 from transformers.utils import logging
 
+from petals_tune.blocks.kernels import matrix_library
 from petals_tune.model.checkpoint import Checkpoint
-from petals_tune.model.convert import embedded_model
 from petals_tune.model.families import family_of, placeholder_model
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM
 from petals_tune.remote.skeleton import Skeleton, fill_with_placeholders
 from petals_tune.swarm.local import local_swarm
 from petals_tune.train.objective import CausalLM
+from petals_tune.train.scoring import score
 from petals_tune.tuning.support import collect_adapter, tune
+from tests.benchmarks.in_process import THREADS, in_process, model_source
 
 ROWS, PROMPT_TOKENS, TEXT_TOKENS = 8, 16, 128
+WHOLE = "swarm, all forward before the first goes back"
 _MB = 2**20
 SKELETONS: dict[str, tuple[PretrainedConfig, peft.LoraConfig]] = {
     "bloom-176b": (
@@ -76,16 +81,17 @@ class Side:
     seconds: list[float]
     losses: list[float]
 
-    def __init__(self, name: str, model: nn.Module, config: peft.PeftConfig, *, threads: int):
+    def __init__(self, name: str, model: nn.Module, config: peft.PeftConfig, *, threads: int, whole: bool = False):
         torch.manual_seed(0)
         self.name, self.threads, self.seconds, self.losses = name, threads, [], []
+        self._whole = whole
         self.net = tune(model, config).train()
         self._optimizer = torch.optim.AdamW([p for p in self.net.parameters() if p.requires_grad], lr=1e-3)
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
         torch.set_num_threads(self.threads)
         started_s = time.perf_counter()
-        scores = CausalLM()(self.net, batch)
+        scores = CausalLM()(self.net, batch) if self._whole else score(CausalLM(), self.net, batch)
         scores.loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -124,25 +130,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--micro-batch-rows", type=int, help="by default as many as the client chooses")
     parser.add_argument("--client-threads", type=int, default=2, help="for embeddings, head and loss")
+    parser.add_argument("--threads", type=int, nargs="+", default=THREADS, help="of the in-process sides")
     parser.add_argument("--methods", default="prompt,lora")
     parser.add_argument("--no-lease", action=argparse.BooleanOptionalAction, default=True, help="also without leases")
+    parser.add_argument("--whole", action="store_true", help="also a step whose micro-batches wait for each other")
     parser.add_argument("--memory", action="store_true", help="only: peak memory of LoRA's step, client and in-process")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)  # in a process of its own: "in-process", or a swarm's peer
     parser.add_argument("--skeleton", choices=sorted(SKELETONS), help="only: build the client's part of a large model")
     return parser.parse_args()
-
-
-def model_source(name: str, stack: ExitStack) -> str:
-    """A folder in Hugging Face format."""
-    if name == "default":
-        return str(embedded_model())
-    if name != "bloom":
-        return name
-    folder = stack.enter_context(tempfile.TemporaryDirectory())
-    torch.manual_seed(0)
-    config = BloomConfig(n_layer=12, hidden_size=512, n_head=8, vocab_size=1024)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
 
 
 def method_config(method: str) -> peft.PeftConfig:
@@ -170,6 +165,8 @@ def compared(source: str, options: argparse.Namespace, stack: ExitStack) -> dict
     swarms = {"swarm": swarm()}
     if options.no_lease:
         swarms["swarm, no leases"] = swarm("limits.max_lease_gb=0")
+    if options.whole:
+        swarms[WHOLE] = swarms["swarm"]
     vocabulary = Checkpoint(source).config.vocab_size
     torch.manual_seed(1)
     ids = torch.randint(vocabulary, (ROWS, TEXT_TOKENS))
@@ -178,13 +175,20 @@ def compared(source: str, options: argparse.Namespace, stack: ExitStack) -> dict
         "model": options.model,
         "quantization": options.quantization,
         "micro_batch_rows": options.micro_batch_rows,
+        "matrix_library": matrix_library(),
         "load_average": os.getloadavg()[0],
     }
     for method in options.methods.split(","):
         config = method_config(method)
-        sides = [Side(name, remote(peers), config, threads=options.client_threads) for name, peers in swarms.items()]
-        for threads in (1, 2):
-            sides.append(Side(f"in-process, {threads} threads", in_process(source, options), config, threads=threads))
+        sides = [
+            Side(name, remote(peers), config, threads=options.client_threads, whole=name == WHOLE)
+            for name, peers in swarms.items()
+        ]
+        for same in (False, True):
+            name = f"in-process{', same kernels' * same}"
+            for threads in options.threads:
+                model = in_process(source, options.quantization, same_kernels=same)
+                sides.append(Side(f"{name}, {threads} threads", model, config, threads=threads))
         stats = sides[0].net.get_base_model().remote_blocks.stats
         before, waited_s = (stats.sent_bytes, stats.received_bytes), stats.wait_s
         for _ in range(options.warm_up + options.steps):
@@ -192,15 +196,23 @@ def compared(source: str, options: argparse.Namespace, stack: ExitStack) -> dict
                 side.step(batch)
         steps = options.warm_up + options.steps
         seconds = {side.name: side.median_s(options.warm_up) for side in sides}
-        local_s = min(seconds[side.name] for side in sides if side.name.startswith("in-process"))
+        local_s, same_s = (
+            min(seconds[f"{name}, {threads} threads"] for threads in options.threads)
+            for name in ("in-process", "in-process, same kernels")
+        )
         print(f"\n{method}: {ROWS} rows of {TEXT_TOKENS} text tokens, {options.quantization} blocks")
-        print("| side | s a step (median) | in-process / it | first loss | last loss |")
-        print("|---|---|---|---|---|")
+        print("| side | s a step (median) | in-process, same kernels / it | in-process / it | first loss | last loss |")
+        print("|---|---|---|---|---|---|")
         for side in sides:
             s = seconds[side.name]
-            print(f"| {side.name} | {s:.3f} | {local_s / s:.2f} | {side.losses[0]:.5f} | {side.losses[-1]:.5f} |")
+            ratios = f"{same_s / s:.2f} | {local_s / s:.2f}"
+            print(f"| {side.name} | {s:.3f} | {ratios} | {side.losses[0]:.5f} | {side.losses[-1]:.5f} |")
         figures[f"{method}_in_process_s"] = local_s
+        figures[f"{method}_in_process_same_s"] = same_s
         figures[f"{method}_swarm_s"] = seconds["swarm"]
+        if options.whole:
+            figures[f"{method}_whole_s"] = seconds[WHOLE]
+        figures[f"{method}_ratio_same"] = same_s / seconds["swarm"]
         figures[f"{method}_ratio"] = local_s / seconds["swarm"]
         if options.no_lease:
             figures["no_lease_ratio" if method == "prompt" else f"{method}_no_lease_ratio"] = (
@@ -228,15 +240,6 @@ def expected_bytes(net: Any, method: str, servers: int) -> int:
     return (4 * servers - 1) * hidden_bytes + 2 * adapter_bytes
 
 
-def in_process(source: str, options: argparse.Namespace) -> Any:
-    quantized = {}
-    if options.quantization == "int8":
-        quantized["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
-    if options.quantization == "nf4":
-        quantized["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **quantized).requires_grad_(False)
-
-
 def peaks(source: str, options: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
     """Peak resident memory of a process that trains LoRA on the whole model, and of a client that does."""
     blocks = Checkpoint(source).config.num_hidden_layers
@@ -259,7 +262,7 @@ def peak(source: str, options: argparse.Namespace, stack: ExitStack) -> dict[str
     """Of this process, which takes a few steps."""
     imports_mb = resident_mb()
     if options.peak_of == "in-process":
-        model = in_process(source, options)
+        model = in_process(source, options.quantization)
     else:
         model = AutoDistributedModelForCausalLM.from_pretrained(source, initial_peers=[options.peak_of])
         stack.callback(model.remote_blocks.close)

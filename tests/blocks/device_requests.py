@@ -75,7 +75,9 @@ def batched_steps(engine: Engine) -> list[torch.Tensor]:
     padding = torch.tensor([[False, False, True, True], [True] * 4])
     made = outputs(engine, (padded, step(noise(2, 4, 32, seed=1), 0, padding=padding)))
     made += outputs(engine, (plain, step(noise(1, 4, 32, seed=2), 0)))
-    if not engine.loaded.family.windowed:  # steps of others share a batch at different positions
+    if (
+        engine.attention.apart or not engine.loaded.family.windowed
+    ):  # steps of others share a batch at different positions
         made += outputs(engine, (plain, step(noise(1, 1, 32, seed=3), 4)))
     now = step(noise(2, 1, 32, seed=4), 4, order=torch.tensor([1, 0]))
     made += outputs(engine, (padded, now), (plain, step(noise(1, 1, 32, seed=5), plain.position)))

@@ -4,6 +4,7 @@ import msgspec
 import pytest
 import torch
 
+from petals_tune.adapters.base import linear_features
 from petals_tune.blocks.adapters import Adapter, AdapterHooks, CallPlan
 from petals_tune.blocks.engine import Engine
 from petals_tune.blocks.experts.stack import ExpertStack
@@ -12,7 +13,7 @@ from petals_tune.errors import NotFinite, RequestRefused
 from petals_tune.wire.adapter import AdapterPart
 from petals_tune.wire.messages import Backward, Step
 from petals_tune.wire.span import BlockSpan
-from tests.models import relative_error
+from tests.models import FAMILIES, STATE_FAMILIES, relative_error
 from tests.raising import raises
 from tests.servers.parts import forward, load
 from tests.servers.steps import SPAN, hidden, outputs, session, step
@@ -89,6 +90,8 @@ def test_an_adapter_tells_what_is_in_a_span_and_what_remains_after_a_first_step(
     adapter = Adapter((lora(3), ia3(3), prompt, lora(4)))
     assert [part.block for part in adapter.on(BlockSpan(4, 6)).parts] == [4, 4]
     assert [part.method for part in adapter.after_first_step.parts] == ["lora", "ia3", "lora"]
+    whole = Adapter((lora(3), ia3(3)))
+    assert whole.after_first_step is whole
     assert adapter.bytes == 4 * (2 * 4 * (WIDTH + INNER) + INNER + 5 * WIDTH)
     adapter.check_positions(5)
     with raises(RequestRefused, block=4):
@@ -204,11 +207,13 @@ def adapters_of_all_kinds() -> list[tuple[Adapter | None, int]]:
     ]
 
 
-def started(engine: Engine, adapters: list[tuple[Adapter | None, int]]) -> list[tuple[Session, Step]]:
+def started(
+    engine: Engine, adapters: list[tuple[Adapter | None, int]], *, equal_lengths: bool = False
+) -> list[tuple[Session, Step]]:
     """Sessions behind their first steps, of different lengths, and the next step of each."""
     pairs = []
     for number, (adapter, rows) in enumerate(adapters):
-        length = 2 + number % 3
+        length = 2 if equal_lengths else 2 + number % 3
         own = session(rows, adapter=adapter, version=None if adapter is None else str(number))
         outputs(engine, (own, step(hidden(rows, length, number), 0)))
         pairs.append((own, step(hidden(rows, 1, 50 + number), length)))
@@ -222,8 +227,22 @@ def alone_and_together(
     return alone, outputs(engine, *started(engine, adapters))
 
 
-def test_sessions_with_different_adapters_share_a_pass_and_get_their_own_numbers(model_folder, monkeypatch):
-    engine, adapters = Engine(load(model_folder("llama"), str(SPAN))), adapters_of_all_kinds()
+SLOW = [("none", torch.bfloat16), ("int8", torch.float32), ("nf4", torch.float32), ("nf4", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype"),
+    [
+        ("none", torch.float32),
+        ("int8", torch.bfloat16),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW),
+    ],
+)
+def test_sessions_with_different_adapters_share_a_pass_and_get_their_own_numbers(
+    model_folder, monkeypatch, quantization, dtype
+):
+    engine = Engine(load(model_folder("llama"), str(SPAN), quantization, dtype))
+    adapters = adapters_of_all_kinds()
     alone, together = alone_and_together(engine, adapters)
     for found, expected in zip(together, alone, strict=True):
         assert relative_error(found, expected) <= 1e-6
@@ -289,3 +308,32 @@ def test_experts_apply_the_adapter_of_the_session_whose_rows_they_compute(model_
         assert relative_error(found, expected) <= 1e-6
     plain = [outputs(engine, pair)[0] for pair in started(engine, [(None, rows) for _, rows in adapters])]
     assert relative_error(plain[0], alone[0]) > 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*FAMILIES, *STATE_FAMILIES])
+def test_every_linear_of_every_family_knows_whose_its_rows_are(model_folder, family):
+    engine = Engine(load(model_folder(family), str(SPAN)))
+
+    def everywhere(seed: int, rank: int | None) -> Adapter:
+        generator, parts = torch.Generator().manual_seed(seed), []
+        for (block, path), module in engine.hooks._modules.items():
+            if (features := linear_features(module)) is not None:
+                inputs, wide = features
+                sizes = [(wide, 1)] if rank is None else [(rank, inputs), (wide, rank)]
+                tensors = [torch.randn(size, generator=generator) for size in sizes]
+                method = "ia3" if rank is None else "lora"
+                parts.append(AdapterPart(block=block, method=method, module=path, scaling=0.02, tensors=tensors))
+        return Adapter(tuple(parts))
+
+    adapters = [
+        (everywhere(1, 2), 1),
+        (None, 1),
+        (everywhere(2, 2), 1),
+        (everywhere(3, None), 1),
+        (everywhere(4, 3), 2),
+    ]
+    alone = [outputs(engine, pair)[0] for pair in started(engine, adapters, equal_lengths=True)]
+    together = outputs(engine, *started(engine, adapters, equal_lengths=True))
+    for found, expected in zip(together, alone, strict=True):
+        assert relative_error(found, expected) <= 3e-6

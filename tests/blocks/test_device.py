@@ -102,7 +102,7 @@ def test_what_is_of_a_block_is_on_its_card(model_folder):
         3: "cuda:1",
     }
     outputs(engine, (own, step(noise(2, 4, 32, seed=1), 0)))
-    assert [str(caches[0].device) for _, caches in sorted(own.storage.items())] == ["cuda:0", "cuda:1", "cuda:1"]
+    assert [str(tail.keys.device) for _, tail in sorted(own.memory.tails.items())] == ["cuda:0", "cuda:1", "cuda:1"]
     graph = engine.forward(forward(SPAN, noise(ROWS, LENGTH, 32, seed=1), keep=True), adapter).graph
     assert (str(graph.hidden.device), str(graph.output.device)) == ("cuda:0", "cuda:1")
 

@@ -236,6 +236,27 @@ def test_estimates_of_steps(engine_of, family, rows, before, new):
     assert most <= estimate <= FACTOR * most + engine.footprint.hidden_by_kernels + copies
 
 
+def test_the_estimate_of_a_step_that_sessions_with_adapters_share(engine_of):
+    engine = engine_of("llama")
+    adapters = [adapter_of(engine, kind) for kind in ("lora", "ia3", "many", "none") * 2]
+    sessions = [session(adapter=adapter, version=str(number)) for number, adapter in enumerate(adapters)]
+    position = 0
+
+    def run() -> None:
+        nonlocal position
+        made = engine.step([(own, step(torch.randn(1, 1, engine.hidden_size), position)) for own in sessions])
+        assert all(isinstance(output, torch.Tensor) for output in made), made
+        position += 1
+
+    for _ in range(3):
+        run()
+    most = peak_bytes(run)
+    mates = [adapter for adapter in adapters if adapter is not None]
+    estimate = engine.footprint.step_bytes(Pass(span=sessions[0].span, mates=mates), len(sessions), 1, position)
+    alone = engine.footprint.step_bytes(Pass(span=sessions[0].span), len(sessions), 1, position)
+    assert max(most, alone) < estimate <= 2 * alone
+
+
 def test_a_part_of_the_blocks_takes_its_part(engine_of):
     """Of three equal blocks one keeps a third, and what is kept once for all."""
     footprint = engine_of("llama").footprint

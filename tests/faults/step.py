@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from petals_tune.remote.function import RemoteCall, _summed
+from petals_tune.remote.function import RemoteCall, summed
+from petals_tune.remote.interleaved import there_and_back
 from petals_tune.swarm.trace import CallContext
 from petals_tune.wire.adapter import AdapterPart, AdapterVersion
 from petals_tune.wire.span import BlockSpan
@@ -49,7 +50,7 @@ class TrainingStep:
 
     def backward(self) -> None:
         self.hidden_grad, terms = self._call.backward(self._traces, self._grad)
-        self.adapter_grads = _summed(self._call, terms)
+        self.adapter_grads = summed(self._call, terms)
 
     def run(self, between: Callable[[], object] = lambda: None, after: Callable[[], object] = lambda: None) -> None:
         try:
@@ -60,6 +61,26 @@ class TrainingStep:
         finally:
             self.calls = self._network.calls.total()
             self._network.disconnect_clients()
+
+
+class InterleavedStep(TrainingStep):
+    """The same, where the gradient of a micro-batch goes back as soon as its output is there."""
+
+    def run(self, between: Callable[[], object] = lambda: None, after: Callable[[], object] = lambda: None) -> None:
+        outputs: list[torch.Tensor] = []
+
+        def gradient_of(start: int, output: torch.Tensor) -> torch.Tensor:
+            outputs.append(output)
+            return self._grad[start : start + len(output)]
+
+        try:
+            parts, terms = there_and_back(self._call, self.hidden, ROWS // 2, gradient_of, input_grad=True)
+        finally:
+            self.calls = self._network.calls.total()
+            self._network.disconnect_clients()
+        self.output = torch.cat(outputs)
+        self.hidden_grad = torch.cat([part.hidden for part in parts if part.hidden is not None])
+        self.adapter_grads = summed(self._call, terms)
 
 
 def check(found: TrainingStep, expected: TrainingStep) -> None:

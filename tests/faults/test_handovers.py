@@ -9,7 +9,8 @@ import torch
 
 from petals_tune.errors import ServerBusy
 from petals_tune.swarm import loop
-from petals_tune.swarm.session import ChainSession, Inputs
+from petals_tune.swarm.history import Inputs
+from petals_tune.swarm.session import ChainSession
 from petals_tune.wire.messages import Delivery, HandOver, Message, Step, Stepped
 from servers.requests import hand_over as handover
 from servers.stores.sessions import SessionStore

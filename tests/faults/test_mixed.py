@@ -11,7 +11,8 @@ import torch
 
 from petals_tune.errors import Diverged
 from petals_tune.swarm import loop
-from petals_tune.swarm.session import ChainSession, Inputs
+from petals_tune.swarm.history import Inputs
+from petals_tune.swarm.session import ChainSession
 from petals_tune.wire.messages import Backward, Forward, Forwarded
 from petals_tune.wire.tensors import FormatOption
 from tests.faults.network import Network
@@ -85,6 +86,24 @@ def test_the_formats_follow_each_server(network):
         for tensor in [request.grad if isinstance(request, Backward) else request.hidden]
     }
     assert seen == {("cpu", "torch.float32", "float32"), ("gpu", "torch.bfloat16", "bfloat16")}
+
+
+def test_a_step_over_a_slow_line_differs_by_its_rounding_alone(network, expected):
+    """Also where what a server had is computed again, and where the adapter is a difference from another one."""
+    network.serve("b", "3:6")
+    network.hand_over = "always"
+    slow, calls = Patient(network), network.calls
+    slow.chain.calls.formats.slow = True
+    slow.run(between=lambda: network.servers["b"].handler.stores.leases.drop_client("client"))
+    errors = [relative_error(*pair) for pair in zip(tensors_of(slow), tensors_of(expected), strict=True)]
+    assert 1e-5 < errors[0] < 1e-3, "hidden states in float16"
+    assert errors[1] < 2e-3, "their gradient too"
+    assert 1e-3 < max(errors) < 0.02, "the adapter's gradients in 8 bits"
+    assert slow.chain.client.stats.recomputations == 2
+    assert not calls["b", "CollectSum"]
+    kinds = {type(request) for _, request in network.requests}
+    assert {"float16"} == {request.reply_format for _, request in network.requests if isinstance(request, Forward)}
+    assert Backward in kinds
 
 
 def test_a_gpu_that_is_lost_between_forward_and_backward_is_replaced_by_a_cpu_and_back(network, expected):

@@ -19,8 +19,9 @@ from petals_tune.errors import (
     SwarmMismatch,
 )
 from petals_tune.swarm import loop
+from petals_tune.swarm.history import Inputs
 from petals_tune.swarm.routes.bans import LONGEST_BAN_S
-from petals_tune.swarm.session import ChainSession, Inputs
+from petals_tune.swarm.session import ChainSession
 from petals_tune.wire.messages import Backward, Forwarded, Gradients, Message, Refusal, SessionOpened, Step
 from tests.faults.network import Network, id_of
 from tests.faults.step import LENGTH, REPLY_S, TOLERANCE, WHOLE, WIDTH, TrainingStep, check
@@ -188,7 +189,7 @@ def test_a_refusal_that_names_a_limit_is_asked_of_others_and_its_server_not_bann
 def test_a_limit_of_the_only_server_is_met_by_smaller_requests(network):
     """As far as they go: then the error says that this one takes no more."""
     refusing(network, RequestRefused("no", limit="max_compute_gb"))
-    with raises(RequestTooLarge, limit="max_tokens", size=LENGTH):
+    with raises(RequestTooLarge, limit="max_compute_gb", size=LENGTH):
         step_of(network).run()
     assert network.calls["liar", "Forward"] > 2
     assert not network.calls["liar", Backward.__name__]

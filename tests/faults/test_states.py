@@ -9,7 +9,8 @@ import torch
 
 from petals_tune.swarm import loop
 from petals_tune.swarm.chain import Chain
-from petals_tune.swarm.session import ChainSession, Inputs
+from petals_tune.swarm.history import Inputs
+from petals_tune.swarm.session import ChainSession
 from petals_tune.wire.messages import Step
 from petals_tune.wire.span import BlockSpan
 from tests.faults.network import Network
@@ -103,3 +104,47 @@ def test_beams_go_on_where_a_server_was_lost(network, chain):
         network.kill(lost)
         last = run.step(hidden(3, 1, 2), 5, torch.tensor([2, 0, 2]))
         assert relative_error(last, expected(network, run.text)[:, 5:]) < TOLERANCE
+
+
+@pytest.mark.parametrize("back", [37, 20])
+def test_windows_go_back_a_little_and_to_what_they_do_not_keep_any_more(tmp_path_factory, monkeypatch, back):
+    """Windows of 4, and 3 positions before them: to 37 of 40 the servers go back, to 20 the client replays."""
+    monkeypatch.setattr("petals_tune.blocks.generation.memory.SLACK", 3)
+    network = Network(save_model(tmp_path_factory.mktemp("model") / "mistral", "mistral"))
+    try:
+        for name, span in (("a", "0:3"), ("b", "3:6")):
+            network.serve(name, span)
+        chain = network.chain()
+        with closing(Generation(chain)) as run:
+            for at in range(0, 40, 2):
+                run.step(hidden(2, 2, at), at)
+            network.calls.clear()
+            last = [run.step(hidden(2, 2, 50), back), run.step(hidden(2, 1, 51), back + 2)]
+            steps = sum(count for (_, kind), count in network.calls.items() if kind == "Step")
+            assert (steps == 2 * 2) == (back == 37), "where servers keep enough, nothing is sent again"
+            assert relative_error(torch.cat(last, dim=1), expected(network, run.text)[:, back:]) < TOLERANCE
+        loop.run(chain.client.close())
+    finally:
+        network.stop()
+
+
+def test_a_session_that_finds_no_room_to_grow_goes_on_at_another_server(tmp_path_factory):
+    """The first server has room for 16 positions; a second one comes."""
+    network = Network(save_model(tmp_path_factory.mktemp("model") / "llama", "llama"))
+    try:
+        server = network.serve("a", "0:6")
+        chain = network.chain()
+        with closing(Generation(chain)) as run:
+            run.step(hidden(2, 16, 0), 0)
+            before = run.servers()
+            kept = server.handler._executor._stores.sessions
+            assert len(kept) == 1
+            kept.max_bytes = kept.used_bytes + 1
+            network.serve("b", "0:6")
+            found = run.step(hidden(2, 1, 1), 16)
+            assert run.servers() != before
+            assert len(kept) == 0
+            assert relative_error(found, expected(network, run.text)[:, 16:]) < TOLERANCE
+        loop.run(chain.client.close())
+    finally:
+        network.stop()

@@ -178,6 +178,22 @@ async def test_what_a_server_keeps_for_a_request_that_was_given_up_is_given_back
     assert (await peer.read())[1] == freeing
 
 
+async def test_so_is_what_comes_in_the_moment_of_giving_up(connect, monkeypatch):
+    stream, peer = await connect()
+    asked = asking(stream, forward(1))
+    message_id, _ = await peer.read()
+    take = stream._take
+
+    def take_and_give_up(number: int, reply: Message) -> None:
+        take(number, reply)
+        asked.cancel()  # the reply is there, and the task that waits for it has not run yet
+
+    monkeypatch.setattr(stream, "_take", take_and_give_up)
+    await peer.send(Forwarded(hidden=torch.zeros(1, 1, 1), lease=5), message_id)
+    assert (await peer.read())[1] == Release(leases=[5])
+    assert asked.cancelled()
+
+
 async def test_a_request_that_is_cancelled_leaves_its_place_to_others(connect):
     stream, peer = await connect(max_in_flight=1)
     first = asking(stream, forward(1))

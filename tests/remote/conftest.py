@@ -8,6 +8,8 @@ import pytest
 from transformers import PreTrainedModel
 
 from petals_tune import AutoDistributedModelForCausalLM, local_swarm
+from petals_tune.wire.messages import Step
+from servers.requests.execution import Executor
 from tests.inprocess import in_process_swarm
 from tests.models import plain_model, save_model
 from tests.parity import remote
@@ -76,3 +78,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def model(folder: Path) -> Iterator[Any]:
     with remote(AutoDistributedModelForCausalLM, folder) as loaded:
         yield loaded
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(rows, positions) of each step that a server of this process was asked for, as they come."""
+    asked: list[tuple[int, int]] = []
+    run = Executor.run
+
+    async def noted(self: Executor, client: str, request: Any) -> Any:
+        if isinstance(request, Step):
+            asked.append(tuple(request.hidden.shape[:2]))
+        return await run(self, client, request)
+
+    monkeypatch.setattr(Executor, "run", noted)
+    return asked

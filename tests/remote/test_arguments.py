@@ -85,7 +85,7 @@ def test_what_the_blocks_would_not_get_is_refused_by_name(models, name, value):
 def test_blocks_that_are_called_by_hand_refuse_what_they_do_not_know(models):
     blocks, hidden = models[0].remote_blocks, torch.ones(ROWS, LENGTH, 32)
     for args, options, seen in (
-        ((), {"prompts": hidden}, "prompts"),
+        ((), {"cache": hidden}, "cache"),
         ((ONES,), {}, "a second positional argument"),
     ):
         with raises(ConfigError, key="remote_blocks", seen=seen):

@@ -80,6 +80,19 @@ def test_a_batch_is_cut_into_what_a_server_takes_at_once(folder, requests, rows_
     assert sum(len(request.grad) for request in requests if isinstance(request, Backward)) == 2 * ROWS
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_graphs_are_kept_for_a_backward_alone(folder, requests, without):
+    """Not in an evaluation, whose LoRA is a trained one all the same."""
+    with in_process_swarm(folder, "0:2", "2:6"):
+        model = remote(folder)
+        tuned = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+        with without():
+            tuned(input_ids=IDS)
+        model.remote_blocks.close()
+    kept = {request.keep for request in requests if isinstance(request, Forward)}
+    assert kept == {without is torch.enable_grad}
+
+
 def test_a_row_that_is_too_large_alone_is_refused_with_what_would_fit(folder, requests):
     limit = ROW_BYTES + OVERHEAD_BYTES - 1
     with in_process_swarm(folder, "0:6", max_message_bytes=limit):

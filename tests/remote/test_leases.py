@@ -16,7 +16,8 @@ from tests.servers.parts import forward, load
 
 pytestmark = pytest.mark.swarm
 MICRO_BATCHES, LENGTH, PROMPT, WIDTH = 8, 6, 3, 32
-SOME, FEW = 3, 2  # leases that fit
+SOME, FEW = 3, 2  # whole graphs that fit
+INPUTS = 4  # inputs of the blocks that fit into what is left
 
 
 def swarm(folder, limit: str):
@@ -30,7 +31,12 @@ class Bench:
         self.plain = plain_model(folder)
         engine = Engine(load(folder, "0:6"))
         hidden = torch.randn(1, PROMPT + LENGTH, WIDTH)
-        lease_gb = engine.forward(forward("0:6", hidden, keep=True, train=True), None).graph_bytes / 2**30
+        request = forward("0:6", hidden, keep=True, train=True)
+        graph_bytes, input_bytes = (
+            engine.forward(request, None, per_block=per_block).graph_bytes for per_block in (False, True)
+        )
+        assert 0.5 * graph_bytes // input_bytes == INPUTS
+        lease_gb = graph_bytes / 2**30
         limits = {
             "ample": "limits.max_lease_gb=1",
             "some": f"limits.max_lease_gb={(SOME + 0.5) * lease_gb}",
@@ -91,8 +97,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     ("limits", "recomputed"),
     [
         ("ample", 0),
-        ("some", MICRO_BATCHES - SOME),
-        ("few", MICRO_BATCHES - FEW),
+        ("some", MICRO_BATCHES - SOME - INPUTS),
+        ("few", MICRO_BATCHES - FEW - INPUTS),
         ("none", MICRO_BATCHES),
         ("short", MICRO_BATCHES),
     ],
@@ -123,7 +129,7 @@ def test_evaluation_leaves_no_leases(bench):
     net.requires_grad_(False)
     net(**bench.batch)
     assert relative_error(bench.gradient(bench.net("some")), bench.expected) <= 1e-5
-    assert bench.recomputed("some") == MICRO_BATCHES - SOME
+    assert bench.recomputed("some") == MICRO_BATCHES - SOME - INPUTS
 
 
 def test_a_loss_that_is_never_backpropagated_gives_its_leases_back(bench):
@@ -133,7 +139,7 @@ def test_a_loss_that_is_never_backpropagated_gives_its_leases_back(bench):
     del dropped
     gc.collect()
     bench.gradient(net)
-    assert bench.recomputed("some") == MICRO_BATCHES - SOME
+    assert bench.recomputed("some") == MICRO_BATCHES - SOME - INPUTS
 
 
 def test_gradients_are_accumulated_over_several_forwards_at_once(bench):

@@ -93,7 +93,7 @@ def test_smaller_formats_are_close_and_send_what_the_formula_says(exact, method,
     for name, gradient in expected.items():
         assert relative_error(found[name], gradient) <= tolerance, name
 
-    size = {"float32": 4, "float16": 2, "bfloat16": 2, "blockwise8": 1 + 4 / WIDTH}
+    size = {"float32": 4, "float16": 2, "bfloat16": 2, "blockwise8": 1 + 2 / 32}
     values = ROWS * (LENGTH + (PROMPT if method == "prompt" else 0)) * WIDTH
     gradients_at_inputs = len(CUT) if method == "prompt" else len(CUT) - 1
     by_formula = values * (2 * len(CUT) * size[wire_format] + (len(CUT) + gradients_at_inputs) * size[grad_format])

@@ -1,6 +1,7 @@
 """A generation session as its user sees it, by the servers' own code in this process."""
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,11 @@ def test_a_text_that_parts_from_the_one_before_is_taken_up_where_they_part(model
 
 def same(model: Any, plain: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, **options: Any) -> None:
     """The model gives the plain one's tokens, whatever its session holds."""
+    session = {"past_key_values": options.pop("past_key_values", None)}
     mask = torch.ones_like(ids) if mask is None else mask
     options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **options}
-    found, wanted = (each.generate(ids, attention_mask=mask, **options) for each in (model, plain))
-    assert torch.equal(found, wanted)
+    found = model.generate(ids, attention_mask=mask, **options, **session)
+    assert torch.equal(found, plain.generate(ids, attention_mask=mask, **options))
 
 
 def padded(rows: int, length: int, *amounts: int) -> torch.Tensor:
@@ -157,16 +159,6 @@ def test_what_a_refused_call_was_given_is_not_taken_for_seen(model, plain):
         same(model, plain, torch.cat([other, other], dim=1))
 
 
-def test_a_turn_without_an_input_is_refused_where_it_would_begin_a_new_text(model, plain):
-    with model.inference_session(max_length=32) as session:
-        options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
-        assert torch.equal(model.generate(**options), plain.generate(**options))
-        with raises(ConfigError, key="input_ids"):
-            model.generate(**options)
-        with raises(ConfigError, key="input_ids"):
-            model.generate(None, past_key_values=session, **options)
-
-
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"max_new_tokens": 20}], ids=str)
 def test_a_text_may_be_given_as_embeddings(model, plain, options):
     ids, mask = text(2, LENGTH), padded(2, LENGTH, 0, 3)
@@ -223,6 +215,85 @@ def test_a_session_of_another_model_is_refused_and_that_of_a_copy_is_not(model, 
             assert session.position == 3
 
 
-def test_a_session_cannot_be_copied(model):
-    with model.inference_session(max_length=16) as session, raises(ConfigError, key="past_key_values"):
-        copy.deepcopy(session)
+def test_a_copy_of_a_session_is_a_fork_as_transformers_users_copy_the_cache_of_a_prompt(model, plain, steps):
+    """https://huggingface.co/docs/transformers/kv_cache, "Prefill a cache"."""
+    prompt = text(1, LENGTH)
+    with model.inference_session(max_length=32) as session:
+        with torch.no_grad():
+            model(input_ids=prompt, past_key_values=session)
+        for seed in (1, 2):
+            whole = torch.cat([prompt, text(1, 3, seed=seed)], dim=1)
+            steps.clear()
+            found = generated(model, whole, past_key_values=copy.deepcopy(session), do_sample=False)
+            assert torch.equal(found, generated(plain, whole, do_sample=False))
+            assert steps == [(1, 3)] * 2 + [(1, 1)] * 2 * (NEW - 1), "what is new, to each of two servers"
+        assert session.position == LENGTH
+        with raises(ConfigError, key="past_key_values"):
+            copy.copy(session)
+        with raises(ConfigError, key="past_key_values"):
+            pickle.dumps(session)
+
+
+SEVERAL = [
+    {"num_beams": 3, "num_return_sequences": 2},
+    {"do_sample": True, "num_return_sequences": 3, "top_k": 5},
+]
+
+
+@pytest.mark.parametrize("options", SEVERAL, ids=str)
+def test_a_prompt_of_several_beams_or_samples_is_sent_and_computed_once(model, plain, steps, options):
+    ids, stats, before = text(2, 40), model.remote_blocks.stats, model.remote_blocks.stats.sent_bytes
+    found, wanted = (seeded(each, ids, **options) for each in (model, plain))
+    assert torch.equal(found, wanted)
+    assert steps[:2] == [(2, 40)] * 2
+    assert all(positions == 1 for _, positions in steps[2:])
+    later = sum(rows for rows, _ in steps[2:])
+    hidden_bytes = 32 * 4
+    assert stats.sent_bytes - before < (2 * 2 * 40 + later) * hidden_bytes + len(steps) * 250
+
+
+def seeded(model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    torch.manual_seed(3)
+    return generated(model, ids, **{"do_sample": False, **options})
+
+
+def test_conversations_go_on_from_one_system_prompt(model, plain, steps):
+    """Several at once, of rows that a single one is multiplied to, and with other endings of some."""
+    system = text(1, LENGTH)
+    chats = torch.cat([system.expand(3, -1), text(3, 4, seed=5)], dim=1)
+    with model.inference_session(max_length=64) as session:
+        with torch.no_grad():
+            model(input_ids=system, past_key_values=session)
+        steps.clear()
+        with session.fork() as forked:
+            found = generated(model, chats, past_key_values=forked, do_sample=False)
+            assert torch.equal(found, generated(plain, chats, do_sample=False))
+            assert steps[:2] == [(3, 4)] * 2
+            steps.clear()
+            fewer = torch.cat([found[[2, 0]], text(2, 2, seed=6)], dim=1)
+            same(model, plain, fewer, past_key_values=forked)
+            assert steps[:2] == [(2, 3)] * 2
+            more = torch.cat([found[[2, 0, 0, 1]][:, : LENGTH + 2], text(4, 2, seed=7)], dim=1)
+            same(model, plain, more, past_key_values=forked)
+        same(model, plain, torch.cat([system, text(1, 4, seed=8)], dim=1))
+        assert session.position == LENGTH + 4 + NEW - 1
+
+
+def test_a_fork_with_a_soft_prompt(model, folder):
+    nets = []
+    for each in (model, plain_model(folder)):
+        net = peft.get_peft_model(each, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+        net.prompt_encoder["default"].embedding.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+        nets.append(net)
+    net, local = nets
+    ids = text(1, LENGTH)
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with model.inference_session(max_length=64) as session:
+        first = net.generate(input_ids=ids, **given)
+        assert torch.equal(first, local.generate(input_ids=ids, **given))
+        for seed in (1, 2):
+            whole = torch.cat([first.repeat(2, 1), text(2, 2, seed=seed)], dim=1)
+            with session.fork() as forked:
+                found = net.generate(input_ids=whole, past_key_values=forked, max_new_tokens=3, do_sample=False)
+            wanted = local.generate(input_ids=whole, max_new_tokens=3, do_sample=False)
+            assert torch.equal(found, wanted)

@@ -11,6 +11,7 @@ import torch
 from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.errors import RequestRefused, ServerError
 from petals_tune.remote import split_session
+from petals_tune.swarm.history import Inputs
 from petals_tune.tuning.deep_prompt import DeepPromptConfig, with_deep_prompts
 from petals_tune.wire.messages import Message, Step
 from servers.requests.handler import Handler
@@ -79,7 +80,7 @@ def test_a_head_may_be_trained_on_what_a_session_returns(model):
     head = torch.nn.Linear(32, 2)
     with model.inference_session(max_length=32) as session:
         hidden = model.remote_blocks.backbone.open_session(model.remote_blocks, 1, 8, None).step(
-            split_session.Inputs(hidden=torch.ones(1, 2, 32), padding=None, positions=None),
+            Inputs(hidden=torch.ones(1, 2, 32), padding=None, positions=None),
             position=0,
             order=None,
             device=torch.device("cpu"),

@@ -2,10 +2,11 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Event
 
 import pytest
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.errors import ConfigError
@@ -13,7 +14,7 @@ from tests.inprocess import in_process_swarm
 from tests.models import VOCABULARY, plain_model, relative_error, save_model
 from tests.raising import raises
 
-THREADS, CALLS, LENGTH = 4, 60, 8
+THREADS, CALLS, LENGTH = 4, 25, 8
 
 
 @pytest.fixture(scope="module")
@@ -72,4 +73,37 @@ def test_a_second_thread_cannot_open_a_session_that_generate_would_mix_up(folder
             assert torch.equal(pool.submit(generated_in_one_of_its_own).result(), expected)
             assert torch.equal(pool.submit(generated).result(), expected), "a thread that streams, say"
         pool.submit(open_another).result()
+        model.remote_blocks.close()
+
+
+def test_two_threads_cannot_generate_in_one_session_at_once(folder):
+    """The second one would go on with, or close, the text of the first."""
+    inside, go_on = Event(), Event()
+
+    class Held(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            inside.set()
+            assert go_on.wait(60)
+
+        def end(self) -> None:
+            pass
+
+    ids = torch.randint(VOCABULARY, (1, LENGTH))
+    with in_process_swarm(folder, "0:6"), ThreadPoolExecutor(1) as pool:
+        model = AutoDistributedModelForCausalLM.from_pretrained(str(folder), initial_peers=["in process"])
+
+        def generated(**options: object) -> torch.Tensor:
+            return model.generate(ids, max_new_tokens=3, do_sample=False, **options)
+
+        with model.inference_session(max_length=16):
+            expected = generated()
+            running = pool.submit(generated, streamer=Held())
+            assert inside.wait(60)
+            with raises(ConfigError, key="past_key_values"):
+                generated()
+            with raises(ConfigError, key="past_key_values"):
+                generated(adapter=None)
+            go_on.set()
+            assert torch.equal(running.result(), expected)
+            assert torch.equal(generated(), expected)
         model.remote_blocks.close()

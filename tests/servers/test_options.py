@@ -5,6 +5,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from petals_tune.blocks import memory
 from petals_tune.config import composed
 from petals_tune.errors import ConfigError
 from petals_tune.net.direct.transport import DirectOptions
@@ -55,3 +56,14 @@ def test_several_devices_are_a_list():
     assert options_of("device=[cuda:0,cuda:1]").device == ["cuda:0", "cuda:1"]
     assert options_of("device=cuda:1").device == "cuda:1"
     assert options_of().device == "auto"
+
+
+def test_without_numbers_requests_are_bounded_by_memory_alone():
+    found = options_of().limits.of_requests(max_compute_bytes=1)
+    assert (found.max_positions, found.max_tokens) == (None, None)
+    assert found.max_receiving_bytes == memory.total_bytes("cpu") // 4
+    assert found.max_message_bytes == found.max_receiving_bytes // 2, "what a client alone may have in flight"
+    changed = ["max_positions=5", "max_tokens=6", "max_receiving_gb=1", "max_message_mb=3"]
+    found = options_of(*(f"limits.{text}" for text in changed)).limits.of_requests(max_compute_bytes=1)
+    assert (found.max_positions, found.max_tokens) == (5, 6)
+    assert (found.max_receiving_bytes, found.max_message_bytes) == (2**30, 3 * 2**20)

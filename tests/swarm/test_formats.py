@@ -31,3 +31,9 @@ def test_a_format_that_is_given_is_that_of_every_server():
         assert encoded_bytes(formats.grad_for(server, tensor)) < 1.1 * tensor.numel()
     assert formats.rounding(record("a", dtype="bfloat16")) == {"blockwise8"}, "it computes in the other one"
     assert formats.rounding(record("a", dtype="float32")) == {"bfloat16", "blockwise8"}
+
+
+def test_a_slow_line_rounds_an_adapters_gradients_whatever_other_formats_are_named():
+    formats = Formats(hidden="auto", grad="float32", slow=True)
+    assert formats.rounding(record("a", dtype="float32")) == {"float16", "blockwise8"}
+    assert formats.rounding(record("a", dtype="bfloat16")) == {"float32", "blockwise8"}

@@ -1,11 +1,13 @@
 """How a request reaches its server: behind the adapter that it names, within the server's limits, or ahead of time."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -14,8 +16,9 @@ from petals_tune.swarm import loop, sender
 from petals_tune.swarm.routes.route import Hop
 from petals_tune.swarm.sender import Sender, fewer
 from petals_tune.swarm.trace import CallContext
+from petals_tune.swarm.versions import AdapterVersions
 from petals_tune.wire.adapter import AdapterVersion
-from petals_tune.wire.messages import Done, Forward, Forwarded, Message, Refusal
+from petals_tune.wire.messages import Forward, Forwarded, Message
 from petals_tune.wire.span import BlockSpan
 from tests.faults.network import CLIENT, Network, id_of
 from tests.faults.step import WIDTH, adapter
@@ -80,31 +83,114 @@ def test_an_upload_that_the_server_dropped_is_made_again_by_the_next_request(net
     assert network.calls["a", "PutAdapter"] == 2
 
 
-def test_an_upload_that_failed_is_not_remembered(network):
-    sent, handler = Sent(network), network.servers["a"].handler
-    busy = ServerBusy("full", limit="max_adapter_gb")
-    handler.lie = lambda reply: Refusal.of(busy) if isinstance(reply, Done) else reply
-    with raises(ServerBusy, peer=id_of("a"), limit="max_adapter_gb"):
-        loop.run(sent.forward())
-    assert not network.calls["a", "Forward"]
+def test_an_upload_that_failed_is_not_remembered(network, monkeypatch):
+    sent, adapters = Sent(network), network.servers["a"].handler.stores.adapters
+
+    def full(*args: Any) -> Any:
+        raise ServerBusy("full", limit="max_adapter_gb")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters, "room", full)
+        with raises(ServerBusy, peer=id_of("a"), limit="max_adapter_gb"):
+            loop.run(sent.forward())
+    assert network.calls["a", "Forward"] == 1, "it was on its way, and found no adapter"
     assert sent.client.banned() == {id_of("a")}
-    handler.lie = None
     assert isinstance(loop.run(sent.forward()), Forwarded)
     assert network.calls["a", "PutAdapter"] == 2
     assert not sent.client.banned(), "it answered"
 
 
-def test_an_upload_begins_before_its_request(network):
+def test_a_request_does_not_wait_for_the_answer_to_the_upload_before_it(network):
+    """The server is given both, and lets the request wait: it answers no upload before the request was written."""
+    sent, handler = Sent(network), network.servers["a"].handler
+    came, prepare = threading.Event(), handler._engine.prepare_adapter
+
+    def prepare_once_the_request_came(parts: Any) -> Any:
+        assert came.wait(LONG_S)
+        return prepare(parts)
+
+    def note(request: Message) -> None:
+        if isinstance(request, Forward):
+            came.set()
+
+    handler._engine.prepare_adapter = prepare_once_the_request_came
+    wait = handler._executor._arriving.wait
+    handler._executor._arriving.wait = lambda client, request: (note(request), wait(client, request))[1]
+    assert isinstance(loop.run(sent.forward()), Forwarded)
+    assert network.calls["a", "PutAdapter"] == network.calls["a", "Forward"] == 1
+
+
+def step(version: str, base: AdapterVersion | None) -> AdapterVersion:
+    """A version whose tensors are a little larger than those of `base`, and how it is sent after that."""
+    versions = AdapterVersions()
+    if base is not None:
+        versions.next(base)
+    parts = [msgspec.structs.replace(part, tensors=[1.01 * t for t in part.tensors]) for part in adapter().parts]
+    return versions.next(AdapterVersion(version=version, parts=tuple(parts)))
+
+
+def test_a_version_is_sent_as_its_difference_from_one_that_the_server_has(network):
+    sent, store = Sent(network), network.servers["a"].handler.stores.adapters
+    loop.run(sent.forward())
+    before = sent.client.stats.sent_bytes
+    near = step("v2", adapter())
+    loop.run(sent.forward("a", near.version, CallContext(adapter=near)))
+    small = sent.client.stats.sent_bytes - before
+    kept = store.get(CLIENT, near.version, SPANS["a"])
+    assert all(map(torch.equal, kept.tensors, [t for part in near.on(SPANS["a"]) for t in part.tensors])), "same bits"
+    store.drop_client(CLIENT)
+    with raises(AdapterMissing, peer=id_of("a")):
+        loop.run(sent.forward("a", near.version, CallContext(adapter=near)))
+    before = sent.client.stats.sent_bytes
+    loop.run(sent.forward("a", near.version, CallContext(adapter=near)))
+    whole = sent.client.stats.sent_bytes - before
+    kept = store.get(CLIENT, near.version, SPANS["a"])
+    assert all(map(torch.equal, kept.tensors, [t for part in near.on(SPANS["a"]) for t in part.tensors]))
+    assert small < whole
+
+
+def test_a_difference_whose_base_the_server_dropped_is_followed_by_the_whole(network):
+    sent, store = Sent(network), network.servers["a"].handler.stores.adapters
+    loop.run(sent.forward())
+    store.drop_client(CLIENT)
+    near = step("v2", adapter())
+
+    async def until_it_is_there() -> Message:
+        try:
+            return await sent.forward("a", near.version, CallContext(adapter=near))
+        except AdapterMissing:  # the request that came right behind the difference
+            return await sent.forward("a", near.version, CallContext(adapter=near))
+
+    assert isinstance(loop.run(until_it_is_there()), Forwarded)
+    assert network.calls["a", "PutAdapter"] == 3, "v1, the difference, and the whole"
+    kept = store.get(CLIENT, near.version, SPANS["a"])
+    assert all(map(torch.equal, kept.tensors, [t for part in near.on(SPANS["a"]) for t in part.tensors]))
+
+
+def test_uploads_begin_before_their_requests_the_first_server_first(network):
     sent = Sent(network)
 
     async def begin() -> None:
-        sent.sender.begin_upload(sent.hops["b"], CONTEXT)
+        sent.sender.begin_uploads(list(sent.hops.values()), CONTEXT)
         await asyncio.gather(*sent.sender._uploading)
 
     loop.run(begin())
-    assert dict(network.calls) == {("b", "PutAdapter"): 1}
+    assert list(network.calls.items()) == [(("a", "PutAdapter"), 1), (("b", "PutAdapter"), 1)]
     loop.run(sent.forward("b"))
     assert network.calls["b", "PutAdapter"] == 1
+
+
+def test_an_upload_says_which_version_it_replaces(network):
+    sent, store = Sent(network), network.servers["a"].handler.stores.adapters
+    second = CallContext(adapter=AdapterVersion(version="v2", parts=adapter().parts, replaces="v1"))
+    loop.run(sent.forward())
+    loop.run(sent.forward("a", "v2", second))
+    assert [upload.version for upload in store.keys_of(CLIENT)] == ["v2"]
+    stream = sent.client.open_stream(network.servers["a"].record)
+    assert stream is not None
+    assert list(stream.adapters) == [("v2", SPANS["a"])]
+    loop.run(sent.forward())
+    assert network.calls["a", "PutAdapter"] == 3, "the first one, again"
 
 
 def test_a_stream_remembers_a_few_versions(network, monkeypatch):

@@ -1,5 +1,6 @@
 """Generation along a route: what is kept to be replayed, and the numbers of steps, whoever is lost meanwhile."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -7,10 +8,11 @@ import pytest
 import torch
 
 from petals_tune.blocks.adapters import Adapter
-from petals_tune.errors import Diverged, RequestRefused, SwarmTimeout
+from petals_tune.errors import Diverged, RequestRefused, ServerBusy, SwarmTimeout, UncoveredBlocks
 from petals_tune.swarm import loop
 from petals_tune.swarm import session as module
-from petals_tune.swarm.session import ChainSession, History, Inputs
+from petals_tune.swarm.history import Inputs
+from petals_tune.swarm.session import ChainSession
 from petals_tune.wire.adapter import AdapterVersion
 from petals_tune.wire.messages import Message, OpenSession, Refusal, Step, Stepped
 from petals_tune.wire.span import BlockSpan
@@ -23,45 +25,6 @@ from tests.servers.parts import forward
 ROWS, LENGTH, TOLERANCE = 2, 7, 1e-5
 HIDDEN = torch.randn(ROWS, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
 PADDING = torch.tensor([[True] * LENGTH, [False] * 2 + [True] * (LENGTH - 2)])
-
-
-def inputs(*numbers: int) -> Inputs:
-    """Two rows with these numbers as their positions' hidden states, the second row's negative."""
-    row = torch.tensor(numbers, dtype=torch.float32)
-    return Inputs(hidden=torch.stack([row, -row])[:, :, None], padding=None, positions=None)
-
-
-def replayed(history: History) -> list[list[float]]:
-    return torch.cat([part.hidden for part in history.replayed()], dim=1)[:, :, 0].tolist()
-
-
-@pytest.mark.parametrize("length", range(1, 8))
-def test_a_history_is_cut_wherever_its_parts_begin(length):
-    history = History()
-    for part in (inputs(1, 2, 3), inputs(4), inputs(5, 6)):
-        history.add(part)
-    history.cut(length)
-    assert history.length == min(length, 6)
-    assert replayed(history)[0] == [1, 2, 3, 4, 5, 6][:length]
-    history.add(inputs(9))
-    assert replayed(history)[0] == [*[1, 2, 3, 4, 5, 6][:length], 9]
-
-
-def test_a_history_is_cut_to_nothing():
-    history = History()
-    history.add(inputs(1, 2))
-    history.cut(0)
-    assert (history.length, history.replayed()) == (0, [])
-
-
-def test_rows_keep_the_order_that_they_had_when_a_part_was_cut():
-    history = History()
-    history.add(inputs(1, 2, 3))
-    history.reorder(torch.tensor([1, 0]))
-    history.cut(2)
-    history.add(inputs(7))
-    history.reorder(torch.tensor([1, 1]))
-    assert replayed(history) == [[1, 2, -7], [1, 2, -7]]
 
 
 class Generation:
@@ -254,3 +217,131 @@ def test_servers_that_open_sessions_replay_them_and_refuse_new_steps_use_up_the_
         lie_in_steps(network, name, "3:6", lambda reply: busy if reply.hidden.shape[1] == 1 else reply)
     with raises(SwarmTimeout, limit="swarm.attempts", attempts=3):
         generation.step(4, 5)
+
+
+# Forks: another session that begins with what this one holds.
+
+
+def fork(generation: Generation, position: int, *, rows: int = ROWS, order: torch.Tensor | None = None) -> Generation:
+    forked = copy.copy(generation)
+    forked.session = loop.run(generation.session.fork(position, rows=rows, max_length=16, order=order))
+    return forked
+
+
+def test_a_fork_sends_nothing_that_the_session_has_sent(network):
+    generation = Generation(network)
+    generation.steps(4, 5)
+    order = torch.tensor([1, 1, 0])
+    forked = fork(generation, 4, rows=3, order=order)
+    assert network.calls["a", "OpenSession"] == network.calls["b", "OpenSession"] == 2
+    assert network.calls["a", "Step"] == 2
+    other = HIDDEN[order].flip(2)
+    found = loop.run(
+        forked.session.step(Inputs(hidden=other[:, 4:], padding=None, positions=None), position=4, order=None)
+    )
+    check(generation.step(5, LENGTH), of_one_engine(network))
+    assert network.calls["a", "Step"] == 4
+    whole = torch.cat([HIDDEN[order, :4], other[:, 4:]], dim=1)
+    padding = torch.cat([PADDING[order, :4], torch.ones(3, LENGTH - 4, dtype=torch.bool)], dim=1)
+    expected = network.engine("0:6").forward(forward("0:6", whole, padding=padding), None).output
+    assert relative_error(found, expected[:, 4:]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("lost", ["before", "after", "its session alone"])
+def test_a_fork_is_replayed_where_its_server_is_lost(network, lost):
+    generation = Generation(network)
+    generation.steps(4, 6)
+    if lost == "before":
+        loop.run(replaced(network))
+    elif lost == "its session alone":
+        network.servers["b"].handler.stores.sessions.drop_client("client")
+    forked = fork(generation, 4)
+    if lost == "after":
+        fault = network.fault("b", Step, lambda: replaced(network))
+    whole = of_one_engine(network)
+    check(forked.step(4, LENGTH), whole)
+    check(generation.step(6, LENGTH), whole)
+    assert lost != "after" or fault.fired.is_set()
+
+
+def test_a_fork_of_nothing_and_one_that_is_closed(network):
+    generation = Generation(network)
+    assert fork(generation, 0).session._sessions == []
+    generation.steps(4)
+    forked = fork(generation, 4)
+    loop.run(forked.session.close())
+    check(generation.step(4, LENGTH), of_one_engine(network))
+    forked = fork(generation, 5)
+    loop.run(generation.session.close())
+    check(forked.step(5, LENGTH), of_one_engine(network))
+
+
+def test_a_fork_that_fails_leaves_nothing_behind(network):
+    """Nobody has blocks 3:6 any more: the fork on 0:3 is given back."""
+    generation = Generation(network, timeout_s=0.1)
+    generation.steps(4)
+    network.kill("b")
+    with raises(UncoveredBlocks, missing=(BlockSpan(3, 6),)):
+        fork(generation, 4)
+    loop.run(
+        generation.chain.forward(HIDDEN, generation.session._context, BlockSpan(0, 3), keep=False, input_grad=False)
+    )
+    assert len(network.servers["a"].handler.stores.sessions) == 1
+
+
+# Budgets count what sessions hold: one may be refused room in the middle.
+
+LONG = torch.randn(ROWS, 20, WIDTH, generator=torch.Generator().manual_seed(2))  # more than a cache begins with
+
+
+def long_step(generation: Generation, start: int, stop: int) -> torch.Tensor:
+    part = Inputs(hidden=LONG[:, start:stop], padding=None, positions=None)
+    return loop.run(generation.session.step(part, position=start, order=None))
+
+
+def two_sessions(network: Network) -> tuple[Generation, Generation]:
+    """On servers that have room for one in full, and for two that are short."""
+    one = Generation(network, max_length=32, attempts=4)
+    two = copy.copy(one)
+    two.session = ChainSession(one.chain.calls, one.chain.repair, WHOLE, rows=ROWS, max_length=32, adapter=None)
+    for each in (one, two):
+        long_step(each, 0, 10)
+    for server in network.servers.values():
+        store = server.handler.stores.sessions
+        store.max_bytes = int(1.2 * store.used_bytes)
+        assert len(store) == 2
+    return one, two
+
+
+def test_a_session_that_cannot_grow_goes_on_at_another_server(network):
+    one, two = two_sessions(network)
+    network.serve("b2", "3:6")
+    network.servers["a"].handler.stores.sessions.max_bytes = 2**30
+    expected = network.engine("0:6").forward(forward("0:6", LONG), None).output
+    assert relative_error(long_step(two, 10, 20), expected[:, 10:]) <= TOLERANCE
+    assert network.calls["b2", "OpenSession"] == 1
+    assert relative_error(long_step(one, 10, 20), expected[:, 10:]) <= TOLERANCE
+    assert network.calls["b2", "OpenSession"] == 1, "there is room at b again"
+
+
+def test_a_session_that_cannot_grow_anywhere_waits_for_room(network, monkeypatch):
+    one, two = two_sessions(network)
+    pause, errors = two.chain.repair.pause, []
+
+    async def note(attempts: Any, error: Any) -> None:
+        errors.append(error)
+        if len(errors) == 2:
+            await one.session.close()
+        await pause(attempts, error)
+
+    monkeypatch.setattr(two.chain.repair, "pause", note)
+    expected = network.engine("0:6").forward(forward("0:6", LONG), None).output
+    assert relative_error(long_step(two, 10, 20), expected[:, 10:]) <= TOLERANCE
+    assert [type(error) for error in errors[:2]] == [ServerBusy] * 2
+    assert {error.limit for error in errors[:2]} == {"max_cache_gb"}
+
+
+def test_a_session_that_never_gets_room_ends_after_so_many_attempts(network):
+    _, two = two_sessions(network)
+    with raises(SwarmTimeout, limit="swarm.attempts", attempts=4):
+        long_step(two, 10, 20)

@@ -86,6 +86,20 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(every_n_steps: int, 
         torch.testing.assert_close(left, right, rtol=0, atol=0)
 
 
+def test_a_resumed_run_takes_the_wire_formats_of_the_run_before(tmp_path: Path) -> None:
+    part, resumed, taken = tuner(), tuner(), []
+    for module, slow in ((part, True), (resumed, None)):
+        choice = SimpleNamespace(slow=slow, take=taken.append)
+        module.net.get_base_model().remote_blocks = SimpleNamespace(
+            format_choice=choice, can_interleave=lambda *_: False
+        )
+    keep = NewestCheckpoint(str(tmp_path / "first.ckpt"), 1)
+    trainer(tmp_path, 1, callbacks=[keep]).fit(part, datamodule=talk())
+    assert not taken
+    trainer(tmp_path, 2).fit(resumed, datamodule=talk(), ckpt_path=keep.path)
+    assert taken == [True]
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     other = trainer(tmp_path, 1)
     other.fit(tuner("lora"), datamodule=talk())

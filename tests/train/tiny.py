@@ -114,6 +114,8 @@ class LocalConnection:
                 causal_lm=AutoModelForCausalLM,
                 classifier=AutoModelForSequenceClassification,
             )
+            if model.can_generate():  # plain blocks would add deep prompts to each token behind a cache, and refuse
+                model.generation_config.use_cache = False
             yield model.requires_grad_(False).eval()
         finally:
             self.closed += 1

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from petals_tune.errors import ConfigError
+from petals_tune.errors import ConfigError, UnsupportedAdapter
 from petals_tune.tuning.deep_prompt import (
     FILE,
     DeepPromptConfig,
@@ -48,12 +48,25 @@ def test_a_prompt_is_added_to_the_first_positions_of_its_block_alone(model):
     block = next(module for module in model.modules() if hasattr(module, "deep_prompt"))
     block.deep_prompt.prompt.data += 1
     hidden = torch.zeros(2, TOKENS + 4, WIDTH)
-    added, kept = block.deep_prompt.add(block, (hidden, "more"))
-    assert kept == "more"
+    (added, kept), options = block.deep_prompt.add(block, (hidden, "more"), {"option": 1})
+    assert (kept, options) == ("more", {"option": 1})
     assert added[:, :TOKENS].eq(1).all()
     assert added[:, TOKENS:].eq(0).all()
     assert deep_prompts(net.get_base_model())[0].eq(1).all()
     assert deep_prompts(net.get_base_model())[1:].eq(0).all()
+
+
+def test_a_cache_that_holds_the_first_positions_is_refused(model):
+    """Local blocks would add prompts to every token."""
+    net, ids = tune(model, config()).eval(), torch.randint(VOCABULARY, (1, 5))
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    with raises(UnsupportedAdapter, key="use_cache"):
+        net.generate(ids, max_new_tokens=3, do_sample=False)
+    text = net.generate(ids, max_new_tokens=3, do_sample=False, use_cache=False)
+    for length in range(5, 8):
+        assert text[0, length] == net(text[:, :length]).logits[0, -1].argmax()
 
 
 def test_files_come_back_on_another_model_and_damaged_ones_are_refused(model, tmp_path):

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from petals_tune.adapters import METHODS
 from petals_tune.errors import UnsupportedAdapter
 from petals_tune.remote.skeleton import Skeleton, fill_with_placeholders
-from petals_tune.tuning.support import check_config, collect_adapter, refuse_adapter_names
+from petals_tune.tuning.support import check_config, collect_adapter, is_adapted, refuse_adapter_names
 from tests.raising import raises
 
 WIDTH = 8
@@ -130,6 +130,42 @@ def test_a_version_names_the_content_also_where_it_was_written_past_autograd():
     weight.data[0, 0] -= 1e-3
     weight.data.copy_(weight.data)
     assert model.collect()[0].version != after
+
+
+def test_a_version_says_which_one_of_the_same_tensors_it_replaces():
+    model, other = tuned(), tuned()
+    first = model.collect()[0]
+    assert (first.replaces, model.collect()[0].replaces, other.collect()[0].replaces) == (None, None, None)
+    with torch.no_grad():
+        model.layers[0].up.lora_A["default"].weight.add_(1)
+    second = model.collect()[0]
+    assert second.replaces == first.version
+    part = collect_adapter(list(enumerate(model.layers))[:1])[0]
+    assert part.replaces is None, "of fewer blocks, which begin with the same tensor"
+    assert model.collect()[0].replaces is None
+
+
+def test_a_version_keeps_its_content_while_the_tensors_are_trained():
+    model = tuned()
+    version = model.collect()[0]
+    before = [tensor.clone() for part in version.parts for tensor in part.tensors]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    for tensor, kept in zip((t for part in version.parts for t in part.tensors), before, strict=True):
+        assert torch.equal(tensor, kept)
+
+
+def test_names_choose_adapters_without_what_is_active():
+    model = tuned()
+    before = model.collect()[0].version
+    blocks = list(enumerate(model.layers))
+    assert collect_adapter(blocks, ("default",))[0].version == before
+    assert collect_adapter(blocks, ()) == (None, [])
+    assert collect_adapter(blocks, ("another",)) == (None, [])
+    assert is_adapted(model)
+    assert not is_adapted(Model())
 
 
 def test_without_an_adapter_or_with_it_disabled_there_is_nothing():

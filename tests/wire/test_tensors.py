@@ -98,21 +98,36 @@ def test_any_bytes_are_a_tensor_or_a_protocol_error(data):
         assert isinstance(from_bytes(memoryview(data)), torch.Tensor)
 
 
-# Measured over normal and uniform values: 0.70 % of a vector's largest value, 1.3 % over all values together.
+# Half of a step, 1/127 of the largest value, and what bfloat16 takes from the step; over all values together 0.5 %.
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (4095,), (4096,), (4097,), (2, 3, 5000)], ids=str)
-def test_eight_bits_err_by_less_than_one_percent_of_a_vectors_largest_value(shape):
+def test_eight_bits_err_by_half_a_percent_of_the_largest_of_the_32_values(shape):
     tensor = torch.randn(shape)
+    tensor.flatten()[::64] *= 1000  # a value that is much larger than the others takes from 31 neighbours alone
     back = sent(in_format(tensor, "blockwise8"))
     assert back.dtype is torch.float32
     assert back.shape == tensor.shape
-    largest = tensor.reshape(-1, shape[-1] if shape else 1).abs().amax(dim=1)
-    assert ((back - tensor).abs().reshape(len(largest), -1) <= 0.008 * largest[:, None]).all()
-    assert torch.linalg.vector_norm(back - tensor) <= 0.02 * torch.linalg.vector_norm(tensor)
+    width = shape[-1] if shape else 1
+    for value, vector in zip(back.reshape(-1, width), tensor.reshape(-1, width), strict=True):
+        for got, sent_block in zip(value.split(32), vector.split(32), strict=True):
+            assert (got - sent_block).abs().max() <= 0.004 * sent_block.abs().max()
 
 
-def test_eight_bits_are_a_quarter_of_float32():
+def test_eight_bits_of_normal_values_err_by_half_a_percent_in_all():
+    tensor = torch.randn(4, 128, 512, generator=torch.Generator().manual_seed(0))
+    back = sent(in_format(tensor, "blockwise8"))
+    assert 0.003 < torch.linalg.vector_norm(back - tensor) / torch.linalg.vector_norm(tensor) < 0.006
+    assert abs((back - tensor).mean()) < 5e-5 * tensor.std()
+
+
+def test_what_was_decoded_from_eight_bits_is_encoded_to_the_same_bytes():
+    tensor = torch.randn(3, 5, 100) * torch.logspace(-30, 30, 5)[:, None]
+    once = to_bytes(in_format(tensor, "blockwise8"))
+    assert to_bytes(in_format(from_bytes(memoryview(once)), "blockwise8")) == once
+
+
+def test_eight_bits_are_about_a_quarter_of_float32():
     tensor = torch.randn(4, 128, 512)
-    assert len(to_bytes(in_format(tensor, "blockwise8"))) < 0.253 * len(to_bytes(tensor))
+    assert len(to_bytes(in_format(tensor, "blockwise8"))) < 0.267 * len(to_bytes(tensor))
 
 
 def test_eight_bits_know_an_empty_tensor():
@@ -174,7 +189,9 @@ def test_a_vector_decodes_to_the_same_bits_whatever_is_sent_with_it(wire_format,
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_scaled_formats_know_all_shapes_and_tell_their_size(wire_format, shape):
     tensor = in_format(torch.ones(shape), wire_format)
-    assert torch.equal(sent(tensor), torch.ones(shape))
+    torch.testing.assert_close(
+        sent(tensor), torch.ones(shape), rtol=0.004 if wire_format == "blockwise8" else 0, atol=0
+    )
     assert len(to_bytes(tensor)) == 2 + 4 * len(shape) + encoded_bytes(tensor)
 
 

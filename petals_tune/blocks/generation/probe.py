@@ -10,7 +10,9 @@ import torch
 from petals_tune.blocks.generation.session import Session
 from petals_tune.blocks.generation.sizes import CacheSizes
 from petals_tune.blocks.generation.states import Key
+from petals_tune.blocks.generation.step_cache import JOINT, Attention
 from petals_tune.blocks.loading import LoadedBlocks
+from petals_tune.blocks.passes import TORCH_ERRORS
 from petals_tune.errors import NotFinite, UnsupportedModel
 from petals_tune.model.block_lists import STATES
 from petals_tune.wire.messages import Step
@@ -18,6 +20,7 @@ from petals_tune.wire.span import BlockSpan
 
 _INPUT_BYTES = 4  # of a number in an input, which comes as float32 or smaller
 _NEW = 2  # positions of each step
+_ROUNDING = 0.02  # between two ways to compute attention, in 16 bits; a wrong one differs by more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,8 @@ class Stepping(Protocol):
 
     def kind_of(self, block: int) -> str: ...
     def layer_type_of(self, block: int) -> str: ...
-    def step_alone(self, session: Session, step: Step) -> torch.Tensor: ...
+    def window_of(self, block: int) -> int | None: ...
+    def step_alone(self, session: Session, step: Step, attention: Attention = JOINT) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,25 +57,46 @@ class _Seen:
     position_bytes: int
     state_bytes: int
     goes_on: bool
+    layers: list[int]  # that keep keys and values, counted from the block's number
+    apart: bool
 
 
-def measure_caches(engine: Stepping) -> tuple[CacheSizes, StateBlocks]:
+@dataclass(frozen=True, kw_only=True)
+class Caches:
+    """What sessions keep in the loaded blocks, and how these attend to it."""
+
+    sizes: CacheSizes
+    states: StateBlocks
+    attention: Attention
+
+
+def measure_caches(engine: Stepping) -> Caches:
     """Measure the caches of an engine's blocks. Raises UnsupportedModel for states that do not come into them."""
     span, seen = engine.loaded.span, {}
     for block in range(span.start, span.stop):
         if (kind := engine.kind_of(block)) not in seen:
             seen[kind] = _look(engine, block)
     of = {block: seen[engine.kind_of(block)] for block in range(span.start, span.stop)}
+    apart = all(each.apart for each in of.values())
+    windows: dict[int, int] = {}  # by block
+    for block, each in of.items():
+        if apart and len(each.layers) == 1 and (window := engine.window_of(block)) is not None:
+            windows[block] = window
+    if len(set(windows.values())) > 1:  # the library makes one mask for all of them
+        windows = {}
     sizes = CacheSizes(
         start=span.start,
         positions=[each.position_bytes for each in of.values()],
         states=[each.state_bytes for each in of.values()],
         inputs=engine.hidden_size * _INPUT_BYTES,
+        windows=[windows.get(block) for block in of],
     )
-    return sizes, StateBlocks(
+    states = StateBlocks(
         all=frozenset(block for block, each in of.items() if each.state_bytes),
         one_by_one=frozenset(block for block, each in of.items() if not each.goes_on),
     )
+    by_layer = {block + of[block].layers[0]: window for block, window in windows.items()}
+    return Caches(sizes=sizes, states=states, attention=Attention(apart=apart, windows=by_layer))
 
 
 def _look(engine: Stepping, block: int) -> _Seen:
@@ -83,7 +108,9 @@ def _look(engine: Stepping, block: int) -> _Seen:
         raise UnsupportedModel(
             f"block {block} keeps its state in itself, where all clients would share it", reason="state"
         )
-    cached = sum(tensor.nbytes for layer in session.storage.values() for tensor in layer)
+    cached = session.memory.tail_bytes
+    layers = [layer - block for layer in session.memory.tails]
+    apart = not layers or _attends_apart(engine, session, inputs[:, _NEW : _NEW + 1])
 
     def depends_on(key: Key) -> bool:
         """Whether a step of several positions gives other numbers where this state holds other ones."""
@@ -101,4 +128,20 @@ def _look(engine: Stepping, block: int) -> _Seen:
         position_bytes=cached // session.max_length,
         state_bytes=sum(state.nbytes for state in states.values()),
         goes_on=all(depends_on(key) for key in states),
+        layers=layers,
+        apart=apart,
     )
+
+
+def _attends_apart(engine: Stepping, session: Session, hidden: torch.Tensor) -> bool:
+    """Whether a step of one position has the same numbers where the attention of each session is computed apart."""
+    states, outputs = session.states.current, []
+    for apart in (False, True):
+        session.position, session.states.current = _NEW, states
+        try:
+            step = Step(session=0, hidden=hidden, position=_NEW)
+            outputs.append(engine.step_alone(session, step, Attention(apart=apart)))
+        except (*TORCH_ERRORS, AttributeError, NotFinite):
+            return False
+    one, other = (output.double() for output in outputs)
+    return float((one - other).norm()) <= _ROUNDING * float(one.norm())

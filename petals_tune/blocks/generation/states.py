@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from msgspec.structs import replace
 
+from petals_tune.blocks.separate_rows import context_length
 from petals_tune.errors import SessionLost
 from petals_tune.wire.messages import Step
 
@@ -85,6 +86,13 @@ def positions_of(step: Step) -> list[Step]:
     """Cut a step into steps of one position."""
     first, *others = [_cut(step, at, at + 1) for at in range(step.hidden.shape[1])]
     return [first, *(replace(each, order=None) for each in others)]
+
+
+def split_step(step: Step, length: int) -> tuple[Step, Step]:
+    """Cut a step behind its first `length` positions. Both choose rotary frequencies as the whole step does."""
+    last = context_length(step) if step.positions is None else int(step.positions.max()) + 1
+    whole = replace(step, context_length=max(last, step.context_length or 1))
+    return _cut(whole, 0, length), replace(_cut(whole, length, step.hidden.shape[1]), order=None)
 
 
 def _until(position: int, step: Step) -> Step:

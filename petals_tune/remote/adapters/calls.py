@@ -50,6 +50,8 @@ def generate_with(model: Any, adapter: Any, adapters: Sequence[str | None] | Non
         return generate_by_row(model, adapters, inputs, options)
     view, base = resolved(model, adapter, keep=True)
     base.generation_config, base._active_session = model.generation_config, model._active_session
+    if inputs is None and options.get("inputs_embeds") is None:
+        options = {"input_ids": None, **options}  # PEFT asks for the name, also where the session has the text
     return view.generate(inputs, **options)
 
 

@@ -16,7 +16,7 @@ from petals_tune.errors import ConfigError
 from petals_tune.remote.adapters.choice import Choice
 from petals_tune.remote.adapters.view import twin_of, view_of
 from petals_tune.tuning.saved import adapter_folder, check_adapter, load_adapter
-from petals_tune.tuning.support import is_adapted, tune
+from petals_tune.tuning.support import deep_prompt_owners, is_adapted, tune
 
 _numbers = itertools.count(1)
 
@@ -64,6 +64,13 @@ class Adapters(Mapping[str, PeftModel]):
         """
         if net.get_base_model() is not self._model:
             raise ConfigError("adopt() takes a PeftModel around this model, and this one is of another", key="adapters")
+        if ownerless := deep_prompt_owners(net) - set(net.peft_config):
+            raise ConfigError(
+                f"the deep prompts of this model belong to {sorted(ownerless)}, which the PeftModel does not have: "
+                "load_deep_prompts(model, folder, adapter=NAME)",
+                key="adapters",
+                seen=sorted(ownerless),
+            )
         with self._changing:
             for name in net.peft_config:
                 self._entries[_checked(name)] = Entry(net, Choice((name,), next(_numbers)))

@@ -67,6 +67,8 @@ def generate_by_row(model: Any, adapters: Sequence[str | None], inputs: Any, opt
     other, since tokens are drawn from one generator.
     """
     instead = "call generate(..., adapter=NAME) once for each adapter"
+    if options.get("draft") not in (None, "none"):
+        raise ConfigError(f"adapters: drafts are made for one row; {instead}", key="draft")
     _refuse(options, _NOT_GENERATED_BY_ROW, instead)
     if model._active_session is not None:
         raise ConfigError(f"adapters: an open session is of one adapter; leave its block, or {instead}", key="adapters")

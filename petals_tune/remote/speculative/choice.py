@@ -15,6 +15,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from petals_tune.errors import ConfigError
 from petals_tune.remote.speculative.drafters import Drafter, DraftModel, LookUp, Sampling
+from petals_tune.remote.speculative.length import DraftLength
 from petals_tune.remote.speculative.speculation import Speculation, Turn
 
 Draft = str | PreTrainedModel | Drafter | None
@@ -77,10 +78,10 @@ def warn_without_drafts(
 
 
 @contextmanager
-def drafting(session: Any, source: DraftSource, turn: Turn) -> Iterator[None]:
-    """While this lasts, steps of `session` have drafts. What was measured in earlier turns is kept."""
+def drafting(session: Any, source: DraftSource, length: DraftLength, turn: Turn) -> Iterator[None]:
+    """While this lasts, steps of `session` have drafts, of which `length` says how many."""
     if session.speculation is None or session.speculation.source != source.given:
-        session.speculation = Speculation(source=source.given, drafter=source.make())
+        session.speculation = Speculation(source=source.given, drafter=source.make(), length=length)
     session.speculation.begin(turn)
     try:
         yield

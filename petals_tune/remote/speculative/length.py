@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 MOST_DRAFTS = 16
 FIRST_GAP, LONGEST_GAP = 4, 128  # steps between two trials of a kind of drafts that does not pay
@@ -108,11 +109,30 @@ class DraftLength:
         tokens = sum(rate**number for number in range(count + 1))
         return tokens / (self.step.predict(count + 1) + count * (self.draft_s or 0.0))
 
-    def observe_drafting(self, count: int, seconds: float) -> None:
-        """Take in that `count` tokens were drafted in `seconds`."""
+    def observe_drafting(self, count: int, seconds: float, *, catches_up: bool = False) -> None:
+        """Take in that `count` tokens were drafted in `seconds`.
+
+        catches_up: the draft model read more of the text first than the last few tokens; that counts as a bound alone
+        """
         each_s = seconds / count
+        if catches_up and (self.draft_s is None or each_s > self.draft_s):
+            return
         self.draft_s = each_s if self.draft_s is None else self.draft_s + 0.2 * (each_s - self.draft_s)
 
     def observe_drafts(self, kind: Hashable, accepted: int, *, rejected: bool) -> None:
         """Take in what became of the drafts of one step."""
         self.acceptance.setdefault(kind, Acceptance()).observe(accepted, rejected=rejected)
+
+
+@dataclass
+class LatestDraft:
+    """What was measured with a model's latest draft, which serves the next calls of generate() with the same one."""
+
+    given: Any = None
+    length: DraftLength = field(default_factory=DraftLength)
+
+    def length_for(self, given: Any) -> DraftLength:
+        """Return what is known of the draft `given`; nothing, where the latest was another one."""
+        if self.given != given:
+            self.given, self.length = given, DraftLength()
+        return self.length

@@ -1,24 +1,24 @@
-"""Drafts in a generation session: the outputs of guessed tokens are kept until the text gets to them, or parts.
+"""Drafts in a generation session: the logits of guessed tokens are kept until the text gets to them, or parts.
 
 transformers' own loop chooses every token of the text, from the logits that it has without drafts. It asks the model
 for one token's logits at a time. Here such a call sends further, guessed tokens along; where the loop's next token is
-the guessed one, its output is already here, and nothing is sent. So drafts change the time of a text and nothing else:
+the guessed one, its logits are already here, and nothing is sent. So drafts change the time of a text and nothing else:
 sampling, processors, stopping criteria and streamers are those of plain generation, and a seed gives the same text.
 A step tells servers where it begins, so nothing is sent to forget wrong guesses either.
 """
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from petals_tune.remote.speculative.drafters import Drafter, Sampling
 from petals_tune.remote.speculative.length import DraftLength
-from petals_tune.swarm.session import Inputs
 
 _GROWING = ("attention_mask", "token_type_ids", "mm_token_type_ids")  # by one for each token, whose value is the last
 
@@ -36,33 +36,34 @@ class Turn:
 
 @dataclass
 class Ahead:
-    """Outputs of drafted tokens that the text has not got to yet."""
+    """Drafted tokens that the text has not got to yet, and their logits."""
 
     kind: Hashable
     position: int  # of the first of them
     drafts: torch.Tensor  # (1, N)
     positions: torch.Tensor | None  # (..., N) position ids, where the model is given some
-    outputs: torch.Tensor | None = None  # (1, N, H); None: the step has not run
+    has_run: bool = False
+    output: Any = None  # the model's output, with logits (1, N, V); None: the model has not been called with them
     accepted: int = 0
 
     def matches(self, position: int, kwargs: dict[str, Any]) -> bool:
         """Whether the input of the model is the first drafted token, at its place."""
-        if self.outputs is None or not self.drafts.shape[1] or position != self.position:
+        if self.output is None or not self.drafts.shape[1] or position != self.position:
             return False
-        positions = kwargs.get("position_ids")
-        if (positions is None) != (self.positions is None):
+        ids, positions = kwargs.get("input_ids"), kwargs.get("position_ids")
+        if ids is None or (positions is None) != (self.positions is None):
             return False
         if positions is not None and not torch.equal(positions, self.positions[..., :1]):  # type: ignore[index]
             return False
-        return torch.equal(kwargs["input_ids"], self.drafts[:, :1])
+        return torch.equal(ids, self.drafts[:, :1])
 
-    def take(self) -> torch.Tensor:
-        """Return the first output (1, 1, H), and go on by one token."""
-        assert self.outputs is not None
-        output, self.outputs, self.drafts = self.outputs[:, :1], self.outputs[:, 1:], self.drafts[:, 1:]
+    def take(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the first token (1, 1) and its logits (1, 1, V), and go on by one."""
+        ids, logits = self.drafts[:, :1], self.output.logits[:, :1]
+        self.drafts, self.output.logits = self.drafts[:, 1:], self.output.logits[:, 1:]
         self.positions = None if self.positions is None else self.positions[..., 1:]
         self.position, self.accepted = self.position + 1, self.accepted + 1
-        return output
+        return ids, logits
 
 
 @dataclass
@@ -75,14 +76,14 @@ class Speculation:
 
     source: Any  # the `draft` that was asked for
     drafter: Drafter
-    length: DraftLength = field(default_factory=DraftLength)
+    length: DraftLength
     steps: int = 0
     drafted: int = 0
     tried: int = 0
     accepted: int = 0
     _turn: Turn | None = None
     _ahead: Ahead | None = None
-    _serves: bool = False  # the step that comes has its output already
+    _drafted_last: bool = False  # the latest step had drafts
 
     @property
     def acceptance(self) -> float:
@@ -98,11 +99,11 @@ class Speculation:
         )
 
     def begin(self, turn: Turn) -> None:
-        self._turn, self._ahead, self._serves = turn, None, False
+        self._turn, self._ahead, self._drafted_last = turn, None, False
 
     def end(self) -> None:
         self._conclude(rejected=False)
-        self._turn, self._serves = None, False
+        self._turn = None
 
     def extend(self, kwargs: dict[str, Any], seen: torch.Tensor | None, position: int) -> dict[str, Any]:
         """Return the model's keyword arguments for its next token, with drafts behind it, if any are worth it.
@@ -110,9 +111,6 @@ class Speculation:
         seen: (1, T) text in the session, None where it is not known; the session holds `position` positions
         """
         ids = kwargs["input_ids"]
-        self._serves = self._ahead is not None and self._ahead.matches(position, kwargs)
-        if self._serves:
-            return kwargs
         self._conclude(rejected=True)
         if self._turn is None or seen is None or ids.shape != (1, 1) or not _can_grow(kwargs):
             return kwargs
@@ -129,29 +127,43 @@ class Speculation:
         if positions is not None:
             positions = positions[..., -1:] + torch.arange(1, count + 1, device=positions.device)
             grown["position_ids"] = torch.cat([kwargs["position_ids"], positions], dim=-1)
+        if "logits_to_keep" in kwargs:
+            grown["logits_to_keep"] = count + 1
         self._ahead = Ahead(kind=kind, position=position + 1, drafts=drafts, positions=positions)
         return grown
 
-    def step(self, run: Callable[[Inputs], torch.Tensor], inputs: Inputs) -> torch.Tensor:
-        """Return the output (1, S, H) of the text's new tokens in `inputs`, which has drafts behind them.
-
-        `run` sends a step, and is not called where the output is already here.
-        """
+    def stepped(self, positions: int, seconds: float) -> int:
+        """Take in that a step of so many positions took so long; returns how many of them, the last, were drafts."""
         ahead = self._ahead
-        if self._serves and ahead is not None:
-            self._serves = False
-            return ahead.take()
-        count = 0 if ahead is None or ahead.outputs is not None else ahead.drafts.shape[1]
-        if not count:
-            self._ahead = None  # of a step that did not go through `extend`
-        started_s = time.perf_counter()
-        output = run(inputs)
-        if self._turn is not None and len(inputs) - count == 1:
-            self.length.step.observe(len(inputs), time.perf_counter() - started_s)
+        if ahead is not None and ahead.has_run:  # a step that did not go through `extend`
+            self._ahead = ahead = None
+        count = 0 if ahead is None else ahead.drafts.shape[1]
+        if self._turn is not None and positions - count == 1:
+            self.length.step.observe(positions, seconds)
             self.steps += 1
-        if ahead is not None and count:
+        if ahead is not None:
             self.drafted += count
-            output, ahead.outputs = output[:, :-count], output[:, -count:]
+            ahead.has_run = True
+        return count
+
+    def split(self, output: Any) -> Any:
+        """Return the model's output with the logits of the text, and keep those of the drafts behind it."""
+        ahead = self._ahead
+        if ahead is not None and ahead.has_run and ahead.output is None:
+            count = ahead.drafts.shape[1]
+            ahead.output = copy.copy(output)
+            ahead.output.logits, output.logits = output.logits[:, -count:], output.logits[:, :-count]
+        return output
+
+    def take(self, cache: Any, kwargs: dict[str, Any]) -> Any:
+        """Return the model's output for its next token, which `cache` then counts; None where it is not here yet."""
+        ahead = self._ahead
+        if ahead is None or not ahead.matches(cache.position, kwargs):
+            return None
+        ids, logits = ahead.take()
+        cache.accept(ids)
+        output = copy.copy(ahead.output)
+        output.logits = logits
         return output
 
     def _draft(self, text: torch.Tensor, position: int, turn: Turn) -> tuple[torch.Tensor | None, Hashable]:
@@ -161,12 +173,14 @@ class Speculation:
         room = min([turn.max_length - length - 1, turn.session_length - length, *before])
         kind = self.drafter.look(text) if room > 0 else None
         count = 0 if kind is None else self.length.choose(kind, room)
+        catches_up, self._drafted_last = not self._drafted_last, count > 0
         if not count:
             return None, kind
         started_s = time.perf_counter()
         drafts = self.drafter.draft(text, count, turn.sampling)
         if drafts.shape[1]:
-            self.length.observe_drafting(drafts.shape[1], time.perf_counter() - started_s)
+            elapsed_s = time.perf_counter() - started_s
+            self.length.observe_drafting(drafts.shape[1], elapsed_s, catches_up=catches_up)
         # Nothing follows an end, and its own output is not needed.
         until = next((at for at, token in enumerate(drafts[0].tolist()) if token in turn.ends), drafts.shape[1])
         return (drafts[:, :until], kind) if until else (None, kind)
@@ -174,7 +188,7 @@ class Speculation:
     def _conclude(self, *, rejected: bool) -> None:
         """Count what became of the last drafts; `rejected`: the text went on otherwise than the next of them."""
         ahead, self._ahead = self._ahead, None
-        if ahead is None or ahead.outputs is None:
+        if ahead is None or not ahead.has_run:
             return
         rejected = rejected and ahead.drafts.shape[1] > 0
         self.accepted += ahead.accepted

@@ -70,12 +70,12 @@ class Saved:
         return model if name is None else load_adapter(model, self.folders[name], **options)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return Saved(tmp_path_factory.mktemp("adapters"))
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def swarm(saved: Saved) -> Iterator[None]:
     with in_process_swarm(saved.model, "0:2", "2:6"):
         yield
@@ -89,7 +89,7 @@ def model(saved: Saved, swarm: None) -> Iterator[Any]:
     loaded.remote_blocks.close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def shared(saved: Saved, swarm: None) -> Iterator[Any]:
     """With all of `METHODS`; a test leaves it as it was."""
     loaded = AutoDistributedModelForCausalLM.from_pretrained(str(saved.model), initial_peers=["in process"])

@@ -23,7 +23,7 @@ def logits(net, ids: torch.Tensor, **options) -> torch.Tensor:
 def test_a_call_with_an_adapter_gives_the_numbers_of_peft(saved, shared, name):
     plain = saved.plain(name)
     assert relative_error(logits(shared, IDS, adapter=name), logits(plain, IDS)) <= 1e-5
-    # With a cache, deep prompts of local blocks would be added to every token.
+    # With a cache, local blocks have no deep prompts.
     expected = generated(plain, IDS[:2], use_cache=name != "deep")
     assert torch.equal(generated(shared, IDS[:2], adapter=name), expected)
 
@@ -54,7 +54,7 @@ def test_threads_with_different_adapters_get_what_each_gets_alone(saved, shared)
 
     def at_once(number: int) -> list[tuple[torch.Tensor, ...]]:
         begin.wait()
-        return [work[number][0](work[number][1]) for _ in range(2)]
+        return [work[number][0](work[number][1])]
 
     with ThreadPoolExecutor(len(work)) as pool:
         together = list(pool.map(at_once, range(len(work))))
@@ -70,7 +70,7 @@ def test_threads_with_different_adapters_get_what_each_gets_alone(saved, shared)
 def test_a_stock_peft_model_with_several_adapters(saved, model, config):
     """`load_adapter` and `add_adapter` of PEFT itself; its active adapter stays what it is."""
     net = peft.get_peft_model(model, METHODS[config](), adapter_name="first").eval()
-    names = {"lora": ["lora", "other", "head"], "ia3": ["ia3"]}[config]
+    names = {"lora": ["lora", "head"], "ia3": ["ia3"]}[config]
     for name in names:
         net.load_adapter(str(saved.folders[name]), adapter_name=name)
     before = logits(net, IDS)
@@ -80,6 +80,11 @@ def test_a_stock_peft_model_with_several_adapters(saved, model, config):
         assert torch.equal(generated(net, IDS[:1], adapter=name), generated(plain, IDS[:1]))
         with net.disable_adapter():
             assert relative_error(logits(net, IDS, adapter=name), logits(plain, IDS)) <= 1e-5
+    expected = [logits(net, IDS, adapter=name) for name in names]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda name: logits(net, IDS, adapter=name), 4 * names))
+    for number, found in enumerate(together):
+        assert relative_error(found, expected[number % len(names)]) <= 1e-6
     assert torch.equal(logits(net, IDS), before)
     assert net.active_adapter == "first"
 
@@ -102,7 +107,7 @@ def test_soft_prompts_of_a_stock_peft_model(saved, model):
 def test_a_session_begins_anew_with_another_adapter(saved, shared):
     """Also with another soft prompt, of which the servers know nothing."""
     with shared.inference_session(max_length=32):
-        for name in ("prompt", "deep", "lora", None, "prompt"):
+        for name in ("prompt", "deep", None):
             first = generated(shared, IDS[:1], adapter=name)
             assert torch.equal(first, generated(saved.plain(name), IDS[:1], use_cache=name != "deep")), name
             sent = shared.remote_blocks.stats.sent_bytes

@@ -10,6 +10,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from petals_tune.errors import ConfigError, UnsupportedAdapter
+from petals_tune.tuning.deep_prompt import load_deep_prompts
 from tests.models import relative_error
 from tests.raising import raises
 from tests.remote.adapters.conftest import IDS, METHODS, TASK, generated
@@ -70,7 +71,9 @@ def test_a_session_begins_anew_when_its_adapter_was_loaded_anew(saved, model):
     assert torch.equal(found, generated(saved.plain("deep"), IDS[:1], use_cache=False))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("head", "deep") else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+)
 def test_what_is_trained_by_name_is_saved_for_stock_peft(saved, model, name, tmp_path):
     """A step with an optimizer of its own: the same tensors as in process."""
     nets = []
@@ -150,3 +153,37 @@ def test_a_model_with_pefts_layers_takes_no_others_beside_them(saved, model):
 def test_only_a_peft_model_around_this_model_is_adopted(saved, model):
     with raises(ConfigError, key="adapters"):
         model.adapters.adopt(saved.plain("prompt"))
+
+
+def test_deep_prompts_are_adopted_with_the_soft_prompt_that_they_belong_to(saved, model):
+    config = peft.PromptTuningConfig(task_type=TASK, num_virtual_tokens=2)
+    net = peft.get_peft_model(model, config, adapter_name="other")
+    net.load_adapter(str(saved.folders["deep"]), adapter_name="mine")
+    load_deep_prompts(model, saved.folders["deep"])
+    with raises(ConfigError, key="adapters", seen=["default"]):
+        model.adapters.adopt(net)
+    load_deep_prompts(model, saved.folders["deep"], adapter="mine")
+    model.adapters.adopt(net)
+    with torch.no_grad():
+        found = model(input_ids=IDS, adapter="mine").logits
+        assert relative_error(found, saved.plain("deep")(input_ids=IDS).logits) <= 1e-5
+        found = model(input_ids=IDS, adapter=None).logits
+        assert relative_error(found, saved.plain(None)(input_ids=IDS).logits) <= 1e-5
+
+
+def test_many_adapters_in_turn_are_uploaded_once(saved, model):
+    """More than a stream or a server once remembered."""
+    count, stats = 10, model.remote_blocks.stats
+    for number in range(count):
+        model.adapters.add(f"number {number}", METHODS["lora"]())
+    sent = []
+    with torch.no_grad():
+        for _ in range(2):
+            before = stats.sent_bytes
+            for number in range(count):
+                model(input_ids=IDS[:1], adapter=f"number {number}")
+            sent.append(stats.sent_bytes - before)
+        before = stats.sent_bytes
+        for _ in range(count):
+            model(input_ids=IDS[:1], adapter=None)
+    assert sent[1] < 1.2 * (stats.sent_bytes - before) < sent[0] / 2

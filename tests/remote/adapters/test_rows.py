@@ -1,8 +1,11 @@
 """One adapter for each row of a batch: outputs in the order of the rows, and gradients of each row's adapter."""
 
+import peft
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
+from petals_tune import AutoDistributedModelForCausalLM, AutoDistributedModelForSequenceClassification
 from petals_tune.errors import ConfigError
 from tests.models import relative_error
 from tests.raising import raises
@@ -65,6 +68,7 @@ def test_each_adapter_gets_the_gradients_of_its_own_rows(saved, model):
                 assert relative_error(own[key], parameter.grad) <= 1e-5, (name, key)
 
 
+@pytest.mark.slow
 def test_training_mode_gives_each_row_what_it_gets_alone(saved, model):
     for name in METHODS:
         model.adapters.load(name, saved.folders[name], trainable=True)
@@ -74,7 +78,15 @@ def test_training_mode_gives_each_row_what_it_gets_alone(saved, model):
         assert relative_error(together[row : row + 1], one) <= 1e-5
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2, "num_return_sequences": 2}, {"eos_token_id": [40, 83]}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eos_token_id": [40, 83]},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"num_beams": 2, "num_return_sequences": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_texts_are_in_the_order_of_the_rows(saved, shared, options):
     found = generated(shared, IDS, adapters=ROWS, **options)
     copies = options.get("num_return_sequences", 1)
@@ -85,6 +97,7 @@ def test_texts_are_in_the_order_of_the_rows(saved, shared, options):
         assert not own[:, one.shape[1] :].any(), "padding"
 
 
+@pytest.mark.slow
 def test_sampling_is_reproducible(shared):
     options = {"max_new_tokens": 4, "do_sample": True, "pad_token_id": 0}
     found = []
@@ -109,7 +122,7 @@ def test_a_call_refuses_what_is_for_one_adapter(shared, name):
         shared(input_ids=IDS, adapters=ROWS, **{name: True})
 
 
-@pytest.mark.parametrize("name", ["past_key_values", "streamer", "return_dict_in_generate", "inputs_embeds"])
+@pytest.mark.parametrize("name", ["past_key_values", "streamer", "return_dict_in_generate", "inputs_embeds", "draft"])
 def test_generation_refuses_what_is_for_one_adapter(shared, name):
     with raises(ConfigError, key=name):
         shared.generate(IDS, adapters=ROWS, **{name: IDS})
@@ -118,3 +131,45 @@ def test_generation_refuses_what_is_for_one_adapter(shared, name):
 def test_generation_refuses_an_open_session(shared):
     with shared.inference_session(max_length=16), raises(ConfigError, key="adapters"):
         shared.generate(IDS, adapters=ROWS)
+
+
+@pytest.mark.slow
+def test_rows_through_local_blocks_and_servers(saved, swarm):
+    local = AutoDistributedModelForCausalLM.from_pretrained(
+        str(saved.model), initial_peers=["in process"], local_blocks=["0:1", "4:6"], local_quantization="none"
+    )
+    for name, folder in saved.folders.items():
+        local.adapters.load(name, folder, trainable=True).eval()
+    logits, losses, count = alone(saved)
+    output = local(input_ids=IDS, attention_mask=MASK, labels=LABELS, adapters=ROWS)
+    assert relative_error(output.logits[MASK.bool()], logits[MASK.bool()]) <= 1e-5
+    assert relative_error(output.loss, losses / count) <= 1e-5
+    output.loss.backward()
+    for name in ("lora", "ia3", "deep"):
+        assert all(p.grad is not None for p in local.adapters[name].parameters() if p.requires_grad), name
+    found = generated(local, IDS, adapters=ROWS)
+    assert torch.equal(found[:1], generated(saved.plain("lora"), IDS[:1]))
+    local.remote_blocks.close()
+
+
+def test_classifiers_have_a_head_for_each_adapter(saved, swarm, tmp_path):
+    options = {"num_labels": 3, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = AutoDistributedModelForSequenceClassification.from_pretrained(
+        str(saved.model), initial_peers=["in process"], **options
+    )
+    plain, labels = {}, torch.tensor([2, 0, 1, 1])
+    for number, name in enumerate(("one", "two")):
+        torch.manual_seed(number)
+        config = peft.LoraConfig(task_type="SEQ_CLS", init_lora_weights=False, target_modules=["q_proj"])
+        base = AutoModelForSequenceClassification.from_pretrained(str(saved.model), **options)
+        net = peft.get_peft_model(base, config)
+        net.save_pretrained(str(tmp_path / name))
+        plain[name] = net.eval()
+        model.adapters.load(name, tmp_path / name)
+    rows = ["two", "one", "one", "two"]
+    output = model(input_ids=IDS[:4], labels=labels, adapters=rows)
+    expected = torch.cat([plain[name](input_ids=IDS[row : row + 1]).logits for row, name in enumerate(rows)])
+    assert relative_error(output.logits, expected) <= 1e-5
+    assert relative_error(output.loss, torch.nn.functional.cross_entropy(expected, labels)) <= 1e-5
+    model.remote_blocks.close()

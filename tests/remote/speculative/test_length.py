@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from petals_tune.remote.speculative.length import LONGEST_GAP, MOST_DRAFTS, DraftLength
+from petals_tune.remote.speculative.length import LONGEST_GAP, MOST_DRAFTS, DraftLength, LatestDraft
 
 
 def simulated(*, rate: float, base_s: float, slope_s: float, draft_s: float, steps: int, noise: float = 0.0):
@@ -106,6 +106,26 @@ def test_each_kind_of_drafts_has_its_own_acceptance():
     assert length.choose("bad", 100) <= 1
     assert length.choose("good", 2) == 2
     assert length.choose("good", 0) == 0
+
+
+def test_a_draft_model_that_reads_the_text_first_is_not_taken_for_slow():
+    length = DraftLength()
+    length.observe_drafting(4, 2.0, catches_up=True)
+    assert length.draft_s is None
+    length.observe_drafting(4, 0.04)
+    length.observe_drafting(4, 2.0, catches_up=True)
+    assert length.draft_s == pytest.approx(0.01)
+    for _ in range(50):
+        length.observe_drafting(1, 0.005, catches_up=True)  # it got faster meanwhile
+    assert length.draft_s == pytest.approx(0.005, rel=0.01)
+
+
+def test_what_was_measured_serves_later_calls_with_the_same_draft():
+    latest = LatestDraft()
+    first = latest.length_for("lookup")
+    assert latest.length_for("lookup") is first
+    assert latest.length_for("another") is not first
+    assert latest.length_for("lookup") is not first
 
 
 def test_the_first_step_has_no_drafts():

@@ -134,7 +134,7 @@ def test_nothing_is_sent_but_steps(llama, monkeypatch):
 class Identity:
     """Blocks that change nothing: the next token depends on the last one alone."""
 
-    rows = 1
+    rows, max_length = 1, 10**6
 
     def step(self, inputs: Any, **_: Any) -> torch.Tensor:
         return inputs.hidden
@@ -286,6 +286,21 @@ def test_tuned_models(llama, method):
     finally:
         if method == "lora":
             tuned.unload()
+
+
+def test_an_adapter_and_a_draft_are_arguments_of_one_call(llama):
+    model, _ = llama
+    torch.manual_seed(5)
+    model.adapters.add("soft", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    try:
+        expected = generated(model, text(), adapter="soft")
+        drafter = made(expected)
+        assert torch.equal(generated(model, text(), adapter="soft", draft=drafter), expected)
+        latest = model.remote_blocks.backbone.latest_draft
+        assert latest.given is drafter
+        assert latest.length.acceptance["made"].tried > 3, "what was measured is not lost with the view of the model"
+    finally:
+        model.adapters.remove("soft")
 
 
 @pytest.mark.parametrize(

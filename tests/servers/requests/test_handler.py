@@ -32,6 +32,7 @@ from petals_tune.wire.messages import (
     CollectedSum,
     CollectSum,
     Done,
+    Fork,
     Forward,
     Forwarded,
     Gradients,
@@ -315,7 +316,7 @@ async def test_a_session_refuses_steps_that_do_not_continue_it(engine):
             return Step(session=opened.session, hidden=hidden, position=position, **fields)
 
         for bad, error in [
-            (step(rows=1), RequestRefused(T, reason="rows")),
+            (step(rows=3), RequestRefused(T, reason="rows")),
             (step(positions=5), RequestRefused(T, reason="too long", max_length=5)),
             (step(position=3), SessionLost(T)),
             (step(position=2**60), SessionLost(T)),
@@ -324,6 +325,27 @@ async def test_a_session_refuses_steps_that_do_not_continue_it(engine):
         assert isinstance(await peer.ask(step()), Stepped)
         bad = step(position=1, order=torch.tensor([0, 2]))
         assert is_refusal_of(RequestRefused(T, reason="order"), await peer.refused(bad))
+        assert is_refusal_of(RequestRefused(T, reason="rows"), await peer.refused(step(rows=1, position=1)))
+
+
+async def test_a_fork_goes_on_from_the_session_of_the_same_client_and_from_no_other(engine):
+    house = House(engine)
+    async with house.client() as peer, house.client("other") as other:
+        opened = await peer.ask(OpenSession(span=SPAN, rows=1, max_length=8))
+        assert isinstance(opened, SessionOpened)
+        text = torch.randn(1, 4, HIDDEN, generator=torch.Generator().manual_seed(0))
+        whole = await peer.ask(Step(session=opened.session, hidden=text, position=0))
+        assert isinstance(whole, Stepped)
+        fork = Fork(session=opened.session, position=3, order=torch.tensor([0, 0]))
+        child = await peer.ask(OpenSession(span=SPAN, rows=2, max_length=8, fork=fork))
+        assert isinstance(child, SessionOpened)
+        found = await peer.ask(Step(session=child.session, hidden=text[[0, 0], 3:], position=3))
+        assert isinstance(found, Stepped)
+        torch.testing.assert_close(found.hidden, whole.hidden[[0, 0], 3:], rtol=1e-5, atol=1e-5)
+        stolen = OpenSession(span=SPAN, rows=2, max_length=8, fork=fork)
+        assert is_refusal_of(SessionLost(T), await other.refused(stolen))
+        half = OpenSession(span=BlockSpan(SPAN.start, SPAN.start + 1), rows=2, max_length=8, fork=fork)
+        assert is_refusal_of(RequestRefused(T, reason="fork"), await peer.refused(half))
 
 
 async def test_a_prompt_longer_than_the_sequence_is_refused_wherever_it_is_used(engine):

@@ -46,7 +46,7 @@ def test_an_adapter_is_its_clients_and_is_cut_to_the_blocks_that_are_asked_for()
 
 
 def test_the_version_that_was_used_longest_ago_is_dropped_first():
-    adapters = cache(versions_per_client=2)
+    adapters = cache(max_bytes=100)
     for version in ("v1", "v2"):
         put(adapters, "a", version, parts(0))
     adapters.get("a", "v1", SPAN)
@@ -56,6 +56,37 @@ def test_the_version_that_was_used_longest_ago_is_dropped_first():
     with raises(AdapterMissing):
         adapters.get("a", "v2", SPAN)
     assert adapters.used_bytes == 2 * 40
+
+
+def test_bytes_bound_how_many_versions_a_client_has():
+    adapters = cache(max_bytes=32 * 40)
+    versions = [f"v{number}" for number in range(32)]
+    for version in versions:
+        put(adapters, "a", version, parts(0))
+    for version in versions:
+        adapters.get("a", version, SPAN)
+    put(adapters, "a", "one more", parts(0))
+    assert [upload.version for upload in adapters.keys_of("a")] == [*versions[1:], "one more"]
+
+
+def test_no_client_has_more_versions_than_a_store_has_values(monkeypatch):
+    monkeypatch.setattr("servers.stores.adapters.MAX_VALUES", 2)
+    adapters = cache()
+    for version in ("v1", "v2", "v3"):
+        put(adapters, "a", version, parts(0))
+    assert [upload.version for upload in adapters.keys_of("a")] == ["v2", "v3"]
+
+
+def test_an_adapter_that_is_trained_leaves_no_versions_behind():
+    adapters = cache()
+    put(adapters, "a", "another", parts(0))
+    for number in range(3):
+        with adapters.room("a", f"v{number}", SPAN, 40):
+            adapters.put("a", f"v{number}", SPAN, parts(0), replaces=f"v{number - 1}")
+    assert [upload.version for upload in adapters.keys_of("a")] == ["another", "v2"]
+    with adapters.room("a", "v2", SPAN, 40):
+        adapters.put("a", "v2", SPAN, parts(0), replaces="v2")
+    assert [upload.version for upload in adapters.keys_of("a")] == ["another", "v2"]
 
 
 def test_an_upload_that_comes_again_replaces_the_first():
