@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -27,8 +28,9 @@ class Service:
     model: TunedModel
     swarm: Section
     name: str | None
+    aliases: Sequence[str]
     adapters: str | None
-    data: str
+    folder: str
     host: str
     port: Annotated[int, Field(ge=0, le=65535)]
     api_keys: str | None

@@ -43,9 +43,11 @@ MAY_IMPORT = {
     # floor 6
     "train": "errors config copies hydra_errors wire files checksums model blocks.quantization tuning data net swarm "
     "remote",
-    # floor 7: the commands, and the package's own front, which imports what it offers on first use
+    # floor 7
+    "service": "errors files model losses tuning data remote sampling train.options",
+    # floor 8: the commands, and the package's own front, which imports what it offers on first use
     "petals_tune": "errors cli config hydra_errors wire files checksums model blocks tuning data net swarm remote "
-    "train",
+    "train service",
     "conf": "",
     "recipes": "",
 }
@@ -53,12 +55,16 @@ MAY_IMPORT = {
 # A library, and the only rooms that may know it.
 KNOWN_ONLY_TO = {
     "hivemind": "net",
-    "transformers": "model blocks data tuning remote train petals_tune servers",
-    "peft": "adapters tuning remote train petals_tune",
+    "transformers": "model blocks data tuning remote train service petals_tune servers",
+    "peft": "adapters tuning remote train service petals_tune",
     "lightning": "data train petals_tune",
     "datasets": "data",
     "hydra": "hydra_errors config train petals_tune servers",
     "wandb": "train petals_tune",
+    "starlette": "service",
+    "uvicorn": "service",
+    "llguidance": "service",
+    "tinker": "service",
     "aiohttp": "servers",
     "prometheus_client": "servers",
 }

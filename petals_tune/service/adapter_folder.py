@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,21 +33,21 @@ class AdapterFolder:
 
     def __init__(
         self,
-        base: str,
+        bases: Sequence[str],
         folder: Path | None,
         *,
         load: Callable[[str, Path], object],
         remove: Callable[[str], object],
     ):
-        self._base = Offer(name=base, adapter=None, created=int(time.time()))
+        self._bases = [Offer(name=base, adapter=None, created=int(time.time())) for base in bases]
         self._folder, self._load, self._remove = folder, load, remove
         self._known: dict[str, _Found] = {}
         self._offers: dict[str, Offer] = {}
         self._added: dict[str, Offer] = {}  # by tuning jobs of the service
 
     def of(self, owner: str) -> list[Offer]:
-        """The offers of an owner: the base model first."""
-        offers = [self._base, *self._offers.values(), *self._added.values()]
+        """The offers of an owner: the base model first, by each of its names."""
+        offers = [*self._bases, *self._offers.values(), *self._added.values()]
         return [offer for offer in offers if offer.owner in (None, owner)]
 
     def add(self, offer: Offer) -> None:
@@ -73,11 +74,21 @@ class AdapterFolder:
             self._offers[name] = Offer(name=name, adapter=name, created=int(time.time()))
             logger.info("adapter %s is here", name)
 
-    async def watch(self) -> None:
-        """Look again and again, until cancelled."""
-        while True:
-            await asyncio.sleep(LOOK_S)
-            await asyncio.to_thread(self.look)
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[None]:
+        """Look again and again within the block."""
+
+        async def watch() -> None:
+            while True:
+                await asyncio.sleep(LOOK_S)
+                await asyncio.to_thread(self.look)
+
+        watching = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
 
 
 def _adapters(folder: Path) -> list[tuple[str, _Found]]:

@@ -17,8 +17,8 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from petals_tune.errors import PetalsTuneError
-from petals_tune.service.keys import Keys
-from petals_tune.service.openai.errors import ServiceError, bad_key, translated
+from petals_tune.service.errors import ServiceError, bad_key, translated
+from petals_tune.service.users.keys import Keys
 
 logger = logging.getLogger(__name__)
 

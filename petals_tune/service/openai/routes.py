@@ -16,11 +16,11 @@ from starlette.routing import Route
 
 from petals_tune.errors import ConfigError, PetalsTuneError
 from petals_tune.service.decoding.options import DecodingOptions
-from petals_tune.service.fairness import Fairness
+from petals_tune.service.errors import translated
 from petals_tune.service.openai.bodies import ChatBody, CompletionBody, EmbeddingBody, read
 from petals_tune.service.openai.chat import Answer, chat_prompt, grammar_of, head, server_sent, usage
-from petals_tune.service.openai.errors import translated
 from petals_tune.service.served import Offer, Served
+from petals_tune.service.users.fairness import Fairness
 
 MOST_TOKENS = 4096  # of an answer whose request names no limit, or what is left of the model's positions
 

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from petals_tune.service.openai.errors import ServiceError
+from petals_tune.service.errors import ServiceError
 from petals_tune.service.tinker.store import CheckpointRecord, RunRecord, Store
 
 URL_S = 3600.0  # for so long a link to download is good

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from petals_tune.errors import PetalsTuneError
-from petals_tune.service.openai.errors import ServiceError, translated
+from petals_tune.service.errors import ServiceError, translated
 
 logger = logging.getLogger(__name__)
 

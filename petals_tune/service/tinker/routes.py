@@ -14,14 +14,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from petals_tune.errors import ConfigError
-from petals_tune.service.fairness import Fairness
-from petals_tune.service.openai.errors import ServiceError
+from petals_tune.service.errors import ServiceError
 from petals_tune.service.tinker.listing import Listing
 from petals_tune.service.tinker.promises import Promises, Result
 from petals_tune.service.tinker.runs import AdamOptions, Run, TrainedModel, Turns, in_thread
 from petals_tune.service.tinker.sampling import Sampling
 from petals_tune.service.tinker.store import CheckpointRecord, LoRA, RunRecord, Store
 from petals_tune.service.tinker.wire import MEDIA_TYPE, read_training_request, training_output
+from petals_tune.service.users.fairness import Fairness
 
 Work = Coroutine[Any, Any, Result]
 LEAST_TTL_S = 3600

@@ -16,10 +16,10 @@ import torch
 from petals_tune.errors import ConfigError
 from petals_tune.service.decoding.decoder import Decoder
 from petals_tune.service.decoding.options import DecodingOptions
-from petals_tune.service.fairness import Fairness
-from petals_tune.service.openai.errors import ServiceError
+from petals_tune.service.errors import ServiceError
 from petals_tune.service.tinker.promises import Result
 from petals_tune.service.tinker.wire import Sampled, sample_output
+from petals_tune.service.users.fairness import Fairness
 
 
 class SampledModel(Protocol):

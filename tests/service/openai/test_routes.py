@@ -8,7 +8,7 @@ import openai
 import pytest
 import torch
 
-from petals_tune.service.keys import Keys
+from petals_tune.service.users.keys import Keys
 from tests.service.local import LOUD, PlainSteps, running_service, wait_until
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]

@@ -19,11 +19,11 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from petals_tune.service.app import application
 from petals_tune.service.decoding.decoder import Decoder
-from petals_tune.service.fairness import Fairness
-from petals_tune.service.keys import Keys
 from petals_tune.service.tinker.routes import Tinker
 from petals_tune.service.tinker.sampling import Sampling
 from petals_tune.service.tinker.store import Store
+from petals_tune.service.users.fairness import Fairness
+from petals_tune.service.users.keys import Keys
 
 NAME, VOCABULARY, POSITIONS = "tiny/llama", 64, 128
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]

@@ -7,7 +7,7 @@ import tinker
 import torch
 from tinker import types
 
-from petals_tune.service.keys import Keys
+from petals_tune.service.users.keys import Keys
 from tests.service.tinker.plain import NAME, PlainTrained, lora_config, running_tinker, tiny_model
 
 KEY = "tml-0123456789abcdef"

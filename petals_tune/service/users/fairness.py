@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from petals_tune.service.openai.errors import too_many
+from petals_tune.service.errors import too_many
 
 MINUTE_S = 60.0
 

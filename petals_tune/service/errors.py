@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form, so that its clients raise the exceptions that their users know."""
+"""Errors of requests, in OpenAI's form, so that its clients raise the exceptions that their users know."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 import pytest
 
 from petals_tune.errors import ConfigError
-from petals_tune.service.keys import EVERYBODY, Keys
+from petals_tune.service.users.keys import EVERYBODY, Keys
 from tests.raising import raises
 
 ANNA, BEN = "tml-anna-0123456789", "sk-ben-0123456789"

@@ -4,8 +4,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from petals_tune.service.fairness import Fairness
-from petals_tune.service.openai.errors import ServiceError
+from petals_tune.service.errors import ServiceError
+from petals_tune.service.users.fairness import Fairness
 
 
 def refused(fairness, owner, now_s):
