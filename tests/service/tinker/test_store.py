@@ -28,8 +28,11 @@ def test_records_outlive_the_store(store, tmp_path):
     store.put_checkpoint(SAVED)
     store.add_metrics("run", 1, {"loss": 2.5})
     again = Store(tmp_path / "runs.sqlite")
-    assert again.runs("anna") == [RUN] and again.run("run") == RUN and again.runs("ben") == []
-    assert again.checkpoints("run") == [SAVED] and SAVED.path == "tinker://run/weights/one"
+    assert again.runs("anna") == [RUN]
+    assert again.run("run") == RUN
+    assert again.runs("ben") == []
+    assert again.checkpoints("run") == [SAVED]
+    assert SAVED.path == "tinker://run/weights/one"
     assert again.curves("run") == {"loss": [(1, 2.5)]}
     again.close()
 
