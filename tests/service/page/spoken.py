@@ -15,7 +15,7 @@ from tests.service.local import PlainOffers, PlainSession, PlainSteps
 
 HOSTILE = "<img src=x onerror=document.title=666> <b>bold</b> [link](javascript:alert(1))"
 CODE = "Two ways:\n\n1. `map`\n2. a **loop**\n\n```python\nprint('<hi>')\n```\nDone."
-SLOW = "one two three four five six seven eight nine ten"
+SLOW = " ".join(["one", "two", "three", *["more"] * 200])
 TEXTS = {"hostile": HOSTILE, "code": CODE, "slow": SLOW}
 
 
