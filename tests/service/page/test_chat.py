@@ -181,10 +181,8 @@ async def test_conversations_survive_a_reload_and_are_renamed_and_deleted(page: 
     await choose(page, "code")
     await ask(page, "another")
     at = await page.evaluate("location.href")
-    await page.evaluate("location.reload()")
-    await page.until(
-        "document.querySelectorAll('.answer').length === 1 && document.querySelectorAll('#model option').length > 0"
-    )
+    await page.evaluate("window.old = true; location.reload()")
+    await page.until("window.old !== true && document.querySelectorAll('.answer').length === 1")
     assert await page.evaluate("location.href") == at
     names = "[...document.querySelectorAll('#conversations a')].map(each => each.textContent)"
     assert await page.evaluate(names) == ["another", "the first question of one chat"]
