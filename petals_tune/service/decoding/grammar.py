@@ -68,5 +68,7 @@ class Constraint:
         apply_token_bitmask_inplace(logits[None], self._mask)
 
     def take(self, token: int) -> None:
-        """Go on behind a token."""
+        """Go on behind a token. Raises ConfigError where the grammar is too large: its mask would allow an end."""
         self._matcher.consume_token(token)
+        if self._matcher.is_error():
+            raise ConfigError(f"the JSON schema cannot be followed: {self._matcher.get_error()}", key="response_format")
