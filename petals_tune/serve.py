@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 from collections.abc import Sequence
@@ -35,8 +34,10 @@ class Service:
     port: Annotated[int, Field(ge=0, le=65535)]
     api_keys: str | None
     most_at_once: Count
+    most_waiting: Count
     requests_a_key: Count
     tokens_a_minute: Count | None
+    stop_s: Annotated[float, Field(ge=0)]
     max_length: Count
 
 
@@ -55,7 +56,7 @@ def serve(cfg: DictConfig) -> None:
         from petals_tune.service.run import run_service  # slow; a mistyped key should not wait for it
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-        asyncio.run(run_service(cfg, build(cfg.swarm, where="swarm")))
+        run_service(cfg, build(cfg.swarm, where="swarm"))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_mo
 from torch import nn
 
 from petals_tune.errors import ConfigError
+from petals_tune.remote.adapters.registry import resolved
 from petals_tune.remote.session import RemoteCache
 from petals_tune.service.tinker.store import LoRA
 from petals_tune.service.tinker.wire import Datum
+from petals_tune.swarm.loop import giving_up_on
 
 ALPHA = 32  # of LoRA, which is scaled by ALPHA / rank. Source: Schulman et al. 2025, "LoRA Without Regret"
 # Linears by the ends of their names, as the families of transformers have them.
@@ -34,6 +36,29 @@ _MLP = (
 )
 
 
+class RemoteText:
+    """A generation session with the adapter that its name had when it began, whatever becomes of the name."""
+
+    def __init__(self, view: Any, cache: RemoteCache, cancelled: threading.Event):
+        """`view`: the model with that adapter on. Steps are given up soon after `cancelled` is set."""
+        self._view, self._cache, self._cancelled = view, cache, cancelled
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """(V,) logits behind the last of `ids`, which are put behind the text so far."""
+        with giving_up_on(self._cancelled):
+            output = self._view(input_ids=torch.tensor([list(ids)]), past_key_values=self._cache, logits_to_keep=1)
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+    def fork(self) -> RemoteText:
+        """Another text that begins with this one; servers keep once what both hold."""
+        return RemoteText(self._view, self._cache.fork(), self._cancelled)
+
+    def close(self) -> None:
+        """Free the caches on the servers."""
+        self._cache.close()
+
+
 class RemoteModel:
     """The model of `from_pretrained`, and the adapters in its registry."""
 
@@ -43,18 +68,10 @@ class RemoteModel:
 
     # Answers
 
-    def open(self, max_length: int) -> RemoteCache:
-        """A generation session for so many text positions."""
-        session: RemoteCache = self._model.remote_blocks.new_session(max_length)
-        return session
-
-    def logits(self, session: RemoteCache, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
-        """(V,) logits behind the last of `ids`, which go on where the session stands."""
-        output = self._model(
-            input_ids=torch.tensor([list(ids)]), past_key_values=session, logits_to_keep=1, adapter=adapter
-        )
-        logits: torch.Tensor = output.logits[0, -1]
-        return logits
+    def open(self, adapter: str | None, max_length: int, cancelled: threading.Event) -> RemoteText:
+        """A text of up to `max_length` tokens. Raises ConfigError for an adapter that is not there (any more)."""
+        view, _ = resolved(self._model, adapter)
+        return RemoteText(view, self._model.remote_blocks.new_session(max_length), cancelled)
 
     def hidden(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
         """(S, H) behind the last norm."""

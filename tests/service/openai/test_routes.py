@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from petals_tune.service.users.keys import Keys
-from tests.service.local import LOUD, PlainSteps, running_service, wait_until
+from tests.service.local import LOUD, PlainModel, running_service, wait_until
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
 def steps():
-    return PlainSteps()
+    return PlainModel()
 
 
 @pytest.fixture(scope="module")
