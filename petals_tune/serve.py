@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from pydantic import Field
 
 from petals_tune.cli import quiet_libraries, report_errors
-from petals_tune.config import Section, TunedModel, build, check_arguments, folder_of
+from petals_tune.config import Section, TunedModel, build, check, check_arguments, folder_of
 
 CONFIG_NAME = "service"
 
@@ -53,6 +53,7 @@ def main() -> None:
 def serve(cfg: DictConfig) -> None:
     """Serve until interrupted."""
     with report_errors():
+        check(cfg, schema=Service)  # again: --config-name may have named another file than ours
         from petals_tune.service.run import run_service  # slow; a mistyped key should not wait for it
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
