@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import tinker_cookbook
+from click.testing import CliRunner
 from peft import PeftModel
+from tinker.cli.__main__ import main_cli
 from transformers import AutoModelForCausalLM
 
 from tests.hub import Hub
@@ -33,15 +35,10 @@ class Kitchen:
     folder: Path
     tokenizer: Any
 
-    def run(self, *command: str | Path) -> str:
-        """What a command prints on standard output, in an environment as its users set it."""
-        done = self.start(*command)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def start(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
-        environment = {
-            **os.environ,
+    @property
+    def environment(self) -> dict[str, str]:
+        """What users set, for this service and this hub."""
+        return {
             "TINKER_BASE_URL": self.url,
             "TINKER_API_KEY": KEY,
             "HF_ENDPOINT": self.hub,
@@ -49,17 +46,21 @@ class Kitchen:
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
-            "COLUMNS": "200",
         }
-        return subprocess.run(
+
+    def run(self, *command: str | Path) -> str:
+        """What a command prints on standard output, in a process of its own."""
+        done = subprocess.run(
             [str(word) for word in command],
-            env=environment,
+            env={**os.environ, **self.environment},
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=300,
         )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     def recipe(self, file: str, name: str, **options: object) -> Ran:
         """Run a recipe file of the cookbook as it is; `name`: of its folder of logs."""
@@ -68,9 +69,12 @@ class Kitchen:
         self.run(sys.executable, RECIPES / file, f"model_name={NAME}", f"log_path={log}", *words)
         return Ran(log)
 
-    def tinker(self, *words: str) -> Any:
-        """What a command of the SDK prints, as JSON."""
-        return json.loads(self.run(Path(sys.executable).with_name("tinker"), "--format", "json", *words))
+    def tinker(self, *words: str) -> str:
+        """What the SDK's command prints; in this process, since each start takes seconds. Raises TinkerCliError."""
+        done = CliRunner(env=self.environment).invoke(main_cli, ["--format", "json", *words])
+        if done.exception is not None:
+            raise done.exception
+        return done.stdout
 
     def net(self, path: str | None = None) -> Any:
         """The model in plain transformers and PEFT, with the adapter of a checkpoint at tinker://..."""

@@ -1,10 +1,8 @@
-"""Recipe files of Tinker's cookbook, as they are, against the service; their figures beside plain PEFT's.
-
-Nothing of the cookbook is changed: command-line arguments and environment variables are all that is set.
-"""
+"""Further recipe files of Tinker's cookbook, as they are, against the service; their figures beside plain PEFT's."""
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -14,53 +12,12 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 from tests.service.cookbook.conftest import Kitchen, Ran
-from tests.service.cookbook.gateway import chatml
 from tests.service.cookbook.hub_data import ANSWER, PAIRS, QUESTIONS, SUFFIX, TALKS
+from tests.service.cookbook.plain import logprobs, talk_loss
+
+pytestmark = pytest.mark.slow
 
 
-def logprobs(net: Any, tokenizer: Any, question: str, answer: str) -> torch.Tensor:
-    """Log-probabilities of the tokens of an answer, the end of its turn among them."""
-    prompt = tokenizer(chatml([{"role": "user", "content": question}], reply=True)).input_ids
-    ids = torch.tensor([prompt + tokenizer(f"{answer}<|im_end|>").input_ids])
-    found = net(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).flatten()
-    return found[len(prompt) - 1 :]
-
-
-def talk_loss(net: Any, tokenizer: Any, rows: Dataset) -> float:
-    """The mean over talks of the mean loss of a token of the answer."""
-    with torch.no_grad():
-        losses = [-logprobs(net, tokenizer, talk[0]["content"], talk[1]["content"]).mean() for talk in rows["messages"]]
-    return torch.stack(losses).mean().item()
-
-
-def test_sl_loop(kitchen: Kitchen, tuned: Ran) -> None:
-    assert [line["step"] for line in tuned.metrics] == [0, 1, 2]
-    rows = Dataset.from_list([{"messages": talk} for talk in TALKS]).shuffle(seed=0)
-    before = [None, *(tuned.checkpoints[name]["state_path"] for name in ("000001", "000002"))]
-    for step, (line, path) in enumerate(zip(tuned.metrics, before, strict=True)):
-        batch = rows.select(range(4 * step, 4 * step + 4))
-        loss = talk_loss(kitchen.net(path), kitchen.tokenizer, batch)
-        assert line["train_mean_nll"] == pytest.approx(loss, abs=1e-4)
-        assert line["grad_norm"] > 0
-    final = kitchen.net(tuned.checkpoints["final"]["state_path"])
-    assert talk_loss(final, kitchen.tokenizer, rows) < 0.7 * talk_loss(kitchen.net(), kitchen.tokenizer, rows)
-
-
-@pytest.mark.slow
-def test_sl_loop_goes_on_where_it_was_interrupted(kitchen: Kitchen) -> None:
-    options = {"batch_size": 4, "lora_rank": 4, "learning_rate": 1e-2, "save_every": 1}
-    kitchen.recipe("sl_loop.py", "resumed", max_steps=2, **options)
-    file = kitchen.folder / "resumed" / "checkpoints.jsonl"
-    lines = file.read_text().splitlines()
-    file.write_text(lines[0] + "\n")  # as if it had ended behind the first checkpoint
-    ran = kitchen.recipe("sl_loop.py", "resumed", **options)
-    assert [line["step"] for line in ran.metrics] == [0, 1, 1, 2]
-    once, again = ran.metrics[1:3]
-    assert again["train_mean_nll"] == pytest.approx(once["train_mean_nll"], abs=1e-5)
-    assert again["grad_norm"] == pytest.approx(once["grad_norm"], rel=1e-4)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["importance_sampling", "cispo", "gspo"])
 def test_rl_loop(kitchen: Kitchen, loss: str) -> None:
     ran = kitchen.recipe(
@@ -87,13 +44,13 @@ def test_rl_loop(kitchen: Kitchen, loss: str) -> None:
     assert right(kitchen.net(ran.checkpoints["final"]["state_path"])) > right(kitchen.net()) + 0.1
 
 
-@pytest.mark.slow
 def test_rl_loop_with_the_loss_whose_formula_is_not_public(kitchen: Kitchen) -> None:
-    with pytest.raises(AssertionError, match="stable_reinforce"):
+    """stable_reinforce is the recipe's default."""
+    with pytest.raises(AssertionError, match=r"RequestFailedError: .*record_stability_info.*stable_reinforce"):
         kitchen.recipe("rl_loop.py", "refused", batch_size=2, group_size=2, max_tokens=4)
+    assert not (kitchen.folder / "refused" / "metrics.jsonl").exists()
 
 
-@pytest.mark.slow
 def test_dpo(kitchen: Kitchen, tuned: Ran) -> None:
     """Three steps from the weights of another run, beside the same steps in plain PEFT and torch."""
     start = tuned.checkpoints["000001"]["state_path"]
@@ -122,3 +79,52 @@ def test_dpo(kitchen: Kitchen, tuned: Ran) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert len(ran.metrics) == 3
+
+
+def test_supervised_training_with_evaluations_and_rolling_checkpoints(kitchen: Kitchen, tuned: Ran) -> None:
+    """tinker_cookbook.supervised.train, by its recipe chat_sl: it goes on from weights, and evaluates by sampling."""
+    start = tuned.checkpoints["final"]["state_path"]
+    ran = kitchen.recipe(
+        "chat_sl/train.py",
+        "chat_sl",
+        batch_size=4,
+        learning_rate=1e-3,
+        eval_every=1,
+        save_every=2,
+        rolling_save_every=1,
+        load_checkpoint_path=start,
+    )
+    held_out = Dataset.from_list([{"messages": talk} for talk in TALKS[:4]])
+    assert len(ran.metrics) == 3
+    assert ran.metrics[0]["test/nll"] == pytest.approx(
+        talk_loss(kitchen.net(start), kitchen.tokenizer, held_out), abs=1e-4
+    )
+    after = talk_loss(kitchen.net(ran.checkpoints["final"]["state_path"]), kitchen.tokenizer, held_out)
+    assert ran.metrics[0]["test/nll"] > ran.metrics[2]["test/nll"] > after
+    listed = json.loads(kitchen.tinker("checkpoint", "list", "--run-id", ran.run_id))["checkpoints"]
+    kept = [ran.checkpoints[name] for name in ("000002", "final")]  # 000001 was a rolling one
+    assert {each["tinker_path"] for each in listed} == {
+        each[path] for each in kept for path in ("state_path", "sampler_path")
+    }
+
+
+def test_reinforcement_learning_samples_with_the_weights_that_it_trains(kitchen: Kitchen) -> None:
+    """tinker_cookbook.rl.train, by its recipe math_rl: it logs how far samplers and trained weights are apart."""
+    ran = kitchen.recipe(
+        "math_rl/train.py",
+        "math_rl",
+        env="gsm8k",
+        groups_per_batch=4,
+        group_size=4,
+        max_steps=2,
+        max_tokens=8,
+        lora_rank=4,
+        learning_rate=1e-3,
+        loss_fn="importance_sampling",
+        compute_post_kl=True,
+        eval_every=0,
+    )
+    steps = [line for line in ran.metrics if "optim/kl_sample_train_v2" in line]
+    assert len(steps) == 2
+    assert all(abs(line["optim/kl_sample_train_v2"]) < 1e-8 for line in steps)
+    assert all(line["kl_pre_post_v2"] > 1e-6 for line in steps)
