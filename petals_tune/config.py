@@ -77,6 +77,7 @@ class Run:
     name: str  # of the run and its output folder; recipes set it
     seed: Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no more
     output_dir: str
+    exit_with_stdin: bool  # end as by Ctrl-C when standard input closes
     ckpt_path: str | None  # resume from this checkpoint
     sweep: Sweep
     instruction: str | None  # the task in words, from which a soft prompt starts; recipes set it
