@@ -185,7 +185,9 @@ class Tinker:
 
         async def work() -> Result:
             async with run.turns.turn(body["seq_id"]):
-                return {"metrics": await in_thread(run.step, options)}
+                measured = await in_thread(run.step, options)
+                self._store.add_metrics(run.record.id, run.steps, measured)
+            return {"metrics": measured}
 
         return self._promised(owner, work(), "optim_step", run.record.id, str(body["seq_id"]))
 

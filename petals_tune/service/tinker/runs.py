@@ -97,6 +97,8 @@ class Run:
     def __post_init__(self) -> None:
         self._parameters = self.model.parameters(self.record.id)
         self._optimizer = torch.optim.AdamW(self._parameters.values())
+        self.steps = 0
+        self._loss, self._tokens = 0.0, 0  # of the gradients so far
 
     def forward(self, request: TrainingRequest) -> tuple[list[torch.Tensor], float]:
         """(Log-probabilities of all targets, sum of the losses); adds to the gradients, unless it is forward only.
@@ -124,10 +126,16 @@ class Run:
             raise Diverged(f"the sum of {request.loss} over {len(terms)} texts is {total.item()}")
         if not request.forward_only:
             total.backward()
+            self._loss += total.item()
+            self._tokens += sum(_counted(datum) for datum in request.data)
         return [each.detach() for each in logprobs], total.item()
 
     def step(self, options: AdamOptions) -> dict[str, float]:
-        """Take a step by the gradients so far, which are 0 afterwards. Raises Diverged where they are not finite."""
+        """Take a step by the gradients so far, which are 0 afterwards. Raises Diverged where they are not finite.
+
+        Returns their norm before it was clipped, and the loss for each token of theirs that counts, if there is one.
+        """
+        loss, tokens, self._loss, self._tokens = self._loss, self._tokens, 0.0, 0
         gradients = [each.grad for each in self._parameters.values() if each.grad is not None]
         norm = torch.stack([each.norm() for each in gradients]).norm() if gradients else torch.zeros(())
         if not bool(norm.isfinite()):
@@ -143,7 +151,8 @@ class Run:
         )
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return {"grad_norm": norm.item()}
+        self.steps += 1
+        return {"grad_norm": norm.item(), **({"loss": loss / tokens} if tokens else {})}
 
     def save(self, folder: Path, *, with_optimizer: bool) -> int:
         """Save a checkpoint, whole or not at all; returns its bytes."""
@@ -176,6 +185,12 @@ class Run:
         for name, parameter in self._parameters.items():
             if f"{name}:step" in tensors:
                 self._optimizer.state[parameter] = {part: tensors[f"{name}:{part}"] for part in _STATE}
+
+
+def _counted(datum: Datum) -> int:
+    """Tokens with a weight or an advantage that is not 0."""
+    given = next((datum.inputs[name] for name in ("weights", "advantages") if name in datum.inputs), None)
+    return len(datum.ids) if given is None else int((given != 0).sum())
 
 
 async def in_thread(work: Callable[..., Any], *args: Any, **options: Any) -> Any:

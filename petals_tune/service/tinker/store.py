@@ -6,7 +6,7 @@ import json
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +22,10 @@ CREATE TABLE IF NOT EXISTS checkpoints (
     public INTEGER NOT NULL, metadata TEXT NOT NULL, created_s REAL NOT NULL, expires_s REAL,
     PRIMARY KEY (run, kind, name)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS metrics (
+    run TEXT NOT NULL REFERENCES runs (id), step INTEGER NOT NULL, name TEXT NOT NULL, value REAL NOT NULL,
+    PRIMARY KEY (run, step, name)
+) STRICT, WITHOUT ROWID;
 """
 
 
@@ -107,6 +111,23 @@ class Store:
                 "DELETE FROM checkpoints WHERE run = ? AND kind = ? AND name = ?",
                 (checkpoint.run, checkpoint.kind, checkpoint.name),
             )
+
+    def add_metrics(self, run: str, step: int, values: Mapping[str, float]) -> None:
+        """Record what was measured at an optimizer step, counted from 1; a step that is done again replaces the old."""
+        rows = [(run, step, name, value) for name, value in values.items()]
+        with self._writing():
+            self._database.executemany("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?)", rows)
+
+    def curves(self, run: str) -> dict[str, list[tuple[int, float]]]:
+        """(step, value) of each metric of a run, by its name, in the order of steps."""
+        with self._lock:
+            rows = self._database.execute(
+                "SELECT name, step, value FROM metrics WHERE run = ? ORDER BY name, step", (run,)
+            ).fetchall()
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for name, step, value in rows:
+            curves.setdefault(name, []).append((step, value))
+        return curves
 
     def _runs(self, where: str, *values: object) -> list[RunRecord]:
         return [RunRecord(**{**row, "lora": LoRA(**row["lora"])}) for row in self._rows("runs", where, *values)]

@@ -7,6 +7,7 @@ import tinker
 import torch
 from tinker import types
 
+from petals_tune.service.tinker.store import Store
 from petals_tune.service.users.keys import Keys
 from tests.service.tinker.plain import NAME, PlainTrained, lora_config, running_tinker, tiny_model
 
@@ -78,6 +79,21 @@ def test_ten_steps_are_those_of_plain_peft(service):
         assert metrics["grad_norm"] > 0
         reference.step(loss)
     assert loss.item() < 0.7 * -sum(Reference(4, 5).logprobs(text).sum().item() for text in TEXTS)
+
+
+def test_losses_and_gradient_norms_are_recorded_by_step(service, tmp_path):
+    training = service.create_lora_training_client(base_model=NAME, rank=4, seed=5).result()
+    losses, norms = [], []
+    for _ in range(3):
+        outputs = [training.forward_backward(part, "cross_entropy") for part in (DATA[:1], DATA[1:])]
+        training.forward(DATA, "cross_entropy").result()  # does not count
+        norms.append(training.optim_step(ADAM).result().metrics["grad_norm"])
+        losses.append(sum(output.result().metrics["loss:sum"] for output in outputs) / 11)  # 4 + 2 + 5 targets
+    store = Store(tmp_path / "service.sqlite")
+    curves = store.curves(training.model_id)
+    store.close()
+    assert curves["loss"] == [(step, pytest.approx(loss)) for step, loss in enumerate(losses, 1)]
+    assert curves["grad_norm"] == [(step, pytest.approx(norm)) for step, norm in enumerate(norms, 1)]
 
 
 def test_a_custom_loss_is_that_of_plain_torch(service):
