@@ -54,6 +54,10 @@ class AdapterFolder:
         """Offer an adapter that was loaded already."""
         self._added[offer.name] = offer
 
+    def withdraw(self, name: str) -> None:
+        """Offer an adapter that was added no longer."""
+        self._added.pop(name, None)
+
     def look(self) -> None:
         """Load what is new or changed, and forget what is gone."""
         found = {} if self._folder is None else dict(_adapters(self._folder))

@@ -30,6 +30,7 @@ from petals_tune.service.decoding.decoder import Decoder
 from petals_tune.service.openai.routes import OpenAI
 from petals_tune.service.remote import RemoteModel
 from petals_tune.service.served import Served
+from petals_tune.service.tuning.opened import opened_tuning
 from petals_tune.service.users.fairness import Fairness
 from petals_tune.service.users.keys import Keys
 from petals_tune.train.options import Swarm, open_swarm
@@ -45,13 +46,13 @@ async def run_service(cfg: DictConfig, swarm: Swarm) -> None:
         raise ConfigError(f"adapters={cfg.adapters} is no folder", key="adapters", seen=cfg.adapters)
     make_folder(Path(cfg.folder), key="folder")
     with ExitStack() as stack:
-        model, tokenizer = await asyncio.to_thread(_opened, cfg, swarm, stack)
-        async with _served(cfg, model, tokenizer) as routes:
+        model, tokenizer, peers = await asyncio.to_thread(_opened, cfg, swarm, stack)
+        async with _served(cfg, model, tokenizer, swarm, peers) as routes:
             await _listen(cfg, routes, keys)
 
 
-def _opened(cfg: DictConfig, swarm: Swarm, stack: ExitStack) -> tuple[Any, Any]:
-    """(the model over its swarm, its tokenizer); the end of `stack` closes them."""
+def _opened(cfg: DictConfig, swarm: Swarm, stack: ExitStack) -> tuple[Any, Any, list[str]]:
+    """(the model over its swarm, its tokenizer, the swarm's peers); the end of `stack` closes them."""
     source = model_folder(cfg.model.source, cfg.model.revision)
     blocks = family_of(placeholder_model(Checkpoint(source, revision=cfg.model.revision).config)).total_blocks
     swarm.check(blocks)
@@ -61,11 +62,13 @@ def _opened(cfg: DictConfig, swarm: Swarm, stack: ExitStack) -> tuple[Any, Any]:
         source, revision=cfg.model.revision, initial_peers=peers, **swarm.client_options()
     )
     stack.callback(model.remote_blocks.close)
-    return model, load_tokenizer(source, None, cfg.model.revision)
+    return model, load_tokenizer(source, None, cfg.model.revision), peers
 
 
 @asynccontextmanager
-async def _served(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[Sequence[BaseRoute]]:
+async def _served(
+    cfg: DictConfig, model: Any, tokenizer: Any, swarm: Swarm, peers: Sequence[str]
+) -> AsyncIterator[Sequence[BaseRoute]]:
     """The routes of the service over a model."""
     remote, config = RemoteModel(model), model.config.get_text_config()
     most_positions = min(cfg.max_length, getattr(config, "max_position_embeddings", cfg.max_length))
@@ -105,6 +108,8 @@ async def _served(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[
         if importlib.util.find_spec("tinker") is not None:
             tinker = _tinker(Path(cfg.folder), remote, decoder, fairness, names=dict.fromkeys(names, most_positions))
             routes += await stack.enter_async_context(tinker)
+        tuning = opened_tuning(cfg, swarm, peers, adapters, model.adapters, fairness, names, max_tokens=most_positions)
+        routes += await stack.enter_async_context(tuning)
         yield routes
 
 

@@ -71,9 +71,7 @@ def read_job(body: bytes) -> JobBody:
         if job.method.dpo or job.method.reinforcement:
             raise ConfigError("method.type is supervised, and options of another method are given", key="method")
         if job.hyperparameters is not None:
-            raise ConfigError(
-                "hyperparameters are given twice: leave those beside method out", key="hyperparameters"
-            )
+            raise ConfigError("hyperparameters are given twice: leave those beside method out", key="hyperparameters")
     metadata = job.metadata or {}
     if len(metadata) > MOST_METADATA or any(
         len(key) > LONGEST_KEY or len(value) > LONGEST_VALUE for key, value in metadata.items()

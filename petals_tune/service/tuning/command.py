@@ -113,7 +113,10 @@ def swarm_options(swarm: Swarm, peers: Sequence[str]) -> dict[str, Any]:
     The client's options are those of the service. Its token is not: one identity is of one process at a time.
     """
     kept = {field.name for field in fields(JoinedSwarm)} - {"initial_peers", "token", "identity_path"}
-    return {"initial_peers": list(peers), **{name: getattr(swarm, name) for name in sorted(kept) if hasattr(swarm, name)}}
+    return {
+        "initial_peers": list(peers),
+        **{name: getattr(swarm, name) for name in sorted(kept) if hasattr(swarm, name)},
+    }
 
 
 def overrides(values: Mapping[str, Any]) -> list[str]:
@@ -125,7 +128,9 @@ def _written(value: Any) -> str:
     if isinstance(value, str):
         # A backslash is one of its own but before a quote; "${" would be an interpolation of OmegaConf.
         text = value.replace("${", "\\${")
-        quoted = "".join("\\" * backslashes_before(text, at) + "\\'" if each == "'" else each for at, each in enumerate(text))
+        quoted = "".join(
+            "\\" * backslashes_before(text, at) + "\\'" if each == "'" else each for at, each in enumerate(text)
+        )
         return f"'{quoted}{chr(92) * backslashes_before(quoted, len(quoted))}'"
     if isinstance(value, Sequence):
         return f"[{','.join(map(_written, value))}]"

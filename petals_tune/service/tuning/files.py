@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
@@ -66,10 +66,12 @@ class Files:
                 form = await MultiPartParser(request.headers, self._limited(request), max_files=1).parse()
             except (MultiPartException, KeyError) as error:
                 raise ConfigError(f"the body is no form with a file: {error}", key="file") from None
-            async with form:
+            try:
                 return JSONResponse(_described(await self._taken(form, owner)))
+            finally:
+                await form.close()
 
-    async def _taken(self, form: Any, owner: str) -> FileRecord:
+    async def _taken(self, form: FormData, owner: str) -> FileRecord:
         """Store the file of a form, whole or not at all."""
         given = form.get("file")
         if not isinstance(given, UploadFile):

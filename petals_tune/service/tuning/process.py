@@ -72,5 +72,3 @@ def take_lock(folder: Path) -> IO[bytes] | None:
         lock.close()
         return None
     return lock
-
-

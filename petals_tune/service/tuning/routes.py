@@ -27,9 +27,7 @@ _METADATA = re.compile(r"metadata\[(?P<key>.+)\]")
 class Tuning:
     """The endpoints. `request.state.owner` is whose key came with a request."""
 
-    def __init__(
-        self, store: Store, files: Files, jobs: Jobs, *, names: Sequence[str], source: str, batch_size: int
-    ):
+    def __init__(self, store: Store, files: Files, jobs: Jobs, *, names: Sequence[str], source: str, batch_size: int):
         """names: of the base model; batch_size: the recipe's own."""
         self._store, self._files, self._jobs = store, files, jobs
         self._names, self._source, self._batch_size = names, source, batch_size
@@ -67,7 +65,7 @@ class Tuning:
             model=body.model,
             source=self._source,
             training_file=training.id,
-            validation_file=validation and validation.id,
+            validation_file=body.validation_file,
             hyperparameters=body.chosen(batch_size=self._batch_size),
             seed=new_seed() if body.seed is None else body.seed,
             suffix=body.suffix,
@@ -108,7 +106,9 @@ class Tuning:
         job = self._jobs.made(name, request.state.owner)
         if job is None:
             if name in self._names:
-                raise ConfigError(f"{name} is the base model: models of own jobs can be deleted", key="model", seen=name)
+                raise ConfigError(
+                    f"{name} is the base model: models of own jobs can be deleted", key="model", seen=name
+                )
             raise ServiceError(
                 404, f"no job of this key made a model {name!r}", kind="invalid_request_error", code="model_not_found"
             )
