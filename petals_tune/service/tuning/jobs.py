@@ -55,7 +55,7 @@ class Jobs:
         load: Callable[[str, Path], object],
         remove: Callable[[str], object],
     ):
-        """folder: of all jobs; source: the base model; most_waiting: open jobs of an owner; load: by name and folder."""
+        """folder: of all jobs; source: the base model; most_waiting: open jobs of an owner; load: by name, folder."""
         recipe.check(at_once)
         self._store, self._parent, self._recipe, self._source = store, folder, recipe, source
         self._most_waiting, self._offers, self._load, self._remove = most_waiting, offers, load, remove
