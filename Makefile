@@ -25,7 +25,8 @@ demo: $(INSTALLED)
 	$(BIN)/python -m petals_tune recipe=personachat
 
 # Faults are timed, so those tests run one after the other; the others can share the cores.
-SHARING := tests/remote tests/servers tests/swarm tests/train tests/e2e/test_private_swarm.py
+SHARING := tests/remote tests/servers tests/service tests/swarm tests/train tests/test_notebooks.py \
+  $(addprefix tests/e2e/test_,health.py many_models.py private_swarm.py relay.py)
 test: test-fast
 	$(BIN)/python -m pytest -m "swarm and not slow" -n 2 --dist loadfile $(SHARING)
 	$(BIN)/python -m pytest -m "swarm and not slow" $(addprefix --ignore=,$(SHARING))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import uvicorn
+from starlette.routing import BaseRoute
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from petals_tune.data.chat_format import ChatFormat
@@ -85,11 +86,17 @@ class Running:
 
 @contextmanager
 def running_service(
-    steps: PlainSteps, *, keys: Keys | None = None, most_in_flight: int = 64, tokens_a_minute: int | None = None
+    steps: PlainSteps,
+    *,
+    keys: Keys | None = None,
+    most_in_flight: int = 64,
+    tokens_a_minute: int | None = None,
+    routes: Sequence[BaseRoute] = (),
+    offers: PlainOffers | None = None,
 ) -> Iterator[Running]:
     """A service on a free port, until the end of the block."""
     tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model())
-    offers, started = PlainOffers(), threading.Event()
+    offers, started = offers or PlainOffers(), threading.Event()
     vocabulary = steps.model.config.vocab_size
 
     async def serve() -> None:
@@ -103,7 +110,7 @@ def running_service(
             most_positions=steps.model.config.max_position_embeddings,
         )
         fairness = Fairness(most_in_flight=most_in_flight, tokens_a_minute=tokens_a_minute)
-        app = application(OpenAI(served, fairness).routes, keys or Keys(owners=None))
+        app = application([*OpenAI(served, fairness).routes, *routes], keys or Keys(owners=None))
         config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
         server = uvicorn.Server(config)
         found["server"] = server
