@@ -108,7 +108,7 @@ async def _served(
         if importlib.util.find_spec("tinker") is not None:
             tinker = _tinker(Path(cfg.folder), remote, decoder, fairness, names=dict.fromkeys(names, most_positions))
             routes += await stack.enter_async_context(tinker)
-        tuning = opened_tuning(cfg, swarm, peers, adapters, model.adapters, fairness, names, max_tokens=most_positions)
+        tuning = opened_tuning(cfg, swarm, peers, adapters, model.adapters, names, max_tokens=most_positions)
         routes += await stack.enter_async_context(tuning)
         yield routes
 

@@ -21,7 +21,6 @@ from petals_tune.service.tuning.jobs import Jobs
 from petals_tune.service.tuning.routes import Tuning
 from petals_tune.service.tuning.runs import FolderRuns, JobRuns, Runs, RunSource, TinkerRuns
 from petals_tune.service.tuning.store import Store
-from petals_tune.service.users.fairness import Fairness
 from petals_tune.train.options import Swarm
 
 
@@ -32,7 +31,6 @@ async def opened_tuning(
     peers: Sequence[str],
     offers: AdapterFolder,
     adapters: Any,
-    fairness: Fairness,
     names: Sequence[str],
     *,
     max_tokens: int,
@@ -56,7 +54,7 @@ async def opened_tuning(
         stack.callback(store.close)
         tinker_store = tinker.Store(tinker_folder / "runs.sqlite")
         stack.callback(tinker_store.close)
-        files = Files(store, folder / "files", fairness, most_mb=options.file_mb, most_mb_a_key=options.files_mb_a_key)
+        files = Files(store, folder / "files", most_mb=options.file_mb, most_mb_a_key=options.files_mb_a_key)
         jobs = Jobs(
             store,
             folder / "jobs",
