@@ -58,7 +58,7 @@ def service(cfg, swarm, peers, model):
     offers = AdapterFolder(["tiny"], None, load=model.adapters.load, remove=model.adapters.remove)
 
     async def serve():
-        opened = opened_tuning(cfg, swarm, peers, offers, model.adapters, ["tiny"], max_tokens=64)
+        opened = opened_tuning(cfg, swarm, peers, offers, model.adapters, {"tiny": 64})
         async with opened as routes:
             app = application(routes, Keys(owners=None))
             server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
