@@ -61,6 +61,10 @@ class AdapterFolder:
             raise ConfigError(f"there is a model {offer.name!r} here already", key="name", seen=offer.name)
         self._added[offer.name] = offer
 
+    def withdraw(self, name: str) -> None:
+        """Offer an adapter that was added no longer."""
+        self._added.pop(name, None)
+
     def look(self) -> None:
         """Load what is new or changed, and forget what is gone."""
         found: dict[str, _Found] = {}
