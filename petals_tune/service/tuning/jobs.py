@@ -273,8 +273,7 @@ class Jobs:
                 self._clear(id)
                 return
             tokens = json.loads((run / "result.json").read_text())["tokens"]
-            job = self._change(id, status="succeeded", finished_s=time.time(), trained_tokens=tokens)
-            self._offer(job)
+            self._offer(self._change(id, status="succeeded", finished_s=time.time(), trained_tokens=tokens))
             self._say(id, f"New fine-tuned model created: {job.fine_tuned_model}")
             self._say(id, "The job has successfully completed")
             shutil.rmtree(self.folder(id) / DATA, ignore_errors=True)
