@@ -201,10 +201,12 @@ class Jobs:
 
     async def _run(self, id: str, place: int) -> None:
         try:
-            while (lock := take_lock(self.folder(id))) is None:
-                if self._stopped(id):
-                    return
+            while (lock := take_lock(self.folder(id))) is None and not self._stopped(id):
                 await asyncio.sleep(POLL_S)
+            if lock is None:
+                if not self._closing:
+                    self._clear(id)
+                return
             process = JobProcess(self._begin(id, place), self.folder(id), lock)
             try:
                 await self._follow(id, process)
