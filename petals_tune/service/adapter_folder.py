@@ -47,7 +47,7 @@ class AdapterFolder:
         self._folder, self._load, self._remove = folder, load, remove
         self._seen: dict[str, _Found] = {}
         self._offers: dict[str, Offer] = {}
-        self._added: dict[str, Offer] = {}  # by tuning jobs of the service
+        self._added: dict[tuple[str, str | None], Offer] = {}  # by tuning jobs of the service: by name and owner
 
     def of(self, owner: str) -> list[Offer]:
         """The offers of an owner: the base model first, by each of its names."""
@@ -55,11 +55,12 @@ class AdapterFolder:
         return [offer for offer in offers if offer.owner in (None, owner)]
 
     def add(self, offer: Offer) -> None:
-        """Offer an adapter that was loaded already. Raises ConfigError where another model has its name."""
-        taken = [*self._bases, *self._offers.values(), *self._added.values()]
-        if any(each.name == offer.name and each.adapter != offer.adapter for each in taken):
-            raise ConfigError(f"there is a model {offer.name!r} here already", key="name", seen=offer.name)
-        self._added[offer.name] = offer
+        """Offer an adapter that was loaded already. Raises ConfigError where who may use it has another of its name."""
+        for each in [*self._bases, *self._offers.values(), *self._added.values()]:
+            shared = each.owner is None or offer.owner is None or each.owner == offer.owner
+            if each.name == offer.name and shared and each.adapter != offer.adapter:
+                raise ConfigError(f"there is a model {offer.name!r} here already", key="name", seen=offer.name)
+        self._added[offer.name, offer.owner] = offer
 
     def look(self) -> None:
         """Load what is new or changed, and forget what is gone."""
@@ -79,7 +80,7 @@ class AdapterFolder:
 
     def _take(self, name: str, found: _Found) -> None:
         try:
-            if name in {offer.name for offer in self._bases} | self._added.keys():
+            if name in {offer.name for offer in (*self._bases, *self._added.values())}:
                 raise ConfigError("there is a model of this name already", key="adapters", seen=name)
             self._load(name, found.folder)
         except PetalsTuneError as error:

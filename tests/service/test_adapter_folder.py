@@ -117,6 +117,16 @@ def test_an_offer_of_one_owner_is_seen_by_no_other(folder):
     assert names(folder, "ben") == ["base", "alias"]
 
 
+def test_two_owners_may_have_adapters_of_one_name(folder):
+    for owner in ("anna", "ben"):
+        folder.add(Offer(name="ft", adapter=f"ft-{owner}", created=1, owner=owner))
+    assert [offer.adapter for offer in folder.of("ben") if offer.name == "ft"] == ["ft-ben"]
+    with raises(ConfigError, key="name"):
+        folder.add(Offer(name="ft", adapter="ft-2", created=1, owner="anna"))
+    with raises(ConfigError, key="name"):
+        folder.add(Offer(name="ft", adapter="ft-all", created=1))
+
+
 def test_a_name_that_is_taken_cannot_be_added(folder, tmp_path):
     save(tmp_path / "mine")
     folder.look()
