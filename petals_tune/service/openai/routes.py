@@ -31,6 +31,8 @@ from petals_tune.service.served import Offer, Served
 from petals_tune.service.users.fairness import Fairness
 
 MOST_TOKENS = 4096  # of an answer whose request names no limit, or what is left of the model's positions
+MOST_ANSWERS = 128  # to one request, of all its prompts
+MOST_EMBEDDINGS = 2048  # of one request, as OpenAI documents
 COMPLETION_TOKENS = 16  # of a completion whose request names no limit, as OpenAI documents
 
 
@@ -99,7 +101,7 @@ class OpenAI:
         offer = self._served.find(body.model, request.state.owner)
         limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         all_asked = []
-        for ids in await asyncio.to_thread(self._prompts, body.prompt, "prompt"):
+        for ids in await asyncio.to_thread(self._prompts, body.prompt, "prompt", MOST_ANSWERS // (body.n or 1)):
             if body.echo and not limit:
                 options = self._options(body, ids, 1, logprobs=body.logprobs)  # for its checks
                 all_asked.append(replace(self._asked(request, offer, ids, options, body.n), options=()))
@@ -121,7 +123,7 @@ class OpenAI:
         body: EmbeddingBody = read(EmbeddingBody, await request.body())
         owner = request.state.owner
         offer = self._served.find(body.model, owner)
-        texts = await asyncio.to_thread(self._prompts, body.input, "input")
+        texts = await asyncio.to_thread(self._prompts, body.input, "input", MOST_EMBEDDINGS)
         for ids in texts:
             if len(ids) > self._served.most_positions:
                 most = self._served.most_positions
@@ -188,9 +190,11 @@ class OpenAI:
         text: str = self._served.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def _prompts(self, given: str | list[str | int | list[int]], key: str) -> list[list[int]]:
-        """Token ids of one or several texts. Raises ConfigError for none, and for a text without a token."""
+    def _prompts(self, given: str | list[str | int | list[int]], key: str, most: int) -> list[list[int]]:
+        """Token ids of one to `most` texts. Raises ConfigError for a text without a token."""
         texts: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
+        if not 1 <= len(texts) <= most:
+            raise ConfigError(f"{key}: {len(texts)} texts: 1 to {most} are understood", key=key, seen=len(texts))
         found = [self._encoded(text, special=True, key=key) if isinstance(text, str) else text for text in texts]
         vocabulary = len(self._served.tokenizer)
         for ids in found:
@@ -198,8 +202,6 @@ class OpenAI:
                 raise ConfigError(
                     f"{key}: a text, or token ids of 0 to {vocabulary - 1}; not an empty one", key=key, seen=ids[:9]
                 )
-        if not found:
-            raise ConfigError(f"{key}: at least one text is needed", key=key)
         return found
 
     def _options(
