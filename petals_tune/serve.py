@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from omegaconf import DictConfig
 from pydantic import Field
 
 from petals_tune.cli import quiet_libraries, report_errors
-from petals_tune.config import Section, TunedModel, build, check_arguments, folder_of
+from petals_tune.config import Section, TunedModel, build, check, check_arguments, folder_of
 
 CONFIG_NAME = "service"
 
@@ -35,8 +34,10 @@ class Service:
     port: Annotated[int, Field(ge=0, le=65535)]
     api_keys: str | None
     most_at_once: Count
+    most_waiting: Count
     requests_a_key: Count
     tokens_a_minute: Count | None
+    stop_s: Annotated[float, Field(ge=0)]
     max_length: Count
 
 
@@ -52,10 +53,11 @@ def main() -> None:
 def serve(cfg: DictConfig) -> None:
     """Serve until interrupted."""
     with report_errors():
+        check(cfg, schema=Service)  # again: --config-name may have named another file than ours
         from petals_tune.service.run import run_service  # slow; a mistyped key should not wait for it
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-        asyncio.run(run_service(cfg, build(cfg.swarm, where="swarm")))
+        run_service(cfg, build(cfg.swarm, where="swarm"))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,11 @@ import importlib.util
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
+import uvloop
 from omegaconf import DictConfig
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -27,27 +28,62 @@ from petals_tune.sampling import end_ids
 from petals_tune.service.adapter_folder import AdapterFolder
 from petals_tune.service.app import application
 from petals_tune.service.decoding.decoder import Decoder
+from petals_tune.service.errors import stopping
+from petals_tune.service.metrics import Metrics
+from petals_tune.service.middleware import Doors
 from petals_tune.service.openai.routes import OpenAI
 from petals_tune.service.remote import RemoteModel
 from petals_tune.service.served import Served
+from petals_tune.service.server import bound, serve
 from petals_tune.service.users.fairness import Fairness
 from petals_tune.service.users.keys import Keys
+from petals_tune.service.users.slots import Slots
 from petals_tune.train.options import Swarm, open_swarm
 from petals_tune.tuning.saved import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-async def run_service(cfg: DictConfig, swarm: Swarm) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Core:
+    """What the parts of the service share."""
+
+    cfg: DictConfig
+    model: Any  # over its swarm
+    remote: RemoteModel
+    decoder: Decoder
+    fairness: Fairness
+    metrics: Metrics
+    adapters: AdapterFolder
+    names: Mapping[str, int]  # of the base model, with its most positions
+
+
+def run_service(cfg: DictConfig, swarm: Swarm) -> None:
     """Serve until interrupted. Raises ConfigError for options that cannot work, before the swarm is opened."""
     keys = Keys.read(None if cfg.api_keys is None else Path(cfg.api_keys), host=cfg.host)
     if cfg.adapters is not None and not Path(cfg.adapters).is_dir():
         raise ConfigError(f"adapters={cfg.adapters} is no folder", key="adapters", seen=cfg.adapters)
     make_folder(Path(cfg.folder), key="folder")
     with ExitStack() as stack:
-        model, tokenizer = await asyncio.to_thread(_opened, cfg, swarm, stack)
-        async with _served(cfg, model, tokenizer) as routes:
-            await _listen(cfg, routes, keys)
+        at = stack.enter_context(bound(cfg.host, cfg.port))
+        model, tokenizer = _opened(cfg, swarm, stack)
+
+        async def run() -> None:
+            async with service(cfg, model, tokenizer) as (core, routes):
+                doors = Doors()
+                await serve(
+                    application(routes, keys, doors=doors, metrics=core.metrics),
+                    doors,
+                    at,
+                    stop_s=cfg.stop_s,
+                    busy=lambda: core.fairness.busy,
+                    end=lambda: core.decoder.end(stopping()),
+                    started=lambda: logger.info(
+                        "http://%s:%s  (OpenAI's interface: /v1, Tinker's: /api/v1)", cfg.host, at.getsockname()[1]
+                    ),
+                )
+
+        uvloop.run(run())
 
 
 def _opened(cfg: DictConfig, swarm: Swarm, stack: ExitStack) -> tuple[Any, Any]:
@@ -65,20 +101,29 @@ def _opened(cfg: DictConfig, swarm: Swarm, stack: ExitStack) -> tuple[Any, Any]:
 
 
 @asynccontextmanager
-async def _served(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[Sequence[BaseRoute]]:
-    """The routes of the service over a model."""
-    remote, config = RemoteModel(model), model.config.get_text_config()
+async def service(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[tuple[Core, Sequence[BaseRoute]]]:
+    """(What the parts share, all routes of the service) over a model."""
+    config = model.config.get_text_config()
     most_positions = min(cfg.max_length, getattr(config, "max_position_embeddings", cfg.max_length))
+    slots = Slots(cfg.most_at_once)
+    fairness = Fairness(
+        slots=slots,
+        most_in_flight=cfg.requests_a_key,
+        most_waiting=cfg.most_waiting,
+        tokens_a_minute=cfg.tokens_a_minute,
+    )
+    metrics, remote = Metrics(slots), RemoteModel(model)
     decoder = Decoder(
         remote,
         tokenizer,
+        fairness,
+        metrics,
         vocabulary=config.vocab_size,
         ends=frozenset(end_ids(model, tokenizer)),
-        most_at_once=cfg.most_at_once,
     )
-    names = [cfg.name or str(cfg.model.source), *cfg.aliases]
+    names = dict.fromkeys([cfg.name or str(cfg.model.source), *cfg.aliases], most_positions)
     adapters = AdapterFolder(
-        names,
+        list(names),
         None if cfg.adapters is None else Path(cfg.adapters),
         load=model.adapters.load,
         remove=model.adapters.remove,
@@ -91,59 +136,49 @@ async def _served(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[
         format=ChatFormat(tokenizer),
         most_positions=most_positions,
     )
-    fairness = Fairness(most_in_flight=cfg.requests_a_key, tokens_a_minute=cfg.tokens_a_minute)
-
-    async def route(request: Request) -> Response:
-        hops = await asyncio.to_thread(model.remote_blocks.route)
-        return JSONResponse({"route": ", ".join(f"blocks {hop.span} at ...{hop.server.peer[-6:]}" for hop in hops)})
-
+    core = Core(
+        cfg=cfg,
+        model=model,
+        remote=remote,
+        decoder=decoder,
+        fairness=fairness,
+        metrics=metrics,
+        adapters=adapters,
+        names=names,
+    )
     async with AsyncExitStack() as stack:
         stack.callback(decoder.close)
         await asyncio.to_thread(adapters.look)
         await stack.enter_async_context(adapters.watched())
-        routes: list[BaseRoute] = [*OpenAI(served, fairness).routes, Route("/route", route)]
+        routes: list[BaseRoute] = [*OpenAI(served, fairness, metrics).routes, Route("/route", _route_of(model))]
         if importlib.util.find_spec("tinker") is not None:
-            tinker = _tinker(Path(cfg.folder), remote, decoder, fairness, names=dict.fromkeys(names, most_positions))
-            routes += await stack.enter_async_context(tinker)
-        yield routes
+            routes += await stack.enter_async_context(_tinker(core))
+        yield core, routes
+
+
+def _route_of(model: Any) -> Any:
+    async def route(request: Request) -> Response:
+        hops = await asyncio.to_thread(model.remote_blocks.route)
+        return JSONResponse({"route": ", ".join(f"blocks {hop.span} at ...{hop.server.peer[-6:]}" for hop in hops)})
+
+    return route
 
 
 @asynccontextmanager
-async def _tinker(
-    data: Path, remote: RemoteModel, decoder: Decoder, fairness: Fairness, *, names: Mapping[str, int]
-) -> AsyncIterator[list[Route]]:
-    """Tinker's routes, whose records and checkpoints are in `data`."""
+async def _tinker(core: Core) -> AsyncIterator[list[Route]]:
+    """Tinker's routes, whose records and checkpoints are in the service's folder."""
     from petals_tune.service.tinker.routes import Tinker  # the extra [tinker]
     from petals_tune.service.tinker.sampling import Sampling
     from petals_tune.service.tinker.store import Store
 
-    folder = data / "tinker"
+    folder = Path(core.cfg.folder) / "tinker"
     make_folder(folder, key="folder")
     store = Store(folder / "runs.sqlite")
     try:
-        sampling = Sampling(decoder, remote, fairness, most_positions=max(names.values()))
-        tinker = Tinker(store, folder, remote, sampling, fairness, names=names)
+        name, most_positions = next(iter(core.names.items()))
+        sampling = Sampling(core.decoder, core.remote, name=name, most_positions=most_positions)
+        tinker = Tinker(store, folder, core.remote, sampling, core.fairness, core.metrics, names=core.names)
         yield tinker.routes
         await tinker.close()
     finally:
         store.close()
-
-
-async def _listen(cfg: DictConfig, routes: Sequence[BaseRoute], keys: Keys) -> None:
-    """Serve until interrupted; answers that are being made are waited for, for a while."""
-    config = uvicorn.Config(
-        application(routes, keys),
-        host=cfg.host,
-        port=cfg.port,
-        log_level="warning",
-        lifespan="off",
-        timeout_graceful_shutdown=30,
-    )
-    server = uvicorn.Server(config)
-    task = asyncio.create_task(server.serve())
-    while not server.started and not task.done():
-        await asyncio.sleep(0.05)
-    if server.started:
-        port = server.servers[0].sockets[0].getsockname()[1]
-        logger.info("http://%s:%s  (OpenAI's interface: /v1, Tinker's: /api/v1)", cfg.host, port)
-    await task

@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from petals_tune.errors import ConfigError
 from petals_tune.service.errors import ServiceError
+from petals_tune.service.metrics import Asker, Metrics
 from petals_tune.service.tinker.encryption import read_recipients
 from petals_tune.service.tinker.listing import Listing
 from petals_tune.service.tinker.promises import Promises, Result
@@ -39,12 +40,14 @@ class Tinker:
         model: TrainedModel,
         sampling: Sampling,
         fairness: Fairness,
+        metrics: Metrics,
         *,
         names: Mapping[str, int],
     ):
         """`folder`: of checkpoints; `names`: of the one model that is served, with its most positions."""
         self._store, self._folder, self._model, self._sampling = store, folder, model, sampling
-        self._fairness, self._names = fairness, names
+        self._fairness, self._metrics = fairness, metrics
+        self._names, self._name = names, next(iter(names))
         self._promises = Promises()
         self._runs: dict[str, Run] = {}
         self._sessions: dict[str, str] = {}  # owners
@@ -168,12 +171,16 @@ class Tinker:
     async def _forward_backward(self, request: Request) -> Response:
         asked, owner = read_training_request(await request.body()), request.state.owner
         run = self._run(asked.model_id, owner)
+        # Not its answers in flight: one whose turn comes early could be refused for those that wait for it.
+        self._fairness.check(owner, 0, time.monotonic())
 
         async def work() -> Result:
-            tokens, now_s = sum(len(datum.ids) for datum in asked.data), time.monotonic()
-            async with run.turns.turn(asked.seq_id):
-                logprobs, total = await in_thread(run.forward, asked)
-            self._fairness.charge(owner, tokens, now_s)
+            tokens = sum(len(datum.ids) for datum in asked.data)
+            self._fairness.charge(owner, tokens, time.monotonic())
+            async with run.turns.turn(asked.seq_id), self._fairness.slots.held(owner):
+                with self._fairness.in_flight(owner, 0):
+                    logprobs, total = await in_thread(run.forward, asked)
+            self._metrics.count_tokens(Asker(owner=owner, interface="tinker", model=self._name), "trained", tokens)
             self._store.used(run.record.id)
             return training_output(logprobs, {"loss:sum": total})
 
@@ -292,6 +299,7 @@ class Tinker:
 
     async def _sample(self, request: Request) -> Response:
         body, owner = await _json(request), request.state.owner
+        self._fairness.check(owner, body.get("num_samples", 1), time.monotonic())
         work = self._sampling.sample(owner, body)
         ids = [secrets.token_hex(16) for _ in range(body.get("num_samples", 1))]
         name = ("sample", body["sampling_session_id"], str(body["seq_id"]))

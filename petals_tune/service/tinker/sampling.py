@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -14,12 +13,12 @@ from typing import Any, Protocol
 import torch
 
 from petals_tune.errors import ConfigError
-from petals_tune.service.decoding.decoder import Decoder
+from petals_tune.service.decoding.decoder import Decoder, Piece
 from petals_tune.service.decoding.options import DecodingOptions
 from petals_tune.service.errors import ServiceError
+from petals_tune.service.metrics import Asker
 from petals_tune.service.tinker.promises import Result
 from petals_tune.service.tinker.wire import Sampled, sample_output
-from petals_tune.service.users.fairness import Fairness
 
 
 class SampledModel(Protocol):
@@ -41,9 +40,10 @@ class _Session:
 class Sampling:
     """Sampling sessions: each one set of weights."""
 
-    def __init__(self, decoder: Decoder, model: SampledModel, fairness: Fairness, *, most_positions: int):
-        self._decoder, self._model, self._fairness = decoder, model, fairness
-        self._most_positions = most_positions
+    def __init__(self, decoder: Decoder, model: SampledModel, *, name: str, most_positions: int):
+        """`name`: of the model in metrics."""
+        self._decoder, self._model = decoder, model
+        self._name, self._most_positions = name, most_positions
         self._sessions: dict[str, _Session] = {}
 
     async def open(self, owner: str, folder: Path | None) -> str:
@@ -74,14 +74,13 @@ class Sampling:
         ids = _tokens(body["prompt"])
         options = self._options(body, len(ids))
         count, top_sample = body.get("num_samples", 1), body.get("topk_sample_logprobs", 0)
-        now_s = time.monotonic()
-        answers = await asyncio.gather(*(self._answer(ids, options, number, session) for number in range(count)))
+        asker = Asker(owner=owner, interface="tinker", model=self._name)
+        answers = await self._answers(ids, options, count, session, asker)
         prompt_logprobs, prompt_top = None, None
         if body.get("prompt_logprobs") or body.get("topk_prompt_logprobs"):
             prompt_logprobs, prompt_top = await asyncio.to_thread(
                 self._of_prompt, ids, session.adapter, body.get("topk_prompt_logprobs", 0)
             )
-        self._fairness.charge(owner, len(ids) + sum(len(answer.tokens) for answer in answers), now_s)
         return sample_output(
             answers,
             prompt_logprobs=prompt_logprobs,
@@ -116,19 +115,24 @@ class Sampling:
             logprobs=body.get("topk_sample_logprobs", 0),
         )
 
-    async def _answer(self, ids: Sequence[int], options: DecodingOptions, number: int, session: _Session) -> Sampled:
-        if options.seed is not None:
-            options = replace(options, seed=options.seed + number)
-        tokens, logprobs, top, stopped = [], [], [], False
-        pieces = self._decoder.answer(ids, options, adapter=session.adapter)
-        async with aclosing(pieces):
+    async def _answers(
+        self, ids: Sequence[int], options: DecodingOptions, count: int, session: _Session, asker: Asker
+    ) -> list[Sampled]:
+        seeds = [None if options.seed is None else options.seed + number for number in range(count)]
+        each = [replace(options, seed=seed) for seed in seeds]
+        found: list[list[Piece]] = [[] for _ in range(count)]
+        async with aclosing(self._decoder.answers(ids, each, adapter=session.adapter, asker=asker)) as pieces:
             async for piece in pieces:
-                if piece.choice is not None:
-                    tokens.append(piece.choice.token)
-                    logprobs.append(piece.choice.logprob or 0.0)
-                    top.append(piece.choice.top)
-                stopped = piece.finish == "stop"
-        return Sampled(tokens=tokens, logprobs=logprobs, top=top, stopped=stopped)
+                found[piece.number].append(piece)
+        return [
+            Sampled(
+                tokens=[piece.choice.token for piece in own],
+                logprobs=[piece.choice.logprob or 0.0 for piece in own],
+                top=[piece.choice.top for piece in own],
+                stopped=own[-1].finish == "stop",
+            )
+            for own in found
+        ]
 
     def _of_prompt(
         self, ids: Sequence[int], adapter: str | None, top: int

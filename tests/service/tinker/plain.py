@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +20,13 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 from petals_tune.service.app import application
 from petals_tune.service.decoding.decoder import Decoder
+from petals_tune.service.metrics import Metrics
 from petals_tune.service.tinker.routes import Tinker
 from petals_tune.service.tinker.sampling import Sampling
 from petals_tune.service.tinker.store import Store
 from petals_tune.service.users.fairness import Fairness
 from petals_tune.service.users.keys import Keys
+from petals_tune.service.users.slots import Slots
 
 NAME, VOCABULARY, POSITIONS = "tiny/llama", 64, 128
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
@@ -116,17 +119,22 @@ class PlainTrained:
         with self.lock:
             return self._calling(torch.tensor([list(ids)]), adapter).logits[0]
 
-    def open(self, max_length: int) -> Any:
-        return _Session()
-
-    def logits(self, session: Any, ids: Any, adapter: str | None) -> torch.Tensor:
-        with self.lock:
-            return self._calling(torch.tensor([list(ids)]), adapter, past_key_values=session, use_cache=True).logits[
-                0, -1
-            ]
+    def open(self, adapter: str | None, max_length: int, cancelled: threading.Event) -> Any:
+        return _Text(self, adapter, DynamicCache())
 
 
-class _Session(DynamicCache):
+class _Text:
+    def __init__(self, model: PlainTrained, adapter: str | None, cache: DynamicCache):
+        self._model, self._adapter, self._cache = model, adapter, cache
+
+    def logits(self, ids: Any) -> torch.Tensor:
+        with self._model.lock:
+            options = {"past_key_values": self._cache, "use_cache": True}
+            return self._model._calling(torch.tensor([list(ids)]), self._adapter, **options).logits[0, -1]
+
+    def fork(self) -> Any:
+        return _Text(self._model, self._adapter, copy.deepcopy(self._cache))
+
     def close(self) -> None:
         pass
 
@@ -143,10 +151,12 @@ def running_tinker(folder: Path, model: PlainTrained, *, keys: Keys | None = Non
     started, found = threading.Event(), {}
 
     async def serve() -> None:
-        store, fairness = Store(folder / "service.sqlite"), Fairness(most_in_flight=64, tokens_a_minute=None)
-        decoder = Decoder(model, tokenizer(), vocabulary=VOCABULARY, ends=frozenset({0}))
-        sampling = Sampling(decoder, model, fairness, most_positions=POSITIONS)
-        tinker = Tinker(store, folder, model, sampling, fairness, names={NAME: POSITIONS})
+        store, slots = Store(folder / "service.sqlite"), Slots(64)
+        fairness = Fairness(slots=slots, most_in_flight=64, most_waiting=64)
+        metrics = Metrics(slots)
+        decoder = Decoder(model, tokenizer(), fairness, metrics, vocabulary=VOCABULARY, ends=frozenset({0}))
+        sampling = Sampling(decoder, model, name=NAME, most_positions=POSITIONS)
+        tinker = Tinker(store, folder, model, sampling, fairness, metrics, names={NAME: POSITIONS})
         app = application(tinker.routes, keys or Keys(owners=None))
         config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
         server = found["server"] = uvicorn.Server(config)
