@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 
 from petals_tune.model.convert import embedded_model
 from tests.hub import Hub
+from tests.service.cookbook.chatml import NAME
 from tests.service.cookbook.conftest import Kitchen
-from tests.service.cookbook.gateway import NAME
 from tests.service.cookbook.hub_data import TALKS, write_datasets
 from tests.service.cookbook.plain import talk_loss
 
