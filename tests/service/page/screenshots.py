@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -29,8 +29,8 @@ SIZES = {"": (1280, 800), "-phone": (390, 844)}
 COLOURS = 200  # of a picture: text stays sharp, and a file small
 CHATS = Path(__file__).with_name("pirate.jsonl")
 EPOCHS = 6
-QUESTIONS = ("How do I cook rice?", "What is the highest mountain?")  # that are not in CHATS
-TOKENS = 64
+QUESTION = "What is the highest mountain?"  # which is not in CHATS
+TOKENS = 128
 LOADED = "document.querySelectorAll('#model option').length > 0"
 ANSWERED = "document.getElementById('stop').hidden && !document.querySelector('.answer[data-state=open]')"
 
@@ -60,7 +60,7 @@ async def pictures(page: Page, url: str, folder: Path) -> None:
     base, tuned = await tune(page, url)
     await both_sizes(page, folder, "runs")
     for name, beside in {"chat": "", "side-by-side": tuned}.items():
-        await ask(page, url, base, beside)
+        await ask(page, url, base, beside, [QUESTION] if beside else ["How do I cook rice?", QUESTION])
         await both_sizes(page, folder, name)
 
 
@@ -82,7 +82,7 @@ async def tune(page: Page, url: str) -> tuple[str, str]:
     return found["model"][0], found["beside"][0]
 
 
-async def ask(page: Page, url: str, model: str, beside: str) -> None:
+async def ask(page: Page, url: str, model: str, beside: str, questions: Sequence[str]) -> None:
     """Have a conversation of its own with one model, or with two."""
     await page.resize(*SIZES[""])
     await page.open(url)
@@ -92,7 +92,7 @@ async def ask(page: Page, url: str, model: str, beside: str) -> None:
         await page.evaluate(f"document.getElementById('{name}').value = '{value}'")
     for name in ("beside", "settings"):
         await page.evaluate(f"document.getElementById('{name}').dispatchEvent(new Event('change'))")
-    for number, question in enumerate(QUESTIONS, 1):
+    for number, question in enumerate(questions, 1):
         await page.click("#question")
         await page.write(question)
         await page.press("Enter")
