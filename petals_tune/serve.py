@@ -13,11 +13,23 @@ from omegaconf import DictConfig
 from pydantic import Field
 
 from petals_tune.cli import quiet_libraries, report_errors
-from petals_tune.config import Section, TunedModel, build, check_arguments, folder_of
+from petals_tune.config import Section, TunedModel, build, check, check_arguments, folder_of
 
 CONFIG_NAME = "service"
 
 Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Options of tuning jobs."""
+
+    recipe: str
+    at_once: Count
+    jobs_a_key: Count
+    file_mb: Count
+    files_mb_a_key: Count
+    tokens: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +51,8 @@ class Service:
     tokens_a_minute: Count | None
     stop_s: Annotated[float, Field(ge=0)]
     max_length: Count
+    tuning: Tuning
+    outputs: str | None
 
 
 def main() -> None:
@@ -53,6 +67,7 @@ def main() -> None:
 def serve(cfg: DictConfig) -> None:
     """Serve until interrupted."""
     with report_errors():
+        check(cfg, schema=Service)  # again: --config-name may have named another file than ours
         from petals_tune.service.run import run_service  # slow; a mistyped key should not wait for it
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)

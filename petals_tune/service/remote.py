@@ -128,15 +128,19 @@ class RemoteModel:
         return found
 
     def save(self, adapter: str, folder: Path) -> None:
-        """Save an adapter in PEFT's format."""
-        self._model.adapters[adapter].save_pretrained(str(folder))
+        """Save an adapter in PEFT's format.
+
+        Without the base model's embeddings and head, which PEFT would add in full where LoRA is on one of them.
+        """
+        self._model.adapters[adapter].save_pretrained(str(folder), save_embedding_layers=False)
 
     def load(self, adapter: str, folder: Path) -> None:
         """Put the tensors of a saved adapter into this one. Raises ConfigError where they do not fit."""
         net: PeftModel = self._model.adapters[adapter]
         name = net.active_adapter
         weights = load_peft_weights(str(folder), device="cpu")
-        if (missing := get_peft_model_state_dict(net, adapter_name=name).keys() ^ weights.keys()) != set():
+        expected = get_peft_model_state_dict(net, adapter_name=name, save_embedding_layers=False)
+        if (missing := expected.keys() ^ weights.keys()) != set():
             raise ConfigError(
                 f"the checkpoint {folder.name} is of another adapter: {sorted(missing)[:2]}", key="path", seen=folder
             )

@@ -35,6 +35,7 @@ from petals_tune.service.openai.routes import OpenAI
 from petals_tune.service.remote import RemoteModel
 from petals_tune.service.served import Served
 from petals_tune.service.server import bound, serve
+from petals_tune.service.tuning.opened import opened_tuning
 from petals_tune.service.users.fairness import Fairness
 from petals_tune.service.users.keys import Keys
 from petals_tune.service.users.slots import Slots
@@ -66,10 +67,10 @@ def run_service(cfg: DictConfig, swarm: Swarm) -> None:
     make_folder(Path(cfg.folder), key="folder")
     with ExitStack() as stack:
         at = stack.enter_context(bound(cfg.host, cfg.port))
-        model, tokenizer = _opened(cfg, swarm, stack)
+        model, tokenizer, peers = _opened(cfg, swarm, stack)
 
         async def run() -> None:
-            async with service(cfg, model, tokenizer) as (core, routes):
+            async with service(cfg, model, tokenizer, swarm, peers) as (core, routes):
                 doors = Doors()
                 await serve(
                     application(routes, keys, doors=doors, metrics=core.metrics),
@@ -86,8 +87,8 @@ def run_service(cfg: DictConfig, swarm: Swarm) -> None:
         uvloop.run(run())
 
 
-def _opened(cfg: DictConfig, swarm: Swarm, stack: ExitStack) -> tuple[Any, Any]:
-    """(the model over its swarm, its tokenizer); the end of `stack` closes them."""
+def _opened(cfg: DictConfig, swarm: Swarm, stack: ExitStack) -> tuple[Any, Any, list[str]]:
+    """(the model over its swarm, its tokenizer, the swarm's peers); the end of `stack` closes them."""
     source = model_folder(cfg.model.source, cfg.model.revision)
     blocks = family_of(placeholder_model(Checkpoint(source, revision=cfg.model.revision).config)).total_blocks
     swarm.check(blocks)
@@ -97,12 +98,14 @@ def _opened(cfg: DictConfig, swarm: Swarm, stack: ExitStack) -> tuple[Any, Any]:
         source, revision=cfg.model.revision, initial_peers=peers, **swarm.client_options()
     )
     stack.callback(model.remote_blocks.close)
-    return model, load_tokenizer(source, None, cfg.model.revision)
+    return model, load_tokenizer(source, None, cfg.model.revision), peers
 
 
 @asynccontextmanager
-async def service(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[tuple[Core, Sequence[BaseRoute]]]:
-    """(What the parts share, all routes of the service) over a model."""
+async def service(
+    cfg: DictConfig, model: Any, tokenizer: Any, swarm: Swarm, peers: Sequence[str]
+) -> AsyncIterator[tuple[Core, Sequence[BaseRoute]]]:
+    """(What the parts share, all routes of the service) over a model, whose swarm has the addresses `peers`."""
     config = model.config.get_text_config()
     most_positions = min(cfg.max_length, getattr(config, "max_position_embeddings", cfg.max_length))
     slots = Slots(cfg.most_at_once)
@@ -153,6 +156,10 @@ async def service(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[
         routes: list[BaseRoute] = [*OpenAI(served, fairness, metrics).routes, Route("/route", _route_of(model))]
         if importlib.util.find_spec("tinker") is not None:
             routes += await stack.enter_async_context(_tinker(core))
+        tuning = opened_tuning(
+            cfg, swarm, peers, adapters, model.adapters, fairness, list(names), max_tokens=most_positions
+        )
+        routes += await stack.enter_async_context(tuning)
         yield core, routes
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from starlette.routing import Route
 from petals_tune.errors import ConfigError
 from petals_tune.service.errors import ServiceError
 from petals_tune.service.metrics import Asker, Metrics
+from petals_tune.service.tinker.encryption import read_recipients
 from petals_tune.service.tinker.listing import Listing
 from petals_tune.service.tinker.promises import Promises, Result
 from petals_tune.service.tinker.runs import AdamOptions, Run, TrainedModel, Turns, in_thread
@@ -231,27 +233,30 @@ class Tinker:
     async def _save_weights_external(self, request: Request) -> Response:
         """A checkpoint to download: an adapter in PEFT's format, as all of them are."""
         body, owner = await _json(request), request.state.owner
-        if body.get("age_encryption_recipients"):
-            raise ConfigError("checkpoints are not encrypted here", key="age_encryption_recipients")
+        recipients = read_recipients(body.get("age_encryption_recipients") or ())
         run = self._run(body["model_id"], owner)
 
         async def work() -> Result:
             async with run.turns.turn(body["seq_id"]):
-                saved = await self._save(run, "external_weights", body["path"], body)
+                saved = await self._save(run, "external_weights", body["path"], body, recipients)
             return {"type": "save_weights_external", "path": saved.path}
 
         return self._promised(owner, work(), "save", run.record.id, str(body["seq_id"]))
 
-    async def _save(self, run: Run, kind: str, name: str, body: dict[str, Any]) -> CheckpointRecord:
+    async def _save(
+        self, run: Run, kind: str, name: str, body: dict[str, Any], recipients: Sequence[Any] = ()
+    ) -> CheckpointRecord:
         if not name or not all(each.isalnum() or each in "-_." for each in name) or name.startswith("."):
             raise ConfigError("the name of a checkpoint has letters, digits, '-', '_' and '.'", key="path", seen=name)
         known = next((c for c in self._store.checkpoints(run.record.id) if (c.kind, c.name) == (kind, name)), None)
-        if known is not None and kind == "weights" and not body.get("overwrite"):
+        if known is not None and kind != "sampler_weights" and not body.get("overwrite"):
             raise ConfigError(f"there is a checkpoint {known.path}: overwrite=True replaces it", key="path", seen=name)
         if (ttl_s := body.get("ttl_seconds")) is not None and ttl_s < LEAST_TTL_S:
             raise ConfigError(f"ttl_seconds is {ttl_s}: {LEAST_TTL_S} or more", key="ttl_seconds", seen=ttl_s)
         folder, now_s = self._folder / run.record.id / kind / name, time.time()
-        size_bytes = await in_thread(run.save, folder, with_optimizer=kind == "weights")
+        if known is None:  # what an expired one of this name left is not of this one
+            shutil.rmtree(folder, ignore_errors=True)
+        size_bytes = await in_thread(run.save, folder, with_optimizer=kind == "weights", recipients=recipients)
         record = CheckpointRecord(
             run=run.record.id,
             kind=kind,

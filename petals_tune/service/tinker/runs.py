@@ -17,6 +17,7 @@ from torch import nn
 from petals_tune.errors import ConfigError, Diverged
 from petals_tune.files import filling
 from petals_tune.losses import LOSSES
+from petals_tune.service.tinker.encryption import encrypt_files
 from petals_tune.service.tinker.store import LoRA, RunRecord
 from petals_tune.service.tinker.wire import Datum, TrainingRequest
 
@@ -154,12 +155,14 @@ class Run:
         self.steps += 1
         return {"grad_norm": norm.item(), **({"loss": loss / tokens} if tokens else {})}
 
-    def save(self, folder: Path, *, with_optimizer: bool) -> int:
-        """Save a checkpoint, whole or not at all; returns its bytes."""
+    def save(self, folder: Path, *, with_optimizer: bool, recipients: Sequence[Any] = ()) -> int:
+        """Save a checkpoint, whole or not at all, encrypted where there are `recipients`; returns its bytes."""
         with filling(folder) as partial:
             self.model.save(self.record.id, partial)
             if with_optimizer:
                 save_file(self._optimizer_tensors(), partial / OPTIMIZER_FILE)
+            if recipients:
+                encrypt_files(partial, recipients)
         return sum(file.stat().st_size for file in folder.iterdir())
 
     def load(self, folder: Path, *, with_optimizer: bool) -> None:

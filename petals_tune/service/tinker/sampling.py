@@ -111,7 +111,7 @@ class Sampling:
             seed=given.get("seed"),
             stop=texts,
             stop_ids=frozenset(tokens),
-            ends_stop=stop is None,
+            ends_stop=stop != [],  # as the SDK documents it: stop=[] alone goes on behind the model's own end
             logprobs=body.get("topk_sample_logprobs", 0),
         )
 

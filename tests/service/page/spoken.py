@@ -19,24 +19,7 @@ SLOW = "one two three four five six seven eight nine ten"
 TEXTS = {"hostile": HOSTILE, "code": CODE, "slow": SLOW}
 
 
-class SpokenText(PlainText):
-    """One text of TEXTS, token by token."""
-
-    def __init__(self, model: SpokenSteps, name: str):
-        super().__init__(model, name, DynamicCache())
-        self._spoken, self._name, self._place = model, name, -1
-
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        self._place += 1
-        if self._name == "slow":
-            assert self._spoken.allowed.acquire(timeout=30)
-            self._spoken.steps_of_slow += 1
-        logits = torch.zeros(self._spoken.model.config.vocab_size)
-        logits[self._spoken.said[self._name][self._place]] = 100
-        return logits
-
-
-class SpokenSteps(PlainModel):
+class SpokenModel(PlainModel):
     """The embedded model; its adapters `hostile`, `code` and `slow` say TEXTS."""
 
     def __init__(self) -> None:
@@ -51,8 +34,25 @@ class SpokenSteps(PlainModel):
 
     def open(self, adapter: str | None, max_length: int, cancelled: threading.Event) -> PlainText:
         if adapter in self.said:
-            return SpokenText(self, adapter)
+            return SpokenText(self, adapter, DynamicCache())
         return super().open(adapter, max_length, cancelled)
+
+
+class SpokenText(PlainText):
+    """A text that is known."""
+
+    def __init__(self, model: SpokenModel, adapter: str, cache: DynamicCache):
+        super().__init__(model, adapter, cache)
+        self._spoken, self._name, self._place = model, adapter, 0
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        if self._name == "slow":
+            assert self._spoken.allowed.acquire(timeout=30)
+            self._spoken.steps_of_slow += 1
+        logits = torch.zeros(self._spoken.model.config.vocab_size)
+        logits[self._spoken.said[self._name][self._place]] = 100
+        self._place += 1
+        return logits
 
 
 def offers() -> PlainOffers:

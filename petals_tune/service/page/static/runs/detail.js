@@ -27,9 +27,18 @@ export class Detail {
     const now = JSON.stringify(runs);
     if (now === this.last) return;
     this.last = now;
-    this.head.replaceChildren(...(runs.length > 1 ? this.compared(runs) : this.one(runs[0])));
+    this.showHead(runs);
     this.showCharts(runs);
     this.showReplies(runs.length > 1 ? [] : runs[0].replies);
+  }
+
+  // Buttons stay the same elements while only curves and replies grow: a click would be lost on a button that is replaced.
+  showHead(runs) {
+    const [{ curves, replies, ...facts }] = runs;
+    const now = JSON.stringify(runs.length > 1 ? runs : [facts, !Object.keys(curves).length]);
+    if (now === this.headed) return;
+    this.headed = now;
+    this.head.replaceChildren(...(runs.length > 1 ? this.compared(runs) : this.one(runs[0])));
   }
 
   one(run) {

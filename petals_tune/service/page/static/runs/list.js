@@ -16,23 +16,37 @@ export function when(seconds) {
 
 export const state = ({ status }) => make("span", { class: `state ${status}` }, status);
 
+const rows = new Map(); // by id. Rows stay the same elements: a click is lost on one that is replaced in the middle of it.
+
+function newRow(id, compare) {
+  const box = make("input", { type: "checkbox", onchange: () => compare(id, box.checked) });
+  const link = make("a", { href: `#${encodeURIComponent(id)}` });
+  return { box, link, element: make("li", {}, make("label", { class: "tick", title: "Compare" }, box), link), seen: "" };
+}
+
+function fill(row, run, isChosen) {
+  const facts = `${kind(run)} · ${when(run.created)}`;
+  const seen = JSON.stringify([run.name, facts, run.status]);
+  if (row.seen !== seen) {
+    row.seen = seen;
+    row.box.ariaLabel = `Compare ${run.name}`;
+    row.link.replaceChildren(make("span", { class: "name" }, run.name), make("span", { class: "faint" }, facts), state(run));
+  }
+  row.box.checked = isChosen;
+  row.link.ariaCurrent = isChosen ? "true" : null;
+}
+
 // `selected`: ids; `compare(id, ticked)`.
 export function showList(runs, selected, compare) {
   $("compare").hidden = selected.length < 2;
   $("compare").textContent = `Compare ${selected.length} runs`;
   $("compare").href = `#${selected.map(encodeURIComponent).join(",")}`;
-  const focused = document.activeElement?.dataset?.focus;
-  $("runs").replaceChildren(...runs.map((run) => {
-    const { id } = run;
-    const chosen = selected.includes(id);
-    const box = make("input", { type: "checkbox", "aria-label": `Compare ${run.name}`, "data-focus": `box ${id}`, onchange: ({ target }) => compare(id, target.checked) });
-    box.checked = chosen;
-    const facts = `${kind(run)} · ${when(run.created)}`;
-    const link = make("a", { href: `#${encodeURIComponent(id)}`, "data-focus": `link ${id}` },
-      make("span", { class: "name" }, run.name), make("span", { class: "faint" }, facts), state(run));
-    if (chosen) link.setAttribute("aria-current", "true");
-    return make("li", {}, make("label", { class: "tick", title: "Compare" }, box), link);
-  }));
+  for (const run of runs) {
+    if (!rows.has(run.id)) rows.set(run.id, newRow(run.id, compare));
+    fill(rows.get(run.id), run, selected.includes(run.id));
+  }
+  const elements = runs.map(({ id }) => rows.get(id).element);
+  const shown = [...$("runs").children];
+  if (elements.length !== shown.length || elements.some((each, place) => each !== shown[place])) $("runs").replaceChildren(...elements);
   $("no-runs").hidden = runs.length > 0;
-  if (focused) document.querySelector(`[data-focus="${CSS.escape(focused)}"]`)?.focus();
 }

@@ -76,7 +76,6 @@ function showNothing() {
 // Asks for what has changed, and shows it; then again, sooner while something runs.
 async function refresh() {
   clearTimeout(timer);
-  document.body.classList.toggle("chosen", !hasList());
   try {
     ({ runs } = await json("/runs/list"));
     models = (await json("/v1/models")).data.map((each) => each.id);
@@ -92,6 +91,7 @@ async function refresh() {
     if (error.status === 404 && selected().length) $("content").replaceChildren();
     if (error.advice === undefined) throw error;
   }
+  document.body.classList.toggle("chosen", !hasList());
   clearTimeout(timer);
   if (!document.hidden && !$("key-dialog").open) timer = setTimeout(refresh, runs.some(isLive) ? LIVE_MS : IDLE_MS);
 }

@@ -11,11 +11,12 @@ const UNITS = [
 ];
 const MAIN = /loss|perplexity|accuracy|reward|kl|entropy/;
 
-// train/loss and val/loss stand together, and so do the replies of all servers (swarm/reply_ms/PEER).
+// train/loss and val/loss stand together, and so do the replies of all servers (swarm/reply_ms/PEER). A name alone is
+// of training.
 function place(metric) {
   const parts = metric.split("/");
   if (parts.length > 2) return { chart: parts[1], label: parts.slice(2).join("/") };
-  return { chart: parts.at(-1), label: parts[0] };
+  return { chart: parts.at(-1), label: parts.length > 1 ? parts[0] : "train" };
 }
 
 const words = (name) => (name === "tokens_per_s" ? "speed" : name.replace(/_(mb|ms|s)$/, "").replaceAll("_", " "));
