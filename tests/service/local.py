@@ -124,9 +124,8 @@ def running_service(
             format=ChatFormat(tokenizer),
             most_positions=steps.model.config.max_position_embeddings,
         )
-        app = application(
-            [*OpenAI(served, fairness, metrics).routes, *routes], keys or Keys(owners=None), metrics=metrics
-        )
+        all_routes = [*OpenAI(served, fairness, metrics).routes, *routes]
+        app = application(all_routes, keys or Keys(owners=None), metrics=metrics)
         config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
         server = uvicorn.Server(config)
         found["server"] = server
