@@ -19,6 +19,18 @@ from petals_tune.config import Section, TunedModel, build, check_arguments, fold
 CONFIG_NAME = "service"
 
 Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinkerLimits:
+    """What Tinker's interface keeps, and for how long."""
+
+    runs_in_memory: Count
+    samplers_in_memory: Count
+    session_hours: Positive
+    unnamed_hours: Positive
+    autosave_minutes: Positive | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +50,7 @@ class Service:
     requests_a_key: Count
     tokens_a_minute: Count | None
     max_length: Count
+    tinker: TinkerLimits
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from petals_tune.errors import ConfigError, DataError, PetalsTuneError, RequestRefused, Retriable, ServerBusy
+from petals_tune.errors import ConfigError, DataError, Diverged, PetalsTuneError, RequestRefused, Retriable, ServerBusy
 
 
 class ServiceError(Exception):
@@ -56,7 +56,7 @@ def translated(error: PetalsTuneError) -> ServiceError:
     """An error of our own tree as the service tells it: whose fault it is decides the status."""
     if isinstance(error, ServerBusy):
         return too_many(str(error), retry_after_s=5)
-    if isinstance(error, ConfigError | DataError | RequestRefused):
+    if isinstance(error, ConfigError | DataError | Diverged | RequestRefused):
         param = getattr(error, "key", None)
         return ServiceError(400, str(error), kind="invalid_request_error", param=param)
     if isinstance(error, Retriable):

@@ -103,30 +103,32 @@ async def _served(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[
         await stack.enter_async_context(adapters.watched())
         routes: list[BaseRoute] = [*OpenAI(served, fairness).routes, Route("/route", route)]
         if importlib.util.find_spec("tinker") is not None:
-            tinker = _tinker(Path(cfg.folder), remote, decoder, fairness, names=dict.fromkeys(names, most_positions))
+            tinker = _tinker(cfg, model, decoder, fairness, names=dict.fromkeys(names, most_positions))
             routes += await stack.enter_async_context(tinker)
         yield routes
 
 
 @asynccontextmanager
 async def _tinker(
-    data: Path, remote: RemoteModel, decoder: Decoder, fairness: Fairness, *, names: Mapping[str, int]
+    cfg: DictConfig, model: Any, decoder: Decoder, fairness: Fairness, *, names: Mapping[str, int]
 ) -> AsyncIterator[list[Route]]:
-    """Tinker's routes, whose records and checkpoints are in `data`."""
-    from petals_tune.service.tinker.routes import Tinker  # the extra [tinker]
-    from petals_tune.service.tinker.sampling import Sampling
-    from petals_tune.service.tinker.store import Store
+    """Tinker's routes, whose records and checkpoints are in a folder of the service's."""
+    from petals_tune.service.tinker.routes import Limits, Tinker  # the extra [tinker]
+    from petals_tune.service.tinker.runs.adapters import RemoteAdapters
 
-    folder = data / "tinker"
+    folder = Path(cfg.folder) / "tinker"
     make_folder(folder, key="folder")
-    store = Store(folder / "runs.sqlite")
-    try:
-        sampling = Sampling(decoder, remote, fairness, most_positions=max(names.values()))
-        tinker = Tinker(store, folder, remote, sampling, fairness, names=names)
+    tinker = Tinker(
+        folder,
+        RemoteAdapters(model),
+        decoder,
+        fairness,
+        names=names,
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+        limits=Limits(**cfg.tinker),
+    )
+    async with tinker.running():
         yield tinker.routes
-        await tinker.close()
-    finally:
-        store.close()
 
 
 async def _listen(cfg: DictConfig, routes: Sequence[BaseRoute], keys: Keys) -> None:
