@@ -106,7 +106,7 @@ class Prompt(msgspec.Struct, kw_only=True):
 class SamplingParams(msgspec.Struct, kw_only=True):
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     seed: int | None = None
-    stop: str | list[str] | list[int] | None = None
+    stop: str | list[str | int] | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0)] = 1.0
     top_k: int = -1
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
@@ -130,7 +130,7 @@ class Sample(msgspec.Struct, kw_only=True):
 def read(body: bytes, kind: type[Body]) -> Body:
     """Raises ConfigError for a body that is no JSON object of this kind, with the place of the mistake."""
     try:
-        return msgspec.json.decode(body, type=kind, strict=False)
+        return msgspec.json.decode(body, type=kind)
     except msgspec.DecodeError as error:
         raise ConfigError(f"the body of the request: {error}", key=_place(str(error))) from None
 

@@ -193,7 +193,9 @@ class Tinker:
         return JSONResponse({"type": "session_heartbeat"})
 
     async def _finish(self, request: Request) -> Response:
-        self._forget_session(self._session(request.path_params["id"], request.state.owner))
+        session = self._store.one(SessionRecord, id=request.path_params["id"], owner=request.state.owner)
+        if session is not None:  # one that was forgotten may be finished all the same
+            self._forget_session(session)
         return JSONResponse({})
 
     def _session(self, id: str, owner: str, *, status: int = 404) -> SessionRecord:
