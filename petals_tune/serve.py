@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from omegaconf import DictConfig
 from pydantic import Field
 
 from petals_tune.cli import quiet_libraries, report_errors
-from petals_tune.config import Section, TunedModel, build, check_arguments, folder_of
+from petals_tune.config import Section, TunedModel, build, check, check_arguments, folder_of
 
 CONFIG_NAME = "service"
 
@@ -34,6 +33,18 @@ class TinkerLimits:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Options of tuning jobs."""
+
+    recipe: str
+    at_once: Count
+    jobs_a_key: Count
+    file_mb: Count
+    files_mb_a_key: Count
+    tokens: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Service:
     """All options of the service; conf/service.yaml documents them."""
 
@@ -47,10 +58,14 @@ class Service:
     port: Annotated[int, Field(ge=0, le=65535)]
     api_keys: str | None
     most_at_once: Count
+    most_waiting: Count
     requests_a_key: Count
     tokens_a_minute: Count | None
+    stop_s: Annotated[float, Field(ge=0)]
     max_length: Count
     tinker: TinkerLimits
+    tuning: Tuning
+    outputs: str | None
 
 
 def main() -> None:
@@ -65,10 +80,11 @@ def main() -> None:
 def serve(cfg: DictConfig) -> None:
     """Serve until interrupted."""
     with report_errors():
+        check(cfg, schema=Service)  # again: --config-name may have named another file than ours
         from petals_tune.service.run import run_service  # slow; a mistyped key should not wait for it
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-        asyncio.run(run_service(cfg, build(cfg.swarm, where="swarm")))
+        run_service(cfg, build(cfg.swarm, where="swarm"))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import json
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,15 +21,87 @@ _FLAGS = (
 )
 
 
+_KEYS = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39, "Tab": 9}
+_SHIFT = 8
+
+
 class Page:
     """The one page of a browser."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse):
         self._socket = socket
         self._count = 0
+        self.events: list[dict[str, Any]] = []  # that `watch` asked for, as far as answers have been read
 
     async def open(self, url: str) -> None:
         await self._ask("Page.navigate", url=url)
+
+    async def forget(self, origin: str) -> None:
+        """Remove what pages of `origin` keep in the browser."""
+        await self._ask("Storage.clearDataForOrigin", origin=origin, storageTypes="local_storage")
+
+    async def watch(self) -> None:
+        """From now on gather requests and messages of the console in `events`."""
+        for domain in ("Network", "Runtime", "Log"):
+            await self._ask(f"{domain}.enable")
+
+    def requests(self) -> list[str]:
+        """The addresses that were asked for."""
+        sent = [event["params"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        return [each["request"]["url"] for each in sent]
+
+    def complaints(self) -> list[str]:
+        """Errors and warnings in the console, exceptions that nobody caught."""
+        found = []
+        for event in self.events:
+            params = event["params"]
+            if event["method"] == "Runtime.exceptionThrown":
+                details = params["exceptionDetails"]
+                found.append(details.get("exception", {}).get("description", details["text"]))
+            elif event["method"] == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
+                found.append(str(params["args"]))
+            elif event["method"] == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+                found.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
+        return found
+
+    async def click(self, selector: str) -> None:
+        """Click in the middle of the element. Fails where something else lies over it."""
+        x, y = await self.evaluate(
+            f"""(() => {{
+                const found = document.querySelector({json.dumps(selector)});
+                found.scrollIntoView({{ block: "nearest" }});
+                const box = found.getBoundingClientRect();
+                const [x, y] = [box.left + box.width / 2, box.top + box.height / 2];
+                const hit = document.elementFromPoint(x, y);
+                if (!found.contains(hit)) throw Error(`over it lies ${{hit?.outerHTML}}`);
+                return [x, y];
+            }})()"""
+        )
+        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+            await self._ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    async def hover(self, x: float, y: float) -> None:
+        await self._ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    async def write(self, text: str) -> None:
+        """Type text where the focus is."""
+        await self._ask("Input.insertText", text=text)
+
+    async def press(self, key: str, *, shift: bool = False) -> None:
+        common = {"key": key, "code": key, "windowsVirtualKeyCode": _KEYS[key], "modifiers": _SHIFT if shift else 0}
+        text = {"text": "\r"} if key == "Enter" else {}
+        await self._ask("Input.dispatchKeyEvent", type="keyDown", **common, **text)
+        await self._ask("Input.dispatchKeyEvent", type="keyUp", **common)
+
+    async def choose_file(self, selector: str, file: Path) -> None:
+        """Give a file to a field that asks for one."""
+        root = (await self._ask("DOM.getDocument"))["root"]["nodeId"]
+        node = (await self._ask("DOM.querySelector", nodeId=root, selector=selector))["nodeId"]
+        await self._ask("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
+
+    async def save_downloads(self, folder: Path) -> None:
+        """From now on files that the page saves go into `folder`."""
+        await self._ask("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
 
     async def resize(self, width: int, height: int) -> None:
         await self._ask(
@@ -39,11 +112,11 @@ class Page:
             mobile=width < 600,
         )
 
-    async def dark(self) -> None:
-        await self._ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    async def dark(self, scheme: str = "dark") -> None:
+        await self._ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     async def evaluate(self, script: str) -> Any:
-        answer = await self._ask("Runtime.evaluate", expression=script, returnByValue=True)
+        answer = await self._ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
@@ -63,6 +136,8 @@ class Page:
         await self._socket.send_json({"id": self._count, "method": method, "params": params})
         while True:
             answer = await self._socket.receive_json()
+            if "method" in answer:
+                self.events.append(answer)
             if answer.get("id") == self._count:
                 assert "error" not in answer, answer
                 return answer["result"]

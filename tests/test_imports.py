@@ -44,7 +44,8 @@ MAY_IMPORT = {
     "train": "errors config copies hydra_errors wire files checksums model blocks.quantization tuning data net swarm "
     "remote",
     # floor 7
-    "service": "errors files model losses adapters tuning data remote sampling train.options train.chunked_loss",
+    "service": "errors config files model losses adapters tuning data swarm.loop remote sampling train.options "
+    "train.chunked_loss",
     # floor 8: the commands, and the package's own front, which imports what it offers on first use
     "petals_tune": "errors cli config hydra_errors wire files checksums model blocks tuning data net swarm remote "
     "train service",
@@ -66,7 +67,7 @@ KNOWN_ONLY_TO = {
     "llguidance": "service",
     "tinker": "service",
     "aiohttp": "servers",
-    "prometheus_client": "servers",
+    "prometheus_client": "servers service",
 }
 
 # Bytes of a stranger must never become code: no unpickling, no evaluation, no shell, anywhere.

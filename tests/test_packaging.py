@@ -130,7 +130,7 @@ def test_the_wheel_holds_every_module_and_yaml_and_page_and_nothing_else(wheel: 
             ("conf", "petals_tune/conf"),
             ("recipes", "petals_tune/recipes"),
         ]
-        for pattern in ("*.py", "*.yaml", "*.jsonl", "*.html", "*.js", "*.css")
+        for pattern in ("*.py", "*.yaml", "*.jsonl", "*.html", "*.js", "*.css", "*.svg")
         for path in (ROOT / folder).rglob(pattern)
     }
     with zipfile.ZipFile(wheel) as archive:

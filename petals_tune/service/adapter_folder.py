@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from petals_tune.errors import PetalsTuneError
+from petals_tune.errors import ConfigError, PetalsTuneError
 from petals_tune.service.served import Offer
 
 logger = logging.getLogger(__name__)
@@ -23,12 +23,15 @@ LOOK_S = 2.0
 class _Found:
     folder: Path
     state: tuple[tuple[str, int, int], ...]  # of its files: name, bytes, time of the last change
+    created: int  # seconds since 1970
 
 
 class AdapterFolder:
     """Offers of a base model and of the adapters in `folder`, by the names of their folders.
 
-    A folder is looked at again every LOOK_S seconds. What cannot be loaded is left out, with a word in the log.
+    A folder is looked at again every LOOK_S seconds. An adapter that cannot be loaded is tried again when its files
+    change, and one that was there stays as it was until then; the log has a word of both. One whose folder is gone is
+    taken out. Answers that have begun keep the adapter that they began with.
     """
 
     def __init__(
@@ -39,9 +42,10 @@ class AdapterFolder:
         load: Callable[[str, Path], object],
         remove: Callable[[str], object],
     ):
-        self._bases = [Offer(name=base, adapter=None, created=int(time.time())) for base in bases]
+        """`load` and `remove`: of the model's own adapters, by their names."""
+        self._bases = [Offer(name=base, adapter=None, created=int(time.time())) for base in dict.fromkeys(bases)]
         self._folder, self._load, self._remove = folder, load, remove
-        self._known: dict[str, _Found] = {}
+        self._seen: dict[str, _Found] = {}
         self._offers: dict[str, Offer] = {}
         self._added: dict[str, Offer] = {}  # by tuning jobs of the service
 
@@ -51,28 +55,43 @@ class AdapterFolder:
         return [offer for offer in offers if offer.owner in (None, owner)]
 
     def add(self, offer: Offer) -> None:
-        """Offer an adapter that was loaded already."""
+        """Offer an adapter that was loaded already. Raises ConfigError where another model has its name."""
+        taken = [*self._bases, *self._offers.values(), *self._added.values()]
+        if any(each.name == offer.name and each.adapter != offer.adapter for each in taken):
+            raise ConfigError(f"there is a model {offer.name!r} here already", key="name", seen=offer.name)
         self._added[offer.name] = offer
+
+    def withdraw(self, name: str) -> None:
+        """Offer an adapter that was added no longer."""
+        self._added.pop(name, None)
 
     def look(self) -> None:
         """Load what is new or changed, and forget what is gone."""
-        found = {} if self._folder is None else dict(_adapters(self._folder))
-        for name in self._known.keys() - found.keys():
-            del self._known[name]
+        found: dict[str, _Found] = {}
+        for name, each in [] if self._folder is None else _adapters(self._folder):
+            if (first := found.setdefault(name, each)) is not each and self._seen.get(name) != first:
+                logger.warning("%s is left out: %s has the name %s too", each.folder, first.folder, name)
+        for name in self._seen.keys() - found.keys():
+            del self._seen[name]
             if self._offers.pop(name, None) is not None:
                 self._remove(name)
                 logger.info("adapter %s is gone", name)
         for name, each in found.items():
-            if self._known.get(name) == each:
-                continue
-            self._known[name] = each
-            try:
-                self._load(name, each.folder)
-            except PetalsTuneError as error:
-                logger.warning("adapter %s is left out: %s", name, error)
-                continue
-            self._offers[name] = Offer(name=name, adapter=name, created=int(time.time()))
-            logger.info("adapter %s is here", name)
+            if self._seen.get(name) != each:
+                self._seen[name] = each
+                self._take(name, each)
+
+    def _take(self, name: str, found: _Found) -> None:
+        try:
+            if name in {offer.name for offer in self._bases} | self._added.keys():
+                raise ConfigError("there is a model of this name already", key="adapters", seen=name)
+            self._load(name, found.folder)
+        except PetalsTuneError as error:
+            kept = "stays as it was" if name in self._offers else "is left out"
+            logger.warning("adapter %s %s: %s", name, kept, error)
+            return
+        logger.info("adapter %s is %s", name, "replaced" if name in self._offers else "here")
+        self._offers[name] = Offer(name=name, adapter=name, created=found.created)
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[None]:
@@ -91,14 +110,18 @@ class AdapterFolder:
             await asyncio.gather(watching, return_exceptions=True)
 
 
-def _adapters(folder: Path) -> list[tuple[str, _Found]]:
-    """The adapters in a folder, or in folders of it named `adapter`, as runs leave them."""
-    found = []
+def _adapters(folder: Path) -> Iterator[tuple[str, _Found]]:
+    """The adapters in a folder, with their names: `persona/2026-11-24_16-53-14/adapter` is persona/2026-11-24_16-53-14.
+
+    Folders whose names begin with a dot are being written.
+    """
     for config in sorted(folder.glob(f"**/{CONFIG_FILE}")):
         place = config.parent
         inside = place.relative_to(folder).parts
-        name = "/".join(part for part in inside if part != "adapter") or place.name
-        files = sorted(place.iterdir())
-        state = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
-        found.append((name, _Found(folder=place, state=state)))
-    return found
+        if any(part.startswith(".") for part in inside):
+            continue
+        name = "/".join(part for part in inside if part != "adapter") or folder.resolve().name
+        with suppress(FileNotFoundError):  # taken out meanwhile
+            files = [(file.name, file.stat()) for file in sorted(place.iterdir()) if file.is_file()]
+            state = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
+            yield name, _Found(folder=place, state=state, created=int(config.stat().st_mtime))

@@ -1,4 +1,4 @@
-"""The service as an ASGI application: its paths, whose key a request has, and its errors."""
+"""The service as an ASGI application: its paths, what requests pass on their way to them, and its errors."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from petals_tune.errors import PetalsTuneError
-from petals_tune.service.errors import ServiceError, bad_key, translated
+from petals_tune.service.errors import ServiceError, translated
+from petals_tune.service.metrics import Metrics
+from petals_tune.service.middleware import CountRequests, Doors, FindOwners, LimitBodies, error_response
 from petals_tune.service.users.keys import Keys
 
 logger = logging.getLogger(__name__)
@@ -34,19 +36,35 @@ _HEADERS = {
 }
 
 
-def application(routes: Sequence[BaseRoute], keys: Keys) -> Starlette:
-    """The application of these `routes`, with the pages, whose requests have an owner in `request.state.owner`."""
+def application(
+    routes: Sequence[BaseRoute], keys: Keys, *, doors: Doors | None = None, metrics: Metrics | None = None
+) -> Starlette:
+    """The application of these `routes`, with the pages, whose requests have an owner in `request.state.owner`.
+
+    `doors`: closed when the service stops; None: it never does.
+    """
     static = Path(str(files("petals_tune.service.page") / "static"))
     pages = [Route(path, _page(static / name)) for path, name in _PAGES.items()]
     return Starlette(
         routes=[
             *routes,
+            *([] if metrics is None else [metrics.route]),
             *pages,
             Route("/healthz", _alive),
             Mount("/static", StaticFiles(directory=static)),
         ],
-        middleware=[Middleware(_Owners, keys=keys)],
-        exception_handlers={ServiceError: _refused, PetalsTuneError: _failed, Exception: _broken},
+        middleware=[
+            Middleware(CountRequests, doors=doors or Doors(), metrics=metrics),
+            Middleware(FindOwners, keys=keys, is_open=lambda path: path in _PAGES or path.startswith(_OPEN)),
+            Middleware(LimitBodies),
+        ],
+        exception_handlers={
+            ServiceError: _refused,
+            PetalsTuneError: _failed,
+            HTTPException: _of_http,
+            ClientDisconnect: _left,
+            Exception: _broken,
+        },
     )
 
 
@@ -62,32 +80,25 @@ async def _alive(request: Request) -> Response:
 
 
 async def _refused(request: Request, error: Any) -> Response:
-    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+    return error_response(error)
 
 
 async def _failed(request: Request, error: Any) -> Response:
-    return await _refused(request, translated(error))
+    return error_response(translated(error))
+
+
+async def _of_http(request: Request, error: Any) -> Response:
+    """Of a path or a method that there is not."""
+    text = f"{request.method} {request.url.path}: {error.detail}"
+    refusal = error_response(ServiceError(error.status_code, text, kind="invalid_request_error"))
+    refusal.headers.update(error.headers or {})
+    return refusal
+
+
+async def _left(request: Request, error: Any) -> Response:
+    return Response(status_code=499)  # nobody reads it; the number is nginx's, for logs and metrics
 
 
 async def _broken(request: Request, error: Exception) -> Response:
     logger.exception("%s %s", request.method, request.url.path, exc_info=error)
-    return await _refused(request, ServiceError(500, "the service has a fault: see its log", kind="server_error"))
-
-
-class _Owners:
-    """Lets requests through whose key is known, and says whose they are."""
-
-    def __init__(self, app: ASGIApp, keys: Keys):
-        self._app, self._keys = app, keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request, path = Request(scope), scope["path"]
-        owner = self._keys.owner(request.headers)
-        if owner is None and path not in _PAGES and not path.startswith(_OPEN):
-            await (await _refused(request, bad_key()))(scope, receive, send)
-            return
-        scope.setdefault("state", {})["owner"] = owner
-        await self._app(scope, receive, send)
+    return error_response(ServiceError(500, "the service has a fault: see its log", kind="server_error"))

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from petals_tune.errors import ConfigError, DataError, Diverged, PetalsTuneError, RequestRefused, Retriable, ServerBusy
+from petals_tune.errors import (
+    ConfigError,
+    ConnectionLost,
+    DataError,
+    Diverged,
+    PetalsTuneError,
+    RequestRefused,
+    Retriable,
+    ServerBusy,
+    SwarmTimeout,
+)
 
 
 class ServiceError(Exception):
@@ -52,13 +62,35 @@ def too_many(message: str, *, retry_after_s: float) -> ServiceError:
     return ServiceError(429, message, kind="rate_limit_error", code="rate_limit_exceeded", retry_after_s=retry_after_s)
 
 
+def too_large(most: int) -> ServiceError:
+    return ServiceError(413, f"the body of a request has {most} bytes at most", kind="invalid_request_error")
+
+
+def not_from_here() -> ServiceError:
+    return ServiceError(
+        403,
+        "without api_keys, requests are answered that come to 127.0.0.1 by that name, and not from another site",
+        kind="invalid_request_error",
+    )
+
+
+def stopping() -> ServiceError:
+    return ServiceError(503, "the service is stopping", kind="server_error", code="stopping", retry_after_s=10)
+
+
+def is_stopping(error: BaseException | None) -> bool:
+    """Is this the error of a request that the service ended, or did not begin, since it stops?"""
+    return isinstance(error, ServiceError) and error.code == "stopping"
+
+
 def translated(error: PetalsTuneError) -> ServiceError:
     """An error of our own tree as the service tells it: whose fault it is decides the status."""
-    if isinstance(error, ServerBusy):
+    cause = error.last if isinstance(error, SwarmTimeout) else error
+    if isinstance(cause, ServerBusy):
         return too_many(str(error), retry_after_s=5)
     if isinstance(error, ConfigError | DataError | Diverged | RequestRefused):
         param = getattr(error, "key", None)
         return ServiceError(400, str(error), kind="invalid_request_error", param=param)
-    if isinstance(error, Retriable):
+    if isinstance(error, Retriable | SwarmTimeout | ConnectionLost):
         return ServiceError(503, str(error), kind="server_error", code="swarm_unavailable", retry_after_s=10)
     return ServiceError(500, str(error), kind="server_error")

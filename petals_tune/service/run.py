@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import uvicorn
+import uvloop
 from omegaconf import DictConfig
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -27,31 +28,69 @@ from petals_tune.sampling import end_ids
 from petals_tune.service.adapter_folder import AdapterFolder
 from petals_tune.service.app import application
 from petals_tune.service.decoding.decoder import Decoder
+from petals_tune.service.errors import stopping
+from petals_tune.service.metrics import Metrics
+from petals_tune.service.middleware import Doors
 from petals_tune.service.openai.routes import OpenAI
 from petals_tune.service.remote import RemoteModel
 from petals_tune.service.served import Served
+from petals_tune.service.server import bound, serve
+from petals_tune.service.tuning.opened import opened_tuning
 from petals_tune.service.users.fairness import Fairness
 from petals_tune.service.users.keys import Keys
+from petals_tune.service.users.slots import Slots
 from petals_tune.train.options import Swarm, open_swarm
 from petals_tune.tuning.saved import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-async def run_service(cfg: DictConfig, swarm: Swarm) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Core:
+    """What the parts of the service share."""
+
+    cfg: DictConfig
+    model: Any  # over its swarm
+    remote: RemoteModel
+    decoder: Decoder
+    fairness: Fairness
+    metrics: Metrics
+    adapters: AdapterFolder
+    names: Mapping[str, int]  # of the base model, with its most positions
+    at_stop: list[Callable[[], None]] = field(default_factory=list)  # called once no new requests are taken
+
+
+def run_service(cfg: DictConfig, swarm: Swarm) -> None:
     """Serve until interrupted. Raises ConfigError for options that cannot work, before the swarm is opened."""
     keys = Keys.read(None if cfg.api_keys is None else Path(cfg.api_keys), host=cfg.host)
     if cfg.adapters is not None and not Path(cfg.adapters).is_dir():
         raise ConfigError(f"adapters={cfg.adapters} is no folder", key="adapters", seen=cfg.adapters)
     make_folder(Path(cfg.folder), key="folder")
     with ExitStack() as stack:
-        model, tokenizer = await asyncio.to_thread(_opened, cfg, swarm, stack)
-        async with _served(cfg, model, tokenizer) as routes:
-            await _listen(cfg, routes, keys)
+        at = stack.enter_context(bound(cfg.host, cfg.port))
+        model, tokenizer, peers = _opened(cfg, swarm, stack)
+
+        async def run() -> None:
+            async with service(cfg, model, tokenizer, swarm, peers) as (core, routes):
+                doors = Doors()
+                await serve(
+                    application(routes, keys, doors=doors, metrics=core.metrics),
+                    doors,
+                    at,
+                    stop_s=cfg.stop_s,
+                    busy=lambda: core.fairness.busy,
+                    stopped=lambda: [each() for each in core.at_stop],
+                    end=lambda: core.decoder.end(stopping()),
+                    started=lambda: logger.info(
+                        "http://%s:%s  (OpenAI's interface: /v1, Tinker's: /api/v1)", cfg.host, at.getsockname()[1]
+                    ),
+                )
+
+        uvloop.run(run())
 
 
-def _opened(cfg: DictConfig, swarm: Swarm, stack: ExitStack) -> tuple[Any, Any]:
-    """(the model over its swarm, its tokenizer); the end of `stack` closes them."""
+def _opened(cfg: DictConfig, swarm: Swarm, stack: ExitStack) -> tuple[Any, Any, list[str]]:
+    """(the model over its swarm, its tokenizer, the swarm's peers); the end of `stack` closes them."""
     source = model_folder(cfg.model.source, cfg.model.revision)
     blocks = family_of(placeholder_model(Checkpoint(source, revision=cfg.model.revision).config)).total_blocks
     swarm.check(blocks)
@@ -61,24 +100,35 @@ def _opened(cfg: DictConfig, swarm: Swarm, stack: ExitStack) -> tuple[Any, Any]:
         source, revision=cfg.model.revision, initial_peers=peers, **swarm.client_options()
     )
     stack.callback(model.remote_blocks.close)
-    return model, load_tokenizer(source, None, cfg.model.revision)
+    return model, load_tokenizer(source, None, cfg.model.revision), peers
 
 
 @asynccontextmanager
-async def _served(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[Sequence[BaseRoute]]:
-    """The routes of the service over a model."""
-    remote, config = RemoteModel(model), model.config.get_text_config()
+async def service(
+    cfg: DictConfig, model: Any, tokenizer: Any, swarm: Swarm, peers: Sequence[str]
+) -> AsyncIterator[tuple[Core, Sequence[BaseRoute]]]:
+    """(What the parts share, all routes of the service) over a model, whose swarm has the addresses `peers`."""
+    config = model.config.get_text_config()
     most_positions = min(cfg.max_length, getattr(config, "max_position_embeddings", cfg.max_length))
+    slots = Slots(cfg.most_at_once)
+    fairness = Fairness(
+        slots=slots,
+        most_in_flight=cfg.requests_a_key,
+        most_waiting=cfg.most_waiting,
+        tokens_a_minute=cfg.tokens_a_minute,
+    )
+    metrics, remote = Metrics(slots), RemoteModel(model)
     decoder = Decoder(
         remote,
         tokenizer,
+        fairness,
+        metrics,
         vocabulary=config.vocab_size,
         ends=frozenset(end_ids(model, tokenizer)),
-        most_at_once=cfg.most_at_once,
     )
-    names = [cfg.name or str(cfg.model.source), *cfg.aliases]
+    names = dict.fromkeys([cfg.name or str(cfg.model.source), *cfg.aliases], most_positions)
     adapters = AdapterFolder(
-        names,
+        list(names),
         None if cfg.adapters is None else Path(cfg.adapters),
         load=model.adapters.load,
         remove=model.adapters.remove,
@@ -91,61 +141,56 @@ async def _served(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[
         format=ChatFormat(tokenizer),
         most_positions=most_positions,
     )
-    fairness = Fairness(most_in_flight=cfg.requests_a_key, tokens_a_minute=cfg.tokens_a_minute)
-
-    async def route(request: Request) -> Response:
-        hops = await asyncio.to_thread(model.remote_blocks.route)
-        return JSONResponse({"route": ", ".join(f"blocks {hop.span} at ...{hop.server.peer[-6:]}" for hop in hops)})
-
+    core = Core(
+        cfg=cfg,
+        model=model,
+        remote=remote,
+        decoder=decoder,
+        fairness=fairness,
+        metrics=metrics,
+        adapters=adapters,
+        names=names,
+    )
     async with AsyncExitStack() as stack:
         stack.callback(decoder.close)
         await asyncio.to_thread(adapters.look)
         await stack.enter_async_context(adapters.watched())
-        routes: list[BaseRoute] = [*OpenAI(served, fairness).routes, Route("/route", route)]
+        routes: list[BaseRoute] = [*OpenAI(served, fairness, metrics).routes, Route("/route", _route_of(model))]
         if importlib.util.find_spec("tinker") is not None:
-            tinker = _tinker(cfg, model, decoder, fairness, names=dict.fromkeys(names, most_positions))
-            routes += await stack.enter_async_context(tinker)
-        yield routes
+            routes += await stack.enter_async_context(_tinker(core))
+        tuning = opened_tuning(
+            cfg, swarm, peers, adapters, model.adapters, fairness, list(names), max_tokens=most_positions
+        )
+        routes += await stack.enter_async_context(tuning)
+        yield core, routes
+
+
+def _route_of(model: Any) -> Any:
+    async def route(request: Request) -> Response:
+        hops = await asyncio.to_thread(model.remote_blocks.route)
+        return JSONResponse({"route": ", ".join(f"blocks {hop.span} at ...{hop.server.peer[-6:]}" for hop in hops)})
+
+    return route
 
 
 @asynccontextmanager
-async def _tinker(
-    cfg: DictConfig, model: Any, decoder: Decoder, fairness: Fairness, *, names: Mapping[str, int]
-) -> AsyncIterator[list[Route]]:
-    """Tinker's routes, whose records and checkpoints are in a folder of the service's."""
+async def _tinker(core: Core) -> AsyncIterator[list[Route]]:
+    """Tinker's routes, whose records and checkpoints are in the service's folder."""
     from petals_tune.service.tinker.routes import Limits, Tinker  # the extra [tinker]
     from petals_tune.service.tinker.runs.adapters import RemoteAdapters
 
-    folder = Path(cfg.folder) / "tinker"
+    folder = Path(core.cfg.folder) / "tinker"
     make_folder(folder, key="folder")
     tinker = Tinker(
         folder,
-        RemoteAdapters(model),
-        decoder,
-        fairness,
-        names=names,
-        vocabulary=model.get_input_embeddings().weight.shape[0],
-        limits=Limits(**cfg.tinker),
+        RemoteAdapters(core.model),
+        core.decoder,
+        core.fairness,
+        core.metrics,
+        names=core.names,
+        vocabulary=core.model.get_input_embeddings().weight.shape[0],
+        limits=Limits(**core.cfg.tinker),
     )
+    core.at_stop.append(tinker.stop)
     async with tinker.running():
         yield tinker.routes
-
-
-async def _listen(cfg: DictConfig, routes: Sequence[BaseRoute], keys: Keys) -> None:
-    """Serve until interrupted; answers that are being made are waited for, for a while."""
-    config = uvicorn.Config(
-        application(routes, keys),
-        host=cfg.host,
-        port=cfg.port,
-        log_level="warning",
-        lifespan="off",
-        timeout_graceful_shutdown=30,
-    )
-    server = uvicorn.Server(config)
-    task = asyncio.create_task(server.serve())
-    while not server.started and not task.done():
-        await asyncio.sleep(0.05)
-    if server.started:
-        port = server.servers[0].sockets[0].getsockname()[1]
-        logger.info("http://%s:%s  (OpenAI's interface: /v1, Tinker's: /api/v1)", cfg.host, port)
-    await task

@@ -30,10 +30,14 @@ class Offers(Protocol):
 
 
 class Reader(Protocol):
-    """Last hidden states of texts."""
+    """What the model says of whole texts. Thread-safe."""
 
     def hidden(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
         """(S, H) behind the last norm."""
+        ...
+
+    def all_logits(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
+        """(S, V) logits behind each position."""
         ...
 
 

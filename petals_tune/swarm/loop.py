@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Coroutine
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import uvloop
@@ -17,6 +19,7 @@ _WAKE_S = 1.0
 _lock = threading.Lock()
 _current: tuple[int, asyncio.AbstractEventLoop] | None = None
 _started: set[asyncio.Task[object]] = set()  # asyncio keeps no strong reference to a task
+_giving_up: ContextVar[threading.Event | None] = ContextVar("petals_tune_giving_up", default=None)
 
 
 def background_loop() -> asyncio.AbstractEventLoop:
@@ -50,9 +53,24 @@ def wait(future: Future[T]) -> T:
             except TimeoutError:
                 if future.done():
                     return future.result()  # or the work's own TimeoutError
+                if (event := _giving_up.get()) is not None and event.is_set():
+                    raise CancelledError from None
     except BaseException:
         future.cancel()
         raise
+
+
+@contextmanager
+def giving_up_on(event: threading.Event) -> Iterator[None]:
+    """Within the block, what this thread waits for is cancelled within a second after `event` is set.
+
+    Then CancelledError of concurrent.futures is raised. A step may wait for lost servers for minutes.
+    """
+    before = _giving_up.set(event)
+    try:
+        yield
+    finally:
+        _giving_up.reset(before)
 
 
 def start_task(work: Callable[[], Coroutine[Any, Any, object]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -12,46 +13,59 @@ from typing import Any
 
 import torch
 import uvicorn
+from starlette.routing import BaseRoute
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from petals_tune.data.chat_format import ChatFormat
 from petals_tune.model.convert import embedded_model
 from petals_tune.service.app import application
 from petals_tune.service.decoding.decoder import Decoder
+from petals_tune.service.metrics import Metrics
 from petals_tune.service.openai.routes import OpenAI
 from petals_tune.service.served import Offer, Served
 from petals_tune.service.users.fairness import Fairness
 from petals_tune.service.users.keys import Keys
+from petals_tune.service.users.slots import Slots
 
 
-class PlainSession(DynamicCache):
-    def __init__(self, steps: PlainSteps):
-        super().__init__()
-        self._steps = steps
-        steps.open_sessions += 1
+class PlainText:
+    """A text of the embedded model."""
+
+    def __init__(self, model: PlainModel, adapter: str | None, cache: DynamicCache):
+        self._model, self._adapter, self._cache = model, adapter, cache
+        model.open_sessions += 1
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        with self._model.lock:
+            self._model.steps += 1
+            self._model.tokens += len(ids)
+            output = self._model.model(torch.tensor([list(ids)]), past_key_values=self._cache, use_cache=True)
+        logits = output.logits[0, -1]
+        if self._adapter == "loud":
+            logits[LOUD] += 100
+        return logits
+
+    def fork(self) -> PlainText:
+        return PlainText(self._model, self._adapter, copy.deepcopy(self._cache))
 
     def close(self) -> None:
-        self._steps.open_sessions -= 1
+        self._model.open_sessions -= 1
 
 
-class PlainSteps:
+class PlainModel:
     """The embedded model, in one thread at a time. `adapter="loud"` adds to the logit of one token."""
 
     def __init__(self) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(embedded_model(), dtype=torch.float32)
-        self.open_sessions, self.steps = 0, 0
-        self._lock = threading.Lock()
+        self.open_sessions, self.steps, self.tokens = 0, 0, 0
+        self.lock = threading.Lock()
 
-    def open(self, max_length: int) -> PlainSession:
-        return PlainSession(self)
+    def open(self, adapter: str | None, max_length: int, cancelled: threading.Event) -> PlainText:
+        return PlainText(self, adapter, DynamicCache())
 
-    def logits(self, session: PlainSession, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
-        with self._lock:
-            self.steps += 1
-            logits = self.model(torch.tensor([list(ids)]), past_key_values=session, use_cache=True).logits[0, -1]
-        if adapter == "loud":
-            logits[LOUD] += 100
-        return logits
+    def all_logits(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
+        with torch.inference_mode():
+            return self.model(torch.tensor([list(ids)])).logits[0]
 
     def hidden(self, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
         with torch.inference_mode():
@@ -78,22 +92,36 @@ class PlainOffers:
 @dataclass(kw_only=True)
 class Running:
     url: str
-    steps: PlainSteps
+    steps: PlainModel
     tokenizer: Any
     offers: PlainOffers
 
 
 @contextmanager
 def running_service(
-    steps: PlainSteps, *, keys: Keys | None = None, most_in_flight: int = 64, tokens_a_minute: int | None = None
+    steps: PlainModel,
+    *,
+    keys: Keys | None = None,
+    most_at_once: int = 64,
+    most_in_flight: int = 64,
+    most_waiting: int = 64,
+    tokens_a_minute: int | None = None,
+    routes: Sequence[BaseRoute] = (),
+    offers: PlainOffers | None = None,
 ) -> Iterator[Running]:
     """A service on a free port, until the end of the block."""
     tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model())
-    offers, started = PlainOffers(), threading.Event()
+    offers, started = offers or PlainOffers(), threading.Event()
     vocabulary = steps.model.config.vocab_size
 
     async def serve() -> None:
-        decoder = Decoder(steps, tokenizer, vocabulary=vocabulary, ends=frozenset({tokenizer.eos_token_id}))
+        slots = Slots(most_at_once)
+        fairness = Fairness(
+            slots=slots, most_in_flight=most_in_flight, most_waiting=most_waiting, tokens_a_minute=tokens_a_minute
+        )
+        metrics = Metrics(slots)
+        ends = frozenset({tokenizer.eos_token_id})
+        decoder = Decoder(steps, tokenizer, fairness, metrics, vocabulary=vocabulary, ends=ends)
         served = Served(
             offers=offers,
             decoder=decoder,
@@ -102,8 +130,9 @@ def running_service(
             format=ChatFormat(tokenizer),
             most_positions=steps.model.config.max_position_embeddings,
         )
-        fairness = Fairness(most_in_flight=most_in_flight, tokens_a_minute=tokens_a_minute)
-        app = application(OpenAI(served, fairness).routes, keys or Keys(owners=None))
+        app = application(
+            [*OpenAI(served, fairness, metrics).routes, *routes], keys or Keys(owners=None), metrics=metrics
+        )
         config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
         server = uvicorn.Server(config)
         found["server"] = server

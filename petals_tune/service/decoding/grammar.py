@@ -18,16 +18,26 @@ ANY_OBJECT: dict[str, Any] = {"type": "object"}
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-def json_grammar(schema: dict[str, Any]) -> str:
-    """The grammar of JSON values that fit a JSON `schema`. Raises ConfigError for one that cannot be honoured."""
+def json_rule(schema: dict[str, Any]) -> str:
+    """JSON values that fit a JSON `schema`, as the right side of a rule of a grammar."""
+    return f"%json {json.dumps({**schema, 'x-guidance': _SPACING})}"
+
+
+def checked_grammar(rules: str, *, key: str) -> str:
+    """The grammar of these rules (llguidance's Lark). Raises ConfigError with `key` where it cannot be honoured."""
     try:
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps({**schema, "x-guidance": _SPACING}))
+        grammar = LLMatcher.grammar_from_lark(rules)
         problem = LLMatcher.validate_grammar(grammar)
     except ValueError as error:
         problem = str(error)
     if problem:
-        raise ConfigError(f"response_format: this JSON schema cannot be honoured: {problem}", key="response_format")
+        raise ConfigError(f"{key}: this JSON schema cannot be honoured: {problem}", key=key)
     return grammar
+
+
+def json_grammar(schema: dict[str, Any]) -> str:
+    """The grammar of JSON values that fit a JSON `schema`. Raises ConfigError for one that cannot be honoured."""
+    return checked_grammar(f"start: {json_rule(schema)}", key="response_format")
 
 
 class Grammars:
@@ -58,5 +68,7 @@ class Constraint:
         apply_token_bitmask_inplace(logits[None], self._mask)
 
     def take(self, token: int) -> None:
-        """Go on behind a token."""
+        """Go on behind a token. Raises ConfigError where the grammar is too large: its mask would allow an end."""
         self._matcher.consume_token(token)
+        if self._matcher.is_error():
+            raise ConfigError(f"the JSON schema cannot be followed: {self._matcher.get_error()}", key="response_format")

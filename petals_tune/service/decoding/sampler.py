@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,8 +89,21 @@ class Sampler:
         if self._options.logprobs is None:
             return Choice(token=token, logprob=None)
         logprobs = logits.log_softmax(-1)
-        top: tuple[tuple[int, float], ...] = ()
-        if count := self._options.logprobs:
-            values, tokens = logprobs.topk(min(count, len(logprobs)))
-            top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+        top = _most_likely(logprobs, self._options.logprobs)
         return Choice(token=token, logprob=logprobs[token].item(), top=top)
+
+
+def given_choices(logits: torch.Tensor, ids: Sequence[int], top: int) -> list[Choice]:
+    """The tokens of a text with their log-probabilities by `logits` (S, V) behind each of them; the first has none."""
+    found = [Choice(token=ids[0], logprob=None)]
+    for row, token in zip(logits, ids[1:], strict=False):  # one at a time: all of them in float32 are large
+        logprobs = row.float().log_softmax(-1)
+        found.append(Choice(token=token, logprob=logprobs[token].item(), top=_most_likely(logprobs, top)))
+    return found
+
+
+def _most_likely(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    if not count:
+        return ()
+    values, tokens = logprobs.topk(min(count, len(logprobs)))
+    return tuple(zip(tokens.tolist(), values.tolist(), strict=True))

@@ -15,6 +15,8 @@ class TextStream:
         """`tokenizer`: of transformers, a fast one."""
         self._tokenizer = tokenizer.backend_tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._decoded = 0  # characters
         self._stop, self._held = tuple(stop), ""
         self.stopped = False  # by a stop text
 
@@ -22,7 +24,10 @@ class TextStream:
         """Take the next token; returns the text that is certain now, which may be empty."""
         if self.stopped:
             return ""
-        self._held += self._decoder.step(self._tokenizer, token) or ""
+        self._ids.append(token)
+        new = self._decoder.step(self._tokenizer, token) or ""
+        self._decoded += len(new)
+        self._held += new
         found = [place for text in self._stop if (place := self._held.find(text)) >= 0]
         if found:
             self.stopped = True
@@ -33,8 +38,12 @@ class TextStream:
         return done
 
     def end(self) -> str:
-        """The text that was held back, at the end of an answer. A character whose bytes are incomplete is left out."""
-        done, self._held = self._held, ""
+        """The text that was held back, at the end of an answer; incomplete characters are U+FFFD, as ever."""
+        if self.stopped:
+            return ""
+        whole: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        done, self._held = self._held + whole[self._decoded :], ""
+        self._decoded = len(whole)
         return done
 
 

@@ -14,9 +14,11 @@ Stop = str | list[str] | None
 _IGNORED = frozenset(
     {
         *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
-        *("prompt_cache_retention", "parallel_tool_calls", "suffix_id"),
+        *("prompt_cache_retention", "prompt_cache_options"),
     }
 )
+# Fields that are refused for any value but these, which ask for what is done anyway.
+_USUAL: dict[str, tuple[Any, ...]] = {"modalities": (["text"],), "best_of": (1,), "verbosity": ("medium",)}
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +37,31 @@ class ResponseFormat(msgspec.Struct, frozen=True, kw_only=True):
     json_schema: JSONSchema | None = None
 
 
+class NamedFunction(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+
+
+class NamedTool(msgspec.Struct, frozen=True, kw_only=True):
+    """Of `tool_choice`: the tool that has to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class Function(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, frozen=True, kw_only=True):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
 class _Sampled(msgspec.Struct, frozen=True, kw_only=True):
     """What chats and completions have in common."""
 
@@ -51,6 +78,10 @@ class _Sampled(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     max_tokens: int | None = None
+
+    @property
+    def with_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
 
     @property
     def stops(self) -> Sequence[str]:
@@ -73,8 +104,9 @@ class ChatBody(_Sampled, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     response_format: ResponseFormat | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionBody(_Sampled, frozen=True, kw_only=True):
@@ -104,7 +136,7 @@ def read(kind: type[Any], body: bytes) -> Any:
         raise ConfigError(f"the body of the request is not a JSON object: {error}", key="body") from None
     known = {field.name for field in msgspec.structs.fields(kind)}
     for name, value in fields.items():
-        if name not in known | _IGNORED and value not in (None, False, [], {}):
+        if name not in known | _IGNORED and value not in (None, False, [], {}, *_USUAL.get(name, ())):
             raise ConfigError(f"{name} is not honoured here: leave it out", key=name, seen=value)
     try:
         return msgspec.convert({name: fields[name] for name in known & fields.keys()}, kind)
@@ -112,19 +144,3 @@ def read(kind: type[Any], body: bytes) -> Any:
         text = str(error)
         _, _, where = text.partition("at `$.")
         raise ConfigError(text, key=where.rstrip("`") or "body") from None
-
-
-def text_of(message: dict[str, Any]) -> str:
-    """The text of a turn, whose content is one or a list of parts. Raises ConfigError for parts other than text."""
-    content = message.get("content")
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise ConfigError("messages: a content is a text or a list of parts", key="messages", seen=content)
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise ConfigError(f"messages: parts of text alone are understood, not {kind!r}", key="messages", seen=kind)
-    return "".join(part["text"] for part in content)

@@ -5,43 +5,52 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from petals_tune.errors import ConfigError, PetalsTuneError
+from petals_tune.errors import ConfigError
+from petals_tune.service.decoding.decoder import Piece
+from petals_tune.service.decoding.grammar import ANY_OBJECT, json_grammar
 from petals_tune.service.decoding.options import DecodingOptions
-from petals_tune.service.errors import translated
-from petals_tune.service.openai.bodies import ChatBody, CompletionBody, EmbeddingBody, read
-from petals_tune.service.openai.chat import Answer, chat_prompt, grammar_of, head, server_sent, usage
+from petals_tune.service.decoding.sampler import Choice, given_choices
+from petals_tune.service.metrics import Asker, Metrics
+from petals_tune.service.openai.answers import Answer, TextLogprobs, TokenTexts, chat_logprobs, head, usage
+from petals_tune.service.openai.bodies import ChatBody, CompletionBody, EmbeddingBody, ResponseFormat, read
+from petals_tune.service.openai.chunks import ChatChunks, Chunks, TextChunks
+from petals_tune.service.openai.prompts import chat_prompt
+from petals_tune.service.openai.tools import forced_calls, usable_tools
+from petals_tune.service.responses import EventStream, unless_left
 from petals_tune.service.served import Offer, Served
 from petals_tune.service.users.fairness import Fairness
 
 MOST_TOKENS = 4096  # of an answer whose request names no limit, or what is left of the model's positions
+COMPLETION_TOKENS = 16  # of a completion whose request names no limit, as OpenAI documents
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A prompt that is answered `n` times."""
+    """A prompt that is answered once for each of `options`."""
 
     offer: Offer
-    owner: str
+    asker: Asker
     ids: Sequence[int]
-    options: DecodingOptions
-    n: int
-    with_tools: bool = False
+    options: Sequence[DecodingOptions]
 
 
 class OpenAI:
     """The endpoints. `request.state.owner` is whose key came with a request."""
 
-    def __init__(self, served: Served, fairness: Fairness):
-        self._served, self._fairness = served, fairness
+    def __init__(self, served: Served, fairness: Fairness, metrics: Metrics):
+        self._served, self._fairness, self._metrics = served, fairness, metrics
+        self._texts = TokenTexts(served.tokenizer)
+        self._echoing = asyncio.Lock()  # logits of all positions of a long prompt are large
 
     @property
     def routes(self) -> list[Route]:
@@ -53,6 +62,8 @@ class OpenAI:
             Route("/v1/embeddings", self._embeddings, methods=["POST"]),
         ]
 
+    # Endpoints
+
     async def _models(self, request: Request) -> Response:
         offers = self._served.offers.of(request.state.owner)
         return JSONResponse({"object": "list", "data": [_offered(offer) for offer in offers]})
@@ -62,28 +73,31 @@ class OpenAI:
 
     async def _chat(self, request: Request) -> Response:
         body: ChatBody = read(ChatBody, await request.body())
-        offer = self._served.find(body.model, request.state.owner)
-        if not body.messages:
-            raise ConfigError("messages: at least one turn is needed", key="messages")
-        ids = self._encoded(chat_prompt(body, self._served.format), special=not self._served.format.has_template)
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        offer, format = self._served.find(body.model, request.state.owner), self._served.format
+        tools = usable_tools(body, self._served.tokenizer.chat_template)
+        ids = self._encoded(chat_prompt(body.messages, tools, format), special=not format.has_template)
         if body.top_logprobs and not body.logprobs:
             raise ConfigError("top_logprobs needs logprobs=true", key="top_logprobs")
-        limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        options = self._options(body, ids, limit, logprobs=logprobs, grammar=grammar_of(body.response_format))
-        with_tools = bool(body.tools) and body.tool_choice != "none"
-        asked = Asked(
-            offer=offer, owner=request.state.owner, ids=ids, options=options, n=body.n or 1, with_tools=with_tools
+        options = self._options(
+            body,
+            ids,
+            body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            grammar=forced_calls(body, tools) or _grammar_of(body.response_format),
         )
+        asked = self._asked(request, offer, ids, options, body.n)
+        with_tools, parallel = bool(tools), body.parallel_tool_calls is not False
         if body.stream:
-            include_usage = body.stream_options is not None and body.stream_options.include_usage
-            return await self._streamed(asked, _ChatChunks(asked, include_usage=include_usage))
-        answers = await self._answers(asked)
+            chunks = ChatChunks(
+                offer.name, self._texts, with_usage=body.with_usage, with_tools=with_tools, parallel=parallel
+            )
+            return await self._streamed(request, asked, chunks, with_usage=body.with_usage)
+        answers = await unless_left(request.receive, self._answers(asked))
         choices = []
         for number, answer in enumerate(answers):
-            message, finish = answer.message(with_tools=with_tools)
-            logged = None if logprobs is None else {"content": answer.logprobs, "refusal": None}
-            choices.append({"index": number, "message": message, "finish_reason": finish, "logprobs": logged})
+            message, finish = answer.message(with_tools=with_tools, parallel=parallel)
+            logprobs = chat_logprobs(answer.choices, self._texts) if body.logprobs else None
+            choices.append({"index": number, "message": message, "finish_reason": finish, "logprobs": logprobs})
         return JSONResponse(
             {**head("chat.completion", offer.name), "choices": choices, "usage": usage(len(ids), answers)}
         )
@@ -91,63 +105,71 @@ class OpenAI:
     async def _completion(self, request: Request) -> Response:
         body: CompletionBody = read(CompletionBody, await request.body())
         offer = self._served.find(body.model, request.state.owner)
-        if body.echo:
-            raise ConfigError("echo is not honoured here: leave it out", key="echo", seen=True)
-        asked = []
+        limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        all_asked = []
         for ids in self._prompts(body.prompt, "prompt"):
-            limit = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default
-            options = self._options(body, ids, limit, logprobs=body.logprobs)
-            asked.append(Asked(offer=offer, owner=request.state.owner, ids=ids, options=options, n=body.n or 1))
+            if body.echo and not limit:
+                options = self._options(body, ids, 1, logprobs=body.logprobs)  # for its checks
+                all_asked.append(replace(self._asked(request, offer, ids, options, body.n), options=()))
+            else:
+                options = self._options(body, ids, limit, logprobs=body.logprobs)
+                all_asked.append(self._asked(request, offer, ids, options, body.n))
         if body.stream:
-            if len(asked) > 1:
-                raise ConfigError("a stream answers one prompt: send several requests", key="prompt")
-            include_usage = body.stream_options is not None and body.stream_options.include_usage
-            return await self._streamed(asked[0], _TextChunks(asked[0], include_usage=include_usage))
-        found = await asyncio.gather(*(self._answers(each) for each in asked))
-        answers = [answer for each in found for answer in each]
-        choices = [
-            {
-                "index": number,
-                "text": answer.text,
-                "finish_reason": answer.finish,
-                "logprobs": None if body.logprobs is None else _old_logprobs(answer.logprobs),
-            }
-            for number, answer in enumerate(answers)
-        ]
-        read_tokens = sum(len(each.ids) for each in asked)
-        return JSONResponse(
-            {**head("text_completion", offer.name), "choices": choices, "usage": usage(read_tokens, answers)}
-        )
+            if len(all_asked) > 1 or body.echo:
+                raise ConfigError("a stream answers one prompt, without echo: send several requests", key="stream")
+            start = len(self._text_of(all_asked[0].ids))
+            chunks = TextChunks(offer.name, self._texts, with_usage=body.with_usage, start=start)
+            return await self._streamed(request, all_asked[0], chunks, with_usage=body.with_usage)
+        found = await unless_left(request.receive, self._completed(all_asked, body))
+        choices = [{"index": number, **choice} for number, (choice, _) in enumerate(found)]
+        counts = usage(sum(len(each.ids) for each in all_asked), [answer for _, answer in found])
+        return JSONResponse({**head("text_completion", offer.name), "choices": choices, "usage": counts})
 
     async def _embeddings(self, request: Request) -> Response:
         body: EmbeddingBody = read(EmbeddingBody, await request.body())
-        offer = self._served.find(body.model, request.state.owner)
+        owner = request.state.owner
+        offer = self._served.find(body.model, owner)
         texts = self._prompts(body.input, "input")
-        now_s = time.monotonic()
-        with self._fairness.in_flight(request.state.owner, now_s):
-            found = [await asyncio.to_thread(self._served.reader.hidden, ids, offer.adapter) for ids in texts]
-        tokens = sum(map(len, texts))
-        self._fairness.charge(request.state.owner, tokens, now_s)
-        data = []
-        for number, hidden in enumerate(found):
-            # The mean over positions, of length 1: cosines of two texts are products, as with OpenAI's.
-            mean = hidden.float().mean(0)
-            vector = mean / mean.norm()
-            as_bytes = body.encoding_format == "base64"
-            embedding: Any = base64.b64encode(vector.numpy().tobytes()).decode() if as_bytes else vector.tolist()
-            data.append({"object": "embedding", "index": number, "embedding": embedding})
+        for ids in texts:
+            if len(ids) > self._served.most_positions:
+                most = self._served.most_positions
+                raise ConfigError(f"input: {len(ids)} tokens, and this model has {most}", key="input", seen=len(ids))
+        tokens, asker = sum(map(len, texts)), _asker(owner, offer)
+        self._fairness.check(owner, 1, time.monotonic())
+
+        async def embedded() -> list[Any]:
+            found = []
+            with self._fairness.in_flight(owner), self._metrics.in_flight(asker):
+                for ids in texts:
+                    async with self._fairness.slots.held(owner):
+                        hidden = await asyncio.to_thread(self._served.reader.hidden, ids, offer.adapter)
+                    found.append(_embedding(hidden, as_bytes=body.encoding_format == "base64"))
+            return found
+
+        vectors = await unless_left(request.receive, embedded())
+        self._fairness.charge(owner, tokens, time.monotonic())
+        self._metrics.count_tokens(asker, "read", tokens)
         return JSONResponse(
             {
                 "object": "list",
                 "model": offer.name,
-                "data": data,
+                "data": [
+                    {"object": "embedding", "index": number, "embedding": vector}
+                    for number, vector in enumerate(vectors)
+                ],
                 "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
             }
         )
 
+    # From a body to what is asked of the decoder
+
     def _encoded(self, text: str, *, special: bool) -> list[int]:
         ids: list[int] = self._served.tokenizer(text, add_special_tokens=special).input_ids
         return ids
+
+    def _text_of(self, ids: Sequence[int]) -> str:
+        text: str = self._served.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
 
     def _prompts(self, given: str | list[str | int | list[int]], key: str) -> list[list[int]]:
         """Token ids of one or several texts. Raises ConfigError for none, and for a text without a token."""
@@ -194,153 +216,119 @@ class OpenAI:
             grammar=grammar,
         )
 
-    def _nth(self, asked: Asked, number: int) -> DecodingOptions:
-        """The options of answer `number`: of several with one seed, each has another."""
-        options = asked.options
-        return options if options.seed is None else replace(options, seed=options.seed + number)
+    def _asked(
+        self, request: Request, offer: Offer, ids: Sequence[int], options: DecodingOptions, n: int | None
+    ) -> Asked:
+        """`n` answers to a prompt; where they have a seed, each has another."""
+        seeds = [None if options.seed is None else options.seed + number for number in range(n or 1)]
+        asker = _asker(request.state.owner, offer)
+        return Asked(offer=offer, asker=asker, ids=ids, options=[replace(options, seed=seed) for seed in seeds])
 
-    async def _answers(self, asked: Asked) -> list[Answer]:
-        """All answers, whole."""
-        answers = [Answer() for _ in range(asked.n)]
+    # Answers
 
-        async def one(number: int) -> None:
-            pieces = self._served.decoder.answer(asked.ids, self._nth(asked, number), adapter=asked.offer.adapter)
-            async with aclosing(pieces):
+    def _pieces(self, asked: Asked) -> AsyncGenerator[Piece, None]:
+        return self._served.decoder.answers(asked.ids, asked.options, adapter=asked.offer.adapter, asker=asked.asker)
+
+    async def _answers(self, *all_asked: Asked) -> list[Answer]:
+        """All answers to some prompts, whole. Raises ServiceError (429) before the first one begins."""
+        count = sum(len(asked.options) for asked in all_asked)
+        self._fairness.check(all_asked[0].asker.owner, count, time.monotonic())
+
+        async def one(asked: Asked) -> list[Answer]:
+            answers = [Answer() for _ in asked.options]
+            async with aclosing(self._pieces(asked)) as pieces:
                 async for piece in pieces:
-                    answers[number].add(piece, self._decode)
+                    answers[piece.number].add(piece)
+            return answers
 
-        now_s = time.monotonic()
-        with self._fairness.in_flight(asked.owner, now_s):
-            async with asyncio.TaskGroup() as group:
-                for number in range(asked.n):
-                    group.create_task(one(number))
-        self._fairness.charge(asked.owner, len(asked.ids) + sum(answer.tokens for answer in answers), now_s)
-        return answers
+        working = [asyncio.create_task(one(asked)) for asked in all_asked]
+        try:
+            return [answer for answers in await asyncio.gather(*working) for answer in answers]
+        finally:
+            for task in working:
+                task.cancel()
+            await asyncio.gather(*working, return_exceptions=True)
 
-    async def _streamed(self, asked: Asked, chunks: _Chunks) -> Response:
+    async def _completed(self, all_asked: Sequence[Asked], body: CompletionBody) -> list[tuple[dict[str, Any], Answer]]:
+        """Choices of completions, with their answers."""
+        wanted = [asked for asked in all_asked if asked.options]
+        answers = iter(await self._answers(*wanted) if wanted else [])
+        found = []
+        for asked in all_asked:
+            prompt = self._text_of(asked.ids)
+            echoed: Sequence[Choice] = ()
+            if body.echo and body.logprobs is not None:
+                echoed = await self._logprobs_of(asked, body.logprobs)
+            for _ in range(body.n or 1):
+                answer = next(answers) if asked.options else Answer(finish="length")
+                logprobs = None
+                if body.logprobs is not None:
+                    start = 0 if body.echo else len(prompt)
+                    logprobs = TextLogprobs(self._texts, start).of([*echoed, *answer.choices])
+                text = prompt + answer.text if body.echo else answer.text
+                found.append(({"text": text, "logprobs": logprobs, "finish_reason": answer.finish}, answer))
+        return found
+
+    async def _logprobs_of(self, asked: Asked, top: int) -> list[Choice]:
+        """The tokens of a prompt with their log-probabilities; the first has none."""
+        owner = asked.asker.owner
+        if not asked.options:
+            self._fairness.check(owner, 1, time.monotonic())
+        with self._fairness.in_flight(owner):
+            async with self._fairness.slots.held(owner), self._echoing:
+                found = await asyncio.to_thread(self._read, asked, top)
+        if not asked.options:
+            self._fairness.charge(owner, len(asked.ids), time.monotonic())
+            self._metrics.count_tokens(asked.asker, "read", len(asked.ids))
+        return found
+
+    def _read(self, asked: Asked, top: int) -> list[Choice]:
+        with torch.inference_mode():
+            return given_choices(self._served.reader.all_logits(asked.ids, asked.offer.adapter), asked.ids, top)
+
+    async def _streamed(self, request: Request, asked: Asked, chunks: Chunks, *, with_usage: bool) -> Response:
         """A stream of server-sent events. What fails before the first token is an error of HTTP's own."""
-        events = self._events(asked, chunks)
-        first = await anext(events)
+        self._fairness.check(asked.asker.owner, len(asked.options), time.monotonic())
 
-        async def all_of_them() -> AsyncIterator[dict[str, Any]]:
-            async with aclosing(events):
-                yield first
-                try:
-                    async for event in events:
-                        yield event
-                except PetalsTuneError as error:
-                    yield translated(error).body
-
-        return StreamingResponse(server_sent(all_of_them()), media_type="text/event-stream")
-
-    async def _events(self, asked: Asked, chunks: _Chunks) -> AsyncGenerator[dict[str, Any], None]:
-        """Chunks of all answers as they come."""
-        answers = [Answer() for _ in range(asked.n)]
-        queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue(maxsize=64)  # who reads slowly is waited for
-
-        async def one(number: int) -> None:
-            pieces = self._served.decoder.answer(asked.ids, self._nth(asked, number), adapter=asked.offer.adapter)
-            async with aclosing(pieces):
+        async def events() -> AsyncGenerator[dict[str, Any], None]:
+            answers = [Answer() for _ in asked.options]
+            async with aclosing(self._pieces(asked)) as pieces:
                 async for piece in pieces:
-                    new = answers[number].add(piece, self._decode)
-                    for chunk in chunks.of(number, answers[number], piece.text, new):
-                        await queue.put(chunk)
+                    answers[piece.number].add(piece)
+                    for chunk in chunks.of(answers[piece.number], piece):
+                        yield chunk
+            if with_usage:
+                yield {**chunks.head, "choices": [], "usage": usage(len(asked.ids), answers)}
 
-        async def every() -> None:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for number in range(asked.n):
-                        group.create_task(one(number))
-            finally:
-                await queue.put(None)
+        rest = events()
 
-        now_s = time.monotonic()
-        with self._fairness.in_flight(asked.owner, now_s):
-            work = asyncio.create_task(every())
-            try:
-                while (chunk := await queue.get()) is not None:
-                    yield chunk
-                try:
-                    await work
-                except BaseExceptionGroup as failed:
-                    raise failed.exceptions[0] from None
-            finally:
-                work.cancel()
-                await asyncio.gather(work, return_exceptions=True)
-                self._fairness.charge(asked.owner, len(asked.ids) + sum(each.tokens for each in answers), now_s)
-        if chunks.include_usage:
-            yield {**chunks.head, "choices": [], "usage": usage(len(asked.ids), answers)}
+        async def begin() -> dict[str, Any]:
+            return await anext(rest)
 
-    def _decode(self, token: int) -> str:
-        text: str = self._served.tokenizer.decode([token])
-        return text
+        return EventStream(await unless_left(request.receive, begin()), rest)
 
 
-class _Chunks:
-    """The objects of a stream."""
-
-    kind = ""
-
-    def __init__(self, asked: Asked, *, include_usage: bool):
-        self.asked, self.include_usage = asked, include_usage
-        self.head = head(self.kind, asked.offer.name)
-        if include_usage:
-            self.head["usage"] = None
-
-    def of(self, number: int, answer: Answer, text: str, logprobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        raise NotImplementedError
-
-    def _chunk(self, number: int, **fields: Any) -> dict[str, Any]:
-        return {**self.head, "choices": [{"index": number, "finish_reason": None, "logprobs": None, **fields}]}
+def _asker(owner: str, offer: Offer) -> Asker:
+    return Asker(owner=owner, interface="openai", model=offer.name if offer.owner is None else "of one key")
 
 
-class _ChatChunks(_Chunks):
-    """Of a chat: a first one with the role, then text, then why it ended. Calls of tools come whole, at the end."""
-
-    kind = "chat.completion.chunk"
-
-    def __init__(self, asked: Asked, *, include_usage: bool):
-        super().__init__(asked, include_usage=include_usage)
-        self._begun: set[int] = set()
-
-    def of(self, number: int, answer: Answer, text: str, logprobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        chunks = []
-        if number not in self._begun:
-            self._begun.add(number)
-            chunks.append(self._chunk(number, delta={"role": "assistant", "content": ""}))
-        held = self.asked.with_tools and "<tool_call>" in answer.text
-        if (text or logprobs) and not held:
-            logged = {"content": logprobs, "refusal": None} if logprobs else None
-            chunks.append(self._chunk(number, delta={"content": text}, logprobs=logged))
-        if answer.finish is not None:
-            message, finish = answer.message(with_tools=self.asked.with_tools)
-            calls = message.get("tool_calls")
-            if calls:
-                delta = {"tool_calls": [{"index": place, **call} for place, call in enumerate(calls)]}
-                chunks.append(self._chunk(number, delta=delta))
-            elif held:
-                chunks.append(self._chunk(number, delta={"content": answer.text[answer.text.index("<tool_call>") :]}))
-            chunks.append(self._chunk(number, delta={}, finish_reason=finish))
-        return chunks
+def _grammar_of(format: ResponseFormat | None) -> str | None:
+    """The grammar of an answer. Raises ConfigError for a schema that cannot be honoured."""
+    if format is None or format.type == "text":
+        return None
+    if format.type == "json_object":
+        return json_grammar(ANY_OBJECT)
+    if format.json_schema is None:
+        raise ConfigError("response_format: json_schema is missing", key="response_format")
+    return json_grammar(format.json_schema.schema)
 
 
-class _TextChunks(_Chunks):
-    kind = "text_completion"
-
-    def of(self, number: int, answer: Answer, text: str, logprobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        logged = _old_logprobs(logprobs) if logprobs else None
-        return [self._chunk(number, text=text, logprobs=logged, finish_reason=answer.finish)]
+def _embedding(hidden: Any, *, as_bytes: bool) -> Any:
+    """The mean over positions of (S, H), of length 1: cosines of two texts are products, as with OpenAI's."""
+    mean = hidden.float().mean(0)
+    vector = mean / mean.norm()
+    return base64.b64encode(vector.numpy().tobytes()).decode() if as_bytes else vector.tolist()
 
 
 def _offered(offer: Offer) -> dict[str, Any]:
     return {"id": offer.name, "object": "model", "created": offer.created, "owned_by": offer.owner or "petals_tune"}
-
-
-def _old_logprobs(logprobs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Log-probabilities in the form of completions."""
-    return {
-        "tokens": [each["token"] for each in logprobs],
-        "token_logprobs": [each["logprob"] for each in logprobs],
-        "top_logprobs": [{top["token"]: top["logprob"] for top in each["top_logprobs"]} for each in logprobs],
-        "text_offset": [],
-    }

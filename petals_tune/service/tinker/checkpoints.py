@@ -6,7 +6,9 @@ import re
 import secrets
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from petals_tune.errors import ConfigError
 from petals_tune.service.errors import ServiceError
@@ -46,10 +48,13 @@ class Checkpoints:
             hint = ": overwrite=True replaces it" if kind == "weights" else ": give another name"
             raise ConfigError(f"there is a checkpoint {known.path}{hint}", key="path", seen=name)
 
-    def save(self, run: Run, kind: str, asked: SaveWeights, *, name: str | None = None) -> CheckpointRecord:
+    def save(
+        self, run: Run, kind: str, asked: SaveWeights, *, name: str | None = None, recipients: Sequence[Any] = ()
+    ) -> CheckpointRecord:
         """Save a checkpoint of a run, whole or not at all. Raises ConfigError for a name that cannot be used.
 
         name: of one that its owner did not name, in the place of `asked.path`
+        recipients: for whom alone its files are encrypted
         """
         id = run.record.id
         if name is None:
@@ -59,7 +64,7 @@ class Checkpoints:
         # Another folder than before: the record decides which of them is the checkpoint.
         folder = Path(id) / kind / (given if before is None else f"{given}~{secrets.token_hex(4)}")
         shutil.rmtree(self.folder / folder, ignore_errors=True)
-        size_bytes = run.save(self.folder / folder, with_optimizer=kind == "weights")
+        size_bytes = run.save(self.folder / folder, with_optimizer=kind == "weights", recipients=recipients)
         record = CheckpointRecord(
             run=id,
             kind=kind,

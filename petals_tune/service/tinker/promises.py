@@ -17,9 +17,8 @@ from typing import Any
 import msgspec
 
 from petals_tune.errors import PetalsTuneError
-from petals_tune.service.errors import ServiceError, translated
+from petals_tune.service.errors import ServiceError, is_stopping, stopping, translated
 from petals_tune.service.tinker.records import RequestRecord
-from petals_tune.service.tinker.runs.turns import Stopped
 from petals_tune.service.tinker.store import Store
 
 logger = logging.getLogger(__name__)
@@ -27,6 +26,7 @@ logger = logging.getLogger(__name__)
 Result = dict[str, Any] | bytes  # JSON, or a message of protobuf
 
 POLL_S = 40.0  # a poll of the SDK waits 45 s
+STOPPING_POLL_S = 0.2
 KEPT_S = 600.0  # after it was read
 KEPT_UNREAD_S = 24 * 3600.0
 
@@ -54,7 +54,6 @@ class Kind:
 class _Promise:
     record: RequestRecord
     task: asyncio.Task[Result]
-    is_cancelled: bool = False  # by its owner
 
 
 class Promises:
@@ -88,7 +87,7 @@ class Promises:
         cannot be done.
         """
         if self._stopping.is_set():
-            raise Stopped
+            raise stopping()
         plan = self._kinds[kind].plan(owner, body)
         name = (owner, kind, *plan.name)
         if (known := self._by_name.get(name)) is not None:
@@ -108,6 +107,8 @@ class Promises:
         await asyncio.wait({promise.task, stopping}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         if not promise.task.done() or self._is_left(promise):
+            if self._stopping.is_set():
+                await asyncio.sleep(STOPPING_POLL_S)  # who asks asks again at once
             return {"type": "try_again", "request_id": id, "queue_state": "active"}
         asyncio.get_running_loop().call_later(KEPT_S, self._forget, promise)
         return _outcome(promise.task, id)
@@ -116,18 +117,14 @@ class Promises:
         """End the work of a promise, if it is this owner's and of a kind that may be cancelled."""
         promise = self._by_id.get(id)
         if promise is not None and promise.record.owner == owner and self._kinds[promise.record.kind].can_be_cancelled:
-            promise.is_cancelled = True
             promise.task.cancel()
 
     def stop(self) -> None:
-        """Begin nothing any more, answer all polls, and cancel what can be done again."""
+        """Begin nothing any more, and answer all polls."""
         self._stopping.set()
-        for promise in self._by_id.values():
-            if self._kinds[promise.record.kind].can_be_cancelled:
-                promise.task.cancel()
 
     async def leave(self) -> None:
-        """Wait for what runs, and record what was not done or read for the next service."""
+        """Wait for what runs, and record what was not done, or may not have been read, for the next service."""
         promises = list(self._by_id.values())
         await asyncio.gather(*(promise.task for promise in promises), return_exceptions=True)
         records = []
@@ -143,9 +140,8 @@ class Promises:
 
     def _is_left(self, promise: _Promise) -> bool:
         """Was it not done, since the service stops?"""
-        if not self._stopping.is_set() or not promise.task.done() or promise.is_cancelled:
-            return False
-        return promise.task.cancelled() or isinstance(promise.task.exception(), Stopped)
+        task = promise.task
+        return self._stopping.is_set() and task.done() and not task.cancelled() and is_stopping(task.exception())
 
     def _keep(self, record: RequestRecord, task: asyncio.Task[Result]) -> None:
         promise = _Promise(record, task)

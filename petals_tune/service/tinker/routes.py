@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from petals_tune.service.decoding.decoder import Decoder
 from petals_tune.service.errors import ServiceError
+from petals_tune.service.metrics import Metrics
 from petals_tune.service.tinker.bodies import (
     CreateSamplingSession,
     CreateSession,
@@ -70,19 +71,21 @@ class Tinker:
         model: AdapterModel,
         decoder: Decoder,
         fairness: Fairness,
+        metrics: Metrics,
         *,
         names: Mapping[str, int],
         vocabulary: int,
         limits: Limits,
     ):
         """folder: of records and checkpoints; names: of the one model that is served, with its most positions."""
-        self._names, self._limits = names, limits
+        self._names, self._limits, self._fairness = names, limits, fairness
         self._store = Store(folder / "runs.sqlite")
         self._checkpoints = Checkpoints(self._store, folder)
         self._live = LiveRuns(self._store, folder, model, most=limits.runs_in_memory)
         self.samplers = Samplers(self._store, self._checkpoints, model, most=limits.samplers_in_memory)
+        name, most_positions = next(iter(names.items()))
         self._sampling = Sampling(
-            self.samplers, decoder, model, fairness, most_positions=max(names.values()), vocabulary=vocabulary
+            self.samplers, decoder, model, name=name, most_positions=most_positions, vocabulary=vocabulary
         )
         self._training = Training(
             self._store,
@@ -90,6 +93,7 @@ class Tinker:
             self._checkpoints,
             self.samplers,
             fairness,
+            metrics,
             names=names,
             autosave_s=None if limits.autosave_minutes is None else 60 * limits.autosave_minutes,
         )
@@ -273,5 +277,6 @@ class Tinker:
         return Plan(
             name=(sampler.id, str(asked.seq_id)),
             work=lambda: self._sampling.sample(sampler, asked),
+            check=lambda: self._fairness.check(owner, asked.num_samples, time.monotonic()),
             reply={"sample_sequence_ids": [secrets.token_hex(16) for _ in range(asked.num_samples)]},
         )

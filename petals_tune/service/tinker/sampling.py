@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
 
 from petals_tune.errors import ConfigError
-from petals_tune.service.decoding.decoder import Decoder
+from petals_tune.service.decoding.decoder import Decoder, Piece
 from petals_tune.service.decoding.options import DecodingOptions
+from petals_tune.service.metrics import Asker
 from petals_tune.service.tinker.bodies import Prompt, Sample
 from petals_tune.service.tinker.promises import Result
 from petals_tune.service.tinker.records import SamplerRecord
 from petals_tune.service.tinker.samplers import SampledModel, Samplers
 from petals_tune.service.tinker.wire import Sampled, sample_output
-from petals_tune.service.users.fairness import Fairness
 
 _NOT_HONOURED = ("target_prompt_logprobs", "prompt_alt_tokens_k", "record_stability_info")
 
@@ -30,12 +28,13 @@ class Sampling:
         samplers: Samplers,
         decoder: Decoder,
         model: SampledModel,
-        fairness: Fairness,
         *,
+        name: str,
         most_positions: int,
         vocabulary: int,
     ):
-        self._samplers, self._decoder, self._model, self._fairness = samplers, decoder, model, fairness
+        """name: of the base model, in metrics."""
+        self._samplers, self._decoder, self._model, self._name = samplers, decoder, model, name
         self._most_positions, self._vocabulary = most_positions, vocabulary
 
     def check(self, asked: Sample) -> tuple[list[int], DecodingOptions]:
@@ -78,37 +77,38 @@ class Sampling:
     async def sample(self, sampler: SamplerRecord, asked: Sample) -> Result:
         """The SampleResponse to a request. Raises as `check`, and what the model raises."""
         ids, options = self.check(asked)
-        wanted = bool(asked.prompt_logprobs or asked.topk_prompt_logprobs)
-        with self._fairness.in_flight(sampler.owner, time.monotonic()):
-            async with self._samplers.adapter_of(sampler) as adapter:
-                *sequences, of_prompt = await _together(
-                    *(self._answer(ids, options, number, adapter) for number in range(asked.num_samples)),
-                    self._of_prompt(ids, asked, adapter) if wanted else _nothing(),
-                )
-        prompt_logprobs, prompt_top = of_prompt
-        written = sum(len(each.tokens) for each in sequences)
-        self._fairness.charge(sampler.owner, len(ids) + written, time.monotonic())
+        async with self._samplers.adapter_of(sampler) as adapter:
+            asker = Asker(owner=sampler.owner, interface="tinker", model=self._name)
+            answers = await self._answers(ids, options, asked.num_samples, adapter, asker)
+            prompt_logprobs, prompt_top = None, None
+            if asked.prompt_logprobs or asked.topk_prompt_logprobs:
+                prompt_logprobs, prompt_top = await self._of_prompt(ids, asked, adapter)
         return sample_output(
-            sequences,
+            answers,
             prompt_logprobs=prompt_logprobs,
             prompt_top=prompt_top,
             top_prompt=asked.topk_prompt_logprobs,
             top_sample=asked.topk_sample_logprobs,
         )
 
-    async def _answer(self, ids: Sequence[int], options: DecodingOptions, number: int, adapter: str | None) -> Sampled:
-        if options.seed is not None:
-            options = replace(options, seed=options.seed + number)
-        tokens, logprobs, top, stopped = [], [], [], False
-        pieces = self._decoder.answer(ids, options, adapter=adapter)
-        async with aclosing(pieces):
+    async def _answers(
+        self, ids: Sequence[int], options: DecodingOptions, count: int, adapter: str | None, asker: Asker
+    ) -> list[Sampled]:
+        seeds = [None if options.seed is None else options.seed + number for number in range(count)]
+        each = [replace(options, seed=seed) for seed in seeds]
+        found: list[list[Piece]] = [[] for _ in range(count)]
+        async with aclosing(self._decoder.answers(ids, each, adapter=adapter, asker=asker)) as pieces:
             async for piece in pieces:
-                if piece.choice is not None:
-                    tokens.append(piece.choice.token)
-                    logprobs.append(piece.choice.logprob or 0.0)
-                    top.append(piece.choice.top)
-                stopped = piece.finish == "stop"
-        return Sampled(tokens=tokens, logprobs=logprobs, top=top, stopped=stopped)
+                found[piece.number].append(piece)
+        return [
+            Sampled(
+                tokens=[piece.choice.token for piece in own],
+                logprobs=[piece.choice.logprob or 0.0 for piece in own],
+                top=[piece.choice.top for piece in own],
+                stopped=own[-1].finish == "stop",
+            )
+            for own in found
+        ]
 
     async def _of_prompt(
         self, ids: Sequence[int], asked: Sample, adapter: str | None
@@ -134,18 +134,3 @@ class Sampling:
                 f"this model has no token {wrong}: {self._vocabulary} are known", key="prompt", seen=wrong
             )
         return ids
-
-
-async def _nothing() -> tuple[None, None]:
-    return None, None
-
-
-async def _together(*work: Coroutine[Any, Any, Any]) -> list[Any]:
-    """The results of all; where one fails or who waits is cancelled, the others are cancelled too."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,135 +1,227 @@
-"""OpenAI's interface, by the real `openai` package over a real connection."""
+"""OpenAI's interface, by the real `openai` package, over a swarm in this process."""
 
 import asyncio
+import base64
 import json
-import time
 
+import numpy as np
 import openai
 import pytest
 import torch
 
 from petals_tune.service.users.keys import Keys
-from tests.service.local import LOUD, PlainSteps, running_service, wait_until
+from tests.service.swarm import NAME, Plain, save_adapter, save_chat_model, serving
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+PROMPT = "Hello there"
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"enum": ["Rome", "Oslo"]}},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
+        },
+    }
+]
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "maxLength": 12}, "old": {"type": "boolean"}},
+    "required": ["city", "old"],
+    "additionalProperties": False,
+}
 
 
 @pytest.fixture(scope="module")
-def steps():
-    return PlainSteps()
+def folder(tmp_path_factory):
+    return save_chat_model(tmp_path_factory.mktemp("models") / "model")
 
 
 @pytest.fixture(scope="module")
-def service(steps):
-    with running_service(steps) as running:
+def plain(folder):
+    return Plain(folder)
+
+
+@pytest.fixture(scope="module")
+def adapter(folder, tmp_path_factory):
+    return save_adapter(tmp_path_factory.mktemp("adapters") / "persona", folder, seed=1)
+
+
+@pytest.fixture(scope="module")
+def running(folder, adapter, tmp_path_factory):
+    place = tmp_path_factory.mktemp("service")
+    with serving(folder, f"adapters='{adapter.parent}'", f"folder='{place}'") as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def client(service):
-    return openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0)
+def client(running):
+    return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
 
 
 @pytest.fixture(scope="module")
-def expected(service):
-    """Greedy text of transformers' own generate."""
-    tokenizer = service.tokenizer
+def complete(client):
+    def complete(**options):
+        return client.completions.create(**{"model": NAME, "prompt": PROMPT, "temperature": 0, **options})
 
-    def text(prompt, count):
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        output = service.steps.model.generate(
-            ids, max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=tokenizer.eos_token_id
-        )
-        return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-
-    return text
+    return complete
 
 
-def test_models_are_those_of_the_owner(client):
-    assert [model.id for model in client.models.list()] == ["base", "loud"]
-    assert client.models.retrieve("loud").created == 2
+@pytest.fixture(scope="module")
+def chat(client):
+    def chat(**options):
+        return client.chat.completions.create(**{"model": NAME, "messages": QUESTION, "temperature": 0, **options})
+
+    return chat
 
 
-def test_completion_is_the_models_own_greedy_text(client, expected):
-    prompt = "The first three planets are Mercury, Venus"
-    answer = client.completions.create(model="base", prompt=prompt, max_tokens=8, temperature=0)
-    assert answer.choices[0].text == expected(prompt, 8)
+def content_of(stream):
+    return "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+
+
+def test_models_are_the_base_model_and_its_adapters(client):
+    assert [model.id for model in client.models.list()] == [NAME, "persona"]
+    assert client.models.retrieve("persona").object == "model"
+
+
+@pytest.mark.parametrize("model", [NAME, "persona"])
+def test_a_completion_is_the_models_own_greedy_text(complete, plain, adapter, model):
+    answer = complete(model=model, max_tokens=8)
+    assert answer.choices[0].text == plain.text(PROMPT, 8, adapter if model == "persona" else None)
     assert answer.choices[0].finish_reason == "length"
-    assert answer.usage.completion_tokens == 8
-    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 8
+    prompt_tokens = len(plain.tokenizer(PROMPT).input_ids)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (prompt_tokens, 8)
 
 
-def test_chat_streamed_is_the_chat_whole(client):
-    options = {"model": "base", "messages": QUESTION, "max_completion_tokens": 12, "temperature": 0}
-    whole = client.chat.completions.create(**options)
-    stream = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
-    pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
-    assert len(pieces) > 3
-    assert "".join(pieces) == whole.choices[0].message.content
-    assert stream[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+def test_prompts_may_be_several_and_token_ids(complete, plain):
+    ids = plain.tokenizer(PROMPT).input_ids
+    answer = complete(prompt=[PROMPT, "Goodbye"], max_tokens=5)
+    assert [choice.text for choice in answer.choices] == [plain.text(PROMPT, 5), plain.text("Goodbye", 5)]
+    assert complete(prompt=ids, max_tokens=5).choices[0].text == plain.text(PROMPT, 5)
+    assert complete(prompt=[ids], max_tokens=5).choices[0].text == plain.text(PROMPT, 5)
+
+
+def test_a_chat_is_what_the_model_says_behind_its_template(chat, plain):
+    prompt = f"<|system|>Be brief.<|user|>{QUESTION[0]['content']}<|assistant|>"
+    turns = [{"role": "developer", "content": "Be brief."}, *QUESTION]
+    answer = chat(messages=turns, max_completion_tokens=8)
+    assert answer.choices[0].message.content == plain.text(prompt, 8)
+
+
+def test_a_chat_streamed_is_the_chat_whole(chat):
+    whole = chat(max_completion_tokens=30, seed=3, temperature=1, n=2)
+    stream = list(
+        chat(max_completion_tokens=30, seed=3, temperature=1, n=2, stream=True, stream_options={"include_usage": True})
+    )
+    for number, choice in enumerate(whole.choices):
+        own = [chunk for chunk in stream if chunk.choices and chunk.choices[0].index == number]
+        assert content_of(own) == choice.message.content
+        assert own[0].choices[0].delta.role == "assistant"
+        assert own[-1].choices[0].finish_reason == choice.finish_reason
     assert stream[-1].usage == whole.usage
 
 
-def test_an_adapter_is_a_model(client, service):
-    answer = client.completions.create(model="loud", prompt="Hello", max_tokens=3, temperature=0)
-    assert answer.choices[0].text == service.tokenizer.decode([LOUD] * 3)
+def test_async_streams(running, plain):
+    async def text():
+        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+            stream = await client.completions.create(
+                model=NAME, prompt=PROMPT, max_tokens=9, temperature=0, stream=True
+            )
+            return "".join([chunk.choices[0].text async for chunk in stream])
+
+    assert asyncio.run(text()) == plain.text(PROMPT, 9)
 
 
-def test_stop_texts_are_left_out(client, expected):
-    prompt = "The first three planets are Mercury, Venus"
-    text = expected(prompt, 12)
-    stop = text[len(text) // 2 :][:3]
-    answer = client.completions.create(model="base", prompt=prompt, max_tokens=12, temperature=0, stop=[stop])
+def test_stop_texts_are_left_out(complete, plain):
+    text = plain.text(PROMPT, 12)
+    stop = text[3:5]
+    answer = complete(max_tokens=12, stop=[stop])
     assert answer.choices[0].text == text[: text.index(stop)]
     assert answer.choices[0].finish_reason == "stop"
 
 
-def test_n_answers_with_a_seed_come_again(client):
-    options = {"model": "base", "messages": QUESTION, "max_tokens": 6, "n": 3, "seed": 5, "temperature": 1.5}
-    first, second = (client.chat.completions.create(**options) for _ in range(2))
-    texts = [choice.message.content for choice in first.choices]
-    assert texts == [choice.message.content for choice in second.choices]
-    assert len(set(texts)) == 3
-    assert [choice.index for choice in first.choices] == [0, 1, 2]
+def test_answers_with_a_seed_come_again_and_each_is_as_it_would_be_alone(chat):
+    options = {"max_tokens": 6, "temperature": 1}
+    together = [choice.message.content for choice in chat(**options, n=3, seed=5).choices]
+    alone = [chat(**options, seed=5 + number).choices[0].message.content for number in range(3)]
+    assert together == alone
+    assert len(set(together)) == 3
 
 
-def test_logprobs_are_the_models(client, service):
-    prompt = "Hello"
-    answer = client.chat.completions.create(
-        model="base", messages=QUESTION, max_tokens=2, temperature=0, logprobs=True, top_logprobs=2
-    )
-    first = answer.choices[0].logprobs.content[0]
-    assert first.logprob == first.top_logprobs[0].logprob > first.top_logprobs[1].logprob
-    old = client.completions.create(model="base", prompt=prompt, max_tokens=1, temperature=0, logprobs=1)
+def test_a_bias_decides(complete, plain):
+    (token,) = plain.tokenizer("x").input_ids
+    assert complete(max_tokens=3, logit_bias={str(token): 100}).choices[0].text == "xxx"
+
+
+def test_logprobs_are_the_models(chat, complete, plain):
     with torch.inference_mode():
-        logits = service.steps.model(service.tokenizer(prompt, return_tensors="pt").input_ids).logits[0, -1]
-    expected = logits.log_softmax(-1).max().item()
-    assert old.choices[0].logprobs.token_logprobs == [pytest.approx(expected, abs=1e-5)]
-
-
-def test_json_schema(client):
-    schema = {
-        "type": "object",
-        "properties": {"city": {"type": "string", "maxLength": 12}, "old": {"type": "boolean"}},
-        "required": ["city", "old"],
-        "additionalProperties": False,
-    }
-    answer = client.chat.completions.create(
-        model="base",
-        messages=QUESTION,
-        max_tokens=60,
-        seed=1,
-        response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}},
+        ids = plain.tokenizer(PROMPT, return_tensors="pt").input_ids
+        expected = plain.model()(ids).logits[0].log_softmax(-1)
+    found = complete(max_tokens=2, logprobs=2).choices[0].logprobs
+    assert found.token_logprobs[0] == pytest.approx(expected[-1].max().item(), abs=1e-4)
+    assert sorted(found.top_logprobs[0].values(), reverse=True) == pytest.approx(
+        expected[-1].topk(2).values.tolist(), abs=1e-4
     )
-    assert json.loads(answer.choices[0].message.content).keys() == {"city", "old"}
+    assert found.text_offset[0] == len(PROMPT)
+    first = chat(max_tokens=2, logprobs=True, top_logprobs=2).choices[0].logprobs.content[0]
+    assert first.logprob == first.top_logprobs[0].logprob > first.top_logprobs[1].logprob
 
 
-def test_embeddings_are_unit_means_of_the_last_hidden_state(client, service):
-    answer = client.embeddings.create(model="base", input=["Hello", "Hello there"])
-    for text, each in zip(["Hello", "Hello there"], answer.data, strict=True):
-        mean = service.steps.hidden(service.tokenizer(text).input_ids, None).mean(0)
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_prompt_may_be_echoed_with_its_logprobs(complete, plain, count):
+    ids = plain.tokenizer(PROMPT, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        logprobs = plain.model()(ids).logits[0, :-1].log_softmax(-1)
+    expected = logprobs.gather(1, ids[0, 1:, None]).flatten().tolist()
+    answer = complete(max_tokens=count, echo=True, logprobs=1)
+    found = answer.choices[0].logprobs
+    assert answer.choices[0].text == PROMPT + (plain.text(PROMPT, count) if count else "")
+    assert found.token_logprobs[0] is None
+    assert found.token_logprobs[1 : ids.shape[1]] == pytest.approx(expected, abs=1e-4)
+    assert len(found.tokens) == len(found.text_offset) == ids.shape[1] + count
+    assert found.text_offset[:3] == [0, 1, 2]
+    assert answer.usage.completion_tokens == count
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_json_of_a_schema(chat, stream):
+    format = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+    answer = chat(max_tokens=90, temperature=1, seed=1, response_format=format, stream=stream)
+    text = content_of(answer) if stream else answer.choices[0].message.content
+    assert json.loads(text).keys() == {"city", "old"}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_tool_is_called_where_it_has_to_be(chat, choice):
+    options = {"tools": TOOLS, "tool_choice": choice, "max_tokens": 150, "parallel_tool_calls": False}
+    answer = chat(**options).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    assert answer.message.content is None
+    (call,) = answer.message.tool_calls
+    assert call.function.name == "weather"
+    assert json.loads(call.function.arguments)["city"] in ("Rome", "Oslo")
+    stream = list(chat(**options, stream=True))
+    (delta,) = [chunk.choices[0].delta.tool_calls for chunk in stream if chunk.choices[0].delta.tool_calls]
+    assert delta[0].function.arguments == call.function.arguments
+    assert stream[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_embeddings_are_unit_means_of_the_last_hidden_state(client, plain):
+    answer = client.embeddings.create(model=NAME, input=["Hello", PROMPT], encoding_format="float")
+    packed = client.embeddings.create(model=NAME, input=["Hello", PROMPT], encoding_format="base64")
+    for text, each, bytes in zip(["Hello", PROMPT], answer.data, packed.data, strict=True):
+        ids = plain.tokenizer(text, return_tensors="pt").input_ids
+        with torch.inference_mode():
+            mean = plain.model()(ids, output_hidden_states=True).hidden_states[-1][0].mean(0)
         torch.testing.assert_close(torch.tensor(each.embedding), mean / mean.norm(), atol=1e-5, rtol=1e-5)
-    assert answer.usage.prompt_tokens == 3
+        assert np.frombuffer(base64.b64decode(bytes.embedding), np.float32).tolist() == pytest.approx(each.embedding)
+    assert answer.usage.prompt_tokens == len(plain.tokenizer("Hello").input_ids) + len(
+        plain.tokenizer(PROMPT).input_ids
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,6 +233,10 @@ def test_embeddings_are_unit_means_of_the_last_hidden_state(client, service):
         ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
         ({"messages": []}, openai.BadRequestError, "messages"),
         ({"extra_body": {"colour": "red"}}, openai.BadRequestError, "colour"),
+        ({"top_logprobs": 2}, openai.BadRequestError, "top_logprobs"),
+        ({"logit_bias": {"999999": 1}}, openai.BadRequestError, "logit_bias"),
+        ({"logit_bias": {"999999": 1}, "stream": True}, openai.BadRequestError, "logit_bias"),
+        ({"response_format": {"type": "json_schema"}}, openai.BadRequestError, "response_format"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 3}}}},
             openai.BadRequestError,
@@ -153,63 +249,40 @@ def test_embeddings_are_unit_means_of_the_last_hidden_state(client, service):
         ),
     ],
 )
-def test_errors_name_the_field(client, change, kind, param):
+def test_errors_name_the_field(chat, change, kind, param):
     with pytest.raises(kind) as caught:
-        client.chat.completions.create(**{"model": "base", "messages": QUESTION, "max_tokens": 2, **change})
+        chat(**{"max_tokens": 2, **change})
     assert caught.value.param == param
 
 
-def test_thirty_two_at_once_with_mixed_adapters_async(service):
-    async def all_of_them():
-        async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0) as client:
-            return await asyncio.gather(
-                *(
-                    client.completions.create(
-                        model=("base", "loud")[number % 2], prompt=f"Number {number}", max_tokens=3, temperature=0
-                    )
-                    for number in range(32)
-                )
-            )
-
-    answers = asyncio.run(all_of_them())
-    loud = service.tokenizer.decode([LOUD] * 3)
-    assert all((answer.choices[0].text == loud) == bool(number % 2) for number, answer in enumerate(answers))
-    assert service.steps.open_sessions == 0
-
-
-def test_cancelling_frees_the_session(client, service):
-    stream = client.chat.completions.create(
-        model="base", messages=QUESTION, max_tokens=2000, temperature=0, stream=True
-    )
-    next(iter(stream))
-    assert service.steps.open_sessions == 1
-    stream.close()
-    wait_until(lambda: service.steps.open_sessions == 0)
-    before = service.steps.steps
-    time.sleep(0.3)
-    assert service.steps.steps == before
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [10**6]}, "prompt"),
+        ({"best_of": 3}, "best_of"),
+        ({"suffix": "x"}, "suffix"),
+        ({"prompt": ["a", "b"], "stream": True}, "stream"),
+        ({"echo": True, "stream": True}, "stream"),
+    ],
+)
+def test_errors_of_completions_name_the_field(complete, change, param):
+    with pytest.raises(openai.BadRequestError) as caught:
+        complete(**{"max_tokens": 2, **change})
+    assert caught.value.param == param
 
 
-def test_keys_see_their_own_models(steps):
-    keys = Keys(owners={Keys.digest("anna-0123456789abc"): "anna", Keys.digest("ben-0123456789abcd"): "ben"})
-    with running_service(steps, keys=keys) as service:
+def test_a_text_that_is_too_long_is_not_embedded(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.embeddings.create(model=NAME, input=[[5] * 3000])
+    assert caught.value.param == "input"
 
-        def client(key):
-            return openai.OpenAI(base_url=f"{service.url}/v1", api_key=key, max_retries=0)
 
-        assert [model.id for model in client("ben-0123456789abcd").models.list()] == ["base", "loud", "bens"]
-        assert [model.id for model in client("anna-0123456789abc").models.list()] == ["base", "loud"]
-        with pytest.raises(openai.NotFoundError):
-            client("anna-0123456789abc").completions.create(model="bens", prompt="x", max_tokens=1)
+def test_a_key_that_is_not_known_is_an_authentication_error(folder, tmp_path):
+    keys = Keys(owners={Keys.digest("anna-0123456789abc"): "anna"})
+    with serving(folder, f"folder='{tmp_path}'", keys=keys) as running:
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="somebody-0123456789", max_retries=0)
         with pytest.raises(openai.AuthenticationError):
-            client("somebody-0123456789").models.list()
-
-
-def test_more_than_a_key_may_have_is_429_with_a_time(steps):
-    with running_service(steps, most_in_flight=1) as service:
-        client = openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0)
-        with client.completions.create(model="base", prompt="x", max_tokens=500, stream=True) as stream:
-            next(iter(stream))
-            with pytest.raises(openai.RateLimitError) as caught:
-                client.completions.create(model="base", prompt="x", max_tokens=1)
-        assert int(caught.value.response.headers["Retry-After"]) >= 1
+            client.models.list()
+        assert [model.id for model in client.with_options(api_key="anna-0123456789abc").models.list()] == [NAME]

@@ -22,11 +22,14 @@ from transformers import PreTrainedTokenizerFast
 from petals_tune import AutoDistributedModelForCausalLM
 from petals_tune.service.app import application
 from petals_tune.service.decoding.decoder import Decoder
+from petals_tune.service.errors import stopping
+from petals_tune.service.metrics import Metrics
 from petals_tune.service.remote import RemoteModel
 from petals_tune.service.tinker.routes import Limits, Tinker
 from petals_tune.service.tinker.runs.adapters import RemoteAdapters
 from petals_tune.service.users.fairness import Fairness
 from petals_tune.service.users.keys import Keys
+from petals_tune.service.users.slots import Slots
 from tests.inprocess import in_process_swarm
 from tests.models import VOCABULARY, plain_model, save_model
 
@@ -81,13 +84,17 @@ def running_tinker(
     started, found = threading.Event(), {}
 
     async def serve() -> None:
-        fairness = Fairness(most_in_flight=64, tokens_a_minute=None)
-        decoder = Decoder(RemoteModel(model), tokenizer(), vocabulary=VOCABULARY, ends=frozenset({0}))
+        slots = Slots(32)
+        fairness, metrics = Fairness(slots=slots, most_in_flight=64, most_waiting=64), Metrics(slots)
+        decoder = Decoder(
+            RemoteModel(model), tokenizer(), fairness, metrics, vocabulary=VOCABULARY, ends=frozenset({0})
+        )
         service = Tinker(
             folder,
             RemoteAdapters(model),
             decoder,
             fairness,
+            metrics,
             names={NAME: POSITIONS},
             vocabulary=VOCABULARY,
             limits=limits or Limits(),
@@ -107,6 +114,7 @@ def running_tinker(
             while not server.should_exit:
                 await asyncio.sleep(0.01)
             service.stop()
+            decoder.end(stopping())
             await task
         decoder.close()
 

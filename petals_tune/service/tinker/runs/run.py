@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 import msgspec
 import torch
@@ -19,6 +19,7 @@ from petals_tune.errors import ConfigError, Diverged
 from petals_tune.files import filling
 from petals_tune.losses import LOSSES
 from petals_tune.losses.base import Loss
+from petals_tune.service.tinker.encryption import encrypt_files
 from petals_tune.service.tinker.records import LoRA, RunRecord
 from petals_tune.service.tinker.wire import Datum, TrainingRequest
 
@@ -148,8 +149,10 @@ class Run:
     def unfinished(self, values: tuple[float, int]) -> None:
         self._loss, self._tokens = values
 
-    def save(self, folder: Path, *, with_optimizer: bool, with_gradients: bool = False) -> int:
-        """Save a checkpoint, whole or not at all; returns its bytes."""
+    def save(
+        self, folder: Path, *, with_optimizer: bool, with_gradients: bool = False, recipients: Sequence[Any] = ()
+    ) -> int:
+        """Save a checkpoint, whole or not at all, encrypted where there are `recipients`; returns its bytes."""
         with filling(folder) as partial:
             self.model.save(self.record.id, partial)
             if with_optimizer:
@@ -157,6 +160,8 @@ class Run:
             if with_gradients:
                 grads = {name: each.grad for name, each in self._parameters.items() if each.grad is not None}
                 save_file(grads, partial / GRADIENTS_FILE)
+            if recipients:
+                encrypt_files(partial, recipients)
         return sum(file.stat().st_size for file in folder.iterdir())
 
     def load(self, folder: Path, *, with_optimizer: bool) -> None:

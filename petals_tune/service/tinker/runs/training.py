@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from petals_tune.errors import ConfigError, DataError
 from petals_tune.service.errors import ServiceError
+from petals_tune.service.metrics import Asker, Metrics
 from petals_tune.service.tinker.bodies import CreateModel, LoadWeights, Numbered, OptimStep, SaveWeights, read
 from petals_tune.service.tinker.checkpoints import AUTOSAVE, Checkpoints
+from petals_tune.service.tinker.encryption import read_recipients
 from petals_tune.service.tinker.promises import Kind, Plan, Result
 from petals_tune.service.tinker.records import LoRA, RunRecord, SessionRecord
 from petals_tune.service.tinker.runs.live import LiveRuns
@@ -39,13 +42,15 @@ class Training:
         checkpoints: Checkpoints,
         samplers: Samplers,
         fairness: Fairness,
+        metrics: Metrics,
         *,
         names: Mapping[str, int],
         autosave_s: float | None,
     ):
         """names: of the one model that is served, with its most positions; autosave_s: between checkpoints of a run."""
         self._store, self._live, self._checkpoints, self._samplers = store, live, checkpoints, samplers
-        self._fairness, self._names, self._autosave_s = fairness, names, autosave_s
+        self._fairness, self._metrics = fairness, metrics
+        self._names, self._autosave_s = names, autosave_s
         self._saved_s: dict[str, float] = {}  # when a run was saved last, or first seen
 
     @property
@@ -133,7 +138,9 @@ class Training:
 
     def _forward_backward(self, owner: str, body: bytes) -> Plan:
         message = parse_training_request(body)
-        return self._plan(self._forward, owner, body, message.model_id, message.seq_id)
+        plan = self._plan(self._forward, owner, body, message.model_id, message.seq_id)
+        # Not answers in flight: one whose turn comes early could be refused for those that wait for it.
+        return replace(plan, check=lambda: self._fairness.check(owner, 0, time.monotonic()))
 
     def _plan(self, work: Work, owner: str, body: bytes, run_id: str, number: int) -> Plan:
         self._live.check(run_id, owner)
@@ -155,8 +162,12 @@ class Training:
             logprobs, total = run.forward(asked)
             return training_output(logprobs, {"loss:sum": total}), sum(tokens)
 
-        result, tokens = await in_thread(work)
-        self._fairness.charge(run.record.owner, tokens, time.monotonic())
+        owner, name = run.record.owner, next(iter(self._names))
+        async with self._fairness.slots.held(owner):
+            with self._fairness.in_flight(owner, 0):
+                result, tokens = await in_thread(work)
+        self._fairness.charge(owner, tokens, time.monotonic())
+        self._metrics.count_tokens(Asker(owner=owner, interface="tinker", model=name), "trained", tokens)
         return result
 
     async def _optim_step(self, run: Run, body: bytes) -> Result:
@@ -202,11 +213,10 @@ class Training:
     async def _save_weights_external(self, run: Run, body: bytes) -> Result:
         """A checkpoint to download: an adapter in PEFT's format, as all of them are."""
         asked = read(body, SaveWeights)
-        if asked.age_encryption_recipients:
-            raise ConfigError("checkpoints are not encrypted here", key="age_encryption_recipients")
+        recipients = read_recipients(asked.age_encryption_recipients or ())
         if asked.path is None:
             raise ConfigError("a checkpoint to download needs a name", key="path")
-        saved = await in_thread(self._checkpoints.save, run, "external_weights", asked)
+        saved = await in_thread(self._checkpoints.save, run, "external_weights", asked, recipients=recipients)
         return {"type": "save_weights_external", "path": saved.path}
 
     async def _autosave(self, run: Run) -> None:

@@ -8,14 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from petals_tune.errors import ConfigError
-from petals_tune.service.errors import ServiceError
-
-
-class Stopped(ServiceError):
-    """The service is stopping, and this request was not begun."""
-
-    def __init__(self) -> None:
-        super().__init__(503, "the service is stopping", kind="server_error", retry_after_s=5)
+from petals_tune.service.errors import ServiceError, stopping
 
 
 class Turns:
@@ -33,10 +26,10 @@ class Turns:
         """Wait for the turn of request `number`, which the block is.
 
         A request that is cancelled while it waits is passed over. Raises ConfigError for a number that a request had
-        already, and Stopped after `stop`.
+        already, and ServiceError (503) after `stop`.
         """
         if self._is_stopped:
-            raise Stopped
+            raise stopping()
         if number <= self.done or number in self._taken:
             raise ConfigError(
                 f"request {number} of this model was made already; {self.done + 1} is the next one",
@@ -47,7 +40,7 @@ class Turns:
         try:
             if number > self.done + 1:
                 await self._its_turn(number)
-        except Stopped:
+        except ServiceError:  # the service stops
             self._taken.discard(number)
             raise
         except asyncio.CancelledError:
@@ -59,11 +52,11 @@ class Turns:
             self._pass(number)
 
     def stop(self) -> None:
-        """Let nobody through any more: whose turn it is goes on to its end, and all who wait get Stopped."""
+        """Let nobody through any more: whose turn it is goes on to its end, and all who wait get an error."""
         self._is_stopped = True
         for waiting in self._waiting.values():
             if not waiting.done():
-                waiting.set_exception(Stopped())
+                waiting.set_exception(stopping())
                 waiting.exception()  # or one whose task was cancelled too would be told of at exit
 
     async def _its_turn(self, number: int) -> None:

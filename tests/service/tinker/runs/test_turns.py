@@ -7,7 +7,8 @@ import time
 import pytest
 
 from petals_tune.errors import ConfigError
-from petals_tune.service.tinker.runs.turns import Stopped, Turns, in_thread
+from petals_tune.service.errors import ServiceError
+from petals_tune.service.tinker.runs.turns import Turns, in_thread
 from tests.raising import raises
 
 
@@ -98,11 +99,11 @@ async def test_stop_ends_those_that_wait_and_not_the_one_whose_turn_it_is():
     running, waiting = asyncio.create_task(first()), requests.start(2)
     await settled()
     requests.turns.stop()
-    with pytest.raises(Stopped):
+    with pytest.raises(ServiceError, match="stopping"):
         await waiting
     go_on.set()
     await running
-    with pytest.raises(Stopped):
+    with pytest.raises(ServiceError, match="stopping"):
         await requests.start(3)
     assert (requests.done, requests.turns.done) == ([1], 1)
 
