@@ -12,17 +12,16 @@ from typing import Any
 
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from petals_tune.errors import ConfigError
 from petals_tune.files import replacing
-from petals_tune.service.errors import ServiceError
+from petals_tune.service.errors import ServiceError, too_many
 from petals_tune.service.tuning.chats import check_chats
 from petals_tune.service.tuning.paging import page
 from petals_tune.service.tuning.store import FileRecord, Store
-from petals_tune.service.users.fairness import Fairness
 
 PURPOSE = "fine-tune"
 MB = 10**6
@@ -32,10 +31,11 @@ _AROUND = 2**16  # bytes of a request beside its file: headers of parts, other f
 class Files:
     """The endpoints. `request.state.owner` is whose key came with a request."""
 
-    def __init__(self, store: Store, folder: Path, fairness: Fairness, *, most_mb: int, most_mb_a_key: int):
+    def __init__(self, store: Store, folder: Path, *, most_mb: int, most_mb_a_key: int):
         """folder: of the files; most_mb: of one file; most_mb_a_key: of all files of an owner."""
-        self._store, self._folder, self._fairness = store, folder, fairness
+        self._store, self._folder = store, folder
         self._most, self._most_a_key = most_mb * MB, most_mb_a_key * MB
+        self._uploading: set[str] = set()  # owners
 
     @property
     def routes(self) -> list[Route]:
@@ -61,16 +61,25 @@ class Files:
 
     async def _upload(self, request: Request) -> Response:
         owner = request.state.owner
-        self._fairness.check(owner, 0, time.monotonic())
-        with self._fairness.in_flight(owner, 0):
-            try:
-                form = await MultiPartParser(request.headers, self._limited(request), max_files=1).parse()
-            except (MultiPartException, KeyError) as error:
-                raise ConfigError(f"the body is no form with a file: {error}", key="file") from None
-            try:
-                return JSONResponse(_described(await self._taken(form, owner)))
-            finally:
-                await form.close()
+        if owner in self._uploading:  # what is uploaded is on the disk before it is counted
+            raise too_many("a file of this key is being uploaded: one at a time", retry_after_s=1)
+        self._uploading.add(owner)
+        try:
+            return JSONResponse(_described(await self._received(request, owner)))
+        finally:
+            self._uploading.remove(owner)
+
+    async def _received(self, request: Request, owner: str) -> FileRecord:
+        try:
+            form = await MultiPartParser(request.headers, self._limited(request), max_files=1).parse()
+        except ClientDisconnect:
+            raise ConfigError("the upload was given up", key="file") from None
+        except (MultiPartException, KeyError) as error:
+            raise ConfigError(f"the body is no form with a file: {error}", key="file") from None
+        try:
+            return await self._taken(form, owner)
+        finally:
+            await form.close()
 
     async def _taken(self, form: FormData, owner: str) -> FileRecord:
         """Store the file of a form, whole or not at all."""

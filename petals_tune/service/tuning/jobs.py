@@ -201,10 +201,12 @@ class Jobs:
 
     async def _run(self, id: str, place: int) -> None:
         try:
-            while (lock := take_lock(self.folder(id))) is None:
-                if self._stopped(id):
-                    return
+            while (lock := take_lock(self.folder(id))) is None and not self._stopped(id):
                 await asyncio.sleep(POLL_S)
+            if lock is None:
+                if not self._closing:
+                    self._clear(id)
+                return
             process = JobProcess(self._begin(id, place), self.folder(id), lock)
             try:
                 await self._follow(id, process)
@@ -273,8 +275,7 @@ class Jobs:
                 self._clear(id)
                 return
             tokens = json.loads((run / "result.json").read_text())["tokens"]
-            job = self._change(id, status="succeeded", finished_s=time.time(), trained_tokens=tokens)
-            self._offer(job)
+            self._offer(self._change(id, status="succeeded", finished_s=time.time(), trained_tokens=tokens))
             self._say(id, f"New fine-tuned model created: {job.fine_tuned_model}")
             self._say(id, "The job has successfully completed")
             shutil.rmtree(self.folder(id) / DATA, ignore_errors=True)

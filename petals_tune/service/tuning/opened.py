@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,6 @@ from petals_tune.service.tuning.jobs import Jobs
 from petals_tune.service.tuning.routes import Tuning
 from petals_tune.service.tuning.runs import FolderRuns, JobRuns, Runs, RunSource, TinkerRuns
 from petals_tune.service.tuning.store import Store
-from petals_tune.service.users.fairness import Fairness
 from petals_tune.train.options import Swarm
 
 
@@ -32,15 +31,12 @@ async def opened_tuning(
     peers: Sequence[str],
     offers: AdapterFolder,
     adapters: Any,
-    fairness: Fairness,
-    names: Sequence[str],
-    *,
-    max_tokens: int,
+    names: Mapping[str, int],
 ) -> AsyncIterator[list[Route]]:
     """The routes of files, jobs and runs of the service that `cfg` describes; jobs run within the block.
 
-    adapters: the registry of the model; names: of the base model; max_tokens: of a chat. Raises ConfigError for
-    options that cannot work.
+    adapters: the registry of the model; names: of the base model, with its most positions, which a chat may have too.
+    Raises ConfigError for options that cannot work.
     """
     options, service = cfg.tuning, Path(cfg.folder).resolve()
     folder, tinker_folder = service / "tuning", service / "tinker"
@@ -48,7 +44,10 @@ async def opened_tuning(
         make_folder(each, key="folder")
     compose = partial(Recipe.of, source=cfg.model.source, revision=cfg.model.revision, swarm=swarm, peers=peers)
     recipe = await asyncio.to_thread(
-        compose, options.recipe, max_tokens=max_tokens, tokens=[str(Path(each).resolve()) for each in options.tokens]
+        compose,
+        options.recipe,
+        max_tokens=min(names.values()),
+        tokens=[str(Path(each).resolve()) for each in options.tokens],
     )
     source = f"{cfg.model.source}@{cfg.model.revision or ''}"
     with ExitStack() as stack:
@@ -56,7 +55,7 @@ async def opened_tuning(
         stack.callback(store.close)
         tinker_store = tinker.Store(tinker_folder / "runs.sqlite")
         stack.callback(tinker_store.close)
-        files = Files(store, folder / "files", fairness, most_mb=options.file_mb, most_mb_a_key=options.files_mb_a_key)
+        files = Files(store, folder / "files", most_mb=options.file_mb, most_mb_a_key=options.files_mb_a_key)
         jobs = Jobs(
             store,
             folder / "jobs",
@@ -71,6 +70,6 @@ async def opened_tuning(
         sources: list[RunSource] = [JobRuns(jobs=jobs), TinkerRuns(store=tinker_store, folder=tinker_folder)]
         if cfg.outputs is not None:
             sources.append(FolderRuns(folder=Path(cfg.outputs), but_not=service))
-        tuning = Tuning(store, files, jobs, names=names, source=source, batch_size=recipe.batch_size)
+        tuning = Tuning(store, files, jobs, names=list(names), source=source, batch_size=recipe.batch_size)
         async with jobs.running():
             yield [*tuning.routes, *Runs(sources).routes]

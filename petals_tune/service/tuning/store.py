@@ -67,7 +67,7 @@ class JobRecord:
     def fine_tuned_model(self) -> str:
         """The name of the model that the job makes."""
         base = self.model.split(":")[1] if self.model.startswith("ft:") else self.model
-        return f"ft:{base}:{self.suffix or ''}:{self.id.removeprefix('ftjob-')[:8]}"
+        return f"ft:{base}:{self.suffix or ''}:{self.id.removeprefix('ftjob-')[:12]}"
 
 
 @dataclass(frozen=True, kw_only=True)

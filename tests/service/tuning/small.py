@@ -24,9 +24,7 @@ from petals_tune.service.tuning.jobs import Jobs
 from petals_tune.service.tuning.routes import Tuning
 from petals_tune.service.tuning.runs import JobRuns, Runs, RunSource
 from petals_tune.service.tuning.store import JobRecord, Store
-from petals_tune.service.users.fairness import Fairness
 from petals_tune.service.users.keys import Keys
-from petals_tune.service.users.slots import Slots
 
 PROGRAM = Path(__file__).with_name("small_run.py")
 KEYS = Keys(owners={Keys.digest("key of ann"): "ann", Keys.digest("key of ben"): "ben"})
@@ -92,8 +90,7 @@ def small_service(
     offers = AdapterFolder(["base"], None, load=registry.load, remove=registry.loaded.pop)
 
     async def serve() -> None:
-        fairness = Fairness(slots=Slots(8), most_in_flight=8, most_waiting=8)
-        files = Files(store, folder / "files", fairness, most_mb=most_mb, most_mb_a_key=most_mb_a_key)
+        files = Files(store, folder / "files", most_mb=most_mb, most_mb_a_key=most_mb_a_key)
         jobs = Jobs(
             store,
             folder / "jobs",

@@ -1,8 +1,11 @@
 """Uploaded files, by the real `openai` package."""
 
+import socket
+
 import openai
 import pytest
 
+from tests.processes import wait_until
 from tests.service.tuning.small import CHATS, chat, jsonl, small_service, upload
 
 
@@ -105,3 +108,26 @@ def test_files_have_limits(client, service):
     assert [file.id for file in client.files.list(order="asc")] == ids
     other = service.client("ben")
     other.files.delete(upload(other, row * 900))  # it is not counted together with ann's
+
+
+def test_a_key_uploads_one_file_at_a_time(service, client):
+    """A request whose body does not end holds the place; another key's is free."""
+    head = (
+        "POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer key of ann\r\nContent-Length: 1000\r\n"
+        "Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+    )
+    port = int(service.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as half:
+        half.sendall(head.encode())
+
+        def refused():
+            try:
+                client.files.delete(upload(client))
+            except openai.RateLimitError:
+                return True
+            return False
+
+        wait_until(refused, "a refusal")
+        other = service.client("ben")
+        other.files.delete(upload(other))
+    wait_until(lambda: not refused(), "the end of the upload that was given up")

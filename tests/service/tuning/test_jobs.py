@@ -52,7 +52,7 @@ def test_a_job_runs_to_its_end_and_makes_a_model_of_its_owner(service):
     job = start(client, epochs=3)
     assert (job.status, job.fine_tuned_model, job.trained_tokens) == ("validating_files", None, None)
     job = reached(client, job, "succeeded")
-    name = f"ft:base:{''}:{job.id.removeprefix('ftjob-')[:8]}"
+    name = f"ft:base::{job.id.removeprefix('ftjob-')[:12]}"
     assert (job.fine_tuned_model, job.trained_tokens, job.error) == (name, 300, None)
     assert job.finished_at >= job.created_at
     assert [offer.name for offer in service.offers.of("ann")] == ["base", name]

@@ -17,9 +17,7 @@ from petals_tune.remote.auto import AutoDistributedModelForCausalLM
 from petals_tune.service.adapter_folder import AdapterFolder
 from petals_tune.service.app import application
 from petals_tune.service.tuning.opened import opened_tuning
-from petals_tune.service.users.fairness import Fairness
 from petals_tune.service.users.keys import Keys
-from petals_tune.service.users.slots import Slots
 from petals_tune.swarm.local import local_swarm
 from petals_tune.train.options import LocalSwarm
 from tests.processes import wait_until
@@ -60,8 +58,7 @@ def service(cfg, swarm, peers, model):
     offers = AdapterFolder(["tiny"], None, load=model.adapters.load, remove=model.adapters.remove)
 
     async def serve():
-        fairness = Fairness(slots=Slots(8), most_in_flight=8, most_waiting=8)
-        opened = opened_tuning(cfg, swarm, peers, offers, model.adapters, fairness, ["tiny"], max_tokens=64)
+        opened = opened_tuning(cfg, swarm, peers, offers, model.adapters, {"tiny": 64})
         async with opened as routes:
             app = application(routes, Keys(owners=None))
             server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
@@ -93,8 +90,10 @@ def test_the_recipe_makes_a_model_of_the_service_also_when_it_is_started_again_i
     cfg = composed(
         [f"model.source='{tiny}'", f"folder='{tmp_path}'", "outputs=null", "tuning.jobs_a_key=2"], config_name="service"
     )
-    options = {"n_epochs": 12, "batch_size": 4, "learning_rate_multiplier": 10}
-    method = {"type": "supervised", "supervised": {"hyperparameters": options}}
+    method = {
+        "type": "supervised",
+        "supervised": {"hyperparameters": {"n_epochs": 12, "batch_size": 4, "learning_rate_multiplier": 10}},
+    }
     with service(cfg, swarm, peers, model) as (client, _):
         file = upload(client, CHATS)
         job = client.fine_tuning.jobs.create(model="tiny", training_file=file, seed=1, suffix="count", method=method)

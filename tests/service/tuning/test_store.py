@@ -19,10 +19,10 @@ def job(**changes):
 
 
 def test_the_name_of_a_model_has_base_suffix_and_job():
-    assert job().fine_tuned_model == "ft:qwen3-8b::01234567"
-    assert job(suffix="pirate").fine_tuned_model == "ft:qwen3-8b:pirate:01234567"
-    further = job(model="ft:qwen3-8b:pirate:89abcdef", suffix="loud")
-    assert further.fine_tuned_model == "ft:qwen3-8b:loud:01234567"
+    assert job().fine_tuned_model == "ft:qwen3-8b::0123456789ab"
+    assert job(suffix="pirate").fine_tuned_model == "ft:qwen3-8b:pirate:0123456789ab"
+    further = job(model="ft:qwen3-8b:pirate:89abcdef0123", suffix="loud")
+    assert further.fine_tuned_model == "ft:qwen3-8b:loud:0123456789ab"
 
 
 def test_records_come_back_as_they_were(tmp_path):
