@@ -313,7 +313,7 @@ def images():
     return types.Datum(model_input=types.ModelInput(chunks=[image]), loss_fn_inputs=tensors)
 
 
-def test_a_key_sees_its_own_things(tmp_path, swarm):
+def test_a_key_sees_its_own_runs(tmp_path, swarm):
     keys = Keys(owners={Keys.digest(KEY): "anna", Keys.digest(ANOTHER_KEY): "ben"})
     with running_tinker(tmp_path, swarm.model, keys=keys) as running, running.client() as anna:
         training = trained(anna)
