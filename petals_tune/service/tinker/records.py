@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
     """What a run trains."""
 
-    rank: int
+    rank: Annotated[int, msgspec.Meta(ge=1, le=4096)]
     seed: int | None = None
     train_unembed: bool = True
     train_mlp: bool = True

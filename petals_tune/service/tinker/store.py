@@ -72,6 +72,7 @@ class Store:
         self._database = sqlite3.connect(file, check_same_thread=False)
         self._lock = threading.Lock()
         self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = NORMAL")  # a kill takes nothing; a power failure the last records
         self._database.execute("PRAGMA foreign_keys = ON")
         self._database.executescript(_SCHEMA)
 

@@ -143,10 +143,11 @@ DATA = [datum(text, weights=[1.0] * (len(text) - 1)) for text in TEXTS]
 class Reference:
     """Training of the plain model with stock PEFT and torch, by hand."""
 
-    def __init__(self, plain: Path, rank: int, seed: int, modules: Sequence[str] = MODULES, lr: float = 1e-3):
+    def __init__(self, plain: Path, rank: int, seed: int, *, texts: Sequence[Sequence[int]] = TEXTS, lr: float = 1e-3):
+        model = plain_model(plain).float()
         torch.manual_seed(seed)
-        config = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=32, target_modules=list(modules))
-        self.net = peft.get_peft_model(plain_model(plain), config)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=32, target_modules=MODULES)
+        self.net, self._texts = peft.get_peft_model(model, config), texts
         trained = [each for each in self.net.parameters() if each.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
 
@@ -155,7 +156,7 @@ class Reference:
         return logits.log_softmax(-1).gather(1, torch.tensor(text[1:])[:, None]).flatten()
 
     def all_logprobs(self) -> list[torch.Tensor]:
-        return [self.logprobs(text) for text in TEXTS]
+        return [self.logprobs(text) for text in self._texts]
 
     def loss(self) -> torch.Tensor:
         return -torch.cat(self.all_logprobs()).sum()
