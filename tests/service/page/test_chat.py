@@ -135,6 +135,10 @@ async def test_the_text_of_a_model_stays_text(page: Page) -> None:
         "a <strong>loop</strong>",
     ]
     assert (await page.evaluate(CURRENT))["turns"][1]["answers"][0]["content"] == CODE
+    for place, copied in {".code": "print('<hi>')", ".turn:last-child .answer footer": CODE}.items():
+        await page.click(f"{place} [aria-label^='Copy']")
+        await page.until(f"document.querySelector('{place} [href$=done]') !== null")
+        assert await page.clipboard() == copied
 
 
 async def test_a_question_is_edited_and_an_answer_made_again(page: Page) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from petals_tune.service.served import Offer
 from tests.browser import BROWSER, WHY_NOT, Page, browser_page
 from tests.service.local import PlainModel, Running, running_service, wait_until
 from tests.service.page.runs_app import Runs, run
@@ -169,7 +170,9 @@ async def test_an_adapter_is_saved_and_chatted_with_beside_its_base(page: Page, 
     assert await page.evaluate("document.getElementById('model').value") == "base"
 
 
-async def test_a_tuning_is_started_followed_and_cancelled(page: Page, runs: Runs, tmp_path: Path) -> None:
+async def test_a_tuning_is_started_followed_and_cancelled(
+    page: Page, service: Running, runs: Runs, tmp_path: Path
+) -> None:
     broken, file = tmp_path / "broken.jsonl", tmp_path / "chats.jsonl"
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     broken.write_text(json.dumps(chat) + '\n{"messages": [{"role": "user"}]}\n')
@@ -193,9 +196,15 @@ async def test_a_tuning_is_started_followed_and_cancelled(page: Page, runs: Runs
 
     runs.events["ftjob-1"].append("step 1")
     said = "[...document.querySelectorAll('.log li span')].map(each => each.textContent).join()"
-    await page.until(f"{said} === 'started,step 1'")
+    await page.until(f"{said} === 'step 1,started'")
     await page.click(".run-head button")
     await page.until("document.querySelector('.title .state').textContent === 'cancelled'")
+
+    # Had it gone on, its model would be there by now.
+    service.offers.found.append(Offer(name="mine", adapter="loud", created=4))
+    runs.all[0].update(status="succeeded", adapter=True)
+    await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # as of a window that is shown again
+    await page.until("document.querySelector('.run-head a')?.search === '?model=base&beside=mine'")
 
 
 async def test_a_phone_shows_the_list_or_a_run(page: Page) -> None:
