@@ -22,6 +22,7 @@ from petals_tune.service.app import application
 from petals_tune.service.remote import RemoteText
 from petals_tune.service.run import Core, service
 from petals_tune.service.users.keys import Keys
+from petals_tune.train.options import LocalSwarm
 from petals_tune.tuning.saved import load_tokenizer
 from tests.inprocess import InProcessSwarm, in_process_swarm
 from tests.train.tiny import tiny_model, tiny_tokenizer
@@ -131,7 +132,7 @@ def serving(
         started, found = threading.Event(), {}
 
         async def serve() -> None:
-            async with service(cfg, model, tokenizer) as (core, routes):
+            async with service(cfg, model, tokenizer, LocalSwarm(), ["in this process"]) as (core, routes):
                 app = application(routes, keys or Keys(owners=None), metrics=core.metrics)
                 config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
                 server = uvicorn.Server(config)

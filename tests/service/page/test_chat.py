@@ -14,7 +14,7 @@ from starlette.routing import Route
 from petals_tune.service.users.keys import Keys
 from tests.browser import BROWSER, WHY_NOT, Page, browser_page
 from tests.service.local import Running, running_service, wait_until
-from tests.service.page.spoken import CODE, HOSTILE, SLOW, SpokenSteps, offers
+from tests.service.page.spoken import CODE, HOSTILE, SLOW, SpokenModel, offers
 
 pytestmark = [pytest.mark.skipif(BROWSER is None, reason=WHY_NOT), pytest.mark.asyncio(loop_scope="module")]
 
@@ -30,12 +30,12 @@ async def route(request: Request) -> Response:
 
 
 @pytest.fixture(scope="module")
-def steps() -> SpokenSteps:
-    return SpokenSteps()
+def steps() -> SpokenModel:
+    return SpokenModel()
 
 
 @pytest.fixture(scope="module")
-def service(steps: SpokenSteps) -> Iterator[Running]:
+def service(steps: SpokenModel) -> Iterator[Running]:
     with running_service(steps, routes=[Route("/route", route)], offers=offers()) as running:
         yield running
 
@@ -92,7 +92,7 @@ def kept(turns: Any) -> list[tuple[str, list[str]]]:
     return [(turn["question"], [answer["content"] for answer in turn["answers"]]) for turn in turns]
 
 
-async def test_an_answer_comes_piece_by_piece_and_can_be_stopped(page: Page, steps: SpokenSteps) -> None:
+async def test_an_answer_comes_piece_by_piece_and_can_be_stopped(page: Page, steps: SpokenModel) -> None:
     await choose(page, "slow")
     await send(page, "count")
     for number in range(1, 4):
@@ -277,7 +277,7 @@ def brightness(colour: str) -> float:
     return sum(float(part) for part in colour.removeprefix("rgb(").removesuffix(")").split(","))
 
 
-async def test_a_key_is_asked_for_and_kept_and_chats_are_its_own(browser: Page, steps: SpokenSteps) -> None:
+async def test_a_key_is_asked_for_and_kept_and_chats_are_its_own(browser: Page, steps: SpokenModel) -> None:
     keys = Keys(owners={Keys.digest(KEY): "ann", Keys.digest(KEY[::-1]): "ben"})
     with running_service(steps, keys=keys, routes=[Route("/route", route)], offers=offers()) as closed:
         await browser.open(closed.url)
