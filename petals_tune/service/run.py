@@ -70,10 +70,13 @@ def run_service(cfg: DictConfig, swarm: Swarm) -> None:
         model, tokenizer, peers = _opened(cfg, swarm, stack)
 
         async def run() -> None:
-            async with service(cfg, model, tokenizer, swarm, peers) as (core, routes):
+            async with (
+                service(cfg, model, tokenizer) as (core, routes),
+                opened_tuning(cfg, swarm, peers, core.adapters, model.adapters, core.names) as tuning,
+            ):
                 doors = Doors()
                 await serve(
-                    application(routes, keys, doors=doors, metrics=core.metrics),
+                    application([*routes, *tuning], keys, doors=doors, metrics=core.metrics),
                     doors,
                     at,
                     stop_s=cfg.stop_s,
@@ -102,10 +105,8 @@ def _opened(cfg: DictConfig, swarm: Swarm, stack: ExitStack) -> tuple[Any, Any, 
 
 
 @asynccontextmanager
-async def service(
-    cfg: DictConfig, model: Any, tokenizer: Any, swarm: Swarm, peers: Sequence[str]
-) -> AsyncIterator[tuple[Core, Sequence[BaseRoute]]]:
-    """(What the parts share, all routes of the service) over a model, whose swarm has the addresses `peers`."""
+async def service(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[tuple[Core, Sequence[BaseRoute]]]:
+    """(What the parts share, all routes of the service) over a model."""
     config = model.config.get_text_config()
     most_positions = min(cfg.max_length, getattr(config, "max_position_embeddings", cfg.max_length))
     slots = Slots(cfg.most_at_once)
@@ -130,7 +131,7 @@ async def service(
         None if cfg.adapters is None else Path(cfg.adapters),
         load=model.adapters.load,
         remove=model.adapters.remove,
-        but_not=Path(cfg.folder),
+        but_not=[Path(cfg.folder) / part for part in ("tinker", "tuning")],
     )
     served = Served(
         offers=adapters,
@@ -157,8 +158,6 @@ async def service(
         routes: list[BaseRoute] = [*OpenAI(served, fairness, metrics).routes, Route("/route", _route_of(model))]
         if importlib.util.find_spec("tinker") is not None:
             routes += await stack.enter_async_context(_tinker(core))
-        tuning = opened_tuning(cfg, swarm, peers, adapters, model.adapters, names)
-        routes += await stack.enter_async_context(tuning)
         yield core, routes
 
 

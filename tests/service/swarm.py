@@ -22,7 +22,6 @@ from petals_tune.service.app import application
 from petals_tune.service.remote import RemoteText
 from petals_tune.service.run import Core, service
 from petals_tune.service.users.keys import Keys
-from petals_tune.train.options import LocalSwarm
 from petals_tune.tuning.saved import load_tokenizer
 from tests.inprocess import InProcessSwarm, in_process_swarm
 from tests.train.tiny import tiny_model, tiny_tokenizer
@@ -75,7 +74,7 @@ class Plain:
         model: Any = AutoModelForCausalLM.from_pretrained(self.folder)
         return model.eval() if adapter is None else peft.PeftModel.from_pretrained(model, str(adapter)).eval()
 
-    def text(self, prompt: str, count: int, adapter: Path | None = None) -> str:
+    def text(self, prompt: str, count: int, adapter: Path | None = None, **options: Any) -> str:
         """Greedy text of transformers' own generate."""
         ids = self.tokenizer(prompt, return_tensors="pt").input_ids
         output = self.model(adapter).generate(
@@ -83,8 +82,7 @@ class Plain:
             attention_mask=torch.ones_like(ids),
             max_new_tokens=count,
             do_sample=False,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.eos_token_id,
+            **{"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.eos_token_id, **options},
         )[0]
         return self.tokenizer.decode(output[ids.shape[1] :], skip_special_tokens=True)
 
@@ -132,7 +130,7 @@ def serving(
         started, found = threading.Event(), {}
 
         async def serve() -> None:
-            async with service(cfg, model, tokenizer, LocalSwarm(), ["in this process"]) as (core, routes):
+            async with service(cfg, model, tokenizer) as (core, routes):
                 app = application(routes, keys or Keys(owners=None), metrics=core.metrics)
                 config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
                 server = uvicorn.Server(config)

@@ -15,8 +15,24 @@ from tests.service.local import PlainModel, PlainOffers, PlainText
 
 HOSTILE = "<img src=x onerror=document.title=666> <b>bold</b> [link](javascript:alert(1))"
 CODE = "Two ways:\n\n1. `map`\n2. a **loop**\n\n```python\nprint('<hi>')\n```\nDone."
-SLOW = "one two three four five six seven eight nine ten"
+SLOW = " ".join(["one", "two", "three", *["more"] * 200])
 TEXTS = {"hostile": HOSTILE, "code": CODE, "slow": SLOW}
+
+
+class SpokenText(PlainText):
+    """A text that goes on with given tokens."""
+
+    def __init__(self, model: SpokenModel, adapter: str):
+        super().__init__(model, adapter, DynamicCache())
+        self._spoken, self._next = model, iter(model.said[adapter])
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        if self._adapter == "slow":
+            assert self._spoken.allowed.acquire(timeout=30)
+            self._spoken.steps_of_slow += 1
+        logits = torch.zeros(self._spoken.model.config.vocab_size)
+        logits[next(self._next)] = 100
+        return logits
 
 
 class SpokenModel(PlainModel):
@@ -25,34 +41,13 @@ class SpokenModel(PlainModel):
     def __init__(self) -> None:
         super().__init__()
         tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model())
-        self.said = {
-            name: [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-            for name, text in TEXTS.items()
-        }
+        end: int = tokenizer.eos_token_id
+        self.said = {name: [*tokenizer(text, add_special_tokens=False).input_ids, end] for name, text in TEXTS.items()}
         self.allowed = threading.Semaphore(0)  # tokens of `slow`
         self.steps_of_slow = 0
 
     def open(self, adapter: str | None, max_length: int, cancelled: threading.Event) -> PlainText:
-        if adapter in self.said:
-            return SpokenText(self, adapter, DynamicCache())
-        return super().open(adapter, max_length, cancelled)
-
-
-class SpokenText(PlainText):
-    """A text that is known."""
-
-    def __init__(self, model: SpokenModel, adapter: str, cache: DynamicCache):
-        super().__init__(model, adapter, cache)
-        self._spoken, self._name, self._place = model, adapter, 0
-
-    def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        if self._name == "slow":
-            assert self._spoken.allowed.acquire(timeout=30)
-            self._spoken.steps_of_slow += 1
-        logits = torch.zeros(self._spoken.model.config.vocab_size)
-        logits[self._spoken.said[self._name][self._place]] = 100
-        self._place += 1
-        return logits
+        return SpokenText(self, adapter) if adapter in TEXTS else super().open(adapter, max_length, cancelled)
 
 
 def offers() -> PlainOffers:
