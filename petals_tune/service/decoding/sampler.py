@@ -15,9 +15,6 @@ from petals_tune.service.decoding.grammar import Constraint
 from petals_tune.service.decoding.options import DecodingOptions
 
 
-_GREEDY = 1e-5  # temperatures below it are 0: logits would overflow, and the most likely token is all but certain
-
-
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """A chosen token. Log-probabilities are the model's own: before temperature, biases and penalties."""
@@ -61,7 +58,7 @@ class Sampler:
         """Choose a token by `logits` (V,), and count it as a part of the answer."""
         logits = logits.float()
         scores = self._changed(logits)
-        if self._options.temperature < _GREEDY:
+        if self._options.temperature == 0:
             token = int(scores.argmax())
         else:
             no_ids: Any = torch.empty(1, 0, dtype=torch.int64)

