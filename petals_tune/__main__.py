@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,8 @@ def main() -> None:
             def tune(cfg: DictConfig) -> float:
                 from petals_tune.train.sweep import JobRunner  # not above: --help and tab completion need no torch
 
+                if cfg.exit_with_stdin:
+                    threading.Thread(target=interrupt_at_end_of_stdin, daemon=True).start()
                 if not runners:
                     runners.append(stack.enter_context(JobRunner()))
                 if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -45,6 +48,13 @@ def main() -> None:
 
             with explain_start(runners):
                 tune()
+
+
+def interrupt_at_end_of_stdin() -> None:
+    """End the run as Ctrl-C does when standard input closes: then the process that started it is gone."""
+    while os.read(0, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ mistake is one ConfigError of one sentence.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache, partial
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
@@ -77,6 +79,7 @@ class Run:
     name: str  # of the run and its output folder; recipes set it
     seed: Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no more
     output_dir: str
+    exit_with_stdin: bool  # end as by Ctrl-C when standard input closes
     ckpt_path: str | None  # resume from this checkpoint
     sweep: Sweep
     instruction: str | None  # the task in words, from which a soft prompt starts; recipes set it
@@ -144,11 +147,22 @@ def new_folder(path: str) -> str:
     raise AssertionError("count() has no end")
 
 
+@contextmanager
+def _hydra_apart() -> Iterator[None]:
+    """Let another configuration be composed where a program runs in hydra.main, which has Hydra's only place."""
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = running
+
+
 def composed(overrides: Sequence[str] = (), *, config_name: str = CONFIG_NAME) -> DictConfig:
     """Compose the configuration of these command-line overrides. Raises ConfigError."""
     register_recipes()
     try:
-        with initialize_config_dir(config_dir=str(folder_of("conf")), version_base="1.3"):
+        with _hydra_apart(), initialize_config_dir(config_dir=str(folder_of("conf")), version_base="1.3"):
             return compose(config_name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         raise config_error(error, overrides, lambda kept: composed(kept, config_name=config_name)) from None

@@ -21,6 +21,18 @@ Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Options of tuning jobs."""
+
+    recipe: str
+    at_once: Count
+    jobs_a_key: Count
+    file_mb: Count
+    files_mb_a_key: Count
+    tokens: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Service:
     """All options of the service; conf/service.yaml documents them."""
 
@@ -39,6 +51,8 @@ class Service:
     tokens_a_minute: Count | None
     stop_s: Annotated[float, Field(ge=0)]
     max_length: Count
+    tuning: Tuning
+    outputs: str | None
 
 
 def main() -> None:

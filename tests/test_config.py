@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from petals_tune.config import build, check, check_arguments, composed, folder_of, new_folder, recipe_names
@@ -211,3 +213,11 @@ def test_a_model_of_ones_own_may_name_its_revision(config_name: str, tmp_path: P
     given = composed([search, "model=mine", "model.revision=v1"], config_name=config_name).model
     assert given == {"source": "a/b", "revision": "v1"}
     assert composed([], config_name=config_name).model.revision is None
+
+
+def test_a_configuration_is_composed_inside_a_program_of_hydra() -> None:
+    with initialize_config_dir(config_dir=str(folder_of("conf")), version_base="1.3"):
+        running = GlobalHydra.instance().hydra
+        assert composed(["recipe=sst2"]).name == "sst2"
+        assert GlobalHydra.instance().hydra is running
+    assert not GlobalHydra.instance().is_initialized()

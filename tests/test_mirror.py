@@ -25,6 +25,7 @@ TESTED_ELSEWHERE = {
     "petals_tune/remote/adapters/choice.py": "tests/remote/adapters/test_calls.py",
     "petals_tune/remote/backbone.py": "tests/remote/test_blocks.py",
     "petals_tune/remote/model_call.py": "tests/remote/test_threads.py",
+    "petals_tune/service/tuning/paging.py": "tests/service/tuning/test_routes.py",
     "petals_tune/train/measure.py": "tests/test_evaluate.py",
     "servers/__main__.py": "tests/servers/test_main.py",
     "servers/health/__main__.py": "tests/e2e/test_health.py",

@@ -41,10 +41,14 @@ class AdapterFolder:
         *,
         load: Callable[[str, Path], object],
         remove: Callable[[str], object],
+        but_not: Path | None = None,
     ):
-        """`load` and `remove`: of the model's own adapters, by their names."""
+        """`load` and `remove`: of the model's own adapters, by their names.
+
+        but_not: the service's own folder, which may be inside `folder`: adapters in it are of single owners.
+        """
         self._bases = [Offer(name=base, adapter=None, created=int(time.time())) for base in dict.fromkeys(bases)]
-        self._folder, self._load, self._remove = folder, load, remove
+        self._folder, self._load, self._remove, self._but_not = folder, load, remove, but_not
         self._seen: dict[str, _Found] = {}
         self._offers: dict[str, Offer] = {}
         self._added: dict[str, Offer] = {}  # by tuning jobs of the service
@@ -61,10 +65,14 @@ class AdapterFolder:
             raise ConfigError(f"there is a model {offer.name!r} here already", key="name", seen=offer.name)
         self._added[offer.name] = offer
 
+    def withdraw(self, name: str) -> None:
+        """Offer an adapter that was added no longer."""
+        self._added = {key: offer for key, offer in self._added.items() if offer.name != name}
+
     def look(self) -> None:
         """Load what is new or changed, and forget what is gone."""
         found: dict[str, _Found] = {}
-        for name, each in [] if self._folder is None else _adapters(self._folder):
+        for name, each in [] if self._folder is None else _adapters(self._folder, self._but_not):
             if (first := found.setdefault(name, each)) is not each and self._seen.get(name) != first:
                 logger.warning("%s is left out: %s has the name %s too", each.folder, first.folder, name)
         for name in self._seen.keys() - found.keys():
@@ -106,7 +114,7 @@ class AdapterFolder:
             await asyncio.gather(watching, return_exceptions=True)
 
 
-def _adapters(folder: Path) -> Iterator[tuple[str, _Found]]:
+def _adapters(folder: Path, but_not: Path | None) -> Iterator[tuple[str, _Found]]:
     """The adapters in a folder, with their names: `persona/2026-11-24_16-53-14/adapter` is persona/2026-11-24_16-53-14.
 
     Folders whose names begin with a dot are being written.
@@ -115,6 +123,8 @@ def _adapters(folder: Path) -> Iterator[tuple[str, _Found]]:
         place = config.parent
         inside = place.relative_to(folder).parts
         if any(part.startswith(".") for part in inside):
+            continue
+        if but_not is not None and place.resolve().is_relative_to(but_not.resolve()):
             continue
         name = "/".join(part for part in inside if part != "adapter") or folder.resolve().name
         with suppress(FileNotFoundError):  # taken out meanwhile

@@ -35,6 +35,7 @@ from petals_tune.service.openai.routes import OpenAI
 from petals_tune.service.remote import RemoteModel
 from petals_tune.service.served import Served
 from petals_tune.service.server import bound, serve
+from petals_tune.service.tuning.opened import opened_tuning
 from petals_tune.service.users.fairness import Fairness
 from petals_tune.service.users.keys import Keys
 from petals_tune.service.users.slots import Slots
@@ -66,13 +67,16 @@ def run_service(cfg: DictConfig, swarm: Swarm) -> None:
     make_folder(Path(cfg.folder), key="folder")
     with ExitStack() as stack:
         at = stack.enter_context(bound(cfg.host, cfg.port))
-        model, tokenizer = _opened(cfg, swarm, stack)
+        model, tokenizer, peers = _opened(cfg, swarm, stack)
 
         async def run() -> None:
-            async with service(cfg, model, tokenizer) as (core, routes):
+            async with (
+                service(cfg, model, tokenizer) as (core, routes),
+                opened_tuning(cfg, swarm, peers, core.adapters, model.adapters, core.names) as tuning,
+            ):
                 doors = Doors()
                 await serve(
-                    application(routes, keys, doors=doors, metrics=core.metrics),
+                    application([*routes, *tuning], keys, doors=doors, metrics=core.metrics),
                     doors,
                     at,
                     stop_s=cfg.stop_s,
@@ -86,8 +90,8 @@ def run_service(cfg: DictConfig, swarm: Swarm) -> None:
         uvloop.run(run())
 
 
-def _opened(cfg: DictConfig, swarm: Swarm, stack: ExitStack) -> tuple[Any, Any]:
-    """(the model over its swarm, its tokenizer); the end of `stack` closes them."""
+def _opened(cfg: DictConfig, swarm: Swarm, stack: ExitStack) -> tuple[Any, Any, list[str]]:
+    """(the model over its swarm, its tokenizer, the swarm's peers); the end of `stack` closes them."""
     source = model_folder(cfg.model.source, cfg.model.revision)
     blocks = family_of(placeholder_model(Checkpoint(source, revision=cfg.model.revision).config)).total_blocks
     swarm.check(blocks)
@@ -97,7 +101,7 @@ def _opened(cfg: DictConfig, swarm: Swarm, stack: ExitStack) -> tuple[Any, Any]:
         source, revision=cfg.model.revision, initial_peers=peers, **swarm.client_options()
     )
     stack.callback(model.remote_blocks.close)
-    return model, load_tokenizer(source, None, cfg.model.revision)
+    return model, load_tokenizer(source, None, cfg.model.revision), peers
 
 
 @asynccontextmanager
@@ -127,6 +131,7 @@ async def service(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[
         None if cfg.adapters is None else Path(cfg.adapters),
         load=model.adapters.load,
         remove=model.adapters.remove,
+        but_not=Path(cfg.folder),
     )
     served = Served(
         offers=adapters,

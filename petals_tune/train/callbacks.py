@@ -47,20 +47,20 @@ class Speed(Callback):
     """
 
     def __init__(self) -> None:
-        self._tokens, self._train_s = 0, 0.0
+        self.tokens, self._train_s = 0, 0.0  # tokens of all steps
         self._step_tokens, self._step_s, self._waited_s = 0, 0.0, 0.0
         self._before: dict[str, ServerTimes] = {}
 
     @property
     def tokens_per_s(self) -> float:
         """Mean over all training steps so far."""
-        return self._tokens / self._train_s if self._train_s else 0.0
+        return self.tokens / self._train_s if self._train_s else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self._tokens, "train_s": self._train_s}
+        return {"tokens": self.tokens, "train_s": self._train_s}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._tokens, self._train_s = state_dict["tokens"], state_dict["train_s"]
+        self.tokens, self._train_s = state_dict["tokens"], state_dict["train_s"]
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, batch_idx: int) -> None:
         stats = swarm_stats(net_of(module))
@@ -75,7 +75,7 @@ class Speed(Callback):
     ) -> None:
         stats = swarm_stats(net_of(module))
         batch_s, tokens = time.perf_counter() - self._started_s, int(batch["attention_mask"].sum())
-        self._tokens, self._train_s = self._tokens + tokens, self._train_s + batch_s
+        self.tokens, self._train_s = self.tokens + tokens, self._train_s + batch_s
         self._step_tokens, self._step_s = self._step_tokens + tokens, self._step_s + batch_s
         self._waited_s += stats.wait_s - self._waited_before_s
         module.log("train/tokens_per_s", self._step_tokens / self._step_s)

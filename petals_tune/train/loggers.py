@@ -25,7 +25,7 @@ class MetricsFile(CSVLogger):
     """Lightning's CSV logger, writing `metrics.csv` into the folder itself and nothing beside it."""
 
     def __init__(self, folder: str | Path):
-        super().__init__(folder, name="", version="", flush_logs_every_n_steps=10)
+        super().__init__(folder, name="", version="", flush_logs_every_n_steps=1)  # for whoever reads while it runs
         self._kept: list[dict[str, Any]] = []
 
     def keep_rows(self, *, steps: int, validated: bool) -> None:

@@ -34,7 +34,8 @@ class Result:
     parameters: int = 0
     measured: StageMetrics = field(default_factory=dict)
     minutes: float = 0.0
-    tokens_per_s: float = 0.0  # of training steps, without padding
+    tokens: int = 0  # of training steps, without padding
+    tokens_per_s: float = 0.0  # of these
     sent_mb: float = 0.0
     received_mb: float = 0.0
     retries: int = 0

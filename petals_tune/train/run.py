@@ -206,7 +206,7 @@ def add_figures(
         setattr(result, name, getattr(result, name) + spent)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it
         if isinstance(callback, Speed):
-            result.tokens_per_s = callback.tokens_per_s
+            result.tokens, result.tokens_per_s = callback.tokens, callback.tokens_per_s
     return result
 
 

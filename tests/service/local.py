@@ -156,8 +156,8 @@ def running_service(
         assert not thread.is_alive()
 
 
-def wait_until(condition: Any, timeout_s: float = 10.0) -> None:
+def wait_until(condition: Any, timeout_s: float = 10.0, pause_s: float = 0.01) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+        time.sleep(pause_s)

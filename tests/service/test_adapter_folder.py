@@ -128,3 +128,26 @@ def test_a_name_that_is_taken_cannot_be_added(folder, tmp_path):
     save(tmp_path / "new")
     folder.look()
     assert [offer.adapter for offer in folder.of("ben") if offer.name == "new"] == ["new-1"]
+
+
+def test_adapters_in_the_services_own_folder_are_not_everybodys(tmp_path, registry):
+    save(tmp_path / "outputs" / "mine", "a")
+    own = tmp_path / "outputs" / "service"
+    save(own / "tuning" / "jobs" / "x" / "run" / "adapter", "b")
+    (tmp_path / "link").symlink_to(own)
+    for but_not in (own, tmp_path / "link"):
+        folder = AdapterFolder(
+            ["base"], tmp_path / "outputs", load=registry.load, remove=registry.remove, but_not=but_not
+        )
+        folder.look()
+        assert names(folder) == ["base", "mine"]
+
+
+def test_an_adapter_that_was_added_can_be_withdrawn(folder):
+    folder.add(Offer(name="annas", adapter="annas", created=1, owner="anna"))
+    folder.add(Offer(name="bens", adapter="bens", created=1, owner="ben"))
+    assert names(folder) == ["base", "alias", "annas"]
+    folder.withdraw("annas")
+    folder.withdraw("nothing")
+    assert names(folder) == ["base", "alias"]
+    assert names(folder, "ben") == ["base", "alias", "bens"]

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -72,6 +73,21 @@ def test_the_configuration_of_a_run_runs_again_with_the_same_data_alone(tiny_run
         run(OmegaConf.merge(changed, {"output_dir": str(tmp_path / "other")}), swarm)
     assert swarm.opened == 0
     run(OmegaConf.merge(changed, {"output_dir": str(tmp_path / "other"), "data": {"digest": None}}), swarm)
+
+
+def test_a_run_of_epochs_that_was_stopped_behind_its_last_step_is_finished(tiny_run: Compose, tmp_path: Path) -> None:
+    cfg = tiny_run("personachat", "trainer.max_steps=-1", "trainer.max_epochs=1", "data.max_rows=8")
+    measured = run(cfg, LocalConnection())
+    out = tmp_path / "out"
+    tokens, weights = Result.load(out).tokens, load_file(out / "adapter" / "adapter_model.safetensors")
+    assert tokens > 0
+    (out / "result.json").unlink()
+    shutil.rmtree(out / "adapter")
+    again = run(OmegaConf.merge(cfg, {"ckpt_path": str(out / "checkpoint.ckpt")}), LocalConnection())
+    assert again == measured
+    assert Result.load(out).tokens == tokens
+    for name, tensor in load_file(out / "adapter" / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, weights[name])
 
 
 def test_sst2_measures_the_zero_shot_accuracy(tiny_run: Compose, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -183,3 +184,15 @@ def test_optuna_chooses_the_jobs(tiny_folder: Path, tmp_path: Path) -> None:
     assert len({row["optimizer.lr"] for row in rows}) == 3
     highest = max(float(row["after"]) for row in rows)
     assert yaml.safe_load(best.read_text())["best_value"] == pytest.approx(highest, abs=1e-4)
+
+
+def test_a_run_that_a_program_started_ends_with_it() -> None:
+    code = "import signal; from petals_tune import __main__ as main; print('here', flush=True); "
+    code += "signal.signal(signal.SIGTERM, signal.default_int_handler); main.interrupt_at_end_of_stdin(); print('on')"
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdout.readline() == b"here\n"  # type: ignore[union-attr]
+        assert process.poll() is None
+        _, errors = process.communicate()
+        assert b"KeyboardInterrupt" in errors
+        assert process.returncode == -signal.SIGINT

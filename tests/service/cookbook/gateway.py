@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from petals_tune.config import composed
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM
 from petals_tune.service.app import application
-from petals_tune.service.run import _served
+from petals_tune.service.run import service
 from petals_tune.service.users.keys import Keys
 from tests.inprocess import in_process_swarm
 from tests.service.cookbook.hub_data import PAIRS, QUESTIONS, SUFFIX, TALKS
@@ -95,8 +95,8 @@ def running_gateway(model_folder: Path, data: Path) -> Iterator[str]:
     started, found = threading.Event(), {}
 
     async def serve() -> None:
-        async with _served(cfg, model, tokenizer) as routes:
-            app = application(routes, Keys(owners=None))
+        async with service(cfg, model, tokenizer) as (core, routes):
+            app = application(routes, Keys(owners=None), metrics=core.metrics)
             config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
             server = found["server"] = uvicorn.Server(config)
             task = asyncio.create_task(server.serve())

@@ -7,41 +7,47 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DynamicCache
 
 from petals_tune.model.convert import embedded_model
 from petals_tune.service.served import Offer
-from tests.service.local import PlainOffers, PlainSession, PlainSteps
+from tests.service.local import PlainModel, PlainOffers, PlainText
 
 HOSTILE = "<img src=x onerror=document.title=666> <b>bold</b> [link](javascript:alert(1))"
 CODE = "Two ways:\n\n1. `map`\n2. a **loop**\n\n```python\nprint('<hi>')\n```\nDone."
-SLOW = "one two three four five six seven eight nine ten"
+SLOW = " ".join(["one", "two", "three", *["more"] * 200])
 TEXTS = {"hostile": HOSTILE, "code": CODE, "slow": SLOW}
 
 
-class SpokenSteps(PlainSteps):
+class SpokenText(PlainText):
+    """A text that goes on with given tokens."""
+
+    def __init__(self, model: SpokenModel, adapter: str):
+        super().__init__(model, adapter, DynamicCache())
+        self._spoken, self._next = model, iter(model.said[adapter])
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        if self._adapter == "slow":
+            assert self._spoken.allowed.acquire(timeout=30)
+            self._spoken.steps_of_slow += 1
+        logits = torch.zeros(self._spoken.model.config.vocab_size)
+        logits[next(self._next)] = 100
+        return logits
+
+
+class SpokenModel(PlainModel):
     """The embedded model; its adapters `hostile`, `code` and `slow` say TEXTS."""
 
     def __init__(self) -> None:
         super().__init__()
         tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model())
-        self._end: int = tokenizer.eos_token_id
-        self._said = {name: tokenizer(text, add_special_tokens=False).input_ids for name, text in TEXTS.items()}
-        self._place: dict[int, int] = {}  # by the id of a session
+        end: int = tokenizer.eos_token_id
+        self.said = {name: [*tokenizer(text, add_special_tokens=False).input_ids, end] for name, text in TEXTS.items()}
         self.allowed = threading.Semaphore(0)  # tokens of `slow`
         self.steps_of_slow = 0
 
-    def logits(self, session: PlainSession, ids: Sequence[int], adapter: str | None) -> torch.Tensor:
-        if adapter not in self._said:
-            return super().logits(session, ids, adapter)
-        place = self._place[id(session)] = 0 if len(ids) > 1 else self._place[id(session)] + 1
-        if adapter == "slow":
-            assert self.allowed.acquire(timeout=30)
-            self.steps_of_slow += 1
-        said = [*self._said[adapter], self._end]
-        logits = torch.zeros(self.model.config.vocab_size)
-        logits[said[place]] = 100
-        return logits
+    def open(self, adapter: str | None, max_length: int, cancelled: threading.Event) -> PlainText:
+        return SpokenText(self, adapter) if adapter in TEXTS else super().open(adapter, max_length, cancelled)
 
 
 def offers() -> PlainOffers:

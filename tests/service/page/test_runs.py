@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from tests.browser import BROWSER, WHY_NOT, Page, browser_page
-from tests.service.local import PlainSteps, Running, running_service, wait_until
+from tests.service.local import PlainModel, Running, running_service, wait_until
 from tests.service.page.runs_app import Runs, run
 
 pytestmark = [pytest.mark.skipif(BROWSER is None, reason=WHY_NOT), pytest.mark.asyncio(loop_scope="module")]
@@ -44,7 +44,7 @@ def runs() -> Runs:
 
 @pytest.fixture(scope="module")
 def service(runs: Runs) -> Iterator[Running]:
-    with running_service(PlainSteps(), routes=runs.routes) as running:
+    with running_service(PlainModel(), routes=runs.routes) as running:
         yield running
 
 

@@ -1,0 +1,132 @@
+"""A job of the real recipe, over real servers: the way of a request from the upload to the model that it makes."""
+
+import asyncio
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+import uvicorn
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from petals_tune.config import composed
+from petals_tune.remote.auto import AutoDistributedModelForCausalLM
+from petals_tune.service.adapter_folder import AdapterFolder
+from petals_tune.service.app import application
+from petals_tune.service.tuning.opened import opened_tuning
+from petals_tune.service.users.keys import Keys
+from petals_tune.swarm.local import local_swarm
+from petals_tune.train.options import LocalSwarm
+from tests.processes import wait_until
+from tests.service.tuning.small import chat, jsonl, upload
+from tests.train.tiny import BLOCKS, save_tiny
+
+IDS = torch.tensor([[40, 41, 42, 43, 44]])
+CHATS = jsonl([chat(f"{number}?", f"{number + 1}!") for number in range(12)])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def swarm():
+    return LocalSwarm(servers=1, quantization="none", wire_format="float32", grad_format="float32")
+
+
+@pytest.fixture(scope="module")
+def peers(tiny, swarm):
+    with local_swarm(str(tiny), spans=[f"0:{BLOCKS}"], quantization="none") as peers:
+        yield peers
+
+
+@pytest.fixture
+def model(tiny, swarm, peers):
+    model = AutoDistributedModelForCausalLM.from_pretrained(tiny, initial_peers=peers, **swarm.client_options())
+    yield model
+    model.remote_blocks.close()
+
+
+@contextmanager
+def service(cfg, swarm, peers, model):
+    """The routes of tuning on a free port: (a client, the offers)."""
+    started, found = threading.Event(), {}
+    offers = AdapterFolder(["tiny"], None, load=model.adapters.load, remove=model.adapters.remove)
+
+    async def serve():
+        opened = opened_tuning(cfg, swarm, peers, offers, model.adapters, {"tiny": 64})
+        async with opened as routes:
+            app = application(routes, Keys(owners=None))
+            server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
+            found["server"] = server
+            task = asyncio.create_task(server.serve())
+            while not server.started:
+                await asyncio.sleep(0.01)
+            found["port"] = server.servers[0].sockets[0].getsockname()[1]
+            started.set()
+            await task
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    assert started.wait(60)
+    try:
+        url = f"http://127.0.0.1:{found['port']}/v1"
+        yield openai.OpenAI(base_url=url, api_key="none", max_retries=0), offers
+    finally:
+        found["server"].should_exit = True
+        thread.join(120)
+        assert not thread.is_alive()
+
+
+@pytest.mark.slow
+@pytest.mark.swarm
+def test_the_recipe_makes_a_model_of_the_service_also_when_it_is_started_again_in_the_middle(
+    tmp_path, tiny, swarm, peers, model
+):
+    cfg = composed(
+        [f"model.source='{tiny}'", f"folder='{tmp_path}'", "outputs=null", "tuning.jobs_a_key=2"], config_name="service"
+    )
+    method = {
+        "type": "supervised",
+        "supervised": {"hyperparameters": {"n_epochs": 12, "batch_size": 4, "learning_rate_multiplier": 10}},
+    }
+    with service(cfg, swarm, peers, model) as (client, _):
+        file = upload(client, CHATS)
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=file, seed=1, suffix="count", method=method)
+        bad = client.fine_tuning.jobs.create(
+            model="tiny",
+            training_file=upload(client, jsonl([chat("a?", "b" * 80), chat("c?", "d" * 80)])),
+            validation_file=file,
+        )
+        wait_until(lambda: any("Step 3" in each.message for each in events(client, job)), "three steps")
+    checkpoint = Path(tmp_path, "tuning", "jobs", job.id, "run", "checkpoint.ckpt")
+    assert checkpoint.exists()
+    with service(cfg, swarm, peers, model) as (client, offers):
+        wait_until(lambda: client.fine_tuning.jobs.retrieve(job.id).status == "succeeded", "the end of the job")
+        job = client.fine_tuning.jobs.retrieve(job.id)
+        metrics = [each.data for each in events(client, job) if each.type == "metrics"][::-1]
+        losses = {each["step"]: each["train_loss"] for each in metrics if "train_loss" in each}
+        assert list(losses) == list(range(1, 37))  # 11 or 12 chats, of which some are held out, in batches of 4
+        assert losses[36] < losses[1] / 2
+        assert [offer.name for offer in offers.of("everybody")] == ["tiny", job.fine_tuned_model]
+        wait_until(lambda: client.fine_tuning.jobs.retrieve(bad.id).status == "failed", "the end of a bad job")
+        assert "data.max_tokens=64" in client.fine_tuning.jobs.retrieve(bad.id).error.message
+        adapter = checkpoint.parent / "adapter"
+        plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+        with torch.inference_mode():
+            base, tuned = (model(input_ids=IDS, adapter=name).logits for name in (None, job.fine_tuned_model))
+            torch.testing.assert_close(base, plain(IDS).logits, atol=1e-5, rtol=1e-5)
+            expected = PeftModel.from_pretrained(plain, str(adapter)).eval()(IDS).logits
+        torch.testing.assert_close(tuned, expected, atol=1e-5, rtol=1e-5)
+        assert (tuned - base).abs().max() > 0.1
+        assert client.fine_tuning.jobs.retrieve(job.id).trained_tokens > 12 * 8 * 5
+        client.models.delete(job.fine_tuned_model)
+        assert job.fine_tuned_model not in model.adapters
+
+
+def events(client, job):
+    return client.fine_tuning.jobs.list_events(job.id, limit=1000).data
