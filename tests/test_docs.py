@@ -126,6 +126,7 @@ CHECKS: list[tuple[str, Callable[[list[str]], None]]] = [
     # Not run: they change the reader's shell or environment, or need the network.
     ("pip install", _unchecked),
     ("eval", _unchecked),
+    ("export", _unchecked),
     ("wandb sync", _unchecked),
     ("curl", _unchecked),
     ("docker", _unchecked),  # tests/test_deploy.py reads what it builds and runs
