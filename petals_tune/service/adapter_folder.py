@@ -41,17 +41,17 @@ class AdapterFolder:
         *,
         load: Callable[[str, Path], object],
         remove: Callable[[str], object],
-        but_not: Path | None = None,
+        but_not: Sequence[Path] = (),
     ):
         """`load` and `remove`: of the model's own adapters, by their names.
 
-        but_not: the service's own folder, which may be inside `folder`: adapters in it are of single owners.
+        but_not: folders of the service, which may be inside `folder`: adapters in them are of single owners.
         """
         self._bases = [Offer(name=base, adapter=None, created=int(time.time())) for base in dict.fromkeys(bases)]
         self._folder, self._load, self._remove, self._but_not = folder, load, remove, but_not
         self._seen: dict[str, _Found] = {}
         self._offers: dict[str, Offer] = {}
-        self._added: dict[str, Offer] = {}  # by tuning jobs of the service
+        self._added: dict[tuple[str, str | None], Offer] = {}  # by tuning jobs of the service: by name and owner
 
     def of(self, owner: str) -> list[Offer]:
         """The offers of an owner: the base model first, by each of its names."""
@@ -59,11 +59,12 @@ class AdapterFolder:
         return [offer for offer in offers if offer.owner in (None, owner)]
 
     def add(self, offer: Offer) -> None:
-        """Offer an adapter that was loaded already. Raises ConfigError where another model has its name."""
-        taken = [*self._bases, *self._offers.values(), *self._added.values()]
-        if any(each.name == offer.name and each.adapter != offer.adapter for each in taken):
-            raise ConfigError(f"there is a model {offer.name!r} here already", key="name", seen=offer.name)
-        self._added[offer.name] = offer
+        """Offer an adapter that was loaded already. Raises ConfigError where who may use it has another of its name."""
+        for each in [*self._bases, *self._offers.values(), *self._added.values()]:
+            shared = each.owner is None or offer.owner is None or each.owner == offer.owner
+            if each.name == offer.name and shared and each.adapter != offer.adapter:
+                raise ConfigError(f"there is a model {offer.name!r} here already", key="name", seen=offer.name)
+        self._added[offer.name, offer.owner] = offer
 
     def withdraw(self, name: str) -> None:
         """Offer an adapter that was added no longer."""
@@ -87,7 +88,7 @@ class AdapterFolder:
 
     def _take(self, name: str, found: _Found) -> None:
         try:
-            if name in {offer.name for offer in self._bases} | self._added.keys():
+            if name in {offer.name for offer in (*self._bases, *self._added.values())}:
                 raise ConfigError("there is a model of this name already", key="adapters", seen=name)
             self._load(name, found.folder)
         except PetalsTuneError as error:
@@ -114,7 +115,7 @@ class AdapterFolder:
             await asyncio.gather(watching, return_exceptions=True)
 
 
-def _adapters(folder: Path, but_not: Path | None) -> Iterator[tuple[str, _Found]]:
+def _adapters(folder: Path, but_not: Sequence[Path]) -> Iterator[tuple[str, _Found]]:
     """The adapters in a folder, with their names: `persona/2026-11-24_16-53-14/adapter` is persona/2026-11-24_16-53-14.
 
     Folders whose names begin with a dot are being written.
@@ -124,7 +125,7 @@ def _adapters(folder: Path, but_not: Path | None) -> Iterator[tuple[str, _Found]
         inside = place.relative_to(folder).parts
         if any(part.startswith(".") for part in inside):
             continue
-        if but_not is not None and place.resolve().is_relative_to(but_not.resolve()):
+        if any(place.resolve().is_relative_to(each.resolve()) for each in but_not):
             continue
         name = "/".join(part for part in inside if part != "adapter") or folder.resolve().name
         with suppress(FileNotFoundError):  # taken out meanwhile

@@ -131,7 +131,7 @@ async def service(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[
         None if cfg.adapters is None else Path(cfg.adapters),
         load=model.adapters.load,
         remove=model.adapters.remove,
-        but_not=Path(cfg.folder),
+        but_not=[Path(cfg.folder) / part for part in ("tinker", "tuning")],
     )
     served = Served(
         offers=adapters,

@@ -102,10 +102,6 @@ def running_service(
     steps: PlainModel,
     *,
     keys: Keys | None = None,
-    most_at_once: int = 64,
-    most_in_flight: int = 64,
-    most_waiting: int = 64,
-    tokens_a_minute: int | None = None,
     routes: Sequence[BaseRoute] = (),
     offers: PlainOffers | None = None,
 ) -> Iterator[Running]:
@@ -115,10 +111,8 @@ def running_service(
     vocabulary = steps.model.config.vocab_size
 
     async def serve() -> None:
-        slots = Slots(most_at_once)
-        fairness = Fairness(
-            slots=slots, most_in_flight=most_in_flight, most_waiting=most_waiting, tokens_a_minute=tokens_a_minute
-        )
+        slots = Slots(64)
+        fairness = Fairness(slots=slots, most_in_flight=64, most_waiting=64)
         metrics = Metrics(slots)
         ends = frozenset({tokenizer.eos_token_id})
         decoder = Decoder(steps, tokenizer, fairness, metrics, vocabulary=vocabulary, ends=ends)
@@ -130,9 +124,8 @@ def running_service(
             format=ChatFormat(tokenizer),
             most_positions=steps.model.config.max_position_embeddings,
         )
-        app = application(
-            [*OpenAI(served, fairness, metrics).routes, *routes], keys or Keys(owners=None), metrics=metrics
-        )
+        all_routes = [*OpenAI(served, fairness, metrics).routes, *routes]
+        app = application(all_routes, keys or Keys(owners=None), metrics=metrics)
         config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
         server = uvicorn.Server(config)
         found["server"] = server
@@ -156,8 +149,8 @@ def running_service(
         assert not thread.is_alive()
 
 
-def wait_until(condition: Any, timeout_s: float = 10.0, pause_s: float = 0.01) -> None:
+def wait_until(condition: Any, timeout_s: float = 10.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s
-        time.sleep(pause_s)
+        time.sleep(0.01)

@@ -74,7 +74,7 @@ class Plain:
         model: Any = AutoModelForCausalLM.from_pretrained(self.folder)
         return model.eval() if adapter is None else peft.PeftModel.from_pretrained(model, str(adapter)).eval()
 
-    def text(self, prompt: str, count: int, adapter: Path | None = None) -> str:
+    def text(self, prompt: str, count: int, adapter: Path | None = None, **options: Any) -> str:
         """Greedy text of transformers' own generate."""
         ids = self.tokenizer(prompt, return_tensors="pt").input_ids
         output = self.model(adapter).generate(
@@ -82,8 +82,7 @@ class Plain:
             attention_mask=torch.ones_like(ids),
             max_new_tokens=count,
             do_sample=False,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.eos_token_id,
+            **{"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.eos_token_id, **options},
         )[0]
         return self.tokenizer.decode(output[ids.shape[1] :], skip_special_tokens=True)
 

@@ -117,6 +117,16 @@ def test_an_offer_of_one_owner_is_seen_by_no_other(folder):
     assert names(folder, "ben") == ["base", "alias"]
 
 
+def test_two_owners_may_have_adapters_of_one_name(folder):
+    for owner in ("anna", "ben"):
+        folder.add(Offer(name="ft", adapter=f"ft-{owner}", created=1, owner=owner))
+    assert [offer.adapter for offer in folder.of("ben") if offer.name == "ft"] == ["ft-ben"]
+    with raises(ConfigError, key="name"):
+        folder.add(Offer(name="ft", adapter="ft-2", created=1, owner="anna"))
+    with raises(ConfigError, key="name"):
+        folder.add(Offer(name="ft", adapter="ft-all", created=1))
+
+
 def test_a_name_that_is_taken_cannot_be_added(folder, tmp_path):
     save(tmp_path / "mine")
     folder.look()
@@ -137,7 +147,7 @@ def test_adapters_in_the_services_own_folder_are_not_everybodys(tmp_path, regist
     (tmp_path / "link").symlink_to(own)
     for but_not in (own, tmp_path / "link"):
         folder = AdapterFolder(
-            ["base"], tmp_path / "outputs", load=registry.load, remove=registry.remove, but_not=but_not
+            ["base"], tmp_path / "outputs", load=registry.load, remove=registry.remove, but_not=[but_not]
         )
         folder.look()
         assert names(folder) == ["base", "mine"]

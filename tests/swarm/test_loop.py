@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import CancelledError
 
 import pytest
 
@@ -80,6 +81,29 @@ def test_a_task_is_started_on_the_loop():
 
     loop.start_task(work)
     assert called.wait(timeout=30)
+
+
+def test_a_thread_gives_up_what_it_waits_for_when_it_is_told():
+    told, started, cancelled = threading.Event(), threading.Event(), threading.Event()
+
+    async def forever() -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    def wait() -> None:
+        with pytest.raises(CancelledError), loop.giving_up_on(told):
+            loop.run(forever())
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert started.wait(30)
+    told.set()
+    thread.join()
+    assert cancelled.wait(30)
 
 
 def outcome(script: str) -> subprocess.CompletedProcess[str]:

@@ -6,10 +6,11 @@ import functools
 import json
 from typing import Any
 
+import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
-from llguidance.torch import allocate_token_bitmask, apply_token_bitmask_inplace, fill_next_token_bitmask
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from petals_tune.errors import ConfigError
 
@@ -65,7 +66,9 @@ class Constraint:
     def mask(self, logits: torch.Tensor) -> None:
         """Set the `logits` (V,) of tokens that cannot come next to -inf, in place."""
         fill_next_token_bitmask(self._matcher, self._mask)
-        apply_token_bitmask_inplace(logits[None], self._mask)
+        # Not llguidance.torch: it compiles a kernel, for which a compiler of C++ has to be there.
+        allowed = np.unpackbits(self._mask.view(np.uint8)[0], bitorder="little", count=len(logits))
+        logits.masked_fill_(torch.from_numpy(allowed == 0), float("-inf"))
 
     def take(self, token: int) -> None:
         """Go on behind a token. Raises ConfigError where the grammar is too large: its mask would allow an end."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from petals_tune.errors import ConfigError
 
+MOST_STOP = 256  # characters: it is looked for at every token
 MOST_BIAS = 100.0  # of a logit; at this size a token is always taken, or never
 
 
@@ -33,7 +34,8 @@ class DecodingOptions:
         self._check("temperature", self.temperature, 0 <= self.temperature <= 100, "0 to 100")
         self._check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         self._check("top_k", self.top_k, self.top_k >= 0, "0 (all tokens) or more")
-        self._check("stop", list(self.stop), all(self.stop), "texts that are not empty")
+        fits = all(0 < len(text) <= MOST_STOP for text in self.stop)
+        self._check("stop", list(self.stop), fits, f"texts of 1 to {MOST_STOP} characters")
         for name in ("frequency_penalty", "presence_penalty"):
             value = getattr(self, name)
             self._check(name, value, -2 <= value <= 2, "-2 to 2")

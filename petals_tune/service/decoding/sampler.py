@@ -14,6 +14,8 @@ from petals_tune.errors import ConfigError
 from petals_tune.service.decoding.grammar import Constraint
 from petals_tune.service.decoding.options import DecodingOptions
 
+_LEAST_TEMPERATURE = 1e-6  # lower ones choose the same tokens, and 0 / 0 is none
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -48,7 +50,7 @@ class Sampler:
         # The library's order: temperature first, so that top_p is a share of what is drawn from.
         self._warpers = LogitsProcessorList()
         if options.temperature not in (0, 1):
-            self._warpers.append(TemperatureLogitsWarper(float(options.temperature)))
+            self._warpers.append(TemperatureLogitsWarper(max(options.temperature, _LEAST_TEMPERATURE)))
         if options.top_k:
             self._warpers.append(TopKLogitsWarper(options.top_k))
         if options.top_p < 1:
@@ -62,7 +64,7 @@ class Sampler:
             token = int(scores.argmax())
         else:
             no_ids: Any = torch.empty(1, 0, dtype=torch.int64)
-            warped = self._warpers(no_ids, scores[None])
+            warped = self._warpers(no_ids, scores[None] - scores.max())  # or a low temperature makes them infinite
             token = int(torch.multinomial(warped.softmax(-1), 1, generator=self._generator))
         self._chosen[token] += 1
         if self._constraint is not None:

@@ -9,7 +9,7 @@ import msgspec
 
 from petals_tune.errors import ConfigError
 
-Stop = str | list[str] | None
+Stop = str | Annotated[list[str], msgspec.Meta(max_length=16)] | None  # OpenAI takes 4, other servers more
 # Values of fields that change nothing: what clients send by default, or for the provider's own bookkeeping.
 _IGNORED = frozenset(
     {
@@ -132,7 +132,7 @@ def read(kind: type[Any], body: bytes) -> Any:
     """Decode the `body` of a request. Raises ConfigError that names the field."""
     try:
         fields = msgspec.json.decode(body, type=dict[str, Any])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ConfigError(f"the body of the request is not a JSON object: {error}", key="body") from None
     known = {field.name for field in msgspec.structs.fields(kind)}
     for name, value in fields.items():

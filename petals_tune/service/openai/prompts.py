@@ -30,7 +30,7 @@ def _turn(message: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"messages: the role is {role!r}, not one of {', '.join(_ROLES)}", key="messages", seen=role)
     turn = {**message, "role": _ROLES[role], "content": _text(message.get("content"))}
     if calls := message.get("tool_calls"):
-        turn["tool_calls"] = [_call(call) for call in calls]
+        turn["tool_calls"] = [_call(call) for call in (calls if isinstance(calls, list) else [calls])]
     return turn
 
 
@@ -55,7 +55,7 @@ def _call(call: Any) -> dict[str, Any]:
         function = call["function"]
         arguments = json.loads(function["arguments"] or "{}")
         return {**call, "function": {"name": str(function["name"]), "arguments": arguments}}
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, RecursionError):
         raise ConfigError(
             "messages: a call of a tool has a function with a name, and arguments that are a JSON text",
             key="messages",

@@ -31,6 +31,8 @@ from petals_tune.service.served import Offer, Served
 from petals_tune.service.users.fairness import Fairness
 
 MOST_TOKENS = 4096  # of an answer whose request names no limit, or what is left of the model's positions
+MOST_ANSWERS = 128  # to one request, of all its prompts
+MOST_EMBEDDINGS = 2048  # of one request, as OpenAI documents
 COMPLETION_TOKENS = 16  # of a completion whose request names no limit, as OpenAI documents
 
 
@@ -50,6 +52,8 @@ class OpenAI:
     def __init__(self, served: Served, fairness: Fairness, metrics: Metrics):
         self._served, self._fairness, self._metrics = served, fairness, metrics
         self._texts = TokenTexts(served.tokenizer)
+        longest = max(map(len, served.tokenizer.get_vocab()))
+        self._most_characters = served.most_positions * longest
         self._echoing = asyncio.Lock()  # logits of all positions of a long prompt are large
 
     @property
@@ -73,20 +77,10 @@ class OpenAI:
 
     async def _chat(self, request: Request) -> Response:
         body: ChatBody = read(ChatBody, await request.body())
-        offer, format = self._served.find(body.model, request.state.owner), self._served.format
-        tools = usable_tools(body, self._served.tokenizer.chat_template)
-        ids = self._encoded(chat_prompt(body.messages, tools, format), special=not format.has_template)
-        if body.top_logprobs and not body.logprobs:
-            raise ConfigError("top_logprobs needs logprobs=true", key="top_logprobs")
-        options = self._options(
-            body,
-            ids,
-            body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens,
-            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            grammar=forced_calls(body, tools) or _grammar_of(body.response_format),
-        )
+        offer = self._served.find(body.model, request.state.owner)
+        with_tools, ids, options = await asyncio.to_thread(self._prepared, body)  # a text or a schema may be long
         asked = self._asked(request, offer, ids, options, body.n)
-        with_tools, parallel = bool(tools), body.parallel_tool_calls is not False
+        parallel = body.parallel_tool_calls is not False
         if body.stream:
             chunks = ChatChunks(
                 offer.name, self._texts, with_usage=body.with_usage, with_tools=with_tools, parallel=parallel
@@ -107,7 +101,7 @@ class OpenAI:
         offer = self._served.find(body.model, request.state.owner)
         limit = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         all_asked = []
-        for ids in self._prompts(body.prompt, "prompt"):
+        for ids in await asyncio.to_thread(self._prompts, body.prompt, "prompt", MOST_ANSWERS // (body.n or 1)):
             if body.echo and not limit:
                 options = self._options(body, ids, 1, logprobs=body.logprobs)  # for its checks
                 all_asked.append(replace(self._asked(request, offer, ids, options, body.n), options=()))
@@ -129,7 +123,7 @@ class OpenAI:
         body: EmbeddingBody = read(EmbeddingBody, await request.body())
         owner = request.state.owner
         offer = self._served.find(body.model, owner)
-        texts = self._prompts(body.input, "input")
+        texts = await asyncio.to_thread(self._prompts, body.input, "input", MOST_EMBEDDINGS)
         for ids in texts:
             if len(ids) > self._served.most_positions:
                 most = self._served.most_positions
@@ -163,7 +157,32 @@ class OpenAI:
 
     # From a body to what is asked of the decoder
 
-    def _encoded(self, text: str, *, special: bool) -> list[int]:
+    def _prepared(self, body: ChatBody) -> tuple[bool, list[int], DecodingOptions]:
+        """(Whether there are tools to call, the prompt, the options) of a chat."""
+        if body.top_logprobs and not body.logprobs:
+            raise ConfigError("top_logprobs needs logprobs=true", key="top_logprobs")
+        format = self._served.format
+        tools = usable_tools(body, self._served.tokenizer.chat_template)
+        prompt = chat_prompt(body.messages, tools, format)
+        ids = self._encoded(prompt, special=not format.has_template, key="messages")
+        options = self._options(
+            body,
+            ids,
+            body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            grammar=forced_calls(body, tools) or _grammar_of(body.response_format),
+        )
+        return bool(tools), ids, options
+
+    def _encoded(self, text: str, *, special: bool, key: str) -> list[int]:
+        """Token ids of a text. Raises ConfigError for one that is too long, before it is looked at."""
+        if len(text) > self._most_characters:
+            raise ConfigError(
+                f"{key}: {len(text)} characters are more than the {self._served.most_positions} positions of this "
+                "model",
+                key=key,
+                seen=len(text),
+            )
         ids: list[int] = self._served.tokenizer(text, add_special_tokens=special).input_ids
         return ids
 
@@ -171,18 +190,18 @@ class OpenAI:
         text: str = self._served.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def _prompts(self, given: str | list[str | int | list[int]], key: str) -> list[list[int]]:
-        """Token ids of one or several texts. Raises ConfigError for none, and for a text without a token."""
+    def _prompts(self, given: str | list[str | int | list[int]], key: str, most: int) -> list[list[int]]:
+        """Token ids of one to `most` texts. Raises ConfigError for a text without a token."""
         texts: list[Any] = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else list(given)
-        found = [self._encoded(text, special=True) if isinstance(text, str) else text for text in texts]
+        if not 1 <= len(texts) <= most:
+            raise ConfigError(f"{key}: {len(texts)} texts: 1 to {most} are understood", key=key, seen=len(texts))
+        found = [self._encoded(text, special=True, key=key) if isinstance(text, str) else text for text in texts]
         vocabulary = len(self._served.tokenizer)
         for ids in found:
             if not ids or not all(isinstance(token, int) and 0 <= token < vocabulary for token in ids):
                 raise ConfigError(
                     f"{key}: a text, or token ids of 0 to {vocabulary - 1}; not an empty one", key=key, seen=ids[:9]
                 )
-        if not found:
-            raise ConfigError(f"{key}: at least one text is needed", key=key)
         return found
 
     def _options(

@@ -19,8 +19,9 @@ from tinker.cli.__main__ import main_cli
 from transformers import AutoModelForCausalLM
 
 from tests.hub import Hub
-from tests.service.cookbook.gateway import KEY, NAME, running_gateway, save_model
+from tests.service.cookbook.chatml import KEY, NAME, save_model
 from tests.service.cookbook.hub_data import write_datasets
+from tests.service.swarm import serving
 
 RECIPES = Path(tinker_cookbook.__file__).parent / "recipes"
 
@@ -113,8 +114,9 @@ def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kitchen]:
     folder = tmp_path_factory.mktemp("cookbook")
     model_folder, tokenizer = save_model(folder / "model")
     hub = Hub(models={NAME: model_folder}, datasets=write_datasets(folder / "datasets"))
-    with running_gateway(model_folder, folder / "service") as url, hub.serving():
-        yield Kitchen(url=url, hub=hub.address, model_folder=model_folder, folder=folder, tokenizer=tokenizer)
+    options = (f"aliases=[{NAME}]", f"folder={folder / 'service'}", "max_length=512")
+    with serving(model_folder, *options) as service, hub.serving():
+        yield Kitchen(url=service.url, hub=hub.address, model_folder=model_folder, folder=folder, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from tests.service.cookbook.gateway import chatml
+from tests.service.cookbook.chatml import chatml
 
 
 def logprobs(net: Any, tokenizer: Any, question: str, answer: str) -> torch.Tensor:

@@ -19,8 +19,8 @@ from tinker.cli.exceptions import TinkerCliError
 from tinker_cookbook import weights
 from transformers import AutoModelForCausalLM
 
+from tests.service.cookbook.chatml import KEY, NAME, chatml
 from tests.service.cookbook.conftest import Kitchen, Ran
-from tests.service.cookbook.gateway import KEY, NAME, chatml
 from tests.service.cookbook.hub_data import QUESTIONS, SUFFIX, TALKS
 from tests.service.cookbook.plain import talk_loss
 

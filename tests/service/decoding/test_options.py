@@ -17,6 +17,7 @@ from tests.raising import raises
         ("top_p", 1.5),
         ("top_k", -1),
         ("stop", [""]),
+        ("stop", ["x" * 257]),
         ("frequency_penalty", 2.5),
         ("presence_penalty", float("nan")),
         ("logit_bias", {1: 101.0}),

@@ -44,6 +44,7 @@ def test_what_changes_nothing_is_let_through(fields):
         ({"web_search_options": {"a": 1}}, "web_search_options"),
         ({"colour": "red"}, "colour"),
         ({"n": 0}, "n"),
+        ({"stop": ["x"] * 17}, "stop"),
         ({"n": 129}, "n"),
         ({"temperature": "hot"}, "temperature"),
         ({"tool_choice": "any"}, "tool_choice"),
@@ -60,7 +61,7 @@ def test_a_bias_is_of_a_token():
         _ = chat(logit_bias={"hello": 1}).biases
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff"])
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b'{"a":' + b"[" * 100_000])
 def test_a_body_is_a_json_object(body):
     with raises(ConfigError, key="body"):
         read(CompletionBody, body)

@@ -59,6 +59,11 @@ def test_tools_are_told_without_fields_that_were_not_given(format):
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
         {"role": "assistant", "tool_calls": [{"function": {"name": "x", "arguments": "{no"}}]},
         {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]},
+        {"role": "assistant", "tool_calls": 5},
+        {"role": "assistant", "tool_calls": [5]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "x", "arguments": "[" * 100_000}}]},
+        {"role": 5},
+        {},
     ],
 )
 def test_turns_that_are_not_understood_are_refused(format, turn):

@@ -261,6 +261,8 @@ def test_errors_name_the_field(chat, change, kind, param):
         ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": [10**6]}, "prompt"),
+        ({"prompt": "x" * 10**6}, "prompt"),
+        ({"prompt": ["x"] * 65, "n": 2}, "prompt"),
         ({"best_of": 3}, "best_of"),
         ({"suffix": "x"}, "suffix"),
         ({"prompt": ["a", "b"], "stream": True}, "stream"),

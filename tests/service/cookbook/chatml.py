@@ -1,25 +1,13 @@
-"""A service over a tiny model whose blocks are on a swarm in this process, under a name that the cookbook knows."""
+"""A tiny model of ChatML that the service offers under a name that the cookbook knows."""
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-import uvicorn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from petals_tune.config import composed
-from petals_tune.remote.auto import AutoDistributedModelForCausalLM
-from petals_tune.service.app import application
-from petals_tune.service.run import service
-from petals_tune.service.users.keys import Keys
-from tests.inprocess import in_process_swarm
 from tests.service.cookbook.hub_data import PAIRS, QUESTIONS, SUFFIX, TALKS
 
 # The cookbook takes `qwen3_instruct` for it, which is ChatML, as SmolLM2's own template is, without thoughts.
@@ -83,39 +71,3 @@ def save_model(folder: Path) -> tuple[Path, PreTrainedTokenizerFast]:
         optimizer.zero_grad()
     model.save_pretrained(folder)
     return folder, tokenizer
-
-
-@contextmanager
-def running_gateway(model_folder: Path, data: Path) -> Iterator[str]:
-    """The URL of a service that keeps its runs in `data`."""
-    cfg = composed(
-        [f"aliases=[{NAME}]", f"folder={data}", "max_length=512", "swarm=join", "swarm.initial_peers=[anything]"],
-        config_name="service",
-    )
-    started, found = threading.Event(), {}
-
-    async def serve() -> None:
-        async with service(cfg, model, tokenizer) as (core, routes):
-            app = application(routes, Keys(owners=None), metrics=core.metrics)
-            config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
-            server = found["server"] = uvicorn.Server(config)
-            task = asyncio.create_task(server.serve())
-            while not server.started:
-                await asyncio.sleep(0.01)
-            found["port"] = server.servers[0].sockets[0].getsockname()[1]
-            started.set()
-            await task
-
-    with in_process_swarm(model_folder, "0:1", "1:2"):
-        model: Any = AutoDistributedModelForCausalLM.from_pretrained(str(model_folder), initial_peers=["anything"])
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
-        thread = threading.Thread(target=asyncio.run, args=(serve(),))
-        thread.start()
-        assert started.wait(30)
-        try:
-            yield f"http://127.0.0.1:{found['port']}"
-        finally:
-            found["server"].should_exit = True
-            thread.join(30)
-            model.remote_blocks.close()
-            assert not thread.is_alive()
