@@ -52,8 +52,8 @@ class ParkedRecord:
     folder: str
     done: int  # the last request that was done
     steps: int
-    loss: float  # of the gradients so far, and their tokens
-    tokens: int
+    loss: float  # of the gradients so far, and the weight of their tokens
+    weight: float
 
 
 @dataclass(frozen=True, kw_only=True)
