@@ -13,7 +13,8 @@ import pytest_asyncio
 
 from petals_tune.service.served import Offer
 from tests.browser import BROWSER, WHY_NOT, Page, browser_page
-from tests.service.local import PlainModel, Running, running_service, wait_until
+from tests.processes import wait_until
+from tests.service.local import PlainModel, Running, running_service
 from tests.service.page.runs_app import Runs, run
 
 pytestmark = [pytest.mark.skipif(BROWSER is None, reason=WHY_NOT), pytest.mark.asyncio(loop_scope="module")]
@@ -162,7 +163,7 @@ async def test_an_adapter_is_saved_and_chatted_with_beside_its_base(page: Page, 
     await shown(page, 2)
     await page.save_downloads(tmp_path)
     await page.click(".run-head button")
-    wait_until((tmp_path / "loud.zip").exists)
+    wait_until((tmp_path / "loud.zip").exists, "the adapter is downloaded")
     with zipfile.ZipFile(tmp_path / "loud.zip") as packed:
         assert packed.read("adapter_config.json") == b"loud"
     await page.click(".run-head a")
