@@ -75,11 +75,11 @@ class Jobs:
 
     def of(self, owner: str) -> list[JobRecord]:
         """The jobs of an owner, the latest first."""
-        return self._store.jobs.of(owner)
+        return self._store.jobs(owner)
 
     def find(self, id: str, owner: str) -> JobRecord:
         """Raises ServiceError (404) for a job that this owner does not have."""
-        job = self._store.jobs.get(id)
+        job = self._store.one(JobRecord, id=id)
         if job is None or job.owner != owner:
             raise ServiceError(404, f"there is no job {id!r} here", kind="invalid_request_error", code="not_found")
         return job
@@ -103,7 +103,7 @@ class Jobs:
         os.link(training, data / "train.jsonl")
         if validation is not None:
             os.link(validation, data / "validation.jsonl")
-        self._store.jobs.put(job.id, job.owner, job)
+        self._store.put(job)
         self._say(job.id, f"Created fine-tuning job: {job.id}")
         self._spawn(self._check(job.id), job.id)
         return job
@@ -130,9 +130,8 @@ class Jobs:
     async def running(self) -> AsyncIterator[None]:
         """Offer the models of all jobs and run those that are open; at the end, processes save a checkpoint and end."""
         await asyncio.to_thread(self._restore)
-        for job in self._store.jobs.all():
-            if job.status == "validating_files":
-                self._spawn(self._check(job.id), job.id)
+        for job in self._store.all(JobRecord, "created_s", status="validating_files"):
+            self._spawn(self._check(job.id), job.id)
         serving = asyncio.create_task(self._serve())
         try:
             yield
@@ -143,7 +142,7 @@ class Jobs:
 
     def _restore(self) -> None:
         """Offer the models that were made, and queue the jobs that are open, those that ran first."""
-        jobs = self._store.jobs.all()
+        jobs = self._store.all(JobRecord, "created_s")
         for job in jobs:
             if job.status == "succeeded" and not job.deleted and job.source == self._source:
                 try:
@@ -296,18 +295,19 @@ class Jobs:
         shutil.rmtree(self.folder(id), ignore_errors=True)
 
     def _get(self, id: str) -> JobRecord:
-        job = self._store.jobs.get(id)
+        job = self._store.one(JobRecord, id=id)
         assert job is not None
         return job
 
     def _change(self, id: str, **fields: Any) -> JobRecord:
         job = replace(self._get(id), **fields)
-        self._store.jobs.put(id, job.owner, job)
+        self._store.put(job)
         return job
 
     def _say(self, id: str, message: str, **fields: Any) -> None:
-        event = EventRecord(id=f"ftevent-{secrets.token_hex(12)}", created_s=time.time(), message=message, **fields)
-        self._store.events.put(event.id, id, event)
+        number = secrets.token_hex(12)
+        event = EventRecord(id=f"ftevent-{number}", job=id, created_s=time.time(), message=message, **fields)
+        self._store.put(event)
 
 
 def _failure(status: int, lines: str) -> JobError:

@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from petals_tune.service.tuning.process import take_lock
+from petals_tune.service.tuning.store import JobRecord
 from tests.processes import processes, wait_until
 from tests.service.tuning.small import SMALL, chat, jsonl, options, small_service, upload
 
@@ -97,7 +98,7 @@ def test_jobs_wait_and_owners_have_turns(service):
     (service.job_folder(first) / "go").touch()
     finished = [reached(ann, third, "succeeded"), reached(ann, second, "succeeded"), reached(ben, fourth, "succeeded")]
     started = [
-        event.created_s for job in finished for event in service.store.events.of(job.id) if "started" in event.message
+        event.created_s for job in finished for event in service.store.events(job.id) if "started" in event.message
     ]
     third_s, second_s, fourth_s = started
     assert fourth_s < second_s < third_s  # ben's was asked for last
@@ -151,7 +152,7 @@ def test_a_service_that_is_started_again_goes_on(tmp_path):
         (service.job_folder(running) / "go").touch()
         reached(client, running, "succeeded")
         reached(client, waiting, "succeeded")
-        steps = [event.data["step"] for event in service.store.events.of(running.id) if event.data][::-1]
+        steps = [event.data["step"] for event in service.store.events(running.id) if event.data][::-1]
         assert steps == [0, 1, 2, 3, 4, 4]  # none of them twice
         assert any("checkpoint" in message for message in messages(client, running))
     with small_service(tmp_path, source="another model@") as service:
@@ -178,7 +179,7 @@ def test_the_model_of_a_job_can_be_deleted_and_tuned_further(service):
     name = job.fine_tuned_model
     further = reached(client, start(client, model=name), "succeeded")
     assert further.fine_tuned_model.startswith("ft:base::")
-    assert service.store.jobs.get(further.id).starts_from == job.id
+    assert service.store.one(JobRecord, id=further.id).starts_from == job.id
     for refused, model in ((service.client("ben"), name), (client, "nothing")):
         with pytest.raises(openai.NotFoundError):
             refused.models.delete(model)
