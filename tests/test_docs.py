@@ -16,6 +16,7 @@ import pytest
 
 from petals_tune import chat, evaluate, merge, plan
 from petals_tune.config import check_arguments, recipe_names
+from petals_tune.serve import Service
 from servers.options import Serve
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +100,10 @@ def _file_exists(arguments: list[str]) -> None:
     assert (ROOT / arguments[0]).is_file()
 
 
+def _compiles(source: str) -> None:
+    compile(source, source, "exec")
+
+
 def _unchecked(arguments: list[str]) -> None: ...
 
 
@@ -108,17 +113,22 @@ CHECKS: list[tuple[str, Callable[[list[str]], None]]] = [
     ("python -m petals_tune.evaluate", _composed("evaluate", schema=evaluate.Evaluation)),
     ("python -m petals_tune.plan", _plan),
     ("python -m petals_tune.merge", _composed("merge", schema=merge.Merge)),
+    ("python -m petals_tune.serve", _composed("service", schema=Service)),
     ("python -m petals_tune", _composed()),
     ("petals-tune -sc", _unchecked),  # tests/test_config.py asks for completions
     ("petals-tune", _composed()),
     ("python -m servers", _composed("serve", schema=Serve)),
     ("petals-tune-server", _composed("serve", schema=Serve)),
+    ("petals-tune-service", _composed("service", schema=Service)),
+    ("python -c", lambda arguments: _compiles(arguments[0])),
     ("make", _make),
     ("python tests/", lambda arguments: _file_exists([f"tests/{arguments[0]}", *arguments[1:]])),
     # Not run: they change the reader's shell or environment, or need the network.
     ("pip install", _unchecked),
     ("eval", _unchecked),
+    ("export", _unchecked),
     ("wandb sync", _unchecked),
+    ("curl", _unchecked),
     ("docker", _unchecked),  # tests/test_deploy.py reads what it builds and runs
 ]
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,12 +23,13 @@ import torch
 from tinker import types
 
 from petals_tune.model.convert import embedded_model
-from tests.processes import LONG_S, wait_until
+from tests.processes import LONG_S
 from tests.service.swarm import NAME, Plain, save_adapter, save_chat_model, serving
 from tests.service.tinker.tiny import ADAM, KEY, Reference, assert_like, datum
 
 LINES = ("The cat sat on the mat.", "A swarm has many servers.", "One, two, three, four.")
 TOKENS = 8
+START_S = 300.0  # servers load torch and the model, on a machine that may be busy
 
 
 @dataclass
@@ -137,7 +139,10 @@ def gateway(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     threading.Thread(target=follow, daemon=True).start()
     try:
         served = re.compile(r"http://\S+")
-        wait_until(lambda: any(map(served.search, list(lines))) or process.poll() is not None, "the gateway")
+        deadline_s = time.monotonic() + START_S
+        while not any(map(served.search, list(lines))) and process.poll() is None:
+            assert time.monotonic() < deadline_s, lines
+            time.sleep(0.1)
         assert process.poll() is None, lines
         yield process
         os.kill(process.pid, signal.SIGTERM)

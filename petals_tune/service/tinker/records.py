@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
     """What a run trains."""
 
-    rank: int
+    rank: Annotated[int, msgspec.Meta(ge=1, le=4096)]
     seed: int | None = None
     train_unembed: bool = True
     train_mlp: bool = True
@@ -50,8 +52,8 @@ class ParkedRecord:
     folder: str
     done: int  # the last request that was done
     steps: int
-    loss: float  # of the gradients so far, and their tokens
-    tokens: int
+    loss: float  # of the gradients so far, and the weight of their tokens
+    weight: float
 
 
 @dataclass(frozen=True, kw_only=True)

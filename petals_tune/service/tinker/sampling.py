@@ -17,7 +17,12 @@ from petals_tune.service.tinker.records import SamplerRecord
 from petals_tune.service.tinker.samplers import SampledModel, Samplers
 from petals_tune.service.tinker.wire import Sampled, sample_output
 
-_NOT_HONOURED = ("target_prompt_logprobs", "prompt_alt_tokens_k", "record_stability_info")
+_NOT_HONOURED = {
+    "target_prompt_logprobs": "topk_prompt_logprobs has the most likely tokens of each position",
+    "prompt_alt_tokens_k": "leave it out",
+    "record_stability_info": "of the losses, stable_reinforce alone needs it, whose formula is not public; use "
+    "loss_fn=importance_sampling, ppo, cispo or gspo",
+}
 
 
 class Sampling:
@@ -39,9 +44,9 @@ class Sampling:
 
     def check(self, asked: Sample) -> tuple[list[int], DecodingOptions]:
         """The tokens of the prompt, and how it is answered. Raises ConfigError for what is not honoured."""
-        for name in _NOT_HONOURED:
+        for name, instead in _NOT_HONOURED.items():
             if getattr(asked, name):
-                raise ConfigError(f"{name} is not honoured here: leave it out", key=name)
+                raise ConfigError(f"{name} is not honoured here: {instead}", key=name)
         ids = self._tokens(asked.prompt)
         given, stop = asked.sampling_params, asked.sampling_params.stop
         texts = [stop] if isinstance(stop, str) else [each for each in stop or [] if isinstance(each, str)]

@@ -254,7 +254,66 @@ def test_checkpoints_are_listed_downloaded_as_peft_adapters_and_deleted(service,
     assert [each.tinker_path for each in rest.list_checkpoints(training.model_id).result().checkpoints] == [path]
 
 
-def test_a_key_sees_its_own_things(tmp_path, swarm):
+def test_sessions_samplers_and_handles(service, running):
+    rest = tinker.RestClient(base_url=running.url, api_key=KEY)
+    training = trained(service)
+    sampler = training.save_weights_and_get_sampling_client().result()
+    session = service.holder.get_session_id()
+    assert session in rest.list_sessions().result().sessions
+    described = rest.get_session(session).result()
+    assert training.model_id in described.training_run_ids
+    assert sampler._sampling_session_id in described.sampler_ids
+    found = rest.get_sampler(sampler._sampling_session_id).result()
+    assert found.base_model == NAME
+    assert found.model_path.startswith(f"tinker://{training.model_id}/sampler_weights/")
+    info = rest.get_weights_info_by_tinker_path(found.model_path).result()
+    assert (info.base_model, info.lora_rank, info.train_mlp) == (NAME, 4, True)
+    again = tinker.SamplingClient.from_sampler_handle(sampler.get_sampler_handle(), api_key=KEY)
+    prompt, params = types.ModelInput.from_ints([3, 9]), types.SamplingParams(max_tokens=3, temperature=0)
+    tokens = [each.sample(prompt, 1, params).result().sequences[0].tokens for each in (sampler, again)]
+    assert tokens[0] == tokens[1]
+
+
+def test_what_is_not_honoured_is_refused_by_name(service, running):
+    rest = tinker.RestClient(base_url=running.url, api_key=KEY)
+    admin = tinker.AdminClient(base_url=running.url, api_key=KEY)
+    training = trained(service)
+    path = training.save_state("kept").result().path
+    for refused in (
+        lambda: rest.copy_weights(path, "project"),
+        lambda: rest.assign_session_project(service.holder.get_session_id(), "project"),
+        lambda: rest.export_session_trace(service.holder.get_session_id()),
+        lambda: rest.search_sessions(types.SessionSearchRequest()),
+        lambda: admin.get_audit_log(),
+        lambda: admin.get_current_checkpoint_storage_usage(),
+        lambda: service.create_lora_training_client(base_model=NAME, optimizer=types.DimuonOptimizerConfig()),
+        lambda: service.create_lora_training_client(base_model=NAME, rank=0),
+        lambda: rest.set_checkpoint_ttl_from_tinker_path(path, 5),
+    ):
+        with pytest.raises(tinker.BadRequestError):
+            refused().result()
+    for another in (
+        lambda: service.create_lora_training_client(base_model="another/model"),
+        lambda: service.create_sampling_client(base_model="another/model"),
+        lambda: service.create_sampling_client(model_path="tinker://no/weights/one"),
+    ):
+        with pytest.raises(tinker.NotFoundError):
+            another().result()
+    for inflight in (
+        training.save_weights_and_get_sampling_client(kind="inflight"),
+        training.forward_backward([images()], "cross_entropy"),
+    ):
+        with pytest.raises(tinker.RequestFailedError):
+            inflight.result()
+
+
+def images():
+    image = types.ImageChunk(data=b"0", format="png", expected_tokens=1)
+    tensors = {"target_tokens": types.TensorData.from_torch(torch.tensor([1]))}
+    return types.Datum(model_input=types.ModelInput(chunks=[image]), loss_fn_inputs=tensors)
+
+
+def test_a_key_sees_its_own_runs(tmp_path, swarm):
     keys = Keys(owners={Keys.digest(KEY): "anna", Keys.digest(ANOTHER_KEY): "ben"})
     with running_tinker(tmp_path, swarm.model, keys=keys) as running, running.client() as anna:
         training = trained(anna)

@@ -119,9 +119,9 @@ class LiveRuns:
         run = live.run
         folder = Path(id) / PARKED / secrets.token_hex(8)
         await in_thread(run.save, self._folder / folder, with_optimizer=True, with_gradients=True)
-        loss, tokens = run.unfinished
+        loss, weight = run.unfinished
         self._store.put(
-            ParkedRecord(run=id, folder=str(folder), done=live.turns.done, steps=run.steps, loss=loss, tokens=tokens)
+            ParkedRecord(run=id, folder=str(folder), done=live.turns.done, steps=run.steps, loss=loss, weight=weight)
         )
         del self._live[id]
         self._model.remove(id)
@@ -133,7 +133,7 @@ class LiveRuns:
         try:
             run = Run(record, self._model)
             run.load(self._folder / parked.folder, with_optimizer=True)
-            run.steps, run.unfinished = parked.steps, (parked.loss, parked.tokens)
+            run.steps, run.unfinished = parked.steps, (parked.loss, parked.weight)
         except BaseException:
             self._model.remove(record.id)
             raise

@@ -85,7 +85,7 @@ class Run:
         self.steps = 0
         self._parameters = model.parameters(record.id)
         self._optimizer = torch.optim.AdamW(self._parameters.values())
-        self._loss, self._tokens = 0.0, 0  # of the gradients so far
+        self._loss, self._weight = 0.0, 0.0  # of the gradients so far
 
     def forward(self, request: TrainingRequest) -> tuple[list[torch.Tensor], float]:
         """(Log-probabilities of all targets, sum of the losses); adds to the gradients, unless it is forward only.
@@ -113,15 +113,15 @@ class Run:
             logprobs = self.model.score(self.record.id, request.data, loss_of, backward=True)
         total = math.fsum(losses)
         self._loss += total
-        self._tokens += sum(_counted(datum) for datum in request.data)
+        self._weight += sum(_counted(datum) for datum in request.data)
         return logprobs, total
 
     def step(self, options: AdamOptions) -> dict[str, float]:
         """Take a step by the gradients so far, which are 0 afterwards. Raises Diverged where they are not finite.
 
-        Returns their norm before it was clipped, and the loss for each token of theirs that counts, if there is one.
+        Returns their norm before it was clipped, and the mean loss of the tokens that count, by their weights.
         """
-        loss, tokens, self._loss, self._tokens = self._loss, self._tokens, 0.0, 0
+        loss, weight, self._loss, self._weight = self._loss, self._weight, 0.0, 0.0
         gradients = [each.grad for each in self._parameters.values() if each.grad is not None]
         norm = torch.stack([each.norm() for each in gradients]).norm() if gradients else torch.zeros(())
         if not bool(norm.isfinite()):
@@ -138,16 +138,16 @@ class Run:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.steps += 1
-        return {"grad_norm": norm.item(), **({"loss": loss / tokens} if tokens else {})}
+        return {"grad_norm": norm.item(), **({"loss": loss / weight} if weight else {})}
 
     @property
-    def unfinished(self) -> tuple[float, int]:
-        """(Sum of the losses, tokens that count) of the gradients so far."""
-        return self._loss, self._tokens
+    def unfinished(self) -> tuple[float, float]:
+        """(Sum of the losses, sum of the weights of tokens) of the gradients so far."""
+        return self._loss, self._weight
 
     @unfinished.setter
-    def unfinished(self, values: tuple[float, int]) -> None:
-        self._loss, self._tokens = values
+    def unfinished(self, values: tuple[float, float]) -> None:
+        self._loss, self._weight = values
 
     def save(
         self, folder: Path, *, with_optimizer: bool, with_gradients: bool = False, recipients: Sequence[Any] = ()
@@ -177,7 +177,7 @@ class Run:
             if f"{name}:step" in optimizer:
                 self._optimizer.state[parameter] = {part: optimizer[f"{name}:{part}"] for part in _STATE}
             parameter.grad = gradients.get(name)
-        self._loss, self._tokens = 0.0, 0
+        self._loss, self._weight = 0.0, 0.0
 
     @contextmanager
     def _adding_gradients(self) -> Iterator[None]:
@@ -224,7 +224,13 @@ def find_loss(name: str) -> Loss:
     )
 
 
-def _counted(datum: Datum) -> int:
-    """Tokens with a weight or an advantage that is not 0."""
-    given = next((datum.inputs[name] for name in ("weights", "advantages") if name in datum.inputs), None)
-    return len(datum.ids) if given is None else int((given != 0).sum())
+def _counted(datum: Datum) -> float:
+    """By how much the tokens of a text count: the sum of their weights, or those with an advantage that is not 0.
+
+    Weights of custom losses are gradients of either sign.
+    """
+    if (weights := datum.inputs.get("weights")) is not None:
+        return float(weights.abs().sum())
+    if (advantages := datum.inputs.get("advantages")) is not None:
+        return float((advantages != 0).sum())
+    return float(len(datum.ids))
