@@ -113,6 +113,7 @@ def test_the_last_lines_of_a_process_are_the_error_of_its_job(service, mode, cod
     job = reached(client, start(client, mode), "failed")
     assert (job.error.code, job.fine_tuned_model) == (code, None)
     assert words in job.error.message
+    assert str(service.folder) not in job.error.message
     assert client.fine_tuning.jobs.list_events(job.id).data[0].level == "error"
 
 
@@ -155,8 +156,28 @@ def test_a_service_that_is_started_again_goes_on(tmp_path):
         steps = [event.data["step"] for event in service.store.events(running.id) if event.data][::-1]
         assert steps == [0, 1, 2, 3, 4, 4]  # none of them twice
         assert any("checkpoint" in message for message in messages(client, running))
+
+
+def test_jobs_wait_while_another_base_model_is_served(tmp_path):
+    with small_service(tmp_path) as service:
+        client = service.client()
+        done = reached(client, start(client), "succeeded")
+        blocking = start(client, "held")
+        held(service, blocking)
+        waiting, given_up = (reached(client, start(client), "queued") for _ in range(2))
     with small_service(tmp_path, source="another model@") as service:
+        client = service.client()
         assert [offer.name for offer in service.offers.of("ann")] == ["base"]
+        with pytest.raises(openai.NotFoundError):
+            start(client, model=done.fine_tuned_model)
+        reached(client, start(client), "succeeded")
+        states = [client.fine_tuning.jobs.retrieve(job.id).status for job in (blocking, waiting)]
+        assert states == ["running", "queued"]
+        client.fine_tuning.jobs.cancel(given_up.id)
+        assert not service.job_folder(given_up).exists()
+    with small_service(tmp_path) as service:
+        (service.job_folder(blocking) / "go").touch()
+        reached(service.client(), waiting, "succeeded")
 
 
 def test_a_job_waits_for_a_process_that_an_earlier_service_left(tmp_path):
