@@ -162,7 +162,7 @@ async def service(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[
 
 
 def has_tinker() -> bool:
-    """Whether the extra [tinker] is installed; the SDK alone, which a client on this machine may have, is not enough."""
+    """Is the extra [tinker] installed? The SDK alone, which a client on this machine may have, is not enough."""
     missing = [name for name in ("tinker", "pyrage") if importlib.util.find_spec(name) is None]
     if missing:
         logger.info(
