@@ -18,6 +18,18 @@ from petals_tune.config import Section, TunedModel, build, check, check_argument
 CONFIG_NAME = "service"
 
 Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinkerLimits:
+    """What Tinker's interface keeps, and for how long."""
+
+    runs_in_memory: Count
+    samplers_in_memory: Count
+    session_hours: Positive
+    unnamed_hours: Positive
+    autosave_minutes: Positive | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +63,7 @@ class Service:
     tokens_a_minute: Count | None
     stop_s: Annotated[float, Field(ge=0)]
     max_length: Count
+    tinker: TinkerLimits
     tuning: Tuning
     outputs: str | None
 

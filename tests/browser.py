@@ -40,6 +40,11 @@ class Page:
         """Remove what pages of `origin` keep in the browser."""
         await self._ask("Storage.clearDataForOrigin", origin=origin, storageTypes="local_storage")
 
+    async def clipboard(self) -> str:
+        await self._ask("Browser.grantPermissions", permissions=["clipboardReadWrite"])
+        text: str = await self.evaluate("navigator.clipboard.readText()")
+        return text
+
     async def watch(self) -> None:
         """From now on gather requests and messages of the console in `events`."""
         for domain in ("Network", "Runtime", "Log"):

@@ -44,7 +44,8 @@ MAY_IMPORT = {
     "train": "errors config copies hydra_errors wire files checksums model blocks.quantization tuning data net swarm "
     "remote",
     # floor 7
-    "service": "errors config files model losses tuning data swarm.loop remote sampling train.options",
+    "service": "errors config files model losses adapters tuning data swarm.loop remote sampling train.options "
+    "train.chunked_loss",
     # floor 8: the commands, and the package's own front, which imports what it offers on first use
     "petals_tune": "errors cli config hydra_errors wire files checksums model blocks tuning data net swarm remote "
     "train service",

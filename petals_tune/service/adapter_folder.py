@@ -66,9 +66,9 @@ class AdapterFolder:
                 raise ConfigError(f"there is a model {offer.name!r} here already", key="name", seen=offer.name)
         self._added[offer.name, offer.owner] = offer
 
-    def withdraw(self, name: str) -> None:
+    def withdraw(self, adapter: str) -> None:
         """Offer an adapter that was added no longer."""
-        self._added = {key: offer for key, offer in self._added.items() if offer.name != name}
+        self._added = {key: offer for key, offer in self._added.items() if offer.adapter != adapter}
 
     def look(self) -> None:
         """Load what is new or changed, and forget what is gone."""

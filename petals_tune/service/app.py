@@ -33,6 +33,7 @@ _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # asked for again each time, by their ETag: parts of two versions do not fit together
 }
 
 
@@ -51,7 +52,7 @@ def application(
             *([] if metrics is None else [metrics.route]),
             *pages,
             Route("/healthz", _alive),
-            Mount("/static", StaticFiles(directory=static)),
+            Mount("/static", _Static(directory=static)),
         ],
         middleware=[
             Middleware(CountRequests, doors=doors or Doors(), metrics=metrics),
@@ -66,6 +67,15 @@ def application(
             Exception: _broken,
         },
     )
+
+
+class _Static(StaticFiles):
+    """Files of the pages, with the headers of the pages."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(_HEADERS)
+        return response
 
 
 def _page(file: Path) -> Callable[[Request], Awaitable[Response]]:

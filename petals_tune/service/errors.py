@@ -8,6 +8,7 @@ from petals_tune.errors import (
     ConfigError,
     ConnectionLost,
     DataError,
+    Diverged,
     PetalsTuneError,
     RequestRefused,
     Retriable,
@@ -77,12 +78,17 @@ def stopping() -> ServiceError:
     return ServiceError(503, "the service is stopping", kind="server_error", code="stopping", retry_after_s=10)
 
 
+def is_stopping(error: BaseException | None) -> bool:
+    """Is this the error of a request that the service ended, or did not begin, since it stops?"""
+    return isinstance(error, ServiceError) and error.code == "stopping"
+
+
 def translated(error: PetalsTuneError) -> ServiceError:
     """An error of our own tree as the service tells it: whose fault it is decides the status."""
     cause = error.last if isinstance(error, SwarmTimeout) else error
     if isinstance(cause, ServerBusy):
         return too_many(str(error), retry_after_s=5)
-    if isinstance(error, ConfigError | DataError | RequestRefused):
+    if isinstance(error, ConfigError | DataError | Diverged | RequestRefused):
         param = getattr(error, "key", None)
         return ServiceError(400, str(error), kind="invalid_request_error", param=param)
     if isinstance(error, Retriable | SwarmTimeout | ConnectionLost):

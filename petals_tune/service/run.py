@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class Core:
     metrics: Metrics
     adapters: AdapterFolder
     names: Mapping[str, int]  # of the base model, with its most positions
+    at_stop: list[Callable[[], None]] = field(default_factory=list)  # called once no new requests are taken
 
 
 def run_service(cfg: DictConfig, swarm: Swarm) -> None:
@@ -81,6 +82,7 @@ def run_service(cfg: DictConfig, swarm: Swarm) -> None:
                     at,
                     stop_s=cfg.stop_s,
                     busy=lambda: core.fairness.busy,
+                    stopped=lambda: [each() for each in core.at_stop],
                     end=lambda: core.decoder.end(stopping()),
                     started=lambda: logger.info(
                         "http://%s:%s  (OpenAI's interface: /v1, Tinker's: /api/v1)", cfg.host, at.getsockname()[1]
@@ -182,18 +184,21 @@ def _route_of(model: Any) -> Any:
 @asynccontextmanager
 async def _tinker(core: Core) -> AsyncIterator[list[Route]]:
     """Tinker's routes, whose records and checkpoints are in the service's folder."""
-    from petals_tune.service.tinker.routes import Tinker  # the extra [tinker]
-    from petals_tune.service.tinker.sampling import Sampling
-    from petals_tune.service.tinker.store import Store
+    from petals_tune.service.tinker.routes import Limits, Tinker  # the extra [tinker]
+    from petals_tune.service.tinker.runs.adapters import RemoteAdapters
 
     folder = Path(core.cfg.folder) / "tinker"
     make_folder(folder, key="folder")
-    store = Store(folder / "runs.sqlite")
-    try:
-        name, most_positions = next(iter(core.names.items()))
-        sampling = Sampling(core.decoder, core.remote, name=name, most_positions=most_positions)
-        tinker = Tinker(store, folder, core.remote, sampling, core.fairness, core.metrics, names=core.names)
+    tinker = Tinker(
+        folder,
+        RemoteAdapters(core.model),
+        core.decoder,
+        core.fairness,
+        core.metrics,
+        names=core.names,
+        vocabulary=core.model.get_input_embeddings().weight.shape[0],
+        limits=Limits(**core.cfg.tinker),
+    )
+    core.at_stop.append(tinker.stop)
+    async with tinker.running():
         yield tinker.routes
-        await tinker.close()
-    finally:
-        store.close()

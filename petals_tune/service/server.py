@@ -55,6 +55,7 @@ async def serve(
     *,
     stop_s: float,
     busy: Callable[[], bool],
+    stopped: Callable[[], object],
     end: Callable[[], None],
     started: Callable[[], None],
 ) -> None:
@@ -63,6 +64,7 @@ async def serve(
     Then new requests are answered with 503, and what runs may go on for `stop_s` seconds, or until a second signal.
 
     busy:    whether work runs, also for no request that waits for it
+    stopped: is called once no new requests are taken
     end:     ends all answers with an error
     started: is called once requests are taken
     """
@@ -81,6 +83,7 @@ async def serve(
         told = asyncio.create_task(stop.wait())
         await asyncio.wait({told, serving}, return_when=asyncio.FIRST_COMPLETED)
         doors.open = False
+        stopped()
         if doors.inside or busy():
             logger.info("stopping: answers that run are finished, for up to %g s (Ctrl-C: at once)", stop_s)
         deadline_s = loop.time() + stop_s

@@ -23,6 +23,9 @@ LogitFunction = Callable[[Tensor], Tensor]  # what a model's forward does with i
 # time on a CPU, and chunks of 64 a third more; the plain loss takes a quarter more.
 CHUNK_VALUES = 2**23
 LEAST_CHUNK = 64  # positions
+KEPT_VALUES = 2**25  # logits that are kept for the backward, of 128 MB, where each position has a gradient of its own
+
+PROBE_SCALE = 30.0  # of a hidden state, so that logits are large enough for a cap to show
 
 
 def chunk_length(vocabulary: int) -> int:
@@ -44,6 +47,61 @@ def chunked_cross_entropy(
         return _mean([_losses(F.log_softmax(after(head(part)).float(), dim=-1), own) for part, own in parts])
     loss: Tensor = _ChunkedCrossEntropy.apply(lambda part: after(head(part)), targets, chunk, hidden, *trained)
     return loss
+
+
+def chunked_logprobs(
+    head: nn.Module, after: LogitFunction, hidden: Tensor, targets: Tensor, *, vocabulary: int
+) -> Tensor:
+    """Return the (N,) log-probabilities of `targets` in float32, differentiable in `hidden` and the head.
+
+    Unlike a mean, each of them may get another gradient, which is not known before the backward: where the logits are
+    more than KEPT_VALUES, they are computed again there.
+
+    hidden:     (N, H), the head's input
+    targets:    (N,) token ids
+    vocabulary: V
+    """
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    chunk = chunk_length(vocabulary)
+    if not torch.is_grad_enabled() or len(targets) * vocabulary <= KEPT_VALUES:
+        parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        return torch.cat([-_losses(F.log_softmax(after(head(part)).float(), dim=-1), own) for part, own in parts])
+    found: Tensor = _ChunkedLogprobs.apply(lambda part: after(head(part)), targets, chunk, hidden, *trained)
+    return found
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """(N, H) hidden states -> (N,) log-probabilities; also differentiable in the head's trained parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_of: LogitFunction, targets: Tensor, chunk: int, hidden: Tensor, *trained: Tensor
+    ) -> Tensor:
+        ctx.logits_of, ctx.chunk = logits_of, chunk
+        ctx.save_for_backward(targets, hidden, *trained)
+        parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        return torch.cat([-_losses(F.log_softmax(logits_of(part).float(), dim=-1), own) for part, own in parts])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        targets, hidden, *trained = ctx.saved_tensors
+        at_hidden: list[Tensor] = []
+        at_trained: list[Tensor | None] = [None] * len(trained)
+        parts = zip(hidden.detach().split(ctx.chunk), targets.split(ctx.chunk), grad.split(ctx.chunk), strict=True)
+        for part, own, own_grad in parts:
+            part.requires_grad_(True)
+            with torch.enable_grad():
+                logits = ctx.logits_of(part).float()  # (C, V)
+            gradient = F.softmax(logits.detach(), dim=-1).mul_(-own_grad[:, None])
+            gradient[torch.arange(len(own), device=own.device), own] += own_grad
+            first, *found = torch.autograd.grad(logits, [part, *trained], gradient, allow_unused=True)
+            at_hidden.append(torch.zeros_like(part) if first is None else first)
+            at_trained = [
+                new if total is None else total if new is None else total.add_(new)
+                for total, new in zip(at_trained, found, strict=True)
+            ]
+        return None, None, None, torch.cat(at_hidden), *at_trained
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -24,9 +24,8 @@ from petals_tune.data.tokens import word_ids
 from petals_tune.errors import DataError
 from petals_tune.model.checkpoint import Checkpoint
 from petals_tune.train.backbone import Net, base_of
-from petals_tune.train.chunked_loss import chunk_length, chunked_cross_entropy, functions_after_head
+from petals_tune.train.chunked_loss import PROBE_SCALE, chunk_length, chunked_cross_entropy, functions_after_head
 
-PROBE_SCALE = 30.0  # of a hidden state, so that logits are large enough for a cap to show
 _UNKNOWN_AFTER_HEAD: WeakSet[nn.Module] = WeakSet()  # models whose forward does something else with logits
 
 _LARGEST_EXPONENT = math.log(sys.float_info.max)  # 709.8

@@ -118,7 +118,7 @@ class Serving:
 
 @contextmanager
 def serving(
-    folder: Path, *overrides: str, spans: tuple[str, ...] = ("0:1", "1:2"), keys: Keys | None = None
+    folder: Path, *overrides: str, spans: tuple[str, ...] = ("0:1", "1:2"), keys: Keys | None = None, port: int = 0
 ) -> Iterator[Serving]:
     """The service over a swarm of `spans`, until the end of the block; `overrides` are options of the command."""
     cfg = composed([f"model.source='{folder}'", f"name={NAME}", *overrides], config_name="service")
@@ -132,9 +132,9 @@ def serving(
         async def serve() -> None:
             async with service(cfg, model, tokenizer) as (core, routes):
                 app = application(routes, keys or Keys(owners=None), metrics=core.metrics)
-                config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
+                config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", lifespan="off")
                 server = uvicorn.Server(config)
-                found.update(server=server, core=core)
+                found.update(server=server, core=core, loop=asyncio.get_running_loop())
                 task = asyncio.create_task(server.serve())
                 while not server.started:
                     await asyncio.sleep(0.01)
@@ -149,6 +149,8 @@ def serving(
             yield Serving(url=f"http://127.0.0.1:{found['port']}", model=model, core=found["core"], swarm=swarm)
         finally:
             if "server" in found:
+                for each in found["core"].at_stop:
+                    found["loop"].call_soon_threadsafe(each)
                 found["server"].should_exit = True
             thread.join(30)
             assert not thread.is_alive()

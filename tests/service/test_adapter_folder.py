@@ -123,6 +123,8 @@ def test_two_owners_may_have_adapters_of_one_name(folder):
     assert [offer.adapter for offer in folder.of("ben") if offer.name == "ft"] == ["ft-ben"]
     with raises(ConfigError, key="name"):
         folder.add(Offer(name="ft", adapter="ft-2", created=1, owner="anna"))
+    folder.withdraw("ft-ben")
+    assert (names(folder, "anna"), names(folder, "ben")) == (["base", "alias", "ft"], ["base", "alias"])
     with raises(ConfigError, key="name"):
         folder.add(Offer(name="ft", adapter="ft-all", created=1))
 

@@ -59,7 +59,11 @@ async def test_another_method_is_405_and_names_those_that_there_are(client):
     assert "GET" in answer.headers["Allow"]
 
 
-async def test_pages_load_nothing_from_elsewhere(client):
-    answer = await client.get("/")
+@pytest.mark.parametrize("path", ["/", "/runs", "/static/chat/main.js"])
+async def test_pages_load_nothing_from_elsewhere_and_nothing_old(client, path):
+    answer = await client.get(path)
     assert answer.status_code == 200
     assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
+    assert answer.headers["Cache-Control"] == "no-cache"
+    again = await client.get(path, headers={"If-None-Match": answer.headers["ETag"]})
+    assert again.status_code == (304 if path.startswith("/static/") else 200)

@@ -25,7 +25,7 @@ from petals_tune.service.errors import too_many, translated
         (SwarmTimeout("x", last=ServerBusy("y")), 429),
         (SwarmTimeout("x", last=ServerUnreachable("y")), 503),
         (UncoveredBlocks("x"), 503),
-        (Diverged("x"), 500),
+        (Diverged("x"), 400),
     ],
 )
 def test_whose_fault_it_is_decides_the_status(error, status):

@@ -13,7 +13,7 @@ import pytest
 from petals_tune.service import adapter_folder
 from petals_tune.service.run import has_tinker
 from petals_tune.service.users.keys import Keys
-from tests.service.local import wait_until
+from tests.processes import wait_until
 from tests.service.swarm import NAME, Gate, Plain, save_adapter, save_chat_model, serving
 
 ANNA, BEN = "anna-0123456789abc", "ben-0123456789abcd"
@@ -99,13 +99,13 @@ def test_adapters_come_change_and_go_and_an_answer_keeps_the_one_that_it_began_w
         time.sleep(0.2)
         assert models() == [NAME]
         shutil.copytree(adapters["persona/monday"], place / "mine", dirs_exist_ok=True)
-        wait_until(lambda: models() == [NAME, "mine"])
+        wait_until(lambda: models() == [NAME, "mine"], "the adapter is offered")
         stream = client.completions.create(**asked, stream=True)
         assert gate.held.wait(30)
         shutil.copytree(adapters["other"], place / "mine", dirs_exist_ok=True)
-        wait_until(lambda: client.completions.create(**asked).choices[0].text == second)
+        wait_until(lambda: client.completions.create(**asked).choices[0].text == second, "the adapter is replaced")
         shutil.rmtree(place / "mine")
-        wait_until(lambda: models() == [NAME])
+        wait_until(lambda: models() == [NAME], "the adapter is gone")
         with pytest.raises(openai.NotFoundError):
             client.completions.create(**asked)
         gate.open()
@@ -132,9 +132,9 @@ def test_a_stream_that_its_client_closes_frees_its_session(folder, options):
     with serving(folder, *options) as running:
         stream = client_of(running).completions.create(**LONG, stream=True, n=2)
         next(iter(stream))
-        wait_until(lambda: running.swarm.sessions(1) == 2)
+        wait_until(lambda: running.swarm.sessions(1) == 2, "two sessions are open")
         stream.close()
-        wait_until(lambda: not running.swarm.sessions(1) and not running.swarm.sessions(2))
+        wait_until(lambda: not running.swarm.sessions(1) and not running.swarm.sessions(2), "the sessions are closed")
         assert not running.core.fairness.busy
 
 
@@ -147,10 +147,10 @@ def test_a_client_that_leaves_before_its_answer_is_whole_frees_its_session(folde
 
         asking = threading.Thread(target=ask)
         asking.start()
-        wait_until(lambda: running.swarm.sessions(1) == 1)
+        wait_until(lambda: running.swarm.sessions(1) == 1, "a session is open")
         asking.join()
-        wait_until(lambda: not running.swarm.sessions(1) and not running.swarm.sessions(2))
-        wait_until(lambda: not running.core.fairness.busy)
+        wait_until(lambda: not running.swarm.sessions(1) and not running.swarm.sessions(2), "the sessions are closed")
+        wait_until(lambda: not running.core.fairness.busy, "nothing is in flight")
 
 
 def test_one_key_with_long_answers_does_not_keep_another_one_waiting(folder, plain, options):
@@ -163,7 +163,7 @@ def test_one_key_with_long_answers_does_not_keep_another_one_waiting(folder, pla
         held = client_of(running, ANNA, timeout=60)
         waiting = threading.Thread(target=lambda: held.completions.create(**long))
         waiting.start()
-        wait_until(lambda: running.core.fairness.slots.waiting("anna") == 1)
+        wait_until(lambda: running.core.fairness.slots.waiting("anna") == 1, "an answer waits")
         answer = ben.completions.create(model=NAME, prompt="Hello", max_tokens=6, **GREEDY)
         assert answer.choices[0].text == plain.text("Hello", 6)
         assert running.core.fairness.slots.waiting("anna"), "all of anna's answers are still made, or wait"
@@ -180,7 +180,7 @@ def test_too_many_are_429_and_the_client_comes_again_by_itself(folder, options):
                 target=lambda: client_of(running, ANNA).completions.create(**{**LONG, "max_tokens": 2})
             )
             waiting.start()
-            wait_until(lambda: running.core.fairness.slots.waiting() == 1)
+            wait_until(lambda: running.core.fairness.slots.waiting() == 1, "an answer waits")
             with pytest.raises(openai.RateLimitError) as caught:
                 client_of(running, ANNA).completions.create(**LONG)
             assert int(caught.value.response.headers["Retry-After"]) >= 1
@@ -200,7 +200,7 @@ def test_too_many_are_429_and_the_client_comes_again_by_itself(folder, options):
             again.start()
             refused = 'petals_tune_service_responses_total{interface="openai",status="429"}'
             before = value_of(running, refused)
-            wait_until(lambda: value_of(running, refused) > before)
+            wait_until(lambda: value_of(running, refused) > before, "a request is refused")
         again.join()
         assert done[0].usage.completion_tokens == 2
 

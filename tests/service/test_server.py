@@ -26,7 +26,7 @@ class Service:
     def __init__(self, stop_s):
         self.let_go, self.ended, self.doors, self.inside = asyncio.Event(), asyncio.Event(), Doors(), asyncio.Event()
         self.app = application([Route("/wait", self.wait)], Keys(owners=None), doors=self.doors)
-        self.stop_s, self.busy = stop_s, False
+        self.stop_s, self.busy, self.stopped = stop_s, False, asyncio.Event()
 
     async def wait(self, request):
         self.inside.set()
@@ -50,6 +50,7 @@ class Service:
                     at,
                     stop_s=self.stop_s,
                     busy=lambda: self.busy,
+                    stopped=self.stopped.set,
                     end=self.ended.set,
                     started=started.set,
                 )
@@ -74,6 +75,8 @@ async def test_what_runs_is_finished_and_what_is_new_is_503(number):
     async with service.running() as (serving, client, asked):
         os.kill(os.getpid(), number)
         await until_closed(service.doors)
+        assert service.stopped.is_set()
+        assert not service.ended.is_set()
         refused = await client.get("/healthz")
         assert refused.status_code == 503
         assert int(refused.headers["Retry-After"]) >= 1

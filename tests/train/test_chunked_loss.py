@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from petals_tune.data.collate import Batch, collate
 from petals_tune.data.rows import IGNORED, Row
 from petals_tune.train import chunked_loss, objective
-from petals_tune.train.chunked_loss import chunked_cross_entropy
+from petals_tune.train.chunked_loss import chunked_cross_entropy, chunked_logprobs
 from petals_tune.train.objective import CausalLM
 from tests.models import FAMILIES, VOCABULARY, config_of, relative_error
 
@@ -87,6 +87,28 @@ def test_a_heads_loss_and_gradients_are_those_of_the_plain_loss(bias: bool, chun
     assert relative_error(loss, expected) < 1e-6
     for gradient, exact in zip(torch.autograd.grad(loss, inputs), right, strict=True):
         assert relative_error(gradient, exact) < 1e-6
+
+
+@pytest.mark.parametrize(("chunk", "kept"), [(5, 12), (5, 11), (1, 0), (12, 0)])
+def test_log_probabilities_have_each_a_gradient_of_its_own(
+    chunk: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve positions whose logits are kept for the backward, or computed again there."""
+    monkeypatch.setattr(chunked_loss, "CHUNK_VALUES", chunk * 40)
+    monkeypatch.setattr(chunked_loss, "LEAST_CHUNK", 1)
+    monkeypatch.setattr(chunked_loss, "KEPT_VALUES", kept * 40)
+    torch.manual_seed(0)
+    head, targets, weights = nn.Linear(16, 40), torch.randint(40, (12,)), torch.randn(12)
+    hidden = torch.randn(12, 16, requires_grad=True)
+    inputs = [hidden, *head.parameters()]
+    expected = torch.tanh(head(hidden)).log_softmax(-1)[torch.arange(12), targets]
+    right = torch.autograd.grad((weights * expected.exp()).sum(), inputs, retain_graph=True)
+    found = chunked_logprobs(head, torch.tanh, hidden, targets, vocabulary=40)
+    torch.testing.assert_close(found, expected)
+    for gradient, exact in zip(torch.autograd.grad((weights * found.exp()).sum(), inputs), right, strict=True):
+        assert relative_error(gradient, exact) < 1e-6
+    with torch.no_grad():
+        torch.testing.assert_close(chunked_logprobs(head, torch.tanh, hidden, targets, vocabulary=40), expected)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

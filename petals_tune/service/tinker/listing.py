@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import secrets
-import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
@@ -18,7 +16,11 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from petals_tune.service.errors import ServiceError
-from petals_tune.service.tinker.store import CheckpointRecord, RunRecord, Store
+from petals_tune.service.tinker.bodies import SetTtl, WeightsInfo, read
+from petals_tune.service.tinker.checkpoints import Checkpoints
+from petals_tune.service.tinker.records import CheckpointRecord, RunRecord
+from petals_tune.service.tinker.samplers import Samplers
+from petals_tune.service.tinker.store import Store
 
 URL_S = 3600.0  # for so long a link to download is good
 DOWNLOADS = "/api/v1/downloads/"  # whose links need no key
@@ -28,8 +30,9 @@ _TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights
 class Listing:
     """The endpoints. Links to download are signed: who has one needs no key."""
 
-    def __init__(self, store: Store, folder: Path):
-        self._store, self._folder, self._secret = store, folder, secrets.token_bytes(32)
+    def __init__(self, store: Store, checkpoints: Checkpoints, samplers: Samplers):
+        self._store, self._checkpoints, self._samplers = store, checkpoints, samplers
+        self._secret = secrets.token_bytes(32)
 
     @property
     def routes(self) -> list[Route]:
@@ -37,8 +40,9 @@ class Listing:
         return [
             Route("/api/v1/training_runs", self._runs),
             Route("/api/v1/training_runs/{run}", self._run),
-            Route("/api/v1/training_runs/{run}/checkpoints", self._checkpoints),
+            Route("/api/v1/training_runs/{run}/checkpoints", self._of_run),
             Route("/api/v1/checkpoints", self._all_checkpoints),
+            Route("/api/v1/weights_info", self._weights_info, methods=["POST"]),
             Route(one, self._delete, methods=["DELETE"]),
             Route(f"{one}/publish", self._publish, methods=["POST", "DELETE"]),
             Route(f"{one}/ttl", self._ttl, methods=["PUT"]),
@@ -48,13 +52,13 @@ class Listing:
 
     async def _runs(self, request: Request) -> Response:
         runs = self._store.runs(request.state.owner)
-        part, cursor = _page(request, runs, default=20)
+        part, cursor = page_of(request, runs, default=20)
         return JSONResponse({"training_runs": [self._described(run) for run in part], "cursor": cursor})
 
     async def _run(self, request: Request) -> Response:
         return JSONResponse(self._described(self._owned(request)))
 
-    async def _checkpoints(self, request: Request) -> Response:
+    async def _of_run(self, request: Request) -> Response:
         found = self._store.checkpoints(self._owned(request).id)
         return JSONResponse({"checkpoints": [_checkpoint(each) for each in found]})
 
@@ -62,28 +66,45 @@ class Listing:
         runs = self._store.runs(request.state.owner)
         found = [each for run in runs for each in self._store.checkpoints(run.id)]
         found.sort(key=lambda each: each.created_s, reverse=True)
-        part, cursor = _page(request, found, default=100)
+        part, cursor = page_of(request, found, default=100)
         return JSONResponse({"checkpoints": [_checkpoint(each) for each in part], "cursor": cursor})
 
     async def _delete(self, request: Request) -> Response:
         found = self._found(request)
-        self._store.remove_checkpoint(found)  # first: a folder that nobody names is no checkpoint any more
-        shutil.rmtree(self._folder / found.run / found.kind / found.name, ignore_errors=True)
+        await asyncio.to_thread(self._checkpoints.delete, found)
+        self._samplers.forget(found)
         return JSONResponse({})
 
     async def _publish(self, request: Request) -> Response:
-        self._store.put_checkpoint(replace(self._found(request), public=request.method == "POST"))
+        self._change(self._found(request), public=request.method == "POST")
         return JSONResponse({})
 
     async def _ttl(self, request: Request) -> Response:
-        ttl_s = (await request.json()).get("ttl_seconds")
-        expires_s = None if ttl_s is None else time.time() + ttl_s
-        self._store.put_checkpoint(replace(self._found(request), expires_s=expires_s))
+        ttl_s = read(await request.body(), SetTtl).ttl_seconds
+        self._change(self._found(request), expires_s=None if ttl_s is None else time.time() + ttl_s)
         return JSONResponse({})
+
+    def _change(self, checkpoint: CheckpointRecord, **values: object) -> None:
+        self._store.change(CheckpointRecord, values, run=checkpoint.run, kind=checkpoint.kind, name=checkpoint.name)
+
+    async def _weights_info(self, request: Request) -> Response:
+        path = read(await request.body(), WeightsInfo).tinker_path
+        _, run = self._checkpoints.find(path, request.state.owner)
+        lora = run.lora
+        return JSONResponse(
+            {
+                "base_model": run.base_model,
+                "is_lora": True,
+                "lora_rank": lora.rank,
+                "train_unembed": lora.train_unembed,
+                "train_mlp": lora.train_mlp,
+                "train_attn": lora.train_attn,
+            }
+        )
 
     async def _urls(self, request: Request) -> Response:
         found, until_s = self._found(request), int(time.time() + URL_S)
-        folder = self._folder / found.run / found.kind / found.name
+        folder = self._checkpoints.folder_of(found)
         urls = {}
         for file in sorted(folder.iterdir()):
             path = f"{DOWNLOADS}{found.run}/{found.kind}/{found.name}/{file.name}"
@@ -100,8 +121,9 @@ class Listing:
         if not good or int(until) < time.time():
             raise ServiceError(403, "this link is not good any more: ask for another", kind="invalid_request_error")
         run, kind, name, file = (request.path_params[each] for each in ("run", "kind", "name", "file"))
-        place = self._folder / run / kind / name / file  # signed: these are names of ours
-        if not place.is_file():
+        found = self._store.checkpoint(f"tinker://{run}/{kind}/{name}")
+        place = None if found is None else self._checkpoints.folder_of(found) / file  # signed: these are names of ours
+        if place is None or not place.is_file():
             raise ServiceError(404, "this checkpoint is gone", kind="invalid_request_error")
         return FileResponse(place, filename=file)
 
@@ -109,8 +131,8 @@ class Listing:
         return hmac.new(self._secret, f"{path} {until_s}".encode(), hashlib.sha256).hexdigest()
 
     def _owned(self, request: Request) -> RunRecord:
-        run = self._store.run(request.path_params["run"])
-        if run is None or run.owner != request.state.owner:
+        run = self._store.one(RunRecord, id=request.path_params["run"], owner=request.state.owner)
+        if run is None:
             raise ServiceError(404, "there is no such training run here", kind="invalid_request_error")
         return run
 
@@ -153,7 +175,7 @@ def _checkpoint(found: CheckpointRecord) -> dict[str, Any]:
     }
 
 
-def _page(request: Request, all_of_them: Sequence[Any], *, default: int) -> tuple[Sequence[Any], dict[str, int]]:
+def page_of(request: Request, all_of_them: Sequence[Any], *, default: int) -> tuple[Sequence[Any], dict[str, int]]:
     def number(name: str, otherwise: int) -> int:
         given = request.query_params.get(name, "")
         return int(given) if given.isdecimal() else otherwise

@@ -1,94 +1,171 @@
-"""Tinker's paths for training and sampling, as its SDK 0.38 asks for them."""
+"""Tinker's interface as a whole: its paths, as the SDK 0.38 asks for them, and what is done while it serves."""
 
 from __future__ import annotations
 
+import asyncio
 import secrets
-import shutil
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from petals_tune.errors import ConfigError
+from petals_tune.service.decoding.decoder import Decoder
 from petals_tune.service.errors import ServiceError
-from petals_tune.service.metrics import Asker, Metrics
-from petals_tune.service.tinker.encryption import read_recipients
+from petals_tune.service.metrics import Metrics
+from petals_tune.service.tinker.bodies import (
+    CreateSamplingSession,
+    CreateSession,
+    OfModel,
+    OfRequest,
+    OfSession,
+    Sample,
+    read,
+)
+from petals_tune.service.tinker.checkpoints import Checkpoints
 from petals_tune.service.tinker.listing import Listing
-from petals_tune.service.tinker.promises import Promises, Result
-from petals_tune.service.tinker.runs import AdamOptions, Run, TrainedModel, Turns, in_thread
+from petals_tune.service.tinker.promises import Kind, Plan, Promises
+from petals_tune.service.tinker.records import CheckpointRecord, RunRecord, SamplerRecord, SessionRecord
+from petals_tune.service.tinker.runs.live import LiveRuns, gone
+from petals_tune.service.tinker.runs.run import TrainedModel
+from petals_tune.service.tinker.runs.training import Training
+from petals_tune.service.tinker.samplers import SampledModel, Samplers
 from petals_tune.service.tinker.sampling import Sampling
-from petals_tune.service.tinker.store import CheckpointRecord, LoRA, RunRecord, Store
-from petals_tune.service.tinker.wire import MEDIA_TYPE, read_training_request, training_output
+from petals_tune.service.tinker.sessions import Sessions
+from petals_tune.service.tinker.store import Store
+from petals_tune.service.tinker.wire import MEDIA_TYPE
 from petals_tune.service.users.fairness import Fairness
 
-Work = Coroutine[Any, Any, Result]
-LEAST_TTL_S = 3600
+Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
+
+CLEAN_S = 60.0
+HOUR_S = 3600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What Tinker's interface keeps, and for how long; conf/service.yaml documents it."""
+
+    runs_in_memory: int = 16
+    samplers_in_memory: int = 32
+    session_hours: float = 24.0
+    unnamed_hours: float = 2.0
+    autosave_minutes: float | None = 10.0
+
+
+class AdapterModel(TrainedModel, SampledModel, Protocol):
+    """The model with its adapters (petals_tune/service/tinker/runs/adapters.py)."""
 
 
 class Tinker:
-    """The endpoints. `request.state.owner` is whose key came with a request."""
+    """The endpoints. `request.state.owner` is whose key came with a request. Used by one event loop."""
 
     def __init__(
         self,
-        store: Store,
         folder: Path,
-        model: TrainedModel,
-        sampling: Sampling,
+        model: AdapterModel,
+        decoder: Decoder,
         fairness: Fairness,
         metrics: Metrics,
         *,
         names: Mapping[str, int],
+        vocabulary: int,
+        limits: Limits,
     ):
-        """`folder`: of checkpoints; `names`: of the one model that is served, with its most positions."""
-        self._store, self._folder, self._model, self._sampling = store, folder, model, sampling
-        self._fairness, self._metrics = fairness, metrics
-        self._names, self._name = names, next(iter(names))
-        self._promises = Promises()
-        self._runs: dict[str, Run] = {}
-        self._sessions: dict[str, str] = {}  # owners
+        """folder: of records and checkpoints; names: of the one model that is served, with its most positions."""
+        self._names, self._limits, self._fairness = names, limits, fairness
+        self._store = Store(folder / "runs.sqlite")
+        self._checkpoints = Checkpoints(self._store, folder)
+        self._live = LiveRuns(self._store, folder, model, most=limits.runs_in_memory)
+        self.samplers = Samplers(self._store, self._checkpoints, model, most=limits.samplers_in_memory)
+        name, most_positions = next(iter(names.items()))
+        self._sampling = Sampling(
+            self.samplers, decoder, model, name=name, most_positions=most_positions, vocabulary=vocabulary
+        )
+        self._training = Training(
+            self._store,
+            self._live,
+            self._checkpoints,
+            self.samplers,
+            fairness,
+            metrics,
+            names=names,
+            autosave_s=None if limits.autosave_minutes is None else 60 * limits.autosave_minutes,
+        )
+        kinds = {**self._training.kinds, "asample": Kind(plan=self._sample, can_be_cancelled=True)}
+        self._promises = Promises(kinds, self._store)
+        self._promised = tuple(kinds)
 
     @property
     def routes(self) -> list[Route]:
-        posts: dict[str, Callable[[Request], Coroutine[Any, Any, Response]]] = {
+        posts: dict[str, Endpoint] = {
             "client/config": self._constant({}),
             "client/dynamic_config": self._constant({"sample_cancel_enabled": True}),
             "telemetry": self._constant({"status": "accepted"}),
             "create_session": self._create_session,
-            "session_heartbeat": self._constant({"type": "session_heartbeat"}),
-            "sessions/{id}/finish": self._constant({}),
-            "create_model": self._create_model,
-            "load_weights": self._load_weights,
+            "session_heartbeat": self._heartbeat,
+            "sessions/{id}/finish": self._finish,
             "get_info": self._get_info,
-            "forward_backward": self._forward_backward,
-            "optim_step": self._optim_step,
-            "save_weights": self._save_weights,
-            "save_weights_for_sampler": self._save_weights_for_sampler,
-            "save_weights_external": self._save_weights_external,
             "create_sampling_session": self._create_sampling_session,
-            "asample": self._sample,
             "retrieve_future": self._retrieve_future,
             "cancel_future": self._cancel_future,
-            "weights_info": self._weights_info,
+            **{kind: self._promise(kind) for kind in self._promised},
         }
         return [
             Route("/api/v1/healthz", self._constant({"status": "ok"})),
             Route("/api/v1/get_server_capabilities", self._capabilities),
             *(Route(f"/api/v1/{path}", endpoint, methods=["POST"]) for path, endpoint in posts.items()),
-            *Listing(self._store, self._folder).routes,
+            *Listing(self._store, self._checkpoints, self.samplers).routes,
+            *Sessions(self._store, self.samplers).routes,
         ]
 
-    async def close(self) -> None:
-        """End what runs."""
-        await self._promises.close()
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Serve within the block: requests that the last service left are done, what has expired is deleted.
+
+        At its end runs and requests are written out, so that the next service goes on where this one stopped.
+        """
+        await asyncio.to_thread(self._checkpoints.delete_strays)
+        self._promises.restore()
+        cleaning = asyncio.create_task(self._clean_again())
+        try:
+            yield
+        finally:
+            cleaning.cancel()
+            self.stop()
+            await asyncio.gather(cleaning, return_exceptions=True)
+            await self._promises.leave()
+            await self._live.park_all()
+            self._store.close()
+
+    def stop(self) -> None:
+        """Begin nothing any more: polls are answered at once, and what runs goes on to its end."""
+        self._promises.stop()
+        self._live.stop()
+
+    async def clean(self) -> None:
+        """Delete what has expired, and forget sessions that give no sign of life."""
+        for session in self._store.all(SessionRecord):
+            if session.seen_s + HOUR_S * self._limits.session_hours < time.time():
+                self._forget_session(session)
+        for each in await asyncio.to_thread(
+            self._checkpoints.delete_expired, unnamed_s=HOUR_S * self._limits.unnamed_hours
+        ):
+            self.samplers.forget(each)
+
+    async def _clean_again(self) -> None:
+        while True:
+            await self.clean()
+            await asyncio.sleep(CLEAN_S)
 
     # Sessions
 
-    def _constant(self, answer: dict[str, Any]) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    def _constant(self, answer: dict[str, Any]) -> Endpoint:
         async def endpoint(request: Request) -> Response:
             return JSONResponse(answer)
 
@@ -102,61 +179,75 @@ class Tinker:
         return JSONResponse({"supported_models": models})
 
     async def _create_session(self, request: Request) -> Response:
-        session = secrets.token_hex(16)
-        self._sessions[session] = request.state.owner
-        return JSONResponse({"type": "create_session", "session_id": session})
+        asked, now_s = read(await request.body(), CreateSession), time.time()
+        session = SessionRecord(
+            id=secrets.token_hex(16),
+            owner=request.state.owner,
+            name=asked.display_name,
+            metadata=asked.user_metadata or {},
+            created_s=now_s,
+            seen_s=now_s,
+        )
+        self._store.put(session)
+        return JSONResponse({"type": "create_session", "session_id": session.id})
+
+    async def _heartbeat(self, request: Request) -> Response:
+        session = self._session(read(await request.body(), OfSession).session_id, request.state.owner, status=410)
+        self._store.change(SessionRecord, {"seen_s": time.time()}, id=session.id)
+        return JSONResponse({"type": "session_heartbeat"})
+
+    async def _finish(self, request: Request) -> Response:
+        session = self._store.one(SessionRecord, id=request.path_params["id"], owner=request.state.owner)
+        if session is not None:  # one that was forgotten may be finished all the same
+            self._forget_session(session)
+        return JSONResponse({})
+
+    def _session(self, id: str, owner: str, *, status: int = 404) -> SessionRecord:
+        found = self._store.one(SessionRecord, id=id, owner=owner)
+        if found is None:
+            raise ServiceError(status, f"there is no session {id!r} here (any more)", kind="invalid_request_error")
+        return found
+
+    def _forget_session(self, session: SessionRecord) -> None:
+        """End a session: its live runs and sampling sessions, and sampler weights that have no name."""
+        for run in self._store.all(RunRecord, session=session.id):
+            self._live.drop(run.id)
+            for each in self._store.all(CheckpointRecord, run=run.id, kind="sampler_weights", named=0):
+                self._checkpoints.delete(each)
+                self.samplers.forget(each)
+        self._store.remove(SamplerRecord, session=session.id)
+        self._store.remove(SessionRecord, id=session.id)
+
+    # Promises
+
+    def _promise(self, kind: str) -> Endpoint:
+        async def endpoint(request: Request) -> Response:
+            return JSONResponse(self._promises.make(request.state.owner, kind, await request.body()))
+
+        return endpoint
 
     async def _retrieve_future(self, request: Request) -> Response:
-        found = await self._promises.poll(request.state.owner, (await _json(request))["request_id"])
+        owner, id = request.state.owner, read(await request.body(), OfRequest).request_id
+        found = await self._promises.poll(owner, id)
+        if found is None:
+            run = self._store.one(RunRecord, id=id.partition("@")[2], owner=owner)
+            if run is None:  # 410: the SDK sends the request for a sample again
+                raise ServiceError(
+                    410, f"there is no request {id!r} here (any more): send it again", kind="invalid_request_error"
+                )
+            found = {"error": str(gone(run, self._store.checkpoints(run.id))), "category": "user"}
         if isinstance(found, bytes):
             return Response(found, media_type=MEDIA_TYPE)
         return JSONResponse(found)
 
     async def _cancel_future(self, request: Request) -> Response:
-        self._promises.cancel(request.state.owner, (await _json(request))["request_id"])
+        self._promises.cancel(request.state.owner, read(await request.body(), OfRequest).request_id)
         return JSONResponse({})
 
-    # Runs
-
-    async def _create_model(self, request: Request) -> Response:
-        body, owner = await _json(request), request.state.owner
-        self._check_model(body["base_model"])
-        if body.get("optimizer_config", {}).get("type", "adamw") != "adamw":
-            raise ConfigError("AdamW is the optimizer here", key="optimizer_config", seen=body["optimizer_config"])
-        lora = msgspec.convert(body.get("lora_config") or {"rank": 32}, LoRA)
-        id = _id(body["session_id"], body["model_seq_id"])
-        record = self._record(id, owner, body["base_model"], lora, body.get("user_metadata"))
-
-        async def create() -> Result:
-            await in_thread(self._begin, record, Turns())
-            return {"type": "create_model", "model_id": id}
-
-        return self._promised(owner, create(), "create_model", id)
-
-    async def _load_weights(self, request: Request) -> Response:
-        """Begin a run from a checkpoint, or put one into a run that has just begun."""
-        body, owner = await _json(request), request.state.owner
-        checkpoint, source = self._checkpoint(body["path"], owner)
-        folder, with_optimizer = self._folder_of(checkpoint), bool(body["optimizer"])
-        new = body.get("session_id") is not None
-        id = _id(body["session_id"], body["model_seq_id"]) if new else body["model_id"]
-        record = self._record(id, owner, source.base_model, source.lora, body.get("user_metadata"))
-
-        async def load() -> Result:
-            if new:
-                await in_thread(self._begin, record, Turns())
-            run = self._run(id, owner)
-            if new:
-                await in_thread(run.load, folder, with_optimizer=with_optimizer)
-            else:
-                async with run.turns.turn(body["seq_id"]):
-                    await in_thread(run.load, folder, with_optimizer=with_optimizer)
-            return {"type": "load_weights", "path": body["path"], "model_id": id}
-
-        return self._promised(owner, load(), "load_weights", id, str(body.get("seq_id")))
+    # Runs and sampling sessions
 
     async def _get_info(self, request: Request) -> Response:
-        run = self._run((await _json(request))["model_id"], request.state.owner).record
+        run = self._live.check(read(await request.body(), OfModel).model_id, request.state.owner)
         return JSONResponse(
             {
                 "type": "get_info",
@@ -168,190 +259,24 @@ class Tinker:
             }
         )
 
-    async def _forward_backward(self, request: Request) -> Response:
-        asked, owner = read_training_request(await request.body()), request.state.owner
-        run = self._run(asked.model_id, owner)
-        # Not its answers in flight: one whose turn comes early could be refused for those that wait for it.
-        self._fairness.check(owner, 0, time.monotonic())
-
-        async def work() -> Result:
-            tokens = sum(len(datum.ids) for datum in asked.data)
-            self._fairness.charge(owner, tokens, time.monotonic())
-            async with run.turns.turn(asked.seq_id), self._fairness.slots.held(owner):
-                with self._fairness.in_flight(owner, 0):
-                    logprobs, total = await in_thread(run.forward, asked)
-            self._metrics.count_tokens(Asker(owner=owner, interface="tinker", model=self._name), "trained", tokens)
-            self._store.used(run.record.id)
-            return training_output(logprobs, {"loss:sum": total})
-
-        return self._promised(owner, work(), "forward_backward", asked.model_id, str(asked.seq_id))
-
-    async def _optim_step(self, request: Request) -> Response:
-        body, owner = await _json(request), request.state.owner
-        if "adam_params" not in body:
-            raise ConfigError("AdamW is the optimizer here", key="optimizer_params")
-        run, options = self._run(body["model_id"], owner), msgspec.convert(body["adam_params"], AdamOptions)
-
-        async def work() -> Result:
-            async with run.turns.turn(body["seq_id"]):
-                measured = await in_thread(run.step, options)
-                self._store.add_metrics(run.record.id, run.steps, measured)
-            return {"metrics": measured}
-
-        return self._promised(owner, work(), "optim_step", run.record.id, str(body["seq_id"]))
-
-    # Checkpoints
-
-    async def _save_weights(self, request: Request) -> Response:
-        body, owner = await _json(request), request.state.owner
-        run, name = self._run(body["model_id"], owner), body.get("path") or f"{body['seq_id']:06d}"
-
-        async def work() -> Result:
-            async with run.turns.turn(body["seq_id"]):
-                saved = await self._save(run, "weights", name, body)
-            return {"type": "save_weights", "path": saved.path}
-
-        return self._promised(owner, work(), "save", run.record.id, str(body["seq_id"]))
-
-    async def _save_weights_for_sampler(self, request: Request) -> Response:
-        body, owner = await _json(request), request.state.owner
-        run, session = self._run(body["model_id"], owner), body.get("sampling_session_seq_id")
-        if body.get("kind", "snapshot") != "snapshot":
-            raise ConfigError("a sampling client has weights of its own here: kind='snapshot'", key="kind")
-        name = body.get("path") or f"session-{session}"
-
-        async def work() -> Result:
-            async with run.turns.turn(body["seq_id"]):
-                saved = await self._save(run, "sampler_weights", name, body)
-            answer: dict[str, Any] = {"type": "save_weights_for_sampler", "path": saved.path}
-            if session is not None:
-                answer["sampling_session_id"] = await self._sampling.open(owner, self._folder_of(saved))
-            return answer
-
-        return self._promised(owner, work(), "save", run.record.id, str(body["seq_id"]))
-
-    async def _save_weights_external(self, request: Request) -> Response:
-        """A checkpoint to download: an adapter in PEFT's format, as all of them are."""
-        body, owner = await _json(request), request.state.owner
-        recipients = read_recipients(body.get("age_encryption_recipients") or ())
-        run = self._run(body["model_id"], owner)
-
-        async def work() -> Result:
-            async with run.turns.turn(body["seq_id"]):
-                saved = await self._save(run, "external_weights", body["path"], body, recipients)
-            return {"type": "save_weights_external", "path": saved.path}
-
-        return self._promised(owner, work(), "save", run.record.id, str(body["seq_id"]))
-
-    async def _save(
-        self, run: Run, kind: str, name: str, body: dict[str, Any], recipients: Sequence[Any] = ()
-    ) -> CheckpointRecord:
-        if not name or not all(each.isalnum() or each in "-_." for each in name) or name.startswith("."):
-            raise ConfigError("the name of a checkpoint has letters, digits, '-', '_' and '.'", key="path", seen=name)
-        known = next((c for c in self._store.checkpoints(run.record.id) if (c.kind, c.name) == (kind, name)), None)
-        if known is not None and kind != "sampler_weights" and not body.get("overwrite"):
-            raise ConfigError(f"there is a checkpoint {known.path}: overwrite=True replaces it", key="path", seen=name)
-        if (ttl_s := body.get("ttl_seconds")) is not None and ttl_s < LEAST_TTL_S:
-            raise ConfigError(f"ttl_seconds is {ttl_s}: {LEAST_TTL_S} or more", key="ttl_seconds", seen=ttl_s)
-        folder, now_s = self._folder / run.record.id / kind / name, time.time()
-        if known is None:  # what an expired one of this name left is not of this one
-            shutil.rmtree(folder, ignore_errors=True)
-        size_bytes = await in_thread(run.save, folder, with_optimizer=kind == "weights", recipients=recipients)
-        record = CheckpointRecord(
-            run=run.record.id,
-            kind=kind,
-            name=name,
-            bytes=size_bytes,
-            public=False,
-            metadata=body.get("user_metadata") or {},
-            created_s=now_s,
-            expires_s=None if ttl_s is None else now_s + ttl_s,
-        )
-        self._store.put_checkpoint(record)
-        return record
-
-    async def _weights_info(self, request: Request) -> Response:
-        _, run = self._checkpoint((await _json(request))["tinker_path"], request.state.owner)
-        lora = run.lora
-        return JSONResponse(
-            {
-                "base_model": run.base_model,
-                "is_lora": True,
-                "lora_rank": lora.rank,
-                "train_unembed": lora.train_unembed,
-                "train_mlp": lora.train_mlp,
-                "train_attn": lora.train_attn,
-            }
-        )
-
-    # Sampling
-
     async def _create_sampling_session(self, request: Request) -> Response:
-        body, owner = await _json(request), request.state.owner
-        folder = None
-        if (path := body.get("model_path")) is not None:
-            checkpoint, _ = self._checkpoint(path, owner)
-            folder = self._folder_of(checkpoint)
+        asked, owner = read(await request.body(), CreateSamplingSession), request.state.owner
+        self._session(asked.session_id, owner)
+        if asked.model_path is not None:
+            base_model = self._checkpoints.find(asked.model_path, owner)[1].base_model
         else:
-            self._check_model(body.get("base_model") or "")
-        session = await self._sampling.open(owner, folder)
-        return JSONResponse({"type": "create_sampling_session", "sampling_session_id": session})
+            base_model = asked.base_model or ""
+            self._training.check_model(base_model)
+        id = self.samplers.open(owner, asked.session_id, base_model, asked.model_path)
+        return JSONResponse({"type": "create_sampling_session", "sampling_session_id": id})
 
-    async def _sample(self, request: Request) -> Response:
-        body, owner = await _json(request), request.state.owner
-        self._fairness.check(owner, body.get("num_samples", 1), time.monotonic())
-        work = self._sampling.sample(owner, body)
-        ids = [secrets.token_hex(16) for _ in range(body.get("num_samples", 1))]
-        name = ("sample", body["sampling_session_id"], str(body["seq_id"]))
-        return JSONResponse(self._promises.make(owner, work, name=name, sample_sequence_ids=ids))
-
-    # What they have in common
-
-    def _promised(self, owner: str, work: Work, *name: str) -> Response:
-        return JSONResponse(self._promises.make(owner, work, name=(owner, *name)))
-
-    def _check_model(self, name: str) -> None:
-        if name not in self._names:
-            known = ", ".join(self._names)
-            raise ServiceError(404, f"there is no model {name!r} here: {known}", kind="invalid_request_error")
-
-    @staticmethod
-    def _record(id: str, owner: str, base_model: str, lora: LoRA, metadata: Any) -> RunRecord:
-        now_s = time.time()
-        return RunRecord(
-            id=id, owner=owner, base_model=base_model, lora=lora, metadata=metadata or {}, created_s=now_s, used_s=now_s
+    def _sample(self, owner: str, body: bytes) -> Plan:
+        asked = read(body, Sample)
+        sampler = self.samplers.find(asked.sampling_session_id or "", owner)
+        self._sampling.check(asked)
+        return Plan(
+            name=(sampler.id, str(asked.seq_id)),
+            work=lambda: self._sampling.sample(sampler, asked),
+            check=lambda: self._fairness.check(owner, asked.num_samples, time.monotonic()),
+            reply={"sample_sequence_ids": [secrets.token_hex(16) for _ in range(asked.num_samples)]},
         )
-
-    def _begin(self, record: RunRecord, turns: Turns) -> None:
-        self._model.create(record.id, record.lora)
-        self._store.add_run(record)
-        self._runs[record.id] = Run(record, self._model, turns)
-
-    def _run(self, id: str, owner: str) -> Run:
-        run = self._runs.get(id)
-        if run is None or run.record.owner != owner:
-            raise ServiceError(404, f"there is no model {id!r} here (any more)", kind="invalid_request_error")
-        return run
-
-    def _checkpoint(self, path: str, owner: str) -> tuple[CheckpointRecord, RunRecord]:
-        """A checkpoint by its path, and its run. Raises ServiceError (404) where this owner has none of that name."""
-        run_id, _, rest = path.removeprefix("tinker://").partition("/")
-        run = self._store.run(run_id)
-        found = next((each for each in self._store.checkpoints(run_id) if f"{each.kind}/{each.name}" == rest), None)
-        if run is None or found is None or not (run.owner == owner or found.public):
-            raise ServiceError(404, f"there is no checkpoint {path!r} here", kind="invalid_request_error")
-        return found, run
-
-    def _folder_of(self, checkpoint: CheckpointRecord) -> Path:
-        return self._folder / checkpoint.run / checkpoint.kind / checkpoint.name
-
-
-def _id(session: str, number: int) -> str:
-    return f"{session}:train:{number}"  # as the SDK counts on
-
-
-async def _json(request: Request) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(await request.body(), type=dict[str, Any])
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"the body of the request is not a JSON object: {error}", key="body") from None

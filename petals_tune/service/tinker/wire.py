@@ -30,29 +30,31 @@ class Datum:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRequest:
-    model_id: str
-    seq_id: int
     loss: str
     options: Mapping[str, float]
     data: Sequence[Datum]
     forward_only: bool
 
 
-def read_training_request(body: bytes) -> TrainingRequest:
-    """Raises ConfigError for what is no such message, and for images, sound and sparse tensors."""
+def parse_training_request(body: bytes) -> Any:
+    """The ForwardBackwardRequest. Raises ConfigError for what is no such message."""
     message = proto.ForwardBackwardRequest()
     try:
         message.ParseFromString(body)
     except DecodeError as error:
         raise ConfigError(f"the body is no ForwardBackwardRequest: {error}", key="body") from None
+    return message
+
+
+def read_training_request(body: bytes) -> TrainingRequest:
+    """Raises ConfigError for what is no such message, and for images, sound and sparse tensors."""
+    message = parse_training_request(body)
     options: dict[str, float] = dict(message.loss_fn_config)
     for name, value in message.loss_fn_config_v2.items():
         if value.WhichOneof("value") == "text":
             raise ConfigError(f"loss_fn_config: {name} is a number here", key=name, seen=value.text)
         options[name] = value.number
     return TrainingRequest(
-        model_id=message.model_id,
-        seq_id=message.seq_id,
         loss=message.loss_fn,
         options=options,
         data=[_datum(each) for each in message.data],

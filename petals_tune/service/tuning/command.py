@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,11 @@ class Recipe:
             "swarm=join",
             *overrides({f"swarm.{option}": value for option, value in swarm_options(swarm, peers).items()}),
         ]
-        found = composed([*common, "data.source.path=-"])
+        batch_size, learning_rate = _own_values(name)
         return cls(
             common=common,
-            batch_size=found.data.batch_size,
-            learning_rate=found.optimizer.lr,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
             private=getattr(swarm, "token", None) is not None,
             tokens=tuple(tokens),
         )
@@ -105,6 +106,13 @@ class Recipe:
             own["ckpt_path"] = str(checkpoint)
         # -P: a folder called `petals_tune` in the current directory must not shadow the package.
         return [sys.executable, "-P", "-m", "petals_tune", *self.common, *overrides(own)]
+
+
+@cache
+def _own_values(recipe: str) -> tuple[int, float]:
+    """(Batch size, learning rate) of a recipe on chats. Raises ConfigError for one that cannot take them."""
+    found = composed([f"recipe={recipe}", "data/columns=chats", "data.source.path=-"])
+    return found.data.batch_size, found.optimizer.lr
 
 
 def swarm_options(swarm: Swarm, peers: Sequence[str]) -> dict[str, Any]:

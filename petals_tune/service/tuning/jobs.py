@@ -28,7 +28,7 @@ from petals_tune.service.tuning.store import OPEN, EventRecord, JobError, JobRec
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
-GRACE_S = 20.0  # for a process to save its checkpoint; then it is killed
+GRACE_S = 30.0  # for a process to save its checkpoint; then it is killed
 
 
 class Offers(Protocol):
@@ -36,7 +36,7 @@ class Offers(Protocol):
 
     def add(self, offer: Offer) -> None: ...
 
-    def withdraw(self, name: str) -> None: ...
+    def withdraw(self, adapter: str) -> None: ...
 
 
 class Jobs:

@@ -46,7 +46,7 @@ def test_rl_loop(kitchen: Kitchen, loss: str) -> None:
 
 def test_rl_loop_with_the_loss_whose_formula_is_not_public(kitchen: Kitchen) -> None:
     """stable_reinforce is the recipe's default."""
-    with pytest.raises(AssertionError, match=r"RequestFailedError: .*record_stability_info.*stable_reinforce"):
+    with pytest.raises(AssertionError, match=r"BadRequestError: .*record_stability_info.*stable_reinforce"):
         kitchen.recipe("rl_loop.py", "refused", batch_size=2, group_size=2, max_tokens=4)
     assert not (kitchen.folder / "refused" / "metrics.jsonl").exists()
 

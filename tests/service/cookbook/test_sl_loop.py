@@ -33,6 +33,7 @@ def test_sl_loop(kitchen: Kitchen, tuned: Ran) -> None:
         batch = rows.select(range(4 * step, 4 * step + 4))
         loss = talk_loss(kitchen.net(path), kitchen.tokenizer, batch)
         assert line["train_mean_nll"] == pytest.approx(loss, abs=1e-4)
+        assert line["loss"] == pytest.approx(line["train_mean_nll"], rel=1e-5)  # what the service measured
         assert line["grad_norm"] > 0
     final = kitchen.net(tuned.checkpoints["final"]["state_path"])
     assert talk_loss(final, kitchen.tokenizer, rows) < 0.7 * talk_loss(kitchen.net(), kitchen.tokenizer, rows)

@@ -78,7 +78,7 @@ class Runs:
 
     async def _events(self, request: Request) -> Response:
         said = self.events[request.path_params["id"]]
-        data = [{"created_at": 1000 + n, "level": "info", "message": text} for n, text in enumerate(said)]
+        data = [{"created_at": 1000, "level": "info", "message": text} for text in said]
         return JSONResponse({"object": "list", "data": data[::-1], "has_more": False})
 
     async def _cancel(self, request: Request) -> Response:

@@ -1,9 +1,8 @@
-"""Take the screenshots of docs/ from a real gateway over the embedded model: screenshots.py FOLDER RUNS
+"""Take the screenshots of docs/ from a real gateway over the embedded model: screenshots.py FOLDER
 
-RUNS is a folder of runs of the command line, with their adapters: the latest is asked beside the base model.
+A model is tuned by the page first, on the chats of pirate.jsonl, and asked beside the base model.
 
-    python -m petals_tune recipe=personachat
-    python tests/service/page/screenshots.py docs outputs
+    python tests/service/page/screenshots.py docs
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 from PIL import Image
 
@@ -27,17 +27,18 @@ from tests.browser import Page, browser_page  # noqa: E402
 
 SIZES = {"": (1280, 800), "-phone": (390, 844)}
 COLOURS = 200  # of a picture: text stays sharp, and a file small
-SYSTEM = "You are chatting. You have said before:\\n- I love the snow\\n- I bake bread on Sundays"
-QUESTIONS = ("What do you do on weekends?", "Do you have any pets?")
-TOKENS = 48
+CHATS = Path(__file__).with_name("pirate.jsonl")
+EPOCHS = 6
+QUESTION = "What is the highest mountain?"  # which is not in CHATS
+TOKENS = 128
 LOADED = "document.querySelectorAll('#model option').length > 0"
 ANSWERED = "document.getElementById('stop').hidden && !document.querySelector('.answer[data-state=open]')"
 
 
 @contextmanager
-def gateway(runs: Path, folder: Path) -> Iterator[str]:
-    """The address of a service whose models are the embedded one and the adapters in `runs`."""
-    options = [f"adapters={runs}", f"outputs={runs}", f"folder={folder}", "port=0", "name=base"]
+def gateway(folder: Path) -> Iterator[str]:
+    """The address of a service over the embedded model, which keeps what it writes in `folder`."""
+    options = [f"outputs={folder}", f"folder={folder}/service", "port=0", "name=smollm2"]
     process = subprocess.Popen(
         [sys.executable, "-m", "petals_tune.serve", *options], stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
@@ -56,34 +57,42 @@ def gateway(runs: Path, folder: Path) -> Iterator[str]:
 
 
 async def pictures(page: Page, url: str, folder: Path) -> None:
-    await page.resize(*SIZES[""])
-    await page.open(url)
-    await page.until(LOADED)
-    names = await page.evaluate("[...document.querySelectorAll('#model option')].map(each => each.value)")
-    if len(names) < 2:
-        raise SystemExit("there is no adapter to ask: train one first, with python -m petals_tune recipe=personachat")
-    for name, beside in {"chat": "", "side-by-side": max(names[1:])}.items():
-        await ask(page, url, names[0], beside)
-        await both_sizes(page, folder, name)
-    await page.resize(*SIZES[""])
-    await page.open(f"{url}/runs")
-    await page.until("document.querySelectorAll('#runs a').length > 0")
-    await page.evaluate("location.hash = document.querySelector('#runs a').hash")
-    await page.until("document.querySelector('.chart path') !== null")
+    base, tuned = await tune(page, url)
     await both_sizes(page, folder, "runs")
+    for name, beside in {"chat": "", "side-by-side": tuned}.items():
+        await ask(page, url, base, beside, [QUESTION] if beside else ["How do I cook rice?", QUESTION])
+        await both_sizes(page, folder, name)
 
 
-async def ask(page: Page, url: str, model: str, beside: str) -> None:
+async def tune(page: Page, url: str) -> tuple[str, str]:
+    """Tune a model by the page, and wait until it is offered: (name of the base model, its own name)."""
+    await page.resize(*SIZES[""])
+    await page.open(f"{url}/runs#new")
+    await page.until("document.querySelector('.tuning') !== null")
+    await page.choose_file("#tune-file", CHATS)
+    await page.until("document.querySelector('.verdict.good') !== null")
+    for name, value in {"epochs": EPOCHS, "suffix": "pirate"}.items():
+        await page.evaluate(f"document.getElementById('tune-{name}').value = '{value}'")
+    await page.click(".tuning .buttons button")
+    ended = "['succeeded', 'failed'].includes(document.querySelector('.title .state')?.textContent)"
+    await page.until(ended, timeout_s=1200)
+    await page.until("document.querySelector('.run-head a') !== null")
+    link = await page.evaluate("document.querySelector('.run-head a').href")
+    found = parse_qs(urlsplit(link).query)
+    return found["model"][0], found["beside"][0]
+
+
+async def ask(page: Page, url: str, model: str, beside: str, questions: Sequence[str]) -> None:
     """Have a conversation of its own with one model, or with two."""
     await page.resize(*SIZES[""])
     await page.open(url)
     await page.until(LOADED)
-    values = {"model": model, "beside": beside, "system": SYSTEM, "temperature": 0, "tokens": TOKENS}
+    values = {"model": model, "beside": beside, "temperature": 0, "tokens": TOKENS}
     for name, value in values.items():
         await page.evaluate(f"document.getElementById('{name}').value = '{value}'")
     for name in ("beside", "settings"):
         await page.evaluate(f"document.getElementById('{name}').dispatchEvent(new Event('change'))")
-    for number, question in enumerate(QUESTIONS, 1):
+    for number, question in enumerate(questions, 1):
         await page.click("#question")
         await page.write(question)
         await page.press("Enter")
@@ -101,13 +110,13 @@ async def both_sizes(page: Page, folder: Path, name: str) -> None:
         print(f"{file}  {file.stat().st_size / 1000:.0f} kB")
 
 
-async def main(folder: Path, runs: Path) -> None:
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, gateway(runs, Path(scratch)) as url:
+async def main(folder: Path) -> None:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, gateway(Path(scratch)) as url:
         async with browser_page(Path(scratch) / "browser") as page:
             await pictures(page, url, folder)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
+    if len(sys.argv) != 2:
         raise SystemExit(__doc__)
-    asyncio.run(main(Path(sys.argv[1]), Path(sys.argv[2]).resolve()))
+    asyncio.run(main(Path(sys.argv[1])))

@@ -13,7 +13,8 @@ from starlette.routing import Route
 
 from petals_tune.service.users.keys import Keys
 from tests.browser import BROWSER, WHY_NOT, Page, browser_page
-from tests.service.local import Running, running_service, wait_until
+from tests.processes import wait_until
+from tests.service.local import Running, running_service
 from tests.service.page.spoken import CODE, HOSTILE, SLOW, SpokenModel, offers
 
 pytestmark = [pytest.mark.skipif(BROWSER is None, reason=WHY_NOT), pytest.mark.asyncio(loop_scope="module")]
@@ -105,7 +106,7 @@ async def test_an_answer_comes_piece_by_piece_and_can_be_stopped(page: Page, ste
     await page.press("Escape")
     await page.until(f"{IDLE} && document.querySelector('.answer').dataset.state === 'stopped'")
     # The step that was being computed ends, and those until the service sees that nobody listens: far from all.
-    wait_until(lambda: steps.open_sessions == 0 or steps.allowed.release(), pause_s=0.05)
+    wait_until(lambda: steps.open_sessions == 0 or bool(steps.allowed.release()), "the session is closed")
     assert steps.steps_of_slow < len(SLOW.split()), "the service went on for nobody"
     assert (await page.evaluate(CURRENT))["turns"][0]["answers"][0]["content"] == "one two three"
     assert "stopped" in await page.evaluate("document.querySelector('.facts').textContent")
@@ -135,6 +136,10 @@ async def test_the_text_of_a_model_stays_text(page: Page) -> None:
         "a <strong>loop</strong>",
     ]
     assert (await page.evaluate(CURRENT))["turns"][1]["answers"][0]["content"] == CODE
+    for place, copied in {".code": "print('<hi>')", ".turn:last-child .answer footer": CODE}.items():
+        await page.click(f"{place} [aria-label^='Copy']")
+        await page.until(f"document.querySelector('{place} [href$=done]') !== null")
+        assert await page.clipboard() == copied
 
 
 async def test_a_question_is_edited_and_an_answer_made_again(page: Page) -> None:

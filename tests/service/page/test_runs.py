@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from petals_tune.service.served import Offer
 from tests.browser import BROWSER, WHY_NOT, Page, browser_page
-from tests.service.local import PlainModel, Running, running_service, wait_until
+from tests.processes import wait_until
+from tests.service.local import PlainModel, Running, running_service
 from tests.service.page.runs_app import Runs, run
 
 pytestmark = [pytest.mark.skipif(BROWSER is None, reason=WHY_NOT), pytest.mark.asyncio(loop_scope="module")]
@@ -161,7 +163,7 @@ async def test_an_adapter_is_saved_and_chatted_with_beside_its_base(page: Page, 
     await shown(page, 2)
     await page.save_downloads(tmp_path)
     await page.click(".run-head button")
-    wait_until((tmp_path / "loud.zip").exists)
+    wait_until((tmp_path / "loud.zip").exists, "the adapter is downloaded")
     with zipfile.ZipFile(tmp_path / "loud.zip") as packed:
         assert packed.read("adapter_config.json") == b"loud"
     await page.click(".run-head a")
@@ -169,7 +171,9 @@ async def test_an_adapter_is_saved_and_chatted_with_beside_its_base(page: Page, 
     assert await page.evaluate("document.getElementById('model').value") == "base"
 
 
-async def test_a_tuning_is_started_followed_and_cancelled(page: Page, runs: Runs, tmp_path: Path) -> None:
+async def test_a_tuning_is_started_followed_and_cancelled(
+    page: Page, service: Running, runs: Runs, tmp_path: Path
+) -> None:
     broken, file = tmp_path / "broken.jsonl", tmp_path / "chats.jsonl"
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     broken.write_text(json.dumps(chat) + '\n{"messages": [{"role": "user"}]}\n')
@@ -193,9 +197,15 @@ async def test_a_tuning_is_started_followed_and_cancelled(page: Page, runs: Runs
 
     runs.events["ftjob-1"].append("step 1")
     said = "[...document.querySelectorAll('.log li span')].map(each => each.textContent).join()"
-    await page.until(f"{said} === 'started,step 1'")
+    await page.until(f"{said} === 'step 1,started'")
     await page.click(".run-head button")
     await page.until("document.querySelector('.title .state').textContent === 'cancelled'")
+
+    # Had it gone on, its model would be there by now.
+    service.offers.found.append(Offer(name="mine", adapter="loud", created=4))
+    runs.all[0].update(status="succeeded", adapter=True)
+    await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # as of a window that is shown again
+    await page.until("document.querySelector('.run-head a')?.search === '?model=base&beside=mine'")
 
 
 async def test_a_phone_shows_the_list_or_a_run(page: Page) -> None:

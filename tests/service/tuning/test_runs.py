@@ -8,7 +8,8 @@ import zipfile
 import httpx
 import pytest
 
-from petals_tune.service.tinker import store as tinker
+from petals_tune.service.tinker import records
+from petals_tune.service.tinker.store import Store
 from petals_tune.service.tuning.runs import QUIET_S, FolderRuns, TinkerRuns
 from petals_tune.service.users.keys import Keys
 from tests.processes import wait_until
@@ -126,12 +127,19 @@ def test_with_keys_they_are_nobodys(tmp_path, outputs):
 
 
 def test_runs_by_tinkers_interface_are_their_owners(tmp_path):
-    store = tinker.Store(tmp_path / "runs.sqlite")
-    lora = tinker.LoRA(rank=4)
+    store = Store(tmp_path / "runs.sqlite")
+    lora = records.LoRA(rank=4)
     for id, owner, metadata in (("r1", "ann", {"name": "mine"}), ("r2", "ben", {})):
-        store.add_run(
-            tinker.RunRecord(
-                id=id, owner=owner, base_model="base", lora=lora, metadata=metadata, created_s=7.5, used_s=8.5
+        store.put(
+            records.RunRecord(
+                id=id,
+                owner=owner,
+                session="s",
+                base_model="base",
+                lora=lora,
+                metadata=metadata,
+                created_s=7.5,
+                used_s=8.5,
             )
         )
     store.add_metrics("r1", 1, {"loss": 2.5})
@@ -140,9 +148,19 @@ def test_runs_by_tinkers_interface_are_their_owners(tmp_path):
     folder.mkdir(parents=True)
     for name in ("adapter_config.json", "optimizer.safetensors"):
         (folder / name).write_text(json.dumps(name))
-    store.put_checkpoint(
-        tinker.CheckpointRecord(
-            run="r1", kind="weights", name="last", bytes=1, public=False, metadata={}, created_s=9.0, expires_s=None
+    store.put(
+        records.CheckpointRecord(
+            run="r1",
+            kind="weights",
+            name="last",
+            folder="r1/weights/last",
+            bytes=1,
+            named=True,
+            public=False,
+            metadata={},
+            created_s=9.0,
+            used_s=9.0,
+            expires_s=None,
         )
     )
     home = tmp_path / "service"

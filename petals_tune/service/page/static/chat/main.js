@@ -55,7 +55,7 @@ async function begin(conversation, turn, places) {
   const live = running.get(conversation.id) ?? { conversation, controller: new AbortController(), count: 0 };
   running.set(conversation.id, live);
   live.count += places.length;
-  show({ jump: true });
+  show();
   keep(conversation);
   sidebar();
   await Promise.all(places.map(async (place) => {
@@ -94,8 +94,8 @@ function showButtons() {
   $("send").disabled = !$("question").value.trim() || !$("model").value;
 }
 
-function show(options) {
-  view.show(current, options);
+function show() {
+  view.show(current);
   document.title = current.turns.length ? `${store.title(current)} · petals_tune` : "petals_tune";
   $("page").classList.toggle("comparing", Boolean($("beside").value));
   showButtons();
@@ -111,7 +111,7 @@ function choose(id) {
   }
   history.replaceState(null, "", `#${id}`);
   showSettings(current.settings);
-  show({ jump: true });
+  show();
   sidebar();
 }
 
@@ -119,9 +119,9 @@ function fresh(settings = readSettings()) {
   current = store.newConversation(settings);
   history.replaceState(null, "", location.pathname);
   showSettings(current.settings);
-  show({ jump: true });
+  show();
   sidebar();
-  $("question").focus();
+  if (matchMedia("(any-pointer: fine)").matches) $("question").focus(); // elsewhere a keyboard would cover the page
 }
 
 function listen() {

@@ -1,6 +1,6 @@
 // The text of a model as elements: paragraphs, lists, headings, code. Links and markup stay the text that they are.
 
-import { copy, icon, make } from "../common/dom.js";
+import { copy, iconButton, make } from "../common/dom.js";
 
 const FENCE = /^ {0,3}```\s*([\w+#.-]*)\s*$/;
 const ITEM = /^\s*(?:([-*•])|(\d{1,9})[.)])\s+(.*)$/;
@@ -18,8 +18,7 @@ function inline(text) {
 
 function codeBlock(lines, language) {
   const text = lines.join("\n");
-  const button = make("button", { type: "button", class: "quiet icon-only", title: "Copy code", "aria-label": "Copy code" }, icon("copy"));
-  button.addEventListener("click", () => copy(text, button));
+  const button = iconButton("copy", "Copy code", ({ currentTarget }) => copy(text, currentTarget));
   return make("div", { class: "code" }, make("div", { class: "code-bar" }, make("span", {}, language), button),
     make("pre", { tabindex: "0" }, make("code", {}, text)));
 }

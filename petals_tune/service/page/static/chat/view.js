@@ -4,7 +4,7 @@ import { $, copy, grow, icon, iconButton, make } from "../common/dom.js";
 import { described } from "./answer.js";
 import { rendered } from "./text.js";
 
-// `actions`: edit(turn, text), regenerate(turn, place), copy.
+// `actions`: edit(turn, text), regenerate(turn, place).
 export class View {
   constructor(actions) {
     this.actions = actions;
@@ -17,12 +17,11 @@ export class View {
     }, { passive: true });
   }
 
-  show(conversation, { jump = false } = {}) {
-    const { turns } = conversation;
+  show({ turns }) {
     $("turns").replaceChildren(
       ...(turns.length ? [make("div", { class: "turn-list" }, ...turns.map((turn) => this.turn(turn, turn === turns.at(-1))))] : [this.nothing()]),
     );
-    if (jump) this.followed = true;
+    this.followed = true;
     this.toEnd();
   }
 
@@ -64,7 +63,8 @@ export class View {
   }
 
   answer(turn, answer, place, last) {
-    const element = make("section", { class: "answer", "aria-label": `Answer of ${answer.model}` });
+    // A screen reader reads an answer that comes, once it is whole; not those that are shown again.
+    const element = make("section", { class: "answer", "aria-label": `Answer of ${answer.model}`, "aria-live": "polite" });
     this.shown.set(answer, { element, again: last ? () => this.actions.regenerate(turn, place) : null });
     this.fill(answer);
     return element;
@@ -89,7 +89,7 @@ export class View {
     const { element, again } = found;
     const open = answer.state === "open";
     const text = make("div", { class: "text" }, rendered(answer.content));
-    element.setAttribute("aria-busy", String(open)); // a screen reader reads the whole, not each piece
+    element.setAttribute("aria-busy", String(open));
     element.dataset.state = answer.state;
     element.replaceChildren(make("h2", {}, answer.model), text);
     if (open) (text.lastElementChild?.matches("p") ? text.lastElementChild : text).append(make("span", { class: "caret" }));
@@ -107,10 +107,7 @@ export class View {
   }
 }
 
-function copyButton(label, text) {
-  const button = iconButton("copy", label, () => copy(text, button));
-  return button;
-}
+const copyButton = (label, text) => iconButton("copy", label, ({ currentTarget }) => copy(text, currentTarget));
 
 const problem = ({ message, advice }) =>
   make("div", { class: "problem", role: "alert" }, make("strong", {}, message), advice ? make("span", {}, advice) : null);

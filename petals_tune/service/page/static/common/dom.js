@@ -45,10 +45,10 @@ export function carefulButton(name, label, question, act) {
   return button;
 }
 
-// Clipboards need a secure page; over plain HTTP from elsewhere the text is selected in a field and copied.
+// Over plain HTTP from another machine a page has no clipboard: there the text is selected in a field and copied.
 export async function copy(text, button) {
-  if (navigator.clipboard) await navigator.clipboard.writeText(text);
-  else {
+  const written = await navigator.clipboard?.writeText(text).then(() => true, () => false);
+  if (!written) {
     const field = make("textarea", { class: "unseen" });
     field.value = text;
     document.body.append(field);

@@ -57,7 +57,7 @@ export class Chart {
   axes(left, right, low, high, width) {
     const group = svg("g", { class: "axes" });
     const bottom = HEIGHT - EDGE.bottom;
-    for (const value of ticks(low, high, 4)) {
+    for (const value of ticks(low, high, 5)) {
       const y = this.y(value);
       group.append(svg("line", { x1: EDGE.left, x2: width - EDGE.right, y1: y, y2: y }),
         svg("text", { x: EDGE.left - 8, y: y + 4, "text-anchor": "end" }, number(value)));

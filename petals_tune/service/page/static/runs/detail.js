@@ -11,9 +11,9 @@ const JOBS = "/v1/fine_tuning/jobs";
 const unfinished = ({ status }) => status === "running" || status === "queued";
 
 export class Detail {
-  // `models`: the names that can be chatted with, the base first; `failed(error)`, `changed()`.
-  constructor({ models, failed, changed }) {
-    Object.assign(this, { models, failed, changed, drawn: new Map(), events: [] });
+  // `failed(error)`, `changed()`.
+  constructor({ failed, changed }) {
+    Object.assign(this, { failed, changed, drawn: new Map() });
     this.head = make("header", { class: "run-head" });
     this.main = make("div", { class: "charts" });
     this.rest = make("div", { class: "charts" });
@@ -23,10 +23,12 @@ export class Detail {
     this.element = make("div", { class: "detail" }, this.head, this.main, this.replies, this.log, this.more);
   }
 
-  update(runs) {
-    const now = JSON.stringify(runs);
+  // `models`: the names that can be chatted with, the base first.
+  update(runs, models) {
+    const now = JSON.stringify([runs, models]);
     if (now === this.last) return;
     this.last = now;
+    this.models = models;
     this.showHead(runs);
     this.showCharts(runs);
     this.showReplies(runs.length > 1 ? [] : runs[0].replies);
@@ -35,7 +37,7 @@ export class Detail {
   // Buttons stay the same elements while only curves and replies grow: a click would be lost on a button that is replaced.
   showHead(runs) {
     const [{ curves, replies, ...facts }] = runs;
-    const now = JSON.stringify(runs.length > 1 ? runs : [facts, !Object.keys(curves).length]);
+    const now = JSON.stringify(runs.length > 1 ? runs : [facts, !Object.keys(curves).length, this.models]);
     if (now === this.headed) return;
     this.headed = now;
     this.head.replaceChildren(...(runs.length > 1 ? this.compared(runs) : this.one(runs[0])));
@@ -101,12 +103,12 @@ export class Detail {
   }
 
   async followEvents(run) {
-    const { data } = await json(`${JOBS}/${encodeURIComponent(run.id)}/events?limit=100`);
-    const events = data.toSorted((one, other) => one.created_at - other.created_at);
-    if (events.length === this.events.length) return;
-    this.events = events;
-    this.log.hidden = false;
-    this.log.replaceChildren(make("h2", {}, "Events"), make("ol", { "aria-live": "polite" }, ...events.map(({ created_at: at, level, message }) =>
+    const { data } = await json(`${JOBS}/${encodeURIComponent(run.id)}/events?limit=100`); // the latest, latest first
+    const now = JSON.stringify(data);
+    if (now === this.said) return;
+    this.said = now;
+    this.log.hidden = !data.length;
+    this.log.replaceChildren(make("h2", {}, "Events, latest first"), make("ol", {}, ...data.map(({ created_at: at, level, message }) =>
       make("li", { class: level }, make("time", { class: "faint" }, new Date(at * 1000).toLocaleTimeString()), make("span", {}, message)))));
   }
 

@@ -59,11 +59,11 @@ async function showRuns(ids) {
   const found = await Promise.all(ids.map(load));
   if (name !== (selected().join(",") || runs[0]?.id) || address() === "new") return; // another was chosen meanwhile
   if (shown.name !== name) {
-    shown = { name, detail: new Detail({ models, failed, changed: refresh }) };
+    shown = { name, detail: new Detail({ failed, changed: refresh }) };
     $("content").replaceChildren(shown.detail.element);
     $("content").scrollTop = 0;
   }
-  shown.detail.update(found);
+  shown.detail.update(found, models);
   if (found.length === 1 && found[0].kind === "job") await shown.detail.followEvents(found[0]);
 }
 

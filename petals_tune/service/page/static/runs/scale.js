@@ -1,6 +1,6 @@
 // Axes and numbers of charts.
 
-// Round numbers, about `count` of them, that lie within low..high.
+// Round numbers within low..high: `count` of them, or somewhat fewer.
 export function ticks(low, high, count) {
   const rough = (high - low) / count;
   const power = 10 ** Math.floor(Math.log10(rough));
