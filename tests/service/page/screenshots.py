@@ -64,7 +64,7 @@ async def pictures(page: Page, url: str, folder: Path) -> None:
             url,
             base,
             beside,
-            [QUESTION] if beside else ["Write a Python function that adds two numbers.", QUESTION],
+            [QUESTION] if beside else ["Write a Python function that adds two numbers."],
         )
         await both_sizes(page, folder, name)
 
