@@ -74,9 +74,9 @@ def servers_of_this_run() -> list[Process]:
     return found
 
 
-def wait_until(holds: Callable[[], bool], what: str) -> None:
+def wait_until(holds: Callable[[], bool], what: str, *, long_s: float = LONG_S) -> None:
     """Fails after a long while, naming `what` did not come."""
-    deadline_s = time.monotonic() + LONG_S
+    deadline_s = time.monotonic() + long_s
     while not holds():
-        assert time.monotonic() < deadline_s, f"waited {LONG_S:g} s in vain: {what}"
+        assert time.monotonic() < deadline_s, f"waited {long_s:g} s in vain: {what}"
         time.sleep(0.05)
