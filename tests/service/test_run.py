@@ -1,6 +1,7 @@
 """The whole service over a swarm: many users, adapters that come and go, servers that die, clients that leave."""
 
 import asyncio
+import importlib.util
 import shutil
 import threading
 import time
@@ -11,6 +12,7 @@ import pytest
 import tinker
 
 from petals_tune.service import adapter_folder
+from petals_tune.service.run import has_tinker
 from petals_tune.service.users.keys import Keys
 from tests.processes import wait_until
 from tests.service.swarm import NAME, Gate, Plain, save_adapter, save_chat_model, serving
@@ -245,3 +247,13 @@ def test_metrics_count_by_model_and_need_a_key(folder, options):
         assert httpx.get(f"{running.url}/metrics").status_code == 401
         text = httpx.get(f"{running.url}/metrics", headers={"X-API-Key": BEN}).text
         assert "anna" not in text
+
+
+def test_the_sdk_without_the_rest_of_its_extra_is_no_interface(monkeypatch, caplog):
+    """A client on this machine may have it; then the service starts, and says what is missing."""
+    assert has_tinker()
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pyrage" else found(name))
+    with caplog.at_level("INFO"):
+        assert not has_tinker()
+    assert "pyrage" in caplog.text
