@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,8 @@ from petals_tune.train.options import Swarm, open_swarm
 from petals_tune.tuning.saved import load_tokenizer
 
 logger = logging.getLogger(__name__)
+
+_FURTHER_THREADS = 8  # for what takes no slot: preparing prompts, loading adapters, records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,9 @@ def _opened(cfg: DictConfig, swarm: Swarm, stack: ExitStack) -> tuple[Any, Any, 
 @asynccontextmanager
 async def service(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[tuple[Core, Sequence[BaseRoute]]]:
     """(What the parts share, all routes of the service) over a model."""
+    # asyncio's own pool has few threads: training, which holds one for long, would keep chats waiting.
+    threads = ThreadPoolExecutor(cfg.most_at_once + _FURTHER_THREADS, thread_name_prefix="work")
+    asyncio.get_running_loop().set_default_executor(threads)
     config = model.config.get_text_config()
     most_positions = min(cfg.max_length, getattr(config, "max_position_embeddings", cfg.max_length))
     slots = Slots(cfg.most_at_once)

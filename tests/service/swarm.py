@@ -117,6 +117,7 @@ class Serving:
     url: str
     model: Any  # over the swarm
     core: Core
+    loop: asyncio.AbstractEventLoop  # of the service
     swarm: InProcessSwarm
 
 
@@ -150,7 +151,8 @@ def serving(
         thread.start()
         try:
             assert started.wait(30)
-            yield Serving(url=f"http://127.0.0.1:{found['port']}", model=model, core=found["core"], swarm=swarm)
+            url = f"http://127.0.0.1:{found['port']}"
+            yield Serving(url=url, model=model, core=found["core"], loop=found["loop"], swarm=swarm)
         finally:
             if "server" in found:
                 for each in found["core"].at_stop:

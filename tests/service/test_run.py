@@ -206,6 +206,27 @@ def test_too_many_are_429_and_the_client_comes_again_by_itself(folder, options):
         assert done[0].usage.completion_tokens == 2
 
 
+def test_what_trains_does_not_keep_chats_waiting(folder, options):
+    """It holds more threads than asyncio has by itself."""
+    with serving(folder, "most_at_once=40", *options) as running:
+        trains, ended = threading.Barrier(41), threading.Event()
+
+        def train():
+            trains.wait(60)
+            ended.wait(60)
+
+        async def train_all():
+            await asyncio.gather(*(asyncio.to_thread(train) for _ in range(40)))
+
+        training = asyncio.run_coroutine_threadsafe(train_all(), running.loop)
+        trains.wait(60)
+        turns = [{"role": "user", "content": "Hi"}]
+        answer = client_of(running).chat.completions.create(model=NAME, messages=turns, max_tokens=2)
+        assert answer.usage.completion_tokens
+        ended.set()
+        training.result(60)
+
+
 def test_tinkers_client_comes_again_too(folder, plain, options, monkeypatch):
     prompt, gate = plain.tokenizer("Hello").input_ids, Gate(monkeypatch, step=2)
     expected = plain.tokens(prompt, 5)
