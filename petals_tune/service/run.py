@@ -158,9 +158,19 @@ async def service(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[
         await asyncio.to_thread(adapters.look)
         await stack.enter_async_context(adapters.watched())
         routes: list[BaseRoute] = [*OpenAI(served, fairness, metrics).routes, Route("/route", _route_of(model))]
-        if importlib.util.find_spec("tinker") is not None:
+        if has_tinker():
             routes += await stack.enter_async_context(_tinker(core))
         yield core, routes
+
+
+def has_tinker() -> bool:
+    """Is the extra [tinker] installed? The SDK alone, which a client on this machine may have, is not enough."""
+    missing = [name for name in ("tinker", "pyrage") if importlib.util.find_spec(name) is None]
+    if missing:
+        logger.info(
+            "Tinker's interface is not served: pip install 'petals_tune[tinker]' brings %s", " and ".join(missing)
+        )
+    return not missing
 
 
 def _route_of(model: Any) -> Any:

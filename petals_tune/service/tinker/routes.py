@@ -29,7 +29,7 @@ from petals_tune.service.tinker.bodies import (
 )
 from petals_tune.service.tinker.checkpoints import Checkpoints
 from petals_tune.service.tinker.listing import Listing
-from petals_tune.service.tinker.promises import Kind, Plan, Promises
+from petals_tune.service.tinker.promises import Kind, Plan, Promises, Result
 from petals_tune.service.tinker.records import CheckpointRecord, RunRecord, SamplerRecord, SessionRecord
 from petals_tune.service.tinker.runs.live import LiveRuns, gone
 from petals_tune.service.tinker.runs.run import TrainedModel
@@ -274,9 +274,14 @@ class Tinker:
         asked = read(body, Sample)
         sampler = self.samplers.find(asked.sampling_session_id or "", owner)
         self._sampling.check(asked)
+
+        async def work() -> Result:
+            with self._fairness.in_flight(owner, asked.num_samples):
+                return await self._sampling.sample(sampler, asked)
+
         return Plan(
             name=(sampler.id, str(asked.seq_id)),
-            work=lambda: self._sampling.sample(sampler, asked),
+            work=work,
             check=lambda: self._fairness.check(owner, asked.num_samples, time.monotonic()),
             reply={"sample_sequence_ids": [secrets.token_hex(16) for _ in range(asked.num_samples)]},
         )
