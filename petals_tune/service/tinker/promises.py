@@ -103,9 +103,9 @@ class Promises:
         promise = self._by_id.get(id)
         if promise is None or promise.record.owner != owner:
             return None
-        stopping = asyncio.ensure_future(self._stopping.wait())
-        await asyncio.wait({promise.task, stopping}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
+        told = asyncio.ensure_future(self._stopping.wait())
+        await asyncio.wait({promise.task, told}, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
         if not promise.task.done() or self._is_left(promise):
             if self._stopping.is_set():
                 await asyncio.sleep(STOPPING_POLL_S)  # who asks asks again at once

@@ -7,9 +7,12 @@ import tinker
 import torch
 from tinker import types
 
+from petals_tune.errors import ConfigError
+from petals_tune.service.tinker.records import RunRecord
 from petals_tune.service.tinker.store import Store
 from petals_tune.service.users.keys import Keys
 from tests.models import plain_model
+from tests.raising import raises
 from tests.service.tinker.tiny import (
     ADAM,
     DATA,
@@ -307,6 +310,13 @@ def test_what_is_not_honoured_is_refused_by_name(service, running):
     ):
         with pytest.raises(tinker.RequestFailedError):
             inflight.result()
+
+
+def test_a_run_is_begun_once(service, running):
+    training = trained(service, 1)
+    record = running.tinker._store.one(RunRecord, id=training.model_id)
+    with raises(ConfigError, key="model_seq_id"):
+        running.call(running.tinker._live.begin(record))
 
 
 def images():

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from petals_tune.errors import ConfigError
 from petals_tune.service.errors import ServiceError
 from petals_tune.service.tinker.records import CheckpointRecord, ParkedRecord, RunRecord
 from petals_tune.service.tinker.runs.run import Run, TrainedModel
@@ -54,7 +55,10 @@ class LiveRuns:
         return record
 
     async def begin(self, record: RunRecord, checkpoint: Path | None = None, *, with_optimizer: bool = False) -> None:
-        """Begin a run, from a checkpoint where one is given. Raises what the model raises; then there is no run."""
+        """Begin a run, from a checkpoint where one is given.
+
+        Raises ConfigError where it was begun before, and what the model raises; then there is no new run.
+        """
 
         def make() -> Run:
             self._model.create(record.id, record.lora)
@@ -68,6 +72,8 @@ class LiveRuns:
             return run
 
         async with self._changing:
+            if self._store.one(RunRecord, id=record.id) is not None:
+                raise ConfigError(f"the run {record.id} was begun already", key="model_seq_id", seen=record.id)
             run = await in_thread(make)
             self._store.put(record)
             self._live[record.id] = Live(run)
