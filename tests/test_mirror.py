@@ -25,7 +25,6 @@ TESTED_ELSEWHERE = {
     "petals_tune/remote/adapters/choice.py": "tests/remote/adapters/test_calls.py",
     "petals_tune/remote/backbone.py": "tests/remote/test_blocks.py",
     "petals_tune/remote/model_call.py": "tests/remote/test_threads.py",
-    "petals_tune/service/remote.py": "tests/service/test_run.py",
     "petals_tune/service/tinker/bodies.py": "tests/service/tinker/test_routes.py",
     "petals_tune/service/tinker/checkpoints.py": "tests/service/tinker/test_routes.py",
     "petals_tune/service/tinker/listing.py": "tests/service/tinker/test_routes.py",

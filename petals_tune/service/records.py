@@ -1,70 +1,112 @@
-"""Records in SQLite: what outlives the service, as dataclasses by their ids."""
+"""Records in SQLite: what outlives the service, as dataclasses."""
 
 from __future__ import annotations
 
 import sqlite3
 import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
-T = TypeVar("T")
+Record = TypeVar("Record")
+
+_PLAIN = frozenset({str, int, float, bool, bytes, NoneType})  # types of SQLite's own; others are stored as JSON
 
 
-class Database:
-    """One SQLite file. Thread-safe; a change is whole or not at all."""
+class Records:
+    """Tables of one SQLite file, each of one dataclass, whose fields are its columns.
 
-    def __init__(self, file: Path):
-        self._connection = sqlite3.connect(file, check_same_thread=False)
+    Thread-safe; a change is whole or not at all.
+    """
+
+    def __init__(self, file: Path, schema: str, tables: Mapping[type, str]):
+        """schema: makes the tables where they are not there yet; tables: their names by their records' classes."""
+        self._tables = tables
+        self._columns: dict[type, dict[str, bool]] = {kind: _columns(kind) for kind in tables}
+        self._database = sqlite3.connect(file, check_same_thread=False)
         self._lock = threading.Lock()
-        self.execute("PRAGMA journal_mode = WAL")
-        self.execute("PRAGMA synchronous = NORMAL")  # a power failure may take the last changes, each of them whole
-
-    def execute(self, statement: str, *values: object) -> list[Any]:
-        """Run one statement, and return its rows."""
-        with self._lock, self._connection:
-            return self._connection.execute(statement, values).fetchall()
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA foreign_keys = ON")
+        self._database.executescript(schema)
 
     def close(self) -> None:
         with self._lock:
-            self._connection.close()
+            self._database.close()
 
+    def put(self, *records: object) -> None:
+        """Record all of these, in the place of those with the same key."""
+        with self._writing():
+            for record in records:
+                values = {name: _stored(getattr(record, name)) for name in self._columns[type(record)]}
+                names, places = ", ".join(values), ", ".join("?" * len(values))
+                self._database.execute(
+                    f"INSERT OR REPLACE INTO {self._tables[type(record)]} ({names}) VALUES ({places})",
+                    tuple(values.values()),
+                )
 
-class Table(Generic[T]):
-    """Records of one kind by their ids, each in a group, such as those of one owner. Fields are stored as JSON."""
+    def all(self, kind: type[Record], order: str = "rowid", /, **equal: object) -> list[Record]:
+        """The records of a kind with these values."""
+        columns = self._columns[kind]
+        where = " AND ".join(f"{name} IS ?" for name in equal) or "TRUE"
+        with self._lock:
+            rows = self._database.execute(
+                f"SELECT {', '.join(columns)} FROM {self._tables[kind]} WHERE {where} ORDER BY {order}",
+                tuple(equal.values()),
+            ).fetchall()
+        return [msgspec.convert(_read(row, columns), kind, strict=False) for row in rows]
 
-    def __init__(self, database: Database, name: str, kind: type[T]):
-        """name: of the table, which is made where it is not there yet."""
-        self._database, self._name, self._kind = database, name, kind
-        database.execute(
-            f"CREATE TABLE IF NOT EXISTS {name} (number INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, "
-            "of TEXT NOT NULL, record TEXT NOT NULL) STRICT"
+    def one(self, kind: type[Record], /, **equal: object) -> Record | None:
+        return next(iter(self.all(kind, **equal)), None)
+
+    def change(self, kind: type[Any], values: Mapping[str, object], /, **equal: object) -> None:
+        """Set columns of the records with these values."""
+        settings, where = (
+            ", ".join(f"{name} = ?" for name in values),
+            " AND ".join(f"{name} IS ?" for name in equal),
         )
-        database.execute(f"CREATE INDEX IF NOT EXISTS {name}_of ON {name} (of, number)")
+        with self._writing():
+            self._database.execute(
+                f"UPDATE {self._tables[kind]} SET {settings} WHERE {where}",
+                (*map(_stored, values.values()), *equal.values()),
+            )
 
-    def put(self, id: str, group: str, record: T) -> None:
-        """Store a record; one of the same id is replaced, and keeps its place."""
-        self._database.execute(
-            f"INSERT INTO {self._name} (id, of, record) VALUES (?, ?, ?) "
-            "ON CONFLICT (id) DO UPDATE SET of = excluded.of, record = excluded.record",
-            *(id, group, msgspec.json.encode(record).decode()),
-        )
+    def remove(self, kind: type[Any], /, **equal: object) -> None:
+        where = " AND ".join(f"{name} IS ?" for name in equal) or "TRUE"
+        with self._writing():
+            self._database.execute(f"DELETE FROM {self._tables[kind]} WHERE {where}", tuple(equal.values()))
 
-    def get(self, id: str) -> T | None:
-        return next(iter(self._found("WHERE id = ?", id)), None)
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._lock, self._database:
+            yield
 
-    def of(self, group: str) -> list[T]:
-        """The records of a group, the latest first."""
-        return self._found("WHERE of = ? ORDER BY number DESC", group)
 
-    def all(self) -> list[T]:
-        """All records, the earliest first."""
-        return self._found("ORDER BY number")
+def _columns(kind: Any) -> dict[str, bool]:
+    """Column -> whether it is JSON."""
+    hints = get_type_hints(kind)
+    return {each.name: not _is_plain(hints[each.name]) for each in fields(kind)}
 
-    def remove(self, id: str) -> None:
-        self._database.execute(f"DELETE FROM {self._name} WHERE id = ?", id)
 
-    def _found(self, where: str, *values: object) -> list[T]:
-        rows = self._database.execute(f"SELECT record FROM {self._name} {where}", *values)
-        return [msgspec.json.decode(record, type=self._kind) for (record,) in rows]
+def _is_plain(hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return all(type(value) in _PLAIN for value in get_args(hint))
+    parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return all(part in _PLAIN for part in parts)
+
+
+def _stored(value: object) -> object:
+    if type(value) in _PLAIN:
+        return int(value) if isinstance(value, bool) else value
+    return msgspec.json.encode(value).decode()
+
+
+def _read(row: tuple[Any, ...], columns: Mapping[str, bool]) -> dict[str, Any]:
+    return {
+        name: msgspec.json.decode(value) if is_json and value is not None else value
+        for (name, is_json), value in zip(columns.items(), row, strict=True)
+    }

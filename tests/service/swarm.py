@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +76,11 @@ class Plain:
 
     def text(self, prompt: str, count: int, adapter: Path | None = None, **options: Any) -> str:
         """Greedy text of transformers' own generate."""
-        ids = self.tokenizer(prompt, return_tensors="pt").input_ids
+        tokens = self.tokens(self.tokenizer(prompt).input_ids, count, adapter, **options)
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def tokens(self, prompt: Sequence[int], count: int, adapter: Path | None = None, **options: Any) -> list[int]:
+        ids = torch.tensor([list(prompt)])
         output = self.model(adapter).generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -84,7 +88,7 @@ class Plain:
             do_sample=False,
             **{"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.eos_token_id, **options},
         )[0]
-        return self.tokenizer.decode(output[ids.shape[1] :], skip_special_tokens=True)
+        return output[ids.shape[1] :].tolist()
 
 
 class Gate:

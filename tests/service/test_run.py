@@ -9,6 +9,7 @@ import time
 import httpx
 import openai
 import pytest
+import tinker
 
 from petals_tune.service import adapter_folder
 from petals_tune.service.run import has_tinker
@@ -156,7 +157,7 @@ def test_a_client_that_leaves_before_its_answer_is_whole_frees_its_session(folde
 def test_one_key_with_long_answers_does_not_keep_another_one_waiting(folder, plain, options):
     with serving(folder, "most_at_once=2", *options, keys=KEYS) as running:
         anna, ben = client_of(running, ANNA), client_of(running, BEN)
-        long = {**LONG, "max_tokens": 150}
+        long = {**LONG, "max_tokens": 60}
         streams = [iter(anna.completions.create(**long, stream=True)) for _ in range(2)]
         for stream in streams:
             next(stream)
@@ -203,6 +204,31 @@ def test_too_many_are_429_and_the_client_comes_again_by_itself(folder, options):
             wait_until(lambda: value_of(running, refused) > before, "a request is refused")
         again.join()
         assert done[0].usage.completion_tokens == 2
+
+
+def test_tinkers_client_comes_again_too(folder, plain, options, monkeypatch):
+    prompt, gate = plain.tokenizer("Hello").input_ids, Gate(monkeypatch, step=2)
+    expected = plain.tokens(prompt, 5)
+    with serving(folder, "requests_a_key=2", *options) as running:
+        service = tinker.ServiceClient(base_url=running.url, api_key="tml-0123456789abcdef")
+        sampler = service.create_sampling_client(base_model=NAME)
+        parameters = tinker.SamplingParams(max_tokens=5, temperature=0)
+
+        def ask():
+            return sampler.sample(tinker.ModelInput.from_ints(prompt), num_samples=2, sampling_params=parameters)
+
+        asked = [ask()]
+        assert gate.held.wait(30)
+        asked.append(ask())
+        refused = 'petals_tune_service_responses_total{interface="tinker",status="429"}'
+        wait_until(lambda: value_of(running, refused) > 0, "a sample is refused")
+        gate.open()
+        found = [sequence.tokens for future in asked for sequence in future.result(60).sequences]
+        assert found == [expected] * 4
+        assert (
+            value_of(running, f'petals_tune_service_tokens_total{{interface="tinker",kind="written",model="{NAME}"}}')
+            == 20
+        )
 
 
 def value_of(running, name):

@@ -89,8 +89,8 @@ class Decoder:
         """Yield the answers to the prompt `ids`, one for each of `options`, piece by piece as they come.
 
         The prompt is computed once. Who stops reading (`aclose`, or a cancelled task) ends them: their sessions are
-        free after the steps that run. What was read and written is charged to the asker, who was checked before
-        (`Fairness.check`). Raises what the model raises, and ConfigError for options that do not fit it.
+        free after the steps that run. What was read and written is charged to the asker, whose request was checked and
+        is in flight (`Fairness`). Raises what the model raises, and ConfigError for options that do not fit it.
         """
         loop, pieces, cancelled = asyncio.get_running_loop(), asyncio.Queue[Piece | BaseException](), threading.Event()
         prompt = _Prompt(ids, options, lambda length: self._model.open(adapter, length, cancelled))
@@ -112,7 +112,7 @@ class Decoder:
                     await _finished(loop.run_in_executor(None, answer.close))
 
         begun_s, written, left = time.monotonic(), 0, len(options)
-        with self._fairness.in_flight(asker.owner, left), self._metrics.in_flight(asker):
+        with self._metrics.in_flight(asker):
             self._running.add(pieces)
             writing = [
                 asyncio.create_task(write(_Answer(self, number, each, prompt, put, cancelled)))

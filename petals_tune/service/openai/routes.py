@@ -255,9 +255,10 @@ class OpenAI:
 
         async def one(asked: Asked) -> list[Answer]:
             answers = [Answer() for _ in asked.options]
-            async with aclosing(self._pieces(asked)) as pieces:
-                async for piece in pieces:
-                    answers[piece.number].add(piece)
+            with self._fairness.in_flight(asked.asker.owner, len(answers)):
+                async with aclosing(self._pieces(asked)) as pieces:
+                    async for piece in pieces:
+                        answers[piece.number].add(piece)
             return answers
 
         working = [asyncio.create_task(one(asked)) for asked in all_asked]
@@ -311,11 +312,12 @@ class OpenAI:
 
         async def events() -> AsyncGenerator[dict[str, Any], None]:
             answers = [Answer() for _ in asked.options]
-            async with aclosing(self._pieces(asked)) as pieces:
-                async for piece in pieces:
-                    answers[piece.number].add(piece)
-                    for chunk in chunks.of(answers[piece.number], piece):
-                        yield chunk
+            with self._fairness.in_flight(asked.asker.owner, len(answers)):
+                async with aclosing(self._pieces(asked)) as pieces:
+                    async for piece in pieces:
+                        answers[piece.number].add(piece)
+                        for chunk in chunks.of(answers[piece.number], piece):
+                            yield chunk
             if with_usage:
                 yield {**chunks.head, "choices": [], "usage": usage(len(asked.ids), answers)}
 

@@ -29,7 +29,7 @@ from petals_tune.service.tinker.bodies import (
 )
 from petals_tune.service.tinker.checkpoints import Checkpoints
 from petals_tune.service.tinker.listing import Listing
-from petals_tune.service.tinker.promises import Kind, Plan, Promises
+from petals_tune.service.tinker.promises import Kind, Plan, Promises, Result
 from petals_tune.service.tinker.records import CheckpointRecord, RunRecord, SamplerRecord, SessionRecord
 from petals_tune.service.tinker.runs.live import LiveRuns, gone
 from petals_tune.service.tinker.runs.run import TrainedModel
@@ -152,7 +152,7 @@ class Tinker:
         """Delete what has expired, and forget sessions that give no sign of life."""
         for session in self._store.all(SessionRecord):
             if session.seen_s + HOUR_S * self._limits.session_hours < time.time():
-                self._forget_session(session)
+                await self._forget_session(session)
         for each in await asyncio.to_thread(
             self._checkpoints.delete_expired, unnamed_s=HOUR_S * self._limits.unnamed_hours
         ):
@@ -199,7 +199,7 @@ class Tinker:
     async def _finish(self, request: Request) -> Response:
         session = self._store.one(SessionRecord, id=request.path_params["id"], owner=request.state.owner)
         if session is not None:  # one that was forgotten may be finished all the same
-            self._forget_session(session)
+            await self._forget_session(session)
         return JSONResponse({})
 
     def _session(self, id: str, owner: str, *, status: int = 404) -> SessionRecord:
@@ -208,10 +208,10 @@ class Tinker:
             raise ServiceError(status, f"there is no session {id!r} here (any more)", kind="invalid_request_error")
         return found
 
-    def _forget_session(self, session: SessionRecord) -> None:
+    async def _forget_session(self, session: SessionRecord) -> None:
         """End a session: its live runs and sampling sessions, and sampler weights that have no name."""
         for run in self._store.all(RunRecord, session=session.id):
-            self._live.drop(run.id)
+            await self._live.drop(run.id)
             for each in self._store.all(CheckpointRecord, run=run.id, kind="sampler_weights", named=0):
                 self._checkpoints.delete(each)
                 self.samplers.forget(each)
@@ -274,9 +274,14 @@ class Tinker:
         asked = read(body, Sample)
         sampler = self.samplers.find(asked.sampling_session_id or "", owner)
         self._sampling.check(asked)
+
+        async def work() -> Result:
+            with self._fairness.in_flight(owner, asked.num_samples):
+                return await self._sampling.sample(sampler, asked)
+
         return Plan(
             name=(sampler.id, str(asked.seq_id)),
-            work=lambda: self._sampling.sample(sampler, asked),
+            work=work,
             check=lambda: self._fairness.check(owner, asked.num_samples, time.monotonic()),
             reply={"sample_sequence_ids": [secrets.token_hex(16) for _ in range(asked.num_samples)]},
         )

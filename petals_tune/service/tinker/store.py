@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import sqlite3
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
 
-import msgspec
-
+from petals_tune.service.records import Records
 from petals_tune.service.tinker.records import (
     CheckpointRecord,
-    LoRA,
     ParkedRecord,
     RequestRecord,
     RunRecord,
@@ -62,63 +55,13 @@ _TABLES: dict[type, str] = {
     SamplerRecord: "samplers",
     RequestRecord: "requests",
 }
-Record = TypeVar("Record", SessionRecord, RunRecord, ParkedRecord, CheckpointRecord, SamplerRecord, RequestRecord)
 
 
-class Store:
-    """Records of all owners. Thread-safe; a change is whole or not at all."""
+class Store(Records):
+    """Records of all owners."""
 
     def __init__(self, file: Path):
-        self._database = sqlite3.connect(file, check_same_thread=False)
-        self._lock = threading.Lock()
-        self._database.execute("PRAGMA journal_mode = WAL")
-        self._database.execute("PRAGMA synchronous = NORMAL")  # a kill takes nothing; a power failure the last records
-        self._database.execute("PRAGMA foreign_keys = ON")
-        self._database.executescript(_SCHEMA)
-
-    def close(self) -> None:
-        self._database.close()
-
-    def put(self, *records: Record) -> None:
-        """Record all of these, in the place of those with the same key."""
-        with self._writing():
-            for record in records:
-                values = {each.name: _stored(getattr(record, each.name)) for each in fields(record)}
-                names, places = ", ".join(values), ", ".join("?" * len(values))
-                self._database.execute(
-                    f"INSERT OR REPLACE INTO {_TABLES[type(record)]} ({names}) VALUES ({places})",
-                    tuple(values.values()),
-                )
-
-    def all(self, kind: type[Record], order: str = "rowid", /, **equal: object) -> list[Record]:
-        """The records of a kind with these values."""
-        names = [each.name for each in fields(kind)]
-        where = " AND ".join(f"{name} IS ?" for name in equal) or "TRUE"
-        with self._lock:
-            rows = self._database.execute(
-                f"SELECT {', '.join(names)} FROM {_TABLES[kind]} WHERE {where} ORDER BY {order}", tuple(equal.values())
-            ).fetchall()
-        return [msgspec.convert(_read(dict(zip(names, row, strict=True)), kind), kind, strict=False) for row in rows]
-
-    def one(self, kind: type[Record], /, **equal: object) -> Record | None:
-        return next(iter(self.all(kind, **equal)), None)
-
-    def change(self, kind: type[Record], values: Mapping[str, object], /, **equal: object) -> None:
-        """Set columns of the records with these values."""
-        settings, where = (
-            ", ".join(f"{name} = ?" for name in values),
-            " AND ".join(f"{name} IS ?" for name in equal),
-        )
-        with self._writing():
-            self._database.execute(
-                f"UPDATE {_TABLES[kind]} SET {settings} WHERE {where}",
-                (*map(_stored, values.values()), *equal.values()),
-            )
-
-    def remove(self, kind: type[Record], /, **equal: object) -> None:
-        where = " AND ".join(f"{name} IS ?" for name in equal) or "TRUE"
-        with self._writing():
-            self._database.execute(f"DELETE FROM {_TABLES[kind]} WHERE {where}", tuple(equal.values()))
+        super().__init__(file, _SCHEMA, _TABLES)
 
     def runs(self, owner: str) -> list[RunRecord]:
         """The runs of an owner, the one used last first."""
@@ -150,19 +93,3 @@ class Store:
         for name, step, value in rows:
             curves.setdefault(name, []).append((step, value))
         return curves
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        with self._lock, self._database:
-            yield
-
-
-def _stored(value: object) -> object:
-    if isinstance(value, LoRA | Mapping | Sequence) and not isinstance(value, str | bytes):
-        return msgspec.json.encode(value).decode()
-    return int(value) if isinstance(value, bool) else value
-
-
-def _read(row: dict[str, Any], kind: type) -> dict[str, Any]:
-    json_columns = {each.name for each in fields(kind) if each.type in ("LoRA", "dict[str, Any]", "list[str]")}
-    return {name: msgspec.json.decode(value) if name in json_columns else value for name, value in row.items()}

@@ -52,7 +52,7 @@ class Files:
 
     def find(self, id: str, owner: str, *, param: str | None = None) -> FileRecord:
         """Raises ServiceError (404) for a file that this owner does not have."""
-        file = self._store.files.get(id)
+        file = self._store.one(FileRecord, id=id)
         if file is None or file.owner != owner:
             raise ServiceError(
                 404, f"there is no file {id!r} here", kind="invalid_request_error", code="not_found", param=param
@@ -91,7 +91,7 @@ class Files:
         if other := sorted(form.keys() - {"file", "purpose"}):
             raise ConfigError(f"{other[0]} is not honoured here: leave it out", key=other[0])
         size = given.size or 0
-        if size + sum(file.bytes for file in self._store.files.of(owner)) > self._most_a_key:
+        if size + sum(file.bytes for file in self._store.files(owner)) > self._most_a_key:
             raise _too_large(f"the files of a key may have {self._most_a_key // MB} MB in all: delete one")
         id = f"file-{secrets.token_hex(12)}"
 
@@ -103,7 +103,7 @@ class Files:
 
         await asyncio.to_thread(write)
         record = FileRecord(id=id, owner=owner, name=given.filename or id, bytes=size, created_s=time.time())
-        self._store.files.put(id, owner, record)
+        self._store.put(record)
         return record
 
     async def _limited(self, request: Request) -> AsyncGenerator[bytes, None]:
@@ -116,7 +116,7 @@ class Files:
             yield chunk
 
     async def _list(self, request: Request) -> Response:
-        files = self._store.files.of(request.state.owner)
+        files = self._store.files(request.state.owner)
         if request.query_params.get("order", "desc") == "asc":
             files.reverse()
         if request.query_params.get("purpose", PURPOSE) != PURPOSE:
@@ -132,7 +132,7 @@ class Files:
 
     async def _delete(self, request: Request) -> Response:
         id = self._found(request).id
-        self._store.files.remove(id)  # first: a file that nobody names is none any more
+        self._store.remove(FileRecord, id=id)  # first: a file that nobody names is none any more
         self.path(id).unlink(missing_ok=True)
         return JSONResponse({"id": id, "object": "file", "deleted": True})
 

@@ -63,7 +63,7 @@ class Jobs:
         self._places = list(range(at_once))  # that are free
         self._turns: dict[str, int] = {}  # owner -> number of the last job that was started for him
         self._started = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], str] = {}  # with the jobs that they are for
         self._wake, self._closing = asyncio.Event(), False
 
     def folder(self, id: str) -> Path:
@@ -75,11 +75,11 @@ class Jobs:
 
     def of(self, owner: str) -> list[JobRecord]:
         """The jobs of an owner, the latest first."""
-        return self._store.jobs.of(owner)
+        return self._store.jobs(owner)
 
     def find(self, id: str, owner: str) -> JobRecord:
         """Raises ServiceError (404) for a job that this owner does not have."""
-        job = self._store.jobs.get(id)
+        job = self._store.one(JobRecord, id=id)
         if job is None or job.owner != owner:
             raise ServiceError(404, f"there is no job {id!r} here", kind="invalid_request_error", code="not_found")
         return job
@@ -103,7 +103,7 @@ class Jobs:
         os.link(training, data / "train.jsonl")
         if validation is not None:
             os.link(validation, data / "validation.jsonl")
-        self._store.jobs.put(job.id, job.owner, job)
+        self._store.put(job)
         self._say(job.id, f"Created fine-tuning job: {job.id}")
         self._spawn(self._check(job.id), job.id)
         return job
@@ -115,7 +115,8 @@ class Jobs:
             raise ConfigError(f"the job {id} has {job.status} already", key="job", seen=job.status)
         self._say(id, "The job was cancelled", level="warn")
         job = self._change(id, status="cancelled", finished_s=time.time())
-        if self._waiting.pop(id, None) is not None:
+        self._waiting.pop(id, None)
+        if id not in self._tasks.values():
             self._clear(id)
         return job
 
@@ -130,9 +131,8 @@ class Jobs:
     async def running(self) -> AsyncIterator[None]:
         """Offer the models of all jobs and run those that are open; at the end, processes save a checkpoint and end."""
         await asyncio.to_thread(self._restore)
-        for job in self._store.jobs.all():
-            if job.status == "validating_files":
-                self._spawn(self._check(job.id), job.id)
+        for job in self._store.all(JobRecord, "created_s", status="validating_files", source=self._source):
+            self._spawn(self._check(job.id), job.id)
         serving = asyncio.create_task(self._serve())
         try:
             yield
@@ -142,10 +142,13 @@ class Jobs:
             await asyncio.gather(serving, *self._tasks, return_exceptions=True)
 
     def _restore(self) -> None:
-        """Offer the models that were made, and queue the jobs that are open, those that ran first."""
-        jobs = self._store.jobs.all()
+        """Offer the models that were made, and queue the jobs that are open, those that ran first.
+
+        Jobs of another base model wait until that is served again.
+        """
+        jobs = self._store.all(JobRecord, "created_s", source=self._source)
         for job in jobs:
-            if job.status == "succeeded" and not job.deleted and job.source == self._source:
+            if job.status == "succeeded" and not job.deleted:
                 try:
                     self._load(job.fine_tuned_model, self.adapter(job.id))
                 except PetalsTuneError as error:
@@ -188,10 +191,10 @@ class Jobs:
 
     def _spawn(self, work: Any, id: str) -> None:
         task = asyncio.create_task(work)
-        self._tasks.add(task)
+        self._tasks[task] = id
 
         def over(task: asyncio.Task[None]) -> None:
-            self._tasks.discard(task)
+            del self._tasks[task]
             self._wake.set()
             if not task.cancelled() and (error := task.exception()) is not None:
                 logger.error("job %s", id, exc_info=error)
@@ -281,7 +284,8 @@ class Jobs:
             shutil.rmtree(self.folder(id) / DATA, ignore_errors=True)
             (run / CHECKPOINT).unlink(missing_ok=True)
         elif not self._closing:
-            self._fail(id, _failure(status, process.last_lines()))
+            lines = process.last_lines().replace(f"{self.folder(id)}/", "")  # whose path is nobody's business
+            self._fail(id, _failure(status, lines))
 
     def _stopped(self, id: str) -> bool:
         return self._closing or self._get(id).status == "cancelled"
@@ -296,18 +300,19 @@ class Jobs:
         shutil.rmtree(self.folder(id), ignore_errors=True)
 
     def _get(self, id: str) -> JobRecord:
-        job = self._store.jobs.get(id)
+        job = self._store.one(JobRecord, id=id)
         assert job is not None
         return job
 
     def _change(self, id: str, **fields: Any) -> JobRecord:
         job = replace(self._get(id), **fields)
-        self._store.jobs.put(id, job.owner, job)
+        self._store.put(job)
         return job
 
     def _say(self, id: str, message: str, **fields: Any) -> None:
-        event = EventRecord(id=f"ftevent-{secrets.token_hex(12)}", created_s=time.time(), message=message, **fields)
-        self._store.events.put(event.id, id, event)
+        number = secrets.token_hex(12)
+        event = EventRecord(id=f"ftevent-{number}", job=id, created_s=time.time(), message=message, **fields)
+        self._store.put(event)
 
 
 def _failure(status: int, lines: str) -> JobError:

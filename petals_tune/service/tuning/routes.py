@@ -93,7 +93,7 @@ class Tuning:
         return JSONResponse(described(self._jobs.cancel(self._found(request).id)))
 
     async def _events(self, request: Request) -> Response:
-        events = self._store.events.of(self._found(request).id)
+        events = self._store.events(self._found(request).id)
         return page(request, events, _event, default=20, most=1000)
 
     async def _checkpoints(self, request: Request) -> Response:

@@ -88,7 +88,7 @@ class TinkerRuns:
                 status="running" if time.time() - run.used_s < QUIET_S else "saved",
                 names=list(self.store.curves(run.id)),
                 curves=partial(self.store.curves, run.id),
-                adapter=None if saved is None else self.folder / saved.run / saved.kind / saved.name,
+                adapter=None if saved is None else self.folder / saved.folder,
             )
 
 

@@ -6,7 +6,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from petals_tune.service.records import Database, Table
+from petals_tune.service.records import Records
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS files (
+    id TEXT PRIMARY KEY, owner TEXT NOT NULL, name TEXT NOT NULL, bytes INTEGER NOT NULL, created_s REAL NOT NULL
+) STRICT;
+CREATE INDEX IF NOT EXISTS files_of ON files (owner, created_s);
+CREATE TABLE IF NOT EXISTS jobs (
+    id TEXT PRIMARY KEY, owner TEXT NOT NULL, model TEXT NOT NULL, source TEXT NOT NULL, training_file TEXT NOT NULL,
+    validation_file TEXT, hyperparameters TEXT NOT NULL, seed INTEGER NOT NULL, suffix TEXT, metadata TEXT NOT NULL,
+    created_s REAL NOT NULL, starts_from TEXT, status TEXT NOT NULL, held_out_share REAL, finished_s REAL,
+    steps INTEGER NOT NULL, validated INTEGER NOT NULL, metrics TEXT NOT NULL, trained_tokens INTEGER, error TEXT,
+    deleted INTEGER NOT NULL
+) STRICT;
+CREATE INDEX IF NOT EXISTS jobs_of ON jobs (owner, created_s);
+CREATE TABLE IF NOT EXISTS events (
+    id TEXT PRIMARY KEY, job TEXT NOT NULL, created_s REAL NOT NULL, message TEXT NOT NULL, level TEXT NOT NULL,
+    data TEXT
+) STRICT;
+CREATE INDEX IF NOT EXISTS events_of ON events (job);
+"""
 
 Status = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
 OPEN: tuple[Status, ...] = ("validating_files", "queued", "running")
@@ -75,20 +95,27 @@ class EventRecord:
     """Something that happened in a job; `data` are metrics of a step."""
 
     id: str
+    job: str
     created_s: float
     message: str
     level: Literal["info", "warn", "error"] = "info"
     data: dict[str, Any] | None = None
 
 
-class Store:
-    """The records of a service. Groups are owners, and of events their jobs."""
+class Store(Records):
+    """Records of all owners."""
 
     def __init__(self, file: Path):
-        self._database = Database(file)
-        self.files = Table(self._database, "files", FileRecord)
-        self.jobs = Table(self._database, "jobs", JobRecord)
-        self.events = Table(self._database, "events", EventRecord)
+        super().__init__(file, _SCHEMA, {FileRecord: "files", JobRecord: "jobs", EventRecord: "events"})
 
-    def close(self) -> None:
-        self._database.close()
+    def files(self, owner: str) -> list[FileRecord]:
+        """The files of an owner, the latest first."""
+        return self.all(FileRecord, "created_s DESC", owner=owner)
+
+    def jobs(self, owner: str) -> list[JobRecord]:
+        """The jobs of an owner, the latest first."""
+        return self.all(JobRecord, "created_s DESC", owner=owner)
+
+    def events(self, job: str) -> list[EventRecord]:
+        """The events of a job, the latest first."""
+        return self.all(EventRecord, "rowid DESC", job=job)

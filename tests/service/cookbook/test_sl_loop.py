@@ -65,28 +65,31 @@ def test_runs_and_models_are_listed(kitchen: Kitchen, tuned: Ran) -> None:
 
 
 def test_checkpoints_are_listed_changed_downloaded_and_deleted(kitchen: Kitchen, tuned: Ran) -> None:
-    path = tuned.checkpoints["000001"]["state_path"]
-
-    def listed() -> dict[str, dict[str, object]]:
-        found = json.loads(kitchen.tinker("checkpoint", "list", "--run-id", tuned.run_id))["checkpoints"]
+    def listed(run: str) -> dict[str, dict[str, object]]:
+        found = json.loads(kitchen.tinker("checkpoint", "list", "--run-id", run))["checkpoints"]
         return {each["tinker_path"]: each for each in found}
 
     saved = [each for record in tuned.checkpoints.values() for name, each in record.items() if name.endswith("_path")]
-    assert sorted(listed()) == sorted(saved)
+    assert sorted(listed(tuned.run_id)) == sorted(saved)
+    final = tuned.checkpoints["final"]["state_path"]
+    with tinker.ServiceClient(base_url=kitchen.url, api_key=KEY) as service:
+        training = service.create_training_client_from_state(final).result()
+        path = training.save_state("mine").result().path
     kitchen.tinker("checkpoint", "publish", path)
     kitchen.tinker("checkpoint", "set-ttl", path, "--remove")
-    assert (listed()[path]["public"], listed()[path]["expires_at"]) == (True, None)
+    found = listed(training.model_id)[path]
+    assert (found["public"], found["expires_at"]) == (True, None)
     kitchen.tinker("checkpoint", "unpublish", path)
     kitchen.tinker("checkpoint", "set-ttl", path, "--ttl", "7200")
-    assert listed()[path]["public"] is False
-    assert listed()[path]["expires_at"] is not None
+    found = listed(training.model_id)[path]
+    assert (found["public"], found["expires_at"] is None) == (False, False)
 
     kitchen.tinker("checkpoint", "download", path, "--output", str(kitchen.folder / "downloaded"))
     (adapter,) = (kitchen.folder / "downloaded").iterdir()
-    same_logits(kitchen, tuned, "000001", PeftModel.from_pretrained(kitchen.net(), str(adapter)))
+    assert_logits(kitchen, final, PeftModel.from_pretrained(kitchen.net(), str(adapter)))
 
     kitchen.tinker("checkpoint", "delete", path, "--yes")
-    assert path not in listed()
+    assert listed(training.model_id) == {}
     with pytest.raises(TinkerCliError):
         kitchen.tinker("checkpoint", "info", path)
 
@@ -99,15 +102,16 @@ def test_weights_are_downloaded_encrypted_and_merged(
     path, adapter, merged = tuned.checkpoints["final"]["state_path"], tmp_path / "adapter", tmp_path / "merged"
     weights.download(tinker_path=path, output_dir=str(adapter), base_url=kitchen.url)
     assert (adapter / "adapter_model.safetensors").stat().st_size < 100_000  # LoRA alone, no weights of the model
-    same_logits(kitchen, tuned, "final", PeftModel.from_pretrained(kitchen.net(), str(adapter)))
+    assert_logits(kitchen, path, PeftModel.from_pretrained(kitchen.net(), str(adapter)))
     weights.build_hf_model(base_model=str(kitchen.model_folder), adapter_path=str(adapter), output_path=str(merged))
-    same_logits(kitchen, tuned, "final", AutoModelForCausalLM.from_pretrained(merged))
+    assert_logits(kitchen, path, AutoModelForCausalLM.from_pretrained(merged))
 
 
-def same_logits(kitchen: Kitchen, tuned: Ran, name: str, found: torch.nn.Module) -> None:
+def assert_logits(kitchen: Kitchen, path: str, found: torch.nn.Module) -> None:
+    """Assert that a model has the logits of plain PEFT with the checkpoint at `path`."""
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
-        expected = kitchen.net(tuned.checkpoints[name]["state_path"])(ids).logits
+        expected = kitchen.net(path)(ids).logits
         torch.testing.assert_close(found(ids).logits, expected, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(kitchen.net()(ids).logits, expected, atol=1e-2)
 

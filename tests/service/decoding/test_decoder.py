@@ -84,7 +84,6 @@ def decoder(model, fairness):
     yield decoder
     decoder.close()
     assert model.open_texts == 0
-    assert not fairness.busy
 
 
 def options(count=1, **fields):

@@ -26,11 +26,10 @@ sys.path.insert(0, str(ROOT))
 from tests.browser import Page, browser_page  # noqa: E402
 
 SIZES = {"": (1280, 800), "-phone": (390, 844)}
-COLOURS = 200  # of a picture: text stays sharp, and a file small
 CHATS = Path(__file__).with_name("pirate.jsonl")
 EPOCHS = 6
-QUESTION = "What is the highest mountain?"  # which is not in CHATS
-TOKENS = 128
+QUESTION = "What should I bring to a picnic?"  # which is not in CHATS
+TOKENS = 160
 LOADED = "document.querySelectorAll('#model option').length > 0"
 ANSWERED = "document.getElementById('stop').hidden && !document.querySelector('.answer[data-state=open]')"
 
@@ -60,7 +59,13 @@ async def pictures(page: Page, url: str, folder: Path) -> None:
     base, tuned = await tune(page, url)
     await both_sizes(page, folder, "runs")
     for name, beside in {"chat": "", "side-by-side": tuned}.items():
-        await ask(page, url, base, beside, [QUESTION] if beside else ["How do I cook rice?", QUESTION])
+        await ask(
+            page,
+            url,
+            base,
+            beside,
+            [QUESTION] if beside else ["Write a Python function that adds two numbers.", QUESTION],
+        )
         await both_sizes(page, folder, name)
 
 
@@ -106,7 +111,8 @@ async def both_sizes(page: Page, folder: Path, name: str) -> None:
         await page.evaluate("document.getElementById('turns')?.scrollTo(0, 10 ** 6)")
         file = folder / f"service-{name}{size}.png"
         await page.screenshot(file)
-        Image.open(file).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(file, optimize=True)
+        few = Image.open(file).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few.save(file, optimize=True)
         print(f"{file}  {file.stat().st_size / 1000:.0f} kB")
 
 

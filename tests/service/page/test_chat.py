@@ -297,4 +297,7 @@ async def test_a_key_is_asked_for_and_kept_and_chats_are_its_own(browser: Page, 
             if key == KEY and not chats:
                 assert await ask(browser, "mine alone") == [HOSTILE]
             await browser.click("#key")
-    assert KEY not in "".join(await browser.evaluate("Object.keys(localStorage)"))
+        assert KEY not in "".join(await browser.evaluate("Object.keys(localStorage)"))
+        await browser.click("#key-cancel")
+    await send(browser, "is anybody there?")  # the service has ended
+    await browser.until("document.querySelector('.problem')?.textContent.startsWith('The service does not answer.')")

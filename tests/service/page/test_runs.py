@@ -212,6 +212,7 @@ async def test_a_phone_shows_the_list_or_a_run(page: Page) -> None:
     await page.resize(390, 844)
     visible = "['sidebar', 'page'].map(id => getComputedStyle(document.getElementById(id)).display !== 'none')"
     assert await page.evaluate(visible) == [True, False]
+    await page.until("document.querySelectorAll('#runs input:checked').length === 0")
     for number in (1, 2):
         await page.click(f"#runs li:nth-child({number}) input")
         await page.until(f"document.querySelectorAll('#runs input:checked').length === {number}")

@@ -33,7 +33,7 @@ def watch_stdin() -> None:
 signal.signal(signal.SIGTERM, stop)
 threading.Thread(target=watch_stdin, daemon=True).start()
 if mode == "bad":
-    sys.exit("error: row 3 is wrong")
+    sys.exit(f"error: row 3 is wrong in {folder}/data/train.jsonl")
 if mode == "gone":
     print("error: no server", file=sys.stderr)
     sys.exit(os.EX_TEMPFAIL)

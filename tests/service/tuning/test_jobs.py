@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from petals_tune.service.tuning.process import take_lock
+from petals_tune.service.tuning.store import JobRecord
 from tests.processes import processes, wait_until
 from tests.service.tuning.small import SMALL, chat, jsonl, options, small_service, upload
 
@@ -97,7 +98,7 @@ def test_jobs_wait_and_owners_have_turns(service):
     (service.job_folder(first) / "go").touch()
     finished = [reached(ann, third, "succeeded"), reached(ann, second, "succeeded"), reached(ben, fourth, "succeeded")]
     started = [
-        event.created_s for job in finished for event in service.store.events.of(job.id) if "started" in event.message
+        event.created_s for job in finished for event in service.store.events(job.id) if "started" in event.message
     ]
     third_s, second_s, fourth_s = started
     assert fourth_s < second_s < third_s  # ben's was asked for last
@@ -112,6 +113,7 @@ def test_the_last_lines_of_a_process_are_the_error_of_its_job(service, mode, cod
     job = reached(client, start(client, mode), "failed")
     assert (job.error.code, job.fine_tuned_model) == (code, None)
     assert words in job.error.message
+    assert str(service.folder) not in job.error.message
     assert client.fine_tuning.jobs.list_events(job.id).data[0].level == "error"
 
 
@@ -151,11 +153,31 @@ def test_a_service_that_is_started_again_goes_on(tmp_path):
         (service.job_folder(running) / "go").touch()
         reached(client, running, "succeeded")
         reached(client, waiting, "succeeded")
-        steps = [event.data["step"] for event in service.store.events.of(running.id) if event.data][::-1]
+        steps = [event.data["step"] for event in service.store.events(running.id) if event.data][::-1]
         assert steps == [0, 1, 2, 3, 4, 4]  # none of them twice
         assert any("checkpoint" in message for message in messages(client, running))
+
+
+def test_jobs_wait_while_another_base_model_is_served(tmp_path):
+    with small_service(tmp_path) as service:
+        client = service.client()
+        done = reached(client, start(client), "succeeded")
+        blocking = start(client, "held")
+        held(service, blocking)
+        waiting, given_up = (reached(client, start(client), "queued") for _ in range(2))
     with small_service(tmp_path, source="another model@") as service:
+        client = service.client()
         assert [offer.name for offer in service.offers.of("ann")] == ["base"]
+        with pytest.raises(openai.NotFoundError):
+            start(client, model=done.fine_tuned_model)
+        reached(client, start(client), "succeeded")
+        states = [client.fine_tuning.jobs.retrieve(job.id).status for job in (blocking, waiting)]
+        assert states == ["running", "queued"]
+        client.fine_tuning.jobs.cancel(given_up.id)
+        assert not service.job_folder(given_up).exists()
+    with small_service(tmp_path) as service:
+        (service.job_folder(blocking) / "go").touch()
+        reached(service.client(), waiting, "succeeded")
 
 
 def test_a_job_waits_for_a_process_that_an_earlier_service_left(tmp_path):
@@ -178,7 +200,7 @@ def test_the_model_of_a_job_can_be_deleted_and_tuned_further(service):
     name = job.fine_tuned_model
     further = reached(client, start(client, model=name), "succeeded")
     assert further.fine_tuned_model.startswith("ft:base::")
-    assert service.store.jobs.get(further.id).starts_from == job.id
+    assert service.store.one(JobRecord, id=further.id).starts_from == job.id
     for refused, model in ((service.client("ben"), name), (client, "nothing")):
         with pytest.raises(openai.NotFoundError):
             refused.models.delete(model)

@@ -25,16 +25,19 @@ def test_the_name_of_a_model_has_base_suffix_and_job():
     assert further.fine_tuned_model == "ft:qwen3-8b:loud:0123456789ab"
 
 
-def test_records_come_back_as_they_were(tmp_path):
+def test_records_come_back_as_they_were_the_latest_first(tmp_path):
     store = Store(tmp_path / "records.sqlite")
-    records = (
-        FileRecord(id="file-1", owner="ann", name="a.jsonl", bytes=3, created_s=1.5),
-        job(status="failed", error=JobError(code="killed", message="m"), metrics={"train_loss": None, "x": 1.0}),
-        EventRecord(id="ftevent-1", created_s=2.0, message="m", level="warn", data={"step": 1, "train_loss": 0.5}),
-    )
-    for table, record in zip((store.files, store.jobs, store.events), records, strict=True):
-        table.put(record.id, "ann", record)
+    file = FileRecord(id="file-1", owner="ann", name="a.jsonl", bytes=3, created_s=1.5)
+    first = job(status="failed", error=JobError(code="killed", message="m"), metrics={"train_loss": None, "x": 1.0})
+    second = job(id="ftjob-2", created_s=6.0, held_out_share=0.25, deleted=True)
+    events = [
+        EventRecord(id="z", job=first.id, created_s=2.0, message="m", level="warn"),
+        EventRecord(id="a", job=first.id, created_s=2.0, message="n", data={"step": 1, "train_loss": 0.5}),
+    ]
+    store.put(file, first, second, job(id="ftjob-3", owner="ben"), *events)
+    store.put(first)
     store.close()
     store = Store(tmp_path / "records.sqlite")
-    assert [table.of("ann") for table in (store.files, store.jobs, store.events)] == [[record] for record in records]
+    assert (store.files("ann"), store.jobs("ann"), store.events(first.id)) == ([file], [second, first], events[::-1])
+    assert (store.files("ben"), store.one(JobRecord, id="ftjob-3").owner) == ([], "ben")
     store.close()

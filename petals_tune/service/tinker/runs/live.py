@@ -90,13 +90,14 @@ class LiveRuns:
         finally:
             live.users -= 1
 
-    def drop(self, id: str) -> None:
+    async def drop(self, id: str) -> None:
         """End a run for good; its checkpoints stay. What runs goes on to its end."""
-        if (live := self._live.pop(id, None)) is not None:
-            live.turns.stop()
-            self._model.remove(id)
-        self._store.remove(ParkedRecord, run=id)
-        shutil.rmtree(self._folder / id / PARKED, ignore_errors=True)
+        async with self._changing:
+            if (live := self._live.pop(id, None)) is not None:
+                live.turns.stop()
+                self._model.remove(id)
+            self._store.remove(ParkedRecord, run=id)
+            await asyncio.to_thread(shutil.rmtree, self._folder / id / PARKED, ignore_errors=True)
 
     def stop(self) -> None:
         """Let requests that run go on to their end, and begin no others."""

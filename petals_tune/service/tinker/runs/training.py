@@ -6,12 +6,13 @@ client counts on, so that the next requests wait for the turn of this one.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from petals_tune.errors import ConfigError, DataError
+from petals_tune.errors import ConfigError, DataError, PetalsTuneError
 from petals_tune.service.errors import ServiceError
 from petals_tune.service.metrics import Asker, Metrics
 from petals_tune.service.tinker.bodies import CreateModel, LoadWeights, Numbered, OptimStep, SaveWeights, read
@@ -26,6 +27,8 @@ from petals_tune.service.tinker.samplers import Samplers
 from petals_tune.service.tinker.store import Store
 from petals_tune.service.tinker.wire import parse_training_request, read_training_request, training_output
 from petals_tune.service.users.fairness import Fairness
+
+logger = logging.getLogger(__name__)
 
 UNNAMED = "session-"  # names of sampler weights that their owner did not name begin so
 
@@ -223,8 +226,11 @@ class Training:
         """Save a run that was not saved for long: a kill then takes no more than that."""
         id, now_s = run.record.id, time.monotonic()
         if self._autosave_s is not None and now_s - self._saved_s.setdefault(id, now_s) >= self._autosave_s:
-            await in_thread(self._checkpoints.save, run, "weights", SaveWeights(), name=AUTOSAVE)
             self._saved_s[id] = now_s
+            try:
+                await in_thread(self._checkpoints.save, run, "weights", SaveWeights(), name=AUTOSAVE)
+            except PetalsTuneError as error:  # the step was taken all the same
+                logger.warning("run %s is not saved: %s", id, error)
 
 
 def _check_optimizer(config: dict[str, Any] | None) -> None:

@@ -57,7 +57,9 @@ def gradients(adapters, name):
     return {key: each.grad.clone() for key, each in adapters.parameters(name).items()}
 
 
-@pytest.mark.parametrize("family", MODULES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(each, marks=[pytest.mark.slow] * (each in ("bloom", "gemma2"))) for each in MODULES]
+)
 def test_initial_values_losses_gradients_and_what_is_saved_are_those_of_stock_peft(family, tmp_path):
     data = texts()
     with tiny_swarm(tmp_path / "model", family) as swarm:

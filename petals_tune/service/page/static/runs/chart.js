@@ -62,7 +62,7 @@ export class Chart {
       group.append(svg("line", { x1: EDGE.left, x2: width - EDGE.right, y1: y, y2: y }),
         svg("text", { x: EDGE.left - 8, y: y + 4, "text-anchor": "end" }, number(value)));
     }
-    for (const step of ticks(left, right, width < 420 ? 4 : 6).filter(Number.isInteger)) {
+    for (const step of ticks(left, right, width < 300 ? 4 : 6).filter(Number.isInteger)) {
       group.append(svg("text", { x: this.x(step), y: bottom + 17, "text-anchor": "middle" }, step.toLocaleString("en")));
     }
     group.append(svg("line", { class: "base", x1: EDGE.left, x2: width - EDGE.right, y1: bottom, y2: bottom }),
