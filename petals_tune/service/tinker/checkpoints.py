@@ -18,7 +18,7 @@ from petals_tune.service.tinker.runs.run import Run
 from petals_tune.service.tinker.store import Store
 
 AUTOSAVE = "autosave"  # the name of checkpoints that nobody asked for
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{,99}")
 
 
 class Checkpoints:
@@ -42,7 +42,9 @@ class Checkpoints:
         """Raises ConfigError for a name that cannot be one, or that another checkpoint has."""
         name = asked.path
         if name is not None and not _NAME.fullmatch(name):
-            raise ConfigError("the name of a checkpoint has letters, digits, '-', '_' and '.'", key="path", seen=name)
+            raise ConfigError(
+                "the name of a checkpoint has up to 100 letters, digits, '-', '_' and '.'", key="path", seen=name
+            )
         known = self._store.one(CheckpointRecord, run=run, kind=kind, name=name)
         if known is not None and not asked.overwrite and name != AUTOSAVE:
             hint = ": overwrite=True replaces it" if kind == "weights" else ": give another name"

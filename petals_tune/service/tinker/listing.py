@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from petals_tune.errors import ConfigError
 from petals_tune.service.errors import ServiceError
 from petals_tune.service.tinker.bodies import SetTtl, WeightsInfo, read
 from petals_tune.service.tinker.checkpoints import Checkpoints
@@ -22,6 +23,7 @@ from petals_tune.service.tinker.records import CheckpointRecord, RunRecord
 from petals_tune.service.tinker.samplers import Samplers
 from petals_tune.service.tinker.store import Store
 
+MOST_DIGITS = 9  # of a place in a list
 URL_S = 3600.0  # for so long a link to download is good
 DOWNLOADS = "/api/v1/downloads/"  # whose links need no key
 _TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
@@ -109,16 +111,15 @@ class Listing:
         for file in sorted(folder.iterdir()):
             path = f"{DOWNLOADS}{found.run}/{found.kind}/{found.name}/{file.name}"
             urls[file.name] = str(
-                request.url.replace(path=path, query=f"until={until_s}&by={self._sign(path, until_s)}")
+                request.url.replace(path=path, query=f"until={until_s}&by={self._sign(path, str(until_s))}")
             )
         return JSONResponse({"urls": urls, "expires": _iso(until_s)})
 
     async def _download(self, request: Request) -> Response:
         path, until = request.url.path, request.query_params.get("until", "")
-        good = until.isdecimal() and hmac.compare_digest(
-            self._sign(path, int(until)), request.query_params.get("by", "")
-        )
-        if not good or int(until) < time.time():
+        signature = self._sign(path, until).encode()
+        good = hmac.compare_digest(signature, request.query_params.get("by", "").encode())
+        if not good or int(until) < time.time():  # a number: it was signed
             raise ServiceError(403, "this link is not good any more: ask for another", kind="invalid_request_error")
         run, kind, name, file = (request.path_params[each] for each in ("run", "kind", "name", "file"))
         found = self._store.checkpoint(f"tinker://{run}/{kind}/{name}")
@@ -127,8 +128,8 @@ class Listing:
             raise ServiceError(404, "this checkpoint is gone", kind="invalid_request_error")
         return FileResponse(place, filename=file)
 
-    def _sign(self, path: str, until_s: int) -> str:
-        return hmac.new(self._secret, f"{path} {until_s}".encode(), hashlib.sha256).hexdigest()
+    def _sign(self, path: str, until: str) -> str:
+        return hmac.new(self._secret, f"{path} {until}".encode(), hashlib.sha256).hexdigest()
 
     def _owned(self, request: Request) -> RunRecord:
         run = self._store.one(RunRecord, id=request.path_params["run"], owner=request.state.owner)
@@ -177,8 +178,12 @@ def _checkpoint(found: CheckpointRecord) -> dict[str, Any]:
 
 def page_of(request: Request, all_of_them: Sequence[Any], *, default: int) -> tuple[Sequence[Any], dict[str, int]]:
     def number(name: str, otherwise: int) -> int:
-        given = request.query_params.get(name, "")
-        return int(given) if given.isdecimal() else otherwise
+        given = request.query_params.get(name)
+        if given is None:
+            return otherwise
+        if not given.isdecimal() or len(given) > MOST_DIGITS:
+            raise ConfigError(f"{name} is a number of up to {MOST_DIGITS} digits", key=name, seen=given)
+        return int(given)
 
     offset, limit = number("offset", 0), number("limit", default)
     return all_of_them[offset : offset + limit], {"offset": offset, "limit": limit, "total_count": len(all_of_them)}

@@ -259,6 +259,29 @@ def test_checkpoints_are_listed_downloaded_as_peft_adapters_and_deleted(service,
     assert [each.tinker_path for each in rest.list_checkpoints(training.model_id).result().checkpoints] == [path]
 
 
+@pytest.mark.parametrize(
+    ("query", "status"),
+    [
+        ("downloads/a/weights/b/c?until=" + "9" * 5000 + "&by=0", 403),
+        ("downloads/a/weights/b/c?until=99999999999&by=%C3%A9", 403),
+        ("downloads/a/weights/b/c?until=never", 403),
+        ("training_runs?offset=" + "9" * 5000, 400),
+        ("training_runs?limit=-1", 400),
+        ("training_runs?limit=0", 200),
+    ],
+)
+def test_what_stands_in_a_query_is_no_fault_of_the_service(running, query, status):
+    assert httpx.get(f"{running.url}/api/v1/{query}", headers={"X-API-Key": KEY}).status_code == status
+
+
+def test_a_name_of_a_checkpoint_is_one_folder(service, folder):
+    training, before = trained(service), {*folder.rglob("*.safetensors")}
+    for name in ("../x", "a/b", ".", "", "x" * 101, "a\0b", "é"):
+        with pytest.raises(tinker.RequestFailedError, match="up to 100"):
+            training.save_state(name).result()
+    assert {*folder.rglob("*.safetensors")} == before
+
+
 def test_sessions_samplers_and_handles(service, running):
     rest = tinker.RestClient(base_url=running.url, api_key=KEY)
     training = trained(service)
