@@ -22,8 +22,8 @@ import yaml
 from petals_tune.chat import Chat
 from petals_tune.config import check_arguments
 from petals_tune.serve import Service
-from petals_tune.service.app import application
 from petals_tune.service.users.keys import Keys
+from petals_tune.service.web.app import application
 from servers.health.__main__ import Health
 from servers.options import Serve
 

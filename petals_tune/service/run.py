@@ -27,19 +27,19 @@ from petals_tune.model.families import family_of, placeholder_model
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM
 from petals_tune.sampling import end_ids
 from petals_tune.service.adapter_folder import AdapterFolder
-from petals_tune.service.app import application
 from petals_tune.service.decoding.decoder import Decoder
 from petals_tune.service.errors import stopping
 from petals_tune.service.metrics import Metrics
-from petals_tune.service.middleware import Doors
 from petals_tune.service.openai.routes import OpenAI
 from petals_tune.service.remote import RemoteModel
 from petals_tune.service.served import Served
-from petals_tune.service.server import bound, serve
 from petals_tune.service.tuning.opened import opened_tuning
 from petals_tune.service.users.fairness import Fairness
 from petals_tune.service.users.keys import Keys
 from petals_tune.service.users.slots import Slots
+from petals_tune.service.web.app import application
+from petals_tune.service.web.middleware import Doors
+from petals_tune.service.web.server import bound, serve
 from petals_tune.train.options import Swarm, open_swarm
 from petals_tune.tuning.saved import load_tokenizer
 

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from petals_tune.data.chat_format import ChatFormat
 from petals_tune.model.convert import embedded_model
-from petals_tune.service.app import application
 from petals_tune.service.decoding.decoder import Decoder
 from petals_tune.service.metrics import Metrics
 from petals_tune.service.openai.routes import OpenAI
@@ -25,6 +24,7 @@ from petals_tune.service.served import Offer, Served
 from petals_tune.service.users.fairness import Fairness
 from petals_tune.service.users.keys import Keys
 from petals_tune.service.users.slots import Slots
+from petals_tune.service.web.app import application
 
 
 class PlainText:

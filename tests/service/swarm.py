@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from petals_tune.config import composed
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM
-from petals_tune.service.app import application
 from petals_tune.service.remote import RemoteText
 from petals_tune.service.run import Core, service
 from petals_tune.service.users.keys import Keys
+from petals_tune.service.web.app import application
 from petals_tune.tuning.saved import load_tokenizer
 from tests.inprocess import InProcessSwarm, in_process_swarm
 from tests.train.tiny import tiny_model, tiny_tokenizer

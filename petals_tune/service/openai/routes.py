@@ -26,9 +26,9 @@ from petals_tune.service.openai.bodies import ChatBody, CompletionBody, Embeddin
 from petals_tune.service.openai.chunks import ChatChunks, Chunks, TextChunks
 from petals_tune.service.openai.prompts import chat_prompt
 from petals_tune.service.openai.tools import forced_calls, usable_tools
-from petals_tune.service.responses import EventStream, unless_left
 from petals_tune.service.served import Offer, Served
 from petals_tune.service.users.fairness import Fairness
+from petals_tune.service.web.responses import EventStream, unless_left
 
 MOST_TOKENS = 4096  # of an answer whose request names no limit, or what is left of the model's positions
 MOST_ANSWERS = 128  # to one request, of all its prompts

@@ -20,7 +20,6 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from petals_tune import AutoDistributedModelForCausalLM
-from petals_tune.service.app import application
 from petals_tune.service.decoding.decoder import Decoder
 from petals_tune.service.errors import stopping
 from petals_tune.service.metrics import Metrics
@@ -30,6 +29,7 @@ from petals_tune.service.tinker.runs.adapters import RemoteAdapters
 from petals_tune.service.users.fairness import Fairness
 from petals_tune.service.users.keys import Keys
 from petals_tune.service.users.slots import Slots
+from petals_tune.service.web.app import application
 from tests.inprocess import in_process_swarm
 from tests.models import VOCABULARY, plain_model, save_model
 

@@ -17,7 +17,6 @@ import uvicorn
 
 from petals_tune.errors import ConfigError
 from petals_tune.service.adapter_folder import AdapterFolder
-from petals_tune.service.app import application
 from petals_tune.service.tuning.command import Recipe
 from petals_tune.service.tuning.files import Files
 from petals_tune.service.tuning.jobs import Jobs
@@ -25,6 +24,7 @@ from petals_tune.service.tuning.routes import Tuning
 from petals_tune.service.tuning.runs import JobRuns, Runs, RunSource
 from petals_tune.service.tuning.store import JobRecord, Store
 from petals_tune.service.users.keys import Keys
+from petals_tune.service.web.app import application
 
 PROGRAM = Path(__file__).with_name("small_run.py")
 KEYS = Keys(owners={Keys.digest("key of ann"): "ann", Keys.digest("key of ben"): "ben"})

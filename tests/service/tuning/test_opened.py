@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from petals_tune.config import composed
 from petals_tune.remote.auto import AutoDistributedModelForCausalLM
 from petals_tune.service.adapter_folder import AdapterFolder
-from petals_tune.service.app import application
 from petals_tune.service.tuning.opened import opened_tuning
 from petals_tune.service.users.keys import Keys
+from petals_tune.service.web.app import application
 from petals_tune.swarm.local import local_swarm
 from petals_tune.train.options import LocalSwarm
 from tests.processes import wait_until

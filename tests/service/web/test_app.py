@@ -6,9 +6,9 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from petals_tune.errors import ConfigError, ServerTimeout
-from petals_tune.service.app import application
 from petals_tune.service.errors import not_found
 from petals_tune.service.users.keys import Keys
+from petals_tune.service.web.app import application
 
 
 def raising(error):

@@ -19,8 +19,8 @@ from starlette.staticfiles import StaticFiles
 from petals_tune.errors import PetalsTuneError
 from petals_tune.service.errors import ServiceError, translated
 from petals_tune.service.metrics import Metrics
-from petals_tune.service.middleware import CountRequests, Doors, FindOwners, LimitBodies, error_response
 from petals_tune.service.users.keys import Keys
+from petals_tune.service.web.middleware import CountRequests, Doors, FindOwners, LimitBodies, error_response
 
 logger = logging.getLogger(__name__)
 

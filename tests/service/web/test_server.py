@@ -12,11 +12,11 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from petals_tune.errors import ConfigError
-from petals_tune.service.app import application
 from petals_tune.service.errors import stopping
-from petals_tune.service.middleware import Doors
-from petals_tune.service.server import bound, serve
 from petals_tune.service.users.keys import Keys
+from petals_tune.service.web.app import application
+from petals_tune.service.web.middleware import Doors
+from petals_tune.service.web.server import bound, serve
 from tests.raising import raises
 
 

@@ -14,7 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from petals_tune.errors import ConfigError
-from petals_tune.service.middleware import Doors
+from petals_tune.service.web.middleware import Doors
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import pytest
 from starlette.requests import ClientDisconnect
 
 from petals_tune.errors import ServerTimeout
-from petals_tune.service.responses import EventStream, unless_left
+from petals_tune.service.web.responses import EventStream, unless_left
 
 
 class Client:
