@@ -5,10 +5,10 @@ import pytest
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from petals_tune.service.web import middleware
 from petals_tune.service.metrics import Metrics
 from petals_tune.service.users.keys import Keys
 from petals_tune.service.users.slots import Slots
+from petals_tune.service.web import middleware
 from petals_tune.service.web.app import application
 from petals_tune.service.web.middleware import Doors
 
