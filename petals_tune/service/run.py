@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvloop
 from omegaconf import DictConfig
@@ -32,7 +32,7 @@ from petals_tune.service.errors import stopping
 from petals_tune.service.metrics import Metrics
 from petals_tune.service.openai.routes import OpenAI
 from petals_tune.service.remote import RemoteModel
-from petals_tune.service.served import Served
+from petals_tune.service.served import Offers, Served
 from petals_tune.service.tuning.opened import opened_tuning
 from petals_tune.service.users.fairness import Fairness
 from petals_tune.service.users.keys import Keys
@@ -42,6 +42,9 @@ from petals_tune.service.web.middleware import Doors
 from petals_tune.service.web.server import bound, serve
 from petals_tune.train.options import Swarm, open_swarm
 from petals_tune.tuning.saved import load_tokenizer
+
+if TYPE_CHECKING:
+    from petals_tune.service.tinker.routes import Tinker  # the extra [tinker]
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +144,9 @@ async def service(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[
         remove=model.adapters.remove,
         but_not=[Path(cfg.folder) / part for part in ("tinker", "tuning")],
     )
+    offers: list[Offers] = [adapters]
     served = Served(
-        offers=adapters,
+        offers=offers,
         decoder=decoder,
         reader=remote,
         tokenizer=tokenizer,
@@ -165,7 +169,9 @@ async def service(cfg: DictConfig, model: Any, tokenizer: Any) -> AsyncIterator[
         await stack.enter_async_context(adapters.watched())
         routes: list[BaseRoute] = [*OpenAI(served, fairness, metrics).routes, Route("/route", _route_of(model))]
         if has_tinker():
-            routes += await stack.enter_async_context(_tinker(core))
+            tinker = await stack.enter_async_context(_tinker(core))
+            offers.append(tinker.offers)
+            routes += tinker.routes
         yield core, routes
 
 
@@ -188,8 +194,8 @@ def _route_of(model: Any) -> Any:
 
 
 @asynccontextmanager
-async def _tinker(core: Core) -> AsyncIterator[list[Route]]:
-    """Tinker's routes, whose records and checkpoints are in the service's folder."""
+async def _tinker(core: Core) -> AsyncIterator[Tinker]:
+    """Tinker's interface, whose records and checkpoints are in the service's folder."""
     from petals_tune.service.tinker.routes import Limits, Tinker  # the extra [tinker]
     from petals_tune.service.tinker.runs.adapters import RemoteAdapters
 
@@ -207,4 +213,4 @@ async def _tinker(core: Core) -> AsyncIterator[list[Route]]:
     )
     core.at_stop.append(tinker.stop)
     async with tinker.running():
-        yield tinker.routes
+        yield tinker

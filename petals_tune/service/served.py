@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +22,11 @@ class Offer:
     adapter: str | None  # that the model knows by this name; None: the model as it is
     created: int  # seconds since 1970
     owner: str | None = None  # of whom alone it can be used; None: of everybody
+
+    @asynccontextmanager
+    async def in_use(self) -> AsyncIterator[str | None]:
+        """The adapter, which the model has for the block."""
+        yield self.adapter
 
 
 class Offers(Protocol):
@@ -45,16 +51,25 @@ class Reader(Protocol):
 class Served:
     """One model with its adapters."""
 
-    offers: Offers
+    offers: Sequence[Offers]  # of a name that two of them have, the first one's counts
     decoder: Decoder
     reader: Reader
     tokenizer: Any
     format: ChatFormat
     most_positions: int
 
+    def of(self, owner: str) -> list[Offer]:
+        """All that an owner is offered."""
+        found: dict[str, Offer] = {}
+        for offers in self.offers:
+            for offer in offers.of(owner):
+                found.setdefault(offer.name, offer)
+        return list(found.values())
+
     def find(self, name: str, owner: str) -> Offer:
         """Raises ServiceError (404) for a name that this owner is not offered."""
-        offers: Mapping[str, Offer] = {offer.name: offer for offer in self.offers.of(owner)}
-        if name not in offers:
-            raise not_found(name, list(offers))
-        return offers[name]
+        for offers in self.offers:
+            for offer in offers.of(owner):
+                if offer.name == name:
+                    return offer
+        raise not_found(name, [offer.name for offer in self.of(owner)])

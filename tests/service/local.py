@@ -116,7 +116,7 @@ def running_service(
         ends = frozenset({tokenizer.eos_token_id})
         decoder = Decoder(steps, tokenizer, fairness, metrics, vocabulary=vocabulary, ends=ends)
         served = Served(
-            offers=offers,
+            offers=[offers],
             decoder=decoder,
             reader=steps,
             tokenizer=tokenizer,

@@ -92,6 +92,17 @@ class Script:
                 expected.append(logprobs.max().item())
         assert list(sequence.tokens) == ids[len(prompt) :]
         assert list(sequence.logprobs) == pytest.approx(expected, abs=1e-4)
+        self.complete(prompt, expected)
+
+    def complete(self, prompt: list[int], expected: list[float]) -> None:
+        """From the same weights by OpenAI's interface; its answers end where the model ends them."""
+        path = self.training.save_weights_for_sampler("final").result(LONG_S).path
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0)
+        assert path in [model.id for model in client.models.list()]
+        answer = client.completions.create(model=path, prompt=prompt, max_tokens=6, temperature=0, logprobs=0)
+        logprobs = answer.choices[0].logprobs
+        assert logprobs is not None and logprobs.token_logprobs
+        assert logprobs.token_logprobs == pytest.approx(expected[: len(logprobs.token_logprobs)], abs=1e-4)
 
     def first_half(self) -> None:
         self.chat()

@@ -13,7 +13,7 @@ class Offers:
         return [offer for offer in OFFERS if offer.owner in (None, owner)]
 
 
-SERVED = Served(offers=Offers(), decoder=None, reader=None, tokenizer=None, format=None, most_positions=8)
+SERVED = Served(offers=[Offers()], decoder=None, reader=None, tokenizer=None, format=None, most_positions=8)
 
 
 def test_a_name_is_found_by_whom_it_is_offered_to():

@@ -69,7 +69,7 @@ class OpenAI:
     # Endpoints
 
     async def _models(self, request: Request) -> Response:
-        offers = self._served.offers.of(request.state.owner)
+        offers = self._served.of(request.state.owner)
         return JSONResponse({"object": "list", "data": [_offered(offer) for offer in offers]})
 
     async def _model(self, request: Request) -> Response:
@@ -135,8 +135,8 @@ class OpenAI:
             found = []
             with self._fairness.in_flight(owner), self._metrics.in_flight(asker):
                 for ids in texts:
-                    async with self._fairness.slots.held(owner):
-                        hidden = await asyncio.to_thread(self._served.reader.hidden, ids, offer.adapter)
+                    async with self._fairness.slots.held(owner), offer.in_use() as adapter:
+                        hidden = await asyncio.to_thread(self._served.reader.hidden, ids, adapter)
                     found.append(_embedding(hidden, as_bytes=body.encoding_format == "base64"))
             return found
 
@@ -245,8 +245,14 @@ class OpenAI:
 
     # Answers
 
-    def _pieces(self, asked: Asked) -> AsyncGenerator[Piece, None]:
-        return self._served.decoder.answers(asked.ids, asked.options, adapter=asked.offer.adapter, asker=asked.asker)
+    async def _pieces(self, asked: Asked) -> AsyncGenerator[Piece, None]:
+        answers = self._served.decoder.answers
+        async with (
+            asked.offer.in_use() as adapter,
+            aclosing(answers(asked.ids, asked.options, adapter=adapter, asker=asked.asker)) as pieces,
+        ):
+            async for piece in pieces:
+                yield piece
 
     async def _answers(self, *all_asked: Asked) -> list[Answer]:
         """All answers to some prompts, whole. Raises ServiceError (429) before the first one begins."""
@@ -295,16 +301,16 @@ class OpenAI:
         if not asked.options:
             self._fairness.check(owner, 1, time.monotonic())
         with self._fairness.in_flight(owner):
-            async with self._fairness.slots.held(owner), self._echoing:
-                found = await asyncio.to_thread(self._read, asked, top)
+            async with self._fairness.slots.held(owner), self._echoing, asked.offer.in_use() as adapter:
+                found = await asyncio.to_thread(self._read, asked.ids, adapter, top)
         if not asked.options:
             self._fairness.charge(owner, len(asked.ids), time.monotonic())
             self._metrics.count_tokens(asked.asker, "read", len(asked.ids))
         return found
 
-    def _read(self, asked: Asked, top: int) -> list[Choice]:
+    def _read(self, ids: Sequence[int], adapter: str | None, top: int) -> list[Choice]:
         with torch.inference_mode():
-            return given_choices(self._served.reader.all_logits(asked.ids, asked.offer.adapter), asked.ids, top)
+            return given_choices(self._served.reader.all_logits(ids, adapter), ids, top)
 
     async def _streamed(self, request: Request, asked: Asked, chunks: Chunks, *, with_usage: bool) -> Response:
         """A stream of server-sent events. What fails before the first token is an error of HTTP's own."""

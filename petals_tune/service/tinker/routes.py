@@ -29,6 +29,7 @@ from petals_tune.service.tinker.bodies import (
 )
 from petals_tune.service.tinker.checkpoints import Checkpoints
 from petals_tune.service.tinker.listing import Listing
+from petals_tune.service.tinker.offers import SavedOffers
 from petals_tune.service.tinker.promises import Kind, Plan, Promises, Result
 from petals_tune.service.tinker.records import CheckpointRecord, RunRecord, SamplerRecord, SessionRecord
 from petals_tune.service.tinker.runs.live import LiveRuns, gone
@@ -83,6 +84,7 @@ class Tinker:
         self._checkpoints = Checkpoints(self._store, folder)
         self._live = LiveRuns(self._store, folder, model, most=limits.runs_in_memory)
         self.samplers = Samplers(self._store, self._checkpoints, model, most=limits.samplers_in_memory)
+        self.offers = SavedOffers(self._store, self.samplers)
         name, most_positions = next(iter(names.items()))
         self._sampling = Sampling(
             self.samplers, decoder, model, name=name, most_positions=most_positions, vocabulary=vocabulary
