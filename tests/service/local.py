@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import uvicorn
 from starlette.routing import BaseRoute
+from starlette.types import ASGIApp
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from petals_tune.data.chat_format import ChatFormat
@@ -25,6 +24,7 @@ from petals_tune.service.users.fairness import Fairness
 from petals_tune.service.users.keys import Keys
 from petals_tune.service.users.slots import Slots
 from petals_tune.service.web.app import application
+from tests.service.port import served
 
 
 class PlainText:
@@ -106,16 +106,15 @@ def running_service(
 ) -> Iterator[Running]:
     """A service on a free port, until the end of the block."""
     tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model())
-    offers, started = offers or PlainOffers(), threading.Event()
-    vocabulary = steps.model.config.vocab_size
+    offers, vocabulary = offers or PlainOffers(), steps.model.config.vocab_size
 
-    async def serve() -> None:
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[ASGIApp]:
         slots = Slots(64)
-        fairness = Fairness(slots=slots, most_in_flight=64, most_waiting=64)
-        metrics = Metrics(slots)
+        fairness, metrics = Fairness(slots=slots, most_in_flight=64, most_waiting=64), Metrics(slots)
         ends = frozenset({tokenizer.eos_token_id})
         decoder = Decoder(steps, tokenizer, fairness, metrics, vocabulary=vocabulary, ends=ends)
-        served = Served(
+        offered = Served(
             offers=[offers],
             decoder=decoder,
             reader=steps,
@@ -123,26 +122,9 @@ def running_service(
             format=ChatFormat(tokenizer),
             most_positions=steps.model.config.max_position_embeddings,
         )
-        all_routes = [*OpenAI(served, fairness, metrics).routes, *routes]
-        app = application(all_routes, keys or Keys(owners=None), metrics=metrics)
-        config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off")
-        server = uvicorn.Server(config)
-        found["server"] = server
-        task = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        found["port"] = server.servers[0].sockets[0].getsockname()[1]
-        started.set()
-        await task
+        all_routes = [*OpenAI(offered, fairness, metrics).routes, *routes]
+        yield application(all_routes, keys or Keys(owners=None), metrics=metrics)
         decoder.close()
 
-    found: dict[str, Any] = {}
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    assert started.wait(30)
-    try:
-        yield Running(url=f"http://127.0.0.1:{found['port']}", steps=steps, tokenizer=tokenizer, offers=offers)
-    finally:
-        found["server"].should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
+    with served(opened) as running:
+        yield Running(url=running.url, steps=steps, tokenizer=tokenizer, offers=offers)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-import uvicorn
+from starlette.types import ASGIApp
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from petals_tune.config import composed
@@ -24,6 +24,7 @@ from petals_tune.service.users.keys import Keys
 from petals_tune.service.web.app import application
 from petals_tune.tuning.saved import load_tokenizer
 from tests.inprocess import InProcessSwarm, in_process_swarm
+from tests.service.port import served
 from tests.train.tiny import tiny_model, tiny_tokenizer
 
 # As Hermes and Qwen have it.
@@ -132,31 +133,17 @@ def serving(
         model: Any = AutoDistributedModelForCausalLM.from_pretrained(str(folder), initial_peers=["in this process"])
         stack.callback(model.remote_blocks.close)
         tokenizer = load_tokenizer(str(folder), None)
-        started, found = threading.Event(), {}
+        cores: list[Core] = []
 
-        async def serve() -> None:
+        @asynccontextmanager
+        async def opened() -> AsyncIterator[ASGIApp]:
             async with service(cfg, model, tokenizer) as (core, routes):
-                app = application(routes, keys or Keys(owners=None), metrics=core.metrics)
-                config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="warning", lifespan="off")
-                server = uvicorn.Server(config)
-                found.update(server=server, core=core, loop=asyncio.get_running_loop())
-                task = asyncio.create_task(server.serve())
-                while not server.started:
-                    await asyncio.sleep(0.01)
-                found["port"] = server.servers[0].sockets[0].getsockname()[1]
-                started.set()
-                await task
+                cores.append(core)
+                yield application(routes, keys or Keys(owners=None), metrics=core.metrics)
 
-        thread = threading.Thread(target=asyncio.run, args=(serve(),))
-        thread.start()
-        try:
-            assert started.wait(30)
-            url = f"http://127.0.0.1:{found['port']}"
-            yield Serving(url=url, model=model, core=found["core"], loop=found["loop"], swarm=swarm)
-        finally:
-            if "server" in found:
-                for each in found["core"].at_stop:
-                    found["loop"].call_soon_threadsafe(each)
-                found["server"].should_exit = True
-            thread.join(30)
-            assert not thread.is_alive()
+        def at_stop() -> None:
+            for each in cores[0].at_stop:
+                each()
+
+        running = stack.enter_context(served(opened, port=port, at_stop=at_stop))
+        yield Serving(url=running.url, model=model, core=cores[0], loop=running.loop, swarm=swarm)

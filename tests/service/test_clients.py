@@ -101,7 +101,8 @@ class Script:
         assert path in [model.id for model in client.models.list()]
         answer = client.completions.create(model=path, prompt=prompt, max_tokens=6, temperature=0, logprobs=0)
         logprobs = answer.choices[0].logprobs
-        assert logprobs is not None and logprobs.token_logprobs
+        assert logprobs is not None
+        assert logprobs.token_logprobs
         assert logprobs.token_logprobs == pytest.approx(expected[: len(logprobs.token_logprobs)], abs=1e-4)
 
     def first_half(self) -> None:

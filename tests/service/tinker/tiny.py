@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import peft
 import tinker
 import tokenizers
 import torch
-import uvicorn
+from starlette.types import ASGIApp
 from tinker import types
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -32,6 +31,7 @@ from petals_tune.service.users.slots import Slots
 from petals_tune.service.web.app import application
 from tests.inprocess import in_process_swarm
 from tests.models import VOCABULARY, plain_model, save_model
+from tests.service.port import served
 
 NAME, POSITIONS = "tiny/llama", 64
 KEY = "tml-0123456789abcdef"
@@ -81,52 +81,32 @@ def running_tinker(
     folder: Path, model: Any, *, keys: Keys | None = None, limits: Limits | None = None, port: int = 0
 ) -> Iterator[Running]:
     """A service whose records are in `folder`, until the end of the block, when it stops as the command does."""
-    started, found = threading.Event(), {}
+    slots = Slots(32)
+    fairness, metrics = Fairness(slots=slots, most_in_flight=64, most_waiting=64), Metrics(slots)
+    decoder = Decoder(RemoteModel(model), tokenizer(), fairness, metrics, vocabulary=VOCABULARY, ends=frozenset({0}))
+    service = Tinker(
+        folder,
+        RemoteAdapters(model),
+        decoder,
+        fairness,
+        metrics,
+        names={NAME: POSITIONS},
+        vocabulary=VOCABULARY,
+        limits=limits or Limits(),
+    )
 
-    async def serve() -> None:
-        slots = Slots(32)
-        fairness, metrics = Fairness(slots=slots, most_in_flight=64, most_waiting=64), Metrics(slots)
-        decoder = Decoder(
-            RemoteModel(model), tokenizer(), fairness, metrics, vocabulary=VOCABULARY, ends=frozenset({0})
-        )
-        service = Tinker(
-            folder,
-            RemoteAdapters(model),
-            decoder,
-            fairness,
-            metrics,
-            names={NAME: POSITIONS},
-            vocabulary=VOCABULARY,
-            limits=limits or Limits(),
-        )
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[ASGIApp]:
         async with service.running():
-            app = application(service.routes, keys or Keys(owners=None))
-            config = uvicorn.Config(
-                app, host="127.0.0.1", port=port, log_level="warning", lifespan="off", timeout_graceful_shutdown=5
-            )
-            server = uvicorn.Server(config)
-            task = asyncio.create_task(server.serve())
-            while not server.started:
-                await asyncio.sleep(0.01)
-            url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-            found.update(server=server, running=Running(url, service, asyncio.get_running_loop()))
-            started.set()
-            while not server.should_exit:
-                await asyncio.sleep(0.01)
-            service.stop()
-            decoder.end(stopping())
-            await task
+            yield application(service.routes, keys or Keys(owners=None))
         decoder.close()
 
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    assert started.wait(30)
-    try:
-        yield found["running"]
-    finally:
-        found["server"].should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
+    def at_stop() -> None:
+        service.stop()
+        decoder.end(stopping())
+
+    with served(opened, port=port, at_stop=at_stop) as running:
+        yield Running(running.url, service, running.loop)
 
 
 def datum(text: Sequence[int], **inputs: Sequence[float]) -> types.Datum:

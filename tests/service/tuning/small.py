@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import openai
-import uvicorn
+from starlette.types import ASGIApp
 
 from petals_tune.errors import ConfigError
 from petals_tune.service.adapter_folder import AdapterFolder
@@ -25,6 +23,7 @@ from petals_tune.service.tuning.runs import JobRuns, Runs, RunSource
 from petals_tune.service.tuning.store import JobRecord, Store
 from petals_tune.service.users.keys import Keys
 from petals_tune.service.web.app import application
+from tests.service.port import served
 
 PROGRAM = Path(__file__).with_name("small_run.py")
 KEYS = Keys(owners={Keys.digest("key of ann"): "ann", Keys.digest("key of ben"): "ben"})
@@ -85,11 +84,11 @@ def small_service(
     """A service whose records and files are in `folder`, until the end of the block."""
     for each in ("files", "jobs"):
         (folder / each).mkdir(exist_ok=True)
-    registry, started = Registry(), threading.Event()
-    store, found = Store(folder / "records.sqlite"), dict[str, Any]()
+    registry, store = Registry(), Store(folder / "records.sqlite")
     offers = AdapterFolder(["base"], None, load=registry.load, remove=registry.loaded.pop)
 
-    async def serve() -> None:
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[ASGIApp]:
         files = Files(store, folder / "files", most_mb=most_mb, most_mb_a_key=most_mb_a_key)
         jobs = Jobs(
             store,
@@ -103,28 +102,12 @@ def small_service(
             remove=registry.loaded.pop,
         )
         tuning = Tuning(store, files, jobs, names=["base"], source=source, batch_size=recipe.batch_size)
-        app = application([*tuning.routes, *Runs([JobRuns(jobs=jobs), *sources]).routes], keys)
-        server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
-        found["server"] = server
         async with jobs.running():
-            task = asyncio.create_task(server.serve())
-            while not server.started:
-                await asyncio.sleep(0.01)
-            found["port"] = server.servers[0].sockets[0].getsockname()[1]
-            started.set()
-            await task
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    assert started.wait(30)
-    url = f"http://127.0.0.1:{found['port']}"
-    try:
-        yield SmallService(url=url, folder=folder, offers=offers, registry=registry, store=store)
-    finally:
-        found["server"].should_exit = True
-        thread.join(60)
-        assert not thread.is_alive()
+            yield application([*tuning.routes, *Runs([JobRuns(jobs=jobs), *sources]).routes], keys)
         store.close()
+
+    with served(opened) as running:
+        yield SmallService(url=running.url, folder=folder, offers=offers, registry=registry, store=store)
 
 
 def chat(question: str, answer: str = "An answer.") -> dict[str, Any]:

@@ -1,14 +1,11 @@
 """A job of the real recipe, over real servers: the way of a request from the upload to the model that it makes."""
 
-import asyncio
-import threading
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import openai
 import pytest
 import torch
-import uvicorn
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +18,7 @@ from petals_tune.service.web.app import application
 from petals_tune.swarm.local import local_swarm
 from petals_tune.train.options import LocalSwarm
 from tests.processes import wait_until
+from tests.service.port import served
 from tests.service.tuning.small import chat, jsonl, upload
 from tests.train.tiny import BLOCKS, save_tiny
 
@@ -54,32 +52,15 @@ def model(tiny, swarm, peers):
 @contextmanager
 def service(cfg, swarm, peers, model):
     """The routes of tuning on a free port: (a client, the offers)."""
-    started, found = threading.Event(), {}
     offers = AdapterFolder(["tiny"], None, load=model.adapters.load, remove=model.adapters.remove)
 
-    async def serve():
-        opened = opened_tuning(cfg, swarm, peers, offers, model.adapters, {"tiny": 64})
-        async with opened as routes:
-            app = application(routes, Keys(owners=None))
-            server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", lifespan="off"))
-            found["server"] = server
-            task = asyncio.create_task(server.serve())
-            while not server.started:
-                await asyncio.sleep(0.01)
-            found["port"] = server.servers[0].sockets[0].getsockname()[1]
-            started.set()
-            await task
+    @asynccontextmanager
+    async def opened():
+        async with opened_tuning(cfg, swarm, peers, offers, model.adapters, {"tiny": 64}) as routes:
+            yield application(routes, Keys(owners=None))
 
-    thread = threading.Thread(target=asyncio.run, args=(serve(),))
-    thread.start()
-    assert started.wait(60)
-    try:
-        url = f"http://127.0.0.1:{found['port']}/v1"
-        yield openai.OpenAI(base_url=url, api_key="none", max_retries=0), offers
-    finally:
-        found["server"].should_exit = True
-        thread.join(120)
-        assert not thread.is_alive()
+    with served(opened) as running:
+        yield openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0), offers
 
 
 @pytest.mark.slow

@@ -107,10 +107,10 @@ class RemoteAdapters:
                 rows += [list(zip(*pair, strict=True)) for pair in zip(likely.tolist(), values.tolist(), strict=True)]
         return found, rows
 
-    def save(self, adapter: str, folder: Path) -> None:
-        """Save an adapter in PEFT's format, which stock PEFT loads over the plain model."""
+    def save(self, adapter: str, partial: Path) -> None:
+        """Save an adapter in PEFT's format, which stock PEFT loads over the plain model, into a folder being filled."""
         # "auto" would save the whole head beside its LoRA.
-        self._model.adapters[adapter].save_pretrained(str(folder), save_embedding_layers=False)
+        self._model.adapters[adapter].save_pretrained(str(partial), save_embedding_layers=False)
 
     def load(self, adapter: str, folder: Path) -> None:
         """Put the tensors of a saved adapter into this one. Raises ConfigError where they are damaged or do not fit."""

@@ -53,8 +53,8 @@ class TrainedModel(Protocol):
         """
         ...
 
-    def save(self, adapter: str, folder: Path) -> None:
-        """In PEFT's format."""
+    def save(self, adapter: str, partial: Path) -> None:
+        """In PEFT's format, into a folder that is being filled."""
         ...
 
     def load(self, adapter: str, folder: Path) -> None:
