@@ -91,7 +91,11 @@ def test_the_recipe_makes_a_model_of_the_service_also_when_it_is_started_again_i
         job = client.fine_tuning.jobs.retrieve(job.id)
         metrics = [each.data for each in events(client, job) if each.type == "metrics"][::-1]
         losses = {each["step"]: each["train_loss"] for each in metrics if "train_loss" in each}
-        assert list(losses) == list(range(1, 37))  # 11 or 12 chats, of which some are held out, in batches of 4
+        steps = [each["step"] for each in metrics if "train_loss" in each]
+        assert steps == sorted(set(steps)), "a step is reported twice"
+        # 11 or 12 chats, some of them held out, in batches of 4; the step in which the stop came may have no row.
+        assert len(set(range(1, 37)) - set(steps)) <= 1
+        assert steps[-1] == 36
         assert losses[36] < losses[1] / 2
         assert [offer.name for offer in offers.of("everybody")] == ["tiny", job.fine_tuned_model]
         waited(lambda: client.fine_tuning.jobs.retrieve(bad.id).status == "failed", "the end of a bad job")
