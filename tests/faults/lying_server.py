@@ -77,8 +77,8 @@ LIES: dict[str, Callable[[Forward, torch.Tensor], torch.Tensor]] = {
 }
 
 
-def _lying(engine: Engine, request: Forward, adapter: Adapter | None) -> Result:
-    result = _honest(engine, request, adapter)
+def _lying(engine: Engine, request: Forward, adapter: Adapter | None, *, per_block: bool = False) -> Result:
+    result = _honest(engine, request, adapter, per_block=per_block)
     return dataclasses.replace(result, output=LIES[os.environ["LIE"]](request, result.output))
 
 
