@@ -11,20 +11,10 @@ from petals_tune.remote.auto import AutoDistributedModelForCausalLM
 from petals_tune.service.remote import RemoteModel
 from tests.inprocess import in_process_swarm
 from tests.raising import raises
-from tests.service.swarm import Plain, save_adapter, save_chat_model
+from tests.service.swarm import save_adapter
 
 IDS = [5, 9, 33, 7, 120]
 MORE = [8, 41, 3]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_chat_model(tmp_path_factory.mktemp("models") / "model")
-
-
-@pytest.fixture(scope="module")
-def plain(folder):
-    return Plain(folder)
 
 
 @pytest.fixture(scope="module")

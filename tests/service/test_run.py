@@ -15,22 +15,12 @@ from petals_tune.service import adapter_folder
 from petals_tune.service.run import has_tinker
 from petals_tune.service.users.keys import Keys
 from tests.processes import wait_until
-from tests.service.swarm import NAME, Gate, Plain, save_adapter, save_chat_model, serving
+from tests.service.swarm import NAME, Gate, save_adapter, serving
 
 ANNA, BEN = "anna-0123456789abc", "ben-0123456789abcd"
 KEYS = Keys(owners={Keys.digest(ANNA): "anna", Keys.digest(BEN): "ben"})
 GREEDY = {"temperature": 0}
 LONG = {"model": NAME, "prompt": "Hello", "max_tokens": 400, "temperature": 0, "logit_bias": {"0": -100}}  # never ends
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_chat_model(tmp_path_factory.mktemp("models") / "model")
-
-
-@pytest.fixture(scope="module")
-def plain(folder):
-    return Plain(folder)
 
 
 @pytest.fixture(scope="module")

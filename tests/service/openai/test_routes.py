@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from petals_tune.service.users.keys import Keys
-from tests.service.swarm import NAME, Plain, save_adapter, save_chat_model, serving
+from tests.service.swarm import NAME, save_adapter, serving
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 PROMPT = "Hello there"
@@ -34,16 +34,6 @@ SCHEMA = {
     "required": ["city", "old"],
     "additionalProperties": False,
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_chat_model(tmp_path_factory.mktemp("models") / "model")
-
-
-@pytest.fixture(scope="module")
-def plain(folder):
-    return Plain(folder)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from petals_tune.service.users.keys import Keys
-from tests.browser import BROWSER, WHY_NOT, Page, browser_page
+from tests.browser import BROWSER, WHY_NOT, Page
 from tests.processes import wait_until
 from tests.service.local import Running, running_service
 from tests.service.page.spoken import CODE, HOSTILE, SLOW, SpokenModel, offers
@@ -39,13 +39,6 @@ def steps() -> SpokenModel:
 def service(steps: SpokenModel) -> Iterator[Running]:
     with running_service(steps, routes=[Route("/route", route)], offers=offers()) as running:
         yield running
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Page]:
-    async with browser_page(tmp_path_factory.mktemp("browser")) as page:
-        await page.watch()
-        yield page
 
 
 @pytest_asyncio.fixture(loop_scope="module")

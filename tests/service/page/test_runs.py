@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from petals_tune.service.served import Offer
-from tests.browser import BROWSER, WHY_NOT, Page, browser_page
+from tests.browser import BROWSER, WHY_NOT, Page
 from tests.processes import wait_until
 from tests.service.local import PlainModel, Running, running_service
 from tests.service.page.runs_app import Runs, run
@@ -48,13 +48,6 @@ def runs() -> Runs:
 def service(runs: Runs) -> Iterator[Running]:
     with running_service(PlainModel(), routes=runs.routes) as running:
         yield running
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Page]:
-    async with browser_page(tmp_path_factory.mktemp("browser")) as page:
-        await page.watch()
-        yield page
 
 
 @pytest_asyncio.fixture(loop_scope="module")

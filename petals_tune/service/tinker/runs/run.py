@@ -24,7 +24,7 @@ from petals_tune.service.tinker.records import LoRA, RunRecord
 from petals_tune.service.tinker.wire import Datum, TrainingRequest
 
 OPTIMIZER_FILE, GRADIENTS_FILE = "optimizer.safetensors", "gradients.safetensors"
-Positive = Annotated[float, msgspec.Meta(ge=0)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 _STATE = ("exp_avg", "exp_avg_sq", "step")
 
@@ -68,11 +68,11 @@ class TrainedModel(Protocol):
 class AdamOptions:
     """Of one step; Tinker's names and defaults. Source: Loshchilov and Hutter 2019, arXiv:1711.05101 (AdamW)."""
 
-    learning_rate: Positive = 1e-4
+    learning_rate: NonNegative = 1e-4
     beta1: Share = 0.9
     beta2: Share = 0.95
-    eps: Positive = 1e-12
-    weight_decay: Positive = 0.0
+    eps: NonNegative = 1e-12
+    weight_decay: NonNegative = 0.0
     grad_clip_norm: float = 0.0  # 0 or less: gradients are not clipped
 
 
